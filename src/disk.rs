@@ -1,0 +1,161 @@
+//! Disks of the host, and what makes two of them the same.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// A disk of the host that can be attached to a VM.
+///
+/// Two disks with the same [`DiskId`] are one attachment, under whatever name they were asked for;
+/// asking for one of them both read-only and read-write at once is a conflict.
+///
+/// ```
+/// use blockmount::Disk;
+///
+/// let layer = Disk::virtual_disk("/images/base.erofs").read_only();
+/// let scratch = Disk::virtual_disk("/run/scratch.img");
+/// assert!(layer.is_read_only() && !scratch.is_read_only());
+/// ```
+///
+/// Cloning is cheap (a reference count): a disk is remembered in several places while it is attached.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Disk(Arc<Fields>);
+
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct Fields {
+    source: Box<Path>,
+    kind: DiskKind,
+    read_only: bool,
+}
+
+/// The kinds of disk that a hypervisor tells apart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum DiskKind {
+    /// A disk image in a file.
+    VirtualDisk,
+    /// A block device of the host, passed through.
+    PhysicalDisk,
+    /// A disk served by a provider that is registered with the hypervisor (Hyper-V: an
+    /// "extensible virtual disk").
+    Extensible {
+        /// The name under which the provider is registered.
+        provider: String,
+    },
+}
+
+impl Disk {
+    /// A disk image in a file, to be attached read-write.
+    pub fn virtual_disk(image: impl Into<PathBuf>) -> Self {
+        Self::of_kind(DiskKind::VirtualDisk, image.into())
+    }
+
+    /// A block device of the host, to be attached read-write.
+    pub fn physical_disk(device: impl Into<PathBuf>) -> Self {
+        Self::of_kind(DiskKind::PhysicalDisk, device.into())
+    }
+
+    /// A disk served by `provider`, to be attached read-write. What `source` means is up to the
+    /// provider.
+    pub fn extensible(provider: impl Into<String>, source: impl Into<PathBuf>) -> Self {
+        let provider = provider.into();
+        Self::of_kind(DiskKind::Extensible { provider }, source.into())
+    }
+
+    fn of_kind(kind: DiskKind, source: PathBuf) -> Self {
+        Disk(Arc::new(Fields {
+            source: source.into_boxed_path(),
+            kind,
+            read_only: false,
+        }))
+    }
+
+    /// The same disk, attached so that the VM cannot write to it.
+    #[must_use]
+    pub fn read_only(mut self) -> Self {
+        Arc::make_mut(&mut self.0).read_only = true;
+        self
+    }
+
+    /// The file or device on the host, as the caller named it.
+    pub fn source(&self) -> &Path {
+        &self.0.source
+    }
+
+    /// What kind of disk it is.
+    pub fn kind(&self) -> &DiskKind {
+        &self.0.kind
+    }
+
+    /// Whether the VM is kept from writing to it.
+    pub fn is_read_only(&self) -> bool {
+        self.0.read_only
+    }
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("source", &self.source())
+            .field("kind", self.kind())
+            .field("read_only", &self.is_read_only())
+            .finish()
+    }
+}
+
+impl fmt::Display for Disk {
+    /// The source and the access, for messages: `/images/base.erofs (read-only)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let access = if self.is_read_only() {
+            "read-only"
+        } else {
+            "read-write"
+        };
+        write!(f, "{} ({access})", self.source().display())
+    }
+}
+
+/// What a disk is, whatever it is called: two names of one file have one id.
+///
+/// Made by [`Transport::identify`](crate::Transport::identify), because only who attaches a disk
+/// knows what can be told apart. Cloning is cheap.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct DiskId(Identity);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Identity {
+    Inode { device: u64, inode: u64 },
+    Name(Arc<str>),
+}
+
+impl DiskId {
+    /// A file by device and inode number: the same through links and relative names, and never
+    /// given to another file while this one is open.
+    pub fn inode(device: u64, inode: u64) -> Self {
+        DiskId(Identity::Inode { device, inode })
+    }
+
+    /// A disk by a name of which there is only one, such as a canonical path or a provider's own
+    /// identifier.
+    pub fn name(name: &str) -> Self {
+        DiskId(Identity::Name(name.into()))
+    }
+}
+
+impl fmt::Display for DiskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Identity::Inode { device, inode } => write!(f, "inode {inode} of device {device}"),
+            Identity::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+impl fmt::Debug for DiskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}

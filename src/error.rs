@@ -1,0 +1,293 @@
+//! Errors, sorted by what the caller can do next.
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DeviceLocator, Disk};
+
+/// What a caller can do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// It may or may not have happened (a time-out, a lost connection). The managers tear it down
+    /// before they use the same key or slot again; the caller may simply ask again.
+    Uncertain,
+    /// The VM or the guest is gone. Tear-down counts as done; nothing can be set up any more.
+    Gone,
+    /// In use. A release may be retried when the user of the device has let go.
+    Busy,
+    /// No slot is free. Release something, or use another transport.
+    Full,
+    /// This transport or guest cannot do it, another one may.
+    Unsuitable,
+    /// What was named is not there.
+    NotFound,
+    /// It contradicts what is already there: the same disk with other access, a taken path.
+    Conflict,
+    /// The request itself is wrong and will never work.
+    Invalid,
+    /// None of the above; see the message and the source.
+    Other,
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ErrorKind::Uncertain => "uncertain",
+            ErrorKind::Gone => "gone",
+            ErrorKind::Busy => "busy",
+            ErrorKind::Full => "full",
+            ErrorKind::Unsuitable => "unsuitable",
+            ErrorKind::NotFound => "not found",
+            ErrorKind::Conflict => "conflict",
+            ErrorKind::Invalid => "invalid",
+            ErrorKind::Other => "other",
+        })
+    }
+}
+
+/// What a backend answers when it cannot do as asked.
+///
+/// The message says what was tried on what, in lower case and without a full stop. The source is
+/// printed by whoever walks the chain, never inside the message.
+#[derive(Debug, Clone)]
+pub struct BackendError {
+    kind: ErrorKind,
+    message: Arc<str>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl BackendError {
+    /// An error of a kind, with a message.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        BackendError {
+            kind,
+            message: message.into().into(),
+            source: None,
+        }
+    }
+
+    /// The same error with its cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into().into());
+        self
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// What was tried on what.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// A backend must not panic; if it does, nobody knows what it has done.
+    pub(crate) fn from_panic(panic: Box<dyn Any + Send>) -> Self {
+        let said = match panic.downcast_ref::<&str>() {
+            Some(text) => text,
+            None => panic
+                .downcast_ref::<String>()
+                .map_or("no message", String::as_str),
+        };
+        BackendError::new(
+            ErrorKind::Uncertain,
+            format!("the backend panicked: {said}"),
+        )
+    }
+}
+
+macro_rules! constructors {
+    ($($(#[$doc:meta])* $name:ident = $kind:ident;)*) => {
+        impl BackendError {
+            $($(#[$doc])* pub fn $name(message: impl Into<String>) -> Self {
+                Self::new(ErrorKind::$kind, message)
+            })*
+        }
+    };
+}
+
+constructors! {
+    /// An error of kind [`ErrorKind::Uncertain`].
+    uncertain = Uncertain;
+    /// An error of kind [`ErrorKind::Gone`].
+    gone = Gone;
+    /// An error of kind [`ErrorKind::Busy`].
+    busy = Busy;
+    /// An error of kind [`ErrorKind::Full`].
+    full = Full;
+    /// An error of kind [`ErrorKind::Unsuitable`].
+    unsuitable = Unsuitable;
+    /// An error of kind [`ErrorKind::NotFound`].
+    not_found = NotFound;
+    /// An error of kind [`ErrorKind::Conflict`].
+    conflict = Conflict;
+    /// An error of kind [`ErrorKind::Invalid`].
+    invalid = Invalid;
+    /// An error of kind [`ErrorKind::Other`].
+    other = Other;
+}
+
+impl fmt::Display for BackendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl StdError for BackendError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
+
+/// A step on the way of a disk into a guest and out again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Step {
+    /// Finding out which disk is meant.
+    Identify,
+    /// Making a disk visible to the VM.
+    Attach,
+    /// Mounting a visible device in the guest.
+    Mount,
+    /// Laying mounted layers over each other.
+    Combine,
+    /// Taking an overlay apart.
+    Separate,
+    /// Unmounting a device in the guest.
+    Unmount,
+    /// The guest letting go of a device.
+    Unplug,
+    /// Taking a disk out of the VM.
+    Detach,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Step::Identify => "identify",
+            Step::Attach => "attach",
+            Step::Mount => "mount",
+            Step::Combine => "combine",
+            Step::Separate => "separate",
+            Step::Unmount => "unmount",
+            Step::Unplug => "unplug",
+            Step::Detach => "detach",
+        })
+    }
+}
+
+/// What a manager answers: the step that failed, on which disk, device and path, and why.
+///
+/// `Display` is one line; the cause is its [`source`](StdError::source). Cloning is cheap: everybody
+/// who waited for one attempt gets its outcome.
+#[derive(Debug, Clone)]
+pub struct Error(Arc<Inner>);
+
+#[derive(Debug, Clone)]
+struct Inner {
+    step: Step,
+    disk: Option<Disk>,
+    locator: Option<DeviceLocator>,
+    path: Option<PathBuf>,
+    cause: BackendError,
+}
+
+impl Error {
+    pub(crate) fn new(step: Step, cause: BackendError) -> Self {
+        Error(Arc::new(Inner {
+            step,
+            disk: None,
+            locator: None,
+            path: None,
+            cause,
+        }))
+    }
+
+    pub(crate) fn on_disk(self, disk: &Disk) -> Self {
+        self.with(|inner| inner.disk = Some(disk.clone()))
+    }
+
+    pub(crate) fn on_device(self, locator: &DeviceLocator) -> Self {
+        self.with(|inner| inner.locator = Some(locator.clone()))
+    }
+
+    pub(crate) fn on_path(self, path: &Path) -> Self {
+        self.with(|inner| inner.path = Some(path.to_owned()))
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Inner)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.cause.kind
+    }
+
+    /// The step that failed.
+    pub fn step(&self) -> Step {
+        self.0.step
+    }
+
+    /// The disk it was about, if one is known.
+    pub fn disk(&self) -> Option<&Disk> {
+        self.0.disk.as_ref()
+    }
+
+    /// The device it was about, if it had got that far.
+    pub fn locator(&self) -> Option<&DeviceLocator> {
+        self.0.locator.as_ref()
+    }
+
+    /// The path in the guest it was about, if one was involved.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// What the backend said.
+    pub fn cause(&self) -> &BackendError {
+        &self.0.cause
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner {
+            step,
+            disk,
+            locator,
+            path,
+            ..
+        } = &*self.0;
+        write!(f, "cannot {step}")?;
+        if let Some(disk) = disk {
+            write!(f, " disk {disk}")?;
+        }
+        if let Some(locator) = locator {
+            write!(
+                f,
+                " {} {locator}",
+                if disk.is_some() { "as" } else { "device" }
+            )?;
+        }
+        if let Some(path) = path {
+            write!(f, " at {}", path.display())?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.0.cause)
+    }
+}

@@ -1,0 +1,188 @@
+//! Where an attached device sits, in its transport's own words.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Where an attached device sits: a transport and an address on it, such as `scsi:0/3`, `vpmem:2`,
+/// `vpmem:2@4194304+1052672` or `loop:7`.
+///
+/// A locator is opaque to everyone but its transport. The host's [`Transport`] makes it, the guest's
+/// [`Resolver`] for the same transport reads it, and everything between carries it as it is. It
+/// says nothing about the name that the guest's kernel gives the device: names are not predictable.
+///
+/// Cloning is cheap (a reference count).
+///
+/// ```
+/// use blockmount::DeviceLocator;
+///
+/// let locator: DeviceLocator = "scsi:0/3".parse()?;
+/// assert_eq!(locator.transport(), "scsi");
+/// assert_eq!(locator.address(), "0/3");
+/// # Ok::<(), blockmount::InvalidLocator>(())
+/// ```
+///
+/// [`Transport`]: crate::Transport
+/// [`Resolver`]: crate::Resolver
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DeviceLocator(Arc<str>);
+
+/// Why a string is not a [`DeviceLocator`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{text:?} is not a device locator: {reason}")]
+pub struct InvalidLocator {
+    text: String,
+    reason: &'static str,
+}
+
+impl DeviceLocator {
+    /// The longest locator, in bytes. Ours are under 40; the bound keeps a peer from making us
+    /// carry more.
+    pub const MAX_LEN: usize = 255;
+
+    /// Makes a locator from the name of a transport and an address on it.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidLocator`] unless the transport is a lower-case word (`a-z`, then `a-z0-9-`), the
+    /// address is at least one visible ASCII character and has no white space, and both together
+    /// fit in [`MAX_LEN`](Self::MAX_LEN).
+    pub fn new(transport: &str, address: impl fmt::Display) -> Result<Self, InvalidLocator> {
+        Self::checked(format!("{transport}:{address}"))
+    }
+
+    /// The transport, which is also the scheme under which a resolver is registered: `scsi`.
+    pub fn transport(&self) -> &str {
+        self.split().0
+    }
+
+    /// The address on the transport: `0/3`.
+    pub fn address(&self) -> &str {
+        self.split().1
+    }
+
+    /// The whole locator: `scsi:0/3`.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    fn split(&self) -> (&str, &str) {
+        self.0
+            .split_once(':')
+            .expect("a locator has a colon since it was checked")
+    }
+
+    fn checked(text: String) -> Result<Self, InvalidLocator> {
+        match reason_against(&text) {
+            None => Ok(DeviceLocator(text.into())),
+            Some(reason) => Err(InvalidLocator {
+                text: shortened(text),
+                reason,
+            }),
+        }
+    }
+}
+
+/// Names the first rule that `text` breaks.
+fn reason_against(text: &str) -> Option<&'static str> {
+    if text.len() > DeviceLocator::MAX_LEN {
+        return Some("it is longer than 255 bytes");
+    }
+    let Some((transport, address)) = text.split_once(':') else {
+        return Some("it has no colon between transport and address");
+    };
+    let word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if !transport.starts_with(|c: char| c.is_ascii_lowercase()) || !transport.bytes().all(word) {
+        return Some("the transport is not a lower-case word");
+    }
+    if address.is_empty() || !address.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Some("the address is empty or has characters that are not visible ASCII");
+    }
+    None
+}
+
+/// Keeps an error about a hostile string printable.
+fn shortened(text: String) -> String {
+    match text.char_indices().nth(64) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+impl fmt::Display for DeviceLocator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for DeviceLocator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for DeviceLocator {
+    type Err = InvalidLocator;
+
+    fn from_str(text: &str) -> Result<Self, InvalidLocator> {
+        Self::checked(text.to_owned())
+    }
+}
+
+impl TryFrom<String> for DeviceLocator {
+    type Error = InvalidLocator;
+
+    fn try_from(text: String) -> Result<Self, InvalidLocator> {
+        Self::checked(text)
+    }
+}
+
+impl From<DeviceLocator> for String {
+    fn from(locator: DeviceLocator) -> String {
+        locator.0.as_ref().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_back_what_it_prints() {
+        for text in [
+            "scsi:0/3",
+            "vpmem:2",
+            "vpmem:2@4194304+1052672",
+            "loop:7",
+            "a-1:x:y",
+        ] {
+            assert_eq!(text.parse::<DeviceLocator>().unwrap().to_string(), text);
+        }
+        assert_eq!("a-1:x:y".parse::<DeviceLocator>().unwrap().address(), "x:y");
+    }
+
+    #[test]
+    fn refuses_what_is_no_locator() {
+        let long = format!("loop:{}", "7".repeat(DeviceLocator::MAX_LEN));
+        for text in [
+            "", "loop", "loop:", ":7", "Loop:7", "7:7", "loop:7 8", "loop:\n", "loop:é", &long,
+        ] {
+            let error = text.parse::<DeviceLocator>().unwrap_err().to_string();
+            assert!(
+                error.contains("is not a device locator") && error.len() < 200,
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn serde_validates() {
+        let locator: DeviceLocator = serde_json::from_str("\"scsi:0/3\"").unwrap();
+        assert_eq!(serde_json::to_string(&locator).unwrap(), "\"scsi:0/3\"");
+        assert!(serde_json::from_str::<DeviceLocator>("\"scsi\"").is_err());
+    }
+}

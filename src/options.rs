@@ -1,0 +1,297 @@
+//! How a device is mounted: canonical, so that equal requests compare equal.
+
+mod builder;
+mod flags;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use builder::MountOptionsBuilder;
+pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
+
+/// How a device is mounted in the guest.
+///
+/// Options are canonical once built: the order in which order-free options were given and
+/// repetitions do not matter to `==`, and what contradicts itself is not built at all. The default is
+/// the whole disk, read-write, with the filesystem that is found on it.
+///
+/// ```
+/// use blockmount::MountOptions;
+///
+/// let one = MountOptions::builder().options(["noatime", "ro", "nodev"]).build()?;
+/// let other = MountOptions::builder().read_only().options(["nodev", "noatime"]).build()?;
+/// assert_eq!(one, other);
+/// assert!(MountOptions::builder().options(["ro", "rw"]).build().is_err());
+/// # Ok::<(), blockmount::InvalidOptions>(())
+/// ```
+///
+/// Cloning is cheap (a reference count), and so is comparing and hashing.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(try_from = "MountOptionsBuilder", into = "MountOptionsBuilder")]
+pub struct MountOptions(Arc<Hashed>);
+
+/// The fields, and their hash: a mount is looked up by its options each time it is shared.
+struct Hashed {
+    hash: u64,
+    fields: Fields,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+struct Fields {
+    partition: Option<NonZeroU32>,
+    filesystem: Option<String>,
+    read_only: bool,
+    flags: MountFlags,
+    data: Box<[String]>,
+    propagation: Option<Propagation>,
+    // Boxed, because most mounts have none and there are many mounts.
+    verity: Option<Box<Verity>>,
+    encryption: Option<Encryption>,
+    format: Option<Box<Format>>,
+    expose: Expose,
+}
+
+/// Why [`MountOptions`] cannot be built.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum InvalidOptions {
+    /// Two options that exclude each other.
+    #[error("mount option {0:?} contradicts {1:?}")]
+    Contradiction(String, String),
+    /// An option that is about something else than mounting a device.
+    #[error("mount option {0:?} does not apply to a device: {1}")]
+    Inapplicable(String, &'static str),
+    /// Something that no kernel could be given.
+    #[error("mount option {0:?} is malformed: {1}")]
+    Malformed(String, &'static str),
+}
+
+/// Where dm-verity finds the hash tree of a device, and the root that vouches for it.
+///
+/// Nothing here is read from the device: the client knows what it trusts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Verity {
+    /// The digest of the root, as lower-case hexadecimal digits.
+    pub root_digest: String,
+    /// The salt, as lower-case hexadecimal digits; empty for none.
+    pub salt: String,
+    /// The digest algorithm by its kernel name; `sha256` everywhere so far.
+    pub algorithm: String,
+    /// The size of a data block, in bytes.
+    pub data_block_size: u32,
+    /// The size of a hash block, in bytes.
+    pub hash_block_size: u32,
+    /// The number of data blocks that are covered.
+    pub data_blocks: u64,
+    /// The first block of the hash tree, in hash blocks from the start of the device.
+    pub hash_start_block: u64,
+}
+
+/// How the content of a device is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Encryption {
+    /// A random key that never leaves the guest: the content ends with the mount. For scratch disks.
+    Ephemeral,
+}
+
+/// Making a filesystem where there is none.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Format {
+    /// The filesystem to make.
+    pub filesystem: String,
+    /// What may be overwritten.
+    pub overwrite: Overwrite,
+}
+
+/// What a format may overwrite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Overwrite {
+    /// Nothing: only a device that is proven blank is formatted; one that has the filesystem already
+    /// is mounted as it is.
+    #[default]
+    Blank,
+    /// Anything.
+    Everything,
+}
+
+/// What appears at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Expose {
+    /// The filesystem on the device.
+    #[default]
+    Filesystem,
+    /// The block device itself.
+    BlockDevice,
+}
+
+impl MountOptions {
+    /// Starts from the default: the whole disk, read-write, with the filesystem that is found on it.
+    pub fn builder() -> MountOptionsBuilder {
+        MountOptionsBuilder::default()
+    }
+
+    /// The default, but read-only.
+    pub fn read_only() -> Self {
+        Self::from_fields(Fields {
+            read_only: true,
+            ..Fields::default()
+        })
+    }
+
+    /// The partition to mount, from 1; the whole disk if none.
+    pub fn partition(&self) -> Option<NonZeroU32> {
+        self.0.fields.partition
+    }
+
+    /// The filesystem by its kernel name; found by probing if none.
+    pub fn filesystem(&self) -> Option<&str> {
+        self.0.fields.filesystem.as_deref()
+    }
+
+    /// Whether writing through the mount is refused.
+    pub fn is_read_only(&self) -> bool {
+        self.0.fields.read_only
+    }
+
+    /// The flags that the kernel knows for every filesystem.
+    pub fn flags(&self) -> MountFlags {
+        self.0.fields.flags
+    }
+
+    /// The options for the filesystem itself, each `name` or `name=value`, sorted.
+    pub fn data(&self) -> &[String] {
+        &self.0.fields.data
+    }
+
+    /// Whether mounts below the target appear elsewhere, if that was asked for.
+    pub fn propagation(&self) -> Option<Propagation> {
+        self.0.fields.propagation
+    }
+
+    /// The integrity check to lay over the device.
+    pub fn verity(&self) -> Option<&Verity> {
+        self.0.fields.verity.as_deref()
+    }
+
+    /// The encryption to lay over the device.
+    pub fn encryption(&self) -> Option<Encryption> {
+        self.0.fields.encryption
+    }
+
+    /// The filesystem to make before mounting.
+    pub fn format(&self) -> Option<&Format> {
+        self.0.fields.format.as_deref()
+    }
+
+    /// What appears at the target.
+    pub fn expose(&self) -> Expose {
+        self.0.fields.expose
+    }
+
+    /// Whether a device can have a mount with these options and one with `other` at once.
+    ///
+    /// The kernel gives all mounts of one device one superblock: they can differ in what belongs to
+    /// the mount, not in what belongs to the filesystem, and a writer excludes everybody else.
+    /// Different partitions are different devices; the whole disk overlaps each of them.
+    pub fn is_compatible_with(&self, other: &MountOptions) -> bool {
+        let (one, other) = (&self.0.fields, &other.0.fields);
+        let apart =
+            |a: Option<NonZeroU32>, b: Option<NonZeroU32>| a.is_some() && b.is_some() && a != b;
+        let same_superblock = one.partition == other.partition
+            && one.filesystem == other.filesystem
+            && one.data == other.data
+            && one.flags.of_superblock() == other.flags.of_superblock()
+            && one.verity == other.verity
+            && one.expose == other.expose;
+        apart(one.partition, other.partition)
+            || (one.read_only && other.read_only && same_superblock)
+    }
+
+    fn from_fields(fields: Fields) -> Self {
+        let mut hasher = DefaultHasher::new();
+        fields.hash(&mut hasher);
+        MountOptions(Arc::new(Hashed {
+            hash: hasher.finish(),
+            fields,
+        }))
+    }
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self::from_fields(Fields::default())
+    }
+}
+
+impl PartialEq for MountOptions {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+            || (self.0.hash == other.0.hash && self.0.fields == other.0.fields)
+    }
+}
+
+impl Eq for MountOptions {}
+
+impl Hash for MountOptions {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0.hash);
+    }
+}
+
+impl std::fmt::Debug for MountOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fields.fmt(f)
+    }
+}
+
+/// A mount to make: how, and where.
+///
+/// ```
+/// use blockmount::{MountOptions, MountRequest};
+///
+/// let anywhere = MountRequest::new(MountOptions::read_only());
+/// let there = MountRequest::new(MountOptions::read_only()).at("/run/layers/base");
+/// assert_eq!(anywhere.target(), None);
+/// assert_eq!(there.target().unwrap().to_str(), Some("/run/layers/base"));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MountRequest {
+    options: MountOptions,
+    target: Option<PathBuf>,
+}
+
+impl MountRequest {
+    /// A mount at a path that the manager makes up.
+    pub fn new(options: MountOptions) -> Self {
+        MountRequest {
+            options,
+            target: None,
+        }
+    }
+
+    /// The same mount at an absolute path in the guest.
+    ///
+    /// Where the device is mounted already with the same options, that mount is shared and its path is
+    /// what the caller gets.
+    #[must_use]
+    pub fn at(mut self, target: impl Into<PathBuf>) -> Self {
+        self.target = Some(target.into());
+        self
+    }
+
+    /// How to mount.
+    pub fn options(&self) -> &MountOptions {
+        &self.options
+    }
+
+    /// Where to mount; the manager makes up a path if none.
+    pub fn target(&self) -> Option<&Path> {
+        self.target.as_deref()
+    }
+}

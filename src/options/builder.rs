@@ -1,0 +1,281 @@
+//! From what a caller says to what it means: the canonical form, or why there is none.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions, Propagation,
+    Verity,
+};
+
+/// Collects what a caller says about a mount; [`build`](Self::build) makes sense of it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MountOptionsBuilder {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    partition: Option<NonZeroU32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filesystem: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    options: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verity: Option<Verity>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encryption: Option<Encryption>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<Format>,
+    expose: Expose,
+}
+
+impl MountOptionsBuilder {
+    /// Mounts partition `number` (from 1) in place of the whole disk.
+    #[must_use]
+    pub fn partition(mut self, number: NonZeroU32) -> Self {
+        self.partition = Some(number);
+        self
+    }
+
+    /// Names the filesystem, in place of finding out.
+    #[must_use]
+    pub fn filesystem(mut self, kernel_name: impl Into<String>) -> Self {
+        self.filesystem = Some(kernel_name.into());
+        self
+    }
+
+    /// Refuses writes through the mount.
+    #[must_use]
+    pub fn read_only(self) -> Self {
+        self.option("ro")
+    }
+
+    /// Adds an option by its name in mount(8): `noatime`, `rslave`, or one for the filesystem, such
+    /// as `dax=always`. Names that are not known here are passed to the filesystem.
+    #[must_use]
+    pub fn option(mut self, option: impl Into<String>) -> Self {
+        self.options.push(option.into());
+        self
+    }
+
+    /// Adds several options, in any order.
+    #[must_use]
+    pub fn options<S: Into<String>>(mut self, options: impl IntoIterator<Item = S>) -> Self {
+        self.options.extend(options.into_iter().map(Into::into));
+        self
+    }
+
+    /// Lays an integrity check over the device.
+    #[must_use]
+    pub fn verity(mut self, verity: Verity) -> Self {
+        self.verity = Some(verity);
+        self
+    }
+
+    /// Lays encryption over the device.
+    #[must_use]
+    pub fn encryption(mut self, encryption: Encryption) -> Self {
+        self.encryption = Some(encryption);
+        self
+    }
+
+    /// Makes a filesystem before mounting.
+    #[must_use]
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// Chooses what appears at the target.
+    #[must_use]
+    pub fn expose(mut self, expose: Expose) -> Self {
+        self.expose = expose;
+        self
+    }
+
+    /// Brings everything that was said into canonical form.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidOptions`] where two options exclude each other (`ro` and `rw`, a format of a
+    /// read-only mount, `data=ordered` and `data=journal`), where one does not apply to the mount of a
+    /// device (`bind`), or where one could not be given to a kernel.
+    pub fn build(self) -> Result<MountOptions, InvalidOptions> {
+        let mut words = Words::default();
+        for option in &self.options {
+            words.add(option)?;
+        }
+        let read_only = words.chosen.get("access").is_some_and(|word| word == "ro");
+        if let Some(name) = &self.filesystem {
+            well_formed_filesystem(name)?;
+        }
+        self.check_combination(read_only, &words)?;
+        Ok(MountOptions::from_fields(Fields {
+            partition: self.partition,
+            filesystem: self.filesystem,
+            read_only,
+            flags: words
+                .chosen
+                .values()
+                .filter_map(|word| flag_named(word))
+                .collect(),
+            data: words.data.into_values().collect(),
+            propagation: words
+                .chosen
+                .get("propagation")
+                .and_then(|word| Propagation::from_name(word)),
+            verity: self.verity.map(Box::new),
+            encryption: self.encryption,
+            format: self.format.map(Box::new),
+            expose: self.expose,
+        }))
+    }
+
+    fn check_combination(&self, read_only: bool, words: &Words) -> Result<(), InvalidOptions> {
+        let contradiction = |one: &str, other: &str| {
+            Err(InvalidOptions::Contradiction(
+                one.to_owned(),
+                other.to_owned(),
+            ))
+        };
+        if read_only && self.format.is_some() {
+            return contradiction("format", "ro");
+        }
+        if self.encryption.is_some() && self.verity.is_some() {
+            return contradiction("encryption", "verity");
+        }
+        if self.encryption.is_some() && read_only {
+            return contradiction("encryption", "ro");
+        }
+        if self.verity.is_some() && !read_only {
+            return contradiction("verity", "rw");
+        }
+        if let (Some(format), Some(named)) = (&self.format, &self.filesystem)
+            && format.filesystem != *named
+        {
+            return contradiction(&format!("format {}", format.filesystem), named);
+        }
+        let of_filesystem = words.data.values().next().or(self.filesystem.as_ref());
+        match (self.expose, of_filesystem) {
+            (Expose::BlockDevice, Some(option)) => contradiction("expose as block device", option),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The words that were said, by what they decide.
+#[derive(Default)]
+struct Words {
+    /// One word for each question that the kernel asks, such as `access`: `ro`.
+    chosen: BTreeMap<&'static str, String>,
+    /// The filesystem's own options by name, so that they are sorted and none is there twice.
+    data: BTreeMap<String, String>,
+}
+
+impl Words {
+    fn add(&mut self, option: &str) -> Result<(), InvalidOptions> {
+        let malformed = |reason| Err(InvalidOptions::Malformed(option.to_owned(), reason));
+        if option.is_empty() || option.starts_with('=') {
+            return malformed("it has no name");
+        }
+        if option.chars().any(char::is_control) {
+            return malformed("it has control characters");
+        }
+        if option.contains(',') {
+            return malformed("it has a comma; give each option by itself");
+        }
+        if let "bind" | "rbind" | "remount" | "move" = option {
+            let reason = "the mount of a device is always a new one";
+            return Err(InvalidOptions::Inapplicable(option.to_owned(), reason));
+        }
+        match question(option) {
+            Some(question) => put(&mut self.chosen, question, option),
+            None if option == "defaults" => Ok(()),
+            None => {
+                let name = option.split('=').next().unwrap_or(option).to_owned();
+                put(&mut self.data, name, option)
+            }
+        }
+    }
+}
+
+/// Puts an answer where none is, or the same.
+fn put<K: Ord>(
+    answers: &mut BTreeMap<K, String>,
+    key: K,
+    option: &str,
+) -> Result<(), InvalidOptions> {
+    let answer = answers.entry(key).or_insert_with(|| option.to_owned());
+    if answer == option {
+        return Ok(());
+    }
+    Err(InvalidOptions::Contradiction(
+        option.to_owned(),
+        answer.clone(),
+    ))
+}
+
+/// What an option decides, if the kernel decides it for every filesystem. Options for one question
+/// exclude each other.
+fn question(option: &str) -> Option<&'static str> {
+    Some(match option {
+        "ro" | "rw" => "access",
+        "suid" | "nosuid" => "suid",
+        "dev" | "nodev" => "dev",
+        "exec" | "noexec" => "exec",
+        "atime" | "noatime" | "relatime" | "strictatime" => "atime",
+        "diratime" | "nodiratime" => "diratime",
+        "symfollow" | "nosymfollow" => "symfollow",
+        "sync" | "async" => "sync",
+        "dirsync" => "dirsync",
+        "lazytime" | "nolazytime" => "lazytime",
+        "silent" | "loud" => "silent",
+        _ if Propagation::from_name(option).is_some() => "propagation",
+        _ => return None,
+    })
+}
+
+fn flag_named(word: &str) -> Option<MountFlag> {
+    MountFlag::ALL.into_iter().find(|flag| flag.name() == word)
+}
+
+/// A filesystem's name ends up in a request to the kernel and in log lines.
+fn well_formed_filesystem(name: &str) -> Result<(), InvalidOptions> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if !name.is_empty() && name.len() <= 32 && name.chars().all(fits) {
+        return Ok(());
+    }
+    let reason = "a filesystem has a name of at most 32 letters, digits, '.', '_' and '-'";
+    Err(InvalidOptions::Malformed(name.to_owned(), reason))
+}
+
+impl TryFrom<MountOptionsBuilder> for MountOptions {
+    type Error = InvalidOptions;
+
+    fn try_from(builder: MountOptionsBuilder) -> Result<Self, InvalidOptions> {
+        builder.build()
+    }
+}
+
+impl From<MountOptions> for MountOptionsBuilder {
+    fn from(options: MountOptions) -> Self {
+        let fields = options.0.fields.clone();
+        let mut words: Vec<String> = fields.flags.iter().map(|flag| flag.name().into()).collect();
+        words.extend(fields.read_only.then(|| "ro".into()));
+        words.extend(
+            fields
+                .propagation
+                .map(|propagation| propagation.to_string()),
+        );
+        words.extend(fields.data);
+        MountOptionsBuilder {
+            partition: fields.partition,
+            filesystem: fields.filesystem,
+            options: words,
+            verity: fields.verity.map(|verity| *verity),
+            encryption: fields.encryption,
+            format: fields.format.map(|format| *format),
+            expose: fields.expose,
+        }
+    }
+}
