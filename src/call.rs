@@ -1,0 +1,61 @@
+//! Calling a backend: one place that knows that a backend may panic, and which step it was.
+
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
+
+use tracing::{Instrument, Span, debug};
+
+use crate::sync::timeout;
+use crate::{BackendError, Error, ErrorKind, Step};
+
+/// Runs one call of a backend inside `span`. A panic counts as an error of kind `Uncertain`.
+pub(crate) async fn call<T>(
+    step: Step,
+    span: Span,
+    backend: impl Future<Output = Result<T, BackendError>>,
+) -> Result<T, Error> {
+    let outcome = catch_panic(backend).instrument(span.clone()).await;
+    span.in_scope(|| match &outcome {
+        Ok(_) => debug!("done"),
+        Err(error) => debug!(kind = %error.kind(), %error, "failed"),
+    });
+    outcome.map_err(|error| Error::new(step, error))
+}
+
+/// As [`call`], for tear-down: when the VM is gone, so is what was to be torn down.
+pub(crate) async fn call_down(
+    step: Step,
+    span: Span,
+    backend: impl Future<Output = Result<(), BackendError>>,
+) -> Result<(), Error> {
+    match call(step, span, backend).await {
+        Err(error) if error.kind() == ErrorKind::Gone => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Waits at most that long. What is ready at once, as most answers are, costs no timer.
+pub(crate) async fn within<T>(patience: Duration, answer: impl Future<Output = T>) -> Option<T> {
+    let mut answer = pin!(answer);
+    let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context)));
+    match at_once.await {
+        Poll::Ready(answer) => Some(answer),
+        Poll::Pending => timeout(patience, answer).await.ok(),
+    }
+}
+
+/// Makes an error of a panic.
+pub(crate) async fn catch_panic<T>(
+    backend: impl Future<Output = Result<T, BackendError>>,
+) -> Result<T, BackendError> {
+    let mut backend = pin!(backend);
+    poll_fn(|context| {
+        // A future that panicked is not polled again, so whatever it broke is not seen.
+        catch_unwind(AssertUnwindSafe(|| backend.as_mut().poll(context)))
+            .unwrap_or_else(|panic| Poll::Ready(Err(BackendError::from_panic(panic))))
+    })
+    .await
+}

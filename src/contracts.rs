@@ -1,0 +1,198 @@
+//! The contracts between the managers and the backends.
+//!
+//! They have two sides. **The managers** never run two calls for one key (a disk, a locator, a target) at
+//! once, and let every call finish: no future of a backend is dropped half-way while its
+//! runtime lives, but for [`Transport::identify`], which changes nothing. **A backend**, in exchange, gives three promises that the managers build on:
+//!
+//! - *Set-up is all or nothing.* After an error, nothing of it is left; where a backend cannot know
+//!   (a time-out, a lost connection), it answers [`ErrorKind::Uncertain`] and the managers tear down
+//!   before they try again.
+//! - *Tear-down can be repeated.* Tearing down what is absent succeeds, and after any error the same
+//!   call may be made again.
+//! - *Every wait ends.* A backend bounds its own waits and never panics, whatever it is given. (A
+//!   panic is caught and counts as `Uncertain`.)
+//!
+//! None of the traits has provided methods: a wrapper that forgets to forward one would silently
+//! change what it wraps.
+//!
+//! [`ErrorKind::Uncertain`]: crate::ErrorKind::Uncertain
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{BackendError, DeviceLocator, Disk, DiskId, MountOptions};
+
+/// Makes disks visible to the VM: SCSI, VPMEM, loop devices. Host side.
+#[async_trait]
+pub trait Transport: Send + Sync + 'static {
+    /// Says which disk is meant, so that a disk under two names is attached once.
+    ///
+    /// The implementor must give equal ids to whatever names the same disk (a relative path, a link, a
+    /// hard link), different ids to different disks, and must change nothing. It is
+    /// called for every request, also for disks that are attached, and its future is dropped when the
+    /// caller gives up.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is no such disk, `Unsuitable` if this transport cannot attach its kind.
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError>;
+
+    /// Attaches a disk: reserves a slot, fills it, and says where the device is. It is never given a
+    /// disk that equals one that is attached.
+    ///
+    /// The implementor must not hand out a slot again while a device may be in it: after `Uncertain`
+    /// the slot stays out of use until [`detach`](Self::detach) of the same disk has succeeded.
+    ///
+    /// # Errors
+    ///
+    /// `Full` if no slot is free and `Unsuitable` if the disk does not fit this transport; in both
+    /// cases another transport may be tried. `NotFound`, `Uncertain`, `Gone` and others as they come.
+    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError>;
+
+    /// Detaches a disk and frees its slot. It is given a disk that equals the one attached.
+    ///
+    /// The implementor may rely on the guest having let go of the device, unless the attachment
+    /// itself was `Uncertain`, in which case the guest was never told of it.
+    ///
+    /// # Errors
+    ///
+    /// After any error the disk still has its slot, and the call may be repeated. `Gone` counts as
+    /// done.
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError>;
+}
+
+/// Makes the guest let go of a device before the host detaches it. Guest side.
+#[async_trait]
+pub trait Unplugger: Send + Sync + 'static {
+    /// Proves that nobody in the guest uses the device, writes back what is cached and removes it from
+    /// the guest. A device that is not there is unplugged.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if somebody uses the device, which then stays as it was.
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError>;
+}
+
+/// Finds the block device behind a locator. Guest side; changes nothing.
+#[async_trait]
+pub trait Resolver: Send + Sync + 'static {
+    /// Waits until the device can be opened, proves that it is the one that is meant, and names it.
+    ///
+    /// The implementor must not guess: the order in which the kernel gives names is not the order of
+    /// attachment. Waiting is for events, with a deadline.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if the device has not appeared in time, `Unsuitable` if the locator is of another
+    /// transport, `Invalid` if its address makes no sense.
+    async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError>;
+}
+
+/// A block device of the guest, as a [`Resolver`] found it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// The device node.
+    pub path: PathBuf,
+    /// The bytes of it that are meant, where one device holds many disks; all of it if none.
+    pub window: Option<Range<u64>>,
+}
+
+/// Mounts devices. Guest side, or the host's end of a line to it.
+#[async_trait]
+pub trait Mounter: Send + Sync + 'static {
+    /// Mounts a device at a target, which it makes if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if the device, its partition or a filesystem on it is not there, `Conflict` if the
+    /// target is taken, `Invalid` if the target or the options cannot be, `Unsuitable` for what
+    /// this guest cannot do.
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError>;
+
+    /// Unmounts what [`mount`](Self::mount) has mounted at the target, and removes the directories
+    /// that it made. The target alone is enough: the implementor keeps a ledger of what to undo.
+    /// A target where nothing was mounted is unmounted.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if somebody uses the mount, which then stays as it was. `Conflict` if what is at the
+    /// target was not mounted by this implementor.
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError>;
+}
+
+/// Lays mounted layers over each other. Guest side, or the host's end of a line to it.
+#[async_trait]
+pub trait LayerCombiner: Send + Sync + 'static {
+    /// Makes the layers appear as one tree at the target.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Mounter::mount`].
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError>;
+
+    /// Takes an overlay apart, by its target alone. What was written to the scratch stays there. A
+    /// target where nothing was combined is separated.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Mounter::unmount`].
+    async fn separate(&self, target: &Path) -> Result<(), BackendError>;
+}
+
+/// Layers to be seen as one tree.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Overlay {
+    /// Where each layer is mounted, the topmost first.
+    pub layers: Vec<PathBuf>,
+    /// A writable directory that takes all changes; the tree is read-only without one. The
+    /// combiner makes the directories it needs in it (`upper` and `work`) and leaves them there.
+    pub scratch: Option<PathBuf>,
+    /// Where the tree appears.
+    pub target: PathBuf,
+}
+
+/// A backend behind a pointer is a backend: an `Arc` shares one between managers.
+macro_rules! forward_through_pointers {
+    (@one $pointer:ident $contract:ident {
+        $($method:ident($($arg:ident: $type:ty),*) -> $output:ty;)*
+    }) => {
+        #[async_trait]
+        #[deny(clippy::missing_trait_methods)]
+        impl<T: $contract + ?Sized> $contract for $pointer<T> {
+            $(async fn $method(&self, $($arg: $type),*) -> Result<$output, BackendError> {
+                (**self).$method($($arg),*).await
+            })*
+        }
+    };
+    ($($contract:ident { $($method:ident($($arg:ident: $type:ty),*) -> $output:ty;)* })*) => {$(
+        forward_through_pointers! { @one Arc $contract { $($method($($arg: $type),*) -> $output;)* } }
+        forward_through_pointers! { @one Box $contract { $($method($($arg: $type),*) -> $output;)* } }
+    )*};
+}
+
+forward_through_pointers! {
+    Transport {
+        identify(disk: &Disk) -> DiskId;
+        attach(disk: &Disk) -> DeviceLocator;
+        detach(disk: &Disk) -> ();
+    }
+    Unplugger { unplug(device: &DeviceLocator) -> (); }
+    Resolver { resolve(device: &DeviceLocator) -> BlockDevice; }
+    Mounter {
+        mount(device: &DeviceLocator, target: &Path, options: &MountOptions) -> ();
+        unmount(target: &Path) -> ();
+    }
+    LayerCombiner {
+        combine(overlay: &Overlay) -> ();
+        separate(target: &Path) -> ();
+    }
+}
