@@ -1,0 +1,43 @@
+//! A request that waits for its turn.
+
+use std::sync::Arc;
+
+use crate::sync::{Mutex, lock};
+
+/// What one caller asks for, until a task takes it up or the caller takes it back. It may hold leases,
+/// so it must not wait in a queue for somebody who has gone.
+pub(super) struct Asked<J>(Arc<Mutex<Option<J>>>);
+
+impl<J> Asked<J> {
+    pub(super) fn new(job: J) -> Self {
+        Asked(Arc::new(Mutex::new(Some(job))))
+    }
+
+    pub(super) fn take(&self) -> Option<J> {
+        lock(&self.0).take()
+    }
+
+    pub(super) fn look<T>(&self, look: impl FnOnce(&J) -> T) -> Option<T> {
+        lock(&self.0).as_ref().map(look)
+    }
+
+    pub(super) fn is_taken_back(&self) -> bool {
+        lock(&self.0).is_none()
+    }
+}
+
+impl<J> Clone for Asked<J> {
+    fn clone(&self) -> Self {
+        Asked(Arc::clone(&self.0))
+    }
+}
+
+/// Takes back what a caller asked for when the caller gives up; its leases come back by their `Drop`.
+pub(super) struct TakeBack<J>(pub(super) Asked<J>);
+
+impl<J> Drop for TakeBack<J> {
+    fn drop(&mut self) {
+        let taken_back = self.0.take();
+        drop(taken_back);
+    }
+}

@@ -1,0 +1,80 @@
+//! One key of the table: its state, its resource and its queue.
+
+use std::sync::OnceLock;
+
+use super::Driver;
+use crate::Error;
+use crate::sync::{AsyncMutex, Mutex, lock};
+
+/// What the table knows of one key, from the first request to the end of the tear-down.
+pub(super) struct Entry<D: Driver> {
+    pub(super) key: D::Key,
+    /// Set once, before the first lease is born.
+    pub(super) resource: OnceLock<D::Resource>,
+    pub(super) state: Mutex<State>,
+    /// Held by the one task that sets up or tears down; waiting for it is queueing for the key.
+    pub(super) job: AsyncMutex<Option<D::Job>>,
+}
+
+pub(super) enum State {
+    /// Nothing has been asked of the driver yet.
+    Idle,
+    /// The resource is up, and this many leases keep it so.
+    Up(usize),
+    /// The resource may or may not be up; `lower` must succeed before anything else.
+    Draining {
+        /// How often that has been tried in vain.
+        attempts: usize,
+        /// What came of it last, for those who waited for it.
+        error: Option<Error>,
+    },
+    /// This entry has left the table; the error is the outcome for everybody who queued on it.
+    Gone(Option<Error>),
+}
+
+/// What a task finds when its turn has come.
+pub(super) enum Look {
+    Idle,
+    Up,
+    Draining,
+    /// What the task waited for has failed, and this is what came of it.
+    Failed(Error),
+    Gone(Option<Error>),
+}
+
+impl<D: Driver> Entry<D> {
+    /// `queued_at`: the attempts that had been made when the task began to wait. Whoever waited for
+    /// somebody else's attempt gets its outcome, in place of one more attempt each.
+    pub(super) fn look(&self, queued_at: Option<usize>) -> Look {
+        match &*lock(&self.state) {
+            State::Idle => Look::Idle,
+            State::Up(_) => Look::Up,
+            State::Gone(outcome) => Look::Gone(outcome.clone()),
+            State::Draining {
+                attempts,
+                error: Some(error),
+            } if queued_at.is_some_and(|before| before != *attempts) => Look::Failed(error.clone()),
+            State::Draining { .. } => Look::Draining,
+        }
+    }
+
+    /// Up, and nobody is at work who might give a lease to a caller that has gone.
+    pub(super) fn is_settled(&self) -> bool {
+        self.job.try_lock().is_ok_and(|_at_rest| self.is_up())
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        matches!(*lock(&self.state), State::Up(_))
+    }
+
+    pub(super) fn attempts(&self) -> usize {
+        match *lock(&self.state) {
+            State::Draining { attempts, .. } => attempts,
+            _ => 0,
+        }
+    }
+
+    pub(super) fn set(&self, state: State) {
+        *lock(&self.state) = state;
+    }
+}

@@ -1,0 +1,233 @@
+//! The lease table under shuttle: many interleavings of few callers, chosen at random and by PCT (which
+//! is good at bugs that need a few badly timed switches). A failure prints the schedule to replay.
+
+use std::collections::HashMap;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Mutex as StdMutex;
+use std::task::Poll;
+
+use shuttle::future::{JoinHandle, block_on, spawn, yield_now};
+use shuttle::rand::{Rng, thread_rng};
+
+use super::*;
+use crate::Step;
+
+/// Interleavings of each kind for each test.
+const SCHEDULES: usize = 20_000;
+
+/// A backend that gives way in the middle of each call, and knows when it is misused.
+struct Fake {
+    faulty: bool,
+    resources: StdMutex<HashMap<u8, Status>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Status {
+    Raising,
+    Up,
+    /// A set-up whose outcome nobody knows.
+    Doubtful,
+    Lowering,
+    Down,
+}
+
+struct Work {
+    key: u8,
+}
+
+impl Fake {
+    fn change(&self, key: u8, from: &[Status], to: Status) {
+        let mut resources = self.resources.lock().unwrap();
+        let status = resources.entry(key).or_insert(Status::Down);
+        assert!(
+            from.contains(status),
+            "resource {key} goes from {status:?} to {to:?}"
+        );
+        *status = to;
+    }
+
+    /// One call in four goes wrong.
+    fn goes_wrong(&self) -> bool {
+        self.faulty && thread_rng().gen_range(0..4u8) == 0
+    }
+
+    fn left(&self) -> Vec<u8> {
+        let resources = self.resources.lock().unwrap();
+        let left = resources
+            .iter()
+            .filter(|(_, status)| **status != Status::Down);
+        left.map(|(key, _)| *key).collect()
+    }
+}
+
+fn failure(kind: ErrorKind) -> Error {
+    Error::new(
+        Step::Attach,
+        BackendError::new(kind, "a fault that was planned"),
+    )
+}
+
+impl Driver for Fake {
+    type Key = u8;
+    type Job = Work;
+    type Resource = u8;
+
+    async fn raise(&self, _: &u8, job: &mut Work) -> Result<u8, Error> {
+        self.change(job.key, &[Status::Down], Status::Raising);
+        yield_now().await;
+        if self.goes_wrong() {
+            if thread_rng().r#gen() {
+                self.change(job.key, &[Status::Raising], Status::Doubtful);
+                return Err(failure(ErrorKind::Uncertain));
+            }
+            self.change(job.key, &[Status::Raising], Status::Down);
+            return Err(failure(ErrorKind::Other));
+        }
+        self.change(job.key, &[Status::Raising], Status::Up);
+        Ok(job.key)
+    }
+
+    async fn lower(&self, _: &u8, job: &mut Work) -> Result<(), Error> {
+        self.change(job.key, &[Status::Up, Status::Doubtful], Status::Lowering);
+        yield_now().await;
+        if self.goes_wrong() {
+            self.change(job.key, &[Status::Lowering], Status::Up);
+            return Err(failure(ErrorKind::Busy));
+        }
+        self.change(job.key, &[Status::Lowering], Status::Down);
+        Ok(())
+    }
+
+    fn finish(&self, _: Work) -> Releasing {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn check(&self, up: &u8, asked: &Work) -> Result<(), Error> {
+        assert_eq!(*up, asked.key, "a lease is for the key that was asked for");
+        Ok(())
+    }
+
+    fn error(&self, _: &u8, _: Option<&u8>, cause: BackendError) -> Error {
+        Error::new(Step::Attach, cause)
+    }
+}
+
+type Leases = Arc<Table<Fake>>;
+
+fn table(faulty: bool) -> Leases {
+    Table::new(
+        Fake {
+            faulty,
+            resources: StdMutex::default(),
+        },
+        Duration::from_secs(1),
+    )
+}
+
+/// Polls a future a few times and gives it up.
+async fn impatiently<F: Future>(future: F, polls: usize) -> Option<F::Output> {
+    let mut future = pin!(future);
+    for _ in 0..polls {
+        let ready = poll_fn(|context| match future.as_mut().poll(context) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending => Poll::Ready(None),
+        });
+        if let Some(output) = ready.await {
+            return Some(output);
+        }
+        yield_now().await;
+    }
+    None
+}
+
+/// While a lease is held its resource is up.
+async fn hold(table: &Leases, lease: &Lease<Fake>) {
+    yield_now().await;
+    let resources = table.driver.resources.lock().unwrap();
+    assert_eq!(
+        resources[lease.resource()],
+        Status::Up,
+        "a lease keeps its resource up"
+    );
+}
+
+/// One caller: asks, holds, and gives back, in one of the ways in which callers do.
+async fn caller(table: Leases, key: u8) {
+    let patience = thread_rng().gen_range(0..8usize);
+    let lease = match table.join(&key, |_| Ok(())) {
+        Some(joined) => Some(joined),
+        None if patience < 4 => impatiently(table.acquire(key, Work { key }), patience).await,
+        None => Some(table.acquire(key, Work { key }).await),
+    };
+    let Some(Ok(lease)) = lease else { return };
+    hold(&table, &lease).await;
+    match thread_rng().gen_range(0..4u8) {
+        0 => drop(lease),
+        1 => drop(impatiently(lease.release(), 1).await),
+        _ => {
+            if let Err(error) = lease.release().await {
+                let _still_owed = error.retry().await;
+            }
+        }
+    }
+}
+
+/// Drains until nothing is owed: each failure is one call in four, so this ends.
+async fn drain(table: &Leases) {
+    while !table.drain().await.is_empty() {}
+    assert_eq!(
+        table.driver.left(),
+        Vec::<u8>::new(),
+        "nothing is left after a clean drain"
+    );
+    // A caller that gave up before its task had run leaves an idle entry, until the task sees that.
+    while !table.entries.is_empty() {
+        yield_now().await;
+    }
+    assert_eq!(
+        table.driver.left(),
+        Vec::<u8>::new(),
+        "nothing begins after a drain"
+    );
+}
+
+fn explore(callers: usize, keys: u8, faulty: bool) {
+    let scenario = move || {
+        block_on(async move {
+            let table = table(faulty);
+            let tasks: Vec<JoinHandle<()>> = (0..callers)
+                .map(|caller_number| {
+                    let key = caller_number as u8 % keys;
+                    spawn(caller(Arc::clone(&table), key))
+                })
+                .collect();
+            let drains = spawn({
+                let table = Arc::clone(&table);
+                async move { drop(table.drain().await) }
+            });
+            for task in tasks {
+                task.await.unwrap();
+            }
+            drains.await.unwrap();
+            drain(&table).await;
+        });
+    };
+    shuttle::check_random(scenario, SCHEDULES);
+    shuttle::check_pct(scenario, SCHEDULES, 3);
+}
+
+#[test]
+fn two_callers_of_one_key() {
+    explore(2, 1, false);
+}
+
+#[test]
+fn three_callers_of_one_key_with_faults() {
+    explore(3, 1, true);
+}
+
+#[test]
+fn four_callers_of_two_keys_with_faults() {
+    explore(4, 2, true);
+}

@@ -1,0 +1,36 @@
+//! The primitives under the lease table.
+//!
+//! The unit tests of this crate replace them with shuttle's, which decides who runs when and so walks
+//! through the interleavings (`src/lease/interleavings.rs`). Everything else, the integration tests too,
+//! runs on the real ones.
+
+pub(crate) use primitives::*;
+
+#[cfg(not(test))]
+mod primitives {
+    pub(crate) use parking_lot::{Mutex, MutexGuard};
+    pub(crate) use tokio::runtime::Handle;
+    pub(crate) use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot};
+    pub(crate) use tokio::time::timeout;
+
+    /// Locks for a few instructions.
+    pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock()
+    }
+}
+
+#[cfg(test)]
+mod primitives {
+    pub(crate) use shuttle::sync::{Mutex, MutexGuard};
+    pub(crate) use shuttle_tokio_impl::runtime::Handle;
+    pub(crate) use shuttle_tokio_impl::sync::{
+        Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot,
+    };
+    pub(crate) use shuttle_tokio_impl::time::timeout;
+
+    pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex
+            .lock()
+            .expect("shuttle ends the test at the first panic")
+    }
+}
