@@ -1,0 +1,311 @@
+//! Attachments: disks that are visible to the VM, shared by everybody who asks for the same.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dashmap::DashSet;
+use foldhash::fast::RandomState;
+use tracing::info_span;
+
+use crate::call::{call, call_down, catch_panic, within};
+use crate::lease::{Driver, Lease, Table};
+use crate::release::{Releasing, nothing_to_release};
+use crate::{
+    BackendError, DeviceLocator, Disk, DiskId, Drained, Error, PATIENCE, ReleaseError, Step,
+    Transport, Unplugger,
+};
+
+/// Attaches each disk once, shares it between all who ask, and detaches it with the last.
+///
+/// Two requests are for the same disk if the transport says so ([`Transport::identify`]), whatever
+/// names they use. The same disk read-only and read-write at once is a `Conflict`; so is another disk
+/// under the name of one that is attached (an image that was replaced).
+///
+/// On the way out the guest lets go first ([`Unplugger::unplug`]), then the host detaches. A step that
+/// failed is where the next attempt begins.
+///
+/// Cloning is cheap, and clones are the same manager.
+#[derive(Clone)]
+pub struct AttachManager {
+    table: Arc<Table<Attach>>,
+}
+
+/// One share of an attached disk. An attachment alone mounts nothing and unmounts nothing.
+///
+/// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
+/// background, where an error can only be logged.
+#[must_use = "dropping an attachment releases it in the background, where nobody sees the error"]
+pub struct Attachment {
+    lease: Lease<Attach>,
+}
+
+impl AttachManager {
+    /// A manager that waits for one answer at most five minutes.
+    pub fn new(transport: impl Transport, unplugger: impl Unplugger) -> Self {
+        Self::with_patience(Box::new(transport), Box::new(unplugger), PATIENCE)
+    }
+
+    pub(crate) fn with_patience(
+        transport: Box<dyn Transport>,
+        unplugger: Box<dyn Unplugger>,
+        patience: Duration,
+    ) -> Self {
+        let driver = Attach {
+            transport,
+            unplugger,
+            sources: DashSet::default(),
+        };
+        AttachManager {
+            table: Table::new(driver, patience),
+        }
+    }
+
+    /// Attaches a disk, or shares it if it is attached already.
+    ///
+    /// # Errors
+    ///
+    /// What the transport answers, by [kind](crate::ErrorKind); everybody who waited for one attempt gets
+    /// its outcome. After an error nothing is attached for this caller; what is `Uncertain`
+    /// has been torn down, or is before the disk is attached again.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait. An attachment that is under way is finished and, if
+    /// nobody else waits for it, taken back in the background.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn attach(&self, disk: &Disk) -> Result<Attachment, Error> {
+        let id = self.identify(disk).await?;
+        self.attach_identified(id, disk).await
+    }
+
+    /// Asked for every request, also for disks that are up: no span, no task, no timer unless it waits.
+    pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
+        let identify = catch_panic(self.table.driver().transport.identify(disk));
+        let id = within(self.table.patience(), identify).await;
+        let id = id.unwrap_or_else(|| Err(self.table.impatient()));
+        id.map_err(|cause| Error::new(Step::Identify, cause).on_disk(disk))
+    }
+
+    pub(crate) async fn attach_identified(
+        &self,
+        id: DiskId,
+        disk: &Disk,
+    ) -> Result<Attachment, Error> {
+        let lease = match self.table.join(&id, |up| up.check(disk)) {
+            Some(joined) => joined?,
+            None => {
+                let lease = self.table.acquire(id, AttachJob::new(disk)).await;
+                lease.map_err(|error| match error.disk() {
+                    Some(_) => error,
+                    None => error.on_disk(disk),
+                })?
+            }
+        };
+        Ok(Attachment { lease })
+    }
+
+    /// Where a disk seems to be attached as it is asked for; nothing keeps it there.
+    pub(crate) fn peek(&self, id: &DiskId, disk: &Disk) -> Option<DeviceLocator> {
+        self.table
+            .peek(id, |up| up.check(disk).is_ok().then(|| up.locator.clone()))?
+    }
+
+    /// Tears down whatever is owed: failed releases, dropped leases, uncertain attachments.
+    ///
+    /// Every attachment that was released or dropped, and every [`attach`](Self::attach) that was given
+    /// up, before this is called, is down when it returns, or reported.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait, not the tear-downs.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn drain(&self) -> Drained {
+        let failed = self.table.drain().await;
+        Drained {
+            failed,
+            in_use: self.in_use(),
+        }
+    }
+
+    /// How many disks are attached and in use.
+    pub fn in_use(&self) -> usize {
+        self.table.up(|_| ()).len()
+    }
+}
+
+impl Attachment {
+    /// Where the device is.
+    pub fn locator(&self) -> &DeviceLocator {
+        &self.lease.resource().locator
+    }
+
+    pub(crate) fn id(&self) -> &DiskId {
+        &self.lease.resource().id
+    }
+
+    /// The disk, under the name by which it was first asked for.
+    pub fn disk(&self) -> &Disk {
+        &self.lease.resource().disk
+    }
+
+    /// Gives this share back. With the last one the guest lets go of the device and the host detaches
+    /// it.
+    ///
+    /// The share counts as given back when this returns; the future waits for the tear-down.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed; see [`ReleaseError`] for how to go on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait, not the tear-down; an error is then logged.
+    pub fn release(self) -> impl Future<Output = Result<(), ReleaseError>> + Send + 'static {
+        self.releasing()
+    }
+
+    pub(crate) fn releasing(self) -> Releasing {
+        self.lease.release()
+    }
+}
+
+/// Attaching, as the lease table sees it.
+struct Attach {
+    transport: Box<dyn Transport>,
+    unplugger: Box<dyn Unplugger>,
+    /// The disks that transports have been asked to attach, as they were named: a transport may rely
+    /// on never being asked for two that are equal.
+    sources: DashSet<Disk, RandomState>,
+}
+
+struct AttachJob {
+    disk: Disk,
+    /// Listed among the sources, until it is detached.
+    listed: bool,
+    /// Known once the attachment has succeeded.
+    locator: Option<DeviceLocator>,
+    /// The guest has let go.
+    unplugged: bool,
+}
+
+struct Attached {
+    id: DiskId,
+    disk: Disk,
+    locator: DeviceLocator,
+}
+
+impl AttachJob {
+    fn new(disk: &Disk) -> Self {
+        AttachJob {
+            disk: disk.clone(),
+            listed: false,
+            locator: None,
+            unplugged: false,
+        }
+    }
+}
+
+impl Attached {
+    fn check(&self, asked: &Disk) -> Result<(), Error> {
+        let (up, locator) = (&self.disk, &self.locator);
+        if (asked.kind(), asked.is_read_only()) == (up.kind(), up.is_read_only()) {
+            return Ok(());
+        }
+        let taken =
+            format!("it is attached as {locator} from {up}; one disk has one access for all");
+        Err(Error::new(Step::Attach, BackendError::conflict(taken)).on_disk(asked))
+    }
+}
+
+impl Driver for Attach {
+    type Key = DiskId;
+    type Job = AttachJob;
+    type Resource = Attached;
+
+    async fn raise(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
+        let disk = &job.disk;
+        if !self.sources.insert(disk.clone()) {
+            let replaced = "another disk of that name is attached, so the image was replaced; \
+                            release the old one first, or give the new one another name";
+            let error = Error::new(Step::Attach, BackendError::conflict(replaced));
+            return Err(error.on_disk(disk));
+        }
+        job.listed = true;
+        let span = info_span!("attach", disk = %disk.source().display());
+        let locator = call(Step::Attach, span, self.transport.attach(disk)).await;
+        let locator = locator.map_err(|error| error.on_disk(disk))?;
+        job.locator = Some(locator.clone());
+        Ok(Attached {
+            id: id.clone(),
+            disk: disk.clone(),
+            locator,
+        })
+    }
+
+    async fn lower(&self, _: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+        let AttachJob {
+            disk,
+            locator,
+            unplugged,
+            ..
+        } = job;
+        // Without a locator the attachment was uncertain, and the guest was never told of it.
+        if let (Some(locator), false) = (&*locator, *unplugged) {
+            let span = info_span!("unplug", disk = %disk.source().display(), %locator);
+            let outcome = call_down(Step::Unplug, span, self.unplugger.unplug(locator)).await;
+            outcome.map_err(|error| error.on_disk(disk).on_device(locator))?;
+            *unplugged = true;
+        }
+        let span = info_span!("detach", disk = %disk.source().display());
+        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
+        outcome.map_err(|error| match locator {
+            Some(locator) => error.on_disk(disk).on_device(locator),
+            None => error.on_disk(disk),
+        })
+    }
+
+    fn finish(&self, job: AttachJob) -> Releasing {
+        if job.listed {
+            self.sources.remove(&job.disk);
+        }
+        nothing_to_release()
+    }
+
+    fn check(&self, up: &Attached, asked: &AttachJob) -> Result<(), Error> {
+        up.check(&asked.disk)
+    }
+
+    fn error(&self, _: &DiskId, up: Option<&Attached>, cause: BackendError) -> Error {
+        match up {
+            Some(up) => Error::new(Step::Detach, cause)
+                .on_disk(&up.disk)
+                .on_device(&up.locator),
+            None => Error::new(Step::Attach, cause),
+        }
+    }
+}
+
+impl fmt::Debug for AttachManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AttachManager")
+            .field("in_use", &self.in_use())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Attached { disk, locator, .. } = self.lease.resource();
+        f.debug_struct("Attachment")
+            .field("disk", disk)
+            .field("locator", locator)
+            .finish()
+    }
+}

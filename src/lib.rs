@@ -1,0 +1,105 @@
+//! Hot-plug disk images into a virtual machine, mount them in the guest, share them between containers,
+//! and take them out again exactly once, whatever fails on the way.
+//!
+//! In one line: `async fn(Disk, MountRequest) -> Mount`.
+//!
+//! ```
+//! use blockmount::testing::FakeVm;
+//! use blockmount::{Disk, Manager, MountOptions, MountRequest};
+//!
+//! # let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+//! # runtime.block_on(async {
+//! let vm = FakeVm::new(); // a VM in memory; see the table of backends for real ones
+//! let manager = Manager::builder()
+//!     .transport(vm.clone())
+//!     .unplugger(vm.clone())
+//!     .mounter(vm.clone())
+//!     .build();
+//!
+//! let layer = Disk::virtual_disk("/images/base.erofs").read_only();
+//! let request = MountRequest::new(MountOptions::read_only());
+//! let one = manager.add(&layer, &request).await?; // attached and mounted
+//! let two = manager.add(&layer, &request).await?; // shared
+//! assert_eq!(one.path(), two.path());
+//!
+//! one.release().await?; // still mounted for the other
+//! two.release().await?; // unmounted, unplugged, detached
+//! assert!(manager.drain().await.is_clean());
+//! # vm.assert_empty();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # How it is built
+//!
+//! ```text
+//!  Manager ── AttachManager ────── Transport (SCSI, loop devices, ...)        host side
+//!     │            └────────────── Unplugger                                  guest side
+//!     ├────── BlockMountManager ── Mounter  (this machine, or a line to it)   guest side
+//!     └────── Stack ────────────── LayerCombiner                              guest side
+//! ```
+//!
+//! - [`AttachManager`] attaches each disk once and shares the [`Attachment`].
+//! - [`BlockMountManager`] mounts each device once for each set of [`MountOptions`] and shares the
+//!   [`Mount`]. It knows no transport: a device is an opaque [`DeviceLocator`].
+//! - [`Manager`] puts the two in a row, and lays layers over each other as a [`Stack`].
+//!
+//! Under all three is one lease table, which shares, counts and serialises. Each set-up and tear-down
+//! runs in a task of its own; callers only wait for it, so a caller that gives up at any moment breaks
+//! nothing. The last lease that comes back tears down: unmount, then unplug, then detach. A
+//! step that fails is owed: it is retried before anybody is given the same disk, path or slot again.
+//!
+//! # Errors
+//!
+//! Every error has a [kind](ErrorKind), by what the caller can do next, and names the step, the disk, the
+//! device and the path. A release that fails answers with a [`ReleaseError`], which can be retried;
+//! [`Manager::drain`] pays whatever is owed. A handle that is dropped is released in the
+//! background.
+//!
+//! # Backends
+//!
+//! | crate | implements | for |
+//! |---|---|---|
+//! | `blockmount-loopback` | [`Transport`], [`Resolver`], [`Unplugger`] | loop devices: host and guest are this machine |
+//! | `blockmount-scsi` | [`Transport`] over its own small `Attacher` | any hypervisor with SCSI controllers |
+//! | `blockmount-linux` | [`Mounter`], [`LayerCombiner`] | every Linux guest: finds, probes, mounts, combines |
+//! | `blockmount-bridge` | [`Mounter`], [`LayerCombiner`], [`Unplugger`] | a guest at the other end of a line |
+//!
+//! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`]) are small,
+//! and each says what the implementor must do and what it may rely on. With the feature
+//! `testing` there is a conformance suite that every backend must pass, and a VM in memory with faults to
+//! order.
+
+mod attach;
+mod call;
+mod contracts;
+mod disk;
+mod error;
+mod lease;
+mod locator;
+mod manager;
+mod mount;
+mod options;
+mod release;
+pub mod slots;
+mod stack;
+mod sync;
+mod target;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod transports;
+
+pub use attach::{AttachManager, Attachment};
+pub use contracts::{BlockDevice, LayerCombiner, Mounter, Overlay, Resolver, Transport, Unplugger};
+pub use disk::{Disk, DiskId, DiskKind};
+pub use error::{BackendError, Error, ErrorKind, Step};
+pub use locator::{DeviceLocator, InvalidLocator};
+pub use manager::{Drained, Manager, ManagerBuilder, PATIENCE};
+pub use mount::{BlockMountManager, Mount, MountPoint};
+pub use options::{
+    Encryption, Expose, Format, InvalidOptions, MountFlag, MountFlags, MountOptions,
+    MountOptionsBuilder, MountRequest, Overwrite, Propagation, PropagationMode, Verity,
+};
+pub use release::ReleaseError;
+pub use stack::{Stack, StackRequest};

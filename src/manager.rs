@@ -1,0 +1,345 @@
+//! The whole way: from a disk of the host to files in the guest, and back.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::join_all;
+
+use crate::lease::Table;
+use crate::mount::writable;
+use crate::stack::{Combining, combine, release_all};
+use crate::target::Claims;
+use crate::transports::Transports;
+use crate::{
+    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, DiskId, Error,
+    LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Stack, StackRequest, Step,
+    Transport, Unplugger,
+};
+
+/// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
+/// of Hyper-V's guests waits for a reply. Backends bound their waits themselves, and well below this.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Disks in, mounts out: attaches a disk to the VM, mounts it in the guest, shares both between all who
+/// ask for the same, and takes it out again exactly once, whatever fails on the way.
+///
+/// It is thin: an [`AttachManager`] and a [`BlockMountManager`] in a row, and overlays on top. Cloning is
+/// cheap, and clones are the same manager.
+///
+/// Before the runtime ends, [`drain`](Self::drain) the manager: what was dropped is torn down in
+/// the background, and a background needs a runtime.
+#[derive(Clone)]
+pub struct Manager {
+    attachments: AttachManager,
+    mounts: BlockMountManager,
+    stacks: Arc<Table<Combining>>,
+}
+
+/// Puts a [`Manager`] together from backends.
+#[must_use]
+pub struct ManagerBuilder {
+    transports: Vec<Box<dyn Transport>>,
+    unplugger: Option<Box<dyn Unplugger>>,
+    mounter: Box<dyn Mounter>,
+    combiner: Box<dyn LayerCombiner>,
+    mount_root: PathBuf,
+    patience: Duration,
+}
+
+/// What [`Manager::drain`] found.
+#[derive(Debug, Clone)]
+#[must_use = "what failed is still there"]
+pub struct Drained {
+    /// The tear-downs that failed once more, and are still owed.
+    pub failed: Vec<Error>,
+    /// How many attachments, mounts and stacks are up, because somebody holds them.
+    pub in_use: usize,
+}
+
+impl Drained {
+    /// Whether nothing is left at all.
+    pub fn is_clean(&self) -> bool {
+        self.failed.is_empty() && self.in_use == 0
+    }
+}
+
+impl Manager {
+    /// Starts with nothing: a manager needs at least a transport, and a mounter to mount.
+    pub fn builder() -> ManagerBuilder {
+        ManagerBuilder {
+            transports: Vec::new(),
+            unplugger: None,
+            mounter: Box::new(Missing("mounter")),
+            combiner: Box::new(Missing("combiner")),
+            mount_root: PathBuf::from("/run/mounts/blockmount"),
+            patience: PATIENCE,
+        }
+    }
+
+    /// Attaches a disk without mounting it, or shares the attachment if there is one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`AttachManager::attach`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`AttachManager::attach`].
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn attach(&self, disk: &Disk) -> Result<Attachment, Error> {
+        self.attachments.attach(disk).await
+    }
+
+    /// Attaches a disk and mounts it, or shares what there is.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AttachManager::attach`] and [`BlockMountManager::mount`]. After an error nothing is
+    /// left for this caller: a disk that was attached and could not be mounted is detached.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait; what is under way is finished and taken back in the
+    /// background.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
+        writable(disk, request)?;
+        let id = self.attachments.identify(disk).await?;
+        if let Some(locator) = self.attachments.peek(&id, disk)
+            && let Some(mount) = self.mounts.join(&id, locator, request)
+        {
+            return Ok(mount);
+        }
+        let attachment = self.attachments.attach_identified(id, disk).await?;
+        self.mounts.mount(attachment, request).await
+    }
+
+    /// Adds all layers of a stack at once, and lays them over each other: all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// The error of the topmost layer that failed, or that of the overlay (`Conflict` if the target is taken). After
+    /// an error nothing is left for this caller; what could not be torn down is logged and
+    /// owed until the next [`drain`](Self::drain).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait; what is under way is finished and taken back in the
+    /// background.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn stack(&self, request: &StackRequest) -> Result<Stack, Error> {
+        if request.disks().next().is_none() {
+            let cause = BackendError::invalid("a stack needs at least one layer");
+            return Err(Error::new(Step::Combine, cause).on_path(request.target()));
+        }
+        // All in this one future: whoever drops it gives up all of them on the spot.
+        let adding = request.disks().map(|(disk, mount)| self.add(disk, mount));
+        let (mut mounts, mut first_error) = (Vec::new(), None);
+        for added in join_all(adding).await {
+            match added {
+                Ok(mount) => mounts.push(mount),
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        if let Some(error) = first_error {
+            if let Err(left) = release_all(mounts).await {
+                left.log();
+            }
+            return Err(error);
+        }
+        combine(&self.stacks, request.clone(), mounts).await
+    }
+
+    /// The manager of the attachments.
+    pub fn attachments(&self) -> &AttachManager {
+        &self.attachments
+    }
+
+    /// The manager of the mounts.
+    pub fn mounts(&self) -> &BlockMountManager {
+        &self.mounts
+    }
+
+    /// Tears down whatever is owed: failed releases, dropped handles, uncertain set-ups.
+    ///
+    /// Everything that was released, dropped or given up before this is called is down when it
+    /// returns, or reported. What others hold stays.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait, not the tear-downs.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn drain(&self) -> Drained {
+        // From the top down: each step lets go of what the next one tears down.
+        let mut failed = self.stacks.drain().await;
+        let mut in_use = self.stacks.up(|_| ()).len();
+        for drained in [self.mounts.drain().await, self.attachments.drain().await] {
+            failed.extend(drained.failed);
+            in_use += drained.in_use;
+        }
+        Drained { failed, in_use }
+    }
+}
+
+impl ManagerBuilder {
+    /// Adds a transport after those that are there. They are tried in order: one that answers
+    /// `Unsuitable` or `Full` passes the disk on.
+    pub fn transport(mut self, transport: impl Transport) -> Self {
+        self.transports.push(Box::new(transport));
+        self
+    }
+
+    /// Makes the guest let go of devices. A manager without one attaches nothing: it could not take
+    /// it out again.
+    pub fn unplugger(mut self, unplugger: impl Unplugger) -> Self {
+        self.unplugger = Some(Box::new(unplugger));
+        self
+    }
+
+    /// Mounts devices in the guest. A manager without one can only attach.
+    pub fn mounter(mut self, mounter: impl Mounter) -> Self {
+        self.mounter = Box::new(mounter);
+        self
+    }
+
+    /// Lays layers over each other. A manager without one makes no stacks.
+    pub fn combiner(mut self, combiner: impl LayerCombiner) -> Self {
+        self.combiner = Box::new(combiner);
+        self
+    }
+
+    /// Where paths are made up for mounts that name none; an absolute path in the guest. Two managers
+    /// of one guest need two roots. Default: `/run/mounts/blockmount`.
+    pub fn mount_root(mut self, root: impl Into<PathBuf>) -> Self {
+        self.mount_root = root.into();
+        self
+    }
+
+    /// How long a caller waits for one answer before it gets `Uncertain`; what it waits for goes on.
+    /// Default: [`PATIENCE`].
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// The manager.
+    pub fn build(self) -> Manager {
+        let ManagerBuilder {
+            mut transports,
+            unplugger,
+            mounter,
+            combiner,
+            mount_root,
+            patience,
+        } = self;
+        let only = if transports.len() == 1 {
+            transports.pop()
+        } else {
+            None
+        };
+        let transport: Box<dyn Transport> = match (&unplugger, only) {
+            (None, _) => Box::new(Missing("unplugger")),
+            (_, Some(only)) => only,
+            _ => Box::new(Transports::new(transports)),
+        };
+        let unplugger = unplugger.unwrap_or_else(|| Box::new(Missing("unplugger")));
+        let claims = Claims::new(mount_root);
+        Manager {
+            attachments: AttachManager::with_patience(transport, unplugger, patience),
+            mounts: BlockMountManager::with_claims(mounter, claims.clone(), patience),
+            stacks: Table::new(Combining::new(combiner, claims), patience),
+        }
+    }
+}
+
+/// Stands where the builder was given nothing.
+struct Missing(&'static str);
+
+impl Missing {
+    fn refuse(&self) -> BackendError {
+        BackendError::unsuitable(format!("the manager was built without a {}", self.0))
+    }
+}
+
+#[async_trait]
+impl Transport for Missing {
+    async fn identify(&self, _: &Disk) -> Result<DiskId, BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn attach(&self, _: &Disk) -> Result<DeviceLocator, BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn detach(&self, _: &Disk) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Unplugger for Missing {
+    async fn unplug(&self, _: &DeviceLocator) -> Result<(), BackendError> {
+        Err(self.refuse())
+    }
+}
+
+#[async_trait]
+impl Mounter for Missing {
+    async fn mount(
+        &self,
+        _: &DeviceLocator,
+        _: &std::path::Path,
+        _: &MountOptions,
+    ) -> Result<(), BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn unmount(&self, _: &std::path::Path) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl LayerCombiner for Missing {
+    async fn combine(&self, _: &Overlay) -> Result<(), BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn separate(&self, _: &std::path::Path) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Manager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manager")
+            .field("attachments", &self.attachments)
+            .field("mounts", &self.mounts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for ManagerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ManagerBuilder")
+            .field("transports", &self.transports.len())
+            .field("mount_root", &self.mount_root)
+            .field("patience", &self.patience)
+            .finish_non_exhaustive()
+    }
+}

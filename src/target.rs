@@ -1,0 +1,333 @@
+//! Paths in the guest: which are well formed, which are taken, which are made up.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::ops::Bound;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::slots::{MAX_PER_GROUP, Policy, Reservation, Slots};
+use crate::{BackendError, DeviceLocator, MountOptions};
+
+/// The longest path that a Linux guest takes, in bytes (`PATH_MAX` less the final zero).
+const MAX_LEN: usize = 4095;
+
+/// The most paths that are made up at once.
+const MADE_UP: u32 = 8 * MAX_PER_GROUP as u32;
+
+/// What is live in one guest: which paths are taken, and how each device is mounted.
+#[derive(Clone)]
+pub(crate) struct Claims(Arc<Shared>);
+
+struct Shared {
+    root: PathBuf,
+    numbers: Slots,
+    live: Mutex<Live>,
+}
+
+#[derive(Default)]
+struct Live {
+    /// Each taken path in comparable form, and what is there. What is below a path begins with it, so
+    /// it comes next.
+    paths: BTreeMap<Arc<[u8]>, Taken>,
+    mounts: HashMap<DeviceLocator, Vec<MountOptions>, RandomState>,
+}
+
+/// What has taken a path.
+enum Taken {
+    Device(DeviceLocator),
+    Overlay,
+}
+
+impl fmt::Display for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Taken::Device(device) => write!(f, "device {device}"),
+            Taken::Overlay => f.write_str("an overlay"),
+        }
+    }
+}
+
+/// A path that is taken, and with it the right to mount a device there. Dropping it frees both.
+pub(crate) struct Claim {
+    claims: Claims,
+    target: Arc<Path>,
+    /// The target in comparable form.
+    key: Arc<[u8]>,
+    mount: Option<(DeviceLocator, MountOptions)>,
+    /// The number in a path that was made up.
+    _number: Option<Reservation>,
+}
+
+impl Claims {
+    /// Paths are made up below `root`.
+    pub(crate) fn new(root: PathBuf) -> Self {
+        let numbers = Slots::new(8, MAX_PER_GROUP, Policy::LowestFirst)
+            .expect("8 x 16,384 is a table of slots");
+        Claims(Arc::new(Shared {
+            root,
+            numbers,
+            live: Mutex::default(),
+        }))
+    }
+
+    /// Takes `target` (or a path that it makes up) for a mount of a device.
+    pub(crate) fn mount(
+        &self,
+        device: &DeviceLocator,
+        options: &MountOptions,
+        target: Option<&Path>,
+    ) -> Result<Claim, BackendError> {
+        let mut live = self.live();
+        let mounts = live.mounts.get(device).map_or(&[][..], Vec::as_slice);
+        if !mounts.iter().all(|other| other.is_compatible_with(options)) {
+            return Err(BackendError::conflict(
+                "the device is mounted with options that exclude these; a writer has it alone, and \
+                 readers must agree on the filesystem's options",
+            ));
+        }
+        let (target, key, number) = match target {
+            Some(target) => (target.to_owned(), live.free(target, None)?, None),
+            None => self.make_up(&live)?,
+        };
+        let mounts = live.mounts.entry(device.clone());
+        mounts
+            .or_insert_with(|| Vec::with_capacity(1))
+            .push(options.clone());
+        let mount = Some((device.clone(), options.clone()));
+        Ok(self.claim(
+            &mut live,
+            target,
+            key,
+            Taken::Device(device.clone()),
+            mount,
+            number,
+        ))
+    }
+
+    /// Takes `target` for an overlay. It may lie below `scratch`, where its changes go.
+    pub(crate) fn overlay(
+        &self,
+        target: &Path,
+        scratch: Option<&Path>,
+    ) -> Result<Claim, BackendError> {
+        let scratch = scratch.map(comparable).transpose()?;
+        let mut live = self.live();
+        let key = live.free(target, scratch.as_deref())?;
+        Ok(self.claim(
+            &mut live,
+            target.to_owned(),
+            key,
+            Taken::Overlay,
+            None,
+            None,
+        ))
+    }
+
+    fn claim(
+        &self,
+        live: &mut Live,
+        target: PathBuf,
+        key: Vec<u8>,
+        taken: Taken,
+        mount: Option<(DeviceLocator, MountOptions)>,
+        number: Option<Reservation>,
+    ) -> Claim {
+        let key: Arc<[u8]> = key.into();
+        live.paths.insert(Arc::clone(&key), taken);
+        Claim {
+            claims: self.clone(),
+            target: target.into(),
+            key,
+            mount,
+            _number: number,
+        }
+    }
+
+    /// The first path of ours that nobody has asked for by name.
+    fn make_up(
+        &self,
+        live: &Live,
+    ) -> Result<(PathBuf, Vec<u8>, Option<Reservation>), BackendError> {
+        // Numbers whose path is taken by name are kept aside, so that the next one is another.
+        let mut passed = Vec::new();
+        while let Some(number) = self.0.numbers.reserve() {
+            let slot = number.slot();
+            let index = u32::from(slot.group) * u32::from(MAX_PER_GROUP) + u32::from(slot.index);
+            let target = self.numbered(index);
+            match live.free(&target, None) {
+                Ok(key) => return Ok((target, key, Some(number))),
+                Err(_) => passed.push(number),
+            }
+        }
+        Err(BackendError::full(format!(
+            "{MADE_UP} mounts have paths that were made up; release some"
+        )))
+    }
+
+    fn numbered(&self, index: u32) -> PathBuf {
+        match self.0.root.to_str() {
+            Some(root) if is_windows(root) => PathBuf::from(format!("{root}\\m{index}")),
+            _ => self.0.root.join(format!("m{index}")),
+        }
+    }
+
+    /// Held for a few look-ups, never across a call to anybody else.
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.0.live.lock()
+    }
+}
+
+impl Live {
+    /// The comparable form of a path at which something can be mounted now.
+    fn free(&self, target: &Path, inside: Option<&[u8]>) -> Result<Vec<u8>, BackendError> {
+        let key = comparable(target)?;
+        let from_here = (Bound::Included(&*key), Bound::Unbounded);
+        let next = self.paths.range::<[u8], _>(from_here).next();
+        if let Some((_, what)) = next.filter(|(taken, _)| taken.starts_with(&key)) {
+            let taken = format!("{what} is mounted there or below");
+            return Err(BackendError::conflict(taken));
+        }
+        let slashes = key
+            .iter()
+            .enumerate()
+            .rev()
+            .skip(1)
+            .filter(|(_, byte)| **byte == b'/');
+        let mut above = slashes.map(|(index, _)| &key[..=index]);
+        match above.find_map(|path| Some((path, self.paths.get(path)?))) {
+            Some((path, what)) if Some(path) != inside => {
+                let path = String::from_utf8_lossy(path);
+                let taken = format!("{what} is mounted above, at {path}");
+                Err(BackendError::conflict(taken))
+            }
+            _ => Ok(key),
+        }
+    }
+}
+
+impl Claim {
+    pub(crate) fn target(&self) -> &Arc<Path> {
+        &self.target
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut live = self.claims.live();
+        live.paths.remove(&*self.key);
+        if let Some((device, options)) = &self.mount
+            && let Some(mounts) = live.mounts.get_mut(device)
+        {
+            if let Some(ours) = mounts.iter().position(|other| other == options) {
+                mounts.swap_remove(ours);
+            }
+            if mounts.is_empty() {
+                live.mounts.remove(device);
+            }
+        }
+    }
+}
+
+/// The form in which two spellings of one path are equal, and whatever is below it begins with it
+/// (`/a/b/`); or why it is no path in a guest.
+fn comparable(target: &Path) -> Result<Vec<u8>, BackendError> {
+    let invalid = |why: &str| {
+        let shown: String = target.to_string_lossy().chars().take(128).collect();
+        Err(BackendError::invalid(format!(
+            "{shown:?} cannot be a target: {why}"
+        )))
+    };
+    let bytes = target.as_os_str().as_encoded_bytes();
+    if bytes.len() > MAX_LEN {
+        return invalid("it is longer than 4,095 bytes");
+    }
+    if bytes.contains(&0) {
+        return invalid("it has a zero byte");
+    }
+    let unified = match target.to_str() {
+        // Case and the kind of slash make no difference to Windows.
+        Some(text) if is_windows(text) => text.replace('\\', "/").to_lowercase().into_bytes(),
+        _ if bytes.first() == Some(&b'/') => bytes.to_owned(),
+        _ => return invalid("it is not absolute"),
+    };
+    let mut plain = Vec::with_capacity(unified.len() + 2);
+    for name in unified.split(|byte| *byte == b'/') {
+        match name {
+            b"" | b"." => {}
+            b".." => return invalid("it has a '..' in it"),
+            name => {
+                plain.push(b'/');
+                plain.extend_from_slice(name);
+            }
+        }
+    }
+    if plain.is_empty() {
+        return invalid("it is the root directory");
+    }
+    plain.push(b'/');
+    Ok(plain)
+}
+
+/// `c:\...`: a path in a Windows guest, on whatever host we run.
+fn is_windows(path: &str) -> bool {
+    let bytes = path.as_bytes();
+    bytes.len() > 3 && bytes[0].is_ascii_alphabetic() && &bytes[1..3] == b":\\"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    fn claims() -> (Claims, DeviceLocator, MountOptions) {
+        let device = DeviceLocator::new("scsi", "0/0").unwrap();
+        (
+            Claims::new("c:\\mounts\\scsi".into()),
+            device,
+            MountOptions::read_only(),
+        )
+    }
+
+    #[test]
+    fn windows_guests_know_no_case_and_two_slashes() {
+        let (claims, device, options) = claims();
+        let live = claims
+            .mount(&device, &options, Some(Path::new("C:\\Mounts\\x")))
+            .unwrap();
+        assert_eq!(
+            &**live.target(),
+            Path::new("C:\\Mounts\\x"),
+            "the guest gets what was asked for"
+        );
+        for target in ["c:\\mounts\\X", "c:\\mounts/x\\below", "c:\\MOUNTS"] {
+            let taken = claims.mount(&device, &options, Some(Path::new(target)));
+            assert_eq!(
+                taken.err().map(|error| error.kind()),
+                Some(ErrorKind::Conflict),
+                "{target}"
+            );
+        }
+        let made_up = claims.mount(&device, &options, None).unwrap();
+        assert_eq!(&**made_up.target(), Path::new("c:\\mounts\\scsi\\m0"));
+    }
+
+    #[test]
+    fn a_dropped_claim_frees_its_path_its_number_and_its_device() {
+        let (claims, device, options) = claims();
+        for _ in 0..3 {
+            let claim = claims
+                .mount(&device, &MountOptions::default(), None)
+                .unwrap();
+            assert!(
+                claims.mount(&device, &options, None).is_err(),
+                "a writer has it alone"
+            );
+            assert_eq!(&**claim.target(), Path::new("c:\\mounts\\scsi\\m0"));
+        }
+        assert!(claims.live().paths.is_empty() && claims.live().mounts.is_empty());
+    }
+}
