@@ -1,0 +1,95 @@
+//! The contracts, as the fake VM keeps them.
+
+use std::path::Path;
+
+use async_trait::async_trait;
+
+use super::{FakeVm, Key, VmStep};
+use crate::{
+    BackendError, BlockDevice, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter,
+    Overlay, Resolver, Transport, Unplugger,
+};
+
+#[async_trait]
+impl Transport for FakeVm {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        let id = self.id(disk);
+        let found = self.find(disk);
+        let call = self.begin(VmStep::Identify, Key::Disk(id.clone()), None);
+        call.act(|_, _| found.map(|()| id)).await
+    }
+
+    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+        let id = self.id(disk);
+        let found = self.find(disk);
+        let call = self.begin(VmStep::Attach, Key::Disk(id.clone()), None);
+        call.act(|truth, reach| found.and_then(|()| truth.attach(&id, reach)))
+            .await
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        let id = self.id(disk);
+        let call = self.begin(VmStep::Detach, Key::Disk(id.clone()), None);
+        call.act(|truth, reach| {
+            truth.detach(&id, reach);
+            Ok(())
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Unplugger for FakeVm {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let call = self.begin(VmStep::Unplug, Key::Device(device.clone()), None);
+        call.act(|truth, _| truth.unplug(device)).await
+    }
+}
+
+#[async_trait]
+impl Resolver for FakeVm {
+    async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+        let call = self.begin(VmStep::Resolve, Key::Device(device.clone()), None);
+        call.act(|truth, _| truth.resolve(device)).await
+    }
+}
+
+#[async_trait]
+impl Mounter for FakeVm {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let key = Key::Target(target.into());
+        let call = self.begin(VmStep::Mount, key, Some(device.clone()));
+        match Resolver::resolve(self, device).await {
+            Ok(_) => {
+                call.act(|truth, _| truth.mount(device, &target.into(), options))
+                    .await
+            }
+            Err(error) => call.fail_as(error),
+        }
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        let call = self.begin(VmStep::Unmount, Key::Target(target.into()), None);
+        call.act(|truth, _| truth.unmount(target)).await
+    }
+}
+
+#[async_trait]
+impl LayerCombiner for FakeVm {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        let target = overlay.target.as_path();
+        let call = self.begin(VmStep::Combine, Key::Target(target.into()), None);
+        call.act(|truth, _| truth.combine(overlay, &target.into()))
+            .await
+    }
+
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        let call = self.begin(VmStep::Separate, Key::Target(target.into()), None);
+        call.act(|truth, _| truth.separate(target)).await
+    }
+}

@@ -1,0 +1,161 @@
+//! The laws of a layer combiner.
+
+use std::path::PathBuf;
+
+use super::GuestFixture;
+use super::laws::{Laws, Passed, attached};
+use super::mounter::{mount, unmount};
+use crate::ErrorKind::{Conflict, Invalid, NotFound};
+use crate::{Disk, LayerCombiner, MountOptions, Mounter, Overlay};
+
+/// Runs a [`LayerCombiner`] through its laws, over layers that a mounter of the same guest mounts:
+///
+/// - separate of a target where nothing was combined succeeds and changes nothing
+/// - layers can be combined, which shows in the snapshot; separate leaves nothing and succeeds a
+///   second time; the target can be used again; so with a scratch, if there is one
+/// - a taken target is `Conflict`, and what is there is intact
+/// - a layer that is not there is `NotFound`; an overlay without layers is `Invalid`: each leaves
+///   nothing
+///
+/// # Panics
+///
+/// At the first law that does not hold, and if the fixture has too few disks.
+pub async fn combiner(
+    combiner: &dyn LayerCombiner,
+    mounter: &dyn Mounter,
+    fixture: &GuestFixture,
+) -> Passed {
+    let mut laws = Laws::of("combiner", &fixture.snapshot);
+    let before = laws.tables();
+    let disks: Vec<Disk> = fixture
+        .two_disks()
+        .iter()
+        .chain(&fixture.scratch)
+        .cloned()
+        .collect();
+    let locators = attached(&mut laws, &*fixture.transport, &disks).await;
+    let with_devices = laws.tables();
+
+    let read_write = MountOptions::default();
+    let mut mounted: Vec<(PathBuf, Vec<String>)> = Vec::new();
+    for (number, locator) in locators.iter().enumerate() {
+        let target = fixture.directory.join(format!("layer-{number}"));
+        let options = if number < 2 {
+            &fixture.options
+        } else {
+            &read_write
+        };
+        mounted.push((target.clone(), laws.tables()));
+        mount(&mut laws, mounter, locator, &target, options).await;
+    }
+    let paths: Vec<PathBuf> = mounted.iter().map(|(path, _)| path.clone()).collect();
+    let overlay = Overlay {
+        layers: paths[..2].to_vec(),
+        scratch: None,
+        target: fixture.directory.join("overlay"),
+    };
+    refused(&mut laws, combiner, fixture, &overlay).await;
+    round_trips(&mut laws, combiner, &overlay).await;
+    if let Some(scratch) = paths.get(2) {
+        // What a combiner makes in a scratch stays there, and is no part of the tables.
+        let overlay = Overlay {
+            scratch: Some(scratch.clone()),
+            ..overlay
+        };
+        round_trips(&mut laws, combiner, &overlay).await;
+    }
+
+    for (target, before) in mounted.iter().rev() {
+        unmount(&mut laws, mounter, target, before).await;
+    }
+    laws.unchanged(
+        "layers are free after their overlay",
+        "unmounting them",
+        &with_devices,
+    );
+    fixture
+        .take_out(&mut laws, &disks, &locators, &before)
+        .await;
+    laws.passed()
+}
+
+async fn round_trips(laws: &mut Laws<'_>, combiner: &dyn LayerCombiner, overlay: &Overlay) {
+    let before = laws.tables();
+    let what = format!("combine at {}", overlay.target.display());
+    // The second round is the law that a target can be used again.
+    for _ in 0..2 {
+        laws.succeeds(
+            "mounted layers can be combined",
+            &what,
+            combiner.combine(overlay),
+        )
+        .await;
+        laws.changed("combining shows in the tables", &what, &before);
+        let law = "a taken target is a conflict and what is there stays as it was";
+        laws.fails(
+            law,
+            &[Conflict],
+            format!("second {what}"),
+            combiner.combine(overlay),
+        )
+        .await;
+        let law = "separating leaves nothing";
+        laws.succeeds(law, "separate", combiner.separate(&overlay.target))
+            .await;
+        laws.unchanged(law, "separate", &before);
+        let law = "separating twice succeeds";
+        laws.succeeds(law, "second separate", combiner.separate(&overlay.target))
+            .await;
+        laws.unchanged(law, "second separate", &before);
+    }
+}
+
+async fn refused(
+    laws: &mut Laws<'_>,
+    combiner: &dyn LayerCombiner,
+    fixture: &GuestFixture,
+    overlay: &Overlay,
+) {
+    let before = laws.tables();
+    let law = "separating what was never combined succeeds";
+    laws.succeeds(law, "separate", combiner.separate(&overlay.target))
+        .await;
+    laws.unchanged(law, "separate", &before);
+
+    let law = "a layer that is not there is not found and leaves nothing";
+    let mut missing = overlay.clone();
+    missing.layers.push(fixture.directory.join("no-such-layer"));
+    laws.fails(
+        law,
+        &[NotFound],
+        "combine of a missing layer",
+        combiner.combine(&missing),
+    )
+    .await;
+
+    let law = "an overlay without layers is invalid and leaves nothing";
+    let empty = Overlay {
+        layers: Vec::new(),
+        ..overlay.clone()
+    };
+    laws.fails(
+        law,
+        &[Invalid],
+        "combine of no layers",
+        combiner.combine(&empty),
+    )
+    .await;
+
+    let law = "a taken target is a conflict and what is there stays as it was";
+    let taken = Overlay {
+        target: overlay.layers[0].clone(),
+        ..overlay.clone()
+    };
+    laws.fails(
+        law,
+        &[Conflict],
+        "combine at a layer's own path",
+        combiner.combine(&taken),
+    )
+    .await;
+}

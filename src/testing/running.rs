@@ -1,0 +1,215 @@
+//! The way of one call: its delay, its gate, its effect, and what the log says of it.
+
+use std::panic::resume_unwind;
+use std::time::Duration;
+
+use super::truth::{Reach, Truth};
+use super::{Call, FakeVm, Gate, Key, Outcome, Phase, VmStep};
+use crate::{BackendError, DeviceLocator, ErrorKind};
+
+/// A call that has begun and not ended.
+pub(super) struct Running<'a> {
+    vm: &'a FakeVm,
+    step: VmStep,
+    key: Key,
+    nth: usize,
+    /// For a mount, which device: the table does not have it yet.
+    device: Option<DeviceLocator>,
+    ended: bool,
+}
+
+impl FakeVm {
+    pub(super) fn begin(
+        &self,
+        step: VmStep,
+        key: Key,
+        device: Option<DeviceLocator>,
+    ) -> Running<'_> {
+        let mut state = self.state();
+        state.calls[step as usize] += 1;
+        let nth = state.calls[step as usize];
+        let touched = device.clone().or_else(|| state.device_of(&key));
+        state.record(step, &key, touched, Phase::Begun);
+        drop(state);
+        self.changed().notify_waiters();
+        Running {
+            vm: self,
+            step,
+            key,
+            nth,
+            device,
+            ended: false,
+        }
+    }
+}
+
+impl Running<'_> {
+    /// Takes the call through its delay and its gate to its effect.
+    pub(super) async fn act<T>(
+        mut self,
+        act: impl FnOnce(&mut Truth, Reach) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        self.take_time().await;
+        let (reach, panics) = match self.gate() {
+            Gate::Ok => (Reach::Told, false),
+            Gate::Err(kind) => return Err(self.fail(kind)),
+            Gate::Slow(time) => {
+                tokio::time::sleep(time).await;
+                (Reach::Told, false)
+            }
+            Gate::Never => {
+                self.wait_for_opening().await;
+                (Reach::Told, false)
+            }
+            Gate::Uncertain { happened } => (Reach::unknown(happened), false),
+            Gate::Panic { happened } => (Reach::unknown(happened), true),
+        };
+        let result = self.end(reach, panics, act);
+        if panics {
+            let said = format!(
+                "the fake VM was told to panic in {} of {}",
+                self.step, self.key
+            );
+            resume_unwind(Box::new(said));
+        }
+        result
+    }
+
+    /// Ends the call without effect, as another one that was part of it has ended.
+    pub(super) fn fail_as<T>(mut self, error: BackendError) -> Result<T, BackendError> {
+        let outcome = match error.kind() {
+            ErrorKind::Uncertain => Outcome::Uncertain { happened: false },
+            kind => Outcome::Failed(kind),
+        };
+        self.record(outcome);
+        Err(error)
+    }
+
+    async fn take_time(&self) {
+        let (delay, pace) = {
+            let state = self.vm.state();
+            (state.gates.delay(self.step), state.gates.pace.clone())
+        };
+        let delay = delay + pace.map_or(Duration::ZERO, |pace| pace(&self.call()));
+        if delay > Duration::ZERO {
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    fn gate(&self) -> Gate {
+        let (gate, plan) = {
+            let mut state = self.vm.state();
+            (state.gates.take(self.step), state.gates.plan.clone())
+        };
+        gate.unwrap_or_else(|| plan.map_or(Gate::Ok, |plan| plan(&self.call())))
+    }
+
+    fn call(&self) -> Call<'_> {
+        Call {
+            step: self.step,
+            key: &self.key,
+            nth: self.nth,
+        }
+    }
+
+    async fn wait_for_opening(&self) {
+        let opened = self.vm.state().opened;
+        loop {
+            let changed = self.vm.changed().notified();
+            if self.vm.state().opened > opened {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn fail(&mut self, kind: ErrorKind) -> BackendError {
+        if kind == ErrorKind::Gone {
+            self.vm.kill();
+        }
+        let kind = if self.vm.state().is_gone(self.step) {
+            ErrorKind::Gone
+        } else {
+            kind
+        };
+        let said = format!("the fake VM was told to fail {} of {}", self.step, self.key);
+        self.record(match kind {
+            ErrorKind::Uncertain => Outcome::Uncertain { happened: false },
+            kind => Outcome::Failed(kind),
+        });
+        BackendError::new(kind, said)
+    }
+
+    /// The effect and the end of the call, in one moment.
+    fn end<T>(
+        &mut self,
+        reach: Reach,
+        panics: bool,
+        act: impl FnOnce(&mut Truth, Reach) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        let mut state = self.vm.state();
+        // Where a detach ends, only the state before it knows the device.
+        let before = state.device_of(&self.key);
+        let result = if state.is_gone(self.step) {
+            Err(BackendError::gone(format!(
+                "the VM is gone: {} of {}",
+                self.step, self.key
+            )))
+        // What does not happen has no effect, but an attachment in doubt keeps a slot out of use.
+        } else if reach == Reach::Lost && self.step != VmStep::Attach {
+            Err(BackendError::uncertain(String::new()))
+        } else {
+            act(&mut state.truth, reach)
+        };
+        let happened = reach == Reach::Untold && result.is_ok();
+        let gone = result
+            .as_ref()
+            .err()
+            .is_some_and(|error| error.kind() == ErrorKind::Gone);
+        let outcome = match &result {
+            _ if panics => Outcome::Panicked { happened },
+            _ if reach != Reach::Told && !gone => Outcome::Uncertain { happened },
+            Ok(_) => Outcome::Done,
+            Err(error) => Outcome::Failed(error.kind()),
+        };
+        let device = self
+            .device
+            .take()
+            .or(before)
+            .or_else(|| state.device_of(&self.key));
+        self.ended = true;
+        state.record(self.step, &self.key, device, Phase::Ended(outcome));
+        drop(state);
+        match outcome {
+            Outcome::Uncertain { .. } => {
+                let said = format!("{} of {} got no answer", self.step, self.key);
+                Err(BackendError::uncertain(said))
+            }
+            _ => result,
+        }
+    }
+
+    fn record(&mut self, outcome: Outcome) {
+        let mut state = self.vm.state();
+        let device = self.device.take().or_else(|| state.device_of(&self.key));
+        self.ended = true;
+        state.record(self.step, &self.key, device, Phase::Ended(outcome));
+    }
+}
+
+impl Drop for Running<'_> {
+    /// Only a call that has not come to its end: its future was dropped, or a call within it panics.
+    fn drop(&mut self) {
+        if !self.ended {
+            let panics = std::thread::panicking();
+            let in_panic = Outcome::Panicked { happened: false };
+            self.record(if panics { in_panic } else { Outcome::Dropped });
+        }
+    }
+}
+
+impl Reach {
+    fn unknown(happened: bool) -> Self {
+        if happened { Reach::Untold } else { Reach::Lost }
+    }
+}

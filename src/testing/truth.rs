@@ -1,0 +1,370 @@
+//! What is so in the VM, whatever a caller has been told.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU32;
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::names::{SCHEME, address, well_formed};
+use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay};
+
+/// How many partitions each disk has.
+const PARTITIONS: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
+
+/// How far a call gets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// It happens, and the caller is told.
+    Told,
+    /// It happens, and the caller does not know.
+    Untold,
+    /// It does not happen, and the caller does not know.
+    Lost,
+}
+
+/// The slots of the VM and the mount table of its guest.
+pub(super) struct Truth {
+    capacity: u32,
+    /// Slots that were used and are free again, all below `fresh`.
+    freed: BTreeSet<u32>,
+    /// The lowest slot that was never used.
+    fresh: u32,
+    slots: HashMap<u32, Slot>,
+    by_disk: HashMap<DiskId, u32>,
+    mounts: BTreeMap<Arc<Path>, At>,
+    attachments: u64,
+    pub(super) host_gone: bool,
+    pub(super) guest_gone: bool,
+}
+
+/// A slot that is not free.
+struct Slot {
+    disk: DiskId,
+    locator: DeviceLocator,
+    /// Tells this attachment from later ones in the same slot.
+    attachment: u64,
+    /// Whether the disk is in it; an empty slot is kept until a detach has been confirmed.
+    filled: bool,
+    /// Whether the guest sees the device.
+    plugged: bool,
+    /// How often the device is mounted.
+    mounts: u32,
+}
+
+/// What is at a path of the guest.
+struct At {
+    what: What,
+    read_only: bool,
+    /// How many layers of live overlays are in it.
+    pins: u32,
+}
+
+enum What {
+    Device {
+        slot: u32,
+        attachment: u64,
+        locator: DeviceLocator,
+    },
+    /// The mounts that its layers are in.
+    Overlay(Vec<Arc<Path>>),
+}
+
+impl Truth {
+    pub(super) fn new(capacity: u32) -> Self {
+        Truth {
+            capacity,
+            freed: BTreeSet::new(),
+            fresh: 0,
+            slots: HashMap::new(),
+            by_disk: HashMap::new(),
+            mounts: BTreeMap::new(),
+            attachments: 0,
+            host_gone: false,
+            guest_gone: false,
+        }
+    }
+
+    pub(super) fn kill_guest(&mut self) {
+        self.guest_gone = true;
+        self.mounts.clear();
+        for slot in self.slots.values_mut() {
+            (slot.plugged, slot.mounts) = (false, 0);
+        }
+    }
+
+    pub(super) fn kill(&mut self) {
+        self.kill_guest();
+        self.host_gone = true;
+        self.slots.clear();
+        self.by_disk.clear();
+    }
+
+    /// Where the disk is, or where it may be.
+    pub(super) fn locator_of(&self, disk: &DiskId) -> Option<DeviceLocator> {
+        self.by_disk
+            .get(disk)
+            .map(|slot| self.slots[slot].locator.clone())
+    }
+
+    pub(super) fn device_at(&self, target: &Path) -> Option<DeviceLocator> {
+        match &self.mounts.get(target)?.what {
+            What::Device { locator, .. } => Some(locator.clone()),
+            What::Overlay(_) => None,
+        }
+    }
+
+    pub(super) fn attach(
+        &mut self,
+        disk: &DiskId,
+        reach: Reach,
+    ) -> Result<DeviceLocator, BackendError> {
+        if let Some(locator) = self.locator_of(disk) {
+            return Err(BackendError::conflict(format!(
+                "disk {disk} has slot {locator} already"
+            )));
+        }
+        let number = match self.freed.pop_first() {
+            Some(number) => number,
+            None if self.fresh < self.capacity => {
+                self.fresh += 1;
+                self.fresh - 1
+            }
+            None => {
+                let message = format!("none of {} slots is free for disk {disk}", self.capacity);
+                return Err(BackendError::full(message));
+            }
+        };
+        let locator = DeviceLocator::new(SCHEME, number).expect("a number is an address");
+        let filled = reach != Reach::Lost;
+        self.attachments += 1;
+        let slot = Slot {
+            disk: disk.clone(),
+            locator: locator.clone(),
+            attachment: self.attachments,
+            filled,
+            plugged: filled && !self.guest_gone,
+            mounts: 0,
+        };
+        self.slots.insert(number, slot);
+        self.by_disk.insert(disk.clone(), number);
+        Ok(locator)
+    }
+
+    /// Takes the disk out, whatever the guest does with it. The slot is free once the caller knows.
+    pub(super) fn detach(&mut self, disk: &DiskId, reach: Reach) {
+        let Some(&number) = self.by_disk.get(disk) else {
+            return;
+        };
+        if reach == Reach::Told {
+            self.by_disk.remove(disk);
+            self.slots.remove(&number);
+            self.freed.insert(number);
+        } else if let Some(slot) = self.slots.get_mut(&number) {
+            let filled = slot.filled && reach == Reach::Lost;
+            (slot.filled, slot.plugged) = (filled, slot.plugged && filled);
+        }
+    }
+
+    pub(super) fn unplug(&mut self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let number = address(device)?;
+        let Some(slot) = self.slots.get_mut(&number) else {
+            return Ok(());
+        };
+        if slot.mounts > 0 {
+            return Err(BackendError::busy(format!("device {device} is mounted")));
+        }
+        slot.plugged = false;
+        Ok(())
+    }
+
+    pub(super) fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+        let number = address(device)?;
+        match self.slots.get(&number) {
+            Some(slot) if slot.plugged => Ok(BlockDevice {
+                path: format!("/dev/fake{number}").into(),
+                window: None,
+            }),
+            _ => Err(BackendError::not_found(format!(
+                "the guest has no device {device}"
+            ))),
+        }
+    }
+
+    pub(super) fn mount(
+        &mut self,
+        device: &DeviceLocator,
+        target: &Arc<Path>,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        self.resolve(device)?;
+        if let Some(partition) = options.partition()
+            && partition > PARTITIONS
+        {
+            let message = format!("device {device} has no partition {partition}");
+            return Err(BackendError::not_found(message));
+        }
+        self.check_free(target)?;
+        let number = address(device)?;
+        let slot = self
+            .slots
+            .get_mut(&number)
+            .expect("a resolved device has a slot");
+        slot.mounts += 1;
+        let attachment = slot.attachment;
+        let what = What::Device {
+            slot: number,
+            attachment,
+            locator: device.clone(),
+        };
+        let at = At {
+            what,
+            read_only: options.is_read_only(),
+            pins: 0,
+        };
+        self.mounts.insert(target.clone(), at);
+        Ok(())
+    }
+
+    pub(super) fn unmount(&mut self, target: &Path) -> Result<(), BackendError> {
+        let Some(at) = self.mounts.get(target) else {
+            return Ok(());
+        };
+        let What::Device {
+            slot, attachment, ..
+        } = at.what
+        else {
+            let message = format!("{} is an overlay, not a mounted device", target.display());
+            return Err(BackendError::conflict(message));
+        };
+        self.check_unused(target, at)?;
+        self.mounts.remove(target);
+        // After a detach under a live mount, another disk may sit in the slot.
+        if let Some(slot) = self
+            .slots
+            .get_mut(&slot)
+            .filter(|slot| slot.attachment == attachment)
+        {
+            slot.mounts -= 1;
+        }
+        Ok(())
+    }
+
+    pub(super) fn combine(
+        &mut self,
+        overlay: &Overlay,
+        target: &Arc<Path>,
+    ) -> Result<(), BackendError> {
+        if overlay.layers.is_empty() {
+            let message = format!("an overlay at {} needs a layer", target.display());
+            return Err(BackendError::invalid(message));
+        }
+        self.check_free(target)?;
+        let mut pinned = Vec::with_capacity(overlay.layers.len() + 1);
+        for layer in overlay.layers.iter().chain(&overlay.scratch) {
+            pinned.push(self.mount_around(layer)?);
+        }
+        if let (Some(scratch), Some(around)) = (&overlay.scratch, pinned.last())
+            && self.mounts[around].read_only
+        {
+            let message = format!("scratch {} is read-only", scratch.display());
+            return Err(BackendError::invalid(message));
+        }
+        for path in &pinned {
+            self.mounts
+                .get_mut(path)
+                .expect("the mount was just found")
+                .pins += 1;
+        }
+        let read_only = overlay.scratch.is_none();
+        self.mounts.insert(
+            target.clone(),
+            At {
+                what: What::Overlay(pinned),
+                read_only,
+                pins: 0,
+            },
+        );
+        Ok(())
+    }
+
+    pub(super) fn separate(&mut self, target: &Path) -> Result<(), BackendError> {
+        let Some(at) = self.mounts.get(target) else {
+            return Ok(());
+        };
+        if let What::Device { locator, .. } = &at.what {
+            let message = format!("{} is the mount of {locator}, no overlay", target.display());
+            return Err(BackendError::conflict(message));
+        }
+        self.check_unused(target, at)?;
+        if let Some(At {
+            what: What::Overlay(pinned),
+            ..
+        }) = self.mounts.remove(target)
+        {
+            for path in pinned {
+                if let Some(layer) = self.mounts.get_mut(&path) {
+                    layer.pins -= 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the VM still holds, a line each.
+    pub(super) fn left(&self) -> Vec<String> {
+        let mut left: Vec<String> = self.slots.values().map(Slot::to_string).collect();
+        left.extend(self.mounts.iter().map(|(target, at)| match &at.what {
+            What::Device { locator, .. } => format!("{} mounts {locator}", target.display()),
+            What::Overlay(layers) => {
+                format!("{} overlays {} layers", target.display(), layers.len())
+            }
+        }));
+        left.sort();
+        left
+    }
+
+    fn check_free(&self, target: &Path) -> Result<(), BackendError> {
+        well_formed(target)?;
+        if self.mounts.contains_key(target) {
+            let message = format!("something is mounted at {} already", target.display());
+            return Err(BackendError::conflict(message));
+        }
+        Ok(())
+    }
+
+    fn check_unused(&self, target: &Path, at: &At) -> Result<(), BackendError> {
+        if at.pins > 0 {
+            let message = format!("{} has a layer of a live overlay", target.display());
+            return Err(BackendError::busy(message));
+        }
+        // Paths are ordered by component, so what is below a path follows it.
+        let after = (Bound::Excluded(target), Bound::Unbounded);
+        match self.mounts.range::<Path, _>(after).next() {
+            Some((below, _)) if below.starts_with(target) => {
+                let message = format!("{} is mounted below {}", below.display(), target.display());
+                Err(BackendError::busy(message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The mount that a directory is in.
+    fn mount_around(&self, directory: &Path) -> Result<Arc<Path>, BackendError> {
+        directory
+            .ancestors()
+            .find_map(|path| self.mounts.get_key_value(path))
+            .map(|(path, _)| path.clone())
+            .ok_or_else(|| {
+                let message = format!("nothing is mounted at {}", directory.display());
+                BackendError::not_found(message)
+            })
+    }
+}
+
+impl std::fmt::Display for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let verb = if self.filled { "holds" } else { "is kept for" };
+        write!(f, "{} {verb} {}", self.locator, self.disk)
+    }
+}
