@@ -1,0 +1,106 @@
+//! The manager against a model of it: maps of counts, and a rule for each request.
+//!
+//! Requests come one after the other, with faults of single calls. After each one the answer, the number
+//! of calls of each kind, what is in use and where everything is must be as the model predicts.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic here is the message of a failure"
+)]
+
+#[path = "../harness/mod.rs"]
+mod harness;
+mod real;
+mod reference;
+mod requests;
+
+use blockmount::ErrorKind;
+use blockmount::testing::{Gate, VmStep};
+use proptest::prelude::*;
+use proptest_state_machine::prop_state_machine;
+use real::Real;
+
+const SLOTS: usize = 3;
+const DISKS: usize = 4;
+/// Another name of disk 0.
+const ALIAS: usize = DISKS;
+
+const OPTIONS: [&[&str]; 5] = [
+    &["ro"],
+    &["noatime", "ro"],
+    &["ro", "data=x"],
+    &["ro", "sync"],
+    &["rw"],
+];
+const WRITABLE: usize = 4;
+/// Which readers agree on the filesystem's options; a writer agrees with nobody.
+const SUPERBLOCK: [Option<u8>; 5] = [Some(0), Some(0), Some(1), Some(2), None];
+
+/// As asked for, and in the one form that a path has; `None` if it is no target at all.
+const TARGETS: [(&str, Option<&str>); 6] = [
+    ("/a", Some("/a")),
+    ("/a/b", Some("/a/b")),
+    ("//c/.", Some("/c")),
+    ("/s", Some("/s")),
+    ("relative", None),
+    ("/x/../y", None),
+];
+const SCRATCH_TARGET: usize = 3;
+const TREES: [(&str, Option<&str>); 4] = [
+    ("/t", Some("/t")),
+    ("/a/b", Some("/a/b")),
+    ("/s/tree", Some("/s/tree")),
+    ("t", None),
+];
+
+type Kinds = Vec<ErrorKind>;
+type MountKey = (usize, usize);
+
+/// A request, or a fault of the next call of a step.
+#[derive(Debug, Clone)]
+enum Act {
+    Attach {
+        name: usize,
+        read_only: bool,
+    },
+    Add {
+        name: usize,
+        read_only: bool,
+        options: usize,
+        target: Option<usize>,
+    },
+    Stack {
+        layers: Vec<MountKey>,
+        scratch: Option<(usize, bool)>,
+        tree: usize,
+    },
+    Release(usize),
+    Drop(usize),
+    Retry(usize),
+    Drain,
+    Fault(VmStep, Gate),
+}
+
+/// What the caller is told.
+#[derive(Debug, Clone, PartialEq, Default)]
+enum Said {
+    #[default]
+    Nothing,
+    Got,
+    /// One of these: of several layers that fail at once, any may be the first.
+    Refused(Kinds),
+    Released(Kinds),
+    Drained(Kinds, usize),
+}
+
+fn sorted(mut kinds: Kinds) -> Kinds {
+    kinds.sort_by_key(|kind| kind.to_string());
+    kinds
+}
+
+prop_state_machine! {
+    #![proptest_config(ProptestConfig { cases: 5_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_manager_is_as_its_model(sequential 1..40 => Real);
+}

@@ -1,0 +1,231 @@
+//! The manager that is compared with the model.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use blockmount::testing::{FakeVm, VmStep};
+use blockmount::{Disk, Manager, MountRequest, ReleaseError, StackRequest};
+use proptest_state_machine::StateMachineTest;
+use tokio::runtime::Runtime;
+
+use crate::harness::{Held, calls, clean, disk, manager_of, request, soon};
+use crate::reference::{Has, Model};
+use crate::{
+    ALIAS, Act, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE, sorted,
+};
+
+/// The manager, and what its caller holds in the order of the model.
+pub(crate) struct Real {
+    runtime: Rc<Runtime>,
+    vm: FakeVm,
+    manager: Manager,
+    handles: Vec<Held>,
+    errors: Vec<ReleaseError>,
+}
+
+impl Real {
+    async fn act(&mut self, act: Act) -> Said {
+        match act {
+            Act::Attach { name, read_only } => {
+                let got = self.manager.attach(&named(name, read_only)).await;
+                self.got(got.map(Held::Attachment))
+            }
+            Act::Add {
+                name,
+                read_only,
+                options,
+                target,
+            } => {
+                let request = request(OPTIONS[options], target.map(|target| TARGETS[target].0));
+                let got = self.manager.add(&named(name, read_only), &request).await;
+                self.got(got.map(Held::Mount))
+            }
+            Act::Stack {
+                layers,
+                scratch,
+                tree,
+            } => {
+                let got = self.manager.stack(&stack(&layers, scratch, tree)).await;
+                self.got(got.map(Held::Stack))
+            }
+            Act::Release(index) => {
+                let released = self.handles.swap_remove(index).release().await;
+                self.released(released)
+            }
+            Act::Drop(index) => {
+                drop(self.handles.swap_remove(index));
+                Said::Nothing
+            }
+            Act::Retry(index) => {
+                let retried = self.errors.swap_remove(index).retry().await;
+                self.released(retried)
+            }
+            Act::Drain => {
+                let drained = self.manager.drain().await;
+                let kinds = drained.failed.iter().map(blockmount::Error::kind).collect();
+                Said::Drained(sorted(kinds), drained.in_use)
+            }
+            Act::Fault(step, gate) => {
+                self.vm.gate_next(step, 1, gate);
+                Said::Nothing
+            }
+        }
+    }
+
+    fn got(&mut self, got: Result<Held, blockmount::Error>) -> Said {
+        match got {
+            Ok(held) => {
+                self.handles.push(held);
+                Said::Got
+            }
+            Err(error) => Said::Refused(vec![error.kind()]),
+        }
+    }
+
+    fn released(&mut self, released: Result<(), ReleaseError>) -> Said {
+        let Err(error) = released else {
+            return Said::Released(Vec::new());
+        };
+        let kinds = sorted(error.errors().map(blockmount::Error::kind).collect());
+        self.errors.push(error);
+        Said::Released(kinds)
+    }
+
+    /// Who shares has the same place, and it is the one that was asked for first.
+    fn check_places(&self, model: &Model) {
+        let mut locators = BTreeMap::new();
+        let mut paths = BTreeMap::new();
+        for (held, has) in self.handles.iter().zip(&model.handles) {
+            held.check(&self.vm);
+            match (held, has) {
+                (Held::Attachment(attachment), Has::Attachment(disk)) => {
+                    let there = locators
+                        .entry(*disk)
+                        .or_insert_with(|| attachment.locator().clone());
+                    assert_eq!(there, attachment.locator());
+                }
+                (Held::Mount(mount), Has::Mount(key)) => {
+                    let there = locators
+                        .entry(key.0)
+                        .or_insert_with(|| mount.locator().clone());
+                    assert_eq!(there, mount.locator());
+                    let path = paths.entry(*key).or_insert_with(|| mount.path().to_owned());
+                    assert_eq!(path, mount.path());
+                    match model.mounted[key].path {
+                        Some(asked) => assert_eq!(mount.path(), Path::new(asked)),
+                        None => assert!(mount.path().starts_with("/run/m"), "{mount:?}"),
+                    }
+                }
+                (Held::Stack(stack), Has::Stack(tree)) => {
+                    assert_eq!(stack.target(), Path::new(TREES[*tree].0));
+                    let mounts = stack.layers().len() + stack.scratch().iter().len();
+                    assert_eq!(mounts, model.trees[tree].mounts.len());
+                }
+                (_, has) => panic!("the model has {has:?} there"),
+            }
+        }
+    }
+}
+
+fn named(name: usize, read_only: bool) -> Disk {
+    match (name, read_only) {
+        (ALIAS, true) => Disk::virtual_disk("/links/0.img").read_only(),
+        (ALIAS, false) => Disk::virtual_disk("/links/0.img"),
+        _ => disk(name, read_only),
+    }
+}
+
+fn stack(layers: &[MountKey], scratch: Option<(usize, bool)>, tree: usize) -> StackRequest {
+    let layer = |stack: StackRequest, (of, options): &MountKey| {
+        let options: MountRequest = request(OPTIONS[*options], None);
+        stack.layer(disk(*of, true), options)
+    };
+    let stack = layers.iter().fold(StackRequest::new(TREES[tree].0), layer);
+    match scratch {
+        Some((of, named)) => {
+            let target = named.then_some(TARGETS[SCRATCH_TARGET].0);
+            stack.scratch(disk(of, false), request(OPTIONS[WRITABLE], target))
+        }
+        None => stack,
+    }
+}
+
+impl StateMachineTest for Real {
+    type SystemUnderTest = Real;
+    type Reference = Model;
+
+    fn init_test(_: &Model) -> Real {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build();
+        let vm = FakeVm::with_slots(SLOTS as u32);
+        vm.alias("/links/0.img", "/images/0.img");
+        let manager = manager_of(&vm, Duration::from_secs(300));
+        Real {
+            runtime: Rc::new(runtime.unwrap()),
+            vm,
+            manager,
+            handles: Vec::new(),
+            errors: Vec::new(),
+        }
+    }
+
+    fn apply(mut real: Real, model: &Model, act: Act) -> Real {
+        let what = format!("{act:?}");
+        let runtime = Rc::clone(&real.runtime);
+        let said = runtime.block_on(async {
+            let said = soon(&what, real.act(act)).await;
+            // What was dropped is torn down in the background.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            said
+        });
+        match (&said, &model.said) {
+            (Said::Refused(one), Said::Refused(any)) => {
+                assert!(any.contains(&one[0]), "{what}: {one:?}, not {any:?}")
+            }
+            (said, predicted) => assert_eq!(said, predicted, "{what}"),
+        }
+        real
+    }
+
+    fn check_invariants(real: &Real, model: &Model) {
+        assert_eq!(calls(&real.vm), model.calls, "calls of {:?}", VmStep::ALL);
+        let [attachments, mounts, trees] = model.in_use();
+        assert_eq!(real.manager.attachments().in_use(), attachments);
+        assert_eq!(real.manager.mounts().in_use(), mounts);
+        let owed = [
+            model.owed_trees(),
+            model.owed_mounts(),
+            model.owed_attachments(),
+        ]
+        .concat();
+        if owed.is_empty() {
+            assert_eq!(
+                real.vm.left().len(),
+                attachments + mounts + trees,
+                "{:?}",
+                real.vm.left()
+            );
+        }
+        real.check_places(model);
+        real.vm.check().unwrap();
+    }
+
+    fn teardown(real: Real, _: Model) {
+        let Real {
+            runtime,
+            vm,
+            manager,
+            handles,
+            errors,
+        } = real;
+        runtime.block_on(async {
+            vm.open_gates();
+            drop((handles, errors));
+            assert_eq!(clean(&vm, &manager).await, 1);
+        });
+    }
+}

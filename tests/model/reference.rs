@@ -1,0 +1,384 @@
+//! The model: what is attached, mounted and combined, and the rule for each change of it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use blockmount::ErrorKind;
+use blockmount::testing::VmStep;
+
+use crate::{
+    DISKS, Kinds, MountKey, SCRATCH_TARGET, SLOTS, SUPERBLOCK, Said, TARGETS, TREES, WRITABLE,
+};
+
+/// What a caller can hold.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Has {
+    Attachment(usize),
+    Mount(MountKey),
+    Stack(usize),
+}
+
+/// A tear-down that is owed, by what has it and which one of its kind it was.
+#[derive(Debug, Clone)]
+pub(crate) enum Debt {
+    Attachment(usize, u64),
+    Mount(MountKey, u64),
+    Tree(usize, u64),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Attached {
+    pub(crate) id: u64,
+    pub(crate) read_only: bool,
+    pub(crate) leases: usize,
+    /// Whether it is in a slot, or has one kept for it.
+    pub(crate) slot: bool,
+    pub(crate) owes: bool,
+    pub(crate) unplugged: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Mounted {
+    pub(crate) id: u64,
+    pub(crate) path: Option<&'static str>,
+    pub(crate) leases: usize,
+    pub(crate) owes: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Combined {
+    pub(crate) id: u64,
+    /// The scratch first.
+    pub(crate) mounts: Vec<MountKey>,
+    pub(crate) owes: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Model {
+    pub(crate) attached: BTreeMap<usize, Attached>,
+    pub(crate) mounted: BTreeMap<MountKey, Mounted>,
+    pub(crate) trees: BTreeMap<usize, Combined>,
+    pub(crate) faults: BTreeMap<usize, ErrorKind>,
+    pub(crate) calls: [usize; VmStep::ALL.len()],
+    pub(crate) handles: Vec<Has>,
+    pub(crate) errors: Vec<Vec<Debt>>,
+    pub(crate) ids: u64,
+    pub(crate) said: Said,
+}
+
+/// What went wrong in a tear-down, and what is owed for it.
+pub(crate) type Failed = Vec<(ErrorKind, Debt)>;
+
+impl Model {
+    fn id(&mut self) -> u64 {
+        self.ids += 1;
+        self.ids
+    }
+
+    fn call(&mut self, step: VmStep) -> Result<(), ErrorKind> {
+        self.calls[step as usize] += 1;
+        self.faults.remove(&(step as usize)).map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn attach(&mut self, name: usize, read_only: bool) -> Result<usize, ErrorKind> {
+        let disk = name % DISKS;
+        self.call(VmStep::Identify)?;
+        match self.attached.get_mut(&disk) {
+            Some(up) if !up.owes => {
+                if up.read_only != read_only {
+                    return Err(ErrorKind::Conflict);
+                }
+                up.leases += 1;
+                return Ok(disk);
+            }
+            Some(_) => self.lower_attachment(disk)?,
+            None => {}
+        }
+        let slot = self.attached.values().filter(|other| other.slot).count() < SLOTS;
+        let id = self.id();
+        let up = Attached {
+            id,
+            read_only,
+            leases: 1,
+            slot,
+            owes: false,
+            unplugged: false,
+        };
+        match self.call(VmStep::Attach) {
+            Ok(()) if slot => drop(self.attached.insert(disk, up)),
+            Ok(()) => return Err(ErrorKind::Full),
+            Err(ErrorKind::Uncertain) => {
+                // The guest was never told of it, so there is nothing to unplug.
+                self.attached.insert(
+                    disk,
+                    Attached {
+                        owes: true,
+                        unplugged: true,
+                        ..up
+                    },
+                );
+                let _owed = self.lower_attachment(disk);
+                return Err(ErrorKind::Uncertain);
+            }
+            Err(kind) => return Err(kind),
+        }
+        Ok(disk)
+    }
+
+    fn lower_attachment(&mut self, disk: usize) -> Result<(), ErrorKind> {
+        if !self.attached[&disk].unplugged {
+            self.call(VmStep::Unplug)?;
+        }
+        self.attached.get_mut(&disk).unwrap().unplugged = true;
+        self.call(VmStep::Detach)?;
+        self.attached.remove(&disk);
+        Ok(())
+    }
+
+    fn give_attachment(&mut self, disk: usize) -> Failed {
+        let up = self.attached.get_mut(&disk).unwrap();
+        up.leases -= 1;
+        if up.leases > 0 {
+            return Vec::new();
+        }
+        up.owes = true;
+        let debt = Debt::Attachment(disk, up.id);
+        self.pay(&debt)
+    }
+
+    pub(crate) fn add(
+        &mut self,
+        name: usize,
+        read_only: bool,
+        options: usize,
+        target: Option<usize>,
+    ) -> Result<MountKey, ErrorKind> {
+        if read_only && options == WRITABLE {
+            return Err(ErrorKind::Invalid);
+        }
+        let disk = self.attach(name, read_only)?;
+        let key = (disk, options);
+        let mounted = self.mount(key, target);
+        if let Err(kind) = mounted {
+            // An uncertain mount that is owed keeps its attachment.
+            match self.mounted.get_mut(&key) {
+                Some(owing) if owing.leases == 1 => owing.leases = 0,
+                _ => drop(self.give_attachment(disk)),
+            }
+            return Err(kind);
+        }
+        Ok(key)
+    }
+
+    /// Mounts what is attached; on success it is the mount that holds the attachment.
+    fn mount(&mut self, key: MountKey, target: Option<usize>) -> Result<(), ErrorKind> {
+        match self.mounted.get_mut(&key) {
+            Some(up) if !up.owes => {
+                up.leases += 1;
+                self.give_attachment(key.0);
+                return Ok(());
+            }
+            Some(_) => drop(self.lower_mount(key)?),
+            None => {}
+        }
+        let mut others = self.mounted.keys().filter(|(disk, _)| *disk == key.0);
+        let ours = SUPERBLOCK[key.1];
+        if !others.all(|(_, other)| ours.is_some() && SUPERBLOCK[*other] == ours) {
+            return Err(ErrorKind::Conflict);
+        }
+        let path = target
+            .map(|target| self.free(TARGETS[target].1, None))
+            .transpose()?;
+        let id = self.id();
+        let up = Mounted {
+            id,
+            path,
+            leases: 1,
+            owes: false,
+        };
+        self.calls[VmStep::Mount as usize] += 1;
+        let fault =
+            |model: &mut Self, step| model.faults.remove(&(step as usize)).map_or(Ok(()), Err);
+        match self
+            .call(VmStep::Resolve)
+            .and_then(|()| fault(self, VmStep::Mount))
+        {
+            Ok(()) => drop(self.mounted.insert(key, up)),
+            Err(ErrorKind::Uncertain) => {
+                self.mounted.insert(key, Mounted { owes: true, ..up });
+                if self.call(VmStep::Unmount).is_ok() {
+                    self.mounted.remove(&key);
+                }
+                return Err(ErrorKind::Uncertain);
+            }
+            Err(kind) => return Err(kind),
+        }
+        Ok(())
+    }
+
+    /// The one form of a path at which nothing is, nor above nor below. `inside` may be above.
+    fn free(
+        &self,
+        path: Option<&'static str>,
+        inside: Option<&Path>,
+    ) -> Result<&'static str, ErrorKind> {
+        let path = path.ok_or(ErrorKind::Invalid)?;
+        let trees = self.trees.keys().map(|tree| TREES[*tree].1.unwrap());
+        let taken: Vec<&str> = self
+            .mounted
+            .values()
+            .filter_map(|mount| mount.path)
+            .chain(trees)
+            .collect();
+        let below = taken.iter().any(|taken| Path::new(taken).starts_with(path));
+        let is_taken = |above: &&Path| taken.iter().any(|taken| Path::new(taken) == *above);
+        let above = Path::new(path).ancestors().skip(1).find(is_taken);
+        if below || above.is_some_and(|above| Some(above) != inside) {
+            return Err(ErrorKind::Conflict);
+        }
+        Ok(path)
+    }
+
+    fn lower_mount(&mut self, key: MountKey) -> Result<Failed, ErrorKind> {
+        self.call(VmStep::Unmount)?;
+        self.mounted.remove(&key);
+        Ok(self.give_attachment(key.0))
+    }
+
+    fn give_mount(&mut self, key: MountKey) -> Failed {
+        let up = self.mounted.get_mut(&key).unwrap();
+        up.leases -= 1;
+        if up.leases > 0 {
+            return Vec::new();
+        }
+        up.owes = true;
+        let debt = Debt::Mount(key, up.id);
+        self.pay(&debt)
+    }
+
+    pub(crate) fn stack(
+        &mut self,
+        layers: &[MountKey],
+        scratch: Option<(usize, bool)>,
+        tree: usize,
+    ) -> Result<(), Kinds> {
+        let layers = layers
+            .iter()
+            .map(|(disk, options)| self.add(*disk, true, *options, None));
+        let mut added: Vec<_> = layers.collect();
+        if let Some((disk, named)) = scratch {
+            added.insert(
+                0,
+                self.add(disk, false, WRITABLE, named.then_some(SCRATCH_TARGET)),
+            );
+        }
+        let refusals: Kinds = added.iter().filter_map(|added| added.err()).collect();
+        let mounts: Vec<MountKey> = added.into_iter().flatten().collect();
+        if !refusals.is_empty() {
+            mounts
+                .into_iter()
+                .for_each(|mount| drop(self.give_mount(mount)));
+            return Err(refusals);
+        }
+        let held = mounts.clone();
+        self.combine(mounts, scratch.is_some(), tree)
+            .map_err(|kind| {
+                if !self
+                    .trees
+                    .get(&tree)
+                    .is_some_and(|owing| owing.owes && owing.mounts == held)
+                {
+                    held.into_iter()
+                        .for_each(|mount| drop(self.give_mount(mount)));
+                }
+                vec![kind]
+            })
+    }
+
+    fn combine(
+        &mut self,
+        mounts: Vec<MountKey>,
+        scratch: bool,
+        tree: usize,
+    ) -> Result<(), ErrorKind> {
+        match self.trees.get(&tree) {
+            Some(up) if !up.owes => return Err(ErrorKind::Conflict),
+            Some(_) => drop(self.lower_tree(tree)?),
+            None => {}
+        }
+        let inside = if scratch {
+            self.mounted[&mounts[0]].path
+        } else {
+            None
+        };
+        self.free(TREES[tree].1, inside.map(Path::new))?;
+        let id = self.id();
+        match self.call(VmStep::Combine) {
+            Err(ErrorKind::Uncertain) if self.call(VmStep::Separate).is_err() => {
+                self.trees.insert(
+                    tree,
+                    Combined {
+                        id,
+                        mounts,
+                        owes: true,
+                    },
+                );
+                Err(ErrorKind::Uncertain)
+            }
+            Err(kind) => Err(kind),
+            Ok(()) => {
+                self.trees.insert(
+                    tree,
+                    Combined {
+                        id,
+                        mounts,
+                        owes: false,
+                    },
+                );
+                Ok(())
+            }
+        }
+    }
+
+    fn lower_tree(&mut self, tree: usize) -> Result<Failed, ErrorKind> {
+        self.call(VmStep::Separate)?;
+        let down = self.trees.remove(&tree).unwrap();
+        Ok(down
+            .mounts
+            .into_iter()
+            .flat_map(|mount| self.give_mount(mount))
+            .collect())
+    }
+
+    /// Tears down what is owed, unless that is done.
+    pub(crate) fn pay(&mut self, debt: &Debt) -> Failed {
+        let outcome = match debt {
+            Debt::Attachment(disk, id)
+                if self.attached.get(disk).is_some_and(|now| now.id == *id) =>
+            {
+                self.lower_attachment(*disk).map(|()| Vec::new())
+            }
+            Debt::Mount(key, id) if self.mounted.get(key).is_some_and(|now| now.id == *id) => {
+                self.lower_mount(*key)
+            }
+            Debt::Tree(tree, id) if self.trees.get(tree).is_some_and(|now| now.id == *id) => {
+                self.lower_tree(*tree)
+            }
+            _ => Ok(Vec::new()),
+        };
+        outcome.unwrap_or_else(|kind| vec![(kind, debt.clone())])
+    }
+
+    pub(crate) fn give(&mut self, has: &Has) -> Failed {
+        match has {
+            Has::Attachment(disk) => self.give_attachment(*disk),
+            Has::Mount(key) => self.give_mount(*key),
+            Has::Stack(tree) => {
+                let up = self.trees.get_mut(tree).unwrap();
+                up.owes = true;
+                let debt = Debt::Tree(*tree, up.id);
+                self.pay(&debt)
+            }
+        }
+    }
+}

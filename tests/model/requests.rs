@@ -1,0 +1,247 @@
+//! Which requests come in which state, and what the model answers to them.
+
+use blockmount::ErrorKind;
+use blockmount::testing::{Gate, VmStep};
+use proptest::prelude::*;
+use proptest_state_machine::ReferenceStateMachine;
+
+use crate::reference::{Debt, Failed, Has, Model};
+use crate::{ALIAS, Act, DISKS, Kinds, OPTIONS, SLOTS, Said, TARGETS, TREES, sorted};
+
+impl Model {
+    pub(crate) fn owed_trees(&self) -> Vec<Debt> {
+        let owing = self.trees.iter().filter(|(_, tree)| tree.owes);
+        owing
+            .map(|(tree, owing)| Debt::Tree(*tree, owing.id))
+            .collect()
+    }
+
+    pub(crate) fn owed_mounts(&self) -> Vec<Debt> {
+        let owing = self.mounted.iter().filter(|(_, mount)| mount.owes);
+        owing
+            .map(|(key, owing)| Debt::Mount(*key, owing.id))
+            .collect()
+    }
+
+    pub(crate) fn owed_attachments(&self) -> Vec<Debt> {
+        let owing = self.attached.iter().filter(|(_, disk)| disk.owes);
+        owing
+            .map(|(disk, owing)| Debt::Attachment(*disk, owing.id))
+            .collect()
+    }
+
+    pub(crate) fn in_use(&self) -> [usize; 3] {
+        [
+            self.attached.values().filter(|disk| !disk.owes).count(),
+            self.mounted.values().filter(|mount| !mount.owes).count(),
+            self.trees.values().filter(|tree| !tree.owes).count(),
+        ]
+    }
+
+    fn drain(&mut self) -> Said {
+        let mut failed = Vec::new();
+        for owed in [
+            Model::owed_trees,
+            Model::owed_mounts,
+            Model::owed_attachments,
+        ] {
+            for debt in owed(self) {
+                failed.extend(self.pay(&debt).into_iter().map(|(kind, _)| kind));
+            }
+        }
+        Said::Drained(sorted(failed), self.in_use().iter().sum())
+    }
+
+    fn got(&mut self, outcome: Result<Has, Kinds>) -> Said {
+        match outcome {
+            Ok(has) => {
+                self.handles.push(has);
+                Said::Got
+            }
+            Err(kinds) => Said::Refused(kinds),
+        }
+    }
+
+    fn released(&mut self, failed: Failed) -> Said {
+        let (kinds, debts): (Kinds, Vec<Debt>) = failed.into_iter().unzip();
+        if !debts.is_empty() {
+            self.errors.push(debts);
+        }
+        Said::Released(sorted(kinds))
+    }
+
+    /// Whether a fault waits for a call of which a request may make several at once: which of them it
+    /// hits is then anybody's guess.
+    fn has_faults_for_parallel_calls(&self) -> bool {
+        let alone = [VmStep::Combine as usize, VmStep::Separate as usize];
+        self.faults.keys().any(|step| !alone.contains(step))
+    }
+}
+
+impl ReferenceStateMachine for Model {
+    type State = Model;
+    type Transition = Act;
+
+    fn init_state() -> BoxedStrategy<Model> {
+        Just(Model::default()).boxed()
+    }
+
+    fn transitions(model: &Model) -> BoxedStrategy<Act> {
+        let (handles, errors) = (model.handles.len(), model.errors.len());
+        let read_only = || prop::bool::weighted(0.8);
+        let layer = (0..DISKS, 0..2usize);
+        let scratch = prop::option::of((0..DISKS, any::<bool>()));
+        let gate = prop::sample::select(vec![
+            Gate::Err(ErrorKind::Other),
+            Gate::Err(ErrorKind::Busy),
+            Gate::Uncertain { happened: true },
+            Gate::Uncertain { happened: false },
+            Gate::Panic { happened: true },
+            Gate::Panic { happened: false },
+        ]);
+        let mut acts = vec![
+            (
+                3,
+                (0..=ALIAS, read_only())
+                    .prop_map(|(name, read_only)| Act::Attach { name, read_only })
+                    .boxed(),
+            ),
+            (
+                8,
+                (
+                    0..=ALIAS,
+                    read_only(),
+                    0..OPTIONS.len(),
+                    prop::option::of(0..TARGETS.len()),
+                )
+                    .prop_map(|(name, read_only, options, target)| Act::Add {
+                        name,
+                        read_only,
+                        options,
+                        target,
+                    })
+                    .boxed(),
+            ),
+            (
+                4,
+                (prop::collection::vec(layer, 1..3), scratch, 0..TREES.len())
+                    .prop_map(|(layers, scratch, tree)| Act::Stack {
+                        layers,
+                        scratch,
+                        tree,
+                    })
+                    .boxed(),
+            ),
+            (1, Just(Act::Drain).boxed()),
+            (
+                4,
+                (prop::sample::select(VmStep::ALL.to_vec()), gate)
+                    .prop_map(|(step, gate)| Act::Fault(step, gate))
+                    .boxed(),
+            ),
+        ];
+        if handles > 0 {
+            acts.push((6, (0..handles).prop_map(Act::Release).boxed()));
+            acts.push((2, (0..handles).prop_map(Act::Drop).boxed()));
+        }
+        if errors > 0 {
+            acts.push((3, (0..errors).prop_map(Act::Retry).boxed()));
+        }
+        prop::strategy::Union::new_weighted(acts).boxed()
+    }
+
+    fn preconditions(model: &Model, act: &Act) -> bool {
+        let guess = model.has_faults_for_parallel_calls();
+        match act {
+            Act::Attach { .. } | Act::Add { .. } => true,
+            Act::Stack {
+                layers,
+                scratch,
+                tree,
+            } => {
+                let mut disks: Vec<usize> = layers
+                    .iter()
+                    .map(|(disk, _)| *disk)
+                    .chain(scratch.map(|(disk, _)| disk))
+                    .collect();
+                let all = disks.len();
+                disks.sort_unstable();
+                disks.dedup();
+                let fresh = disks
+                    .iter()
+                    .filter(|disk| !model.attached.contains_key(disk))
+                    .count();
+                // Layers that need each other's slot or disk depend on who comes first.
+                let independent = disks.len() == all && model.attached.len() + fresh <= SLOTS;
+                independent && !(guess && (all > 1 || model.trees.contains_key(tree)))
+            }
+            Act::Release(index) | Act::Drop(index) => match model.handles.get(*index) {
+                Some(Has::Stack(_)) => !guess,
+                has => has.is_some(),
+            },
+            Act::Retry(index) => match model.errors.get(*index).map(Vec::as_slice) {
+                Some([Debt::Attachment(..) | Debt::Mount(..)]) => true,
+                debts => debts.is_some() && !guess,
+            },
+            Act::Drain => {
+                let (trees, mounts) = (model.owed_trees().len(), model.owed_mounts().len());
+                let lonely = trees == 0 && mounts + model.owed_attachments().len() <= 1;
+                trees <= 1 && (lonely || !guess)
+            }
+            Act::Fault(step, _) => {
+                !model.faults.contains_key(&(*step as usize)) && model.faults.len() < 2
+            }
+        }
+    }
+
+    fn apply(mut model: Model, act: &Act) -> Model {
+        model.said = match act {
+            Act::Attach { name, read_only } => {
+                let disk = model.attach(*name, *read_only);
+                model.got(disk.map(Has::Attachment).map_err(|kind| vec![kind]))
+            }
+            Act::Add {
+                name,
+                read_only,
+                options,
+                target,
+            } => {
+                let key = model.add(*name, *read_only, *options, *target);
+                model.got(key.map(Has::Mount).map_err(|kind| vec![kind]))
+            }
+            Act::Stack {
+                layers,
+                scratch,
+                tree,
+            } => {
+                let stack = model.stack(layers, *scratch, *tree);
+                model.got(stack.map(|()| Has::Stack(*tree)))
+            }
+            Act::Release(index) => {
+                let has = model.handles.swap_remove(*index);
+                let failed = model.give(&has);
+                model.released(failed)
+            }
+            Act::Drop(index) => {
+                let has = model.handles.swap_remove(*index);
+                model.give(&has);
+                Said::Nothing
+            }
+            Act::Retry(index) => {
+                let debts = model.errors.swap_remove(*index);
+                let failed = debts.iter().flat_map(|debt| model.pay(debt)).collect();
+                model.released(failed)
+            }
+            Act::Drain => model.drain(),
+            Act::Fault(step, gate) => {
+                let kind = match gate {
+                    Gate::Err(kind) => *kind,
+                    _ => ErrorKind::Uncertain,
+                };
+                model.faults.insert(*step as usize, kind);
+                Said::Nothing
+            }
+        };
+        model
+    }
+}
