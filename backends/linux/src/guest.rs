@@ -1,0 +1,328 @@
+//! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
+    Propagation, Resolver,
+};
+
+use crate::device::{self, DeviceNumber};
+use crate::fault::{blocking, fault, patiently};
+use crate::judging::{choose_filesystem, explained, refuse_unsupported};
+use crate::kernel::Kernel;
+use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
+use crate::mounting::{self, MountId, Request};
+use crate::overlay;
+use crate::partitions::{Added, Partitions};
+use crate::places::{PlaceUse, Places};
+use crate::probe::probe;
+use crate::resolvers::Resolvers;
+use crate::target::Target;
+
+/// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
+///
+/// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
+/// mounted when the last clone is dropped stays mounted.
+///
+/// All methods must be called in a runtime of tokio that has I/O and time. Calls for different
+/// targets run in parallel. A call that is dropped half-way has done nothing or everything: the
+/// part that changes something runs to its end.
+#[derive(Debug, Clone)]
+pub struct LinuxGuest(Arc<Inner>);
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    config: LinuxGuestBuilder,
+    ledger: Ledger,
+    places: Arc<Places>,
+    devices: Arc<Devices>,
+    partitions: Arc<Partitions>,
+    pub(crate) scratches: Arc<Scratches>,
+}
+
+/// Configures a [`LinuxGuest`].
+#[derive(Debug, Clone)]
+pub struct LinuxGuestBuilder {
+    resolvers: Resolvers,
+    busy_deadline: Duration,
+    device_deadline: Duration,
+    allowed: Vec<PathBuf>,
+    overlay_mark: String,
+    kernel: Kernel,
+}
+
+impl LinuxGuest {
+    /// Starts from the defaults: no resolvers, every target that is not the system's.
+    pub fn builder() -> LinuxGuestBuilder {
+        LinuxGuestBuilder {
+            resolvers: Resolvers::new(),
+            busy_deadline: Duration::from_secs(1),
+            device_deadline: Duration::from_secs(10),
+            allowed: Vec::new(),
+            overlay_mark: "blockmount".to_owned(),
+            kernel: Kernel::default(),
+        }
+    }
+
+    /// The resolvers that find its devices.
+    pub fn resolvers(&self) -> &Resolvers {
+        &self.0.config.resolvers
+    }
+}
+
+impl LinuxGuestBuilder {
+    /// Who finds the devices.
+    #[must_use]
+    pub fn resolvers(mut self, resolvers: Resolvers) -> Self {
+        self.resolvers = resolvers;
+        self
+    }
+
+    /// Adds who finds the devices of one transport.
+    #[must_use]
+    pub fn resolver(mut self, transport: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
+        self.resolvers = self.resolvers.with(transport, resolver);
+        self
+    }
+
+    /// How long a mount or unmount of what is in use is tried again before it is `Busy`; one second by
+    /// default.
+    #[must_use]
+    pub fn busy_deadline(mut self, deadline: Duration) -> Self {
+        self.busy_deadline = deadline;
+        self
+    }
+
+    /// How long a resolved device may take to become ready, and a partition to appear; ten seconds
+    /// by default. How long a device may take to be found is up to its resolver.
+    #[must_use]
+    pub fn device_deadline(mut self, deadline: Duration) -> Self {
+        self.device_deadline = deadline;
+        self
+    }
+
+    /// Allows targets only below these directories, and not at them. Without any, every target is
+    /// allowed that is no directory of the system.
+    #[must_use]
+    pub fn allow_targets_under<P: Into<PathBuf>>(
+        mut self,
+        roots: impl IntoIterator<Item = P>,
+    ) -> Self {
+        self.allowed.extend(roots.into_iter().map(Into::into));
+        self
+    }
+
+    /// What overlays have as their source in the table of mounts, so that whoever cleans up can
+    /// tell them; `blockmount` by default.
+    #[must_use]
+    pub fn overlay_mark(mut self, mark: impl Into<String>) -> Self {
+        self.overlay_mark = mark.into();
+        self
+    }
+
+    /// Does without what this version of Linux did not have yet. For tests of the old ways.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn as_on_linux(mut self, major: u32, minor: u32) -> Self {
+        self.kernel = Kernel::version(major, minor);
+        self
+    }
+
+    /// The guest. Nothing is touched before it is asked for something.
+    pub fn build(self) -> LinuxGuest {
+        LinuxGuest(Arc::new(Inner {
+            config: self,
+            ledger: Ledger::default(),
+            places: Arc::default(),
+            devices: Arc::default(),
+            partitions: Arc::default(),
+            scratches: Arc::default(),
+        }))
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Mounter for LinuxGuest {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        self.0.clone().mount(device, target, options).await
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        self.0.clone().unmount(target).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl LayerCombiner for LinuxGuest {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        let inner = self.0.clone();
+        let target = Target::parse(&overlay.target, &inner.config.allowed)?;
+        let overlay = overlay.clone();
+        blocking(move || overlay::combine(&inner, &overlay, &target)).await
+    }
+
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        self.0.clone().unmount(target).await
+    }
+}
+
+impl Inner {
+    async fn mount(
+        self: Arc<Self>,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        refuse_unsupported(options)?;
+        let target = Target::parse(target, &self.config.allowed)?;
+        let early = target.clone();
+        // A bad target should not cost a wait for the device.
+        blocking(move || early.check_free()).await?;
+        let found = self.config.resolvers.resolve(device).await?;
+        if found.window.is_some() {
+            let message = format!(
+                "cannot mount {device}: it is a part of a device, which this guest cannot map yet"
+            );
+            return Err(BackendError::unsuitable(message));
+        }
+        let deadline = Instant::now() + self.config.device_deadline;
+        let mut partition = None;
+        let mut node = found.path;
+        let mut open = device::await_open(&node, deadline).await?;
+        if let Some(number) = options.partition() {
+            (node, partition) = self.partitions.find(&open, number, deadline).await?;
+            open = device::await_open(&node, deadline).await?;
+        }
+        drop(open);
+        let (inner, options) = (self.clone(), options.clone());
+        let attempt = move || inner.mount_device(&node, partition.clone(), &target, &options);
+        patiently(self.config.busy_deadline, attempt).await
+    }
+
+    fn mount_device(
+        &self,
+        node: &Path,
+        partition: Option<Arc<Added>>,
+        target: &Target,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let mut open = device::open(node)?.ok_or_else(|| {
+            BackendError::not_found(format!("device {} has vanished", node.display()))
+        })?;
+        let number = DeviceNumber::of(&open)?;
+        let place = self.places.enter(target)?;
+        let found = probe(&mut open)
+            .map_err(|error| fault(format!("cannot read {}", node.display()), error))?;
+        let filesystem = choose_filesystem(node, &found, options.filesystem())?;
+        // The mount must not find the device in use by us.
+        drop(open);
+        let mut request = Request::new(&filesystem, node, options);
+        let kernel = self.config.kernel;
+        let (mount, claim) = self.devices.claim(number, options, |only| {
+            request.exclusive = only;
+            self.mount_one(&mut request, &place, options.propagation())
+                .map_err(|error| explained(error, node))
+        })?;
+        let entry = Entry {
+            mount,
+            place,
+            claim: Claim::Device(claim),
+            partition,
+        };
+        self.record(entry, options.propagation(), kernel)
+    }
+
+    fn mount_one(
+        &self,
+        request: &mut Request,
+        place: &PlaceUse,
+        propagation: Option<Propagation>,
+    ) -> Result<MountId, BackendError> {
+        let kernel = self.config.kernel;
+        let detached = match request.build(kernel) {
+            // Where the one driver for the whole family does not answer to the older names.
+            Err(error)
+                if error.kind() == ErrorKind::Unsuitable
+                    && matches!(&*request.filesystem, "ext2" | "ext3") =>
+            {
+                request.filesystem = "ext4".to_owned();
+                request.build(kernel)?
+            }
+            built => built?,
+        };
+        let at = place.prepare()?;
+        match detached {
+            Some(mount) => mounting::attach(&mount, &at, place.target(), propagation, kernel),
+            None => {
+                request.mount_at(&at)?;
+                mounting::identify(at, kernel)
+            }
+        }
+    }
+
+    /// Enters a mount into the ledger, and sets what can be set only in its place.
+    pub(crate) fn record(
+        &self,
+        entry: Entry,
+        propagation: Option<Propagation>,
+        kernel: Kernel,
+    ) -> Result<(), BackendError> {
+        let target = entry.place.target().clone();
+        self.ledger.insert(entry);
+        let Some(propagation) = propagation else {
+            return Ok(());
+        };
+        let done = target.find().and_then(|place| match place {
+            Some(place) => mounting::propagate(&place.into_way(), propagation, kernel),
+            None => Err(BackendError::other(format!(
+                "{} has vanished",
+                target.path().display()
+            ))),
+        });
+        let Err(error) = done else { return Ok(()) };
+        match self.ledger.unmount(&target, kernel) {
+            Ok(()) => Err(error),
+            Err(left) => Err(BackendError::uncertain(format!(
+                "{}, and {}",
+                error.message(),
+                left.message()
+            ))),
+        }
+    }
+
+    async fn unmount(self: Arc<Self>, target: &Path) -> Result<(), BackendError> {
+        // What was mounted before the configuration was narrowed must be unmountable still.
+        let target = Target::parse(target, &[])?;
+        let (inner, at, kernel) = (self.clone(), target.clone(), self.config.kernel);
+        let attempt = move || inner.ledger.unmount(&at, kernel);
+        match patiently(self.config.busy_deadline, attempt).await {
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                blocking(move || Err(self.ledger.name_users(target.path(), error))).await
+            }
+            done => done,
+        }
+    }
+
+    pub(crate) fn kernel(&self) -> Kernel {
+        self.config.kernel
+    }
+
+    pub(crate) fn overlay_mark(&self) -> &str {
+        &self.config.overlay_mark
+    }
+
+    pub(crate) fn enter(&self, target: &Target) -> Result<PlaceUse, BackendError> {
+        self.places.enter(target)
+    }
+}

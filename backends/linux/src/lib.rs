@@ -1,0 +1,70 @@
+//! What every Linux guest needs to mount block devices: it finds and awaits them, knows what is on
+//! them, mounts them, lays them over each other, and undoes all of it by the target alone.
+#![cfg(target_os = "linux")]
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use std::sync::Arc;
+//!
+//! use async_trait::async_trait;
+//! use blockmount::{BackendError, BlockDevice, DeviceLocator, MountOptions, Mounter, Resolver};
+//! use blockmount_linux::LinuxGuest;
+//!
+//! /// Finds `pmem:0` and so on; a real one proves that the device is the one that is meant.
+//! struct Pmem;
+//!
+//! #[async_trait]
+//! impl Resolver for Pmem {
+//!     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+//!         Ok(BlockDevice { path: format!("/dev/pmem{}", device.address()).into(), window: None })
+//!     }
+//! }
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let guest = LinuxGuest::builder().resolver("pmem", Arc::new(Pmem)).build();
+//! let target = Path::new("/run/layers/base");
+//! guest.mount(&"pmem:0".parse()?, target, &MountOptions::read_only()).await?;
+//! guest.unmount(target).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | [`LinuxGuest`] | the engine: a `Mounter` and a `LayerCombiner` |
+//! | [`Resolvers`], [`Unpluggers`] | who finds the devices of which transport, and who takes them out |
+//! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
+//! | [`device`] | opening, partitions, proving that nobody uses a device |
+//! | [`probe`](mod@probe) | what is on a device or in an image |
+//! | [`mountinfo`] | the kernel's table of mounts |
+//!
+//! # What a mount is here
+//!
+//! A mount is built detached, gets its attributes, and is then moved to its target, so that nobody
+//! sees it half done; `mount(2)` takes over on kernels before 5.2. The device must not be mounted
+//! by anybody else: the kernel would silently share one filesystem, with the other's options.
+//! Directories that are missing on the way to the target are made, and exactly those are removed
+//! again, with `rmdir` only. A target goes through no symbolic link. Unmounting is never lazy.
+
+pub mod device;
+pub mod mountinfo;
+pub mod probe;
+pub mod uevent;
+
+mod fault;
+mod fscontext;
+mod guest;
+mod judging;
+mod kernel;
+mod ledger;
+mod mounting;
+mod overlay;
+mod partitions;
+mod places;
+mod resolvers;
+mod sys;
+mod target;
+mod users;
+
+pub use guest::{LinuxGuest, LinuxGuestBuilder};
+pub use resolvers::{Resolvers, Unpluggers};

@@ -1,0 +1,312 @@
+//! Making a mount: built detached and then moved into place, or in one step where the kernel is
+//! old.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use blockmount::{BackendError, MountFlag, MountFlags, MountOptions, Propagation, PropagationMode};
+use rustix::fs::{AtFlags, StatxFlags, fstat, fstatfs, statx};
+use rustix::io::Errno;
+use rustix::mount::{
+    self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+};
+
+use crate::fault::fault;
+use crate::fscontext::Context;
+use crate::kernel::Kernel;
+use crate::mountinfo::MountInfo;
+use crate::target::{self, Place, Target, Way};
+use crate::{device, sys};
+
+/// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
+pub(crate) const LONGEST_DATA: usize = 4095;
+/// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
+const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// A filesystem of a device, and how to mount it.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// The filesystem by its kernel name.
+    pub(crate) filesystem: String,
+    /// The device's node.
+    pub(crate) source: PathBuf,
+    /// Whether writes are refused, by the mount and by the filesystem.
+    pub(crate) read_only: bool,
+    pub(crate) flags: MountFlags,
+    /// Options of the filesystem, each `name` or `name=value`.
+    pub(crate) data: Vec<String>,
+    /// Whether nobody else may have the device mounted; we do not.
+    pub(crate) exclusive: bool,
+}
+
+impl Request {
+    pub(crate) fn new(filesystem: &str, source: &Path, options: &MountOptions) -> Self {
+        // A filesystem that cannot be written is mounted read-only whatever was asked for, so that
+        // a device that is read-only itself can be used with the default options.
+        let read_only =
+            options.is_read_only() || matches!(filesystem, "erofs" | "squashfs" | "iso9660");
+        let mut data = options.data().to_vec();
+        let no_replay = match filesystem {
+            _ if !read_only => None,
+            // Even a read-only mount writes, when it finds a journal to replay.
+            "ext3" | "ext4" => Some("noload"),
+            "xfs" => Some("norecovery"),
+            _ => None,
+        };
+        if let Some(option) = no_replay.filter(|option| !data.iter().any(|given| given == option)) {
+            data.push(option.to_owned());
+        }
+        let (filesystem, source) = (filesystem.to_owned(), source.to_owned());
+        Request {
+            filesystem,
+            source,
+            read_only,
+            flags: options.flags(),
+            data,
+            exclusive: true,
+        }
+    }
+
+    /// Builds the mount detached: nobody sees it, and it goes when the answer is dropped. `None` if
+    /// this kernel cannot.
+    pub(crate) fn build(&self, kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
+        let Some(context) = Context::open(&self.filesystem, kernel)? else {
+            return Ok(None);
+        };
+        context.source(&self.source)?;
+        context.flags(self.read_only, self.flags)?;
+        for option in &self.data {
+            context.option(option)?;
+        }
+        if !self.exclusive {
+            context.create()?;
+        } else if !context.create_exclusively(kernel)? {
+            self.prove_exclusive()?;
+            context.create()?;
+        }
+        context
+            .mount(attributes(self.read_only, self.flags))
+            .map(Some)
+    }
+
+    /// The same in one step, at a place. (`mount(2)`)
+    pub(crate) fn mount_at(&self, place: &Place) -> Result<(), BackendError> {
+        if self.exclusive {
+            self.prove_exclusive()?;
+        }
+        let data = self.data.join(",");
+        if data.len() > LONGEST_DATA {
+            return Err(BackendError::invalid(
+                "the options of the filesystem are longer than 4,095 bytes",
+            ));
+        }
+        let data = CString::new(data).map_err(|error| {
+            BackendError::invalid("an option of the filesystem has a NUL byte").with_source(error)
+        })?;
+        let flags = flags(self.read_only, self.flags);
+        let at = path_of(place.directory());
+        sys_mount::mount(
+            &self.source,
+            &at,
+            self.filesystem.as_str(),
+            flags,
+            data.as_c_str(),
+        )
+        .map_err(|errno| {
+            let what = format!(
+                "cannot mount {} as {}",
+                self.source.display(),
+                self.filesystem
+            );
+            let hint = if errno == Errno::INVAL {
+                ": see the kernel's log for what it refused"
+            } else {
+                ""
+            };
+            fault(what + hint, errno)
+        })
+    }
+
+    /// Where the kernel cannot say whether a filesystem is mounted already, nobody may hold the
+    /// device.
+    fn prove_exclusive(&self) -> Result<(), BackendError> {
+        device::prove_free(&self.source).map(drop)
+    }
+}
+
+fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
+    let mut attributes = MountAttrFlags::empty();
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
+    for flag in flags.iter() {
+        attributes |= match flag {
+            MountFlag::NoSuid => MountAttrFlags::MOUNT_ATTR_NOSUID,
+            MountFlag::NoDev => MountAttrFlags::MOUNT_ATTR_NODEV,
+            MountFlag::NoExec => MountAttrFlags::MOUNT_ATTR_NOEXEC,
+            MountFlag::NoAtime => MountAttrFlags::MOUNT_ATTR_NOATIME,
+            MountFlag::NoDirAtime => MountAttrFlags::MOUNT_ATTR_NODIRATIME,
+            MountFlag::StrictAtime => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+            MountFlag::NoSymFollow => MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW,
+            // Of the filesystem: see `Context::flags`.
+            MountFlag::Sync | MountFlag::DirSync | MountFlag::LazyTime => MountAttrFlags::empty(),
+        };
+    }
+    attributes
+}
+
+fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags {
+    let mut all = sys_mount::MountFlags::empty();
+    all.set(sys_mount::MountFlags::RDONLY, read_only);
+    for flag in flags.iter() {
+        all |= match flag {
+            MountFlag::NoSuid => sys_mount::MountFlags::NOSUID,
+            MountFlag::NoDev => sys_mount::MountFlags::NODEV,
+            MountFlag::NoExec => sys_mount::MountFlags::NOEXEC,
+            MountFlag::NoAtime => sys_mount::MountFlags::NOATIME,
+            MountFlag::NoDirAtime => sys_mount::MountFlags::NODIRATIME,
+            MountFlag::StrictAtime => sys_mount::MountFlags::STRICTATIME,
+            MountFlag::NoSymFollow => sys_mount::MountFlags::NOSYMFOLLOW,
+            MountFlag::Sync => sys_mount::MountFlags::SYNCHRONOUS,
+            MountFlag::DirSync => sys_mount::MountFlags::DIRSYNC,
+            MountFlag::LazyTime => sys_mount::MountFlags::LAZYTIME,
+        };
+    }
+    all
+}
+
+/// A path for system calls that take no file descriptor. Valid while `fd` is open.
+pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
+}
+
+/// Moves a detached mount into place. After an error it is gone.
+pub(crate) fn attach(
+    mount: &OwnedFd,
+    place: &Place,
+    target: &Target,
+    propagation: Option<Propagation>,
+    kernel: Kernel,
+) -> Result<MountId, BackendError> {
+    propagate_detached(mount, propagation, kernel)?;
+    let id = MountId::of(mount, kernel)?;
+    let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    sys_mount::move_mount(mount, "", place.directory(), "", empty).map_err(|errno| {
+        fault(
+            format!("cannot move the mount to {}", target.path().display()),
+            errno,
+        )
+    })?;
+    Ok(id)
+}
+
+/// Finds out which mount was just made at a place. After an error it is gone.
+pub(crate) fn identify(place: Place, kernel: Kernel) -> Result<MountId, BackendError> {
+    let way = place.into_way();
+    let mount = way
+        .open()
+        .map_err(|errno| fault("cannot open the new mount", errno));
+    mount
+        .and_then(|mount| MountId::of(&mount, kernel))
+        .inspect_err(|_| {
+            if let Err(errno) = unmount(&way) {
+                tracing::error!(%errno, "cannot take back a mount that cannot be identified");
+            }
+        })
+}
+
+/// Sets the propagation of a mount that is still detached, as far as it would stay that way.
+///
+/// Whatever is moved below a shared mount becomes shared, and one that cannot be bound cannot be
+/// moved there: the other modes are for [`propagate`].
+fn propagate_detached(
+    mount: &OwnedFd,
+    propagation: Option<Propagation>,
+    kernel: Kernel,
+) -> Result<(), BackendError> {
+    match propagation {
+        Some(shared) if shared.mode == PropagationMode::Shared && kernel.set_attributes => {
+            match sys::set_propagation(mount, shared) {
+                Err(Errno::NOSYS) | Ok(()) => Ok(()),
+                Err(errno) => Err(fault("cannot make the mount shared", errno)),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Sets the propagation of a mount in its place.
+pub(crate) fn propagate(
+    way: &Way,
+    propagation: Propagation,
+    kernel: Kernel,
+) -> Result<(), BackendError> {
+    let what = || format!("cannot make the mount {propagation}");
+    let mount = way.open().map_err(|errno| fault(what(), errno))?;
+    let done = if kernel.set_attributes {
+        sys::set_propagation(&mount, propagation)
+    } else {
+        Err(Errno::NOSYS)
+    };
+    if done != Err(Errno::NOSYS) {
+        return done.map_err(|errno| fault(what(), errno));
+    }
+    let mut flags = match propagation.mode {
+        PropagationMode::Private => MountPropagationFlags::PRIVATE,
+        PropagationMode::Shared => MountPropagationFlags::SHARED,
+        PropagationMode::Slave => MountPropagationFlags::DOWNSTREAM,
+        PropagationMode::Unbindable => MountPropagationFlags::UNBINDABLE,
+    };
+    flags.set(MountPropagationFlags::REC, propagation.recursive);
+    sys_mount::mount_change(path_of(&mount), flags).map_err(|errno| fault(what(), errno))
+}
+
+/// Unmounts what is on top at the end of a way. Never lazily: a lazy unmount hides who still uses
+/// it.
+pub(crate) fn unmount(way: &Way) -> rustix::io::Result<()> {
+    sys_mount::unmount(way.path(), UnmountFlags::NOFOLLOW)
+}
+
+/// A mount by identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MountId {
+    /// Its number in `mountinfo`, which another mount may get as soon as this one is gone.
+    reused: u64,
+    /// Its number for ever, where the kernel has those.
+    unique: Option<u64>,
+    /// What else tells it from whatever got its number: the filesystem's device and kind.
+    device: u64,
+    kind: i64,
+}
+
+impl MountId {
+    /// The mount that an open file is on.
+    pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
+        let reused = target::mount_id(fd)?;
+        let unique = kernel.unique_ids.then(|| unique_id(fd)).flatten();
+        let trouble = |errno| fault("cannot look at a mount", errno);
+        let device = fstat(fd).map_err(trouble)?.st_dev;
+        // The type of the field differs between machines.
+        let kind = fstatfs(fd).map_err(trouble)?.f_type as i64;
+        Ok(MountId {
+            reused,
+            unique,
+            device,
+            kind,
+        })
+    }
+
+    /// Its number as of now.
+    pub(crate) fn number(&self) -> u64 {
+        self.reused
+    }
+
+    /// Whether it is the mount in a line of the kernel's table.
+    pub(crate) fn is(&self, line: &MountInfo) -> bool {
+        line.id == self.reused && rustix::fs::makedev(line.device.0, line.device.1) == self.device
+    }
+}
+
+fn unique_id(fd: impl AsFd) -> Option<u64> {
+    let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
+    (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
+}

@@ -1,0 +1,354 @@
+//! Many read-only trees seen as one, with a writable one on top if there is a scratch.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use blockmount::{BackendError, ErrorKind, MountFlags, Overlay};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Stat, Uid, fstat, mkdirat, openat, unlinkat};
+use rustix::io::Errno;
+use rustix::mount::{self as sys_mount, MountAttrFlags};
+
+use crate::fault::fault;
+use crate::fscontext::Context;
+use crate::guest::Inner;
+use crate::kernel::Kernel;
+use crate::ledger::{Claim, Entry, ScratchClaim};
+use crate::mounting::{self, LONGEST_DATA, MountId, path_of};
+use crate::places::PlaceUse;
+use crate::target::{FileId, Place, Target};
+
+/// The kernel's limit (`OVL_MAX_STACK`).
+const MOST_LAYERS: usize = 500;
+
+/// Makes an overlay. Blocks.
+pub(crate) fn combine(
+    guest: &Inner,
+    overlay: &Overlay,
+    target: &Target,
+) -> Result<(), BackendError> {
+    if overlay.layers.is_empty() || overlay.layers.len() > MOST_LAYERS {
+        let message = format!(
+            "an overlay has from one to {MOST_LAYERS} layers, not {}",
+            overlay.layers.len()
+        );
+        return Err(BackendError::invalid(message));
+    }
+    target.check_free()?;
+    let layers: Vec<OwnedFd> = overlay
+        .layers
+        .iter()
+        .map(|layer| open_tree(layer, "layer"))
+        .collect::<Result<_, _>>()?;
+    let place = guest.enter(target)?;
+    let root =
+        fstat(&layers[0]).map_err(|errno| fault("cannot look at the topmost layer", errno))?;
+    let mut scratch = match &overlay.scratch {
+        Some(path) => Some(Scratch::prepare(guest, path, &root)?),
+        None => None,
+    };
+    let stack = Stack {
+        layers: &layers,
+        scratch: scratch.as_ref(),
+        mark: guest.overlay_mark(),
+    };
+    let mount = put(guest, &stack, &place)?;
+    let claim = scratch.as_mut().and_then(Scratch::keep);
+    let entry = Entry {
+        mount,
+        place,
+        claim: Claim::Scratch(claim),
+        partition: None,
+    };
+    guest.record(entry, None, guest.kernel())
+}
+
+fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<MountId, BackendError> {
+    let at = place.prepare()?;
+    // An overlay that nobody can write to wants two layers. The target is an empty directory, and
+    // stays one: the overlay covers it.
+    let empty = match stack.is_lonely() {
+        true => Some(
+            readable(at.directory(), OsStr::new("."))
+                .map_err(|errno| fault("cannot open the target", errno))?,
+        ),
+        false => None,
+    };
+    let lowers: Vec<&OwnedFd> = stack.layers.iter().chain(&empty).collect();
+    match stack.build(&lowers, guest.kernel())? {
+        Some(mount) => mounting::attach(&mount, &at, place.target(), None, guest.kernel()),
+        None => {
+            stack.mount_at(&lowers, &at)?;
+            mounting::identify(at, guest.kernel())
+        }
+    }
+}
+
+/// What is laid over each other.
+struct Stack<'a> {
+    layers: &'a [OwnedFd],
+    scratch: Option<&'a Scratch>,
+    mark: &'a str,
+}
+
+impl Stack<'_> {
+    fn is_lonely(&self) -> bool {
+        self.layers.len() == 1 && self.scratch.is_none()
+    }
+
+    /// Builds the overlay detached, in the best of the ways that this kernel has; `None` if it has
+    /// none.
+    fn build(&self, lowers: &[&OwnedFd], kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
+        if kernel.lower_by_fd
+            && let Some(mount) = self.build_by_fd(lowers, kernel)?
+        {
+            return Ok(Some(mount));
+        }
+        if !kernel.lower_by_string {
+            return Ok(None);
+        }
+        match self.build_by_string(lowers, kernel) {
+            // What the kernel knows or not, an older one tells only in the end.
+            Err(error) if error.kind() == ErrorKind::Invalid => Ok(None),
+            built => built,
+        }
+    }
+
+    fn build_by_fd(
+        &self,
+        lowers: &[&OwnedFd],
+        kernel: Kernel,
+    ) -> Result<Option<OwnedFd>, BackendError> {
+        let Some(context) = self.open(kernel)? else {
+            return Ok(None);
+        };
+        for (index, lower) in lowers.iter().enumerate() {
+            match context.file("lowerdir+", lower) {
+                Ok(()) => {}
+                Err(Errno::INVAL) if index == 0 => return Ok(None),
+                Err(errno) => {
+                    return Err(context.refused(&format!("lowerdir+ (layer {index})"), errno));
+                }
+            }
+        }
+        if let Some(scratch) = self.scratch {
+            for (name, directory) in [("upperdir", &scratch.upper), ("workdir", &scratch.work)] {
+                context
+                    .file(name, directory)
+                    .map_err(|errno| context.refused(name, errno))?;
+            }
+        }
+        self.finish(&context).map(Some)
+    }
+
+    fn build_by_string(
+        &self,
+        lowers: &[&OwnedFd],
+        kernel: Kernel,
+    ) -> Result<Option<OwnedFd>, BackendError> {
+        let Some(context) = self.open(kernel)? else {
+            return Ok(None);
+        };
+        for lower in lowers {
+            context.string("lowerdir+", &path_of(lower))?;
+        }
+        if let Some(scratch) = self.scratch {
+            context.string("upperdir", &path_of(&scratch.upper))?;
+            context.string("workdir", &path_of(&scratch.work))?;
+        }
+        self.finish(&context).map(Some)
+    }
+
+    fn open(&self, kernel: Kernel) -> Result<Option<Context>, BackendError> {
+        let Some(context) = Context::open("overlay", kernel)? else {
+            return Ok(None);
+        };
+        context.source(Path::new(self.mark))?;
+        context.flags(self.scratch.is_none(), MountFlags::default())?;
+        Ok(Some(context))
+    }
+
+    fn finish(&self, context: &Context) -> Result<OwnedFd, BackendError> {
+        context.create()?;
+        let mut attributes = MountAttrFlags::empty();
+        attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.scratch.is_none());
+        context.mount(attributes)
+    }
+
+    /// The same in one step. (`mount(2)`)
+    ///
+    /// All layers go into one string of at most a page. So that five hundred fit, and none needs an
+    /// escape, each is the number of its descriptor, relative to the directory of descriptors.
+    fn mount_at(&self, lowers: &[&OwnedFd], place: &Place) -> Result<(), BackendError> {
+        let lowers: Vec<String> = lowers
+            .iter()
+            .map(|lower| lower.as_raw_fd().to_string())
+            .collect();
+        let mut data = format!("lowerdir={}", lowers.join(":"));
+        if let Some(scratch) = self.scratch {
+            let (upper, work) = (scratch.upper.as_raw_fd(), scratch.work.as_raw_fd());
+            data.push_str(&format!(",upperdir={upper},workdir={work}"));
+        }
+        if data.len() > LONGEST_DATA {
+            return Err(BackendError::unsuitable(
+                "this kernel cannot take so many layers",
+            ));
+        }
+        let data = CString::new(data).expect("numbers and option names have no NUL");
+        let at = path_of(place.directory());
+        let mut flags = sys_mount::MountFlags::empty();
+        flags.set(sys_mount::MountFlags::RDONLY, self.scratch.is_none());
+        let mark = self.mark;
+        among_descriptors(|| sys_mount::mount(mark, &at, "overlay", flags, data.as_c_str()))?
+            .map_err(|errno| {
+                let what = format!(
+                    "cannot mount an overlay of {} layers: see the kernel's log",
+                    self.layers.len()
+                );
+                fault(what, errno)
+            })
+    }
+}
+
+/// Runs something with the directory of open descriptors as its working directory, which a thread
+/// has for itself alone only if it ends with it.
+fn among_descriptors<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, BackendError> {
+    let in_thread = || {
+        unshare(CloneFlags::CLONE_FS).map_err(std::io::Error::from)?;
+        std::env::set_current_dir("/proc/self/fd")?;
+        Ok::<_, std::io::Error>(work())
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, in_thread);
+        let joined = thread.map(|thread| thread.join());
+        match joined {
+            Ok(Ok(done)) => {
+                done.map_err(|error| fault("cannot enter the directory of descriptors", error))
+            }
+            Ok(Err(_panic)) => Err(BackendError::uncertain(
+                "the thread that mounts an overlay panicked",
+            )),
+            Err(error) => Err(fault("cannot start a thread to mount an overlay", error)),
+        }
+    })
+}
+
+/// A directory for what is written, with what overlay keeps in it.
+struct Scratch {
+    upper: OwnedFd,
+    work: OwnedFd,
+    /// What was made just now; removed again unless the overlay comes to be.
+    made: Made,
+    claim: Option<ScratchClaim>,
+}
+
+impl Scratch {
+    /// Makes what is missing; the root of the tree looks like the topmost layer's.
+    fn prepare(guest: &Inner, path: &Path, root: &Stat) -> Result<Self, BackendError> {
+        let directory = open_tree(path, "scratch")?;
+        let stat = fstat(&directory).map_err(|errno| fault("cannot look at the scratch", errno))?;
+        let claim = guest.scratches.claim(FileId::of(&stat)).ok_or_else(|| {
+            BackendError::conflict(format!(
+                "scratch {} is in use by another overlay",
+                path.display()
+            ))
+        })?;
+        let kept = directory
+            .try_clone()
+            .map_err(|error| fault("cannot keep the scratch open", error))?;
+        let mut made = Made {
+            directory: kept,
+            names: Vec::new(),
+        };
+        let upper = made.subdirectory("upper", path)?;
+        if made.names.contains(&"upper") {
+            let what = || {
+                format!(
+                    "cannot give {}/upper the owner and mode of the topmost layer",
+                    path.display()
+                )
+            };
+            let (owner, group) = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
+            rustix::fs::fchown(&upper, Some(owner), Some(group))
+                .map_err(|errno| fault(what(), errno))?;
+            let mode = Mode::from_raw_mode(root.st_mode);
+            rustix::fs::fchmod(&upper, mode).map_err(|errno| fault(what(), errno))?;
+        }
+        let work = made.subdirectory("work", path)?;
+        Ok(Scratch {
+            upper,
+            work,
+            made,
+            claim: Some(claim),
+        })
+    }
+
+    /// The overlay is there: what was made stays.
+    fn keep(&mut self) -> Option<ScratchClaim> {
+        self.made.names.clear();
+        self.claim.take()
+    }
+}
+
+/// Directories made in a scratch, removed when this is dropped.
+struct Made {
+    directory: OwnedFd,
+    names: Vec<&'static str>,
+}
+
+impl Made {
+    fn subdirectory(
+        &mut self,
+        name: &'static str,
+        scratch: &Path,
+    ) -> Result<OwnedFd, BackendError> {
+        let what = |verb: &str| format!("cannot {verb} {}/{name}", scratch.display());
+        match mkdirat(&self.directory, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => self.names.push(name),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(fault(what("make directory"), errno)),
+        }
+        readable(&self.directory, OsStr::new(name))
+            .map_err(|errno| fault(what("open directory"), errno))
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        // What the kernel has made below ours before it refused.
+        const BY_KERNEL: [&str; 2] = ["work/work", "work/index"];
+        let by_kernel = BY_KERNEL.iter().filter(|_| self.names.contains(&"work"));
+        for name in by_kernel.chain(self.names.iter()) {
+            match unlinkat(&self.directory, *name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => {
+                    tracing::warn!(name, %errno, "cannot remove a directory made in a scratch")
+                }
+            }
+        }
+    }
+}
+
+fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {
+    if !path.is_absolute() {
+        return Err(BackendError::invalid(format!(
+            "{what} {} is not an absolute path",
+            path.display()
+        )));
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty())
+        .map_err(|errno| fault(format!("cannot open {what} {}", path.display()), errno))
+}
+
+/// Opens a directory below another one, through no symbolic link. Kernels before 6.15 want layers
+/// open for reading.
+fn readable(directory: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    openat(
+        directory,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}

@@ -1,0 +1,228 @@
+//! What is on a device, by its superblocks and tables: read with distrust, and never guessed.
+
+mod blank;
+mod ext;
+mod gpt;
+mod mbr;
+mod others;
+mod readonly;
+mod source;
+mod xfs;
+
+use std::fmt;
+use std::io::{self, Read, Seek};
+
+use source::Source;
+
+/// What is on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// The size of the device, in bytes.
+    pub device_bytes: u64,
+    /// What was found on it.
+    pub content: Content,
+}
+
+/// What was found on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Content {
+    /// A filesystem.
+    Filesystem(Superblock),
+    /// Partitions.
+    PartitionTable(PartitionTable),
+    /// Something else that must not be overwritten: swap space, an encrypted volume, a member of an
+    /// array.
+    Volume(Superblock),
+    /// Signatures of several things that exclude each other, by name.
+    Ambiguous(Vec<&'static str>),
+    /// Proven blank: zeros in each place where anything known keeps a signature.
+    Blank,
+    /// Something unknown. Never to be taken for blank.
+    Unknown,
+}
+
+/// What the superblock of a filesystem or volume says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Superblock {
+    /// The filesystem by its kernel name (`ext4`), or the kind of volume (`luks`, `swap`).
+    pub name: &'static str,
+    /// The label, if there is one. What is no UTF-8 in it is replaced.
+    pub label: Option<String>,
+    /// The identifier in the form that its tools print.
+    pub uuid: Option<String>,
+    /// How much of the device it needs, in bytes, where it says so.
+    pub size_bytes: Option<u64>,
+    /// The size of a block, in bytes, where it has blocks.
+    pub block_size: Option<u32>,
+}
+
+/// A partition table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionTable {
+    /// Which kind.
+    pub kind: TableKind,
+    /// The partitions, by number.
+    pub partitions: Vec<Partition>,
+}
+
+/// The kinds of partition tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TableKind {
+    /// A GUID partition table.
+    Gpt,
+    /// A master boot record, with the logical partitions in its extended ones.
+    Mbr,
+}
+
+/// A partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partition {
+    /// Its number, from 1.
+    pub number: u32,
+    /// Where it starts, in bytes from the start of the disk.
+    pub start: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its type: a GUID, or two hexadecimal digits after `0x`.
+    pub type_id: String,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+}
+
+impl Superblock {
+    fn named(name: &'static str) -> Self {
+        Superblock {
+            name,
+            label: None,
+            uuid: None,
+            size_bytes: None,
+            block_size: None,
+        }
+    }
+}
+
+impl Probe {
+    /// How many bytes the filesystem needs, if that is more than the device has.
+    pub fn truncated(&self) -> Option<u64> {
+        match &self.content {
+            Content::Filesystem(found) => {
+                found.size_bytes.filter(|needs| *needs > self.device_bytes)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Content {
+    /// In a few words: `ext4`, `a GPT partition table`, `nothing (blank)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Content::Filesystem(found) | Content::Volume(found) => f.write_str(found.name),
+            Content::PartitionTable(table) => write!(f, "a {} partition table", table.kind),
+            Content::Ambiguous(names) => write!(f, "signatures of {}", names.join(" and ")),
+            Content::Blank => f.write_str("nothing (blank)"),
+            Content::Unknown => f.write_str("unknown content"),
+        }
+    }
+}
+
+impl fmt::Display for TableKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TableKind::Gpt => "GPT",
+            TableKind::Mbr => "MBR",
+        })
+    }
+}
+
+/// Finds out what is on a device or in an image. Reads a few megabytes at most, and blocks.
+///
+/// No content makes it panic or reserve memory without bound: a superblock counts only if its
+/// fields are consistent, and its checksum is right where it has one.
+///
+/// # Errors
+///
+/// Those of reading.
+pub fn probe<R: Read + Seek>(device: &mut R) -> io::Result<Probe> {
+    let mut source = Source::new(device)?;
+    let device_bytes = source.size();
+    let content = content(&mut source)?;
+    Ok(Probe {
+        device_bytes,
+        content,
+    })
+}
+
+fn content<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Content> {
+    let mut filesystems = Vec::new();
+    filesystems.extend(ext::probe(source)?);
+    filesystems.extend(xfs::probe(source)?);
+    filesystems.extend(readonly::erofs(source)?);
+    filesystems.extend(readonly::squashfs(source)?);
+    filesystems.extend(others::btrfs(source)?);
+    filesystems.extend(others::iso9660(source)?);
+    let volumes = others::volumes(source)?;
+    if filesystems.len() + volumes.len() > 1 {
+        return Ok(Content::Ambiguous(
+            filesystems
+                .iter()
+                .chain(&volumes)
+                .map(|found| found.name)
+                .collect(),
+        ));
+    }
+    let gpt = gpt::probe(source)?;
+    // Images that boot from discs and from sticks are made of both on purpose, and their partitions
+    // hold the same files.
+    if let (Some(table), true) = (gpt, filesystems.iter().all(|found| found.name == "iso9660")) {
+        return Ok(Content::PartitionTable(table));
+    }
+    if let Some(found) = filesystems.pop() {
+        return Ok(Content::Filesystem(found));
+    }
+    if let Some(found) = volumes.into_iter().next() {
+        return Ok(Content::Volume(found));
+    }
+    // A FAT boot sector ends like an MBR: the stricter one goes first.
+    if let Some(found) = others::vfat(source)? {
+        return Ok(Content::Filesystem(found));
+    }
+    if let Some(table) = mbr::probe(source)? {
+        return Ok(Content::PartitionTable(table));
+    }
+    Ok(if blank::is_blank(source)? {
+        Content::Blank
+    } else {
+        Content::Unknown
+    })
+}
+
+/// The text of a field that is padded with NULs or spaces; nothing if it is empty.
+fn text(field: &[u8]) -> Option<String> {
+    let end = field
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(field.len());
+    let text = String::from_utf8_lossy(&field[..end]);
+    let text = text.trim_end();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// A UUID as its sixteen bytes print; nothing if all are zero.
+fn uuid(bytes: [u8; 16]) -> Option<String> {
+    if bytes == [0; 16] {
+        return None;
+    }
+    let mut text = String::with_capacity(36);
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests;

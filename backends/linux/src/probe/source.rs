@@ -1,0 +1,81 @@
+//! Reading a device in pieces that may not be there.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+/// A device to read from, with its size.
+pub(super) struct Source<'a, R> {
+    device: &'a mut R,
+    size: u64,
+}
+
+impl<'a, R: Read + Seek> Source<'a, R> {
+    pub(super) fn new(device: &'a mut R) -> io::Result<Self> {
+        let size = device.seek(SeekFrom::End(0))?;
+        Ok(Source { device, size })
+    }
+
+    /// The size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The bytes at an offset; nothing unless all of them are on the device.
+    pub(super) fn bytes(&mut self, offset: u64, length: usize) -> io::Result<Option<Bytes>> {
+        let fits = offset
+            .checked_add(length as u64)
+            .is_some_and(|end| end <= self.size);
+        if !fits {
+            return Ok(None);
+        }
+        self.device.seek(SeekFrom::Start(offset))?;
+        let mut bytes = vec![0; length];
+        match self.device.read_exact(&mut bytes) {
+            Ok(()) => Ok(Some(Bytes(bytes))),
+            // The device has shrunk since.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Bytes whose fields are read by offset. A field that is not inside reads as zeros.
+pub(super) struct Bytes(pub(super) Vec<u8>);
+
+impl Bytes {
+    pub(super) fn array<const N: usize>(&self, at: usize) -> [u8; N] {
+        let field = at.checked_add(N).and_then(|end| self.0.get(at..end));
+        field
+            .and_then(|field| field.try_into().ok())
+            .unwrap_or([0; N])
+    }
+
+    pub(super) fn has(&self, at: usize, signature: &[u8]) -> bool {
+        self.0
+            .get(at..)
+            .is_some_and(|rest| rest.starts_with(signature))
+    }
+
+    pub(super) fn le16(&self, at: usize) -> u16 {
+        u16::from_le_bytes(self.array(at))
+    }
+
+    pub(super) fn le32(&self, at: usize) -> u32 {
+        u32::from_le_bytes(self.array(at))
+    }
+
+    pub(super) fn le64(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.array(at))
+    }
+
+    pub(super) fn be16(&self, at: usize) -> u16 {
+        u16::from_be_bytes(self.array(at))
+    }
+
+    pub(super) fn be32(&self, at: usize) -> u32 {
+        u32::from_be_bytes(self.array(at))
+    }
+
+    pub(super) fn be64(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.array(at))
+    }
+}

@@ -1,0 +1,224 @@
+//! Hostile and half images. Whole ones are probed with the kernel's own tools in the tests on
+//! devices.
+
+use std::io::Cursor;
+
+use crc::{CRC_32_ISO_HDLC, Crc};
+use proptest::prelude::*;
+
+use super::*;
+
+fn content_of(image: &[u8]) -> Content {
+    probe(&mut Cursor::new(image)).unwrap().content
+}
+
+fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// As little as makes each format count, in a megabyte.
+fn samples() -> Vec<(&'static str, Vec<u8>)> {
+    let blank = || vec![0; 1 << 20];
+    let mut ext2 = blank();
+    put(&mut ext2, 1024, &16u32.to_le_bytes());
+    put(&mut ext2, 1024 + 4, &512u32.to_le_bytes());
+    put(&mut ext2, 1024 + 0x20, &8192u32.to_le_bytes());
+    put(&mut ext2, 1024 + 0x28, &16u32.to_le_bytes());
+    put(&mut ext2, 1024 + 0x38, &0xef53u16.to_le_bytes());
+    let mut squashfs = blank();
+    put(&mut squashfs, 0, b"hsqs");
+    put(&mut squashfs, 12, &131_072u32.to_le_bytes());
+    put(&mut squashfs, 22, &17u16.to_le_bytes());
+    put(&mut squashfs, 28, &4u16.to_le_bytes());
+    put(&mut squashfs, 40, &4096u64.to_le_bytes());
+    let mut erofs = blank();
+    put(&mut erofs, 1024, &0xe0f5_e1e2u32.to_le_bytes());
+    put(&mut erofs, 1024 + 12, &[12]);
+    put(&mut erofs, 1024 + 36, &3u32.to_le_bytes());
+    let mut xfs = blank();
+    put(&mut xfs, 0, b"XFSB");
+    put(&mut xfs, 4, &4096u32.to_be_bytes());
+    put(&mut xfs, 8, &256u64.to_be_bytes());
+    put(&mut xfs, 88, &1u32.to_be_bytes());
+    put(&mut xfs, 100, &[0, 4, 2, 0]);
+    put(&mut xfs, 120, &[12]);
+    let mut btrfs = blank();
+    put(&mut btrfs, 65536 + 0x30, &65536u64.to_le_bytes());
+    put(&mut btrfs, 65536 + 0x40, b"_BHRfS_M");
+    put(&mut btrfs, 65536 + 0x90, &4096u32.to_le_bytes());
+    let mut vfat = blank();
+    put(&mut vfat, 11, &[0, 2, 4, 1, 0, 2, 0, 2, 0, 8, 0xf8, 1]);
+    put(&mut vfat, 43, b"NO NAME    FAT16   ");
+    put(&mut vfat, 510, b"\x55\xaa");
+    let mut luks = blank();
+    put(&mut luks, 0, b"LUKS\xba\xbe\0\x02");
+    let mut swap = blank();
+    put(&mut swap, 4086, b"SWAPSPACE2");
+    let mut raid = blank();
+    put(&mut raid, 4096, &[0xfc, 0x4e, 0x2b, 0xa9, 1]);
+    let mut lvm = blank();
+    put(&mut lvm, 512, b"LABELONE");
+    put(&mut lvm, 512 + 24, b"LVM2 001");
+    vec![
+        ("ext2", ext2),
+        ("squashfs", squashfs),
+        ("erofs", erofs),
+        ("xfs", xfs),
+        ("btrfs", btrfs),
+        ("vfat", vfat),
+        ("luks", luks),
+        ("swap", swap),
+        ("raid-member", raid),
+        ("lvm2", lvm),
+        ("a MBR partition table", mbr()),
+        ("a GPT partition table", gpt(4)),
+    ]
+}
+
+fn mbr() -> Vec<u8> {
+    let mut image = vec![0; 1 << 20];
+    let entry = |kind: u8, start: u32, sectors: u32| {
+        let mut entry = vec![0, 0, 0, 0, kind, 0, 0, 0];
+        entry.extend(start.to_le_bytes());
+        entry.extend(sectors.to_le_bytes());
+        entry
+    };
+    put(&mut image, 446, &entry(0x83, 64, 100));
+    put(&mut image, 462, &entry(0x05, 200, 1000));
+    put(&mut image, 510, b"\x55\xaa");
+    // Two logical partitions, and a link back to the first: a ring.
+    for (sector, next) in [(200, 300), (500, 0)] {
+        put(&mut image, sector * 512 + 446, &entry(0x83, 10, 20));
+        put(&mut image, sector * 512 + 462, &entry(0x05, next, 100));
+        put(&mut image, sector * 512 + 510, b"\x55\xaa");
+    }
+    image
+}
+
+fn gpt(count: u32) -> Vec<u8> {
+    let mut image = vec![0; 1 << 20];
+    let crc = |bytes: &[u8]| Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(bytes);
+    let table = 1024;
+    put(&mut image, table + 128, &[7; 16]);
+    put(&mut image, table + 128 + 32, &40u64.to_le_bytes());
+    put(&mut image, table + 128 + 40, &49u64.to_le_bytes());
+    // The last block before the first: no partition.
+    put(&mut image, table + 256, &[7; 16]);
+    put(&mut image, table + 256 + 32, &60u64.to_le_bytes());
+    let entries = crc(&image[table..table + 128 * count as usize]);
+    put(&mut image, 512, b"EFI PART\0\0\x01\0\x5c");
+    put(&mut image, 512 + 24, &1u64.to_le_bytes());
+    put(&mut image, 512 + 40, &34u64.to_le_bytes());
+    put(&mut image, 512 + 48, &2000u64.to_le_bytes());
+    put(&mut image, 512 + 72, &2u64.to_le_bytes());
+    put(&mut image, 512 + 80, &count.to_le_bytes());
+    put(&mut image, 512 + 84, &128u32.to_le_bytes());
+    put(&mut image, 512 + 88, &entries.to_le_bytes());
+    let header = crc(&image[512..512 + 92]);
+    put(&mut image, 512 + 16, &header.to_le_bytes());
+    image
+}
+
+#[test]
+fn each_sample_is_what_it_is() {
+    for (name, image) in samples() {
+        assert_eq!(content_of(&image).to_string(), name);
+    }
+}
+
+#[test]
+fn logical_partitions_are_followed_and_a_ring_ends() {
+    let Content::PartitionTable(table) = content_of(&mbr()) else {
+        panic!("no table")
+    };
+    let places: Vec<_> = table
+        .partitions
+        .iter()
+        .map(|p| (p.number, p.start / 512, p.size / 512))
+        .collect();
+    assert_eq!(
+        places,
+        [(1, 64, 100), (2, 200, 1000), (5, 210, 20), (6, 510, 20)]
+    );
+}
+
+#[test]
+fn a_gpt_entry_that_makes_no_sense_is_no_partition() {
+    let Content::PartitionTable(table) = content_of(&gpt(4)) else {
+        panic!("no table")
+    };
+    assert_eq!(table.partitions.len(), 1);
+    let only = &table.partitions[0];
+    assert_eq!(
+        (only.number, only.start, only.size),
+        (2, 40 * 512, 10 * 512)
+    );
+    assert_eq!(only.type_id, "07070707-0707-0707-0707-070707070707");
+    let mut damaged = gpt(4);
+    damaged[1024 + 128 + 33] = 1;
+    assert_eq!(content_of(&damaged), Content::Unknown);
+}
+
+#[test]
+fn two_filesystems_are_ambiguous() {
+    let samples = samples();
+    let mut both = samples[0].1.clone();
+    put(&mut both, 0, &samples[1].1[..96]);
+    assert_eq!(
+        content_of(&both),
+        Content::Ambiguous(vec!["ext2", "squashfs"])
+    );
+}
+
+#[test]
+fn blank_is_zeros_at_both_ends_and_nothing_less() {
+    assert_eq!(content_of(&[]), Content::Unknown);
+    assert_eq!(content_of(&[0]), Content::Blank);
+    let mut image = vec![0; 3 << 20];
+    assert_eq!(content_of(&image), Content::Blank);
+    for at in [0, 511, 4096, 65600, (1 << 20) - 1, 2 << 20, (3 << 20) - 1] {
+        image[at] = 1;
+        assert_eq!(content_of(&image), Content::Unknown, "{at}");
+        image[at] = 0;
+    }
+}
+
+#[test]
+fn a_copy_of_an_erased_superblock_is_not_blank() {
+    let mut image = vec![0; 12 << 20];
+    image[(8193 << 10) + 0x38] = 0x53;
+    assert_eq!(content_of(&image), Content::Unknown);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn nothing_makes_it_panic_and_no_remains_are_blank(
+        sample in 0..12usize,
+        damage in proptest::collection::vec((0..70_000usize, any::<u8>()), 0..40),
+        superblock in proptest::collection::vec((0..1600usize, prop_oneof![Just(0u8), Just(0xff), any::<u8>()]), 0..40),
+        length in prop_oneof![Just(1usize << 20), 0..3000usize, 0..(1usize << 20)],
+    ) {
+        let mut image = samples().swap_remove(sample).1;
+        for (at, byte) in damage.into_iter().chain(superblock) {
+            image[at] = byte;
+        }
+        image.truncate(length);
+        let found = probe(&mut Cursor::new(&image)).unwrap();
+        let _ = (found.truncated(), found.content.to_string());
+        prop_assert_eq!(found.content == Content::Blank, !image.is_empty() && image.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn noise_is_never_a_filesystem(seed in any::<u64>(), length in 0..200_000usize) {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as u8
+        };
+        let image: Vec<u8> = (0..length).map(|_| next()).collect();
+        let found = content_of(&image);
+        prop_assert!(!matches!(found, Content::Filesystem(_) | Content::PartitionTable(_)), "{found}");
+    }
+}

@@ -1,0 +1,403 @@
+//! Where something may be mounted: checked component by component, made where it is missing.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use blockmount::BackendError;
+use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, mkdirat, openat};
+use rustix::io::Errno;
+
+use crate::fault::fault;
+
+/// The kernel's `PATH_MAX` without the NUL, in bytes.
+const LONGEST: usize = 4095;
+/// Where a mount would cover what the system runs on: these, and everything below them.
+const SYSTEM: [&str; 9] = [
+    "proc", "sys", "dev", "etc", "usr", "bin", "sbin", "lib", "boot",
+];
+/// Where a mount would cover what others use: exactly these.
+const SHARED: [&str; 9] = [
+    "var", "home", "root", "run", "tmp", "opt", "srv", "mnt", "media",
+];
+
+/// A path at which something could be mounted, as far as its text tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    path: PathBuf,
+}
+
+impl Target {
+    /// Judges the text of a path: absolute, below `allowed` if that names any directories,
+    /// not a directory of the system.
+    pub(crate) fn parse(path: &Path, allowed: &[PathBuf]) -> Result<Self, BackendError> {
+        let refused = |why: &str| {
+            Err(BackendError::invalid(format!(
+                "cannot mount at {}: {why}",
+                path.display()
+            )))
+        };
+        let bytes = path.as_os_str().as_bytes();
+        if !bytes.starts_with(b"/") {
+            return refused("the path is not absolute");
+        }
+        if bytes.len() > LONGEST {
+            return Err(BackendError::invalid(
+                "cannot mount at a path longer than 4,095 bytes",
+            ));
+        }
+        if bytes.contains(&0) {
+            return refused("the path has a NUL byte");
+        }
+        let names: Vec<&[u8]> = bytes
+            .split(|byte| *byte == b'/')
+            .filter(|name| !name.is_empty())
+            .collect();
+        if names.iter().any(|name| matches!(*name, b"." | b"..")) {
+            return refused("the path has a '.' or '..' component");
+        }
+        let Some(first) = names
+            .first()
+            .and_then(|name| std::str::from_utf8(name).ok())
+        else {
+            return if names.is_empty() {
+                refused("it is the root directory")
+            } else {
+                Self::within(names, allowed)
+            };
+        };
+        // The dynamic linker's directories differ by machine: lib64, lib32, libx32.
+        let is_library =
+            first.starts_with("lib") && first[3..].chars().all(|c| c.is_ascii_digit() || c == 'x');
+        if SYSTEM.contains(&first) || is_library || (names.len() == 1 && SHARED.contains(&first)) {
+            return refused("it is a directory of the system");
+        }
+        Self::within(names, allowed)
+    }
+
+    fn within(names: Vec<&[u8]>, allowed: &[PathBuf]) -> Result<Self, BackendError> {
+        let mut path = PathBuf::from("/");
+        path.extend(names.into_iter().map(OsStr::from_bytes));
+        if allowed.is_empty()
+            || allowed
+                .iter()
+                .any(|root| path.starts_with(root) && path != *root)
+        {
+            return Ok(Target { path });
+        }
+        let allowed: Vec<String> = allowed
+            .iter()
+            .map(|root| root.display().to_string())
+            .collect();
+        Err(BackendError::invalid(format!(
+            "cannot mount at {}: targets must be below {}",
+            path.display(),
+            allowed.join(" or "),
+        )))
+    }
+
+    /// The path without redundant slashes.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Looks at the target without changing anything: it must be free to be mounted on, or missing.
+    pub(crate) fn check_free(&self) -> Result<(), BackendError> {
+        match self.walk(&mut |_, _, _| Ok(false))? {
+            None => Ok(()),
+            Some(place) => place.check_free(self.path()),
+        }
+    }
+
+    /// Finds the target as it is; nothing if it does not exist.
+    pub(crate) fn find(&self) -> Result<Option<Place>, BackendError> {
+        self.walk(&mut |_, _, _| Ok(false))
+    }
+
+    /// Finds the target, makes what is missing (mode 0700) and reports each directory made to
+    /// `made`, then checks that it is free.
+    pub(crate) fn prepare(
+        &self,
+        made: &mut dyn FnMut(&Path, FileId),
+    ) -> Result<Place, BackendError> {
+        let place = self.walk(&mut |parent, name, path| {
+            match mkdirat(parent, name, Mode::RWXU) {
+                Ok(()) => {}
+                // Somebody else was faster; then it is theirs.
+                Err(Errno::EXIST) => return Ok(true),
+                Err(errno) => {
+                    return Err(fault(
+                        format!("cannot make directory {}", path.display()),
+                        errno,
+                    ));
+                }
+            }
+            let stat =
+                stat_below(parent, name).map_err(|errno| unreachable_component(path, errno))?;
+            made(path, FileId::of(&stat));
+            Ok(true)
+        })?;
+        let place = place.ok_or_else(|| {
+            BackendError::other(format!(
+                "{} was removed while it was prepared",
+                self.path.display()
+            ))
+        })?;
+        place.check_free(self.path())?;
+        Ok(place)
+    }
+
+    /// Goes down from the root, one component at a time, through no symbolic link. At one that is
+    /// missing, `make` says whether it is there now.
+    fn walk(
+        &self,
+        make: &mut dyn FnMut(&OwnedFd, &OsStr, &Path) -> Result<bool, BackendError>,
+    ) -> Result<Option<Place>, BackendError> {
+        let mut at = PathBuf::from("/");
+        let mut directory =
+            open_below(CWD, OsStr::new("/")).map_err(|errno| unreachable_component(&at, errno))?;
+        let mut place = None;
+        for name in self.path.iter().skip(1) {
+            at.push(name);
+            let below = match open_below(&directory, name) {
+                Err(Errno::NOENT) if make(&directory, name, &at)? => open_below(&directory, name),
+                Err(Errno::NOENT) => return Ok(None),
+                opened => opened,
+            };
+            let below = below.map_err(|errno| unreachable_component(&at, errno))?;
+            check_directory(&below, &at, self.path())?;
+            let next = below
+                .try_clone()
+                .map_err(|error| fault("cannot keep a directory open", error))?;
+            let parent = std::mem::replace(&mut directory, next);
+            place = Some(Place {
+                parent,
+                name: name.to_owned(),
+                directory: below,
+            });
+        }
+        Ok(place)
+    }
+}
+
+fn unreachable_component(path: &Path, errno: Errno) -> BackendError {
+    fault(format!("cannot reach directory {}", path.display()), errno)
+}
+
+fn check_directory(fd: &OwnedFd, at: &Path, target: &Path) -> Result<(), BackendError> {
+    let stat = fstat(fd).map_err(|errno| unreachable_component(at, errno))?;
+    let what = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => return Ok(()),
+        FileType::Symlink => "a symbolic link",
+        _ => "not a directory",
+    };
+    Err(BackendError::invalid(format!(
+        "cannot mount at {}: {} is {what}",
+        target.display(),
+        at.display()
+    )))
+}
+
+fn open_below(directory: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    openat(
+        directory,
+        name,
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
+
+fn stat_below(directory: impl AsFd, name: &OsStr) -> rustix::io::Result<Stat> {
+    rustix::fs::statat(directory, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// A directory as it was found, whatever its path leads to later.
+#[derive(Debug)]
+pub(crate) struct Place {
+    parent: OwnedFd,
+    name: OsString,
+    directory: OwnedFd,
+}
+
+impl Place {
+    /// The directory itself; as long as it is open, a mount there is in use.
+    pub(crate) fn directory(&self) -> &OwnedFd {
+        &self.directory
+    }
+
+    /// Lets go of the directory and keeps only the way to it: a path through the open parent,
+    /// which no change of the tree above can lead elsewhere.
+    pub(crate) fn into_way(self) -> Way {
+        Way {
+            parent: self.parent,
+            name: self.name,
+        }
+    }
+
+    /// The number of the mount that the directory is on.
+    pub(crate) fn mount_id(&self) -> Result<u64, BackendError> {
+        mount_id(&self.directory)
+    }
+
+    /// Whether something is mounted here.
+    pub(crate) fn is_mount_point(&self) -> Result<bool, BackendError> {
+        Ok(mount_id(&self.parent)? != self.mount_id()?)
+    }
+
+    fn check_free(&self, path: &Path) -> Result<(), BackendError> {
+        let taken = |why| {
+            Err(BackendError::conflict(format!(
+                "cannot mount at {}: {why}",
+                path.display()
+            )))
+        };
+        if self.is_mount_point()? {
+            return taken("something is mounted there already");
+        }
+        if !self.is_empty(path)? {
+            return taken("the directory is not empty");
+        }
+        Ok(())
+    }
+
+    fn is_empty(&self, path: &Path) -> Result<bool, BackendError> {
+        let trouble = |errno| fault(format!("cannot read directory {}", path.display()), errno);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let readable = openat(&self.directory, ".", flags, Mode::empty()).map_err(trouble)?;
+        for entry in Dir::new(readable).map_err(trouble)? {
+            let entry = entry.map_err(trouble)?;
+            if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The way to a directory through its open parent.
+#[derive(Debug)]
+pub(crate) struct Way {
+    parent: OwnedFd,
+    name: OsString,
+}
+
+impl Way {
+    /// A path for system calls that take nothing else. Valid in this process while this value
+    /// lives.
+    pub(crate) fn path(&self) -> PathBuf {
+        Path::new(&format!("/proc/self/fd/{}", self.parent.as_raw_fd())).join(&self.name)
+    }
+
+    /// What is there now, on top of whatever is mounted.
+    pub(crate) fn open(&self) -> rustix::io::Result<OwnedFd> {
+        open_below(&self.parent, &self.name)
+    }
+
+    /// Removes the directory, if it is the one that is meant and empty.
+    pub(crate) fn remove(&self, meant: FileId) -> rustix::io::Result<()> {
+        if FileId::of(&stat_below(&self.parent, &self.name)?) != meant {
+            return Err(Errno::EXIST);
+        }
+        rustix::fs::unlinkat(&self.parent, &self.name, rustix::fs::AtFlags::REMOVEDIR)
+    }
+}
+
+/// A file by identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    pub(crate) fn of(stat: &Stat) -> Self {
+        FileId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
+}
+
+/// The number of the mount that an open file is on, as `mountinfo` has it.
+pub(crate) fn mount_id(fd: &OwnedFd) -> Result<u64, BackendError> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let info = std::fs::read_to_string(&path)
+        .map_err(|error| fault(format!("cannot read {path}"), error))?;
+    let id = info
+        .lines()
+        .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    id.ok_or_else(|| BackendError::other(format!("{path} has no mount id")))
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmount::ErrorKind;
+
+    use super::*;
+
+    fn refused(path: impl AsRef<OsStr>) -> String {
+        let error = Target::parse(Path::new(path.as_ref()), &[]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        error.message().to_owned()
+    }
+
+    #[test]
+    fn refuses_what_no_mount_may_cover() {
+        for path in [
+            "", "relative", "/", "//", "/a/./b", "/a/../b", "/a/..", "/a\0b", "/tmp", "/run/",
+            "//var",
+        ] {
+            refused(path);
+        }
+        for path in [
+            "/proc",
+            "/proc/1",
+            "/sys/x",
+            "/dev/shm/x",
+            "/usr/lib/x",
+            "/lib64/x",
+            "/lib32",
+            "/etc/x",
+            "/boot",
+        ] {
+            assert!(refused(path).ends_with("a directory of the system"));
+        }
+        refused("/x".repeat(2048) + "y");
+    }
+
+    #[test]
+    fn takes_any_bytes_elsewhere() {
+        for path in [
+            &b"/run/a b,c:d\n\\e"[..],
+            b"/\xff\xfe",
+            b"/tmp//x/",
+            b"/library/x",
+            b"/runner",
+            b"/mnt/...",
+            b"/procx",
+        ] {
+            Target::parse(Path::new(OsStr::from_bytes(path)), &[]).unwrap();
+        }
+        let target = Target::parse(Path::new("//tmp///x//"), &[]).unwrap();
+        assert_eq!(target.path().as_os_str(), "/tmp/x");
+        Target::parse(Path::new(&("/x".repeat(2047))), &[]).unwrap();
+    }
+
+    #[test]
+    fn keeps_to_the_allowed_roots() {
+        let allowed = [PathBuf::from("/run/gcs"), PathBuf::from("/run/mounts")];
+        for path in ["/run/gcs/c", "/run/mounts/scsi/m0"] {
+            Target::parse(Path::new(path), &allowed).unwrap();
+        }
+        for path in [
+            "/run/gcs",
+            "/run/gcsx/c",
+            "/run/other",
+            "/run/gcs/../x",
+            "/proc/x",
+        ] {
+            Target::parse(Path::new(path), &allowed).unwrap_err();
+        }
+    }
+}

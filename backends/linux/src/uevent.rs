@@ -1,0 +1,283 @@
+//! Events of the kernel about devices, and waiting for what they announce.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
+
+use blockmount::BackendError;
+use nix::sys::socket::{
+    AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt,
+    socket, sockopt,
+};
+use tokio::io::unix::AsyncFd;
+
+use crate::fault::{blocking, fault};
+use crate::sys;
+
+/// The multicast group of the kernel itself; group 2 is the daemon's repetition.
+const KERNEL_GROUP: u32 = 1;
+/// Room for bursts of hot-plugs, in bytes; what the daemons of distributions use is larger still.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// The kernel builds an event in a buffer of 2,048 bytes (`UEVENT_BUFFER_SIZE`) after the header.
+const LONGEST_EVENT: usize = 8 << 10;
+/// After so many messages a look is due, even if somebody keeps sending.
+const MOST_AT_ONCE: usize = 1024;
+/// How long a wait relies on events alone. Each of its looks is cheap, and an event that is
+/// lost without a trace (a container's network namespace) must not cost the whole deadline.
+const SAFETY_LOOK: Duration = Duration::from_secs(1);
+
+/// What a [`Listener`] has heard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// The kernel announced something.
+    Event(Uevent),
+    /// Events were lost: whoever relies on them looks at everything again.
+    Rescan,
+}
+
+/// An announcement of the kernel about a device.
+///
+/// All of it is bytes: device names need not be UTF-8.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uevent {
+    action: Vec<u8>,
+    devpath: Vec<u8>,
+    fields: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Uevent {
+    /// Reads `ACTION@DEVPATH` and the `KEY=VALUE` fields after it, each ended by a NUL. Fields
+    /// without a `=` are left out; of a repeated key the first counts.
+    ///
+    /// Returns nothing for what is no event, such as the messages of a daemon.
+    pub fn parse(message: &[u8]) -> Option<Self> {
+        let mut parts = message.split(|byte| *byte == 0);
+        let (action, devpath) = split_at(parts.next()?, b'@')?;
+        if action.is_empty()
+            || !action.iter().all(u8::is_ascii_lowercase)
+            || !devpath.starts_with(b"/")
+        {
+            return None;
+        }
+        let fields = parts
+            .filter_map(|field| split_at(field, b'='))
+            .filter(|(key, _)| !key.is_empty())
+            .map(|(key, value)| (key.to_vec(), value.to_vec()))
+            .collect();
+        Some(Uevent {
+            action: action.to_vec(),
+            devpath: devpath.to_vec(),
+            fields,
+        })
+    }
+
+    /// What happened: `add`, `remove`, `change` and so on.
+    pub fn action(&self) -> &OsStr {
+        OsStr::from_bytes(&self.action)
+    }
+
+    /// The device's path below `/sys`, with a leading slash.
+    pub fn devpath(&self) -> &OsStr {
+        OsStr::from_bytes(&self.devpath)
+    }
+
+    /// A field by its key: `SUBSYSTEM`, `DEVNAME`, `DISKSEQ`.
+    pub fn field(&self, key: &str) -> Option<&OsStr> {
+        let found = self
+            .fields
+            .iter()
+            .find(|(name, _)| name == key.as_bytes())?;
+        Some(OsStr::from_bytes(&found.1))
+    }
+
+    /// Whether it is about a disk or a partition.
+    pub fn is_block(&self) -> bool {
+        self.field("SUBSYSTEM") == Some(OsStr::new("block"))
+    }
+}
+
+fn split_at(bytes: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
+    let at = bytes.iter().position(|byte| *byte == separator)?;
+    Some((&bytes[..at], &bytes[at + 1..]))
+}
+
+/// Hears every event of the kernel from the moment it is made.
+#[derive(Debug)]
+pub struct Listener(AsyncFd<OwnedFd>);
+
+impl Listener {
+    /// Subscribes. Must be called in a runtime of tokio that has I/O enabled.
+    ///
+    /// # Errors
+    ///
+    /// The system's, where it has no such sockets.
+    pub fn new() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let protocol = SockProtocol::NetlinkKObjectUEvent;
+        let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol)?;
+        // Only root may go beyond the system's limit; without it the buffer is merely smaller.
+        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+        }
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+        Ok(Listener(sys::watch(socket)?))
+    }
+
+    /// The next thing that is heard. Cancel safe: nothing is lost when the wait is given up.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if the socket fails.
+    pub async fn next(&self) -> io::Result<Heard> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            match ready.try_io(|socket| receive(socket.get_ref())) {
+                Ok(Ok(None)) | Err(_) => {}
+                Ok(Ok(Some(heard))) => return Ok(heard),
+                Ok(Err(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits for the next thing and takes all that is there already: a burst is one reason to look.
+    async fn burst(&self) -> io::Result<()> {
+        self.next().await?;
+        for _ in 0..MOST_AT_ONCE {
+            if receive(self.0.get_ref()).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One message; nothing if it is none of the kernel's.
+fn receive(socket: &impl AsFd) -> io::Result<Option<Heard>> {
+    let mut buffer = [0; LONGEST_EVENT];
+    let fd = socket.as_fd().as_raw_fd();
+    match recvfrom::<NetlinkAddr>(fd, &mut buffer) {
+        // Any process may send to this socket; only the kernel has no port.
+        Ok((length, Some(sender))) if sender.pid() == 0 => {
+            Ok(Uevent::parse(&buffer[..length]).map(Heard::Event))
+        }
+        Ok(_) => Ok(None),
+        Err(nix::Error::ENOBUFS) => Ok(Some(Heard::Rescan)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Looks until there is something to see, at each event of the kernel about any device, until the
+/// deadline.
+///
+/// `look` answers what it was looking for, or nothing yet, or an error that ends the wait. It runs
+/// where it may block, first before any event, and once more at the deadline. Cancel safe as far
+/// as `look` is, which runs to its end. Must be called in a runtime of tokio that has I/O and time.
+///
+/// # Errors
+///
+/// That of `look`. When time is up the answer is `None`, and the caller says what was missing.
+pub async fn wait_until<T, F>(deadline: Instant, mut look: F) -> Result<Option<T>, BackendError>
+where
+    T: Send + 'static,
+    F: FnMut() -> Result<Option<T>, BackendError> + Send + 'static,
+{
+    // Most devices are there already; a socket would cost more than the look.
+    let (found, returned) = blocking(move || Ok((look()?, look))).await?;
+    look = returned;
+    if found.is_some() {
+        return Ok(found);
+    }
+    let listener =
+        Listener::new().map_err(|error| fault("cannot listen for the kernel's events", error))?;
+    loop {
+        // The look after the subscription sees what was announced before it.
+        let (found, returned) = blocking(move || Ok((look()?, look))).await?;
+        look = returned;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if found.is_some() || left.is_zero() {
+            return Ok(found);
+        }
+        match tokio::time::timeout(left.min(SAFETY_LOOK), listener.burst()).await {
+            Ok(heard) => heard.map_err(|error| fault("cannot hear the kernel's events", error))?,
+            Err(_elapsed) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ADD: &[u8] =
+        b"add@/devices/virtual/block/loop0\0ACTION=add\0DEVPATH=/devices/virtual/block/loop0\0\
+        SUBSYSTEM=block\0DEVNAME=loop0\0DISKSEQ=7\0";
+
+    #[test]
+    fn reads_an_event() {
+        let event = Uevent::parse(ADD).unwrap();
+        assert_eq!(event.action(), "add");
+        assert_eq!(event.devpath(), "/devices/virtual/block/loop0");
+        assert_eq!(event.field("DISKSEQ").unwrap(), "7");
+        assert!(event.is_block() && event.field("MAJOR").is_none());
+    }
+
+    #[test]
+    fn refuses_what_is_no_event() {
+        let daemon = b"libudev\0\xfe\xed\xca\xfe";
+        for bytes in [
+            &b""[..],
+            b"\0",
+            b"@",
+            b"add",
+            b"@/x",
+            b"add@",
+            b"add@x",
+            b"AD D@/x",
+            daemon,
+        ] {
+            assert_eq!(Uevent::parse(bytes), None, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn keeps_bytes_that_are_no_text() {
+        let event = Uevent::parse(b"add@/d\xff\0A=\xfe=\0=x\0B\0A=2\0").unwrap();
+        assert_eq!(event.field("A").unwrap().as_bytes(), b"\xfe=");
+        assert_eq!(event.devpath().as_bytes(), b"/d\xff");
+        assert!(event.field("B").is_none() && event.field("").is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300), cut in 0..ADD.len()) {
+            let _ = Uevent::parse(&bytes);
+            let mut damaged = ADD[..cut].to_vec();
+            damaged.extend(bytes);
+            let _ = Uevent::parse(&damaged);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wait_ends_at_its_deadline() {
+        let started = Instant::now();
+        let deadline = started + Duration::from_millis(30);
+        let found = wait_until(deadline, || Ok(None::<()>)).await.unwrap();
+        assert_eq!(found, None);
+        assert!(started.elapsed() >= Duration::from_millis(30));
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_look_ends_the_wait() {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let look = || Err::<Option<()>, _>(BackendError::invalid("no"));
+        assert_eq!(
+            wait_until(deadline, look).await.unwrap_err().message(),
+            "no"
+        );
+    }
+}

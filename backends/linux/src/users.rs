@@ -1,0 +1,175 @@
+//! Who uses a device or a mount: only ever for messages, and for nothing that is decided.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::device::{self, DeviceNumber};
+use crate::mountinfo::{self, MountInfo};
+
+/// Longer lists help nobody.
+const MOST_NAMED: usize = 8;
+
+/// Who uses the device behind a node, as far as the kernel's tables tell: mounts in
+/// whatever mount namespace, stacked devices, swap.
+pub(crate) fn of_device_at(path: &Path) -> Vec<String> {
+    let Ok(disk) = DeviceNumber::at(path) else {
+        return Vec::new();
+    };
+    let numbers = with_partitions(disk);
+    let mut found: Vec<String> = numbers.iter().flat_map(|number| holders(*number)).collect();
+    let used = |mount: &MountInfo| {
+        let (major, minor) = mount.device;
+        numbers.contains(&DeviceNumber { major, minor })
+    };
+    found.extend(mounts_everywhere(used));
+    found.extend(swap_on(path).then(|| "swap".to_owned()));
+    found.truncate(MOST_NAMED);
+    found
+}
+
+/// A disk and its partitions.
+fn with_partitions(disk: DeviceNumber) -> Vec<DeviceNumber> {
+    let below = fs::read_dir(disk.sysfs()).into_iter().flatten().flatten();
+    let partitions = below
+        .map(|entry| entry.path())
+        .filter(|below| below.join("partition").exists())
+        .filter_map(|below| fs::read_to_string(below.join("dev")).ok()?.parse().ok());
+    std::iter::once(disk).chain(partitions).collect()
+}
+
+/// The devices stacked on a device, by the kernel's names.
+fn holders(device: DeviceNumber) -> Vec<String> {
+    let entries = fs::read_dir(device.sysfs().join("holders"));
+    let entries = entries.into_iter().flatten().flatten();
+    entries
+        .map(|entry| format!("device {}", entry.file_name().to_string_lossy()))
+        .collect()
+}
+
+/// The devices stacked on a disk or on one of its partitions.
+pub(crate) fn holders_of_disk(disk: DeviceNumber) -> Vec<String> {
+    with_partitions(disk)
+        .into_iter()
+        .flat_map(holders)
+        .collect()
+}
+
+/// The processes that have a disk or one of its partitions open, by the names of their
+/// descriptors. A single one of our own does not count: it is the one that we are about to close.
+pub(crate) fn openers_of(path: &Path) -> Vec<String> {
+    let mut nodes = vec![path.to_owned()];
+    let partitions = DeviceNumber::at(path).and_then(device::partitions);
+    nodes.extend(partitions.unwrap_or_default().into_values());
+    let opens = |directory: &Path| {
+        let descriptors = fs::read_dir(directory.join("fd"));
+        let descriptors = descriptors.into_iter().flatten().flatten();
+        let targets = descriptors.filter_map(|descriptor| fs::read_link(descriptor.path()).ok());
+        targets.filter(|target| nodes.contains(target)).count()
+    };
+    processes()
+        .filter(|(pid, directory)| opens(directory) > usize::from(*pid == std::process::id()))
+        .map(|(pid, directory)| format!("process {pid} ({})", command(&directory)))
+        .take(MOST_NAMED)
+        .collect()
+}
+
+/// The mounts that fit, in every mount namespace that a process is in.
+fn mounts_everywhere(fits: impl Fn(&MountInfo) -> bool) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    let own = fs::read_link("/proc/self/ns/mnt").ok();
+    for (pid, directory) in processes() {
+        let namespace = fs::read_link(directory.join("ns/mnt")).ok();
+        if namespace.is_some() && !seen.insert(namespace.clone()) {
+            continue;
+        }
+        let table = fs::read(directory.join("mountinfo")).unwrap_or_default();
+        for mount in mountinfo::parse(&table).iter().filter(|mount| fits(mount)) {
+            let elsewhere = if namespace == own {
+                String::new()
+            } else {
+                format!(
+                    " in the mount namespace of process {pid} ({})",
+                    command(&directory)
+                )
+            };
+            found.push(format!(
+                "the mount at {}{elsewhere}",
+                mount.mount_point.display()
+            ));
+        }
+    }
+    found
+}
+
+fn swap_on(path: &Path) -> bool {
+    let Ok(path) = path.canonicalize() else {
+        return false;
+    };
+    let table = fs::read("/proc/swaps").unwrap_or_default();
+    let mut nodes = table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').next());
+    nodes.any(|node| node == path.as_os_str().as_bytes())
+}
+
+/// Who keeps a mount from being unmounted: mounts below it, and processes with files, programs
+/// or directories on it.
+pub(crate) fn of_mount(target: &Path, id: u64) -> Vec<String> {
+    let mut found: Vec<String> = mountinfo::read()
+        .unwrap_or_default()
+        .iter()
+        .filter(|mount| mount.parent == id)
+        .map(|mount| format!("the mount at {}", mount.mount_point.display()))
+        .collect();
+    for (pid, directory) in processes() {
+        if found.len() >= MOST_NAMED {
+            break;
+        }
+        if uses(&directory, target, id) {
+            found.push(format!("process {pid} ({})", command(&directory)));
+        }
+    }
+    found
+}
+
+/// Whether a process has something on the mount. Nothing is opened or followed there, so that a
+/// dead filesystem cannot hold us up.
+fn uses(process: &Path, target: &Path, id: u64) -> bool {
+    let below =
+        |link: &str| fs::read_link(process.join(link)).is_ok_and(|at| at.starts_with(target));
+    let open = || {
+        let wanted = format!("mnt_id:\t{id}");
+        let fds = fs::read_dir(process.join("fdinfo"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        fds.filter_map(|fd| fs::read_to_string(fd.path()).ok())
+            .any(|info| info.lines().any(|line| line == wanted))
+    };
+    below("cwd") || below("root") || below("exe") || open() || maps_from(process, target)
+}
+
+fn maps_from(process: &Path, target: &Path) -> bool {
+    let maps = fs::read(process.join("maps")).unwrap_or_default();
+    maps.split(|byte| *byte == b'\n').any(|line| {
+        let path = line
+            .iter()
+            .position(|byte| *byte == b'/')
+            .map(|at| OsStr::from_bytes(&line[at..]));
+        path.is_some_and(|path| Path::new(path).starts_with(target))
+    })
+}
+
+fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
+fn command(process: &Path) -> String {
+    let name = fs::read(process.join("comm")).unwrap_or_default();
+    String::from_utf8_lossy(&name).trim_end().to_owned()
+}

@@ -1,0 +1,214 @@
+//! Each filesystem, read-only and writable, with options that are honoured or refused, on every
+//! kind of kernel.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is the failure message of a test"
+)]
+
+mod kit;
+
+use std::fs;
+
+use blockmount::{ErrorKind, MountOptions, Mounter};
+use kit::{Image, KERNELS, Loop, Room, guest, mount, mount_at, on_linux, refused};
+
+#[tokio::test]
+async fn root_each_filesystem_is_found_mounted_and_undone() {
+    for kernel in KERNELS {
+        for image in Image::FILESYSTEMS {
+            let mut room = Room::new();
+            let device = Loop::new(&image.copy(room.path()));
+            room.settle();
+            let guest = on_linux(kernel);
+            let target = room.at("deep/er/mnt");
+            for read_only in [true, false] {
+                let access: &[&str] = if read_only { &["ro"] } else { &[] };
+                mount(&guest, &device, &target, access)
+                    .await
+                    .unwrap_or_else(|error| {
+                        panic!(
+                            "{image:?} read-only {read_only} on {kernel:?}: {error} {:?}",
+                            std::error::Error::source(&error)
+                        )
+                    });
+                let mounted = mount_at(&target);
+                assert_eq!(mounted.filesystem, image.name());
+                assert_eq!(mounted.source, device.node().as_os_str());
+                assert_eq!(
+                    fs::read_to_string(target.join("hello")).unwrap(),
+                    image.name()
+                );
+                let written = fs::write(target.join("new"), "x");
+                assert_eq!(
+                    written.is_ok(),
+                    !read_only && image.is_writable(),
+                    "{image:?} {written:?}"
+                );
+                guest.unmount(&target).await.unwrap();
+                room.assert_clean();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn root_a_read_only_device_carries_a_read_only_mount_and_no_other() {
+    for kernel in KERNELS {
+        for image in Image::FILESYSTEMS {
+            let mut room = Room::new();
+            let device = Loop::read_only(&image.copy(room.path()));
+            room.settle();
+            let guest = on_linux(kernel);
+            mount(&guest, &device, &room.at("mnt"), &["ro"])
+                .await
+                .unwrap();
+            guest.unmount(&room.at("mnt")).await.unwrap();
+            let writable = mount(&guest, &device, &room.at("mnt"), &[]).await;
+            if image.is_writable() {
+                let message = refused(writable, ErrorKind::Conflict);
+                assert!(
+                    message.contains("is read-only"),
+                    "{image:?} on {kernel:?}: {message}"
+                );
+            } else {
+                writable.unwrap();
+                guest.unmount(&room.at("mnt")).await.unwrap();
+            }
+            room.assert_clean();
+        }
+    }
+}
+
+/// A journal that was not replayed: a crash, or another VM that still writes.
+#[tokio::test]
+async fn root_a_read_only_mount_replays_no_journal() {
+    for (image, kernel) in [
+        (Image::Ext4, (4, 19)),
+        (Image::Ext4, (u32::MAX, 0)),
+        (Image::Xfs, (u32::MAX, 0)),
+    ] {
+        let mut room = Room::new();
+        let original = Loop::new(&image.copy(room.path()));
+        let guest = on_linux(kernel);
+        mount(&guest, &original, &room.at("live"), &[])
+            .await
+            .unwrap();
+        fs::write(room.at("live/new"), "x").unwrap();
+        kit::run("sync", &["-f", room.at("live").to_str().unwrap()]);
+        let dirty = room.at("dirty");
+        kit::run(
+            "cp",
+            &[
+                "--sparse=always",
+                original.node().to_str().unwrap(),
+                dirty.to_str().unwrap(),
+            ],
+        );
+        guest.unmount(&room.at("live")).await.unwrap();
+        room.settle();
+        let before = fs::read(&dirty).unwrap();
+        let copy = Loop::new(&dirty);
+        mount(&guest, &copy, &room.at("mnt"), &["ro"])
+            .await
+            .unwrap();
+        guest.unmount(&room.at("mnt")).await.unwrap();
+        drop(copy);
+        assert!(
+            fs::read(&dirty).unwrap() == before,
+            "{image:?} was written to by a read-only mount"
+        );
+        room.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_options_are_honoured_to_the_last() {
+    let names = [
+        "nosuid",
+        "nodev",
+        "noexec",
+        "noatime",
+        "nodiratime",
+        "nosymfollow",
+        "sync",
+        "dirsync",
+        "lazytime",
+    ];
+    for kernel in KERNELS {
+        let mut room = Room::new();
+        let device = Loop::new(&Image::Ext4.copy(room.path()));
+        room.settle();
+        let guest = on_linux(kernel);
+        mount(
+            &guest,
+            &device,
+            &room.at("mnt"),
+            &[&names[..], &["commit=17"]].concat(),
+        )
+        .await
+        .unwrap();
+        let mounted = mount_at(&room.at("mnt"));
+        for name in names {
+            assert!(
+                mounted.has_option(name),
+                "{name} on {kernel:?}: {mounted:?}"
+            );
+        }
+        assert!(mounted.has_option("commit=17"), "{mounted:?}");
+        guest.unmount(&room.at("mnt")).await.unwrap();
+        room.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_an_unknown_option_is_refused_in_the_kernels_words() {
+    for kernel in KERNELS {
+        let mut room = Room::new();
+        let device = Loop::new(&Image::Ext4.copy(room.path()));
+        room.settle();
+        let guest = on_linux(kernel);
+        for option in ["nonsense", "nonsense=5", "commit=many"] {
+            let message = refused(
+                mount(&guest, &device, &room.at("a/mnt"), &[option]).await,
+                ErrorKind::Invalid,
+            );
+            let words = if kernel >= (5, 2) {
+                "commit"
+            } else {
+                "see the kernel's log"
+            };
+            let words = if option.starts_with("nonsense") && kernel >= (5, 2) {
+                "nonsense"
+            } else {
+                words
+            };
+            assert!(message.contains(words), "{message}");
+            room.assert_clean();
+        }
+    }
+}
+
+#[tokio::test]
+async fn root_a_filesystem_that_was_named_must_be_there() {
+    let mut room = Room::new();
+    let device = Loop::new(&Image::Ext2.copy(room.path()));
+    room.settle();
+    let guest = guest();
+    let named = |name: &str| MountOptions::builder().filesystem(name).build().unwrap();
+    let at = room.at("mnt");
+    let message = refused(
+        guest.mount(&device.locator(), &at, &named("xfs")).await,
+        ErrorKind::NotFound,
+    );
+    assert!(
+        message.contains("xfs was asked for, but it holds ext2"),
+        "{message}"
+    );
+    guest
+        .mount(&device.locator(), &at, &named("ext4"))
+        .await
+        .unwrap();
+    assert_eq!(mount_at(&at).filesystem, "ext4");
+    guest.unmount(&at).await.unwrap();
+    room.assert_clean();
+}
