@@ -1,0 +1,183 @@
+//! The file behind a disk: what it is, and opening it without being surprised.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+
+use blockmount::{BackendError, Disk, DiskId, DiskKind};
+use blockmount_linux::device::DeviceNumber;
+use rustix::fs::{OFlags, SeekFrom};
+
+/// The size of a sector, in bytes: the smallest disk, and the unit of every size (the kernel's
+/// `SECTOR_SIZE`).
+const SECTOR: u64 = 512;
+
+/// A file by device and inode number, as the loop driver reports its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Inode {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+impl Inode {
+    fn of(metadata: &Metadata) -> Self {
+        Inode {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+}
+
+/// A source that is open and fit to be attached.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) file: File,
+    pub(crate) inode: Inode,
+    /// The number of the block device; 0 for a file.
+    pub(crate) device_number: u64,
+}
+
+/// Says which disk is meant, without opening it.
+pub(crate) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
+    let metadata = inspect(disk)?;
+    if metadata.file_type().is_block_device() {
+        let number = DeviceNumber::from_rdev(metadata.rdev());
+        return Ok(DiskId::name(&format!("block device {number}")));
+    }
+    Ok(DiskId::inode(metadata.dev(), metadata.ino()))
+}
+
+/// Looks at the source through links, and refuses what can never be attached.
+fn inspect(disk: &Disk) -> Result<Metadata, BackendError> {
+    if !matches!(disk.kind(), DiskKind::VirtualDisk | DiskKind::PhysicalDisk) {
+        let path = disk.source().display();
+        return Err(BackendError::unsuitable(format!(
+            "{path} is served by a provider, but loop devices hold image files and block devices only"
+        )));
+    }
+    let metadata =
+        std::fs::metadata(disk.source()).map_err(|error| no_source(disk, "find", error))?;
+    fits_kind(disk, &metadata)?;
+    Ok(metadata)
+}
+
+/// Refuses a source that is not of the disk's kind.
+fn fits_kind(disk: &Disk, metadata: &Metadata) -> Result<(), BackendError> {
+    let (path, found) = (disk.source().display(), metadata.file_type());
+    match disk.kind() {
+        DiskKind::VirtualDisk if found.is_file() => Ok(()),
+        DiskKind::PhysicalDisk if found.is_block_device() => Ok(()),
+        DiskKind::VirtualDisk if found.is_block_device() => Err(BackendError::invalid(format!(
+            "{path} is a block device; attach it as a physical disk"
+        ))),
+        DiskKind::VirtualDisk => Err(BackendError::invalid(format!(
+            "{path} is {}, not a disk image",
+            kind_of(metadata)
+        ))),
+        _ => Err(BackendError::invalid(format!(
+            "{path} is {}, not a block device",
+            kind_of(metadata)
+        ))),
+    }
+}
+
+fn kind_of(metadata: &Metadata) -> &'static str {
+    let found = metadata.file_type();
+    match () {
+        () if found.is_dir() => "a directory",
+        () if found.is_file() => "a regular file",
+        () if found.is_fifo() => "a pipe",
+        () if found.is_socket() => "a socket",
+        () if found.is_char_device() => "a character device",
+        () => "a file of another type",
+    }
+}
+
+/// Opens the source for the access that the disk asks for, and proves that it is what
+/// [`identify`] saw and has the size of a disk.
+///
+/// Never blocks on what is put in its place meanwhile: a pipe is opened without waiting, then refused.
+pub(crate) fn open(disk: &Disk) -> Result<Source, BackendError> {
+    let seen = inspect(disk)?;
+    let is_device = seen.file_type().is_block_device();
+    let write = !disk.is_read_only();
+    let mut flags = OFlags::NONBLOCK;
+    if is_device && write {
+        // On a block device this claims it: nobody mounts it or writes to it beside us.
+        flags |= OFlags::EXCL;
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(flags.bits().cast_signed())
+        .open(disk.source())
+        .map_err(|error| no_source(disk, "open", error))?;
+    let opened = file
+        .metadata()
+        .map_err(|error| no_source(disk, "look at", error))?;
+    fits_kind(disk, &opened)?;
+    if (Inode::of(&opened), opened.rdev()) != (Inode::of(&seen), seen.rdev()) {
+        let path = disk.source().display();
+        return Err(BackendError::conflict(format!(
+            "{path} was replaced while it was being opened"
+        )));
+    }
+    check_size(disk, &file)?;
+    // What is a disk can block, and the loop driver may go by the flags of the file.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty())
+        .map_err(|error| no_source(disk, "open", error.into()))?;
+    Ok(Source {
+        file,
+        inode: Inode::of(&opened),
+        device_number: opened.rdev(),
+    })
+}
+
+/// A loop device has whole sectors; the kernel would hide what is left over at the end, which for
+/// a filesystem is a hole that shows up much later.
+fn check_size(disk: &Disk, file: &File) -> Result<(), BackendError> {
+    let path = disk.source().display();
+    // Unlike the metadata, the end of the file also knows the size of a block device.
+    let size = rustix::fs::seek(file, SeekFrom::End(0))
+        .map_err(|error| no_source(disk, "find the size of", error.into()))?;
+    let advice = match size {
+        0 => {
+            return Err(BackendError::invalid(format!(
+                "{path} is empty, so it is no disk"
+            )));
+        }
+        1..SECTOR => "a disk has at least one sector of 512 bytes",
+        _ if size % SECTOR != 0 => {
+            "a disk has whole sectors of 512 bytes; if the image is not cut short, pad it \
+             (truncate --size=%512)"
+        }
+        _ => return Ok(()),
+    };
+    Err(BackendError::invalid(format!(
+        "{path} has {size} bytes, but {advice}"
+    )))
+}
+
+/// Sorts an error about the source by what the caller can do.
+fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
+    use rustix::io::Errno;
+    let path = disk.source().display();
+    let tried = format!("cannot {verb} {path}");
+    let classified = match Errno::from_io_error(&error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => BackendError::not_found(tried),
+        Some(Errno::LOOP | Errno::NAMETOOLONG) => BackendError::invalid(tried),
+        Some(Errno::NXIO | Errno::NOMEDIUM) => BackendError::not_found(tried),
+        Some(Errno::BUSY) => BackendError::conflict(format!(
+            "{path} is mounted or claimed by somebody else; attach it read-only, or free it first"
+        )),
+        Some(Errno::ROFS | Errno::PERM | Errno::TXTBSY) if !disk.is_read_only() => {
+            BackendError::invalid(format!("{path} cannot be written to; attach it read-only"))
+        }
+        Some(Errno::ACCESS | Errno::PERM) => {
+            BackendError::other(format!("{tried}: it needs root, or the right to the file"))
+        }
+        None if error.kind() == io::ErrorKind::InvalidInput => BackendError::invalid(tried),
+        _ => BackendError::other(tried),
+    };
+    classified.with_source(error)
+}

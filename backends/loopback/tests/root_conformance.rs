@@ -1,0 +1,98 @@
+//! The laws that every transport, resolver and unplugger must keep, on real loop devices.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockmount::testing::conformance::{self, GuestFixture, Snapshot, TransportFixture};
+use blockmount::{Disk, MountOptions};
+use blockmount_linux::{LinuxGuest, Resolvers};
+use blockmount_loopback::{LoopResolver, LoopTransport, LoopUnplugger, SCHEME};
+use common::{Bench, with_mark};
+
+/// The devices with our mark, and the mounts in our directory.
+fn snapshot(bench: &Bench) -> Snapshot {
+    let (mark, dir) = (
+        bench.mark.clone(),
+        bench.dir.path().to_str().unwrap().to_owned(),
+    );
+    Box::new(move || {
+        let devices = with_mark(&mark)
+            .into_iter()
+            .map(|bound| format!("{bound:?}"));
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = mounts
+            .lines()
+            .filter(|line| line.contains(&dir))
+            .map(str::to_owned);
+        devices.chain(mounts).collect()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_loop_transport_keeps_the_laws() {
+    let bench = Bench::new();
+    let transport = bench.builder().max_devices(3).build().unwrap();
+    let disks = ["a", "b", "c", "d"].map(|name| Disk::virtual_disk(bench.image(name, 1 << 20)));
+    std::os::unix::fs::symlink("a", bench.path("link")).unwrap();
+    std::fs::hard_link(bench.path("a"), bench.path("hard")).unwrap();
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count());
+    let relative = PathBuf::from(up).join(bench.path("a").strip_prefix("/").unwrap());
+    let fixture = TransportFixture {
+        disks: disks.to_vec(),
+        aliases: [bench.path("link"), bench.path("hard"), relative]
+            .map(Disk::virtual_disk)
+            .to_vec(),
+        missing: Disk::virtual_disk(bench.path("none")),
+        capacity: Some(3),
+        remove_source: Some(Box::new(|disk| {
+            std::fs::remove_file(disk.source()).unwrap()
+        })),
+        snapshot: snapshot(&bench),
+    };
+    let passed = conformance::transport(&transport, &fixture).await;
+    assert!(passed.successes > 0, "{passed:?}");
+    bench.assert_nothing_left();
+}
+
+fn guest_fixture(bench: &Bench, transport: &LoopTransport) -> GuestFixture {
+    let disks = ["a", "b"].map(|name| Disk::virtual_disk(bench.ext4(name)).read_only());
+    GuestFixture {
+        transport: Arc::new(transport.clone()),
+        unplugger: Arc::new(LoopUnplugger::default()),
+        disks: disks.to_vec(),
+        options: MountOptions::read_only(),
+        blank: None,
+        scratch: None,
+        directory: bench.path("m"),
+        snapshot: snapshot(bench),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_loop_transport_as_a_resolver_keeps_the_laws() {
+    let bench = Bench::new();
+    let transport = bench.transport();
+    let passed = conformance::resolver(&transport, &guest_fixture(&bench, &transport)).await;
+    assert!(passed.successes > 0, "{passed:?}");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_loop_unplugger_keeps_the_laws() {
+    let bench = Bench::new();
+    let unplugger = LoopUnplugger::with_patience(Duration::from_millis(200));
+    let resolvers = Resolvers::new().with(SCHEME, Arc::new(LoopResolver));
+    let mounter = LinuxGuest::builder().resolvers(resolvers).build();
+    let passed = conformance::unplugger(
+        &unplugger,
+        Some(&mounter),
+        &guest_fixture(&bench, &bench.transport()),
+    )
+    .await;
+    assert!(passed.successes > 0, "{passed:?}");
+    bench.assert_nothing_left();
+}
