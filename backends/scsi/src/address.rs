@@ -1,0 +1,180 @@
+//! Where a disk sits: a controller and a LUN.
+
+use std::fmt;
+use std::str::FromStr;
+
+use blockmount::slots::{self, Slot};
+use blockmount::{BackendError, DeviceLocator};
+use thiserror::Error;
+
+/// The transport of SCSI locators, as in `scsi:0/3`.
+pub const SCHEME: &str = "scsi";
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($repr:ty) below $limit:expr, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name($repr);
+
+        impl $name {
+            /// The highest that there can be.
+            pub const MAX: $name = $name(($limit - 1) as $repr);
+
+            /// The number as such.
+            pub const fn get(self) -> $repr {
+                self.0
+            }
+        }
+
+        impl TryFrom<u64> for $name {
+            type Error = InvalidAddress;
+
+            /// Checks the number; it is never cut to fit.
+            fn try_from(number: u64) -> Result<Self, InvalidAddress> {
+                match <$repr>::try_from(number) {
+                    Ok(fits) if fits <= Self::MAX.0 => Ok($name(fits)),
+                    _ => {
+                        let highest = Self::MAX.0.into();
+                        Err(InvalidAddress::TooHigh { what: $what, number, highest })
+                    }
+                }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+number! {
+    /// The number of a SCSI controller of the VM, from 0 to 63.
+    Controller(u8) below slots::MAX_GROUPS, "controller"
+}
+
+number! {
+    /// The number of a disk on its controller, from 0 to 16,383 (virtio-scsi; Hyper-V ends at 63).
+    Lun(u16) below slots::MAX_PER_GROUP, "LUN"
+}
+
+/// A place for a disk: a controller and a LUN on it.
+///
+/// ```
+/// use blockmount::DeviceLocator;
+/// use blockmount_scsi::ScsiAddress;
+///
+/// let locator: DeviceLocator = "scsi:0/3".parse()?;
+/// let address = ScsiAddress::try_from(&locator)?;
+/// assert_eq!(address.to_string(), "0/3");
+/// assert_eq!(DeviceLocator::from(address), locator);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ScsiAddress {
+    /// The controller.
+    pub controller: Controller,
+    /// The disk on the controller.
+    pub lun: Lun,
+}
+
+impl ScsiAddress {
+    /// A place on a controller.
+    pub const fn new(controller: Controller, lun: Lun) -> Self {
+        ScsiAddress { controller, lun }
+    }
+
+    pub(crate) fn slot(self) -> Slot {
+        Slot {
+            group: self.controller.0.into(),
+            index: self.lun.0,
+        }
+    }
+
+    /// The address of a slot. A table of slots is never larger than the addresses that there are.
+    pub(crate) fn of(slot: Slot) -> Self {
+        let controller = u8::try_from(slot.group).expect("a table has at most 64 groups");
+        ScsiAddress {
+            controller: Controller(controller),
+            lun: Lun(slot.index),
+        }
+    }
+}
+
+impl fmt::Display for ScsiAddress {
+    /// Controller and LUN: `0/3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.controller, self.lun)
+    }
+}
+
+impl From<ScsiAddress> for DeviceLocator {
+    fn from(address: ScsiAddress) -> DeviceLocator {
+        DeviceLocator::new(SCHEME, address).expect("an address is short and visible ASCII")
+    }
+}
+
+impl TryFrom<&DeviceLocator> for ScsiAddress {
+    type Error = InvalidAddress;
+
+    fn try_from(locator: &DeviceLocator) -> Result<Self, InvalidAddress> {
+        if locator.transport() != SCHEME {
+            return Err(InvalidAddress::OtherTransport(locator.clone()));
+        }
+        locator.address().parse()
+    }
+}
+
+impl FromStr for ScsiAddress {
+    type Err = InvalidAddress;
+
+    /// Reads exactly what is printed: two decimal numbers without signs or leading zeros.
+    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
+        let malformed = || InvalidAddress::Malformed(text.chars().take(64).collect());
+        let (controller, lun) = text.split_once('/').ok_or_else(malformed)?;
+        let controller = decimal(controller).ok_or_else(malformed)?.try_into()?;
+        let lun = decimal(lun).ok_or_else(malformed)?.try_into()?;
+        Ok(ScsiAddress { controller, lun })
+    }
+}
+
+/// Each number has one spelling, so that two locators of one place are equal.
+fn decimal(text: &str) -> Option<u64> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let leading_zero = text.len() > 1 && text.starts_with('0');
+    (digits && !leading_zero)
+        .then(|| text.parse().ok())
+        .flatten()
+}
+
+/// Why something is not the address of a SCSI disk.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum InvalidAddress {
+    /// The locator is of another transport.
+    #[error("{0} is not the locator of a SCSI disk")]
+    OtherTransport(DeviceLocator),
+    /// It is not two decimal numbers with a slash between.
+    #[error("{0:?} is not a SCSI address; one has the form controller/lun, such as 0/3")]
+    Malformed(String),
+    /// No hypervisor has that many.
+    #[error("there is no {what} {number}; the highest is {highest}")]
+    TooHigh {
+        /// Controller or LUN.
+        what: &'static str,
+        /// The number given.
+        number: u64,
+        /// The highest that there can be.
+        highest: u16,
+    },
+}
+
+impl From<InvalidAddress> for BackendError {
+    fn from(error: InvalidAddress) -> BackendError {
+        match error {
+            InvalidAddress::OtherTransport(_) => BackendError::unsuitable(error.to_string()),
+            _ => BackendError::invalid(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Disks on the SCSI controllers of a virtual machine.
+//!
+//! A [`ScsiTransport`] gives each disk an address of its own ([`ScsiAddress`]: a controller and a LUN), and has a
+//! hypervisor put it there. The hypervisor is whatever implements [`Attacher`]; here, one that
+//! keeps its disks in memory:
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use std::sync::Mutex;
+//!
+//! use async_trait::async_trait;
+//! use blockmount::{BackendError, Disk, DiskId, Transport};
+//! use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport};
+//!
+//! #[derive(Default)]
+//! struct InMemory(Mutex<BTreeMap<ScsiAddress, Disk>>);
+//!
+//! #[async_trait]
+//! impl Attacher for InMemory {
+//!     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+//!         Ok(DiskId::name(&disk.source().to_string_lossy()))
+//!     }
+//!     async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().insert(address, disk.clone());
+//!         Ok(())
+//!     }
+//!     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().remove(&address);
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let root: ScsiAddress = "0/0".parse()?; // the VM boots from it
+//! let scsi = ScsiTransport::new(InMemory::default(), Geometry::HYPER_V, &[root])?;
+//! let disk = Disk::virtual_disk("/images/base.vhdx").read_only();
+//! let locator = scsi.attach(&disk).await?;
+//! assert_eq!(locator.as_str(), "scsi:0/1");
+//! scsi.detach(&disk).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Most programs give the transport to a [`blockmount::Manager`], which shares and counts.
+//!
+//! # What an implementor of [`Attacher`] must do
+//!
+//! Put the disk at the address it is told, allow calls for different addresses at once, and answer
+//! `Uncertain` whenever it cannot prove what has happened. What it gets in exchange is in the
+//! documentation of the trait: one call at a time for an address, and no address twice.
+//!
+//! | file | concern |
+//! |---|---|
+//! | `address.rs` | controller, LUN, and their locator `scsi:0/3` |
+//! | `geometry.rs` | how many of them there are |
+//! | `attacher.rs` | what a hypervisor has to do |
+//! | `transport.rs` | which disk is at which address |
+//! | `evd.rs` | disks as text, such as `evd://type/path` |
+
+mod address;
+mod attacher;
+mod evd;
+mod geometry;
+mod transport;
+
+pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};
+pub use attacher::Attacher;
+pub use evd::{InvalidDisk, format_disk, parse_disk};
+pub use geometry::{Geometry, InvalidGeometry};
+pub use transport::{InvalidReserved, ScsiTransport, SlotEntry};
+
+/// Shares and counts the disks of a [`ScsiTransport`].
+pub type AttachManager = blockmount::AttachManager;

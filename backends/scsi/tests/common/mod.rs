@@ -1,0 +1,160 @@
+//! A hypervisor that keeps its disks in memory, answers as it is told, and holds the transport to the
+//! contract: no two calls for one address at once, and nothing put where something is.
+
+// Each test file is a program of its own, and not all of them use everything.
+#![allow(dead_code)]
+// A panic is the failure message, in helpers too.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use async_trait::async_trait;
+use blockmount::slots::SlotState;
+use blockmount::{BackendError, Disk, DiskId, ErrorKind};
+use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport, SlotEntry};
+use tokio::sync::Notify;
+
+/// What the next call does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Answer {
+    /// Fails with an error of this kind, and does nothing.
+    Fail(ErrorKind),
+    /// Does it, and says `Uncertain`.
+    DoneButUncertain,
+    /// Does it, and panics.
+    DoneButPanics,
+    /// Does it, and never answers.
+    DoneButSilent,
+    /// Waits for `Vm::proceed`, then does it.
+    Wait,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    Attach(ScsiAddress, Disk),
+    Detach(ScsiAddress),
+}
+
+#[derive(Default)]
+pub(crate) struct Vm {
+    state: Mutex<State>,
+    pub(crate) entered: Notify,
+    pub(crate) proceed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    present: BTreeMap<ScsiAddress, Disk>,
+    running: BTreeSet<ScsiAddress>,
+    next: Option<Answer>,
+    log: Vec<Event>,
+}
+
+/// Ends a call, also when its future is dropped.
+struct Running<'a>(&'a Vm, ScsiAddress);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.state().running.remove(&self.1);
+    }
+}
+
+impl Vm {
+    pub(crate) fn next(&self, answer: Answer) {
+        self.state().next = Some(answer);
+    }
+
+    pub(crate) fn log(&self) -> Vec<Event> {
+        self.state().log.clone()
+    }
+
+    pub(crate) fn present(&self) -> Vec<ScsiAddress> {
+        self.state().present.keys().copied().collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    async fn call(
+        &self,
+        address: ScsiAddress,
+        event: Event,
+        act: impl FnOnce(&mut State) + Send,
+    ) -> Result<(), BackendError> {
+        let answer = {
+            let mut state = self.state();
+            state.log.push(event);
+            assert!(
+                state.running.insert(address),
+                "two calls at once for {address}"
+            );
+            state.next.take()
+        };
+        let _running = Running(self, address);
+        self.entered.notify_one();
+        match answer {
+            Some(Answer::Fail(kind)) => return Err(BackendError::new(kind, "as told")),
+            Some(Answer::Wait) => self.proceed.notified().await,
+            _ => {}
+        }
+        act(&mut self.state());
+        match answer {
+            Some(Answer::DoneButUncertain) => Err(BackendError::uncertain("no answer in time")),
+            Some(Answer::DoneButPanics) => panic!("as told"),
+            Some(Answer::DoneButSilent) => std::future::pending().await,
+            _ => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Attacher for Vm {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        Ok(DiskId::name(&disk.source().to_string_lossy()))
+    }
+
+    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+        let event = Event::Attach(address, disk.clone());
+        let put = |state: &mut State| {
+            let before = state.present.insert(address, disk.clone());
+            assert_eq!(before, None, "{address} is in use");
+        };
+        self.call(address, event, put).await
+    }
+
+    async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
+        let take = |state: &mut State| drop(state.present.remove(&address));
+        self.call(address, Event::Detach(address), take).await
+    }
+}
+
+pub(crate) type Scsi = ScsiTransport<Arc<Vm>>;
+
+/// A VM with as many controllers and LUNs, and its transport.
+pub(crate) fn scsi(controllers: u16, luns: u16, reserved: &[&str]) -> (Arc<Vm>, Arc<Scsi>) {
+    let vm = Arc::new(Vm::default());
+    let reserved: Vec<_> = reserved.iter().map(|text| address(text)).collect();
+    let geometry = Geometry::new(controllers, luns).unwrap();
+    let scsi = ScsiTransport::new(vm.clone(), geometry, &reserved).unwrap();
+    (vm, Arc::new(scsi))
+}
+
+pub(crate) fn address(text: &str) -> ScsiAddress {
+    text.parse().unwrap()
+}
+
+pub(crate) fn disk(number: usize) -> Disk {
+    Disk::virtual_disk(format!("/images/{number}.vhdx"))
+}
+
+pub(crate) fn entry(text: &str, state: SlotState, disk: Option<Disk>) -> SlotEntry {
+    SlotEntry {
+        address: address(text),
+        state,
+        disk,
+    }
+}
