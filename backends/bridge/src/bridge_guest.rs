@@ -1,0 +1,218 @@
+//! The guest's contracts, kept by asking over the bridge.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
+    Unplugger,
+};
+
+use crate::GuestConnection;
+use crate::device::Device;
+use crate::host_requests::{self, guest_path};
+use crate::messages::{ModificationRequest, Resource};
+
+/// A guest at the other end of a [`GuestConnection`], as [`Mounter`], [`Unplugger`] and
+/// [`LayerCombiner`].
+///
+/// | | Linux guest of ours | Linux guest that knows only the protocol | Windows guest |
+/// |---|---|---|---|
+/// | SCSI disks | controllers 0 to 63, LUNs 0 to 255 | controllers 0 to 3 | controller 0 |
+/// | VPMEM devices | read-only | read-only, ext4, no options | no |
+/// | access, filesystem, partition, encryption, block device | yes | yes | access only, and that is the disk's |
+/// | propagation | yes | yes | no |
+/// | mount flags, options of the filesystem, verity | yes | no | no |
+/// | format | blank only, or everything | over everything, or encrypted | ReFS over everything |
+/// | overlays | yes | yes | no |
+///
+/// What a guest cannot do, or would silently not do, is `Unsuitable` before anything is sent.
+///
+/// The protocol wants a mount described again to undo it, so a ledger keeps what was sent until it is
+/// undone. What could not be undone because the connection was gone is undone before its target is used
+/// again. Clones share the ledger and the connection.
+#[derive(Debug, Clone)]
+pub struct BridgeGuest {
+    connection: GuestConnection,
+    ledger: Arc<Ledger>,
+}
+
+/// What undoes the mount or overlay at a target. Never locked across an await.
+#[derive(Debug, Default)]
+struct Ledger(Mutex<HashMap<PathBuf, Entry>>);
+
+#[derive(Debug, Clone)]
+struct Entry {
+    undo: Resource,
+    /// Whether its owner counts it as undone, because the connection was gone. The guest may live
+    /// on behind a connection that comes back, and have it still.
+    owed: bool,
+}
+
+impl Ledger {
+    fn entries(&self) -> MutexGuard<'_, HashMap<PathBuf, Entry>> {
+        // Nothing under the lock panics half-way through a change.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Books a target before the guest is asked: whatever happens then can be undone. Fails where
+    /// something is set up already.
+    fn book(&self, target: &Path, undo: Resource) -> Result<(), BackendError> {
+        let mut entries = self.entries();
+        if entries.contains_key(target) {
+            let message = format!(
+                "something is mounted at {} in the guest already",
+                target.display()
+            );
+            return Err(BackendError::conflict(message));
+        }
+        entries.insert(target.to_owned(), Entry { undo, owed: false });
+        Ok(())
+    }
+
+    fn get(&self, target: &Path) -> Option<Resource> {
+        self.entries().get(target).map(|entry| entry.undo.clone())
+    }
+
+    fn owed(&self, target: &Path) -> Option<Resource> {
+        let entries = self.entries();
+        let entry = entries.get(target).filter(|entry| entry.owed);
+        entry.map(|entry| entry.undo.clone())
+    }
+
+    fn owe(&self, target: &Path) {
+        if let Some(entry) = self.entries().get_mut(target) {
+            entry.owed = true;
+        }
+    }
+
+    fn strike(&self, target: &Path) {
+        self.entries().remove(target);
+    }
+}
+
+fn is_overlay(resource: &Resource) -> bool {
+    matches!(resource, Resource::CombinedLayers(_))
+}
+
+impl BridgeGuest {
+    /// The guest at the other end of a connection.
+    pub fn new(connection: GuestConnection) -> Self {
+        BridgeGuest {
+            connection,
+            ledger: Arc::default(),
+        }
+    }
+
+    /// The connection, to reconnect it or to listen.
+    pub fn connection(&self) -> &GuestConnection {
+        &self.connection
+    }
+
+    async fn set_up(
+        &self,
+        target: &Path,
+        add: Resource,
+        undo: Resource,
+    ) -> Result<(), BackendError> {
+        if let Some(owed) = self.ledger.owed(target) {
+            self.tear_down(target, owed).await?;
+        }
+        self.ledger.book(target, undo)?;
+        let outcome = self.connection.modify(ModificationRequest::add(add)).await;
+        if let Err(error) = &outcome
+            && error.kind() != ErrorKind::Uncertain
+        {
+            self.ledger.strike(target);
+        }
+        outcome
+    }
+
+    async fn tear_down(&self, target: &Path, undo: Resource) -> Result<(), BackendError> {
+        let outcome = self
+            .connection
+            .modify(ModificationRequest::remove(undo))
+            .await;
+        match &outcome {
+            Ok(()) => self.ledger.strike(target),
+            Err(error) if error.kind() == ErrorKind::Gone => self.ledger.owe(target),
+            Err(_) => {}
+        }
+        outcome
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Mounter for BridgeGuest {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let guest = self.connection.capabilities();
+        let path = guest_path(target, &guest)?;
+        let (add, undo) = host_requests::mount(Device::try_from(device)?, path, options, &guest)?;
+        self.set_up(target, add, undo).await
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        let guest = self.connection.capabilities();
+        let undo = match self.ledger.get(target) {
+            Some(undo) if is_overlay(&undo) => {
+                let message = format!(
+                    "{} is an overlay, not the mount of a device",
+                    target.display()
+                );
+                return Err(BackendError::conflict(message));
+            }
+            Some(undo) => undo,
+            // Another host may have mounted there before this one, and a guest of ours knows.
+            None if guest.has_additions() => host_requests::unmount(guest_path(target, &guest)?),
+            None => return Ok(()),
+        };
+        self.tear_down(target, undo).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Unplugger for BridgeGuest {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let guest = self.connection.capabilities();
+        match host_requests::unplug(Device::try_from(device)?, &guest)? {
+            Some(device) => {
+                self.connection
+                    .modify(ModificationRequest::remove(device))
+                    .await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl LayerCombiner for BridgeGuest {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        let (add, undo) = host_requests::combine(overlay, &self.connection.capabilities())?;
+        self.set_up(&overlay.target, add, undo).await
+    }
+
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        let guest = self.connection.capabilities();
+        let undo = match self.ledger.get(target) {
+            Some(undo) if !is_overlay(&undo) => {
+                let message = format!("{} is the mount of a device, no overlay", target.display());
+                return Err(BackendError::conflict(message));
+            }
+            Some(undo) => undo,
+            None if guest.has_additions() => host_requests::separate(guest_path(target, &guest)?),
+            None => return Ok(()),
+        };
+        self.tear_down(target, undo).await
+    }
+}

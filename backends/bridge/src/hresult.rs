@@ -1,0 +1,178 @@
+//! The numbers by which the peers tell errors apart.
+
+use std::fmt;
+
+use blockmount::ErrorKind;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// The result of a request: zero, or the number of an error as in COM.
+///
+/// On the wire it is a signed number. It is compared by its 32 bits alone, so that a peer that has widened
+/// it, with the sign or without, means the same.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Hresult(u32);
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $bits:literal;)*) => {
+        impl Hresult {
+            $($(#[$doc])* pub const $name: Hresult = Hresult($bits);)*
+        }
+    };
+}
+
+// From winerror.h; those from 0xC037_0101 on are the host compute service's own.
+codes! {
+    /// Success.
+    OK = 0;
+    /// The guest does not know the message, or not yet.
+    NOT_IMPLEMENTED = 0x8000_4001;
+    /// Some error; the message says which.
+    FAIL = 0x8000_4005;
+    /// Not supported on this device.
+    NOT_SUPPORTED = 0x8007_0032;
+    /// An argument is wrong.
+    INVALID_ARGUMENT = 0x8007_0057;
+    /// In use.
+    BUSY = 0x8007_00aa;
+    /// Already there.
+    ALREADY_EXISTS = 0x8007_00b7;
+    /// Not there.
+    NOT_FOUND = 0x8007_0490;
+    /// Not possible in this state.
+    INVALID_STATE = 0x8037_0105;
+    /// No answer in time.
+    TIMEOUT = 0xc037_0109;
+    /// A message of unknown type.
+    UNKNOWN_MESSAGE = 0xc037_010b;
+    /// No common version of the protocol.
+    UNSUPPORTED_PROTOCOL_VERSION = 0xc037_010c;
+    /// A body that cannot be read.
+    INVALID_JSON = 0xc037_010d;
+    /// No such container.
+    SYSTEM_NOT_FOUND = 0xc037_010e;
+    /// The container is there already.
+    SYSTEM_ALREADY_EXISTS = 0xc037_010f;
+    /// The container has ended.
+    SYSTEM_ALREADY_STOPPED = 0xc037_0110;
+}
+
+impl Hresult {
+    /// A result from its bits.
+    pub const fn from_bits(bits: u32) -> Self {
+        Hresult(bits)
+    }
+
+    /// The 32 bits.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether it is success.
+    pub const fn is_ok(self) -> bool {
+        self.0 == 0
+    }
+
+    /// What a caller can do about it, where the number alone says so.
+    pub fn kind(self) -> Option<ErrorKind> {
+        Some(match self {
+            Hresult::NOT_IMPLEMENTED
+            | Hresult::NOT_SUPPORTED
+            | Hresult::UNKNOWN_MESSAGE
+            | Hresult::UNSUPPORTED_PROTOCOL_VERSION => ErrorKind::Unsuitable,
+            Hresult::INVALID_ARGUMENT | Hresult::INVALID_JSON => ErrorKind::Invalid,
+            Hresult::BUSY => ErrorKind::Busy,
+            Hresult::ALREADY_EXISTS | Hresult::SYSTEM_ALREADY_EXISTS => ErrorKind::Conflict,
+            Hresult::NOT_FOUND | Hresult::SYSTEM_NOT_FOUND => ErrorKind::NotFound,
+            Hresult::TIMEOUT => ErrorKind::Uncertain,
+            _ => return None,
+        })
+    }
+}
+
+impl From<ErrorKind> for Hresult {
+    /// The number that says most to a peer that knows only numbers.
+    fn from(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::Uncertain => Hresult::TIMEOUT,
+            ErrorKind::Busy => Hresult::BUSY,
+            ErrorKind::Unsuitable => Hresult::NOT_SUPPORTED,
+            ErrorKind::NotFound => Hresult::NOT_FOUND,
+            ErrorKind::Conflict => Hresult::ALREADY_EXISTS,
+            ErrorKind::Invalid => Hresult::INVALID_ARGUMENT,
+            _ => Hresult::FAIL,
+        }
+    }
+}
+
+impl fmt::Display for Hresult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#010x}", self.0)
+    }
+}
+
+impl fmt::Debug for Hresult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Hresult {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_i32(self.0 as i32)
+    }
+}
+
+impl<'de> Deserialize<'de> for Hresult {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = serde_json::Number::deserialize(deserializer)?;
+        let wide = match (number.as_i64(), number.as_u64()) {
+            (Some(signed), _) => signed as u64,
+            (None, Some(unsigned)) => unsigned,
+            _ => return Err(D::Error::custom(format!("{number} is not a result"))),
+        };
+        let (high, low) = ((wide >> 32) as u32, wide as u32);
+        match (high, low >> 31) {
+            (0, _) | (u32::MAX, 1) => Ok(Hresult(low)),
+            _ => Err(D::Error::custom(format!("{number} has more than 32 bits"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signed_unsigned_and_widened_are_the_same() {
+        for text in ["-2147023728", "2147943568", "18446744071562527888"] {
+            let result: Hresult = serde_json::from_str(text).unwrap();
+            assert_eq!(result, Hresult::NOT_FOUND, "{text}");
+            assert_eq!(result.kind(), Some(ErrorKind::NotFound));
+        }
+        assert_eq!(
+            serde_json::to_string(&Hresult::NOT_FOUND).unwrap(),
+            "-2147023728"
+        );
+        for text in [
+            "4294967296",
+            "-4294967296",
+            "1.5",
+            "\"0\"",
+            "9223372036854775807",
+        ] {
+            assert!(serde_json::from_str::<Hresult>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_kind_survives_the_number_where_there_is_one() {
+        use ErrorKind::*;
+        for kind in [Uncertain, Busy, Unsuitable, NotFound, Conflict, Invalid] {
+            assert_eq!(Hresult::from(kind).kind(), Some(kind));
+        }
+        for kind in [Gone, Full, Other] {
+            assert_eq!(Hresult::from(kind), Hresult::FAIL);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! A guest that does nothing and remembers everything.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, Format, LayerCombiner, MountOptions, MountOptionsBuilder, Mounter,
+    Overlay, Overwrite, Unplugger, Verity,
+};
+
+/// A guest that writes down what it is asked for, and always succeeds.
+#[derive(Clone, Default)]
+pub(crate) struct Recorder(Arc<Mutex<Vec<Asked>>>);
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Asked {
+    Mount(String, String, MountOptions),
+    Unmount(String),
+    Unplug(String),
+    Combine(Overlay),
+    Separate(String),
+}
+
+impl Recorder {
+    fn note(&self, asked: Asked) -> Result<(), BackendError> {
+        self.0.lock().unwrap().push(asked);
+        Ok(())
+    }
+
+    pub(crate) fn take(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+#[async_trait]
+impl Mounter for Recorder {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        self.note(Asked::Mount(
+            device.to_string(),
+            text(target),
+            options.clone(),
+        ))
+    }
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        self.note(Asked::Unmount(text(target)))
+    }
+}
+
+#[async_trait]
+impl Unplugger for Recorder {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        self.note(Asked::Unplug(device.to_string()))
+    }
+}
+
+#[async_trait]
+impl LayerCombiner for Recorder {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        self.note(Asked::Combine(overlay.clone()))
+    }
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        self.note(Asked::Separate(text(target)))
+    }
+}
+
+pub(crate) fn options(
+    change: impl FnOnce(MountOptionsBuilder) -> MountOptionsBuilder,
+) -> MountOptions {
+    change(MountOptions::builder()).build().unwrap()
+}
+
+pub(crate) fn verity() -> Verity {
+    Verity {
+        root_digest: "ab".repeat(32),
+        salt: "00".into(),
+        algorithm: "sha256".into(),
+        data_block_size: 4096,
+        hash_block_size: 4096,
+        data_blocks: 256,
+        hash_start_block: 257,
+    }
+}
+
+pub(crate) fn format(filesystem: &str, overwrite: Overwrite) -> Format {
+    Format {
+        filesystem: filesystem.into(),
+        overwrite,
+    }
+}
