@@ -1,0 +1,325 @@
+//! What can be said on the command line.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
+
+/// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
+#[derive(Debug, Parser)]
+#[command(name = "blockmount", version, max_term_width = 100, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Cmd,
+
+    /// Say more on stderr: -v the steps, -vv their details, -vvv everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    /// Log filter for stderr, such as "blockmount=debug,blockmount_linux=trace"; overrides -v
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  sudo blockmount demo                        the whole way of many layers, on this machine
+  sudo blockmount mount --layer app.erofs --layer base.img --scratch 1G --at /mnt/tree
+  blockmount inspect base.img                 what is in an image (no root needed)
+  sudo blockmount cleanup                     remove what a killed run has left
+
+Exit status: 0 if all is well, 1 after a failure, 2 if the command line makes no sense,
+130 if interrupted by a signal (after everything was released).";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Cmd {
+    /// Show the main job: two containers that share all layers, checked file by file
+    Demo(DemoArgs),
+    /// Mount a stack of layers and hold it until Ctrl-C or SIGTERM
+    Mount(MountArgs),
+    /// Say what is in images: filesystem, sizes, partitions, label, UUID
+    Inspect(InspectArgs),
+    /// Find and remove what killed runs of this program have left
+    Cleanup(CleanupArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without --layer, sample layers are made from directories of this machine, with the mkfs tools that \
+are installed (mkfs.erofs, mksquashfs, mkfs.ext4, mkfs.xfs).
+
+Examples:
+  sudo blockmount demo
+  sudo blockmount demo --json | jq .digest_mismatches
+  sudo blockmount demo --layer app.erofs --layer base.img --partition 2
+
+Ctrl-C at any moment releases everything first.")]
+pub(crate) struct DemoArgs {
+    #[command(flatten)]
+    pub(crate) layers: OptionalLayers,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The layers are always read-only. Without --scratch the tree is read-only; what is written to a \
+scratch ends with the mount.
+
+Examples:
+  sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
+  sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
+
+If somebody still uses the tree at the end, blockmount says who and waits for them; a further \
+signal makes it give up, say what stays mounted, and exit with status 1.")]
+pub(crate) struct MountArgs {
+    #[command(flatten)]
+    pub(crate) layers: RequiredLayers,
+
+    /// Make the tree writable, with an empty scratch disk of this size: 64M, 10G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) scratch: Option<u64>,
+
+    /// Mount option for every layer, such as nodev or noatime; repeatable
+    #[arg(short, long = "option", value_name = "OPTION")]
+    pub(crate) options: Vec<String>,
+
+    /// The directory where the tree appears: made if it is not there, otherwise empty
+    #[arg(long, value_name = "DIR")]
+    pub(crate) at: PathBuf,
+
+    /// Print where everything is as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  blockmount inspect base.img
+  blockmount inspect --json *.img /dev/sda | jq")]
+pub(crate) struct InspectArgs {
+    /// Image files or block devices
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(crate) images: Vec<PathBuf>,
+
+    /// Print the answers as one JSON array on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Only what carries this program's mark is touched, and nothing that a living run holds.
+
+Examples:
+  sudo blockmount cleanup --dry-run
+  sudo blockmount cleanup")]
+pub(crate) struct CleanupArgs {
+    /// Only show what would be removed
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// One image, and the part of it that is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Layer {
+    pub(crate) image: PathBuf,
+    pub(crate) partition: Option<NonZeroU32>,
+}
+
+/// `--layer IMAGE [--partition N]`, as often as wanted.
+///
+/// A partition is an argument of its own and belongs to the layer before it, so that a file may have any
+/// name.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Layers<const REQUIRED: bool>(pub(crate) Vec<Layer>);
+
+pub(crate) type OptionalLayers = Layers<false>;
+pub(crate) type RequiredLayers = Layers<true>;
+
+impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
+    fn augment_args(command: Command) -> Command {
+        let layer = clap::Arg::new("layer")
+            .long("layer")
+            .short('l')
+            .value_name("IMAGE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .action(clap::ArgAction::Append)
+            .required(REQUIRED)
+            .help("Image of a layer, the topmost first; repeatable");
+        let partition = clap::Arg::new("partition")
+            .long("partition")
+            .short('p')
+            .value_name("N")
+            .value_parser(clap::value_parser!(NonZeroU32))
+            .action(clap::ArgAction::Append)
+            .help("Use partition N (from 1) of the --layer before it, in place of the whole image");
+        command.arg(layer).arg(partition)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut layers = Layers(Vec::new());
+        layers.update_from_arg_matches(matches)?;
+        Ok(layers)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
+        let places: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
+        self.0 = images
+            .map(|image| Layer {
+                image: image.clone(),
+                partition: None,
+            })
+            .collect();
+        let numbers = matches
+            .get_many::<NonZeroU32>("partition")
+            .into_iter()
+            .flatten();
+        let said_at = matches.indices_of("partition").into_iter().flatten();
+        for (number, at) in numbers.zip(said_at) {
+            let before = places.iter().rposition(|place| *place < at);
+            let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
+                return Err(misplaced(format!(
+                    "--partition {number} has no --layer before it"
+                )));
+            };
+            if let Some(first) = layer.partition.replace(*number) {
+                let image = layer.image.display();
+                let message = format!(
+                    "partitions {first} and {number} are both given for --layer {image}; repeat the --layer"
+                );
+                return Err(misplaced(message));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn misplaced(message: String) -> clap::Error {
+    clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message + "\n")
+}
+
+/// Reads a size in bytes: a number with K, M, G or T for powers of 1,024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let unit = unit
+        .trim_end_matches("iB")
+        .trim_end_matches('B')
+        .to_ascii_uppercase();
+    let shift = match unit.as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a size is a number with K, M, G or T, such as 512M".to_owned()),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a size starts with a number, such as 512M")?;
+    let bytes = number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes <= MAX_SCRATCH);
+    let bytes = bytes.ok_or("a scratch disk has at most 16T")?;
+    match bytes >= MIN_SCRATCH {
+        true => Ok(bytes),
+        false => Err("a scratch disk has at least 4M: its filesystem needs room".to_owned()),
+    }
+}
+
+/// An ext4 of less has no room for a journal and the overlay's directories.
+const MIN_SCRATCH: u64 = 4 << 20;
+/// The largest ext4 with blocks of 4 KiB and 32-bit block numbers.
+const MAX_SCRATCH: u64 = 16 << 40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layers(arguments: &[&str]) -> Result<Vec<Layer>, clap::Error> {
+        let words = ["blockmount", "mount", "--at", "/x"]
+            .iter()
+            .chain(arguments);
+        let Cmd::Mount(mount) = Cli::try_parse_from(words)?.command else {
+            unreachable!()
+        };
+        Ok(mount.layers.0)
+    }
+
+    fn layer(image: &str, partition: u32) -> Layer {
+        Layer {
+            image: image.into(),
+            partition: NonZeroU32::new(partition),
+        }
+    }
+
+    #[test]
+    fn a_partition_belongs_to_the_layer_before_it() {
+        let words = [
+            "--layer",
+            "a:1",
+            "-p",
+            "2",
+            "-l",
+            "b",
+            "--layer=c,d",
+            "--partition=7",
+        ];
+        let expected = [layer("a:1", 2), layer("b", 0), layer("c,d", 7)];
+        assert_eq!(layers(&words).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_partition_that_belongs_nowhere_is_refused() {
+        for words in [
+            &["-p", "2", "-l", "a"][..],
+            &["-l", "a", "-p", "1", "-p", "2"],
+        ] {
+            assert_eq!(layers(words).unwrap_err().exit_code(), 2);
+        }
+        assert_eq!(layers(&["-l", "a", "-p", "0"]).unwrap_err().exit_code(), 2);
+        assert_eq!(layers(&[]).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn sizes_have_units_and_bounds() {
+        assert_eq!(parse_size("64M"), Ok(64 << 20));
+        assert_eq!(parse_size("4194304"), Ok(4 << 20));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        for text in [
+            "",
+            "M",
+            "1X",
+            "-1M",
+            "1 M",
+            "1K",
+            "17T",
+            "99999999999999999999G",
+        ] {
+            assert!(parse_size(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,163 @@
+//! Comparing what containers see with what they should.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::failure::{Context, Failure};
+use crate::interrupt::Interrupt;
+use crate::terminal::Progress;
+use crate::tree::{Comparison, Node, Tree, digest_bytes};
+
+/// Everything that was compared so far.
+#[derive(Debug, Default)]
+pub(crate) struct Check {
+    /// Files whose digest was compared, counted each time.
+    pub(crate) files: u64,
+    /// One line for each difference.
+    pub(crate) mismatches: Vec<String>,
+}
+
+/// One look at some trees.
+#[derive(Debug)]
+pub(crate) struct Pass<const N: usize>([(PathBuf, Comparison); N]);
+
+impl<const N: usize> Pass<N> {
+    /// How many files were compared in each tree.
+    pub(crate) fn files(&self) -> [u64; N] {
+        std::array::from_fn(|index| self.0[index].1.files)
+    }
+}
+
+impl Check {
+    pub(crate) fn add<const N: usize>(&mut self, pass: Pass<N>) {
+        for (root, comparison) in pass.0 {
+            self.files += comparison.files;
+            let lines = comparison.mismatches.into_iter();
+            self.mismatches
+                .extend(lines.map(|line| format!("{}: {line}", root.display())));
+        }
+    }
+}
+
+/// Reads trees, all at once, and compares each with what it should be.
+pub(crate) async fn trees<const N: usize>(
+    interrupt: &Interrupt,
+    progress: &Progress,
+    roots: &[PathBuf; N],
+    expected: [&Arc<Tree>; N],
+) -> Result<Pass<N>, Failure> {
+    let readers: Vec<_> = std::iter::zip(roots, expected)
+        .map(|(root, expected)| {
+            let (root, expected) = (root.clone(), expected.clone());
+            let (interrupt, progress) = (interrupt.clone(), progress.clone());
+            let read = async move {
+                let work = move |stop: &_| {
+                    let seen = Tree::read(&root, stop, || progress.step())?;
+                    let comparison = expected.compare(&seen);
+                    Ok((root, comparison))
+                };
+                interrupt.blocking(work).await
+            };
+            tokio::spawn(read)
+        })
+        .collect();
+    let mut compared = Vec::with_capacity(N);
+    for reader in readers {
+        compared.push(reader.await.context(|| "a reader was lost".to_owned())?);
+    }
+    // All readers have ended before the failure of one is told: nothing is torn down under another.
+    let compared: Vec<_> = compared.into_iter().collect::<Result<_, Failure>>()?;
+    Ok(Pass(
+        compared.try_into().expect("there is one comparison a root"),
+    ))
+}
+
+/// Has each container add a file, change one and remove one, never the same ones, and returns what each
+/// should see then: its own changes and nothing of the other's.
+pub(crate) async fn write(
+    interrupt: &Interrupt,
+    targets: &[PathBuf; 2],
+    before: &Arc<Tree>,
+) -> Result<[Arc<Tree>; 2], Failure> {
+    let (targets, before) = (targets.clone(), before.clone());
+    interrupt
+        .blocking(move |_| {
+            let victims = victims(&before);
+            let mut after = Vec::new();
+            for (index, target) in targets.iter().enumerate() {
+                let mut tree = (*before).clone();
+                let text = format!("written in container {index}\n");
+                put(
+                    target,
+                    &mut tree,
+                    Path::new(&format!("new-in-{index}")),
+                    &text,
+                )?;
+                if let Some([one, other]) = &victims {
+                    let (changed, removed) = if index == 0 {
+                        (one, other)
+                    } else {
+                        (other, one)
+                    };
+                    put(target, &mut tree, changed, &text)?;
+                    let path = target.join(removed);
+                    fs::remove_file(&path)
+                        .context(|| format!("cannot remove {}", path.display()))?;
+                    tree.remove(removed);
+                }
+                after.push(Arc::new(tree));
+            }
+            Ok(after.try_into().expect("there is one tree a container"))
+        })
+        .await
+}
+
+/// Two files to change and remove: as far apart as there are, and so likely of different layers.
+fn victims(tree: &Tree) -> Option<[PathBuf; 2]> {
+    let mut files = tree.files().map(|(name, _)| name);
+    let (first, last) = (files.next()?, files.next_back()?);
+    Some([first.to_owned(), last.to_owned()])
+}
+
+fn put(root: &Path, tree: &mut Tree, name: &Path, text: &str) -> Result<(), Failure> {
+    let path = root.join(name);
+    fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
+    tree.insert(name, Node::File(digest_bytes(text.as_bytes())));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_that_leaks_into_the_other_container_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = ["a", "b"].map(|name| directory.path().join(name));
+        let mut tree = Tree::default();
+        for root in &roots {
+            fs::create_dir(root).unwrap();
+            for name in ["x", "y", "z"] {
+                put(root, &mut tree, Path::new(name), name).unwrap();
+            }
+        }
+        let (interrupt, progress) = (Interrupt::listen().unwrap(), Progress::new());
+        let before = Arc::new(tree);
+        let after = write(&interrupt, &roots, &before).await.unwrap();
+        let look = || trees(&interrupt, &progress, &roots, [&after[0], &after[1]]);
+
+        let mut check = Check::default();
+        check.add(look().await.unwrap());
+        assert_eq!((check.files, &check.mismatches), (6, &Vec::new()));
+
+        fs::write(roots[1].join("new-in-0"), "leaked").unwrap();
+        fs::write(roots[0].join("y"), "changed").unwrap();
+        check.add(look().await.unwrap());
+        let expected = [
+            format!("{}: y has another content", roots[0].display()),
+            format!("{}: new-in-0 should not be there", roots[1].display()),
+        ];
+        assert_eq!(check.mismatches, expected);
+    }
+}

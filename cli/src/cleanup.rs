@@ -1,0 +1,50 @@
+//! Finding and removing what killed runs have left: mounts first, then loop devices, then files.
+//!
+//! Something is ours if it carries the mark of a run, or is mounted from a device that does; it is left
+//! over if nobody holds the lock of that run. Everything else is left alone, and shown where it is in
+//! the way.
+
+mod remove;
+mod report;
+mod scan;
+
+use crate::args::CleanupArgs;
+use crate::failure::{FAILED, Failure};
+use crate::interrupt::{Interrupt, Stop};
+use crate::machine::require_root;
+use crate::terminal::{print, print_json};
+
+use report::Report;
+
+/// Cleans up, or only looks. `Ok` is the exit status: 1 if something had to be left.
+pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, Failure> {
+    require_root("cleanup")?;
+    interrupt.now("cleaning up");
+    let dry_run = args.dry_run;
+    let report = interrupt
+        .blocking(move |stop| clean_up(dry_run, stop))
+        .await?;
+    match args.json {
+        true => print_json(&report)?,
+        false => print(&report.to_text())?,
+    }
+    Ok(if dry_run || report.is_clean() {
+        0
+    } else {
+        FAILED
+    })
+}
+
+fn clean_up(dry_run: bool, stop: &Stop) -> Result<Report, Failure> {
+    let found = scan::scan()?;
+    let items = match dry_run {
+        true => remove::show(&found),
+        false => remove::remove(&found, stop)?,
+    };
+    Ok(Report {
+        dry_run,
+        living_runs: found.living,
+        dead_runs: found.dead.len(),
+        items,
+    })
+}

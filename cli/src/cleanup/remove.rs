@@ -1,0 +1,236 @@
+//! Removing what is left, in the order in which it stands on each other.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use blockmount_linux::mountinfo::MountInfo;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+
+use super::report::{Item, Outcome, What};
+use super::scan::{Dead, Found};
+use crate::failure::Failure;
+use crate::interrupt::Stop;
+
+/// How long all mounts together are waited for, in case their user is on the way out.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long one loop device is waited for.
+const PATIENCE_FOR_LOOP: Duration = Duration::from_millis(500);
+/// As many users of a mount as a table can hold.
+const USERS: usize = 4;
+
+/// Says what would be removed, in the order of the removal.
+pub(crate) fn show(found: &Found) -> Vec<Item> {
+    let mut items = Vec::new();
+    for dead in &found.dead {
+        items.extend(foreign(dead));
+        let mounts = dead
+            .mounts
+            .iter()
+            .rev()
+            .map(|mount| Item::mount(dead, mount, Outcome::Found));
+        items.extend(mounts);
+        items.extend(
+            dead.loops
+                .iter()
+                .map(|bound| Item::of_loop(dead, bound, Outcome::Found)),
+        );
+        let directories = dead.directories.iter().rev();
+        items
+            .extend(directories.map(|path| Item::new(dead, What::Directory, path, Outcome::Found)));
+        let places = [&dead.places.work, &dead.places.dir]
+            .into_iter()
+            .filter(|path| path.exists());
+        items.extend(places.map(|path| Item::new(dead, What::Files, path, Outcome::Found)));
+    }
+    items
+}
+
+/// Removes all of it, as far as nobody uses it. A signal ends it between two steps.
+pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
+    let mut items: Vec<Item> = found.dead.iter().flat_map(foreign).collect();
+    let deadline = Instant::now() + PATIENCE;
+    for (dead, mount) in latest_first(found) {
+        stop.check()?;
+        items.push(Item::mount(
+            dead,
+            mount,
+            outcome(unmount_exactly(mount, deadline)),
+        ));
+    }
+    for dead in &found.dead {
+        // What is still mounted keeps its device for as long; others may let go in a moment.
+        let is_mounted = items.iter().any(|item| item.is_left_of(dead));
+        let patience = if is_mounted {
+            Duration::ZERO
+        } else {
+            PATIENCE_FOR_LOOP
+        };
+        for bound in &dead.loops {
+            stop.check()?;
+            let result = bound.unbind(patience).map_err(|error| error.to_string());
+            items.push(Item::of_loop(dead, bound, outcome(result)));
+        }
+        stop.check()?;
+        let stays = items.iter().any(|item| item.is_left_of(dead));
+        remove_files(dead, stays, &mut items);
+    }
+    Ok(items)
+}
+
+/// What is not ours to remove, and is in the way.
+fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
+    let left = || Outcome::Left("it is not ours; whoever made it has to remove it".to_owned());
+    let mounts = dead
+        .foreign_mounts
+        .iter()
+        .map(move |mount| Item::mount(dead, mount, left()));
+    mounts.chain(
+        dead.foreign_loops
+            .iter()
+            .map(move |bound| Item::of_loop(dead, bound, left())),
+    )
+}
+
+/// All mounts, the latest first: nothing is below what is unmounted.
+fn latest_first(found: &Found) -> Vec<(&Dead, &MountInfo)> {
+    let of_run = |dead| move |mount| (dead, mount);
+    let mut mounts: Vec<(&Dead, &MountInfo)> = found
+        .dead
+        .iter()
+        .flat_map(|dead| dead.mounts.iter().map(of_run(dead)))
+        .collect();
+    mounts.reverse();
+    mounts
+}
+
+fn outcome(result: Result<(), String>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Removed,
+        Err(reason) => Outcome::Left(reason),
+    }
+}
+
+/// Unmounts this mount and no other, waiting until the deadline for those who use it.
+fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
+    let target = &mount.mount_point;
+    loop {
+        match mount_at(target) {
+            Ok(Some(id)) if id == mount.id => {}
+            Ok(Some(_)) if is_mounted(mount) => {
+                return Err("another mount is on top of it".to_owned());
+            }
+            Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+            Err(errno) => return Err(format!("cannot look at it: {errno}")),
+        }
+        match unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            // Gone in the meantime: the next look will say.
+            Err(Errno::INVAL) if !is_mounted(mount) => return Ok(()),
+            // There is no event for the end of a use.
+            Err(Errno::BUSY) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(Errno::BUSY) => return Err(format!("it is in use{}", users(mount))),
+            Err(errno) => return Err(format!("cannot unmount it: {errno}")),
+        }
+    }
+}
+
+/// The id of the mount that a path leads to.
+fn mount_at(path: &Path) -> rustix::io::Result<Option<u64>> {
+    let status = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID)?;
+    let known = status.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+    Ok(known.then_some(status.stx_mnt_id))
+}
+
+fn is_mounted(mount: &MountInfo) -> bool {
+    let mounts = blockmount_linux::mountinfo::read().unwrap_or_default();
+    mounts
+        .iter()
+        .any(|other| (other.id, &other.mount_point) == (mount.id, &mount.mount_point))
+}
+
+/// Who uses a mount, for the message.
+fn users(mount: &MountInfo) -> String {
+    let mounts = blockmount_linux::mountinfo::read().unwrap_or_default();
+    let above = mounts.iter().filter(|other| other.parent == mount.id);
+    let above = above.map(|other| format!("the mount at {}", other.mount_point.display()));
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = processes
+        .map(|entry| entry.path())
+        .filter(|path| uses(path, &mount.mount_point));
+    let processes = processes.filter_map(|path| {
+        let name = fs::read_to_string(path.join("comm")).ok()?;
+        Some(format!(
+            "process {} ({})",
+            path.file_name()?.to_str()?,
+            name.trim_end()
+        ))
+    });
+    let users: Vec<String> = above.chain(processes).take(USERS).collect();
+    match users.is_empty() {
+        true => String::new(),
+        false => format!(" by {}", users.join(", ")),
+    }
+}
+
+/// Whether a process works in, runs from or has open what is below a mount point.
+fn uses(process: &Path, mount_point: &Path) -> bool {
+    let leads_below = |link: &Path| fs::read_link(link).is_ok_and(|to| to.starts_with(mount_point));
+    let descriptors = fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    ["cwd", "root", "exe"]
+        .iter()
+        .any(|name| leads_below(&process.join(name)))
+        || descriptors
+            .map(|entry| entry.path())
+            .any(|link| leads_below(&link))
+}
+
+/// Removes the directories and files of a run of which nothing is mounted or bound any more.
+fn remove_files(dead: &Dead, stays: bool, items: &mut Vec<Item>) {
+    for path in dead.directories.iter().rev() {
+        let result = match fs::remove_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(describe(&error)),
+            _ => Ok(()),
+        };
+        items.push(Item::new(dead, What::Directory, path, outcome(result)));
+    }
+    let there = [&dead.places.work, &dead.places.dir]
+        .into_iter()
+        .filter(|path| path.exists());
+    let there: Vec<_> = there.collect();
+    if there.is_empty() {
+        return;
+    }
+    let result = match stays {
+        true => Err("what is still there needs it".to_owned()),
+        false => dead
+            .places
+            .remove()
+            .map_err(|failure| failure.to_string().replace('\n', ";")),
+    };
+    for path in there {
+        // The work may be gone although the rest is not.
+        let result = if path.exists() {
+            result.clone()
+        } else {
+            Ok(())
+        };
+        items.push(Item::new(dead, What::Files, path, outcome(result)));
+    }
+}
+
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::DirectoryNotEmpty => "it is not empty".to_owned(),
+        io::ErrorKind::ResourceBusy => "something is mounted there".to_owned(),
+        _ => error.to_string(),
+    }
+}

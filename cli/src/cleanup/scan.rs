@@ -1,0 +1,182 @@
+//! What runs have left that are no longer alive.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use blockmount_linux::mountinfo::{self, MountInfo};
+use blockmount_loopback::{BoundLoop, bound_loops};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::failure::{Context, Failure};
+use crate::run::{self, Entry, Places};
+
+/// What is there.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) dead: Vec<Dead>,
+    /// How many runs are alive.
+    pub(crate) living: usize,
+    /// Keeps runs from starting, and other clean-ups from looking, while we work.
+    _runs: File,
+}
+
+/// A run that has ended without finishing, and what is left of it.
+#[derive(Debug)]
+pub(crate) struct Dead {
+    pub(crate) places: Places,
+    /// In the kernel's order: what stands on another comes after it.
+    pub(crate) mounts: Vec<MountInfo>,
+    pub(crate) loops: Vec<BoundLoop>,
+    /// Directories that were made for a target, from the top.
+    pub(crate) directories: Vec<PathBuf>,
+    /// Mounts of others that are on top of what is left.
+    pub(crate) foreign_mounts: Vec<MountInfo>,
+    /// Loop devices of others with a file of this run.
+    pub(crate) foreign_loops: Vec<BoundLoop>,
+}
+
+/// Looks for what dead runs have left, and shuts out other clean-ups and starts until it is dropped.
+pub(crate) fn scan() -> Result<Found, Failure> {
+    let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
+    run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
+    let (living, mut dead) =
+        sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
+    let loops = bound_loops()?;
+    let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
+    // A mark whose run has no directory any more is that of a dead one too.
+    let loop_marks = loops.iter().map(|bound| bound.mark());
+    let mount_marks = mounts
+        .iter()
+        .map(|mount| mount.source.to_string_lossy().into_owned());
+    for mark in loop_marks.chain(mount_marks) {
+        dead.extend(
+            run::id_in(&mark)
+                .filter(|id| !living.contains(*id))
+                .map(str::to_owned),
+        );
+    }
+    let dead = dead.iter().map(|id| look_at(id, &loops, &mounts)).collect();
+    Ok(Found {
+        dead,
+        living: living.len(),
+        _runs: runs,
+    })
+}
+
+/// The ids of the runs that have a directory: alive, and dead.
+fn sort_runs() -> io::Result<(BTreeSet<String>, BTreeSet<String>)> {
+    let (mut living, mut dead) = (BTreeSet::new(), BTreeSet::new());
+    for entry in fs::read_dir(run::RUNS)? {
+        let name = entry?.file_name();
+        let Some(id) = name.to_str().filter(|name| run::is_id(name)) else {
+            continue;
+        };
+        match is_alive(&Places::of(id))? {
+            true => living.insert(id.to_owned()),
+            false => dead.insert(id.to_owned()),
+        };
+    }
+    Ok((living, dead))
+}
+
+/// Whether somebody holds the run's lock. Without a lock, it was killed at its start or its end.
+fn is_alive(places: &Places) -> io::Result<bool> {
+    let file = match File::open(places.lock()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
+    match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
+    let places = Places::recorded(id);
+    let mark = places.mark();
+    let (ours, others): (Vec<_>, Vec<_>) = loops
+        .iter()
+        .cloned()
+        .partition(|bound| bound.mark() == mark);
+    let devices = ours.iter().flat_map(|bound| device_numbers(bound.number()));
+    let devices: BTreeSet<(u32, u32)> = devices.collect();
+    let is_ours = |mount: &MountInfo| mount.source == *mark || devices.contains(&mount.device);
+    let by_id: BTreeMap<u64, &MountInfo> = mounts.iter().map(|mount| (mount.id, mount)).collect();
+    let is_on_ours = |mount: &MountInfo| {
+        let below = mount.mount_point.starts_with(&places.dir)
+            || mount.mount_point.starts_with(&places.work);
+        below || stands_on(mount, &by_id, is_ours)
+    };
+    let (ours_mounted, others_mounted): (Vec<_>, Vec<_>) =
+        mounts.iter().cloned().partition(is_ours);
+    Dead {
+        mounts: ours_mounted,
+        loops: ours,
+        directories: noted_directories(&places),
+        foreign_mounts: others_mounted.into_iter().filter(is_on_ours).collect(),
+        foreign_loops: others
+            .into_iter()
+            .filter(|bound| bound.backing_file().starts_with(&places.work))
+            .collect(),
+        places,
+    }
+}
+
+/// Whether a mount is, at whatever depth, on a mount that fits.
+fn stands_on(
+    mount: &MountInfo,
+    by_id: &BTreeMap<u64, &MountInfo>,
+    fits: impl Fn(&MountInfo) -> bool,
+) -> bool {
+    let mut parent = by_id.get(&mount.parent);
+    // The table was read in pieces while it changed; a circle must not hold us.
+    for _ in 0..by_id.len() {
+        match parent {
+            None => return false,
+            Some(mount) if fits(mount) => return true,
+            Some(mount) => parent = by_id.get(&mount.parent),
+        }
+    }
+    false
+}
+
+/// The device and its partitions.
+fn device_numbers(number: u32) -> Vec<(u32, u32)> {
+    let disk = PathBuf::from(format!("/sys/block/loop{number}"));
+    let parts = fs::read_dir(&disk)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    std::iter::once(disk)
+        .chain(parts)
+        .filter_map(|path| device_number(&path))
+        .collect()
+}
+
+fn device_number(directory: &Path) -> Option<(u32, u32)> {
+    let text = fs::read_to_string(directory.join("dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The directories that were noted and are there.
+fn noted_directories(places: &Places) -> Vec<PathBuf> {
+    let noted = places
+        .read_journal()
+        .into_iter()
+        .filter_map(|entry| match entry {
+            Entry::Directory(name) => Some(name.into_path()),
+            Entry::Work(_) => None,
+        });
+    noted
+        .filter(|path| {
+            path.symlink_metadata()
+                .is_ok_and(|metadata| metadata.is_dir())
+        })
+        .collect()
+}

@@ -1,0 +1,333 @@
+//! The main job, shown: two containers that share all layers, checked file by file.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blockmount::{Disk, Manager, MountPoint, MountRequest, Stack, StackRequest};
+
+use crate::args::{DemoArgs, Layer};
+use crate::check::{self, Check};
+use crate::failure::{Context, FAILED, Failure};
+use crate::images;
+use crate::interrupt::Interrupt;
+use crate::kernel::Tables;
+use crate::machine::{Machine, require_root};
+use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, SlotReport, milliseconds};
+use crate::samples::{self, Sample};
+use crate::stacking::{distinct, layer_request};
+use crate::terminal::{Progress, print, print_json, say};
+use crate::tree::Tree;
+
+/// The containers that share the layers.
+const CONTAINERS: [&str; 2] = ["one", "two"];
+/// Room for what the demo writes; the files are sparse.
+const SCRATCH_SIZE: u64 = 64 << 20;
+
+/// Runs the demo. `Ok` is the exit status.
+pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Failure> {
+    require_root("demo")?;
+    let progress = Progress::new();
+    let before = Tables::read()?;
+    let machine = Machine::start()?;
+    let result = job(&args, &machine, &interrupt, &progress).await;
+    progress.stage("releasing everything");
+    let recorder = machine.recorder().clone();
+    let (ours, ended) = machine.end(&interrupt).await;
+    progress.done();
+    let after = Tables::read()?;
+    let left_over = after.left_over(&ours, &before);
+    let mut report = match (result, ended) {
+        (Ok(report), Ok(())) => report,
+        (Ok(_), Err(failure)) => return Err(failure),
+        (Err(failure), ended) => return Err(account_for(failure, ended, &left_over)),
+    };
+    let counts = recorder.counts();
+    (report.detaches, report.unmounts) = (counts.detaches, counts.unmounts);
+    report.left_over = left_over;
+    match args.json {
+        true => print_json(&report)?,
+        false => {
+            print(&report.to_text())?;
+            print(&format!(
+                "kernel's tables: {} mounts and {} loop devices before, {} and {} after, of this run: {}",
+                before.mounts(),
+                before.loops(),
+                after.mounts(),
+                after.loops(),
+                report.left_over.len(),
+            ))?;
+        }
+    }
+    Ok(if report.is_good() { 0 } else { FAILED })
+}
+
+/// After a failure the user wants to know first whether anything is left.
+fn account_for(failure: Failure, ended: Result<(), Failure>, left_over: &[String]) -> Failure {
+    match ended {
+        Ok(()) if left_over.is_empty() => {
+            say(format_args!("everything was released; nothing is left"));
+            failure
+        }
+        Ok(()) => Failure::new("something is left over")
+            .because(left_over.join("; "))
+            .advise("run: sudo blockmount cleanup"),
+        Err(ended) => {
+            say(format_args!("{failure}"));
+            ended
+        }
+    }
+}
+
+/// Everything between the start of the run and its end.
+async fn job(
+    args: &DemoArgs,
+    machine: &Machine,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Report, Failure> {
+    let helper = machine.helper();
+    let samples = match args.layers.0.is_empty() {
+        true => samples::make(machine.work_dir(), helper, interrupt, progress).await?,
+        false => given(&distinct(&args.layers.0), helper, interrupt, progress).await?,
+    };
+    progress.stage("making scratch disks");
+    let mut scratches = Vec::new();
+    for name in CONTAINERS {
+        let image = machine.work_dir().join(format!("scratch-{name}.ext4"));
+        images::scratch(&image, SCRATCH_SIZE, interrupt).await?;
+        scratches.push(image);
+    }
+    interrupt.check()?;
+
+    let start = Instant::now();
+    progress.stage(format!(
+        "adding {} layers, twice, all at once",
+        samples.len()
+    ));
+    let layers: Vec<Layer> = samples.iter().map(|sample| sample.layer.clone()).collect();
+    let requests = [0, 1].map(|index| {
+        let target = machine.own_target(CONTAINERS[index]);
+        request(&target, &layers, &scratches[index])
+    });
+    let manager = machine.manager();
+    let (one, two) = tokio::join!(manager.stack(&requests[0]), manager.stack(&requests[1]));
+    let stacks = [one?, two?];
+    let scene = Scene {
+        machine,
+        layers,
+        scratches,
+        stacks,
+        start,
+    };
+    let checked = scene.check(samples, interrupt, progress).await?;
+    let report = scene.report(checked)?;
+    progress.stage("releasing both containers");
+    for stack in scene.stacks {
+        stack
+            .release()
+            .await
+            .context(|| "cannot release a container".to_owned())?;
+    }
+    Ok(report)
+}
+
+fn request(target: &Path, layers: &[Layer], scratch: &Path) -> StackRequest {
+    let stack = layers
+        .iter()
+        .fold(StackRequest::new(target), |stack, layer| {
+            let request = layer_request(layer, &[]).expect("one option cannot contradict itself");
+            stack.layer(Disk::virtual_disk(&layer.image).read_only(), request)
+        });
+    stack.scratch(Disk::virtual_disk(scratch), MountRequest::default())
+}
+
+/// Reads what is in the user's images, each mounted by itself.
+async fn given(
+    layers: &[Layer],
+    manager: &Manager,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Vec<Sample>, Failure> {
+    let mut samples = Vec::new();
+    for layer in layers {
+        interrupt.check()?;
+        progress.stage(format!("reading {}", layer.image.display()));
+        let disk = Disk::virtual_disk(&layer.image).read_only();
+        let mount = manager.add(&disk, &layer_request(layer, &[])?).await?;
+        let path = mount.path().to_owned();
+        let tree = interrupt
+            .blocking(move |stop| Tree::read(&path, stop, || ()))
+            .await;
+        let released = mount.release().await;
+        released.context(|| format!("cannot release {}", layer.image.display()))?;
+        samples.push(Sample {
+            layer: layer.clone(),
+            tree: tree?,
+        });
+    }
+    Ok(samples)
+}
+
+/// Both containers, up.
+struct Scene<'a> {
+    machine: &'a Machine,
+    layers: Vec<Layer>,
+    scratches: Vec<PathBuf>,
+    stacks: [Stack; 2],
+    start: Instant,
+}
+
+/// What the checks found.
+struct Checked {
+    check: Check,
+    files: [u64; 2],
+}
+
+impl Scene<'_> {
+    /// Compares both containers with the sources, has each write, and compares again.
+    async fn check(
+        &self,
+        samples: Vec<Sample>,
+        interrupt: &Interrupt,
+        progress: &Progress,
+    ) -> Result<Checked, Failure> {
+        let expected = Arc::new(Tree::merged(samples.iter().map(|sample| &sample.tree)));
+        let targets = [0, 1].map(|index| self.stacks[index].target().to_owned());
+
+        progress.stage("comparing every file in both containers with its source");
+        let mut check = Check::default();
+        let pass = check::trees(interrupt, progress, &targets, [&expected, &expected]).await?;
+        let files = pass.files();
+        check.add(pass);
+
+        progress.stage("writing in both containers, and comparing again");
+        let after = check::write(interrupt, &targets, &expected).await?;
+        check.add(check::trees(interrupt, progress, &targets, [&after[0], &after[1]]).await?);
+
+        progress.stage("comparing every layer with its source again");
+        for (sample, mount) in samples.into_iter().zip(self.stacks[0].layers()) {
+            let (path, tree) = (mount.path().to_owned(), Arc::new(sample.tree));
+            check.add(check::trees(interrupt, progress, &[path], [&tree]).await?);
+        }
+        Ok(Checked { check, files })
+    }
+
+    fn report(&self, checked: Checked) -> Result<Report, Failure> {
+        let tables = Tables::read()?;
+        let mut layers = Vec::new();
+        for (layer, mount) in self.layers.iter().zip(self.stacks[0].layers()) {
+            let sharing = self.stacks.iter().filter(|stack| {
+                stack
+                    .layers()
+                    .iter()
+                    .any(|other| other.path() == mount.path())
+            });
+            layers.push(self.disk(layer, Role::Layer, mount, sharing.count(), &tables)?);
+        }
+        for (image, stack) in self.scratches.iter().zip(&self.stacks) {
+            let layer = Layer {
+                image: image.clone(),
+                partition: None,
+            };
+            let mount = stack
+                .scratch()
+                .expect("each container was asked for with a scratch disk");
+            layers.push(self.disk(&layer, Role::Scratch, mount, 1, &tables)?);
+        }
+        let recorder = self.machine.recorder();
+        let containers = CONTAINERS
+            .iter()
+            .zip(&self.stacks)
+            .zip(checked.files)
+            .enumerate();
+        let containers = containers.map(|(index, ((name, stack), files))| ContainerReport {
+            name,
+            path: stack.target().display().to_string(),
+            scratch: self.scratches[index].display().to_string(),
+            overlay_ms: milliseconds(recorder.combined(stack.target()).unwrap_or_default()),
+            files,
+        });
+        let containers = containers.collect();
+        let counts = recorder.counts();
+        let Check { files, mismatches } = checked.check;
+        Ok(Report {
+            guest: "local",
+            layers,
+            containers,
+            slots: self.slots(),
+            distinct_images: self.distinct_images()?,
+            attaches: counts.attaches,
+            detaches: counts.detaches,
+            mounts: counts.mounts,
+            unmounts: counts.unmounts,
+            files_checked: files,
+            digest_mismatches: mismatches.len(),
+            mismatches: mismatches.into_iter().take(LISTED).collect(),
+            left_over: Vec::new(),
+            seconds: (self.start.elapsed().as_secs_f64() * 1e3).round() / 1e3,
+        })
+    }
+
+    fn disk(
+        &self,
+        layer: &Layer,
+        role: Role,
+        mount: &MountPoint,
+        containers: usize,
+        tables: &Tables,
+    ) -> Result<LayerReport, Failure> {
+        let path = mount.path();
+        let seen = tables.mount_at(path).ok_or_else(|| {
+            Failure::new(format!("the kernel has no mount at {}", path.display()))
+        })?;
+        let recorder = self.machine.recorder();
+        let attached = recorder.by_locator(mount.locator());
+        Ok(LayerReport {
+            source: layer.image.display().to_string(),
+            role,
+            partition: layer.partition.map(u32::from),
+            filesystem: seen.filesystem.clone(),
+            transport: mount.locator().transport().to_owned(),
+            locator: mount.locator().to_string(),
+            device: seen.source.to_string_lossy().into_owned(),
+            path: path.display().to_string(),
+            attach_ms: milliseconds(attached.map_or(Duration::ZERO, |attached| attached.took)),
+            mount_ms: milliseconds(recorder.mounted(path).unwrap_or_default()),
+            containers,
+        })
+    }
+
+    /// The transport's own list.
+    fn slots(&self) -> Vec<SlotReport> {
+        let map = self.machine.transport().map().into_iter();
+        let slot = map.map(|slot| SlotReport {
+            slot: slot.slot,
+            state: format!("{:?}", slot.state).to_lowercase(),
+            device: format!("loop{}", slot.number),
+            read_only: slot.read_only,
+            direct_io: slot.direct_io,
+            disk: slot.source.display().to_string(),
+        });
+        slot.collect()
+    }
+
+    /// Counts files, not names: two names of one image are one image.
+    fn distinct_images(&self) -> Result<usize, Failure> {
+        use std::os::unix::fs::MetadataExt;
+        let images = self
+            .layers
+            .iter()
+            .map(|layer| &layer.image)
+            .chain(&self.scratches);
+        let mut distinct = BTreeSet::new();
+        for image in images {
+            let metadata = image
+                .metadata()
+                .context(|| format!("cannot look at {}", image.display()))?;
+            distinct.insert((metadata.dev(), metadata.ino()));
+        }
+        Ok(distinct.len())
+    }
+}

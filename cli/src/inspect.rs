@@ -1,0 +1,329 @@
+//! Saying what is in an image.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use blockmount_linux::probe::{self, Content, Superblock};
+use rustix::fs::OFlags;
+use serde::Serialize;
+
+use crate::args::InspectArgs;
+use crate::failure::{Context, FAILED, Failure, printable};
+use crate::report::table;
+use crate::terminal::{print, print_json, say};
+
+/// What is in an image. Its JSON form is this structure, field by field.
+#[derive(Debug, Serialize)]
+struct Image {
+    image: String,
+    /// Of the file or device, in bytes.
+    size: u64,
+    content: Found,
+    partitions: Vec<PartitionFound>,
+}
+
+/// What is on a device or partition.
+#[derive(Debug, Default, Serialize)]
+struct Found {
+    /// `filesystem`, `partition-table`, `volume`, `ambiguous`, `blank` or `unknown`.
+    kind: &'static str,
+    /// In words.
+    description: String,
+    /// The filesystem by the kernel's name.
+    filesystem: Option<String>,
+    /// How much the filesystem needs, in bytes.
+    filesystem_size: Option<u64>,
+    /// In bytes.
+    block_size: Option<u32>,
+    label: Option<String>,
+    uuid: Option<String>,
+    /// Whether the filesystem needs more than there is.
+    truncated: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct PartitionFound {
+    number: u32,
+    /// Where it starts, in bytes.
+    start: u64,
+    /// In bytes.
+    size: u64,
+    type_id: String,
+    name: Option<String>,
+    content: Found,
+}
+
+/// Inspects each image; one that cannot be read does not keep the others from being shown. `Ok` is the
+/// exit status. Blocks.
+pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
+    let mut found = Vec::new();
+    let mut status = 0;
+    for image in &args.images {
+        match inspect(image) {
+            Ok(image) => {
+                if let Some(why) = image.content.unusable() {
+                    let what = format!("{}: {}", image.image, image.content.description);
+                    say(format_args!("{}", Failure::new(what).advise(why)));
+                    status = FAILED;
+                }
+                found.push(image);
+            }
+            Err(failure) => {
+                say(format_args!("{failure}"));
+                status = FAILED;
+            }
+        }
+    }
+    match args.json {
+        true => print_json(&found)?,
+        false if found.is_empty() => {}
+        false => print(&to_text(&found))?,
+    }
+    Ok(status)
+}
+
+fn inspect(image: &Path) -> Result<Image, Failure> {
+    let what = || format!("cannot inspect {}", image.display());
+    // A pipe that nobody writes to would keep us waiting; the kernel ignores the flag for files.
+    let open = File::options()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(image);
+    let mut file = open.context(what)?;
+    let kind = file.metadata().context(what)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let why = "it is neither a file nor a block device";
+        return Err(Failure::new(what())
+            .because(why)
+            .advise("name an image file or a block device"));
+    }
+    let size = file.seek(SeekFrom::End(0)).context(what)?;
+    let answer = probe::probe(&mut file).context(what)?;
+    let mut partitions = Vec::new();
+    if let Content::PartitionTable(table) = &answer.content {
+        for partition in &table.partitions {
+            let mut window = Window::new(&mut file, partition.start, partition.size, size);
+            partitions.push(PartitionFound {
+                number: partition.number,
+                start: partition.start,
+                size: partition.size,
+                type_id: partition.type_id.clone(),
+                name: partition.name.clone(),
+                content: describe(&probe::probe(&mut window).context(what)?),
+            });
+        }
+    }
+    let content = describe(&answer);
+    Ok(Image {
+        image: image.display().to_string(),
+        size,
+        content,
+        partitions,
+    })
+}
+
+impl Found {
+    /// What to do about an image that cannot be mounted as it is.
+    fn unusable(&self) -> Option<&'static str> {
+        match self.kind {
+            _ if self.truncated => Some("the end is missing: copy or download the image again"),
+            "ambiguous" => Some(
+                "remove the stale signatures with wipefs, or name the filesystem when mounting",
+            ),
+            "unknown" => Some("it is no filesystem or partition table that is known here"),
+            "blank" if self.description.contains("empty") => {
+                Some("the file has no content: make the image again")
+            }
+            _ => None,
+        }
+    }
+}
+
+fn describe(probe: &probe::Probe) -> Found {
+    let kind = match &probe.content {
+        Content::Filesystem(_) => "filesystem",
+        Content::PartitionTable(_) => "partition-table",
+        Content::Volume(_) => "volume",
+        Content::Ambiguous(_) => "ambiguous",
+        Content::Blank => "blank",
+        _ => "unknown",
+    };
+    let truncated = probe.truncated();
+    let mut description = probe.content.to_string();
+    if let Some(needs) = truncated {
+        description += &format!(
+            " (truncated: needs {needs} bytes, has {})",
+            probe.device_bytes
+        );
+    }
+    if probe.device_bytes == 0 {
+        description = "nothing (empty)".to_owned();
+    }
+    let mut found = Found {
+        kind,
+        description,
+        truncated: truncated.is_some(),
+        ..Found::default()
+    };
+    if let Content::Filesystem(superblock) | Content::Volume(superblock) = &probe.content {
+        let Superblock {
+            name,
+            label,
+            uuid,
+            size_bytes,
+            block_size,
+        } = superblock.clone();
+        found.filesystem = (kind == "filesystem").then(|| name.to_owned());
+        (found.label, found.uuid) = (label, uuid);
+        (found.filesystem_size, found.block_size) = (size_bytes, block_size);
+    }
+    found
+}
+
+fn to_text(images: &[Image]) -> String {
+    let mut table = table(&[
+        "image",
+        "partition",
+        "content",
+        "size",
+        "filesystem size",
+        "block size",
+        "label",
+        "uuid",
+    ]);
+    for image in images {
+        let name = printable(&image.image);
+        table.add_row(row(name, String::new(), image.size, &image.content, None));
+        for partition in &image.partitions {
+            let number = partition.number.to_string();
+            let found = &partition.content;
+            table.add_row(row(
+                String::new(),
+                number,
+                partition.size,
+                found,
+                partition.name.as_deref(),
+            ));
+        }
+    }
+    table.to_string()
+}
+
+fn row(
+    name: String,
+    part: String,
+    size: u64,
+    found: &Found,
+    part_name: Option<&str>,
+) -> [String; 8] {
+    let label = found.label.as_deref().or(part_name).unwrap_or_default();
+    [
+        name,
+        part,
+        found.description.clone(),
+        bytes(size),
+        found.filesystem_size.map_or(String::new(), bytes),
+        found
+            .block_size
+            .map_or(String::new(), |size| size.to_string()),
+        printable(label),
+        found.uuid.clone().unwrap_or_default(),
+    ]
+}
+
+/// A size for people: exact where it is a round one, else to a tenth.
+fn bytes(size: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..UNITS.len())
+        .rev()
+        .find(|unit| size >= 1 << (10 * unit))
+        .unwrap_or(0);
+    let one = 1u64 << (10 * unit);
+    match size % one {
+        0 => format!("{} {}", size / one, UNITS[unit]),
+        _ => format!("{:.1} {}", size as f64 / one as f64, UNITS[unit]),
+    }
+}
+
+/// A part of a file that looks like a whole one.
+struct Window<'a> {
+    file: &'a mut File,
+    start: u64,
+    size: u64,
+    position: u64,
+}
+
+impl<'a> Window<'a> {
+    /// The part from `start` with at most `size` bytes, cut off where a file of `of` bytes ends.
+    fn new(file: &'a mut File, start: u64, size: u64, of: u64) -> Self {
+        let size = size.min(of.saturating_sub(start));
+        Window {
+            file,
+            start,
+            size,
+            position: 0,
+        }
+    }
+}
+
+impl Read for Window<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.size.saturating_sub(self.position);
+        let length = usize::try_from(left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        self.file
+            .seek(SeekFrom::Start(self.start + self.position.min(self.size)))?;
+        let read = self.file.read(&mut buffer[..length])?;
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for Window<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(position) => Some(position),
+            SeekFrom::End(offset) => self.size.checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_ends_where_its_part_or_the_file_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        std::fs::write(&path, b"0123456789").unwrap();
+        let mut file = File::open(&path).unwrap();
+        let mut read = |start, size, to| {
+            let mut window = Window::new(&mut file, start, size, 10);
+            let at = window.seek(to).unwrap();
+            let mut text = String::new();
+            window.read_to_string(&mut text).unwrap();
+            (at, text)
+        };
+        assert_eq!(read(2, 3, SeekFrom::Start(0)), (0, "234".into()));
+        assert_eq!(read(8, 9, SeekFrom::End(-1)), (1, "9".into()));
+        assert_eq!(read(20, 9, SeekFrom::Start(0)), (0, String::new()));
+        assert_eq!(
+            read(0, 9, SeekFrom::Start(1 << 60)),
+            (1 << 60, String::new())
+        );
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(4096), "4 KiB");
+        assert_eq!(bytes(1_500_000), "1.4 MiB");
+    }
+}

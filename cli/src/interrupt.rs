@@ -1,0 +1,156 @@
+//! Signals: the first stops the work, the others ask how the clean-up is going.
+
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::failure::Failure;
+use crate::terminal::say;
+
+/// Whether a signal asked the program to end, for whoever works.
+///
+/// Nothing is dropped half-way: each step comes to its end, and looks ([`check`](Self::check)) before the
+/// next one. Long work on threads of its own looks now and then, and is waited for before
+/// anything is torn down under it ([`blocking`](Self::blocking), [`settled`](Self::settled)).
+#[derive(Clone, Debug)]
+pub(crate) struct Interrupt(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    token: CancellationToken,
+    first: OnceLock<&'static str>,
+    further: watch::Sender<usize>,
+    doing: Mutex<String>,
+    workers: TaskTracker,
+}
+
+impl Interrupt {
+    /// Takes over SIGINT, SIGTERM and SIGHUP.
+    pub(crate) fn listen() -> io::Result<Self> {
+        let interrupt = Interrupt(Arc::new(State {
+            token: CancellationToken::new(),
+            first: OnceLock::new(),
+            further: watch::Sender::new(0),
+            doing: Mutex::new("releasing everything".to_owned()),
+            workers: TaskTracker::new(),
+        }));
+        for (kind, name) in [
+            (SignalKind::interrupt(), "SIGINT"),
+            (SignalKind::terminate(), "SIGTERM"),
+            (SignalKind::hangup(), "SIGHUP"),
+        ] {
+            tokio::spawn(interrupt.clone().watch(signal(kind)?, name));
+        }
+        Ok(interrupt)
+    }
+
+    async fn watch(self, mut signals: Signal, name: &'static str) {
+        while signals.recv().await.is_some() {
+            if self.0.first.set(name).is_ok() {
+                self.0.token.cancel();
+                continue;
+            }
+            say(format_args!("{name}: not yet, still {}", self.doing()));
+            self.0.further.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// The signal that asked for the end, if one has.
+    pub(crate) fn signal(&self) -> Option<&'static str> {
+        self.0.first.get().copied()
+    }
+
+    /// Waits for a signal, and names it. Cancel safe.
+    pub(crate) async fn requested(&self) -> &'static str {
+        self.0.token.cancelled().await;
+        self.signal().unwrap_or("a signal")
+    }
+
+    /// Waits for one more signal after the call; the first does not count. Cancel safe.
+    pub(crate) async fn further(&self) {
+        let mut further = self.0.further.subscribe();
+        if further.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Says what a further signal has to wait for.
+    pub(crate) fn now(&self, doing: impl Into<String>) {
+        *self.0.doing.lock().unwrap_or_else(PoisonError::into_inner) = doing.into();
+    }
+
+    fn doing(&self) -> String {
+        self.0
+            .doing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// An error as soon as a signal has come.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        match self.0.token.is_cancelled() {
+            true => Err(Failure::interrupted(self.signal().unwrap_or("a signal"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Does work that blocks, on a thread of its own. The work looks at the token now and then.
+    pub(crate) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Stop) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let stop = Stop(self.clone());
+        match self.0.workers.spawn_blocking(move || work(&stop)).await {
+            Ok(result) => result,
+            Err(error) => Err(Failure::new("a worker was lost").because(error)),
+        }
+    }
+
+    /// Does work that must not be dropped half-way although its caller may be.
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> tokio::task::JoinHandle<T> {
+        self.0.workers.spawn(work)
+    }
+
+    /// Waits until all work on threads of its own has ended.
+    pub(crate) async fn settled(&self) {
+        self.0.workers.close();
+        self.0.workers.wait().await;
+    }
+
+    /// The token itself, for work that can wait for it.
+    pub(crate) fn token(&self) -> &CancellationToken {
+        &self.0.token
+    }
+}
+
+/// What blocking work looks at between two pieces.
+#[derive(Clone, Debug)]
+pub(crate) struct Stop(Interrupt);
+
+impl Stop {
+    /// An error as soon as a signal has come.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        self.0.check()
+    }
+
+    /// One that never stops, for tests.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        Stop(Interrupt(Arc::new(State {
+            token: CancellationToken::new(),
+            first: OnceLock::new(),
+            further: watch::Sender::new(0),
+            doing: Mutex::default(),
+            workers: TaskTracker::new(),
+        })))
+    }
+}

@@ -1,0 +1,152 @@
+//! What the kernel says is there: mounts and loop devices, to prove that nothing is left.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use blockmount_linux::mountinfo::{self, MountInfo};
+
+use crate::failure::{Context, Failure};
+
+/// The kernel's tables at one moment.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    mounts: Vec<MountInfo>,
+    /// Each loop device in use, and the file behind it.
+    loops: BTreeMap<String, PathBuf>,
+}
+
+/// What would be ours if it were found.
+#[derive(Debug, Default)]
+pub(crate) struct Ours {
+    /// Directories of ours, with all below them.
+    pub(crate) directories: Vec<PathBuf>,
+    /// Paths at which something of ours was mounted.
+    pub(crate) targets: Vec<PathBuf>,
+    /// Loop devices that were ours, by kernel name, and the file that was behind each.
+    pub(crate) loops: Vec<(String, PathBuf)>,
+}
+
+impl Tables {
+    /// Reads `/proc/self/mountinfo` and `/sys/block`. Blocks.
+    pub(crate) fn read() -> Result<Self, Failure> {
+        let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
+        let mut loops = BTreeMap::new();
+        let devices = fs::read_dir("/sys/block").context(|| "cannot read /sys/block".to_owned())?;
+        for device in devices.flatten() {
+            // Devices without a file behind them have no such attribute.
+            if let Ok(file) = fs::read(device.path().join("loop/backing_file")) {
+                let file = PathBuf::from(OsString::from_vec(file.trim_ascii_end().to_vec()));
+                loops.insert(device.file_name().to_string_lossy().into_owned(), file);
+            }
+        }
+        Ok(Tables { mounts, loops })
+    }
+
+    /// The mount that is seen at a path.
+    pub(crate) fn mount_at(&self, path: &Path) -> Option<&MountInfo> {
+        mountinfo::at(&self.mounts, path).pop()
+    }
+
+    pub(crate) fn mounts(&self) -> usize {
+        self.mounts.len()
+    }
+
+    pub(crate) fn loops(&self) -> usize {
+        self.loops.len()
+    }
+
+    /// What of ours is in these tables or on the disk and was not there `before`, one line each.
+    pub(crate) fn left_over(&self, ours: &Ours, before: &Tables) -> Vec<String> {
+        let below = |path: &Path| ours.directories.iter().any(|dir| path.starts_with(dir));
+        let mounts = self.mounts.iter().filter(|mount| {
+            let is_ours = below(&mount.mount_point) || ours.targets.contains(&mount.mount_point);
+            is_ours && !before.mounts.contains(mount)
+        });
+        let mounts = mounts.map(|mount| {
+            format!(
+                "mount of {} at {}",
+                mount.filesystem,
+                mount.mount_point.display()
+            )
+        });
+        let loops = self.loops.iter().filter(|(name, file)| {
+            let file = without_deleted(file);
+            below(file)
+                || ours
+                    .loops
+                    .iter()
+                    .any(|(ours, was)| ours == *name && was == file)
+        });
+        let loops = loops.map(|(name, file)| format!("loop device {name} of {}", file.display()));
+        let directories = ours
+            .directories
+            .iter()
+            .filter(|path| path.symlink_metadata().is_ok());
+        let directories = directories.map(|path| format!("directory {}", path.display()));
+        mounts.chain(loops).chain(directories).collect()
+    }
+}
+
+/// The kernel appends this to the name of a file that was removed.
+fn without_deleted(file: &Path) -> &Path {
+    let bytes = file.as_os_str().as_bytes();
+    Path::new(OsStr::from_bytes(
+        bytes.strip_suffix(b" (deleted)").unwrap_or(bytes),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_what_is_ours_and_nothing_else() {
+        let mounts = mountinfo::parse(
+            b"1 0 7:1 / /run/blockmount/x/m/0 rw - ext4 /dev/loop1 rw\n\
+              2 0 7:2 / /mnt/tree rw - overlay blockmount rw\n\
+              3 0 7:3 / /run/blockmount/xy rw - ext4 /dev/loop3 rw\n\
+              4 0 7:4 / /mnt/tree rw - ext4 /dev/sda1 rw\n",
+        );
+        // Somebody else's, below ours: it was there before.
+        let before = Tables {
+            mounts: mounts[3..].to_vec(),
+            loops: BTreeMap::new(),
+        };
+        let loops = [
+            ("loop1", "/w/a (deleted)"),
+            ("loop2", "/img"),
+            ("loop3", "/img"),
+            ("loop4", "/wx"),
+        ];
+        let loops = loops
+            .map(|(name, file)| (name.to_owned(), PathBuf::from(file)))
+            .into();
+        let ours = Ours {
+            directories: vec!["/run/blockmount/x".into(), "/w".into()],
+            targets: vec!["/mnt/tree".into()],
+            loops: vec![
+                ("loop2".into(), "/img".into()),
+                ("loop4".into(), "/img".into()),
+            ],
+        };
+        let found = Tables { mounts, loops }.left_over(&ours, &before);
+        assert_eq!(
+            found,
+            [
+                "mount of ext4 at /run/blockmount/x/m/0",
+                "mount of overlay at /mnt/tree",
+                "loop device loop1 of /w/a (deleted)",
+                "loop device loop2 of /img",
+            ]
+        );
+    }
+
+    #[test]
+    fn reads_the_real_tables() {
+        let tables = Tables::read().unwrap();
+        assert!(tables.mount_at(Path::new("/proc")).is_some());
+    }
+}

@@ -1,0 +1,224 @@
+//! This machine as host and guest at once: loop devices, and the Linux mount engine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockmount::{ErrorKind, LayerCombiner, Manager, Mounter, Transport};
+use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
+use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
+
+use crate::failure::{Failure, printable};
+use crate::interrupt::Interrupt;
+use crate::kernel::Ours;
+use crate::recorder::Recorder;
+use crate::run::Run;
+use crate::terminal::say;
+
+/// A run of the program on this machine: everything that it holds, and the way out.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    run: Run,
+    transport: Arc<LoopTransport>,
+    /// Does the main job; each call that it makes is recorded.
+    manager: Manager,
+    recorder: Recorder,
+    /// Does what has to be done before, such as filling a sample; recorded apart.
+    helper: Manager,
+    helper_recorder: Recorder,
+    targets: Vec<PathBuf>,
+}
+
+/// Between two attempts to release what somebody uses. The kernel has no event for the end of a use.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+/// How often a tear-down is tried that fails for another reason than being in use.
+const ATTEMPTS: u32 = 3;
+
+/// Refuses early, and with advice, what the kernel would refuse late.
+pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let what = format!("\"blockmount {command}\" attaches and mounts disks, which only root may");
+    Err(Failure::new(what).advise(format!("run it with sudo: sudo blockmount {command} ...")))
+}
+
+impl Machine {
+    /// Starts a run. Nothing is attached or mounted yet.
+    pub(crate) fn start() -> Result<Self, Failure> {
+        let run = Run::start()?;
+        tracing::info!(directory = %run.directory().display(), "run started");
+        let transport = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
+        // The transport knows which devices are its own, also when the kernel gives a number to others.
+        let resolvers = Resolvers::new().with(SCHEME, transport.clone());
+        let unplugger = Arc::new(LoopUnplugger::default());
+        let unpluggers = Unpluggers::new(resolvers.clone()).with(SCHEME, unplugger);
+        let guest = LinuxGuest::builder()
+            .resolvers(resolvers)
+            .overlay_mark(run.mark())
+            .build();
+        let (recorder, helper_recorder) = (Recorder::default(), Recorder::default());
+        let manager = build(
+            run.mount_root(),
+            recorder.watch(transport.clone()),
+            recorder.watch(guest.clone()),
+            &unpluggers,
+        );
+        let helper = build(
+            &run.directory().join("helper"),
+            helper_recorder.watch(transport.clone()),
+            helper_recorder.watch(guest),
+            &unpluggers,
+        );
+        Ok(Machine {
+            run,
+            transport,
+            manager,
+            recorder,
+            helper,
+            helper_recorder,
+            targets: Vec::new(),
+        })
+    }
+
+    pub(crate) fn manager(&self) -> &Manager {
+        &self.manager
+    }
+
+    pub(crate) fn helper(&self) -> &Manager {
+        &self.helper
+    }
+
+    pub(crate) fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
+    /// The transport, for its own list of slots.
+    pub(crate) fn transport(&self) -> &LoopTransport {
+        &self.transport
+    }
+
+    /// A directory for image files, on a disk.
+    pub(crate) fn work_dir(&self) -> &Path {
+        self.run.work_dir()
+    }
+
+    /// A path of this run's own for an overlay.
+    pub(crate) fn own_target(&self, name: &str) -> PathBuf {
+        self.run.directory().join(name)
+    }
+
+    /// Notes that an overlay is going to be at a path of the user's, so that a clean-up after us knows.
+    pub(crate) fn note_target(&mut self, target: &Path) -> Result<(), Failure> {
+        self.run.journal_dir(target)?;
+        self.targets.push(target.to_owned());
+        Ok(())
+    }
+
+    /// Ends the run: waits for work under way, tears down whatever is still there, removes the files.
+    ///
+    /// Returns what was ours, for a look at the kernel's tables. What somebody uses is waited for; a
+    /// further signal makes it give up, with an error that names what stays.
+    pub(crate) async fn end(self, interrupt: &Interrupt) -> (Ours, Result<(), Failure>) {
+        let ours = self.ours();
+        interrupt.now("waiting for the work under way to stop");
+        interrupt.settled().await;
+        interrupt.now("releasing disks and mounts");
+        let drained = self.drain(interrupt).await;
+        let ended = match drained {
+            Ok(()) => {
+                interrupt.now("removing this run's files");
+                self.run.finish()
+            }
+            Err(failure) => {
+                // What a clean-up needs to know stays as it is. The lock goes with the process.
+                std::mem::forget(self.run);
+                Err(failure)
+            }
+        };
+        (ours, ended)
+    }
+
+    fn ours(&self) -> Ours {
+        let recorders = [&self.recorder, &self.helper_recorder].into_iter();
+        let attached = recorders.flat_map(Recorder::all_attached);
+        Ours {
+            directories: vec![
+                self.run.directory().to_owned(),
+                self.run.work_dir().to_owned(),
+            ],
+            targets: self.targets.clone(),
+            loops: attached
+                .map(|(source, at)| {
+                    let file = source.canonicalize().unwrap_or(source);
+                    (format!("{SCHEME}{}", at.locator.address()), file)
+                })
+                .collect(),
+        }
+    }
+
+    async fn drain(&self, interrupt: &Interrupt) -> Result<(), Failure> {
+        let mut attempts = 0;
+        let mut said = String::new();
+        loop {
+            let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
+            if helper.is_clean() && main.is_clean() {
+                return Ok(());
+            }
+            let in_use = helper.in_use + main.in_use;
+            let failed: Vec<blockmount::Error> =
+                helper.failed.into_iter().chain(main.failed).collect();
+            let busy = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
+            attempts += u32::from(!busy);
+            let waiting = describe(&failed, in_use);
+            if attempts >= ATTEMPTS {
+                return Err(stays(&waiting));
+            }
+            interrupt.now(format!("waiting for somebody else: {waiting}"));
+            if busy && waiting != said {
+                say(format_args!("waiting: {waiting}"));
+                say(format_args!(
+                    "  until they let go; another signal (Ctrl-C) gives up and leaves it"
+                ));
+                said = waiting.clone();
+            }
+            tokio::select! {
+                () = tokio::time::sleep(BETWEEN_ATTEMPTS) => {}
+                () = interrupt.further(), if busy => return Err(stays(&waiting)),
+            }
+        }
+    }
+}
+
+fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
+    mount_root: &Path,
+    transport: T,
+    guest: G,
+    unpluggers: &Unpluggers,
+) -> Manager {
+    Manager::builder()
+        .transport(transport)
+        .unplugger(unpluggers.clone())
+        .mounter(guest.clone())
+        .combiner(guest)
+        .mount_root(mount_root)
+        .build()
+}
+
+/// What keeps a tear-down from being done, on one line.
+fn describe(failed: &[blockmount::Error], in_use: usize) -> String {
+    let mut lines: Vec<String> = failed
+        .iter()
+        .map(|error| printable(&format!("{error}: {}", error.cause())))
+        .collect();
+    if in_use > 0 {
+        lines.push(format!("{in_use} still held by this program"));
+    }
+    lines.join("; ")
+}
+
+fn stays(what: &str) -> Failure {
+    Failure::new("not everything could be released")
+        .because(what.to_owned())
+        .advise("when nobody uses it any more, run: sudo blockmount cleanup")
+}

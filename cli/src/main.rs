@@ -1,0 +1,88 @@
+//! The `blockmount` program: mounts stacks of disk images, and cleans up after itself.
+
+mod args;
+mod check;
+mod child;
+mod cleanup;
+mod demo;
+mod failure;
+mod images;
+mod inspect;
+mod interrupt;
+mod kernel;
+mod machine;
+mod mount;
+mod recorder;
+mod report;
+mod run;
+mod samples;
+mod sources;
+mod stacking;
+mod terminal;
+mod tree;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Cmd};
+use failure::{Context, Failure};
+use interrupt::Interrupt;
+use terminal::say;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = start_log(&cli).and_then(|()| execute(cli.command));
+    match result {
+        Ok(status) => status.into(),
+        Err(failure) => {
+            say(format_args!("{failure}"));
+            failure.status().into()
+        }
+    }
+}
+
+fn execute(command: Cmd) -> Result<u8, Failure> {
+    // Reading a superblock needs no runtime, and ends by itself.
+    if let Cmd::Inspect(args) = command {
+        return inspect::run(args);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context(|| "cannot start the runtime".to_owned())?;
+    runtime.block_on(async {
+        let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
+        match command {
+            Cmd::Demo(args) => demo::run(args, interrupt).await,
+            Cmd::Mount(args) => mount::run(args, interrupt).await,
+            Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
+            Cmd::Inspect(args) => inspect::run(args),
+        }
+    })
+}
+
+/// Starts logging to stderr: only what goes wrong, unless more was asked for.
+fn start_log(cli: &Cli) -> Result<(), Failure> {
+    let default = match cli.verbose {
+        0 => "error",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = cli.log.as_deref().unwrap_or(default);
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
+        Failure::usage(format!("--log {filter:?} is no log filter"))
+            .because(error)
+            .advise("use levels, such as --log debug, or --log blockmount_linux=trace,info")
+    })?;
+    // A log that cannot be written is no reason to panic while disks are attached.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .log_internal_errors(false)
+        .init();
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! Mounting a stack, and holding it until a signal.
+
+use std::path::{Path, PathBuf};
+
+use blockmount::{Disk, MountPoint, MountRequest, Stack, StackRequest};
+use serde::Serialize;
+
+use crate::args::{Layer, MountArgs};
+use crate::failure::{Context, Failure, printable};
+use crate::images;
+use crate::interrupt::Interrupt;
+use crate::kernel::Tables;
+use crate::machine::{Machine, require_root};
+use crate::report::table;
+use crate::stacking::{distinct, layer_request};
+use crate::terminal::{print, print_json, say};
+
+/// Where everything is while the stack is held.
+#[derive(Debug, Serialize)]
+struct Held {
+    target: String,
+    writable: bool,
+    layers: Vec<HeldDisk>,
+    scratch: Option<HeldDisk>,
+    pid: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct HeldDisk {
+    source: String,
+    partition: Option<u32>,
+    filesystem: String,
+    locator: String,
+    device: String,
+    path: String,
+}
+
+/// Mounts, holds and releases. `Ok` is the exit status.
+pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8, Failure> {
+    require_root("mount")?;
+    let target = absolute(&args.at)?;
+    args.layers.0 = distinct(&args.layers.0);
+    let requests = args
+        .layers
+        .0
+        .iter()
+        .map(|layer| layer_request(layer, &args.options));
+    let requests = requests.collect::<Result<Vec<_>, _>>()?;
+    let before = Tables::read()?;
+    let mut machine = Machine::start()?;
+    let held = match hold(&args, &target, requests, &mut machine, &interrupt).await {
+        Ok(stack) => {
+            let shown = show(&args, &machine, &stack);
+            if shown.is_ok() {
+                let signal = interrupt.requested().await;
+                say(format_args!(
+                    "{signal}: releasing {}",
+                    printable(&target.display().to_string())
+                ));
+            }
+            interrupt.now("releasing the stack");
+            // What fails here is owed to the manager; the end of the run does it, or says who is in the way.
+            if let Err(error) = stack.release().await {
+                tracing::info!(%error, "the stack could not be released at once");
+            }
+            shown
+        }
+        Err(failure) => Err(failure),
+    };
+    let (ours, ended) = machine.end(&interrupt).await;
+    let left_over = Tables::read()?.left_over(&ours, &before);
+    match (held, ended) {
+        (Err(failure), Err(ended)) => {
+            say(format_args!("{failure}"));
+            Err(ended)
+        }
+        (Ok(()), Err(ended)) => Err(ended),
+        (_, Ok(())) if !left_over.is_empty() => Err(Failure::new("something is left over")
+            .because(left_over.join("; "))
+            .advise("run: sudo blockmount cleanup")),
+        (Err(failure), Ok(())) => {
+            say(format_args!("everything was released; nothing is left"));
+            Err(failure)
+        }
+        (Ok(()), Ok(())) => {
+            say(format_args!("released; nothing is left"));
+            Ok(0)
+        }
+    }
+}
+
+/// Makes the path absolute without following anything: whether a link may be on the way is for the guest
+/// to say.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path)
+        .context(|| format!("--at {path:?} is no path"))
+        .map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))
+}
+
+async fn hold(
+    args: &MountArgs,
+    target: &Path,
+    requests: Vec<MountRequest>,
+    machine: &mut Machine,
+    interrupt: &Interrupt,
+) -> Result<Stack, Failure> {
+    let mut stack = StackRequest::new(target);
+    for (layer, request) in args.layers.0.iter().zip(requests) {
+        stack = stack.layer(Disk::virtual_disk(&layer.image).read_only(), request);
+    }
+    if let Some(size) = args.scratch {
+        let image = machine.work_dir().join("scratch.ext4");
+        images::scratch(&image, size, interrupt).await?;
+        stack = stack.scratch(Disk::virtual_disk(image), MountRequest::default());
+    }
+    interrupt.check()?;
+    machine.note_target(target)?;
+    let stack = machine.manager().stack(&stack).await?;
+    interrupt.check()?;
+    Ok(stack)
+}
+
+fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {
+    let tables = Tables::read()?;
+    let disk = |layer: &Layer, mount: &MountPoint| {
+        let seen = tables.mount_at(mount.path());
+        HeldDisk {
+            source: layer.image.display().to_string(),
+            partition: layer.partition.map(u32::from),
+            filesystem: seen.map_or(String::new(), |seen| seen.filesystem.clone()),
+            locator: mount.locator().to_string(),
+            device: seen.map_or(String::new(), |seen| {
+                seen.source.to_string_lossy().into_owned()
+            }),
+            path: mount.path().display().to_string(),
+        }
+    };
+    let scratch = Layer {
+        image: machine.work_dir().join("scratch.ext4"),
+        partition: None,
+    };
+    let held = Held {
+        target: stack.target().display().to_string(),
+        writable: stack.scratch().is_some(),
+        layers: args
+            .layers
+            .0
+            .iter()
+            .zip(stack.layers())
+            .map(|(l, mount)| disk(l, mount))
+            .collect(),
+        scratch: stack.scratch().map(|mount| disk(&scratch, mount)),
+        pid: std::process::id(),
+    };
+    if args.json {
+        return print_json(&held);
+    }
+    print(&held.to_text())?;
+    say(format_args!(
+        "held until Ctrl-C or SIGTERM to process {}",
+        held.pid
+    ));
+    Ok(())
+}
+
+impl Held {
+    fn to_text(&self) -> String {
+        let mut table = table(&["disk", "filesystem", "locator", "device", "path"]);
+        for disk in self.layers.iter().chain(&self.scratch) {
+            let partition = disk
+                .partition
+                .map_or(String::new(), |number| format!(" (partition {number})"));
+            table.add_row([
+                printable(&format!("{}{partition}", disk.source)),
+                disk.filesystem.clone(),
+                disk.locator.clone(),
+                disk.device.clone(),
+                printable(&disk.path),
+            ]);
+        }
+        let access = if self.writable {
+            "writable"
+        } else {
+            "read-only"
+        };
+        format!("{table}\n\n{access} tree at {}", printable(&self.target))
+    }
+}

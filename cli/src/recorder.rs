@@ -1,0 +1,169 @@
+//! Counts and times what the managers ask of the backends.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
+    Transport,
+};
+
+/// What was asked of the backends so far. Clones share one record.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Recorder(Arc<Mutex<Record>>);
+
+#[derive(Debug, Default)]
+struct Record {
+    counts: Counts,
+    attached: HashMap<PathBuf, Attached>,
+    mounted: HashMap<PathBuf, Duration>,
+    combined: HashMap<PathBuf, Duration>,
+}
+
+/// How many calls of each kind succeeded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) attaches: u64,
+    pub(crate) detaches: u64,
+    pub(crate) mounts: u64,
+    pub(crate) unmounts: u64,
+    pub(crate) combines: u64,
+    pub(crate) separates: u64,
+}
+
+/// An attachment as it was made.
+#[derive(Debug, Clone)]
+pub(crate) struct Attached {
+    pub(crate) locator: DeviceLocator,
+    pub(crate) took: Duration,
+}
+
+impl Recorder {
+    /// A backend that is watched on behalf of this record.
+    pub(crate) fn watch<B>(&self, backend: B) -> Recorded<B> {
+        Recorded {
+            backend,
+            recorder: self.clone(),
+        }
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        self.record().counts
+    }
+
+    /// The last attachment at a locator.
+    pub(crate) fn by_locator(&self, locator: &DeviceLocator) -> Option<Attached> {
+        self.record()
+            .attached
+            .values()
+            .find(|attached| attached.locator == *locator)
+            .cloned()
+    }
+
+    /// Every source that was attached, with what came of it.
+    pub(crate) fn all_attached(&self) -> Vec<(PathBuf, Attached)> {
+        let record = self.record();
+        record
+            .attached
+            .iter()
+            .map(|(source, at)| (source.clone(), at.clone()))
+            .collect()
+    }
+
+    /// How long the mount at a target took.
+    pub(crate) fn mounted(&self, target: &Path) -> Option<Duration> {
+        self.record().mounted.get(target).copied()
+    }
+
+    /// How long the overlay at a target took.
+    pub(crate) fn combined(&self, target: &Path) -> Option<Duration> {
+        self.record().combined.get(target).copied()
+    }
+
+    // Held for the moment of writing down, never across a call of the backend.
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A backend whose calls are written down.
+#[derive(Debug, Clone)]
+pub(crate) struct Recorded<B> {
+    backend: B,
+    recorder: Recorder,
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<B: Transport> Transport for Recorded<B> {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        self.backend.identify(disk).await
+    }
+
+    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+        let start = Instant::now();
+        let locator = self.backend.attach(disk).await?;
+        let attached = Attached {
+            locator: locator.clone(),
+            took: start.elapsed(),
+        };
+        let mut record = self.recorder.record();
+        record.counts.attaches += 1;
+        record.attached.insert(disk.source().to_owned(), attached);
+        Ok(locator)
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        self.backend.detach(disk).await?;
+        self.recorder.record().counts.detaches += 1;
+        Ok(())
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<B: Mounter> Mounter for Recorded<B> {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let start = Instant::now();
+        self.backend.mount(device, target, options).await?;
+        let took = start.elapsed();
+        let mut record = self.recorder.record();
+        record.counts.mounts += 1;
+        record.mounted.insert(target.to_owned(), took);
+        Ok(())
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        self.backend.unmount(target).await?;
+        self.recorder.record().counts.unmounts += 1;
+        Ok(())
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<B: LayerCombiner> LayerCombiner for Recorded<B> {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        let start = Instant::now();
+        self.backend.combine(overlay).await?;
+        let took = start.elapsed();
+        let mut record = self.recorder.record();
+        record.counts.combines += 1;
+        record.combined.insert(overlay.target.clone(), took);
+        Ok(())
+    }
+
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        self.backend.separate(target).await?;
+        self.recorder.record().counts.separates += 1;
+        Ok(())
+    }
+}

@@ -1,0 +1,419 @@
+//! One run of the program: how it marks what it makes, so that what it leaves when killed can be
+//! found, and told from what is alive.
+//!
+//! - `/run/blockmount/<id>/` is the run's directory, with a `lock` that is held for as long as the process
+//!   lives. The kernel lets go of it however the process ends, and unlike a process id it
+//!   is never given to somebody else.
+//! - Loop devices and overlays carry the [mark](Run::mark) `blockmount:<id>` in the kernel's own tables.
+//! - What neither shows is written to the `journal`, before it is made: the directory for image files,
+//!   and directories of the user's that are made for a target.
+//!
+//! A start and a clean-up exclude each other by a lock on `/run/blockmount` itself, so that a run without
+//! a lock is one that was killed, never one that is just being made.
+
+mod files;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use blockmount_linux::mountinfo;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Context, Failure};
+use files::{absent_is_done, remove_directories_in, remove_directory};
+
+/// Where runs have their directories: empty after each boot, as are the tables that they describe.
+pub(crate) const RUNS: &str = "/run/blockmount";
+/// Where image files are made: on a disk, unlike `/run` and often `/tmp`.
+const WORK: &str = "/var/tmp";
+/// What starts the mark of every run.
+const MARK: &str = "blockmount:";
+/// How long a start waits for a clean-up, and one clean-up for another.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A run that is alive. [`finish`](Self::finish) removes its directories; dropping it tries to.
+#[derive(Debug)]
+pub(crate) struct Run {
+    places: Places,
+    mounts: PathBuf,
+    journal: Mutex<File>,
+    finished: bool,
+    /// Held for as long as we live; the last field, so that it goes last.
+    _lock: File,
+}
+
+/// Where a run has its files.
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    pub(crate) id: String,
+    /// The run's directory.
+    pub(crate) dir: PathBuf,
+    /// The directory for image files.
+    pub(crate) work: PathBuf,
+}
+
+/// A line of the journal: what is going to be made that the kernel's tables do not show.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Entry {
+    /// The directory for image files.
+    Work(Name),
+    /// A directory that was not there, and is made for a target.
+    Directory(Name),
+}
+
+/// A path, readable where it is text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Name {
+    Text(String),
+    Other(PathBytes),
+}
+
+/// A path that is no text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PathBytes {
+    bytes: Vec<u8>,
+}
+
+impl Name {
+    fn of(path: &Path) -> Self {
+        use std::os::unix::ffi::OsStrExt;
+        match path.to_str() {
+            Some(text) => Name::Text(text.to_owned()),
+            None => Name::Other(PathBytes {
+                bytes: path.as_os_str().as_bytes().to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) fn into_path(self) -> PathBuf {
+        use std::os::unix::ffi::OsStringExt;
+        match self {
+            Name::Text(text) => text.into(),
+            Name::Other(other) => std::ffi::OsString::from_vec(other.bytes).into(),
+        }
+    }
+}
+
+impl Places {
+    pub(crate) fn of(id: &str) -> Self {
+        Places {
+            id: id.to_owned(),
+            dir: Path::new(RUNS).join(id),
+            work: Path::new(WORK).join(format!("blockmount-{id}")),
+        }
+    }
+
+    /// As a run that is dead has written it down.
+    pub(crate) fn recorded(id: &str) -> Self {
+        let mut places = Places::of(id);
+        let noted = places
+            .read_journal()
+            .into_iter()
+            .find_map(|entry| match entry {
+                Entry::Work(name) => Some(name.into_path()),
+                Entry::Directory(_) => None,
+            });
+        places.work = noted.unwrap_or(places.work);
+        places
+    }
+
+    /// What loop devices and overlays of the run carry.
+    pub(crate) fn mark(&self) -> String {
+        format!("{MARK}{}", self.id)
+    }
+
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.dir.join("journal")
+    }
+
+    /// What the journal says. A last line that was cut off was never followed by a deed.
+    pub(crate) fn read_journal(&self) -> Vec<Entry> {
+        let text = fs::read_to_string(self.journal()).unwrap_or_default();
+        text.lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
+    }
+
+    /// Removes both directories, unless something is mounted below them. What is gone is removed.
+    ///
+    /// The work directory has the run's image files; the run's own only empty directories
+    /// besides the journal and the lock. Anything else stays, with an error.
+    pub(crate) fn remove(&self) -> Result<(), Failure> {
+        self.remove_work()?;
+        let what = || format!("cannot remove {}", self.dir.display());
+        self.refuse_mounted(&self.dir)?;
+        // Journal and lock go last: with them, what could not be removed is found again.
+        absent_is_done(remove_directories_in(&self.dir)).context(what)?;
+        absent_is_done(fs::remove_file(self.journal())).context(what)?;
+        absent_is_done(fs::remove_file(self.lock())).context(what)?;
+        absent_is_done(remove_directory(&self.dir, false)).context(what)
+    }
+
+    fn remove_work(&self) -> Result<(), Failure> {
+        self.refuse_mounted(&self.work)?;
+        absent_is_done(remove_directory(&self.work, true))
+            .context(|| format!("cannot remove {}", self.work.display()))
+    }
+
+    fn refuse_mounted(&self, dir: &Path) -> Result<(), Failure> {
+        let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
+        match mounts
+            .iter()
+            .find(|mount| mount.mount_point.starts_with(dir))
+        {
+            None => Ok(()),
+            Some(mount) => {
+                let at = mount.mount_point.display();
+                Err(Failure::new(format!(
+                    "{} stays: something is mounted at {at}",
+                    dir.display()
+                )))
+            }
+        }
+    }
+}
+
+impl Run {
+    /// Starts a run: makes its directories and takes its lock.
+    pub(crate) fn start() -> Result<Run, Failure> {
+        let what = || format!("cannot make a directory for this run in {RUNS}");
+        let runs = open_runs().context(what)?;
+        lock(&runs, FlockOperation::NonBlockingLockShared)?;
+        let places = Places::of(&random_id().context(what)?);
+        make_private(&places.dir).context(what)?;
+        // From here on a failure removes what is there: nothing but empty directories and files of ours.
+        Self::fill(&places).inspect_err(|_| {
+            let _ = places.remove();
+        })
+    }
+
+    fn fill(places: &Places) -> Result<Run, Failure> {
+        let what = || format!("cannot prepare {}", places.dir.display());
+        let lock_file = create(&places.lock()).context(what)?;
+        flock(&lock_file, FlockOperation::NonBlockingLockExclusive).context(what)?;
+        let journal = create(&places.journal()).context(what)?;
+        let run = Run {
+            mounts: places.dir.join("m"),
+            places: places.clone(),
+            journal: Mutex::new(journal),
+            finished: false,
+            _lock: lock_file,
+        };
+        run.note(&Entry::Work(Name::of(&places.work)))?;
+        make_private(&places.work)
+            .context(|| format!("cannot make {} for image files", places.work.display()))?;
+        Ok(run)
+    }
+
+    /// What loop devices and overlays of this run carry, for all to see.
+    pub(crate) fn mark(&self) -> String {
+        self.places.mark()
+    }
+
+    /// Below this, mounts that nobody asked a path for.
+    pub(crate) fn mount_root(&self) -> &Path {
+        &self.mounts
+    }
+
+    /// The run's own directory, for mount points only.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.places.dir
+    }
+
+    /// The directory for image files.
+    pub(crate) fn work_dir(&self) -> &Path {
+        &self.places.work
+    }
+
+    /// Notes a directory outside of the run's own that is going to be made if it is not there, with
+    /// its parents.
+    pub(crate) fn journal_dir(&self, path: &Path) -> Result<(), Failure> {
+        let missing = path
+            .ancestors()
+            .take_while(|path| path.symlink_metadata().is_err());
+        let missing: Vec<&Path> = missing.collect();
+        for directory in missing.into_iter().rev() {
+            self.note(&Entry::Directory(Name::of(directory)))?;
+        }
+        Ok(())
+    }
+
+    fn note(&self, entry: &Entry) -> Result<(), Failure> {
+        let what = || {
+            format!(
+                "cannot write the journal of this run in {}",
+                self.places.dir.display()
+            )
+        };
+        let mut line = serde_json::to_string(entry).context(what)?;
+        line.push('\n');
+        // One write for a line: what is there after a kill is whole lines.
+        let mut journal = self
+            .journal
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        journal.write_all(line.as_bytes()).context(what)
+    }
+
+    /// Removes the run's directories. Nothing may be mounted there any more.
+    pub(crate) fn finish(mut self) -> Result<(), Failure> {
+        self.finished = true;
+        self.places.remove()
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.finished
+            && let Err(failure) = self.places.remove()
+        {
+            tracing::warn!(%failure, "a clean-up has to remove what is left of this run");
+        }
+    }
+}
+
+/// Opens the directory of all runs, which is made if it is not there.
+pub(crate) fn open_runs() -> io::Result<File> {
+    match make_private(Path::new(RUNS)) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => File::open(RUNS),
+    }
+}
+
+/// Takes a lock, or says after a while that somebody has it.
+pub(crate) fn lock(file: &File, operation: FlockOperation) -> Result<(), Failure> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match flock(file, operation) {
+            Ok(()) => return Ok(()),
+            Err(Errno::INTR) => {}
+            // There is no event for this one that could be bounded.
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let advice = "wait until \"blockmount cleanup\" is done, then try again";
+                return Err(Failure::new(format!("{RUNS} is locked by a clean-up")).advise(advice));
+            }
+            Err(errno) => return Err(Failure::new(format!("cannot lock {RUNS}")).because(errno)),
+        }
+    }
+}
+
+/// Reads a run's id from its mark.
+pub(crate) fn id_in(mark: &str) -> Option<&str> {
+    mark.strip_prefix(MARK).filter(|id| is_id(id))
+}
+
+/// Whether a name is that of a run: 16 hexadecimal digits.
+pub(crate) fn is_id(name: &str) -> bool {
+    name.len() == 16
+        && name
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn random_id() -> io::Result<String> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+}
+
+/// Makes a directory that is nobody else's business.
+fn make_private(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_journal_reads_back_any_path() {
+        for bytes in [&b"/a b\n\"c"[..], b"/\xff\xfe", b"/"] {
+            let path = Path::new(std::ffi::OsStr::from_bytes(bytes));
+            let line = serde_json::to_string(&Entry::Directory(Name::of(path))).unwrap();
+            assert!(!line.contains('\n'));
+            let Entry::Directory(name) = serde_json::from_str(&line).unwrap() else {
+                panic!()
+            };
+            assert_eq!(name.into_path(), path);
+        }
+    }
+
+    #[test]
+    fn only_what_we_make_is_a_mark() {
+        assert_eq!(
+            id_in("blockmount:0123456789abcdef"),
+            Some("0123456789abcdef")
+        );
+        for mark in [
+            "blockmount:",
+            "blockmount:0123456789abcde",
+            "blockmount:0123456789ABCDEF",
+            "x",
+        ] {
+            assert_eq!(id_in(mark), None);
+        }
+        assert!(is_id(&random_id().unwrap()));
+    }
+
+    #[test]
+    fn root_a_run_is_there_and_gone() {
+        let run = Run::start().unwrap();
+        let (dir, work) = (run.directory().to_owned(), run.work_dir().to_owned());
+        let id = dir.file_name().unwrap().to_str().unwrap();
+        assert_eq!(id_in(&run.mark()), Some(id));
+        assert_eq!(dir.metadata().unwrap().mode() & 0o777, 0o700);
+        assert_eq!(run.places.read_journal(), [Entry::Work(Name::of(&work))]);
+        let other = File::open(run.places.lock()).unwrap();
+        assert_eq!(
+            flock(&other, FlockOperation::NonBlockingLockExclusive),
+            Err(Errno::WOULDBLOCK)
+        );
+        fs::write(work.join("image"), "x").unwrap();
+        fs::create_dir_all(run.mount_root().join("0")).unwrap();
+        run.finish().unwrap();
+        assert!(!dir.exists() && !work.exists());
+
+        let dropped = Run::start().unwrap();
+        let dir = dropped.directory().to_owned();
+        drop(dropped);
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn root_missing_directories_are_noted_from_the_top() {
+        let run = Run::start().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        run.journal_dir(&dir.path().join("a/b")).unwrap();
+        run.journal_dir(dir.path()).unwrap();
+        let noted = run.places.read_journal().into_iter().skip(1);
+        let expected = ["a", "a/b"].map(|name| Entry::Directory(Name::of(&dir.path().join(name))));
+        assert!(noted.eq(expected));
+        run.finish().unwrap();
+    }
+}

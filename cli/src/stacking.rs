@@ -1,0 +1,84 @@
+//! From the layers of the command line to what is asked of the manager.
+
+use std::os::unix::fs::MetadataExt;
+
+use blockmount::{MountOptions, MountRequest};
+
+use crate::args::Layer;
+use crate::failure::{Context, Failure, printable};
+use crate::terminal::say;
+
+/// A read-only mount of a layer.
+pub(crate) fn layer_request(layer: &Layer, options: &[String]) -> Result<MountRequest, Failure> {
+    let mut builder = MountOptions::builder().read_only().options(options);
+    if let Some(number) = layer.partition {
+        builder = builder.partition(number);
+    }
+    let options = builder
+        .build()
+        .context(|| "the mount options make no sense".to_owned())?;
+    Ok(MountRequest::new(options))
+}
+
+/// The layers without those that are there a second time, under whatever name.
+///
+/// Linux refuses an overlay of a layer with itself. Nothing is lost: of two equal layers
+/// the upper one covers all that the lower one has.
+pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
+    let mut seen: Vec<((u64, u64), &Layer)> = Vec::new();
+    let mut distinct = Vec::new();
+    for layer in layers {
+        // One that cannot be looked at is told of when it is attached.
+        if let Ok(metadata) = layer.image.metadata() {
+            let file = (metadata.dev(), metadata.ino());
+            let same = |(other, upper): &&((u64, u64), &Layer)| {
+                *other == file && upper.partition == layer.partition
+            };
+            if let Some((_, upper)) = seen.iter().find(same) {
+                let (lower, upper) = (layer.image.display(), upper.image.display());
+                let note =
+                    format!("{lower} is the same layer as {upper} above it, and adds nothing");
+                say(format_args!("note: {}", printable(&note)));
+                continue;
+            }
+            seen.push((file, layer));
+        }
+        distinct.push(layer.clone());
+    }
+    distinct
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    #[test]
+    fn the_upper_of_two_equal_layers_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let layer = |name: &str, partition| Layer {
+            image: directory.path().join(name),
+            partition: NonZeroU32::new(partition),
+        };
+        std::fs::write(directory.path().join("a"), "a").unwrap();
+        std::fs::write(directory.path().join("b"), "b").unwrap();
+        std::fs::hard_link(directory.path().join("a"), directory.path().join("hard")).unwrap();
+        std::os::unix::fs::symlink("a", directory.path().join("link")).unwrap();
+        let given = [
+            layer("link", 0),
+            layer("b", 0),
+            layer("hard", 0),
+            layer("a", 1),
+            layer("absent", 0),
+            layer("./b", 0),
+        ];
+        let expected = [
+            layer("link", 0),
+            layer("b", 0),
+            layer("a", 1),
+            layer("absent", 0),
+        ];
+        assert_eq!(distinct(&given), expected);
+    }
+}
