@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that must hold, on a fresh Debian machine with cargo: installs what the tests need, then
+# runs formatting, lints, docs and every test. Tests on real devices need root; without it this asks sudo.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ "$(id -u)" -ne 0 ]; then
+  exec sudo --preserve-env=PATH,CARGO_HOME,RUSTUP_HOME,CARGO_TARGET_DIR,CI "$0" "$@"
+fi
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "tools"
+tests/setup.sh
+
+say "formatting"
+cargo fmt --all -- --check
+
+say "lints"
+cargo clippy --workspace --all-targets --all-features -- -D warnings
+
+say "docs"
+RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --all-features
+
+say "tests"
+cargo test --workspace --all-features
+
+say "benches, each once and untimed"
+cargo test --package blockmount --benches
+
+say "all of it holds"
