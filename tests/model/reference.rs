@@ -280,19 +280,20 @@ impl Model {
                 .for_each(|mount| drop(self.give_mount(mount)));
             return Err(refusals);
         }
-        let held = mounts.clone();
+        let (held, before) = (mounts.clone(), self.tree_id(tree));
         self.combine(mounts, scratch.is_some(), tree)
             .map_err(|kind| {
-                if !self
-                    .trees
-                    .get(&tree)
-                    .is_some_and(|owing| owing.owes && owing.mounts == held)
-                {
+                // An uncertain overlay that is owed keeps its mounts.
+                if self.tree_id(tree).is_none_or(|id| Some(id) == before) {
                     held.into_iter()
                         .for_each(|mount| drop(self.give_mount(mount)));
                 }
                 vec![kind]
             })
+    }
+
+    fn tree_id(&self, tree: usize) -> Option<u64> {
+        self.trees.get(&tree).map(|tree| tree.id)
     }
 
     fn combine(
