@@ -127,7 +127,7 @@ pub(crate) struct Combining {
 }
 
 pub(crate) struct CombineJob {
-    request: Arc<StackRequest>,
+    request: StackRequest,
     layers: Vec<Mount>,
     scratch: Option<Mount>,
     claim: Option<Claim>,
@@ -158,7 +158,7 @@ pub(crate) async fn combine(
     };
     let target = request.target.clone();
     let job = CombineJob {
-        request: Arc::new(request),
+        request,
         layers: mounts,
         scratch,
         claim: None,
