@@ -1,5 +1,5 @@
 //! The rule of who may depend on whom, read from cargo itself:
-//! `cli -> loopback -> scsi -> linux -> blockmount`, and the core knows no operating system.
+//! `cli -> qemu, hcs -> bridge, loopback -> scsi, vpmem -> linux -> blockmount`, and the core knows no operating system.
 
 // Helpers of tests unwrap as tests do.
 #![allow(clippy::unwrap_used)]
@@ -10,22 +10,42 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 6] = [
+const RULE: [(&str, &[&str]); 9] = [
     ("blockmount", &[]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
-    ("blockmount-bridge", &["blockmount", "blockmount-scsi"]),
+    ("blockmount-vpmem", &["blockmount", "blockmount-linux"]),
+    (
+        "blockmount-bridge",
+        &["blockmount", "blockmount-scsi", "blockmount-vpmem"],
+    ),
     (
         "blockmount-loopback",
         &["blockmount", "blockmount-linux", "blockmount-scsi"],
     ),
     (
+        "blockmount-qemu",
+        &["blockmount", "blockmount-scsi", "blockmount-vpmem"],
+    ),
+    (
+        "blockmount-hcs",
+        &[
+            "blockmount",
+            "blockmount-bridge",
+            "blockmount-scsi",
+            "blockmount-vpmem",
+        ],
+    ),
+    (
         "blockmount-cli",
         &[
             "blockmount",
+            "blockmount-bridge",
             "blockmount-linux",
             "blockmount-loopback",
+            "blockmount-qemu",
             "blockmount-scsi",
+            "blockmount-vpmem",
         ],
     ),
 ];

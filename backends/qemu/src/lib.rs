@@ -1,0 +1,1 @@
+//! QEMU as hypervisor for blockmount: starts virtual machines and plugs disks into them.
