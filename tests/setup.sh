@@ -46,7 +46,7 @@ if [ "$have_kernel" = no ]; then
   room=$(mktemp -d)
   trap 'rm -rf "$room"' EXIT
   chmod 755 "$room"
-  (cd "$room" && apt-get download -qq "$package" >/dev/null)
+  (cd "$room" && apt-get -o APT::Sandbox::User=root download -qq "$package" >/dev/null)
   dpkg -x "$room"/*.deb "$room/unpacked"
   "${sudo[@]}" rm -rf "$kernel.new" "$kernel"
   "${sudo[@]}" mkdir -p "$kernel.new"
