@@ -3,8 +3,6 @@
 use std::fmt;
 use std::os::fd::RawFd;
 
-use blockmount_scsi::Geometry;
-
 use crate::GuestKernel;
 
 /// How many SCSI controllers fit on the bus here.
@@ -12,10 +10,6 @@ pub const MAX_CONTROLLERS: u8 = 8;
 
 /// How many ports for persistent memory fit on the bus here: eight functions in each of six slots.
 pub const MAX_MEMORY_PORTS: u8 = 48;
-
-/// The LUNs of a controller that the guest's kernel shows under their own numbers. (Linux shows LUN 256 and above,
-/// which virtio-scsi addresses otherwise, as 16,384 and the LUN.)
-const LUNS: u16 = 256;
 
 /// Where the first SCSI controller is on the bus.
 const FIRST_CONTROLLER: u8 = 0x08;
@@ -48,9 +42,9 @@ pub(crate) struct Hardware {
 }
 
 impl Hardware {
-    pub(crate) fn geometry(&self) -> Geometry {
-        Geometry::new(self.controllers.into(), LUNS)
-            .expect("the number of controllers was checked when the VM was configured")
+    /// What QEMU calls the SCSI controllers.
+    pub(crate) fn controller_ids(&self) -> impl Iterator<Item = String> {
+        (0..self.controllers).map(|number| format!("scsi{number}"))
     }
 
     /// Where the guest finds each SCSI controller.
@@ -93,9 +87,9 @@ impl Hardware {
             "-device",
             format!("virtio-serial-pci,id=serial,addr={SERIAL:#x}"),
         );
-        for (number, at) in self.controller_addresses().enumerate() {
+        for (id, at) in self.controller_ids().zip(self.controller_addresses()) {
             // One queue: the guest has one processor.
-            let device = format!("virtio-scsi-pci,id=scsi{number},num_queues=1");
+            let device = format!("virtio-scsi-pci,id={id},num_queues=1");
             words.pair("-device", format!("{device},addr={:#x}", at.slot));
         }
         for (number, at) in self.memory_port_addresses().enumerate() {

@@ -19,7 +19,7 @@ use crate::qmp::NONE;
 use crate::saved::States;
 use crate::saving;
 use crate::vm::Inner;
-use crate::{GuestImage, Qmp, Vm, VmError};
+use crate::{GuestImage, QemuScsi, Qmp, Vm, VmError};
 
 /// How long a hypervisor in hardware may take until the guest answers; it takes a second where it works.
 const KVM_PATIENCE: Duration = Duration::from_secs(15);
@@ -353,7 +353,9 @@ impl VmBuilder {
                 return Err(process.explain(what().because(error)));
             }
         };
+        let scsi = QemuScsi::new(qmp.clone(), self.hardware.controller_ids());
         let vm = Vm::of(Inner {
+            scsi: scsi.map_err(|error| what().because(error))?,
             process,
             ports: Ports::new(qmp.clone(), directory.path()),
             qmp,

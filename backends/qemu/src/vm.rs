@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount_scsi::Geometry;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -13,7 +12,7 @@ use tokio::time::timeout;
 use crate::hardware::Hardware;
 use crate::port::Ports;
 use crate::process::Process;
-use crate::{GuestStream, PciAddress, Qmp, VmBuilder, VmError};
+use crate::{GuestStream, PciAddress, QemuScsi, Qmp, VmBuilder, VmError};
 
 /// How long QEMU may take to end when it is asked to; then it is killed.
 const ENDING: Duration = Duration::from_secs(5);
@@ -31,6 +30,7 @@ pub struct Vm(Arc<Inner>);
 pub(crate) struct Inner {
     pub(crate) process: Process,
     pub(crate) qmp: Qmp,
+    pub(crate) scsi: QemuScsi,
     pub(crate) ports: Ports,
     pub(crate) hardware: Hardware,
     pub(crate) directory: TempDir,
@@ -67,9 +67,9 @@ impl Vm {
         connected.map_err(|error| self.with_last_words(error))
     }
 
-    /// How many SCSI controllers it has, and how many LUNs each takes.
-    pub fn scsi_geometry(&self) -> Geometry {
-        self.0.hardware.geometry()
+    /// Puts disks on its SCSI controllers. There must be one user of this for a VM, with all its clones.
+    pub fn scsi(&self) -> QemuScsi {
+        self.0.scsi.clone()
     }
 
     /// Where the guest finds its SCSI controllers, in order.
