@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 use crate::agent::args::AgentArgs;
+use crate::witness::WitnessArgs;
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
@@ -45,6 +46,8 @@ pub(crate) enum Cmd {
     Cleanup(CleanupArgs),
     /// Serve this machine, a guest, to its host: mount and let go of what the host asks for
     Agent(AgentArgs),
+    /// Tell the host of this machine, a guest, how it is: for tests and diagnosis
+    Witness(WitnessArgs),
 }
 
 #[derive(Debug, Args)]

@@ -21,6 +21,7 @@ mod sources;
 mod stacking;
 mod terminal;
 mod tree;
+mod witness;
 
 use std::io;
 use std::process::ExitCode;
@@ -65,6 +66,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
             Cmd::Inspect(args) => inspect::run(args),
+            Cmd::Witness(args) => witness::run(args, interrupt).await,
         }
     })
 }
