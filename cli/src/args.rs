@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
+use crate::agent::args::AgentArgs;
+use crate::witness::WitnessArgs;
+
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
 #[command(name = "blockmount", version, max_term_width = 100, after_help = EXAMPLES)]
@@ -41,6 +44,10 @@ pub(crate) enum Cmd {
     Inspect(InspectArgs),
     /// Find and remove what killed runs of this program have left
     Cleanup(CleanupArgs),
+    /// Serve this machine, a guest, to its host: mount and let go of what the host asks for
+    Agent(AgentArgs),
+    /// Tell the host of this machine, a guest, how it is: for tests and diagnosis
+    Witness(WitnessArgs),
 }
 
 #[derive(Debug, Args)]

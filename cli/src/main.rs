@@ -1,5 +1,6 @@
 //! The `blockmount` program: mounts stacks of disk images, and cleans up after itself.
 
+mod agent;
 mod args;
 mod check;
 mod child;
@@ -20,6 +21,7 @@ mod sources;
 mod stacking;
 mod terminal;
 mod tree;
+mod witness;
 
 use std::io;
 use std::process::ExitCode;
@@ -33,6 +35,9 @@ use interrupt::Interrupt;
 use terminal::say;
 
 fn main() -> ExitCode {
+    if agent::init::is_asked_for() {
+        agent::init::run();
+    }
     let cli = Cli::parse();
     let result = start_log(&cli).and_then(|()| execute(cli.command));
     match result {
@@ -56,10 +61,12 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
     runtime.block_on(async {
         let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
         match command {
+            Cmd::Agent(args) => agent::run(args, interrupt).await,
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
             Cmd::Inspect(args) => inspect::run(args),
+            Cmd::Witness(args) => witness::run(args, interrupt).await,
         }
     })
 }
