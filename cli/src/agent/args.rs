@@ -21,8 +21,7 @@ in the order of loading, and keeps an agent running whose arguments are in \
 Examples:
   blockmount agent                            in a guest of QEMU
   blockmount agent --vsock                    in a guest of Hyper-V
-  blockmount agent --unix /run/blockmount-agent.sock --loop --root /srv/layers
-                                              on the machine of its host, with loop devices
+  blockmount agent --unix /run/blockmount-agent.sock --root /srv/layers
 
 SIGTERM or Ctrl-C ends it.")]
 pub(crate) struct AgentArgs {
@@ -40,10 +39,6 @@ pub(crate) struct AgentArgs {
     /// Where VPMEM devices come from: nfit, or pci:0000:00:10.0 for each; repeatable, the first is device 0
     #[arg(long = "vpmem", value_name = "SOURCE")]
     pub(crate) vpmem: Vec<String>,
-
-    /// Serve loop devices of this machine as well, for a host on the same machine
-    #[arg(long = "loop")]
-    pub(crate) loopback: bool,
 
     /// As pid 1, run the witness too (see blockmount witness --help)
     #[arg(long)]

@@ -1,14 +1,12 @@
 //! What the agent serves: the Linux engine, with everything that finds devices in this guest.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
-use blockmount_loopback::{LoopResolver, LoopUnplugger, SCHEME};
 
 use super::args::AgentArgs;
 use crate::failure::Failure;
@@ -33,15 +31,9 @@ impl Guest {
 }
 
 /// Who finds and lets go of the devices of each transport.
-fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
-    let mut resolvers = Resolvers::new();
-    if args.loopback {
-        resolvers = resolvers.with(SCHEME, Arc::new(LoopResolver));
-    }
-    let mut unpluggers = Unpluggers::new(resolvers.clone());
-    if args.loopback {
-        unpluggers = unpluggers.with(SCHEME, Arc::new(LoopUnplugger::default()));
-    }
+fn transports(_args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
+    let resolvers = Resolvers::new();
+    let unpluggers = Unpluggers::new(resolvers.clone());
     Ok((resolvers, unpluggers))
 }
 
