@@ -60,21 +60,44 @@ async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
 }
 
 #[tokio::test]
-async fn root_what_is_mounted_when_the_agent_ends_stays_mounted() {
+async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
+    let mut dir = temp();
+    for with in [Signal::TERM, Signal::KILL] {
+        let agent = Serving::agent_in(dir);
+        let layer = agent.path("root/layer");
+        fs::create_dir_all(&layer).unwrap();
+        let overlay = Overlay {
+            layers: vec![layer],
+            scratch: None,
+            target: agent.path("root/made/tree"),
+        };
+        let guest = agent.guest().await;
+        guest.combine(&overlay).await.unwrap();
+        dir = agent.end(with).1;
+        assert!(is_mounted(&overlay.target), "after {with:?}");
+
+        let next = Serving::agent_in(dir);
+        let stream = next.connect().await;
+        guest.connection().reconnect(stream).await.unwrap();
+        guest.separate(&overlay.target).await.unwrap();
+        assert!(!is_mounted(&overlay.target) && !next.path("root/made").exists());
+        dir = next.end(Signal::TERM).1;
+    }
+}
+
+#[test]
+fn root_two_agents_do_not_share_a_journal() {
     let agent = Serving::agent();
-    let layer = agent.path("root/layer");
-    fs::create_dir_all(&layer).unwrap();
-    let overlay = Overlay {
-        layers: vec![layer],
-        scratch: None,
-        target: agent.path("root/tree"),
-    };
-    agent.guest().await.combine(&overlay).await.unwrap();
-    let (answer, dir) = agent.end(Signal::TERM);
-    answer.says(0, &[]);
-    assert!(is_mounted(&overlay.target));
-    rustix::mount::unmount(&overlay.target, rustix::mount::UnmountFlags::NOFOLLOW).unwrap();
-    drop(dir);
+    let (second, journal) = (agent.path("second"), agent.path("journal"));
+    let answer = run([
+        "agent",
+        "--unix",
+        second.to_str().unwrap(),
+        "--journal",
+        journal.to_str().unwrap(),
+    ]);
+    answer.says(1, &["cannot use the journal in"]);
+    assert!(!second.exists());
 }
 
 #[tokio::test]
@@ -120,7 +143,7 @@ async fn root_targets_outside_of_the_roots_are_refused_and_nothing_is_made() {
         .map(|e| e.file_name())
         .collect();
     left.sort();
-    assert_eq!(left, ["root", "socket"]);
+    assert_eq!(left, ["journal", "root", "socket"]);
     assert_eq!(fs::read_dir(&root).unwrap().count(), 2);
 
     // Inside, only the device is what is missing.
@@ -139,12 +162,14 @@ fn root_the_end_leaves_no_socket_and_a_killed_agent_is_replaced() {
     for with in [Signal::TERM, Signal::INT, Signal::HUP] {
         let (answer, dir) = Serving::agent().end(with);
         answer.says(0, &[]);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let left = fs::read_dir(dir.path()).unwrap().flatten();
+        let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+        assert_eq!(left, ["journal"]);
     }
     let (answer, dir) = Serving::agent().end(Signal::KILL);
     assert_eq!(answer.code, None);
     assert!(dir.path().join("socket").exists());
-    let (answer, dir) = Serving::start_in(dir, "agent", &[]).end(Signal::TERM);
+    let (answer, dir) = Serving::agent_in(dir).end(Signal::TERM);
     answer.says(0, &[]);
     assert!(!dir.path().join("socket").exists());
 }
@@ -157,8 +182,11 @@ fn root_a_place_that_is_taken_is_refused_and_left_alone() {
     fs::write(&other, "theirs").unwrap();
     for path in [&socket, &other] {
         let third = agent.path("third");
+        let journal = agent.path("journal of the third");
         let answer = run([
             "agent",
+            "--journal",
+            journal.to_str().unwrap(),
             "--unix",
             third.to_str().unwrap(),
             "--unix",
@@ -230,7 +258,10 @@ fn has_input(line: &fs::File) -> bool {
 #[tokio::test]
 async fn root_a_serial_line_is_raw_and_garbage_ends_only_a_conversation() {
     let (mut line, path) = serial_line();
-    let agent = Serving::start("agent", &["--serial", &path]);
+    let dir = temp();
+    let journal = dir.path().join("journal").to_str().unwrap().to_owned();
+    let arguments = ["--serial", &path, "--journal", &journal];
+    let agent = Serving::start_in(dir, "agent", &arguments);
     for _ in 0..3 {
         negotiate(&line);
         line.write_all(&[0; 16]).unwrap();

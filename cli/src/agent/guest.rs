@@ -9,7 +9,7 @@ use blockmount::{
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 
 use super::args::AgentArgs;
-use crate::failure::Failure;
+use crate::failure::{Context, Failure};
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -19,13 +19,15 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// The guest that the command line describes.
-    pub(super) fn new(args: &AgentArgs) -> Result<Self, Failure> {
+    /// The guest that the command line describes, with what an earlier agent has left to it.
+    pub(super) async fn new(args: &AgentArgs) -> Result<Self, Failure> {
         let (resolvers, unpluggers) = transports(args)?;
         let engine = LinuxGuest::builder()
             .resolvers(resolvers)
             .allow_targets_under(&args.roots)
-            .build();
+            .journal(&args.journal)
+            .await
+            .context(|| format!("cannot use the journal in {}", args.journal.display()))?;
         Ok(Guest { engine, unpluggers })
     }
 }

@@ -1,5 +1,6 @@
 //! Running the agent and the witness as ordinary processes.
 
+use std::ffi::OsStr;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -23,7 +24,7 @@ impl Serving {
         Self::start_in(temp(), command, arguments)
     }
 
-    pub fn start_in(dir: TempDir, command: &str, arguments: &[&str]) -> Self {
+    pub fn start_in<A: AsRef<OsStr>>(dir: TempDir, command: &str, arguments: &[A]) -> Self {
         let mut program = program([command, "--unix"]);
         program
             .arg(dir.path().join("socket"))
@@ -41,8 +42,13 @@ impl Serving {
     /// An agent that mounts below `root` in its directory.
     pub fn agent() -> Self {
         let dir = temp();
-        let root = dir.path().join("root").to_str().unwrap().to_owned();
-        Self::start_in(dir, "agent", &["--root", &root])
+        Self::agent_in(dir)
+    }
+
+    pub fn agent_in(dir: TempDir) -> Self {
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let (root, journal) = (at("root"), at("journal"));
+        Self::start_in(dir, "agent", &["--root", &root, "--journal", &journal])
     }
 
     pub fn socket(&self) -> PathBuf {
