@@ -41,7 +41,7 @@ pub(crate) async fn run(args: AgentArgs, interrupt: Interrupt) -> Result<u8, Fai
         return Err(failure.advise("run \"blockmount witness\" beside this agent"));
     }
     interrupt.now("ending the requests under way");
-    let server = GuestServer::new(Guest::new(&args)?);
+    let server = GuestServer::new(Guest::new(&args).await?);
     args.endpoints
         .or_port(PORT)
         .serve(server, &interrupt)

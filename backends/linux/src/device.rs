@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use blockmount::{BackendError, ErrorKind};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{blocking, fault, patiently};
 use crate::probe::{Content, probe};
 use crate::{uevent, users};
 
 /// A block device by its numbers: the same whatever its node is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DeviceNumber {
     /// The driver's number.
     pub major: u32,
@@ -204,6 +205,11 @@ pub fn partitions(disk: DeviceNumber) -> Result<BTreeMap<u32, PathBuf>, BackendE
         }
     }
     Ok(found)
+}
+
+/// The node of a disk as the kernel names it; nothing if there is no such disk. Blocks.
+pub(crate) fn node(disk: DeviceNumber) -> Option<PathBuf> {
+    node_named_in(&fs::read(disk.sysfs().join("uevent")).ok()?)
 }
 
 /// The node of a device by the `uevent` attribute of its directory in sysfs.

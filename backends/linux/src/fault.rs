@@ -41,9 +41,10 @@ const LONGEST_RETRY: Duration = Duration::from_millis(50);
 /// Much that is busy is so for a moment: a process that is being started has copies of all open
 /// descriptors, one that ends has not closed them yet, a daemon looks at each new device. The
 /// kernel announces no end of it.
-pub(crate) async fn patiently<F>(patience: Duration, attempt: F) -> Result<(), BackendError>
+pub(crate) async fn patiently<T, F>(patience: Duration, attempt: F) -> Result<T, BackendError>
 where
-    F: Fn() -> Result<(), BackendError> + Clone + Send + 'static,
+    T: Send + 'static,
+    F: Fn() -> Result<T, BackendError> + Clone + Send + 'static,
 {
     let deadline = Instant::now() + patience;
     let mut pause = FIRST_RETRY;

@@ -12,21 +12,24 @@ use blockmount::{
 
 use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault, patiently};
+use crate::journal::{Intent, Journal, Placed};
 use crate::judging::{choose_filesystem, explained, refuse_unsupported};
 use crate::kernel::Kernel;
 use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
-use crate::mounting::{self, MountId, Request};
+use crate::mounting::{self, Request};
 use crate::overlay;
 use crate::partitions::{Added, Partitions};
 use crate::places::{PlaceUse, Places};
 use crate::probe::probe;
+use crate::recovery;
 use crate::resolvers::Resolvers;
 use crate::target::Target;
 
 /// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
 ///
 /// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
-/// mounted when the last clone is dropped stays mounted.
+/// mounted when the last clone is dropped stays mounted. A guest that may be killed and started
+/// again keeps a journal as well: see [`LinuxGuestBuilder::journal`].
 ///
 /// All methods must be called in a runtime of tokio that has I/O and time. Calls for different
 /// targets run in parallel. A call that is dropped half-way has done nothing or everything: the
@@ -37,10 +40,11 @@ pub struct LinuxGuest(Arc<Inner>);
 #[derive(Debug)]
 pub(crate) struct Inner {
     config: LinuxGuestBuilder,
-    ledger: Ledger,
+    pub(crate) journal: Option<Arc<Journal>>,
+    pub(crate) ledger: Ledger,
     places: Arc<Places>,
-    devices: Arc<Devices>,
-    partitions: Arc<Partitions>,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) partitions: Arc<Partitions>,
     pub(crate) scratches: Arc<Scratches>,
 }
 
@@ -134,14 +138,41 @@ impl LinuxGuestBuilder {
 
     /// The guest. Nothing is touched before it is asked for something.
     pub fn build(self) -> LinuxGuest {
-        LinuxGuest(Arc::new(Inner {
-            config: self,
-            ledger: Ledger::default(),
-            places: Arc::default(),
-            devices: Arc::default(),
-            partitions: Arc::default(),
-            scratches: Arc::default(),
-        }))
+        LinuxGuest(Arc::new(Inner::new(self, None)))
+    }
+
+    /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
+    /// moment and built again with the same journal unmounts by the target what the earlier one has
+    /// mounted, and keeps to what it has promised about devices and scratch directories.
+    ///
+    /// Mounts of the earlier process that are there still are taken over, what it left half done is
+    /// undone, and what others have put in the place of its mounts is not touched. A record that
+    /// cannot be used is renamed to `*.aside` and reported in the log.
+    ///
+    /// The directory is made if it is missing. It should live as long as the mounts do, and be as
+    /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
+    /// reboot, or that is about another namespace of mounts, all records are set aside.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if another process uses the journal, which is awaited for as long as the
+    /// [`busy_deadline`](Self::busy_deadline), because one that was killed may not be gone yet;
+    /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing
+    /// that is found in the journal is an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// What is begun is finished, and the journal is let go afterwards.
+    pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
+        let (config, directory) = (self, directory.into());
+        let open = move || Journal::open(&directory);
+        let journal = patiently(config.busy_deadline, open).await?;
+        blocking(move || {
+            let inner = Inner::new(config, Some(journal.clone()));
+            recovery::recover(&inner, &journal)?;
+            Ok(LinuxGuest(Arc::new(inner)))
+        })
+        .await
     }
 }
 
@@ -178,6 +209,18 @@ impl LayerCombiner for LinuxGuest {
 }
 
 impl Inner {
+    fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
+        Inner {
+            config,
+            places: Arc::new(Places::new(journal.clone())),
+            partitions: Arc::new(Partitions::new(journal.clone())),
+            journal,
+            ledger: Ledger::default(),
+            devices: Arc::default(),
+            scratches: Arc::default(),
+        }
+    }
+
     async fn mount(
         self: Arc<Self>,
         device: &DeviceLocator,
@@ -229,13 +272,21 @@ impl Inner {
         drop(open);
         let mut request = Request::new(&filesystem, node, options);
         let kernel = self.config.kernel;
-        let (mount, claim) = self.devices.claim(number, options, |only| {
+        let intent = Intent {
+            journal: self.journal.as_ref(),
+            target: target.path(),
+            device: Some((number, options)),
+            partition: partition.as_ref().map(|added| added.id()),
+            scratch: None,
+        };
+        let (Placed { mount, note }, claim) = self.devices.claim(number, options, |only| {
             request.exclusive = only;
-            self.mount_one(&mut request, &place, options.propagation())
+            self.mount_one(&mut request, &place, options.propagation(), &intent)
                 .map_err(|error| explained(error, node))
         })?;
         let entry = Entry {
             mount,
+            note,
             place,
             claim: Claim::Device(claim),
             partition,
@@ -248,7 +299,8 @@ impl Inner {
         request: &mut Request,
         place: &PlaceUse,
         propagation: Option<Propagation>,
-    ) -> Result<MountId, BackendError> {
+        intent: &Intent<'_>,
+    ) -> Result<Placed, BackendError> {
         let kernel = self.config.kernel;
         let detached = match request.build(kernel) {
             // Where the one driver for the whole family does not answer to the older names.
@@ -263,10 +315,10 @@ impl Inner {
         };
         let at = place.prepare()?;
         match detached {
-            Some(mount) => mounting::attach(&mount, &at, place.target(), propagation, kernel),
+            Some(mount) => mounting::attach(&mount, &at, propagation, kernel, intent),
             None => {
-                request.mount_at(&at)?;
-                mounting::identify(at, kernel)
+                let expected = || request.expected();
+                mounting::in_one_step(at, kernel, intent, expected, |at| request.mount_at(at))
             }
         }
     }
@@ -322,7 +374,7 @@ impl Inner {
         &self.config.overlay_mark
     }
 
-    pub(crate) fn enter(&self, target: &Target) -> Result<PlaceUse, BackendError> {
-        self.places.enter(target)
+    pub(crate) fn places(&self) -> &Arc<Places> {
+        &self.places
     }
 }

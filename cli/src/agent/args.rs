@@ -11,7 +11,7 @@ use super::endpoints::Endpoints;
 The agent does in a guest what its host asks for over the bridge: it finds the devices that the host \
 has attached, mounts them, lays them over each other, and lets go of them. Without any of \
 --virtio-port, --vsock, --vsock-listen, --unix and --serial it serves every virtio port named \
-blockmount.agent. What is mounted when it ends stays mounted.
+blockmount.agent. What is mounted when it ends stays mounted, and the next agent goes on with it.
 
 As pid 1 (as /init of an initramfs) the program is this agent without being told: it mounts /proc, \
 /sys, /dev, /run and /tmp, loads the modules whose paths are in /etc/blockmount/modules, one a line \
@@ -21,8 +21,7 @@ in the order of loading, and keeps an agent running whose arguments are in \
 Examples:
   blockmount agent                            in a guest of QEMU
   blockmount agent --vsock                    in a guest of Hyper-V
-  blockmount agent --unix /run/blockmount-agent.sock --loop --root /srv/layers
-                                              on the machine of its host, with loop devices
+  blockmount agent --unix /run/agent.sock --journal /run/agent --root /srv/layers
 
 SIGTERM or Ctrl-C ends it.")]
 pub(crate) struct AgentArgs {
@@ -41,9 +40,9 @@ pub(crate) struct AgentArgs {
     #[arg(long = "vpmem", value_name = "SOURCE")]
     pub(crate) vpmem: Vec<String>,
 
-    /// Serve loop devices of this machine as well, for a host on the same machine
-    #[arg(long = "loop")]
-    pub(crate) loopback: bool,
+    /// What is mounted is noted here, so that an agent started after a killed one can undo it
+    #[arg(long, value_name = "DIR", default_value = "/run/blockmount-agent")]
+    pub(crate) journal: PathBuf,
 
     /// As pid 1, run the witness too (see blockmount witness --help)
     #[arg(long)]

@@ -1,17 +1,15 @@
 //! What the agent serves: the Linux engine, with everything that finds devices in this guest.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
-use blockmount_loopback::{LoopResolver, LoopUnplugger, SCHEME};
 
 use super::args::AgentArgs;
-use crate::failure::Failure;
+use crate::failure::{Context, Failure};
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -21,27 +19,23 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// The guest that the command line describes.
-    pub(super) fn new(args: &AgentArgs) -> Result<Self, Failure> {
+    /// The guest that the command line describes, with what an earlier agent has left to it.
+    pub(super) async fn new(args: &AgentArgs) -> Result<Self, Failure> {
         let (resolvers, unpluggers) = transports(args)?;
         let engine = LinuxGuest::builder()
             .resolvers(resolvers)
             .allow_targets_under(&args.roots)
-            .build();
+            .journal(&args.journal)
+            .await
+            .context(|| format!("cannot use the journal in {}", args.journal.display()))?;
         Ok(Guest { engine, unpluggers })
     }
 }
 
 /// Who finds and lets go of the devices of each transport.
-fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
-    let mut resolvers = Resolvers::new();
-    if args.loopback {
-        resolvers = resolvers.with(SCHEME, Arc::new(LoopResolver));
-    }
-    let mut unpluggers = Unpluggers::new(resolvers.clone());
-    if args.loopback {
-        unpluggers = unpluggers.with(SCHEME, Arc::new(LoopUnplugger::default()));
-    }
+fn transports(_args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
+    let resolvers = Resolvers::new();
+    let unpluggers = Unpluggers::new(resolvers.clone());
     Ok((resolvers, unpluggers))
 }
 

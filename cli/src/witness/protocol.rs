@@ -5,15 +5,19 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 
 use crate::tree::Tree;
 
 /// The longest message, in bytes without its length: the digests of half a million files.
 pub(crate) const LONGEST: u32 = 64 << 20;
+/// How long the rest of a message may take that was begun.
+const REST: Duration = Duration::from_secs(60);
 
 /// What a host asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,12 +164,24 @@ pub(crate) async fn send<W: AsyncWrite + Unpin>(
 ///
 /// # Errors
 ///
-/// `InvalidData` for one that is too long, after which the stream makes no sense.
+/// `InvalidData` for one that is too long, `TimedOut` for one that was begun and not finished within a minute;
+/// the stream makes no sense after either.
 pub(crate) async fn receive<R: AsyncRead + Unpin>(stream: &mut R) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 4];
+    // The next message may come at any time; one that has begun has to end.
     if stream.read(&mut length[..1]).await? == 0 {
         return Ok(None);
     }
+    let message = timeout(REST, receive_rest(stream, length)).await;
+    message
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        .map(Some)
+}
+
+async fn receive_rest<R: AsyncRead + Unpin>(
+    stream: &mut R,
+    mut length: [u8; 4],
+) -> io::Result<Vec<u8>> {
     stream.read_exact(&mut length[1..]).await?;
     let length = u32::from_le_bytes(length);
     if length > LONGEST {
@@ -179,7 +195,7 @@ pub(crate) async fn receive<R: AsyncRead + Unpin>(stream: &mut R) -> io::Result<
         .read_to_end(&mut message)
         .await?;
     match message.len() == length as usize {
-        true => Ok(Some(message)),
+        true => Ok(message),
         false => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
@@ -224,6 +240,14 @@ mod tests {
             content: "x".repeat(LONGEST as usize),
         };
         assert!(send(&mut Vec::new(), &too_long).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_was_begun_has_to_end() {
+        let (mut host, mut guest) = tokio::io::duplex(16);
+        host.write_all(b"\x08\0\0\0\"tab").await.unwrap();
+        let error = receive(&mut guest).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     proptest::proptest! {
