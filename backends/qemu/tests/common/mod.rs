@@ -2,6 +2,8 @@
 // Each test file is a crate and uses some of it; a panic here is a test's failure message.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod lossy;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
