@@ -57,7 +57,9 @@ impl Qmp {
             Temporary::beside(file, "socket"),
         );
         let listener = UnixListener::bind(&socket.0).map_err(failed)?;
-        let mut written = File::create(&partial.0).await.map_err(failed)?;
+        // Not in the background, where it could come after the end of this.
+        let written = std::fs::File::create(&partial.0).map_err(failed)?;
+        let mut written = File::from_std(written);
         let mut changes = self.migration_events().await?;
         self.execute(command, json!({"uri": socket.uri(command)?}))
             .await?;
@@ -68,7 +70,7 @@ impl Qmp {
             bytes.map_err(failed)
         };
         let ((), bytes) = tokio::try_join!(self.completion(command, &mut changes), receive)?;
-        tokio::fs::rename(&partial.0, file).await.map_err(failed)?;
+        std::fs::rename(&partial.0, file).map_err(failed)?;
         Ok(bytes)
     }
 
