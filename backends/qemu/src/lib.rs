@@ -12,7 +12,6 @@ mod process;
 mod program;
 pub mod qmp;
 mod saved;
-mod saving;
 pub mod scsi;
 mod spawn;
 mod start;

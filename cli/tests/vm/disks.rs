@@ -12,7 +12,9 @@ use crate::rig::{Rig, read_only};
 
 /// Adds so many layers at once, and asserts that each is at a place of its own with its own content.
 async fn add_many(rig: &Rig, number: usize) -> Vec<blockmount::Mount> {
-    let disks: Vec<Disk> = (0..number).map(|n| rig.layer(&format!("layer-{n}"))).collect();
+    let disks: Vec<Disk> = (0..number)
+        .map(|n| rig.layer(&format!("layer-{n}")))
+        .collect();
     let request = read_only();
     let added = join_all(disks.iter().map(|disk| rig.manager.add(disk, &request))).await;
     let mounts: Vec<_> = added.into_iter().map(Result::unwrap).collect();
@@ -82,17 +84,35 @@ async fn vm_every_filesystem_read_only_and_ext4_and_xfs_for_writing() {
         common::image(filesystem, &path, &[("d/file", filesystem)]);
         let disk = Disk::virtual_disk(&path).read_only();
         let mount = rig.manager.add(&disk, &read_only()).await.unwrap();
-        rig.assert_content(&mount.path().join("d/file"), filesystem).await;
+        rig.assert_content(&mount.path().join("d/file"), filesystem)
+            .await;
         let write = json!({ "write": { "path": mount.path().join("x"), "content": "" } });
         assert!(rig.ask_and_see(write).await["failed"].is_string());
         mount.release().await.unwrap();
     }
     let xfs = rig.path("xfs");
-    std::fs::File::create(&xfs).unwrap().set_len(320 << 20).unwrap();
-    assert!(Command::new("/usr/sbin/mkfs.xfs").arg("-q").arg(&xfs).status().unwrap().success());
-    for (kind, image) in [("ext4", rig.scratch("rw").source().to_owned()), ("xfs", xfs)] {
+    std::fs::File::create(&xfs)
+        .unwrap()
+        .set_len(320 << 20)
+        .unwrap();
+    assert!(
+        Command::new("/usr/sbin/mkfs.xfs")
+            .arg("-q")
+            .arg(&xfs)
+            .status()
+            .unwrap()
+            .success()
+    );
+    for (kind, image) in [
+        ("ext4", rig.scratch("rw").source().to_owned()),
+        ("xfs", xfs),
+    ] {
         // What was written by one mount is there for the next, which is a read-only one.
-        let written = rig.manager.add(&Disk::virtual_disk(&image), &MountRequest::default()).await.unwrap();
+        let written = rig
+            .manager
+            .add(&Disk::virtual_disk(&image), &MountRequest::default())
+            .await
+            .unwrap();
         let write = json!({ "write": { "path": written.path().join("file"), "content": kind } });
         rig.ask(write).await;
         written.release().await.unwrap();
@@ -116,11 +136,21 @@ async fn vm_partitions_are_found_by_their_numbers() {
     };
     let two = partition(2.try_into().unwrap());
     let mount = rig.manager.add(&disk, &two).await.unwrap();
-    rig.assert_content(&mount.path().join("file"), "on partition 2").await;
+    rig.assert_content(&mount.path().join("file"), "on partition 2")
+        .await;
     let three = partition(3.try_into().unwrap());
     let error = rig.manager.add(&disk, &three).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}: {}", error.cause());
-    assert!(error.cause().message().contains("1, 2"), "{}", error.cause());
+    assert_eq!(
+        error.kind(),
+        ErrorKind::NotFound,
+        "{error}: {}",
+        error.cause()
+    );
+    assert!(
+        error.cause().message().contains("1, 2"),
+        "{}",
+        error.cause()
+    );
     mount.release().await.unwrap();
     rig.end().await;
 }
@@ -138,7 +168,8 @@ async fn vm_qcow2_and_evd_are_what_they_are() {
     assert!(convert.unwrap().success());
     let disk = Disk::virtual_disk(&qcow2).read_only();
     let mount = rig.manager.add(&disk, &read_only()).await.unwrap();
-    rig.assert_content(&mount.path().join("file"), "in qcow2").await;
+    rig.assert_content(&mount.path().join("file"), "in qcow2")
+        .await;
     mount.release().await.unwrap();
     let evd = Disk::extensible("provider", "x").read_only();
     assert!(matches!(evd.kind(), DiskKind::Extensible { .. }));
@@ -164,8 +195,10 @@ async fn vm_an_overlay_of_40_layers_and_a_scratch() {
     rig.assert_content(&root.join("id"), "only-in-0").await;
     let tree = rig.tree(&root).await;
     assert!((0..40).all(|n| tree.contains_key(&format!("only-in-{n}"))));
-    rig.ask(json!({ "write": { "path": root.join("new"), "content": "new" } })).await;
-    rig.ask(json!({ "remove": { "path": root.join("only-in-39") } })).await;
+    rig.ask(json!({ "write": { "path": root.join("new"), "content": "new" } }))
+        .await;
+    rig.ask(json!({ "remove": { "path": root.join("only-in-39") } }))
+        .await;
     let tree = rig.tree(&root).await;
     assert!(tree.contains_key("new") && !tree.contains_key("only-in-39"));
     stack.release().await.unwrap();

@@ -131,7 +131,11 @@ impl Rig {
 
     /// A witness that does not answer any more needs a new line.
     pub async fn reconnect_witness(&self) {
-        let stream = self.vm.connect("blockmount.witness", OPENING).await.unwrap();
+        let stream = self
+            .vm
+            .connect("blockmount.witness", OPENING)
+            .await
+            .unwrap();
         *self.witness.lock().await = stream;
     }
 

@@ -14,24 +14,36 @@ async fn vm_two_containers_share_their_layers_and_not_what_they_write() {
     let layers = [rig.layer("top"), rig.layer("base")];
     let scratches = [rig.scratch("one"), rig.scratch("two")];
     let requests = [0, 1].map(|n| {
-        layers.iter().fold(
-            StackRequest::new(format!("/run/containers/{n}")),
-            |request, layer| request.layer(layer.clone(), read_only()),
-        )
-        .scratch(scratches[n].clone(), MountRequest::default())
+        layers
+            .iter()
+            .fold(
+                StackRequest::new(format!("/run/containers/{n}")),
+                |request, layer| request.layer(layer.clone(), read_only()),
+            )
+            .scratch(scratches[n].clone(), MountRequest::default())
     });
-    let (one, two) = tokio::join!(rig.manager.stack(&requests[0]), rig.manager.stack(&requests[1]));
+    let (one, two) = tokio::join!(
+        rig.manager.stack(&requests[0]),
+        rig.manager.stack(&requests[1])
+    );
     let (one, two) = (one.unwrap(), two.unwrap());
     assert_eq!(one.layers(), two.layers());
-    assert_eq!(rig.tables().await["scsi_devices"].as_array().unwrap().len(), 4);
-    let new = |root: &std::path::Path| json!({ "write": { "path": root.join("id"), "content": "one" } });
+    assert_eq!(
+        rig.tables().await["scsi_devices"].as_array().unwrap().len(),
+        4
+    );
+    let new =
+        |root: &std::path::Path| json!({ "write": { "path": root.join("id"), "content": "one" } });
     rig.ask(new(one.target())).await;
     rig.assert_content(&one.target().join("id"), "one").await;
     rig.assert_content(&two.target().join("id"), "top").await;
     one.release().await.unwrap();
     // The second has all it had.
     rig.assert_content(&two.target().join("id"), "top").await;
-    assert_eq!(rig.tables().await["scsi_devices"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        rig.tables().await["scsi_devices"].as_array().unwrap().len(),
+        3
+    );
     two.release().await.unwrap();
     rig.end().await;
 }
@@ -51,7 +63,8 @@ async fn vm_200_cycles_from_16_tasks_leave_everything_as_it_was() {
                 if held.len() < 4 && random.random_bool(0.6) {
                     let n = random.random_range(0..disks.len());
                     let mount = rig.manager.add(&disks[n], &request).await.unwrap();
-                    rig.assert_content(&mount.path().join("id"), &format!("layer-{n}")).await;
+                    rig.assert_content(&mount.path().join("id"), &format!("layer-{n}"))
+                        .await;
                     held.push(mount);
                 } else if !held.is_empty() {
                     let mount = held.swap_remove(random.random_range(0..held.len()));

@@ -18,7 +18,11 @@ fn let_go(path: &Path) -> serde_json::Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_a_disk_in_use_refuses_its_release_and_stays_usable() {
     let rig = Rig::start().await;
-    let mount = rig.manager.add(&rig.layer("used"), &read_only()).await.unwrap();
+    let mount = rig
+        .manager
+        .add(&rig.layer("used"), &read_only())
+        .await
+        .unwrap();
     let file = mount.path().join("id");
     rig.ask(hold(&file)).await;
     let refused = mount.release().await.unwrap_err();
@@ -39,7 +43,11 @@ async fn vm_g21_a_device_that_somebody_has_open_is_not_unplugged() {
     let attachment = rig.manager.attach(&rig.layer("open")).await.unwrap();
     let locator = attachment.locator().clone();
     // Mounted by somebody else than the agent, behind its back.
-    let mount = rig.manager.add(&rig.layer("open"), &read_only()).await.unwrap();
+    let mount = rig
+        .manager
+        .add(&rig.layer("open"), &read_only())
+        .await
+        .unwrap();
     let error = rig.guest.unplug(&locator).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     rig.assert_content(&mount.path().join("id"), "open").await;
@@ -55,13 +63,22 @@ async fn vm_an_agent_that_was_killed_undoes_what_it_had_done() {
         .layer(rig.layer("layer"), read_only())
         .scratch(rig.scratch("scratch"), MountRequest::default());
     let stack = rig.manager.stack(&stack).await.unwrap();
-    let single = rig.manager.add(&rig.layer("single"), &read_only()).await.unwrap();
+    let single = rig
+        .manager
+        .add(&rig.layer("single"), &read_only())
+        .await
+        .unwrap();
     let killed = rig.ask(json!("kill_agent")).await;
     assert!(killed["pid"].is_number(), "{killed}");
     // The next agent goes on: what is mounted stays so, can be shared, and is undone.
-    let other = rig.manager.add(&rig.layer("after"), &read_only()).await.unwrap();
+    let other = rig
+        .manager
+        .add(&rig.layer("after"), &read_only())
+        .await
+        .unwrap();
     rig.assert_content(&other.path().join("id"), "after").await;
-    rig.assert_content(&stack.target().join("id"), "layer").await;
+    rig.assert_content(&stack.target().join("id"), "layer")
+        .await;
     rig.ask(json!("kill_agent")).await;
     stack.release().await.unwrap();
     single.release().await.unwrap();
@@ -99,13 +116,31 @@ async fn vm_an_agent_that_is_killed_during_the_work_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_a_target_outside_of_the_agent_s_roots_is_refused() {
     let rig = Rig::start().await;
-    for target in ["/run/other", "/etc/x", "/run/mounts/../other", "/run/mounts"] {
+    for target in [
+        "/run/other",
+        "/etc/x",
+        "/run/mounts/../other",
+        "/run/mounts",
+    ] {
         let request = MountRequest::new(MountOptions::read_only()).at(target);
-        let error = rig.manager.add(&rig.layer("x"), &request).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Invalid, "{target}: {error}: {}", error.cause());
+        let error = rig
+            .manager
+            .add(&rig.layer("x"), &request)
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error.kind(),
+            ErrorKind::Invalid,
+            "{target}: {error}: {}",
+            error.cause()
+        );
     }
     // Nothing was harmed by that.
-    let mount = rig.manager.add(&rig.layer("y"), &read_only()).await.unwrap();
+    let mount = rig
+        .manager
+        .add(&rig.layer("y"), &read_only())
+        .await
+        .unwrap();
     mount.release().await.unwrap();
     rig.end().await;
 }
