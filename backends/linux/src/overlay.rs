@@ -60,6 +60,7 @@ pub(crate) fn combine(
         place,
         claim: Claim::Scratch(claim),
         partition: None,
+        window: None,
     };
     guest.record(entry, None, guest.kernel())
 }
