@@ -34,8 +34,10 @@
 //! | [`LinuxGuest`] | the engine: a `Mounter` and a `LayerCombiner` |
 //! | [`Resolvers`], [`Unpluggers`] | who finds the devices of which transport, and who takes them out |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
+//! | [`sysfs`] | devices by their place: PCI addresses, VMBus channels, disks |
 //! | [`device`] | opening, partitions, proving that nobody uses a device |
 //! | [`probe`](mod@probe) | what is on a device or in an image |
+//! | [`mapper`] | devices made of ranges of others |
 //! | [`mountinfo`] | the kernel's table of mounts |
 //! | [`source`] | the file or block device behind a disk of the host |
 //!
@@ -48,11 +50,14 @@
 //! again, with `rmdir` only. A target goes through no symbolic link. Unmounting is never lazy.
 
 pub mod device;
+pub mod mapper;
 pub mod mountinfo;
 pub mod probe;
 pub mod source;
+pub mod sysfs;
 pub mod uevent;
 
+mod dax;
 mod fault;
 mod fscontext;
 mod guest;
@@ -69,6 +74,8 @@ mod resolvers;
 mod sys;
 mod target;
 mod users;
+mod windows;
 
+pub use fault::blocking;
 pub use guest::{LinuxGuest, LinuxGuestBuilder};
 pub use resolvers::{Resolvers, Unpluggers};

@@ -67,6 +67,7 @@ pub(crate) fn combine(
         place,
         claim: Claim::Scratch(claim),
         partition: None,
+        window: None,
     };
     guest.record(entry, None, guest.kernel())
 }
