@@ -145,7 +145,9 @@ impl Stack<'_> {
         for (index, lower) in lowers.iter().enumerate() {
             match context.file("lowerdir+", lower) {
                 Ok(()) => {}
-                Err(Errno::INVAL) if index == 0 => return Ok(None),
+                // Before Linux 6.5 overlay has no context of its own, and the one for such filesystems
+                // takes no descriptors at all; then it has one that does not know the option.
+                Err(Errno::OPNOTSUPP | Errno::INVAL) if index == 0 => return Ok(None),
                 Err(errno) => {
                     return Err(context.refused(&format!("lowerdir+ (layer {index})"), errno));
                 }
