@@ -25,7 +25,12 @@ const RULE: [(&str, &[&str]); 9] = [
     ),
     (
         "blockmount-qemu",
-        &["blockmount", "blockmount-scsi", "blockmount-vpmem"],
+        &[
+            "blockmount",
+            "blockmount-linux",
+            "blockmount-scsi",
+            "blockmount-vpmem",
+        ],
     ),
     (
         "blockmount-hcs",

@@ -37,6 +37,7 @@
 //! | [`device`] | opening, partitions, proving that nobody uses a device |
 //! | [`probe`](mod@probe) | what is on a device or in an image |
 //! | [`mountinfo`] | the kernel's table of mounts |
+//! | [`source`] | the file or block device behind a disk of the host |
 //!
 //! # What a mount is here
 //!
@@ -49,6 +50,7 @@
 pub mod device;
 pub mod mountinfo;
 pub mod probe;
+pub mod source;
 pub mod uevent;
 
 mod fault;

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
+use blockmount_linux::source::Source;
 use rustix::io::Errno;
 
 use crate::device::{Binding, Device, Status, bound_numbers, failed, is, is_absent, node};
 use crate::ioctl;
-use crate::source::Source;
 
 /// How often a free device may be taken by somebody else before we have it. Each lost race means that
 /// another bound one, so there are about as many as devices bound at that moment on this machine.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
 use blockmount_linux::device::{DeviceNumber, in_use};
+use blockmount_linux::source::Inode;
 use rustix::io::Errno;
 
 use crate::ioctl;
-use crate::source::Inode;
 
 /// The most bytes of a mark: the kernel keeps 64 with the zero at the end (`LO_NAME_SIZE`).
 pub(crate) const MARK_MAX: usize = 63;

@@ -54,7 +54,6 @@ mod builder;
 mod device;
 mod ioctl;
 mod resolver;
-mod source;
 mod transport;
 
 pub use bound::{BoundLoop, bound_loops};

@@ -10,12 +10,12 @@ use std::time::Instant;
 use async_trait::async_trait;
 use blockmount::slots::{Occupied, Reservation, SlotState, Slots};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+use blockmount_linux::source;
 use tokio::task::spawn_blocking;
 
 use crate::bind::{self, Bound, Claim, Wish};
 use crate::builder::{LoopTransportBuilder, Settings};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
-use crate::source;
 
 /// The transport's name in a [`DeviceLocator`].
 pub const SCHEME: &str = "loop";
@@ -178,6 +178,7 @@ impl Inner {
 
     fn bind(&self, disk: &Disk, slot: Reservation) -> Result<Fresh, BackendError> {
         let source = source::open(disk)?;
+        source::size(disk, &source)?;
         let mark = match &self.settings.mark {
             Some(mark) => mark.as_bytes(),
             None => disk.source().as_os_str().as_bytes(),

@@ -1,12 +1,14 @@
-//! The file behind a disk: what it is, and opening it without being surprised.
+//! The file or block device of this machine behind a [`Disk`]: which one it is, and opening it without being
+//! surprised.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
-use blockmount_linux::device::DeviceNumber;
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::OFlags;
+
+use crate::device::{self, DeviceNumber};
 
 /// The size of a sector, in bytes: the smallest disk, and the unit of every size (the kernel's
 /// `SECTOR_SIZE`).
@@ -14,9 +16,11 @@ const SECTOR: u64 = 512;
 
 /// A file by device and inode number, as the loop driver reports its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Inode {
-    pub(crate) device: u64,
-    pub(crate) inode: u64,
+pub struct Inode {
+    /// The number of the device that the file is on (`st_dev`).
+    pub device: u64,
+    /// The number of the file there (`st_ino`).
+    pub inode: u64,
 }
 
 impl Inode {
@@ -28,17 +32,24 @@ impl Inode {
     }
 }
 
-/// A source that is open and fit to be attached.
+/// A source that is open for the access that its disk asks for.
 #[derive(Debug)]
-pub(crate) struct Source {
-    pub(crate) file: File,
-    pub(crate) inode: Inode,
+pub struct Source {
+    /// The open file; a block device that is written to is claimed (`O_EXCL`) while it is open.
+    pub file: File,
+    /// Which file it is.
+    pub inode: Inode,
     /// The number of the block device; 0 for a file.
-    pub(crate) device_number: u64,
+    pub device_number: u64,
 }
 
-/// Says which disk is meant, without opening it.
-pub(crate) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
+/// Says which disk is meant, without opening it: a file by its inode, a block device by its number. Blocks.
+///
+/// # Errors
+///
+/// `NotFound` if there is nothing of that name, `Invalid` if it is not of the disk's kind, `Unsuitable` if the disk
+/// is served by a provider.
+pub fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     let metadata = inspect(disk)?;
     if metadata.file_type().is_block_device() {
         let number = DeviceNumber::from_rdev(metadata.rdev());
@@ -52,7 +63,7 @@ fn inspect(disk: &Disk) -> Result<Metadata, BackendError> {
     if !matches!(disk.kind(), DiskKind::VirtualDisk | DiskKind::PhysicalDisk) {
         let path = disk.source().display();
         return Err(BackendError::unsuitable(format!(
-            "{path} is served by a provider, but loop devices hold image files and block devices only"
+            "{path} is served by a provider, but only image files and block devices can be attached here"
         )));
     }
     let metadata =
@@ -94,10 +105,14 @@ fn kind_of(metadata: &Metadata) -> &'static str {
 }
 
 /// Opens the source for the access that the disk asks for, and proves that it is what
-/// [`identify`] saw and has the size of a disk.
+/// [`identify`] saw. Blocks, but never on what is put in its place meanwhile: a pipe is opened without waiting,
+/// then refused.
 ///
-/// Never blocks on what is put in its place meanwhile: a pipe is opened without waiting, then refused.
-pub(crate) fn open(disk: &Disk) -> Result<Source, BackendError> {
+/// # Errors
+///
+/// As for [`identify`]; `Invalid` if it cannot be written to and the disk is not read-only, `Conflict` if somebody
+/// else has claimed it.
+pub fn open(disk: &Disk) -> Result<Source, BackendError> {
     let seen = inspect(disk)?;
     let is_device = seen.file_type().is_block_device();
     let write = !disk.is_read_only();
@@ -122,7 +137,6 @@ pub(crate) fn open(disk: &Disk) -> Result<Source, BackendError> {
             "{path} was replaced while it was being opened"
         )));
     }
-    check_size(disk, &file)?;
     // What is a disk can block, and the loop driver may go by the flags of the file.
     rustix::fs::fcntl_setfl(&file, OFlags::empty())
         .map_err(|error| no_source(disk, "open", error.into()))?;
@@ -133,13 +147,17 @@ pub(crate) fn open(disk: &Disk) -> Result<Source, BackendError> {
     })
 }
 
-/// A loop device has whole sectors; the kernel would hide what is left over at the end, which for
-/// a filesystem is a hole that shows up much later.
-fn check_size(disk: &Disk, file: &File) -> Result<(), BackendError> {
+/// The size of a source in bytes, if it is that of a disk: who reads whole sectors would hide what is left over
+/// at the end, which for a filesystem is a hole that shows up much later. Blocks.
+///
+/// # Errors
+///
+/// `Invalid` unless there is at least one sector of 512 bytes, and nothing but whole ones.
+pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     let path = disk.source().display();
     // Unlike the metadata, the end of the file also knows the size of a block device.
-    let size = rustix::fs::seek(file, SeekFrom::End(0))
-        .map_err(|error| no_source(disk, "find the size of", error.into()))?;
+    let size =
+        device::size(&source.file).map_err(|error| no_source(disk, "find the size of", error))?;
     let advice = match size {
         0 => {
             return Err(BackendError::invalid(format!(
@@ -151,7 +169,7 @@ fn check_size(disk: &Disk, file: &File) -> Result<(), BackendError> {
             "a disk has whole sectors of 512 bytes; if the image is not cut short, pad it \
              (truncate --size=%512)"
         }
-        _ => return Ok(()),
+        _ => return Ok(size),
     };
     Err(BackendError::invalid(format!(
         "{path} has {size} bytes, but {advice}"

@@ -1,0 +1,232 @@
+//! SCSI disks of a running QEMU, by its monitor.
+
+mod image;
+mod plug;
+mod qcow2;
+
+use async_trait::async_trait;
+use blockmount::{BackendError, Disk, DiskId};
+use blockmount_linux::source;
+use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
+use tokio::time::timeout;
+
+use crate::qmp::Qmp;
+use image::Image;
+use plug::Plug;
+
+/// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first 256
+/// under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
+pub const LUNS: u16 = 256;
+
+/// What begins the names of everything that is ours in a QEMU.
+const PREFIX: &str = "bm-scsi-";
+
+/// Hot-plugs disks into the virtio-scsi controllers of a QEMU: the [`Attacher`] of its
+/// [`ScsiTransport`](blockmount_scsi::ScsiTransport).
+///
+/// ```no_run
+/// use blockmount::{Disk, Transport};
+/// use blockmount_qemu::{Qmp, QemuScsi};
+/// use blockmount_scsi::ScsiTransport;
+/// use tokio::net::UnixStream;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// // QEMU was started with `-device virtio-scsi-pci,id=scsi0 -device virtio-scsi-pci,id=scsi1`.
+/// let qmp = Qmp::connect(UnixStream::connect("/run/vm/qmp").await?).await?;
+/// let attacher = QemuScsi::new(qmp, ["scsi0", "scsi1"])?;
+/// let geometry = attacher.geometry();
+/// let scsi = ScsiTransport::new(attacher, geometry, &[])?;
+/// scsi.attach(&Disk::virtual_disk("/images/base.erofs").read_only()).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # What a disk is in QEMU
+///
+/// The disk at controller 0, LUN 3 is a block node `bm-scsi-0-3` (on a node `bm-scsi-0-3-file`) and a device
+/// `bm-scsi-0-3` of type `scsi-hd` with channel 0, target 0 and LUN 3. A guest sees the same name as its serial number
+/// (VPD page 80h) and in its device identification (page 83h), so it can
+/// prove that it has found the disk which the host means. Whatever in QEMU has such a name is taken for
+/// one of this attacher: there must be only one for each VM.
+///
+/// - *Format*: an image whose name ends in `.qcow2` is one, and must look like one; everything else is raw,
+///   whatever is in it. The format is never guessed from the content, which a guest can write.
+/// - *Other files*: a qcow2 image with a backing file or an external data file is refused, because whoever
+///   made it could have the host open any file. [`allow_backing_files`](Self::allow_backing_files) lifts the former for
+///   images that are trusted.
+/// - *Access*: a read-only disk is so in both nodes. QEMU locks what it opens, so one image may be read by many
+///   VMs, or written by one, and the second writer is refused. A block device that somebody has mounted or
+///   claimed is refused for writing.
+/// - *Cache and discard*: through the page cache of the host, flushed when the guest asks for it; what the guest
+///   discards is freed in the image (`discard=unmap`).
+///
+/// # Deadlines and doubt
+///
+/// Each command and each awaited event has the deadline of the connection for a call ([`Deadlines`](crate::qmp::Deadlines)). An attachment
+/// that was not answered in time asks QEMU what it has: it is then either done, or
+/// taken back, or, if QEMU does not answer that either, `Uncertain`. A detachment goes on from wherever an earlier one
+/// has stopped, whoever it was that went half of the way.
+///
+/// What is opened is the name of the image, first here and then by QEMU: who may
+/// replace files in its directory decides what the VM gets.
+#[derive(Debug, Clone)]
+pub struct QemuScsi {
+    qmp: Qmp,
+    controllers: Box<[String]>,
+    geometry: Geometry,
+    backing: bool,
+}
+
+impl QemuScsi {
+    /// An attacher for the controllers with these ids, in the order of their numbers.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` if there are none or more than 64 of them, if one is named twice, or is no id of QEMU's (a letter,
+    /// then letters, digits, and any of `-._`).
+    pub fn new(
+        qmp: Qmp,
+        controllers: impl IntoIterator<Item: Into<String>>,
+    ) -> Result<Self, BackendError> {
+        let controllers: Box<[String]> = controllers.into_iter().map(Into::into).collect();
+        for (at, id) in controllers.iter().enumerate() {
+            if !is_id(id) {
+                let message = format!("{id:?} is no id of a controller in QEMU");
+                return Err(BackendError::invalid(message));
+            }
+            if controllers[..at].contains(id) {
+                let message = format!("controller {id} is named twice");
+                return Err(BackendError::invalid(message));
+            }
+        }
+        let number = u16::try_from(controllers.len()).unwrap_or(u16::MAX);
+        let geometry = Geometry::new(number, LUNS)
+            .map_err(|error| BackendError::invalid(error.to_string()))?;
+        Ok(QemuScsi {
+            qmp,
+            controllers,
+            geometry,
+            backing: false,
+        })
+    }
+
+    /// Also takes qcow2 images that are differences to others. Only for images whose headers are trusted: QEMU opens
+    /// whatever file they name, in whatever format they name.
+    #[must_use]
+    pub fn allow_backing_files(mut self) -> Self {
+        self.backing = true;
+        self
+    }
+
+    /// The controllers that it was given, with 256 LUNs each.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// What the disk at an address is called in QEMU, and by its serial number in the guest: `bm-scsi-0-3`. Never
+    /// longer than 20 characters, where some drivers cut a serial number.
+    pub fn name(address: ScsiAddress) -> String {
+        format!("{PREFIX}{}-{}", address.controller, address.lun)
+    }
+
+    /// What of ours QEMU has: `device bm-scsi-0-3`, `node bm-scsi-0-3` and so on, in order. None after the
+    /// last detachment.
+    ///
+    /// # Errors
+    ///
+    /// `Gone` without a QEMU, `Uncertain` if it does not answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// It changes nothing.
+    pub async fn left(&self) -> Result<Vec<String>, BackendError> {
+        let tried = "cannot list the disks of the VM";
+        let failed = |error: crate::QmpError| error.while_trying(tried);
+        let devices = plug::devices(&self.qmp).await.map_err(failed)?;
+        let nodes = plug::nodes(&self.qmp).await.map_err(failed)?;
+        let devices = devices.into_iter().map(|device| ("device", device.name));
+        let nodes = nodes.into_iter().map(|node| ("node", node.name));
+        let mut left: Vec<String> = devices
+            .chain(nodes)
+            .filter(|(_, name)| name.starts_with(PREFIX))
+            .map(|(what, name)| format!("{what} {name}"))
+            .collect();
+        left.sort();
+        Ok(left)
+    }
+
+    /// None if the VM has no such address.
+    fn plug(&self, address: ScsiAddress) -> Option<Plug<'_>> {
+        if !self.geometry.contains(address) {
+            return None;
+        }
+        let controller = self
+            .controllers
+            .get(usize::from(address.controller.get()))?;
+        Some(Plug {
+            qmp: &self.qmp,
+            controller,
+            address,
+            id: Self::name(address),
+        })
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Attacher for QemuScsi {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        let looked_at = disk.clone();
+        self.blocking(disk, move || source::identify(&looked_at))
+            .await
+    }
+
+    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+        let plug = self.plug(address).ok_or_else(|| {
+            let geometry = self.geometry;
+            BackendError::invalid(format!(
+                "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"
+            ))
+        })?;
+        let (inspected, backing) = (disk.clone(), self.backing);
+        let image = self
+            .blocking(disk, move || Image::inspect(&inspected, backing))
+            .await?;
+        plug.attach(&image).await
+    }
+
+    async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
+        match self.plug(address) {
+            Some(plug) => plug.detach().await,
+            // Nothing was ever there.
+            None => Ok(()),
+        }
+    }
+}
+
+impl QemuScsi {
+    /// Looks at a disk where that may block; what nobody waits for any more changes nothing.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        disk: &Disk,
+        work: impl FnOnce() -> Result<T, BackendError> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let deadline = self.qmp.deadlines().call;
+        match timeout(deadline, tokio::task::spawn_blocking(work)).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(error)) => Err(BackendError::other(format!(
+                "cannot look at {disk}: the runtime has ended, or it panicked"
+            ))
+            .with_source(error)),
+            Err(_) => Err(BackendError::other(format!(
+                "{disk} cannot be opened within {deadline:?}; is its filesystem there?"
+            ))),
+        }
+    }
+}
+
+/// Whether QEMU takes it as an id (`id_wellformed`), which it must be to be part of the name of a bus.
+fn is_id(id: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    id.starts_with(|first: char| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
+}

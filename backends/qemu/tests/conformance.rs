@@ -1,0 +1,82 @@
+//! The laws that every transport must keep, in a real QEMU, and how many disks fit.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use blockmount::testing::conformance::{self, TransportFixture};
+use blockmount::{Disk, ErrorKind, Transport};
+use blockmount_scsi::{Geometry, ScsiAddress, ScsiTransport};
+use common::Qemu;
+use tokio::task::JoinSet;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scsi_disks_in_qemu_keep_the_laws_of_a_transport() {
+    let mut qemu = Qemu::start(2);
+    let geometry = Geometry::new(2, 2).unwrap();
+    let scsi = ScsiTransport::new(qemu.scsi().await, geometry, &[]).unwrap();
+    let disks = ["a", "b", "c", "d", "e"].map(|name| Disk::virtual_disk(qemu.image(name, 1 << 20)));
+    std::os::unix::fs::symlink("a", qemu.path("link")).unwrap();
+    std::fs::hard_link(qemu.path("a"), qemu.path("hard")).unwrap();
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count());
+    let relative = PathBuf::from(up).join(qemu.path("a").strip_prefix("/").unwrap());
+    let monitor = qemu.monitor.clone();
+    let fixture = TransportFixture {
+        disks: disks.to_vec(),
+        aliases: [qemu.path("link"), qemu.path("hard"), relative]
+            .map(Disk::virtual_disk)
+            .to_vec(),
+        missing: Disk::virtual_disk(qemu.path("none")),
+        capacity: Some(4),
+        remove_source: Some(Box::new(|disk| {
+            std::fs::remove_file(disk.source()).unwrap()
+        })),
+        snapshot: Box::new(move || monitor.lock().unwrap().tables()),
+    };
+    let passed = conformance::transport(&scsi, &fixture).await;
+    assert!(passed.successes > 50, "{passed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_disks_fit_as_hyper_v_has_and_one_more_changes_nothing() {
+    let mut qemu = Qemu::start(4);
+    let attacher = qemu.scsi().await;
+    let before = qemu.tables();
+    let scsi = ScsiTransport::new(attacher.clone(), Geometry::HYPER_V, &[]).unwrap();
+    let scsi = Arc::new(scsi);
+    let disks: Vec<Disk> = (0..257)
+        .map(|n| Disk::virtual_disk(qemu.image(&n.to_string(), 1 << 20)).read_only())
+        .collect();
+
+    let mut calls = JoinSet::new();
+    for disk in &disks[..256] {
+        let (scsi, disk) = (scsi.clone(), disk.clone());
+        calls.spawn(async move { scsi.attach(&disk).await });
+    }
+    let locators = calls.join_all().await;
+    let locators: BTreeSet<_> = locators
+        .into_iter()
+        .map(|locator| ScsiAddress::try_from(&locator.unwrap()).unwrap())
+        .collect();
+    assert_eq!(locators.len(), 256);
+    assert_eq!(attacher.left().await.unwrap().len(), 3 * 256);
+
+    let full = qemu.tables();
+    let error = scsi.attach(&disks[256]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Full, "{error}");
+    assert_eq!(qemu.tables(), full);
+
+    let mut calls = JoinSet::new();
+    for disk in &disks[..256] {
+        let (scsi, disk) = (scsi.clone(), disk.clone());
+        calls.spawn(async move { scsi.detach(&disk).await });
+    }
+    for outcome in calls.join_all().await {
+        outcome.unwrap();
+    }
+    assert_eq!(qemu.tables(), before);
+    assert_eq!(attacher.left().await.unwrap(), Vec::<String>::new());
+}
