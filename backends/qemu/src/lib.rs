@@ -2,6 +2,8 @@
 
 pub mod qmp;
 pub mod scsi;
+pub mod vpmem;
 
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;
+pub use vpmem::QemuVpmem;
