@@ -36,9 +36,10 @@ pub(crate) struct AgentArgs {
     #[arg(long = "scsi-controller", value_name = "ADDRESS")]
     pub(crate) scsi_controllers: Vec<String>,
 
-    /// Where VPMEM devices come from: nfit, or pci:0000:00:10.0 for each; repeatable, the first is device 0
-    #[arg(long = "vpmem", value_name = "SOURCE")]
-    pub(crate) vpmem: Vec<String>,
+    /// Where VPMEM devices come from: nfit (Hyper-V, NVDIMMs of QEMU), or slots:N for virtio-pmem in
+    /// hot-plug PCI slots from number N
+    #[arg(long, value_name = "SOURCE", default_value = "nfit")]
+    pub(crate) vpmem: String,
 
     /// What is mounted is noted here, so that an agent started after a killed one can undo it
     #[arg(long, value_name = "DIR", default_value = "/run/blockmount-agent")]

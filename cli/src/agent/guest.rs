@@ -1,12 +1,15 @@
 //! What the agent serves: the Linux engine, with everything that finds devices in this guest.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
+use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
+use blockmount_vpmem::{VpmemResolver, VpmemUnplugger};
 
 use super::args::AgentArgs;
 use crate::failure::{Context, Failure};
@@ -33,10 +36,54 @@ impl Guest {
 }
 
 /// Who finds and lets go of the devices of each transport.
-fn transports(_args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
-    let resolvers = Resolvers::new();
-    let unpluggers = Unpluggers::new(resolvers.clone());
+fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
+    let scsi = scsi(&args.scsi_controllers)?;
+    let vpmem = vpmem(&args.vpmem)?;
+    let resolvers = Resolvers::new()
+        .with(blockmount_scsi::SCHEME, Arc::new(scsi.clone()))
+        .with(blockmount_vpmem::SCHEME, Arc::new(vpmem.clone()));
+    let unpluggers = Unpluggers::new(resolvers.clone())
+        .with(blockmount_scsi::SCHEME, Arc::new(ScsiUnplugger::new(scsi)))
+        .with(
+            blockmount_vpmem::SCHEME,
+            Arc::new(VpmemUnplugger::new(vpmem)),
+        );
     Ok((resolvers, unpluggers))
+}
+
+/// The SCSI controllers that were named, or else those of a virtual machine of Hyper-V.
+fn scsi(controllers: &[String]) -> Result<ScsiResolver, Failure> {
+    if controllers.is_empty() {
+        return Ok(ScsiResolver::hyper_v());
+    }
+    let parse = |text: &String| {
+        let id = match text.split_once(':') {
+            Some(("pci", address)) => address.parse().ok().map(ControllerId::Pci),
+            Some(("vmbus", id)) => id.parse().ok().map(ControllerId::Vmbus),
+            _ => None,
+        };
+        id.ok_or_else(|| {
+            let what = format!("--scsi-controller {text:?} is no address of a controller");
+            Failure::usage(what).advise("use pci:0000:00:10.0 or vmbus:GUID")
+        })
+    };
+    let ids = controllers.iter().map(parse);
+    Ok(ScsiResolver::new(ids.collect::<Result<Vec<_>, _>>()?))
+}
+
+/// Where the hypervisor has its devices of persistent memory.
+fn vpmem(source: &str) -> Result<VpmemResolver, Failure> {
+    let first = source
+        .strip_prefix("slots:")
+        .and_then(|first| first.parse().ok());
+    match (source, first) {
+        ("nfit", _) => Ok(VpmemResolver::nfit()),
+        (_, Some(first)) => Ok(VpmemResolver::slots(first)),
+        _ => {
+            let what = format!("--vpmem {source:?} is no source of persistent memory");
+            Err(Failure::usage(what).advise("use nfit, or slots:0 for PCI slots from number 0"))
+        }
+    }
 }
 
 #[async_trait]
