@@ -170,3 +170,51 @@ pub(super) fn pci_of(disk: &Path) -> Option<PciAddress> {
         is_number.then(|| pair[0].parse().ok())?
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_pci_device_of_a_disk_is_the_one_above_virtio() {
+        let root = tempfile::tempdir().unwrap();
+        let device = "devices/pci0000:00/0000:00:06.0/0000:02:00.0";
+        for (place, found) in [
+            (
+                "virtio4/ndbus0/region0/namespace0.0/block/pmem0",
+                Some("0000:02:00.0"),
+            ),
+            ("virtiofs/ndbus0/region0/namespace0.0/block/pmem0", None),
+            ("ndbus0/region0/namespace0.0/block/pmem0", None),
+        ] {
+            let disk = root.path().join(device).join(place);
+            fs::create_dir_all(&disk).unwrap();
+            let address = pci_of(&disk).map(|address| address.to_string());
+            assert_eq!(address.as_deref(), found);
+        }
+        assert_eq!(pci_of(&root.path().join("gone")), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn whatever_is_written_there_is_read_or_refused(content in proptest::collection::vec(any::<u8>(), 0..60)) {
+            let root = tempfile::tempdir().unwrap();
+            let nd = root.path().join("bus/nd/devices");
+            for directory in ["nmem0/nfit", "region0/namespace0.0/block/pmem0"] {
+                fs::create_dir_all(nd.join(directory)).unwrap();
+            }
+            for file in ["nmem0/nfit/handle", "region0/mappings", "region0/mapping0", "region0/resource"] {
+                fs::write(nd.join(file), &content).unwrap();
+            }
+            for id in [PmemId::NfitHandle(1), PmemId::Region(0)] {
+                prop_assert!(id.disk(root.path()).is_err());
+            }
+        }
+    }
+}
