@@ -62,8 +62,12 @@ where
 
 /// Runs blocking system calls where they may block.
 ///
-/// The work runs to its end even if nobody waits for it any more.
-pub(crate) async fn blocking<T, F>(work: F) -> Result<T, BackendError>
+/// The work runs to its end even if nobody waits for it any more. Must be called in a runtime of tokio.
+///
+/// # Errors
+///
+/// That of the work; `Uncertain` if it was cut off by a panic or the end of the runtime.
+pub async fn blocking<T, F>(work: F) -> Result<T, BackendError>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T, BackendError> + Send + 'static,

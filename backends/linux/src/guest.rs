@@ -1,15 +1,17 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
-    Propagation, Resolver,
+    BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
+    Overlay, Propagation, Resolver,
 };
 
+use crate::dax;
 use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault, patiently};
 use crate::journal::{Intent, Journal, Placed};
@@ -24,6 +26,7 @@ use crate::probe::probe;
 use crate::recovery;
 use crate::resolvers::Resolvers;
 use crate::target::Target;
+use crate::windows::{WindowUse, Windows};
 
 /// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
 ///
@@ -46,6 +49,7 @@ pub(crate) struct Inner {
     pub(crate) devices: Arc<Devices>,
     pub(crate) partitions: Arc<Partitions>,
     pub(crate) scratches: Arc<Scratches>,
+    pub(crate) windows: Arc<Windows>,
 }
 
 /// Configures a [`LinuxGuest`].
@@ -75,6 +79,15 @@ impl LinuxGuest {
     /// The resolvers that find its devices.
     pub fn resolvers(&self) -> &Resolvers {
         &self.0.config.resolvers
+    }
+
+    /// Whether the files of what is mounted at a target are accessed without a copy in the page cache
+    /// (DAX), as the kernel says of them (`STATX_ATTR_DAX`); for a filesystem without files, whether it is
+    /// mounted so. Nothing if nothing is mounted there.
+    pub async fn is_dax(&self, target: &Path) -> Option<bool> {
+        let target = target.to_owned();
+        let look = blocking(move || Ok(dax::of_mount(&target)));
+        look.await.ok().flatten().map(dax::Dax::is_on)
     }
 }
 
@@ -218,6 +231,7 @@ impl Inner {
             ledger: Ledger::default(),
             devices: Arc::default(),
             scratches: Arc::default(),
+            windows: Arc::default(),
         }
     }
 
@@ -233,30 +247,62 @@ impl Inner {
         // A bad target should not cost a wait for the device.
         blocking(move || early.check_free()).await?;
         let found = self.config.resolvers.resolve(device).await?;
-        if found.window.is_some() {
-            let message = format!(
-                "cannot mount {device}: it is a part of a device, which this guest cannot map yet"
-            );
-            return Err(BackendError::unsuitable(message));
-        }
+        let done = self.clone().mount_found(found, &target, options).await;
+        done.map_err(|error| match self.windows.owes(target.path()) {
+            false => error,
+            true => BackendError::uncertain(format!(
+                "{}, and the device made for it is in use",
+                error.message()
+            )),
+        })
+    }
+
+    async fn mount_found(
+        self: Arc<Self>,
+        found: BlockDevice,
+        target: &Target,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
         let deadline = Instant::now() + self.config.device_deadline;
         let mut partition = None;
         let mut node = found.path;
         let mut open = device::await_open(&node, deadline).await?;
+        let mut window = None;
+        if let Some(range) = found.window {
+            let mapped = self.map(node, range, target).await?;
+            open = device::await_open(mapped.node(), deadline).await?;
+            node = mapped.node().to_owned();
+            window = Some(mapped);
+        }
         if let Some(number) = options.partition() {
             (node, partition) = self.partitions.find(&open, number, deadline).await?;
             open = device::await_open(&node, deadline).await?;
         }
         drop(open);
-        let (inner, options) = (self.clone(), options.clone());
-        let attempt = move || inner.mount_device(&node, partition.clone(), &target, &options);
+        let (inner, options, target) = (self.clone(), options.clone(), target.clone());
+        let below = (partition, window);
+        let attempt = move || inner.mount_device(&node, below.clone(), &target, &options);
+        patiently(self.config.busy_deadline, attempt).await
+    }
+
+    async fn map(
+        self: &Arc<Self>,
+        node: PathBuf,
+        range: Range<u64>,
+        target: &Target,
+    ) -> Result<Arc<WindowUse>, BackendError> {
+        let (inner, target) = (self.clone(), target.clone());
+        let attempt = move || {
+            let (node, range) = (&node, range.clone());
+            inner.windows.map(node, range, target.path()).map(Arc::new)
+        };
         patiently(self.config.busy_deadline, attempt).await
     }
 
     fn mount_device(
         &self,
         node: &Path,
-        partition: Option<Arc<Added>>,
+        (partition, window): (Option<Arc<Added>>, Option<Arc<WindowUse>>),
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
@@ -270,6 +316,10 @@ impl Inner {
         let filesystem = choose_filesystem(node, &found, options.filesystem())?;
         // The mount must not find the device in use by us.
         drop(open);
+        let is_dax = dax::is_asked(options);
+        if is_dax {
+            dax::refuse_impossible(number, node)?;
+        }
         let mut request = Request::new(&filesystem, node, options);
         let kernel = self.config.kernel;
         let intent = Intent {
@@ -282,6 +332,7 @@ impl Inner {
         let (Placed { mount, note }, claim) = self.devices.claim(number, options, |only| {
             request.exclusive = only;
             self.mount_one(&mut request, &place, options.propagation(), &intent)
+                .map_err(|error| if is_dax { dax::explained(error) } else { error })
                 .map_err(|error| explained(error, node))
         })?;
         let entry = Entry {
@@ -290,8 +341,25 @@ impl Inner {
             place,
             claim: Claim::Device(claim),
             partition,
+            window,
         };
-        self.record(entry, options.propagation(), kernel)
+        self.record(entry, options.propagation(), kernel)?;
+        if is_dax {
+            self.prove_dax(target)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a mount back that was to be without the page cache, and is not.
+    fn prove_dax(&self, target: &Target) -> Result<(), BackendError> {
+        let found = dax::of_mount(target.path());
+        tracing::info!(target = %target.path().display(), ?found, "mounted with dax=always");
+        if found.is_some_and(|found| found.option || found.is_on()) {
+            return Ok(());
+        }
+        let path = target.path().display();
+        let message = format!("the filesystem at {path} does without dax=always");
+        Err(self.take_back(target, BackendError::unsuitable(message)))
     }
 
     fn mount_one(
@@ -342,14 +410,16 @@ impl Inner {
                 target.path().display()
             ))),
         });
-        let Err(error) = done else { return Ok(()) };
-        match self.ledger.unmount(&target, kernel) {
-            Ok(()) => Err(error),
-            Err(left) => Err(BackendError::uncertain(format!(
-                "{}, and {}",
-                error.message(),
-                left.message()
-            ))),
+        done.map_err(|error| self.take_back(&target, error))
+    }
+
+    /// Unmounts what must not stay, and says so if it does.
+    fn take_back(&self, target: &Target, error: BackendError) -> BackendError {
+        match self.ledger.unmount(target, self.config.kernel) {
+            Ok(()) => error,
+            Err(left) => {
+                BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
+            }
         }
     }
 
@@ -357,7 +427,10 @@ impl Inner {
         // What was mounted before the configuration was narrowed must be unmountable still.
         let target = Target::parse(target, &[])?;
         let (inner, at, kernel) = (self.clone(), target.clone(), self.config.kernel);
-        let attempt = move || inner.ledger.unmount(&at, kernel);
+        let attempt = move || {
+            inner.ledger.unmount(&at, kernel)?;
+            inner.windows.settle(at.path())
+        };
         match patiently(self.config.busy_deadline, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
                 blocking(move || Err(self.ledger.name_users(target.path(), error))).await

@@ -15,6 +15,7 @@ use crate::mounting::{self, MountId};
 use crate::partitions::Added;
 use crate::places::PlaceUse;
 use crate::target::{FileId, Target, Way};
+use crate::windows::WindowUse;
 use crate::{mountinfo, users};
 
 /// What there is to undo, by target.
@@ -35,6 +36,9 @@ pub(crate) struct Entry {
     pub(crate) claim: Claim,
     #[expect(dead_code, reason = "held for what dropping it does")]
     pub(crate) partition: Option<Arc<Added>>,
+    /// Goes after the partition of it.
+    #[expect(dead_code, reason = "held for what dropping it does")]
+    pub(crate) window: Option<Arc<WindowUse>>,
 }
 
 /// What a mount keeps others from mounting otherwise.

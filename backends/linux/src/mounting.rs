@@ -336,11 +336,39 @@ impl MountId {
 
     /// Whether it is the mount in a line of the kernel's table.
     pub(crate) fn is(&self, line: &MountInfo) -> bool {
-        line.id == self.reused && rustix::fs::makedev(line.device.0, line.device.1) == self.device
+        let (major, minor) = line.device;
+        // Each subvolume of a btrfs has a device number of its own, and the table shows the whole's.
+        let is_device =
+            rustix::fs::makedev(major, minor) == self.device || line.filesystem == "btrfs";
+        line.id == self.reused && is_device
     }
 }
 
 fn unique_id(fd: impl AsFd) -> Option<u64> {
     let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
     (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::mountinfo;
+
+    use super::*;
+
+    #[test]
+    fn is_the_line_of_its_number_and_device() {
+        let mount = |device| MountId {
+            reused: 40,
+            unique: None,
+            device,
+            kind: 0,
+        };
+        let is = |mount: MountId, line: &str| mount.is(&mountinfo::parse(line.as_bytes())[0]);
+        let (ext4, other) = (rustix::fs::makedev(7, 3), rustix::fs::makedev(0, 61));
+        let line = "40 1 7:3 / /mnt rw - ext4 /dev/loop3 rw";
+        assert!(is(mount(ext4), line) && !is(mount(other), line));
+        assert!(!is(mount(ext4), &line.replace("40", "41")));
+        let line = "40 1 0:60 / /mnt rw - btrfs /dev/loop3 rw";
+        assert!(is(mount(other), line) && !is(mount(other), &line.replace("40", "41")));
+    }
 }

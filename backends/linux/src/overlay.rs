@@ -67,6 +67,7 @@ pub(crate) fn combine(
         place,
         claim: Claim::Scratch(claim),
         partition: None,
+        window: None,
     };
     guest.record(entry, None, guest.kernel())
 }
@@ -119,10 +120,14 @@ impl Stack<'_> {
     /// Builds the overlay detached, in the best of the ways that this kernel has; `None` if it has
     /// none.
     fn build(&self, lowers: &[&OwnedFd], kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
-        if kernel.lower_by_fd
-            && let Some(mount) = self.build_by_fd(lowers, kernel)?
-        {
-            return Ok(Some(mount));
+        if kernel.lower_by_fd {
+            match self.build_by_fd(lowers, kernel)? {
+                Ok(mount) => return Ok(Some(mount)),
+                // Before Linux 6.5 overlay has no context of its own; the one for such filesystems
+                // takes no descriptors, and to try strings would only fill the kernel's log.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(None),
+                Err(_unknown_option) => {}
+            }
         }
         if !kernel.lower_by_string {
             return Ok(None);
@@ -134,18 +139,21 @@ impl Stack<'_> {
         }
     }
 
+    /// The inner error is that of a kernel that cannot.
     fn build_by_fd(
         &self,
         lowers: &[&OwnedFd],
         kernel: Kernel,
-    ) -> Result<Option<OwnedFd>, BackendError> {
+    ) -> Result<Result<OwnedFd, Errno>, BackendError> {
         let Some(context) = self.open(kernel)? else {
-            return Ok(None);
+            return Ok(Err(Errno::NOSYS));
         };
         for (index, lower) in lowers.iter().enumerate() {
             match context.file("lowerdir+", lower) {
                 Ok(()) => {}
-                Err(Errno::INVAL) if index == 0 => return Ok(None),
+                Err(errno @ (Errno::OPNOTSUPP | Errno::INVAL)) if index == 0 => {
+                    return Ok(Err(errno));
+                }
                 Err(errno) => {
                     return Err(context.refused(&format!("lowerdir+ (layer {index})"), errno));
                 }
@@ -158,7 +166,7 @@ impl Stack<'_> {
                     .map_err(|errno| context.refused(name, errno))?;
             }
         }
-        self.finish(&context).map(Some)
+        self.finish(&context).map(Ok)
     }
 
     fn build_by_string(

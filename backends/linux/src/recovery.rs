@@ -10,6 +10,9 @@
 //! | a directory of a scratch | its overlay is there | struck; it stays |
 //! | a partition | a mount of ours needs it | goes with that mount |
 //! | a partition | nobody needs it | forgotten by the kernel if it is the same and free |
+//!
+//! Windows are not on record: the kernel has the names of their devices, which say what they are parts of. One that a mount
+//! of ours is on goes with that mount, and one that no mount is on is removed. So there must be one agent in a guest.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -71,6 +74,9 @@ pub(crate) fn recover(guest: &Inner, journal: &Arc<Journal>) -> Result<(), Backe
     }
     // Those that no mount has taken are forgotten here.
     drop(partitions);
+    if let Err(error) = guest.windows.sweep() {
+        tracing::warn!(%error, "cannot remove the windows of an earlier process");
+    }
     guest.places().sweep();
     Ok(())
 }
@@ -183,12 +189,17 @@ fn adopt(
         None => Claim::Scratch(record.scratch.and_then(|id| guest.scratches.claim(id))),
     };
     let partition = record.partition.and_then(|id| partitions.get(&id).cloned());
+    let window = match &record.device {
+        Some(device) => guest.windows.adopt(device.number, target.path())?,
+        None => None,
+    };
     guest.ledger.insert(Entry {
         mount,
         note: Some(note),
         place,
         claim,
         partition,
+        window: window.map(Arc::new),
     });
     Ok(())
 }

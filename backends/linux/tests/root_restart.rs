@@ -490,6 +490,55 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
     site.assert_clean();
 }
 
+/// Killed between `mount(2)` and the record of what the mount turned out to be, it has told what the
+/// kernel's table would say.
+#[tokio::test]
+async fn root_a_mount_without_an_identity_on_record_is_recognised() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        site.start("hold", kernel).kill();
+        let mounts = site.room.mounts();
+        for path in site.records() {
+            let text = fs::read_to_string(&path).unwrap();
+            let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let Some(on_record) = record["record"].get_mut("mount") else {
+                continue;
+            };
+            let target = on_record["target"].as_str().unwrap().to_owned();
+            let line = mounts.iter().find(|m| m.mount_point == Path::new(&target));
+            let line = line.unwrap();
+            let is_overlay = line.filesystem == "overlay";
+            let given = line.super_options.to_str().unwrap().split(',');
+            let given = given.filter(|option| is_overlay && option.contains("dir="));
+            // One of them was never made, and another one by somebody else.
+            let source = match target.ends_with("p/q") {
+                true => "/dev/another",
+                false => line.source.to_str().unwrap(),
+            };
+            on_record["mount"] = serde_json::json!({ "expected": {
+                "filesystem": line.filesystem,
+                "source": source,
+                "options": given.collect::<Vec<_>>(),
+            }});
+            fs::write(&path, record.to_string()).unwrap();
+        }
+        let at = |name: &str| site.room.at(name);
+        run("umount", &[at("p/r").to_str().unwrap()]);
+        let guest = site.restart(kernel).await;
+        let message = refused(guest.unmount(&at("p/q")).await, ErrorKind::Conflict);
+        assert!(message.contains("somebody else mounted it"), "{message}");
+        for name in &TARGETS[..3] {
+            guest.unmount(&at(name)).await.unwrap();
+        }
+        drop(guest);
+        assert_eq!(site.room.mounts().len(), 1);
+        run("umount", &[at("p/q").to_str().unwrap()]);
+        drop(site.restart(kernel).await);
+        clear_scratch(&site.room);
+        site.assert_clean();
+    }
+}
+
 #[tokio::test]
 async fn root_a_journal_has_one_process_at_a_time() {
     let site = Site::new();

@@ -25,6 +25,25 @@ pub struct PciAddress {
     function: u8,
 }
 
+impl PciAddress {
+    /// Where the guest of a VM finds the SCSI controller of a number.
+    pub fn of_controller(number: u8) -> Self {
+        PciAddress {
+            slot: FIRST_CONTROLLER + number % MAX_CONTROLLERS,
+            function: 0,
+        }
+    }
+
+    /// Where the guest of a VM finds the port behind which the device of persistent memory of a number is.
+    pub fn of_memory_port(number: u8) -> Self {
+        let number = number % MAX_MEMORY_PORTS;
+        PciAddress {
+            slot: FIRST_MEMORY_SLOT + number / 8,
+            function: number % 8,
+        }
+    }
+}
+
 impl fmt::Display for PciAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "0000:00:{:02x}.{:x}", self.slot, self.function)
@@ -45,22 +64,6 @@ impl Hardware {
     /// What QEMU calls the SCSI controllers.
     pub(crate) fn controller_ids(&self) -> impl Iterator<Item = String> {
         (0..self.controllers).map(|number| format!("scsi{number}"))
-    }
-
-    /// Where the guest finds each SCSI controller.
-    pub(crate) fn controller_addresses(&self) -> impl Iterator<Item = PciAddress> {
-        (0..self.controllers).map(|number| PciAddress {
-            slot: FIRST_CONTROLLER + number,
-            function: 0,
-        })
-    }
-
-    /// Where the guest finds the port behind which each device of persistent memory is.
-    pub(crate) fn memory_port_addresses(&self) -> impl Iterator<Item = PciAddress> {
-        (0..self.memory_ports).map(|number| PciAddress {
-            slot: FIRST_MEMORY_SLOT + number / 8,
-            function: number % 8,
-        })
     }
 
     /// The words of QEMU's command line, without those about files and descriptors.
@@ -87,13 +90,14 @@ impl Hardware {
             "-device",
             format!("virtio-serial-pci,id=serial,addr={SERIAL:#x}"),
         );
-        for (id, at) in self.controller_ids().zip(self.controller_addresses()) {
+        for (number, id) in (0..).zip(self.controller_ids()) {
+            let at = PciAddress::of_controller(number);
             // One queue: the guest has one processor.
             let device = format!("virtio-scsi-pci,id={id},num_queues=1");
             words.pair("-device", format!("{device},addr={:#x}", at.slot));
         }
-        for (number, at) in self.memory_port_addresses().enumerate() {
-            let (slot, function) = (at.slot, at.function);
+        for number in 0..self.memory_ports {
+            let PciAddress { slot, function } = PciAddress::of_memory_port(number);
             let device = format!("pcie-root-port,id=pmem{number},chassis={}", number + 1);
             let several = if function == 0 {
                 ",multifunction=on"
@@ -154,15 +158,8 @@ mod tests {
 
     #[test]
     fn everything_has_a_place_of_its_own() {
-        let hardware = Hardware {
-            memory: 512,
-            controllers: MAX_CONTROLLERS,
-            memory_ports: MAX_MEMORY_PORTS,
-            memory_room: 1024,
-        };
-        let places = hardware
-            .controller_addresses()
-            .chain(hardware.memory_port_addresses());
+        let controllers = (0..MAX_CONTROLLERS).map(PciAddress::of_controller);
+        let places = controllers.chain((0..MAX_MEMORY_PORTS).map(PciAddress::of_memory_port));
         let mut places: Vec<(u8, u8)> = places.map(|at| (at.slot, at.function)).collect();
         places.push((SERIAL, 0));
         let distinct: std::collections::BTreeSet<_> = places.iter().collect();

@@ -1,5 +1,6 @@
 //! QEMU as hypervisor for blockmount: starts virtual machines and plugs disks into them.
 
+mod channel;
 mod cpio;
 mod error;
 mod hardware;
@@ -11,12 +12,12 @@ mod process;
 mod program;
 pub mod qmp;
 mod saved;
-mod saving;
 pub mod scsi;
 mod spawn;
 mod start;
 mod vm;
 
+pub use channel::AgentChannel;
 pub use error::VmError;
 pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, PciAddress};
 pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES};

@@ -25,6 +25,7 @@
 //! | `message.rs` | what a line says |
 //! | `link.rs` | which answer is whose |
 //! | `events.rs` | who hears of which event |
+//! | `migration.rs` | the state of a VM in a file |
 //! | `error.rs` | what can go wrong, and what that means for a backend |
 
 mod error;
@@ -32,6 +33,7 @@ mod events;
 mod lines;
 mod link;
 mod message;
+mod migration;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -3,9 +3,11 @@
 //! A state is a file `<key>.state` in a directory, where the key is a digest of all that it depends on: QEMU, the
 //! hardware, the kernel and the first file system. It holds the guest's memory, so only its owner may read it.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -87,23 +89,17 @@ impl States {
         Ok(Making { _lock: lock })
     }
 
-    /// Where a state is written before it is whole, as a file that only we may read.
-    pub(crate) fn draft(&self, _making: &Making) -> Result<PathBuf, VmError> {
-        let path = self.0.join("draft");
-        OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| self.trouble(error))?;
-        Ok(path)
+    /// Where a state is written before it is published. Its path is short, because sockets are made beside it.
+    pub(crate) fn draft(&self) -> PathBuf {
+        self.0.join("draft")
     }
 
     /// Gives the draft its name, and removes states that nobody has used for two weeks. Blocks.
     pub(crate) fn publish(&self, _making: &Making, key: &str) -> Result<(), VmError> {
-        let renamed = fs::rename(self.0.join("draft"), self.path(key));
-        renamed.map_err(|error| self.trouble(error))?;
+        let draft = self.draft();
+        fs::set_permissions(&draft, Permissions::from_mode(0o600))
+            .and_then(|()| fs::rename(draft, self.path(key)))
+            .map_err(|error| self.trouble(error))?;
         let entries = fs::read_dir(&self.0).map_err(|error| self.trouble(error))?;
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -152,8 +148,7 @@ mod tests {
         let states = States::in_directory(&room.path().join("a/b"));
         assert!(states.open("k").unwrap().is_none());
         let making = states.lock().unwrap();
-        let draft = states.draft(&making).unwrap();
-        fs::write(&draft, "state").unwrap();
+        fs::write(states.draft(), "state").unwrap();
         assert!(states.open("k").unwrap().is_none());
         states.publish(&making, "k").unwrap();
         assert_eq!(
@@ -185,7 +180,7 @@ mod tests {
                 .unwrap();
             file.set_modified(SystemTime::now() - 2 * KEPT).unwrap();
         }
-        states.draft(&making).unwrap();
+        fs::write(states.draft(), "").unwrap();
         states.publish(&making, "new").unwrap();
         let left = |name: &str| directory.join(name).exists();
         assert!(left("new.state") && left("young.state") && left("old.txt") && !left("old.state"));
@@ -196,11 +191,7 @@ mod tests {
         let room = tempfile::tempdir().unwrap();
         let directory = room.path().join("states");
         DirBuilder::new().mode(0o700).create(&directory).unwrap();
-        fs::set_permissions(
-            &directory,
-            std::os::unix::fs::PermissionsExt::from_mode(0o777),
-        )
-        .unwrap();
+        fs::set_permissions(&directory, Permissions::from_mode(0o777)).unwrap();
         assert!(States::in_directory(&directory).open("k").is_err());
     }
 }

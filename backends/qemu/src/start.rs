@@ -17,7 +17,6 @@ use crate::port::Ports;
 use crate::process::Process;
 use crate::qmp::NONE;
 use crate::saved::States;
-use crate::saving;
 use crate::vm::Inner;
 use crate::{GuestImage, QemuScsi, Qmp, Vm, VmError};
 
@@ -29,6 +28,9 @@ static NO_KVM: AtomicBool = AtomicBool::new(false);
 
 const KVM: &str = "kvm";
 const EMULATION: &str = "tcg,thread=multi";
+
+/// How long saving a state may take. It is a copy of the guest's memory, without the pages that are empty.
+const SAVING: Duration = Duration::from_secs(60);
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -270,11 +272,19 @@ impl VmBuilder {
             return Ok(());
         }
         let vm = self.boot(accelerator, patience).await?;
-        let draft = states.draft(&making)?;
-        let saved = saving::save(&vm, &draft).await;
+        let saved = self.write_state(&vm, &states.draft()).await;
         vm.shut_down().await;
         saved?;
         states.publish(&making, key)
+    }
+
+    async fn write_state(&self, vm: &Vm, file: &Path) -> Result<(), VmError> {
+        // A port is no part of what the next VM starts with.
+        vm.ports().settled().await?;
+        let saved = vm.qmp().migrate_to(file, SAVING).await;
+        saved
+            .map(drop)
+            .map_err(|error| VmError::new("cannot save the state of a VM").because(error))
     }
 
     async fn boot(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {

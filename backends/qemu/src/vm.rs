@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::hardware::Hardware;
 use crate::port::Ports;
 use crate::process::Process;
-use crate::{GuestStream, PciAddress, QemuScsi, Qmp, VmBuilder, VmError};
+use crate::{GuestStream, QemuScsi, Qmp, VmBuilder, VmError};
 
 /// How long QEMU may take to end when it is asked to; then it is killed.
 const ENDING: Duration = Duration::from_secs(5);
@@ -70,16 +70,6 @@ impl Vm {
     /// Puts disks on its SCSI controllers. There must be one user of this for a VM, with all its clones.
     pub fn scsi(&self) -> QemuScsi {
         self.0.scsi.clone()
-    }
-
-    /// Where the guest finds its SCSI controllers, in order.
-    pub fn controllers(&self) -> Vec<PciAddress> {
-        self.0.hardware.controller_addresses().collect()
-    }
-
-    /// Where the guest finds the ports for persistent memory, in order.
-    pub fn memory_ports(&self) -> Vec<PciAddress> {
-        self.0.hardware.memory_port_addresses().collect()
     }
 
     /// Where its files are, for others that belong to it.

@@ -7,6 +7,10 @@
 
 mod address;
 mod attacher;
+#[cfg(target_os = "linux")]
+mod resolver;
 
 pub use address::{ByteRange, DeviceNumber, InvalidAddress, PAGE, SCHEME, VpmemAddress};
 pub use attacher::Attacher;
+#[cfg(target_os = "linux")]
+pub use resolver::{PmemId, VpmemResolver, VpmemUnplugger};

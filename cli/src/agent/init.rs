@@ -19,7 +19,7 @@ use crate::terminal::say;
 use supervisor::Supervisor;
 
 /// The agent's arguments in the initramfs, one a line.
-const ARGUMENTS: &str = "/etc/blockmount/agent.args";
+pub(crate) const ARGUMENTS: &str = "/etc/blockmount/agent.args";
 /// The modules to load, one path a line, each after what it needs.
 const MODULES: &str = "/etc/blockmount/modules";
 /// A word of the kernel's command line that is an argument of the agent.

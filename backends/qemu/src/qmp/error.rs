@@ -61,6 +61,14 @@ pub enum QmpError {
         /// What is wrong with it.
         reason: String,
     },
+    /// It was begun, and has failed.
+    #[error("{command} has failed: {reason}")]
+    Failed {
+        /// The command.
+        command: String,
+        /// What QEMU or the system says.
+        reason: String,
+    },
     /// Events came faster than they were taken, and the oldest are lost: ask for the state of things
     /// in place of them.
     #[error("{missed} events {event} were missed")]
@@ -84,6 +92,7 @@ impl QmpError {
                 "DeviceNotFound" => ErrorKind::NotFound,
                 _ => ErrorKind::Other,
             },
+            QmpError::Failed { .. } => ErrorKind::Other,
             QmpError::TimedOut { sent: false, .. } => ErrorKind::Busy,
             QmpError::TimedOut { sent: true, .. }
             | QmpError::Invalid { .. }

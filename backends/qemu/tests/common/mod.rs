@@ -2,6 +2,8 @@
 // Each test file is a crate and uses some of it; a panic here is a test's failure message.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod lossy;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -36,6 +38,10 @@ pub struct Qemu {
 
 impl Qemu {
     pub fn start(controllers: usize) -> Self {
+        Self::start_with(controllers, &[])
+    }
+
+    pub fn start_with(controllers: usize, more: &[&str]) -> Self {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let controllers: Vec<String> = (0..controllers).map(|n| format!("scsi{n}")).collect();
         let mut command = Command::new("qemu-system-x86_64");
@@ -52,6 +58,7 @@ impl Qemu {
             "-m",
             "32M",
         ]);
+        command.args(more);
         for id in &controllers {
             command.args(["-device", &format!("virtio-scsi-pci,id={id}")]);
         }
