@@ -6,26 +6,13 @@ mod common;
 
 use std::time::Duration;
 
-use common::agent::Serving;
+use common::agent::{Serving, ask};
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 const LONG: Duration = Duration::from_secs(60);
-
-/// Asks once: a length in four bytes, and JSON, both ways.
-async fn ask(stream: &mut UnixStream, request: Value) -> Value {
-    let text = request.to_string();
-    let length = u32::try_from(text.len()).unwrap().to_le_bytes();
-    stream.write_all(&length).await.unwrap();
-    stream.write_all(text.as_bytes()).await.unwrap();
-    let length = timeout(LONG, stream.read_u32_le()).await.unwrap().unwrap();
-    let mut answer = vec![0; length as usize];
-    stream.read_exact(&mut answer).await.unwrap();
-    serde_json::from_slice(&answer).unwrap()
-}
 
 #[tokio::test]
 async fn root_the_witness_survives_the_agent_and_knows_it() {

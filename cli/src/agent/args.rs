@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use blockmount::BackendError;
+use blockmount_linux::sysfs::PciAddress;
+use blockmount_scsi::ControllerId;
 use clap::Args;
 
 use super::endpoints::Endpoints;
@@ -20,6 +23,7 @@ in the order of loading, and keeps an agent running whose arguments are in \
 
 Examples:
   blockmount agent                            in a guest of QEMU
+  blockmount agent --scsi-controller pci:0000:00:10.0 --scsi-controller pci:0000:00:11.0
   blockmount agent --vsock                    in a guest of Hyper-V
   blockmount agent --unix /run/agent.sock --journal /run/agent --root /srv/layers
 
@@ -33,13 +37,17 @@ pub(crate) struct AgentArgs {
     pub(crate) roots: Vec<PathBuf>,
 
     /// A SCSI controller, as pci:0000:00:10.0 or vmbus:GUID; repeatable, the first is controller 0
-    #[arg(long = "scsi-controller", value_name = "ADDRESS")]
-    pub(crate) scsi_controllers: Vec<String>,
+    ///
+    /// On the VMBus of Hyper-V the default are the four controllers that it gives its guests, elsewhere none.
+    #[arg(long = "scsi-controller", value_name = "ADDRESS", value_parser = parse_controller)]
+    pub(crate) scsi_controllers: Vec<ControllerId>,
 
-    /// Where VPMEM devices come from: nfit (Hyper-V, NVDIMMs of QEMU), or slots:N for virtio-pmem in
-    /// hot-plug PCI slots from number N
-    #[arg(long, value_name = "SOURCE", default_value = "nfit")]
-    pub(crate) vpmem: String,
+    /// VPMEM devices: nfit, slots:FIRST, or pci:0000:00:10.0 for one device; repeatable
+    ///
+    /// With nfit (the default) device N has the handle N + 1 in the firmware's table, with slots it is in the
+    /// PCI slot FIRST + N. The first pci is device 0, the next one device 1, whatever else is given.
+    #[arg(long = "vpmem", value_name = "SOURCE", value_parser = parse_vpmem, default_value = "nfit")]
+    pub(crate) vpmem: Vec<VpmemSource>,
 
     /// What is mounted is noted here, so that an agent started after a killed one can undo it
     #[arg(long, value_name = "DIR", default_value = "/run/blockmount-agent")]
@@ -52,3 +60,70 @@ pub(crate) struct AgentArgs {
 
 /// Below these the hosts that we know of mount: Hyper-V's (the first three), and our own.
 pub(crate) const ROOTS: [&str; 4] = ["/run/mounts", "/run/gcs", "/run/layers", "/run/blockmount"];
+
+/// How the guest knows its VPMEM devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VpmemSource {
+    /// By their handles in the NFIT.
+    Nfit,
+    /// By PCI slots for hot-plug, of which this is the first.
+    Slots(u32),
+    /// One device by its PCI address.
+    Pci(PciAddress),
+}
+
+fn parse_controller(text: &str) -> Result<ControllerId, String> {
+    let said = |error: BackendError| error.message().to_owned();
+    match text.split_once(':') {
+        Some(("pci", address)) => address.parse().map(ControllerId::Pci).map_err(said),
+        Some(("vmbus", id)) => id.parse().map(ControllerId::Vmbus).map_err(said),
+        _ => Err("a controller is pci:ADDRESS or vmbus:GUID".to_owned()),
+    }
+}
+
+fn parse_vpmem(text: &str) -> Result<VpmemSource, String> {
+    match text.split_once(':') {
+        None if text == "nfit" => Ok(VpmemSource::Nfit),
+        Some(("slots", first)) => first
+            .parse()
+            .map(VpmemSource::Slots)
+            .map_err(|_| "slots:FIRST has a number, such as slots:1".to_owned()),
+        Some(("pci", address)) => address
+            .parse()
+            .map(VpmemSource::Pci)
+            .map_err(|error: BackendError| error.message().to_owned()),
+        _ => Err("a source of devices is nfit, slots:FIRST or pci:ADDRESS".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controllers_and_devices_have_addresses_of_their_bus() {
+        let pci = parse_controller("pci:0000:00:10.0").unwrap();
+        assert_eq!(pci.to_string(), "controller at PCI address 0000:00:10.0");
+        let first = "vmbus:{DF6D0690-79e5-55b6-a5ec-c1e2f77f580a}";
+        assert_eq!(parse_controller(first), Ok(ControllerId::HYPER_V[0]));
+        assert_eq!(parse_vpmem("nfit"), Ok(VpmemSource::Nfit));
+        assert_eq!(parse_vpmem("slots:20"), Ok(VpmemSource::Slots(20)));
+        assert!(matches!(
+            parse_vpmem("pci:0000:01:00.0"),
+            Ok(VpmemSource::Pci(_))
+        ));
+        for text in [
+            "",
+            "pci",
+            "pci:",
+            "pci:10.0",
+            "vmbus:0000:00:10.0",
+            "nfit:1",
+            "slots:x",
+            "0000:00:10.0",
+        ] {
+            assert!(parse_controller(text).is_err(), "{text:?}");
+            assert!(parse_vpmem(text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -9,10 +9,13 @@ use blockmount::{
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
-use blockmount_vpmem::{VpmemResolver, VpmemUnplugger};
+use blockmount_vpmem::{DeviceNumber, PmemId, VpmemResolver, VpmemUnplugger};
 
-use super::args::AgentArgs;
+use super::args::{AgentArgs, VpmemSource};
 use crate::failure::{Context, Failure};
+
+/// Here there are the channels of Hyper-V, in a guest of it.
+const VMBUS: &str = "/sys/bus/vmbus/devices";
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -37,53 +40,55 @@ impl Guest {
 
 /// Who finds and lets go of the devices of each transport.
 fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
-    let scsi = scsi(&args.scsi_controllers)?;
     let vpmem = vpmem(&args.vpmem)?;
-    let resolvers = Resolvers::new()
-        .with(blockmount_scsi::SCHEME, Arc::new(scsi.clone()))
-        .with(blockmount_vpmem::SCHEME, Arc::new(vpmem.clone()));
-    let unpluggers = Unpluggers::new(resolvers.clone())
-        .with(blockmount_scsi::SCHEME, Arc::new(ScsiUnplugger::new(scsi)))
-        .with(
-            blockmount_vpmem::SCHEME,
-            Arc::new(VpmemUnplugger::new(vpmem)),
-        );
+    let mut resolvers = Resolvers::new().with(blockmount_vpmem::SCHEME, Arc::new(vpmem.clone()));
+    let scsi = scsi(&args.scsi_controllers);
+    if let Some(scsi) = &scsi {
+        resolvers = resolvers.with(blockmount_scsi::SCHEME, Arc::new(scsi.clone()));
+    }
+    let vpmem = Arc::new(VpmemUnplugger::new(vpmem));
+    let mut unpluggers = Unpluggers::new(resolvers.clone()).with(blockmount_vpmem::SCHEME, vpmem);
+    if let Some(scsi) = scsi {
+        let scsi = Arc::new(ScsiUnplugger::new(scsi));
+        unpluggers = unpluggers.with(blockmount_scsi::SCHEME, scsi);
+    }
     Ok((resolvers, unpluggers))
 }
 
-/// The SCSI controllers that were named, or else those of a virtual machine of Hyper-V.
-fn scsi(controllers: &[String]) -> Result<ScsiResolver, Failure> {
-    if controllers.is_empty() {
-        return Ok(ScsiResolver::hyper_v());
+/// Who finds SCSI disks: nobody where no controller is known.
+fn scsi(controllers: &[ControllerId]) -> Option<ScsiResolver> {
+    match controllers {
+        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v()),
+        [] => None,
+        given => Some(ScsiResolver::new(given.iter().copied())),
     }
-    let parse = |text: &String| {
-        let id = match text.split_once(':') {
-            Some(("pci", address)) => address.parse().ok().map(ControllerId::Pci),
-            Some(("vmbus", id)) => id.parse().ok().map(ControllerId::Vmbus),
-            _ => None,
-        };
-        id.ok_or_else(|| {
-            let what = format!("--scsi-controller {text:?} is no address of a controller");
-            Failure::usage(what).advise("use pci:0000:00:10.0 or vmbus:GUID")
-        })
-    };
-    let ids = controllers.iter().map(parse);
-    Ok(ScsiResolver::new(ids.collect::<Result<Vec<_>, _>>()?))
 }
 
-/// Where the hypervisor has its devices of persistent memory.
-fn vpmem(source: &str) -> Result<VpmemResolver, Failure> {
-    let first = source
-        .strip_prefix("slots:")
-        .and_then(|first| first.parse().ok());
-    match (source, first) {
-        ("nfit", _) => Ok(VpmemResolver::nfit()),
-        (_, Some(first)) => Ok(VpmemResolver::slots(first)),
-        _ => {
-            let what = format!("--vpmem {source:?} is no source of persistent memory");
-            Err(Failure::usage(what).advise("use nfit, or slots:0 for PCI slots from number 0"))
+/// Who finds persistent memory.
+fn vpmem(sources: &[VpmemSource]) -> Result<VpmemResolver, Failure> {
+    let mut rule = None;
+    let mut own = Vec::new();
+    for source in sources {
+        let resolver = match source {
+            VpmemSource::Pci(address) => {
+                own.push(*address);
+                continue;
+            }
+            VpmemSource::Nfit => VpmemResolver::nfit(),
+            VpmemSource::Slots(first) => VpmemResolver::slots(*first),
+        };
+        if rule.replace(resolver).is_some() {
+            let what = "--vpmem has two rules for all devices";
+            return Err(Failure::usage(what).advise("give one of nfit and slots:FIRST, once"));
         }
     }
+    let mut resolver = rule.unwrap_or_else(|| VpmemResolver::new(|_| None));
+    for (number, address) in (0_u64..).zip(own) {
+        let device = DeviceNumber::try_from(number)
+            .map_err(|error| Failure::usage("--vpmem has too many devices").because(error))?;
+        resolver = resolver.with(device, PmemId::Pci(address));
+    }
+    Ok(resolver)
 }
 
 #[async_trait]
@@ -120,5 +125,29 @@ impl LayerCombiner for Guest {
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         self.engine.separate(target).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_rule_for_all_persistent_memory_and_any_number_of_its_own() {
+        let pci = |function: u8| {
+            let address = format!("0000:01:00.{function}");
+            VpmemSource::Pci(address.parse().unwrap())
+        };
+        assert!(vpmem(&[]).is_ok());
+        assert!(vpmem(&[pci(0), VpmemSource::Nfit, pci(1)]).is_ok());
+        let two = [VpmemSource::Slots(1), VpmemSource::Nfit];
+        assert_eq!(vpmem(&two).unwrap_err().status(), crate::failure::USAGE);
+    }
+
+    #[test]
+    fn scsi_disks_are_found_on_the_controllers_that_are_given() {
+        let given: ControllerId = ControllerId::Pci("0000:00:10.0".parse().unwrap());
+        assert!(scsi(&[given]).is_some());
+        assert_eq!(scsi(&[]).is_some(), Path::new(VMBUS).exists());
     }
 }

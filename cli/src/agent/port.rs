@@ -27,6 +27,10 @@ pub(super) struct Port {
     output: Edges,
     /// What was read while nobody conversed yet.
     ahead: Vec<u8>,
+    /// Whether the other end of this conversation was ever seen to be there. The driver of virtio ports hands
+    /// out what the host has sent before it knows that the host is connected: until then an end of the
+    /// input is none, and output has to wait.
+    met: bool,
 }
 
 /// Whether somebody is at the other end.
@@ -55,6 +59,7 @@ impl Port {
             output: Edges::of_output(&file)?,
             file,
             ahead: Vec::new(),
+            met: false,
         })
     }
 
@@ -62,8 +67,9 @@ impl Port {
         &self.file
     }
 
-    /// Looks at the other end. What it has sent is kept for the conversation.
+    /// Looks at the other end, for a new conversation. What it has sent is kept for that.
     pub(super) fn other_end(&mut self) -> io::Result<OtherEnd> {
+        self.met = false;
         if !self.ahead.is_empty() {
             return Ok(OtherEnd::Connected);
         }
@@ -74,7 +80,10 @@ impl Port {
                 self.ahead.extend_from_slice(&bytes[..length]);
                 Ok(OtherEnd::Connected)
             }
-            Err(Errno::AGAIN) => Ok(OtherEnd::Connected),
+            Err(Errno::AGAIN) => {
+                self.met = true;
+                Ok(OtherEnd::Connected)
+            }
             Err(Errno::NODEV) => Ok(OtherEnd::Removed),
             Err(errno) => Err(errno.into()),
         }
@@ -125,11 +134,15 @@ impl AsyncRead for Port {
         }
         loop {
             match rustix::io::read(&port.file, buffer.initialize_unfilled()) {
+                Ok(0) if !port.met => ready!(port.input.poll(cx))?,
                 Ok(length) => {
                     buffer.advance(length);
                     return Poll::Ready(Ok(()));
                 }
-                Err(Errno::AGAIN) => ready!(port.input.poll(cx))?,
+                Err(Errno::AGAIN) => {
+                    port.met = true;
+                    ready!(port.input.poll(cx))?;
+                }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Poll::Ready(Err(errno.into())),
             }
@@ -143,14 +156,18 @@ impl AsyncWrite for Port {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        let port = self.get_mut();
         loop {
-            match rustix::io::write(&self.file, bytes) {
-                Ok(length) => return Poll::Ready(Ok(length)),
+            match rustix::io::write(&port.file, bytes) {
+                Ok(length) => {
+                    port.met = true;
+                    return Poll::Ready(Ok(length));
+                }
                 // A port whose host end has gone takes nothing, and would say no more than that.
-                Err(Errno::AGAIN) if self.is_hung_up() => {
+                Err(Errno::AGAIN) if port.met && port.is_hung_up() => {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
-                Err(Errno::AGAIN) => ready!(self.output.poll(cx))?,
+                Err(Errno::AGAIN) => ready!(port.output.poll(cx))?,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Poll::Ready(Err(errno.into())),
             }
@@ -206,13 +223,34 @@ mod tests {
         for round in 0..3 {
             assert_eq!(port.other_end().unwrap(), OtherEnd::Absent);
             let mut host = host(&dir);
-            host.write_all(format!("hello {round}").as_bytes()).unwrap();
             assert!(port.connected().await.unwrap());
+            host.write_all(format!("hello {round}").as_bytes()).unwrap();
             drop(host);
             let mut heard = String::new();
             port.read_to_string(&mut heard).await.unwrap();
             assert_eq!(heard, format!("hello {round}"));
         }
+    }
+
+    #[tokio::test]
+    async fn what_comes_before_the_host_is_announced_begins_the_conversation() {
+        let (dir, mut port) = pipe();
+        let mut early = host(&dir);
+        early.write_all(b"early").unwrap();
+        // As if it were not connected yet: the input reads as ended after what has come.
+        drop(early);
+        assert!(port.connected().await.unwrap());
+        let mut bytes = [0; 5];
+        port.read_exact(&mut bytes).await.unwrap();
+        assert_eq!(bytes, *b"early");
+        let more = timeout(Duration::from_millis(100), port.read_u8()).await;
+        assert!(more.is_err(), "no end before the host was there");
+        let mut host = host(&dir);
+        host.write_all(b"later").unwrap();
+        drop(host);
+        let mut rest = vec![0; 5];
+        port.read_exact(&mut rest).await.unwrap();
+        assert_eq!(rest, b"later");
     }
 
     #[tokio::test]

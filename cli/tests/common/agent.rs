@@ -7,10 +7,13 @@ use std::process::{Child, Stdio};
 
 use blockmount_bridge::{BridgeGuest, GuestConnection};
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 
-use super::{Answer, eventually, finish, program, signal, temp};
+use super::{Answer, LONGEST, eventually, finish, program, signal, temp};
 
 /// An agent, or a witness, on a socket in a directory of its own. It is ended with the value.
 pub struct Serving {
@@ -102,6 +105,18 @@ impl Drop for Serving {
             let _ = child.wait();
         }
     }
+}
+
+/// Asks a witness once, in its protocol as it is documented: a length in four bytes, and JSON, both ways.
+pub async fn ask<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, request: Value) -> Value {
+    let text = request.to_string();
+    let length = u32::try_from(text.len()).unwrap().to_le_bytes();
+    stream.write_all(&length).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let length = timeout(LONGEST, stream.read_u32_le()).await.unwrap();
+    let mut answer = vec![0; length.unwrap() as usize];
+    stream.read_exact(&mut answer).await.unwrap();
+    serde_json::from_slice(&answer).unwrap()
 }
 
 /// Whether something is mounted exactly there.

@@ -24,7 +24,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// No command of these tests takes longer, even on a busy machine.
-const LONGEST: Duration = Duration::from_secs(120);
+pub const LONGEST: Duration = Duration::from_secs(120);
 
 /// The program, with these arguments, saying which run it is.
 pub fn program<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {

@@ -1,0 +1,214 @@
+//! The program as pid 1 of a virtual machine: it comes up, serves, survives, and says why it cannot.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use blockmount::Mounter;
+use blockmount_bridge::{BridgeGuest, GuestConnection};
+use blockmount_qemu::{GuestImage, GuestKernel, GuestStream, Vm, VmBuilder};
+use common::LONGEST;
+use common::agent::ask;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+/// A VM whose `/init` is the program, with these arguments for its agent.
+async fn machine(arguments: &str) -> VmBuilder {
+    let image = GuestImage::builder(GuestKernel::find().unwrap())
+        .program(env!("CARGO_BIN_EXE_blockmount"))
+        .file("/etc/blockmount/agent.args", arguments)
+        .build()
+        .await
+        .unwrap();
+    Vm::builder(image).directory("/var/tmp")
+}
+
+async fn start() -> Vm {
+    let states = Path::new(env!("CARGO_TARGET_TMPDIR")).join("states");
+    let machine = machine("--witness\n").await;
+    machine.saved_states(states).start().await.unwrap()
+}
+
+/// A port of its own, whose name nobody else has: QEMU wants them to differ while both are there.
+async fn connect(vm: &Vm, program: &str, n: u32) -> GuestStream {
+    let name = format!("blockmount.{program}.{n}");
+    vm.connect(&name, LONGEST).await.unwrap()
+}
+
+async fn speak(stream: GuestStream) -> BridgeGuest {
+    let connection = GuestConnection::connect(stream).await.unwrap();
+    let guest = BridgeGuest::new(connection);
+    // It does what it is asked for: nothing, here.
+    guest
+        .unmount(Path::new("/run/mounts/nothing"))
+        .await
+        .unwrap();
+    guest
+}
+
+async fn agent_pid(witness: &mut GuestStream) -> Value {
+    ask(witness, json!("agent_pid")).await["pid"].clone()
+}
+
+/// Waits until another agent runs than the one that was there.
+async fn restarted(witness: &mut GuestStream, before: &Value) -> Value {
+    let deadline = Instant::now() + LONGEST;
+    loop {
+        let pid = agent_pid(witness).await;
+        if pid.is_number() && pid != *before {
+            return pid;
+        }
+        assert!(Instant::now() < deadline, "no agent is started again");
+    }
+}
+
+#[tokio::test]
+async fn vm_hosts_come_and_go_and_each_is_served() {
+    let vm = start().await;
+    for n in 0..20 {
+        drop(speak(connect(&vm, "agent", n).await).await);
+    }
+    // Several at once, one of which says nothing and one nonsense.
+    let _silent = connect(&vm, "agent", 100).await;
+    let mut broken = connect(&vm, "agent", 101).await;
+    broken.write_all(&[0; 3000]).await.unwrap();
+    let first = speak(connect(&vm, "agent", 102).await).await;
+    let second = speak(connect(&vm, "agent", 103).await).await;
+    for guest in [first, second] {
+        guest
+            .unmount(Path::new("/run/mounts/nothing"))
+            .await
+            .unwrap();
+    }
+    vm.shut_down().await;
+}
+
+#[tokio::test]
+async fn vm_a_host_that_has_said_nonsense_can_begin_again_on_the_same_port() {
+    let vm = start().await;
+    let mut stream = connect(&vm, "agent", 0).await;
+    stream.write_all(&[0; 16]).await.unwrap();
+    // What follows at once may be thrown away with it, so that a host asks until it is answered.
+    let negotiation = br#"{"MinimumVersion":4,"MaximumVersion":4}"#;
+    let mut frame = [0x1010_0b01_u32, 16 + negotiation.len() as u32]
+        .map(u32::to_le_bytes)
+        .concat();
+    frame.extend(7_u64.to_le_bytes());
+    frame.extend(negotiation);
+    let mut answer = [0; 4];
+    for _ in 0..20 {
+        stream.write_all(&frame).await.unwrap();
+        let read = stream.read_exact(&mut answer);
+        if timeout(Duration::from_secs(1), read).await.is_ok() {
+            break;
+        }
+    }
+    assert_eq!(u32::from_le_bytes(answer), 0x2010_0b01);
+    vm.shut_down().await;
+}
+
+#[tokio::test]
+async fn vm_a_killed_agent_is_started_again_and_the_witness_tells() {
+    let vm = start().await;
+    let mut witness = connect(&vm, "witness", 0).await;
+    let first = agent_pid(&mut witness).await;
+    let mut lost = connect(&vm, "agent", 0).await;
+    assert_eq!(
+        ask(&mut witness, json!("kill_agent")).await,
+        json!({"pid": first})
+    );
+    let read = timeout(LONGEST, lost.read(&mut [0])).await.unwrap();
+    assert_eq!(read.unwrap(), 0, "the host sees that the agent has gone");
+    drop(lost);
+    let mut last = restarted(&mut witness, &first).await;
+    drop(speak(connect(&vm, "agent", 1).await).await);
+    // One that never lives long is started less and less often, but always again.
+    for _ in 0..4 {
+        assert_eq!(
+            ask(&mut witness, json!("kill_agent")).await,
+            json!({"pid": last})
+        );
+        last = restarted(&mut witness, &last).await;
+    }
+    drop(speak(connect(&vm, "agent", 2).await).await);
+    assert!(
+        vm.console().contains("the agent ended by signal 9"),
+        "{}",
+        vm.console()
+    );
+    vm.shut_down().await;
+}
+
+#[tokio::test]
+async fn vm_the_witness_tells_what_there_is_and_turns_the_machine_off() {
+    let vm = start().await;
+    let mut witness = connect(&vm, "witness", 0).await;
+    let tables = ask(&mut witness, json!("tables")).await["tables"].clone();
+    let mounts = tables["mounts"].as_array().unwrap();
+    let points: Vec<&str> = mounts
+        .iter()
+        .map(|mount| mount["mount_point"].as_str().unwrap())
+        .collect();
+    assert_eq!(points, ["/", "/proc", "/sys", "/dev", "/run", "/tmp"]);
+    assert_eq!(tables["scsi_devices"], json!([]));
+    let path = "/run/mounts";
+    let write = json!({"write": {"path": path, "content": "text"}});
+    assert_eq!(ask(&mut witness, write).await, json!("done"));
+    assert_eq!(
+        ask(&mut witness, json!({"hold": {"path": path}})).await,
+        json!("done")
+    );
+    assert_eq!(
+        ask(&mut witness, json!({"dax": {"path": path}})).await,
+        json!({"dax": false})
+    );
+    let tree = ask(&mut witness, json!({"tree": {"path": "/etc/blockmount"}})).await;
+    let names = tree["tree"]["nodes"].as_array().unwrap();
+    assert_eq!(names[0][0], "agent.args");
+    assert_eq!(names[1][0], "modules");
+    let mount = |n: u32| {
+        json!({"device": "null", "filesystem": "tmpfs", "target": format!("/run/layers/{n}"),
+            "read_only": true, "data": "", "count": 3})
+    };
+    let request = json!({"bare_mount": {"mounts": [mount(0), mount(1)]}});
+    let times = ask(&mut witness, request).await;
+    assert_eq!(times["bare_mounts"].as_array().unwrap().len(), 2, "{times}");
+    assert_eq!(
+        ask(&mut witness, json!("tables")).await["tables"]["mounts"],
+        tables["mounts"]
+    );
+
+    assert_eq!(ask(&mut witness, json!("power_off")).await, json!("done"));
+    timeout(LONGEST, vm.ended()).await.unwrap();
+}
+
+#[tokio::test]
+async fn vm_a_machine_without_a_witness_has_none() {
+    let vm = machine("").await.start().await.unwrap();
+    let refused = vm
+        .connect("blockmount.witness", Duration::from_secs(2))
+        .await;
+    assert!(refused.is_err());
+    drop(speak(connect(&vm, "agent", 0).await).await);
+    vm.shut_down().await;
+}
+
+#[tokio::test]
+async fn vm_arguments_that_make_no_sense_turn_the_machine_off_and_the_console_says_why() {
+    let started = Instant::now();
+    let error = machine("--roof\n/run\n").await.start().await.unwrap_err();
+    let (mut text, mut cause) = (String::new(), Some(&error as &dyn std::error::Error));
+    while let Some(error) = cause {
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    assert!(
+        text.contains("--roof") && text.contains("agent.args"),
+        "{text}"
+    );
+    assert!(started.elapsed() < LONGEST, "nobody waits for it in vain");
+}
