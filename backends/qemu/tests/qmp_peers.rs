@@ -287,6 +287,46 @@ async fn a_peer_that_stops_reading_blocks_no_call_beyond_its_deadline() {
     assert_eq!(seen, sent);
 }
 
+#[tokio::test(start_paused = true)]
+async fn nobody_can_answer_what_was_not_asked() {
+    let (qmp, mut peer) = connected().await;
+    let long = json!(["x".repeat(8 << 10)]);
+    let (filling, queued, ()) = tokio::join!(
+        qmp.execute_within("filling", long, SECOND),
+        qmp.execute_within("queued", NONE, SECOND),
+        async {
+            // The numbers are guessed; the second command waits for the first to be read.
+            for id in 0..10 {
+                peer.say(json!({"return": "guessed", "id": id + 2})).await;
+            }
+        }
+    );
+    assert!(matches!(
+        filling,
+        Err(QmpError::TimedOut { sent: true, .. })
+    ));
+    assert!(matches!(
+        queued,
+        Err(QmpError::TimedOut { sent: false, .. })
+    ));
+}
+
+#[tokio::test]
+async fn what_was_answered_before_the_end_is_answered() {
+    for _ in 0..50 {
+        let (qmp, mut peer) = connected().await;
+        let asking = qmp.clone();
+        let first = tokio::spawn(async move { asking.execute("first", NONE).await });
+        let command = peer.command().await;
+        peer.answer(&command, json!("last words")).await;
+        drop(peer);
+        // This one finds the stream closed for writing while the answer is still to be read.
+        let second = qmp.execute("second", NONE).await.unwrap_err();
+        assert_eq!(second.kind(), ErrorKind::Gone, "{second}");
+        assert_eq!(first.await.unwrap().unwrap(), "last words");
+    }
+}
+
 #[tokio::test]
 async fn a_dropped_call_is_forgotten() {
     let (qmp, mut peer) = connected().await;

@@ -22,7 +22,7 @@ pub const LONG: Duration = Duration::from_secs(60);
 
 /// For tests in which something is not answered.
 pub const IMPATIENT: Deadlines = Deadlines {
-    call: Duration::from_millis(500),
+    call: Duration::from_secs(1),
     greeting: LONG,
 };
 
