@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod lossy;
+pub mod peer;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
