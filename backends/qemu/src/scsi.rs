@@ -45,9 +45,9 @@ const PREFIX: &str = "bm-scsi-";
 ///
 /// The disk at controller 0, LUN 3 is a block node `bm-scsi-0-3` (on a node `bm-scsi-0-3-file`) and a device
 /// `bm-scsi-0-3` of type `scsi-hd` with channel 0, target 0 and LUN 3. A guest sees the same name as the serial
-/// number of the disk (VPD page 80h) and in its device identification (page 83h), so it can prove that it has
-/// found the disk which the host means. Whatever in QEMU has such a name is taken for one of this attacher:
-/// there must be only one for each VM.
+/// number of the disk (VPD page 80h; Linux: `device/vpd_pg80`) and in its device identification (page 83h, of which
+/// Linux makes no `wwid`), so it can prove that it has found the disk which the host means. Whatever in QEMU has
+/// such a name is taken for one of this attacher: there must be only one for each VM.
 ///
 /// - *Format*: an image whose name ends in `.qcow2` is one, and must look like one; everything else is raw,
 ///   whatever is in it. The format is never guessed from the content, which a guest can write.
