@@ -27,6 +27,7 @@ const RULE: [(&str, &[&str]); 9] = [
         "blockmount-qemu",
         &[
             "blockmount",
+            "blockmount-bridge",
             "blockmount-linux",
             "blockmount-scsi",
             "blockmount-vpmem",

@@ -3,7 +3,11 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use crate::guest::GuestKind;
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
+
+use crate::agent::args::AgentArgs;
+use crate::witness::WitnessArgs;
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
@@ -41,6 +45,10 @@ pub(crate) enum Cmd {
     Inspect(InspectArgs),
     /// Find and remove what killed runs of this program have left
     Cleanup(CleanupArgs),
+    /// Serve this machine, a guest, to its host: mount and let go of what the host asks for
+    Agent(AgentArgs),
+    /// Tell the host of this machine, a guest, how it is: for tests and diagnosis
+    Witness(WitnessArgs),
 }
 
 #[derive(Debug, Args)]
@@ -50,6 +58,7 @@ are installed (mkfs.erofs, mksquashfs, mkfs.ext4, mkfs.xfs).
 
 Examples:
   sudo blockmount demo
+  sudo blockmount demo --guest qemu           in a virtual machine, with SCSI disks
   sudo blockmount demo --json | jq .digest_mismatches
   sudo blockmount demo --layer app.erofs --layer base.img --partition 2
 
@@ -57,6 +66,10 @@ Ctrl-C at any moment releases everything first.")]
 pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) layers: OptionalLayers,
+
+    /// Where the containers run
+    #[arg(long, value_enum, default_value_t = GuestKind::Local)]
+    pub(crate) guest: GuestKind,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]
@@ -71,12 +84,20 @@ scratch ends with the mount.
 Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
   sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
+
+A guest of QEMU is started for the mount and ends with it; DIR is a path in it, below /mnt or \
+/run/mounts.
 
 If somebody still uses the tree at the end, blockmount says who and waits for them; a further \
 signal makes it give up, say what stays mounted, and exit with status 1.")]
 pub(crate) struct MountArgs {
     #[command(flatten)]
     pub(crate) layers: RequiredLayers,
+
+    /// Where the tree is to be mounted
+    #[arg(long, value_enum, default_value_t = GuestKind::Local)]
+    pub(crate) guest: GuestKind,
 
     /// Make the tree writable, with an empty scratch disk of this size: 64M, 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]

@@ -1,10 +1,12 @@
 //! Comparing what containers see with what they should.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::failure::{Context, Failure};
+use futures_util::future::join_all;
+
+use crate::failure::Failure;
+use crate::guest::Guest;
 use crate::interrupt::Interrupt;
 use crate::terminal::Progress;
 use crate::tree::{Comparison, Node, Tree, digest_bytes};
@@ -42,32 +44,21 @@ impl Check {
 
 /// Reads trees, all at once, and compares each with what it should be.
 pub(crate) async fn trees<const N: usize>(
+    guest: &Guest,
     interrupt: &Interrupt,
     progress: &Progress,
     roots: &[PathBuf; N],
     expected: [&Arc<Tree>; N],
 ) -> Result<Pass<N>, Failure> {
-    let readers: Vec<_> = std::iter::zip(roots, expected)
-        .map(|(root, expected)| {
-            let (root, expected) = (root.clone(), expected.clone());
-            let (interrupt, progress) = (interrupt.clone(), progress.clone());
-            let read = async move {
-                let work = move |stop: &_| {
-                    let seen = Tree::read(&root, stop, || progress.step())?;
-                    let comparison = expected.compare(&seen);
-                    Ok((root, comparison))
-                };
-                interrupt.blocking(work).await
-            };
-            tokio::spawn(read)
-        })
-        .collect();
-    let mut compared = Vec::with_capacity(N);
-    for reader in readers {
-        compared.push(reader.await.context(|| "a reader was lost".to_owned())?);
-    }
+    let readers = roots
+        .iter()
+        .map(|root| guest.tree(root, interrupt, progress));
     // All readers have ended before the failure of one is told: nothing is torn down under another.
-    let compared: Vec<_> = compared.into_iter().collect::<Result<_, Failure>>()?;
+    let seen = join_all(readers).await;
+    let mut compared = Vec::with_capacity(N);
+    for ((root, expected), seen) in std::iter::zip(roots, expected).zip(seen) {
+        compared.push((root.clone(), expected.compare(&seen?)));
+    }
     Ok(Pass(
         compared.try_into().expect("there is one comparison a root"),
     ))
@@ -76,41 +67,30 @@ pub(crate) async fn trees<const N: usize>(
 /// Has each container add a file, change one and remove one, never the same ones, and returns what each
 /// should see then: its own changes and nothing of the other's.
 pub(crate) async fn write(
-    interrupt: &Interrupt,
+    guest: &Guest,
     targets: &[PathBuf; 2],
     before: &Arc<Tree>,
 ) -> Result<[Arc<Tree>; 2], Failure> {
-    let (targets, before) = (targets.clone(), before.clone());
-    interrupt
-        .blocking(move |_| {
-            let victims = victims(&before);
-            let mut after = Vec::new();
-            for (index, target) in targets.iter().enumerate() {
-                let mut tree = (*before).clone();
-                let text = format!("written in container {index}\n");
-                put(
-                    target,
-                    &mut tree,
-                    Path::new(&format!("new-in-{index}")),
-                    &text,
-                )?;
-                if let Some([one, other]) = &victims {
-                    let (changed, removed) = if index == 0 {
-                        (one, other)
-                    } else {
-                        (other, one)
-                    };
-                    put(target, &mut tree, changed, &text)?;
-                    let path = target.join(removed);
-                    fs::remove_file(&path)
-                        .context(|| format!("cannot remove {}", path.display()))?;
-                    tree.remove(removed);
-                }
-                after.push(Arc::new(tree));
-            }
-            Ok(after.try_into().expect("there is one tree a container"))
-        })
-        .await
+    let victims = victims(before);
+    let mut after = Vec::new();
+    for (index, target) in targets.iter().enumerate() {
+        let mut tree = (**before).clone();
+        let text = format!("written in container {index}\n");
+        let new = format!("new-in-{index}");
+        put(guest, target, &mut tree, Path::new(&new), &text).await?;
+        if let Some([one, other]) = &victims {
+            let (changed, removed) = if index == 0 {
+                (one, other)
+            } else {
+                (other, one)
+            };
+            put(guest, target, &mut tree, changed, &text).await?;
+            guest.remove(&target.join(removed)).await?;
+            tree.remove(removed);
+        }
+        after.push(Arc::new(tree));
+    }
+    Ok(after.try_into().expect("there is one tree a container"))
 }
 
 /// Two files to change and remove: as far apart as there are, and so likely of different layers.
@@ -120,32 +100,52 @@ fn victims(tree: &Tree) -> Option<[PathBuf; 2]> {
     Some([first.to_owned(), last.to_owned()])
 }
 
-fn put(root: &Path, tree: &mut Tree, name: &Path, text: &str) -> Result<(), Failure> {
-    let path = root.join(name);
-    fs::write(&path, text).context(|| format!("cannot write {}", path.display()))?;
+async fn put(
+    guest: &Guest,
+    root: &Path,
+    tree: &mut Tree,
+    name: &Path,
+    text: &str,
+) -> Result<(), Failure> {
+    guest.write(&root.join(name), text).await?;
     tree.insert(name, Node::File(digest_bytes(text.as_bytes())));
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use blockmount_loopback::LoopTransport;
+
     use super::*;
 
     #[tokio::test]
     async fn a_file_that_leaks_into_the_other_container_is_found() {
         let directory = tempfile::tempdir().unwrap();
         let roots = ["a", "b"].map(|name| directory.path().join(name));
+        let guest = Guest::Local(Arc::new(LoopTransport::builder().build().unwrap()));
         let mut tree = Tree::default();
         for root in &roots {
             fs::create_dir(root).unwrap();
             for name in ["x", "y", "z"] {
-                put(root, &mut tree, Path::new(name), name).unwrap();
+                put(&guest, root, &mut tree, Path::new(name), name)
+                    .await
+                    .unwrap();
             }
         }
         let (interrupt, progress) = (Interrupt::listen().unwrap(), Progress::new());
         let before = Arc::new(tree);
-        let after = write(&interrupt, &roots, &before).await.unwrap();
-        let look = || trees(&interrupt, &progress, &roots, [&after[0], &after[1]]);
+        let after = write(&guest, &roots, &before).await.unwrap();
+        let look = || {
+            trees(
+                &guest,
+                &interrupt,
+                &progress,
+                &roots,
+                [&after[0], &after[1]],
+            )
+        };
 
         let mut check = Check::default();
         check.add(look().await.unwrap());

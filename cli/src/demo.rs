@@ -10,12 +10,14 @@ use blockmount::{Disk, Manager, MountPoint, MountRequest, Stack, StackRequest};
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
+use crate::guest::{Guest, Mounts};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
 use crate::machine::{Machine, require_root};
-use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, SlotReport, milliseconds};
+use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
 use crate::samples::{self, Sample};
+use crate::speed;
 use crate::stacking::{distinct, layer_request};
 use crate::terminal::{Progress, print, print_json, say};
 use crate::tree::Tree;
@@ -30,15 +32,16 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     require_root("demo")?;
     let progress = Progress::new();
     let before = Tables::read()?;
-    let machine = Machine::start()?;
+    let machine = Machine::start(args.guest).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();
-    let (ours, ended) = machine.end(&interrupt).await;
+    let ended = machine.end(&interrupt).await;
     progress.done();
     let after = Tables::read()?;
-    let left_over = after.left_over(&ours, &before);
-    let mut report = match (result, ended) {
+    let mut left_over = after.left_over(&ended.ours, &before);
+    left_over.extend(ended.left_in_guest);
+    let mut report = match (result, ended.result) {
         (Ok(report), Ok(())) => report,
         (Ok(_), Err(failure)) => return Err(failure),
         (Err(failure), ended) => return Err(account_for(failure, ended, &left_over)),
@@ -122,13 +125,17 @@ async fn job(
         start,
     };
     let checked = scene.check(samples, interrupt, progress).await?;
-    let report = scene.report(checked)?;
+    let mut report = scene.report(checked).await?;
     progress.stage("releasing both containers");
     for stack in scene.stacks {
         stack
             .release()
             .await
             .context(|| "cannot release a container".to_owned())?;
+    }
+    if let Guest::Qemu(guest) = machine.guest() {
+        let directory = machine.work_dir();
+        report.speed = Some(speed::measure(guest, directory, interrupt, progress).await?);
     }
     Ok(report)
 }
@@ -195,27 +202,30 @@ impl Scene<'_> {
     ) -> Result<Checked, Failure> {
         let expected = Arc::new(Tree::merged(samples.iter().map(|sample| &sample.tree)));
         let targets = [0, 1].map(|index| self.stacks[index].target().to_owned());
+        let guest = self.machine.guest();
 
         progress.stage("comparing every file in both containers with its source");
         let mut check = Check::default();
-        let pass = check::trees(interrupt, progress, &targets, [&expected, &expected]).await?;
+        let pass =
+            check::trees(guest, interrupt, progress, &targets, [&expected, &expected]).await?;
         let files = pass.files();
         check.add(pass);
 
         progress.stage("writing in both containers, and comparing again");
-        let after = check::write(interrupt, &targets, &expected).await?;
-        check.add(check::trees(interrupt, progress, &targets, [&after[0], &after[1]]).await?);
+        let after = check::write(guest, &targets, &expected).await?;
+        check
+            .add(check::trees(guest, interrupt, progress, &targets, [&after[0], &after[1]]).await?);
 
         progress.stage("comparing every layer with its source again");
         for (sample, mount) in samples.into_iter().zip(self.stacks[0].layers()) {
             let (path, tree) = (mount.path().to_owned(), Arc::new(sample.tree));
-            check.add(check::trees(interrupt, progress, &[path], [&tree]).await?);
+            check.add(check::trees(guest, interrupt, progress, &[path], [&tree]).await?);
         }
         Ok(Checked { check, files })
     }
 
-    fn report(&self, checked: Checked) -> Result<Report, Failure> {
-        let tables = Tables::read()?;
+    async fn report(&self, checked: Checked) -> Result<Report, Failure> {
+        let mounts = self.machine.guest().mounts().await?;
         let mut layers = Vec::new();
         for (layer, mount) in self.layers.iter().zip(self.stacks[0].layers()) {
             let sharing = self.stacks.iter().filter(|stack| {
@@ -224,7 +234,7 @@ impl Scene<'_> {
                     .iter()
                     .any(|other| other.path() == mount.path())
             });
-            layers.push(self.disk(layer, Role::Layer, mount, sharing.count(), &tables)?);
+            layers.push(self.disk(layer, Role::Layer, mount, sharing.count(), &mounts)?);
         }
         for (image, stack) in self.scratches.iter().zip(&self.stacks) {
             let layer = Layer {
@@ -234,7 +244,7 @@ impl Scene<'_> {
             let mount = stack
                 .scratch()
                 .expect("each container was asked for with a scratch disk");
-            layers.push(self.disk(&layer, Role::Scratch, mount, 1, &tables)?);
+            layers.push(self.disk(&layer, Role::Scratch, mount, 1, &mounts)?);
         }
         let recorder = self.machine.recorder();
         let containers = CONTAINERS
@@ -253,10 +263,10 @@ impl Scene<'_> {
         let counts = recorder.counts();
         let Check { files, mismatches } = checked.check;
         Ok(Report {
-            guest: "local",
+            guest: self.machine.guest().name(),
             layers,
             containers,
-            slots: self.slots(),
+            slots: self.machine.guest().slots(),
             distinct_images: self.distinct_images()?,
             attaches: counts.attaches,
             detaches: counts.detaches,
@@ -266,6 +276,7 @@ impl Scene<'_> {
             digest_mismatches: mismatches.len(),
             mismatches: mismatches.into_iter().take(LISTED).collect(),
             left_over: Vec::new(),
+            speed: None,
             seconds: (self.start.elapsed().as_secs_f64() * 1e3).round() / 1e3,
         })
     }
@@ -276,12 +287,10 @@ impl Scene<'_> {
         role: Role,
         mount: &MountPoint,
         containers: usize,
-        tables: &Tables,
+        mounts: &Mounts,
     ) -> Result<LayerReport, Failure> {
         let path = mount.path();
-        let seen = tables.mount_at(path).ok_or_else(|| {
-            Failure::new(format!("the kernel has no mount at {}", path.display()))
-        })?;
+        let seen = mounts.at(path)?;
         let recorder = self.machine.recorder();
         let attached = recorder.by_locator(mount.locator());
         Ok(LayerReport {
@@ -291,26 +300,12 @@ impl Scene<'_> {
             filesystem: seen.filesystem.clone(),
             transport: mount.locator().transport().to_owned(),
             locator: mount.locator().to_string(),
-            device: seen.source.to_string_lossy().into_owned(),
+            device: seen.device.clone(),
             path: path.display().to_string(),
             attach_ms: milliseconds(attached.map_or(Duration::ZERO, |attached| attached.took)),
             mount_ms: milliseconds(recorder.mounted(path).unwrap_or_default()),
             containers,
         })
-    }
-
-    /// The transport's own list.
-    fn slots(&self) -> Vec<SlotReport> {
-        let map = self.machine.transport().map().into_iter();
-        let slot = map.map(|slot| SlotReport {
-            slot: slot.slot,
-            state: format!("{:?}", slot.state).to_lowercase(),
-            device: format!("loop{}", slot.number),
-            read_only: slot.read_only,
-            direct_io: slot.direct_io,
-            disk: slot.source.display().to_string(),
-        });
-        slot.collect()
     }
 
     /// Counts files, not names: two names of one image are one image.

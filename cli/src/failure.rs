@@ -64,6 +64,35 @@ impl Failure {
         self.status
     }
 
+    /// What and why, on one line: for a log, or for another machine.
+    pub(crate) fn summary(&self) -> String {
+        let mut summary = self.what.clone();
+        for cause in self.causes() {
+            summary.push_str(": ");
+            summary.push_str(&cause);
+        }
+        printable(&summary)
+    }
+
+    /// What each cause says, the nearest first; a cause that only repeats is left out.
+    fn causes(&self) -> Vec<String> {
+        let mut causes = Vec::new();
+        let mut last = self.what.clone();
+        let mut cause = self
+            .cause
+            .as_deref()
+            .map(|cause| cause as &(dyn StdError + 'static));
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if text != last {
+                causes.push(text.clone());
+            }
+            last = text;
+            cause = error.source();
+        }
+        causes
+    }
+
     /// What to do about it: said by who knows best, or else by the kind of the cause.
     fn advice(&self) -> Option<String> {
         if self.advice.is_some() {
@@ -87,18 +116,8 @@ impl fmt::Display for Failure {
     /// All there is to tell, one thing a line.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error: {}", printable(&self.what))?;
-        let mut last = self.what.clone();
-        let mut cause = self
-            .cause
-            .as_deref()
-            .map(|cause| cause as &(dyn StdError + 'static));
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if text != last {
-                write!(f, "\n  because: {}", printable(&text))?;
-            }
-            last = text;
-            cause = error.source();
+        for cause in self.causes() {
+            write!(f, "\n  because: {}", printable(&cause))?;
         }
         match self.advice() {
             Some(advice) => write!(f, "\nadvice: {advice}"),

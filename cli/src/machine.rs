@@ -1,32 +1,43 @@
-//! This machine as host and guest at once: loop devices, and the Linux mount engine.
+//! A run of the program: where the containers run, the manager of their disks, and the way out.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{ErrorKind, LayerCombiner, Manager, Mounter, Transport};
+use blockmount::{ErrorKind, LayerCombiner, Manager, Mounter, Transport, Unplugger};
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Failure, printable};
+use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest};
 use crate::interrupt::Interrupt;
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
 use crate::run::Run;
 use crate::terminal::say;
 
-/// A run of the program on this machine: everything that it holds, and the way out.
+/// A run of the program: everything that it holds, and the way out.
 #[derive(Debug)]
 pub(crate) struct Machine {
     run: Run,
-    transport: Arc<LoopTransport>,
+    guest: Guest,
     /// Does the main job; each call that it makes is recorded.
     manager: Manager,
     recorder: Recorder,
-    /// Does what has to be done before, such as filling a sample; recorded apart.
+    /// Does on this machine what has to be done before, such as filling a sample; recorded apart.
     helper: Manager,
     helper_recorder: Recorder,
     targets: Vec<PathBuf>,
+}
+
+/// How a run has ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// What was ours, for a look at the kernel's tables.
+    pub(crate) ours: Ours,
+    /// What was found in the guest and in its hypervisor that had not been there at the start.
+    pub(crate) left_in_guest: Vec<String>,
+    pub(crate) result: Result<(), Failure>,
 }
 
 /// Between two attempts to release what somebody uses. The kernel has no event for the end of a use.
@@ -44,41 +55,61 @@ pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
 }
 
 impl Machine {
-    /// Starts a run. Nothing is attached or mounted yet.
-    pub(crate) fn start() -> Result<Self, Failure> {
+    /// Starts a run, and the guest if it is no part of this machine. Nothing is attached or mounted yet.
+    pub(crate) async fn start(kind: GuestKind) -> Result<Self, Failure> {
         let run = Run::start()?;
         tracing::info!(directory = %run.directory().display(), "run started");
         let transport = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
         // The transport knows which devices are its own, also when the kernel gives a number to others.
         let resolvers = Resolvers::new().with(SCHEME, transport.clone());
         let unplugger = Arc::new(LoopUnplugger::default());
-        let unpluggers = Unpluggers::new(resolvers.clone()).with(SCHEME, unplugger);
-        let guest = LinuxGuest::builder()
+        let unplugger = Unpluggers::new(resolvers.clone()).with(SCHEME, unplugger);
+        let engine = LinuxGuest::builder()
             .resolvers(resolvers)
             .overlay_mark(run.mark())
             .build();
         let (recorder, helper_recorder) = (Recorder::default(), Recorder::default());
-        let manager = build(
-            run.mount_root(),
-            recorder.watch(transport.clone()),
-            recorder.watch(guest.clone()),
-            &unpluggers,
-        );
         let helper = build(
             &run.directory().join("helper"),
             helper_recorder.watch(transport.clone()),
-            helper_recorder.watch(guest),
-            &unpluggers,
+            helper_recorder.watch(engine.clone()),
+            unplugger.clone(),
         );
+        let (guest, manager) = match kind {
+            GuestKind::Local => {
+                let manager = build(
+                    run.mount_root(),
+                    recorder.watch(transport.clone()),
+                    recorder.watch(engine),
+                    unplugger,
+                );
+                (Guest::Local(transport), manager)
+            }
+            GuestKind::Qemu => {
+                let guest = QemuGuest::start(run.work_dir()).await?;
+                let manager = build(
+                    Path::new(MOUNTS),
+                    recorder.watch(guest.scsi().clone()),
+                    recorder.watch(guest.agent().clone()),
+                    guest.agent().clone(),
+                );
+                (Guest::Qemu(Box::new(guest)), manager)
+            }
+        };
         Ok(Machine {
             run,
-            transport,
+            guest,
             manager,
             recorder,
             helper,
             helper_recorder,
             targets: Vec::new(),
         })
+    }
+
+    /// Where the containers run.
+    pub(crate) fn guest(&self) -> &Guest {
+        &self.guest
     }
 
     pub(crate) fn manager(&self) -> &Manager {
@@ -93,55 +124,64 @@ impl Machine {
         &self.recorder
     }
 
-    /// The transport, for its own list of slots.
-    pub(crate) fn transport(&self) -> &LoopTransport {
-        &self.transport
-    }
-
     /// A directory for image files, on a disk.
     pub(crate) fn work_dir(&self) -> &Path {
         self.run.work_dir()
     }
 
-    /// A path of this run's own for an overlay.
+    /// A path of this run's own in the guest, for an overlay.
     pub(crate) fn own_target(&self, name: &str) -> PathBuf {
         self.run.directory().join(name)
     }
 
-    /// Notes that an overlay is going to be at a path of the user's, so that a clean-up after us knows.
+    /// Notes that an overlay is going to be at a path of the user's, so that a clean-up after us knows. A guest
+    /// that is a VM takes its paths along.
     pub(crate) fn note_target(&mut self, target: &Path) -> Result<(), Failure> {
-        self.run.journal_dir(target)?;
-        self.targets.push(target.to_owned());
+        if let Guest::Local(_) = self.guest {
+            self.run.journal_dir(target)?;
+            self.targets.push(target.to_owned());
+        }
         Ok(())
     }
 
-    /// Ends the run: waits for work under way, tears down whatever is still there, removes the files.
+    /// Ends the run: waits for work under way, tears down whatever is still there, ends the guest, removes the files.
     ///
-    /// Returns what was ours, for a look at the kernel's tables. What somebody uses is waited for; a
-    /// further signal makes it give up, with an error that names what stays.
-    pub(crate) async fn end(self, interrupt: &Interrupt) -> (Ours, Result<(), Failure>) {
+    /// What somebody uses is waited for; a further signal makes it give up, with an error that names what stays.
+    pub(crate) async fn end(self, interrupt: &Interrupt) -> Ended {
         let ours = self.ours();
         interrupt.now("waiting for the work under way to stop");
         interrupt.settled().await;
         interrupt.now("releasing disks and mounts");
-        let drained = self.drain(interrupt).await;
-        let ended = match drained {
-            Ok(()) => {
-                interrupt.now("removing this run's files");
-                self.run.finish()
+        let mut result = self.drain(interrupt).await;
+        let mut left_in_guest = Vec::new();
+        if let Guest::Qemu(guest) = &self.guest {
+            interrupt.now("ending the virtual machine");
+            match guest.left_over().await {
+                Ok(left) => left_in_guest = left,
+                Err(failure) => result = result.and(Err(failure)),
             }
-            Err(failure) => {
-                // What a clean-up needs to know stays as it is. The lock goes with the process.
-                std::mem::forget(self.run);
-                Err(failure)
-            }
-        };
-        (ours, ended)
+            guest.end().await;
+        }
+        // A VM that is gone has taken along whatever could not be released.
+        if result.is_ok() || matches!(self.guest, Guest::Qemu(_)) {
+            interrupt.now("removing this run's files");
+            drop(self.guest);
+            result = result.and(self.run.finish());
+        } else {
+            // What a clean-up needs to know stays as it is. The lock goes with the process.
+            std::mem::forget(self.run);
+        }
+        Ended {
+            ours,
+            left_in_guest,
+            result,
+        }
     }
 
     fn ours(&self) -> Ours {
         let recorders = [&self.recorder, &self.helper_recorder].into_iter();
         let attached = recorders.flat_map(Recorder::all_attached);
+        let attached = attached.filter(|(_, at)| at.locator.transport() == SCHEME);
         Ours {
             directories: vec![
                 self.run.directory().to_owned(),
@@ -194,11 +234,11 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
     mount_root: &Path,
     transport: T,
     guest: G,
-    unpluggers: &Unpluggers,
+    unplugger: impl Unplugger,
 ) -> Manager {
     Manager::builder()
         .transport(transport)
-        .unplugger(unpluggers.clone())
+        .unplugger(unplugger)
         .mounter(guest.clone())
         .combiner(guest)
         .mount_root(mount_root)

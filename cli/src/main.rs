@@ -1,11 +1,13 @@
 //! The `blockmount` program: mounts stacks of disk images, and cleans up after itself.
 
+mod agent;
 mod args;
 mod check;
 mod child;
 mod cleanup;
 mod demo;
 mod failure;
+mod guest;
 mod images;
 mod inspect;
 mod interrupt;
@@ -17,9 +19,11 @@ mod report;
 mod run;
 mod samples;
 mod sources;
+mod speed;
 mod stacking;
 mod terminal;
 mod tree;
+mod witness;
 
 use std::io;
 use std::process::ExitCode;
@@ -33,6 +37,9 @@ use interrupt::Interrupt;
 use terminal::say;
 
 fn main() -> ExitCode {
+    if agent::init::is_asked_for() {
+        agent::init::run();
+    }
     let cli = Cli::parse();
     let result = start_log(&cli).and_then(|()| execute(cli.command));
     match result {
@@ -56,10 +63,12 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
     runtime.block_on(async {
         let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
         match command {
+            Cmd::Agent(args) => agent::run(args, interrupt).await,
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
             Cmd::Inspect(args) => inspect::run(args),
+            Cmd::Witness(args) => witness::run(args, interrupt).await,
         }
     })
 }

@@ -47,10 +47,10 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         .map(|layer| layer_request(layer, &args.options));
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let before = Tables::read()?;
-    let mut machine = Machine::start()?;
+    let mut machine = Machine::start(args.guest).await?;
     let held = match hold(&args, &target, requests, &mut machine, &interrupt).await {
         Ok(stack) => {
-            let shown = show(&args, &machine, &stack);
+            let shown = show(&args, &machine, &stack).await;
             if shown.is_ok() {
                 let signal = interrupt.requested().await;
                 say(format_args!(
@@ -67,9 +67,10 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         }
         Err(failure) => Err(failure),
     };
-    let (ours, ended) = machine.end(&interrupt).await;
-    let left_over = Tables::read()?.left_over(&ours, &before);
-    match (held, ended) {
+    let ended = machine.end(&interrupt).await;
+    let mut left_over = Tables::read()?.left_over(&ended.ours, &before);
+    left_over.extend(ended.left_in_guest);
+    match (held, ended.result) {
         (Err(failure), Err(ended)) => {
             say(format_args!("{failure}"));
             Err(ended)
@@ -120,20 +121,18 @@ async fn hold(
     Ok(stack)
 }
 
-fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {
-    let tables = Tables::read()?;
+async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {
+    let mounts = machine.guest().mounts().await?;
     let disk = |layer: &Layer, mount: &MountPoint| {
-        let seen = tables.mount_at(mount.path());
-        HeldDisk {
+        let seen = mounts.at(mount.path())?;
+        Ok(HeldDisk {
             source: layer.image.display().to_string(),
             partition: layer.partition.map(u32::from),
-            filesystem: seen.map_or(String::new(), |seen| seen.filesystem.clone()),
+            filesystem: seen.filesystem.clone(),
             locator: mount.locator().to_string(),
-            device: seen.map_or(String::new(), |seen| {
-                seen.source.to_string_lossy().into_owned()
-            }),
+            device: seen.device.clone(),
             path: mount.path().display().to_string(),
-        }
+        })
     };
     let scratch = Layer {
         image: machine.work_dir().join("scratch.ext4"),
@@ -147,9 +146,12 @@ fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failur
             .0
             .iter()
             .zip(stack.layers())
-            .map(|(l, mount)| disk(l, mount))
-            .collect(),
-        scratch: stack.scratch().map(|mount| disk(&scratch, mount)),
+            .map(|(layer, mount)| disk(layer, mount))
+            .collect::<Result<_, Failure>>()?,
+        scratch: match stack.scratch() {
+            Some(mount) => Some(disk(&scratch, mount)?),
+            None => None,
+        },
         pid: std::process::id(),
     };
     if args.json {

@@ -6,11 +6,12 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::failure::printable;
+use crate::speed::{Comparison, Speed};
 
 /// The result of a demo. Its JSON form is this structure, field by field.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    /// Where the guest is: `local` for this machine.
+    /// Where the guest is: `local` for this machine, `qemu` for a virtual one.
     pub(crate) guest: &'static str,
     /// Every disk that was used: the shared layers, topmost first, then the scratch disks.
     pub(crate) layers: Vec<LayerReport>,
@@ -35,6 +36,8 @@ pub(crate) struct Report {
     pub(crate) left_over: Vec<String>,
     /// From before the first attachment to after the last check.
     pub(crate) seconds: f64,
+    /// How long adding disks takes beside the least it can take; measured where there is a VM.
+    pub(crate) speed: Option<Speed>,
 }
 
 /// Which of the two kinds of disk it was.
@@ -75,7 +78,8 @@ pub(crate) struct ContainerReport {
 /// One slot in use.
 #[derive(Debug, Serialize)]
 pub(crate) struct SlotReport {
-    pub(crate) slot: u16,
+    /// As the transport numbers it: `3`, or `0/3` for LUN 3 of SCSI controller 0.
+    pub(crate) slot: String,
     /// `occupied`, or `quarantined` while nobody knows what is in it.
     pub(crate) state: String,
     pub(crate) device: String,
@@ -116,6 +120,9 @@ impl Report {
             self.container_table(),
             self.summary()
         );
+        if let Some(Speed { one, many }) = &self.speed {
+            text += &format!("\n{}\n{}", one.to_text(), many.to_text());
+        }
         for mismatch in &self.mismatches {
             text += &format!("\n  mismatch: {}", printable(mismatch));
         }
@@ -160,7 +167,7 @@ impl Report {
         let mut table = table(&["slot", "state", "device", "access", "direct i/o", "disk"]);
         for slot in &self.slots {
             table.add_row([
-                slot.slot.to_string(),
+                slot.slot.clone(),
                 slot.state.clone(),
                 slot.device.clone(),
                 if slot.read_only {
@@ -210,6 +217,21 @@ impl Report {
     }
 }
 
+impl Comparison {
+    fn to_text(&self) -> String {
+        let Comparison {
+            disks,
+            ours_ms,
+            floor_ms,
+            ratio,
+        } = self;
+        format!(
+            "{disks} at once, from add to mounted: {ours_ms:.1} ms; bare commands and mounts: \
+             {floor_ms:.1} ms; ratio {ratio:.2}"
+        )
+    }
+}
+
 /// A table in the program's one style.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -243,6 +265,7 @@ mod tests {
             mismatches: Vec::new(),
             left_over: Vec::new(),
             seconds: 1.0,
+            speed: None,
         }
     }
 

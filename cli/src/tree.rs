@@ -1,5 +1,7 @@
 //! What is in a tree of files: read from a directory, merged as an overlay does, and compared.
 
+mod json;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, FileType, Metadata};
 use std::io::{self, Read};

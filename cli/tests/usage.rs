@@ -16,6 +16,8 @@ fn every_command_has_help_with_examples() {
                 "mount",
                 "inspect",
                 "cleanup",
+                "agent",
+                "witness",
                 "Examples:",
                 "Exit status",
             ][..],
@@ -39,6 +41,25 @@ fn every_command_has_help_with_examples() {
         (
             &["cleanup", "--help"],
             &["--dry-run", "living run", "Examples:"],
+        ),
+        (
+            &["agent", "--help"],
+            &[
+                "--virtio-port",
+                "--vsock",
+                "--unix",
+                "--serial",
+                "--root",
+                "--scsi-controller",
+                "--vpmem",
+                "/etc/blockmount/modules",
+                "/etc/blockmount/agent.args",
+                "Examples:",
+            ],
+        ),
+        (
+            &["witness", "--help"],
+            &["--unix", "without any restriction", "Examples:"],
         ),
     ] {
         let answer = run(arguments);
@@ -91,6 +112,10 @@ fn nonsense_is_refused_with_status_2() {
         &["mount", "--at", "/mnt/x", "--layer", "x", "--scratch", "1K"],
         &["mount", "--at", "/mnt/x", "--layer", "x", "--colour"],
         &["demo", "extra"],
+        &["agent", "--vsock", "0xffffffff"],
+        &["agent", "--vsock-listen", "many"],
+        &["agent", "extra"],
+        &["witness", "--vpmem", "nfit"],
         &["inspect"],
         &["inspect", "x", "--log", "a=b=c"],
     ] {

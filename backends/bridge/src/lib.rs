@@ -89,7 +89,7 @@ mod order;
 mod server;
 pub mod wire;
 
-pub use bridge_guest::BridgeGuest;
+pub use bridge_guest::{BridgeGuest, GuestChannel};
 pub use connection::{Deadlines, GuestConnection};
 pub use hresult::Hresult;
 pub use server::{GuestServer, NotificationsFull, serve};

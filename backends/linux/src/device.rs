@@ -7,20 +7,21 @@ use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroU32;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, ErrorKind};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{blocking, fault, patiently};
 use crate::probe::{Content, probe};
 use crate::{uevent, users};
 
 /// A block device by its numbers: the same whatever its node is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DeviceNumber {
     /// The driver's number.
     pub major: u32,
@@ -206,13 +207,6 @@ pub fn partitions(disk: DeviceNumber) -> Result<BTreeMap<u32, PathBuf>, BackendE
     Ok(found)
 }
 
-/// The node of a device by the `uevent` attribute of its directory in sysfs.
-fn node_named_in(uevent: &[u8]) -> Option<PathBuf> {
-    let mut lines = uevent.split(|byte| *byte == b'\n');
-    let name = lines.find_map(|line| line.strip_prefix(b"DEVNAME="))?;
-    Some(Path::new("/dev").join(std::ffi::OsStr::from_bytes(name)))
-}
-
 /// Waits for a partition of an open disk, and names its node.
 ///
 /// The kernel knows the partitions of a disk when it announces the disk, so the wait is short where
@@ -258,6 +252,22 @@ pub async fn await_partition(
         Some(Err(known)) => Err(absent(known)),
         None => Err(absent(blocking(move || partitions(id)).await?)),
     }
+}
+
+/// The node of a disk as the kernel names it; nothing if there is no such disk. Blocks.
+pub(crate) fn node(disk: DeviceNumber) -> Option<PathBuf> {
+    node_named_in(&fs::read(disk.sysfs().join("uevent")).ok()?)
+}
+
+/// The node of a device by the `uevent` attribute of its directory in sysfs. A name that would
+/// lead out of `/dev` is none.
+pub(crate) fn node_named_in(uevent: &[u8]) -> Option<PathBuf> {
+    let mut lines = uevent.split(|byte| *byte == b'\n');
+    let name = lines.find_map(|line| line.strip_prefix(b"DEVNAME="))?;
+    let name = Path::new(std::ffi::OsStr::from_bytes(name));
+    let is_below = |part| matches!(part, Component::Normal(_));
+    let is_name = name.components().next().is_some() && name.components().all(is_below);
+    is_name.then(|| Path::new("/dev").join(name))
 }
 
 /// Whether the table on a disk has the partition; `None` if there is no table to ask.
@@ -344,14 +354,29 @@ pub fn flush(device: &File) -> io::Result<()> {
 ///
 /// As for [`prove_free`] and [`flush`]; `Busy` as [`in_use`] tells it.
 pub async fn let_go(path: &Path, patience: Duration) -> Result<(), BackendError> {
+    hold_free(path, patience).await.map(drop)
+}
+
+/// The same as [`let_go`], and keeps holding the device exclusively: as long as the answer lives,
+/// nobody can start to use it.
+///
+/// # Errors
+///
+/// As for [`let_go`].
+pub async fn hold_free(path: &Path, patience: Duration) -> Result<File, BackendError> {
     let path = path.to_owned();
     let attempt = {
         let path = path.clone();
         move || match claim(&path)? {
             // Who uses it is searched for once, when the patience is over.
             None => Err(busy(&path, &[])),
-            Some(held) => flush(&held)
-                .map_err(|error| fault(format!("cannot flush device {}", path.display()), error)),
+            Some(held) => match flush(&held) {
+                Ok(()) => Ok(held),
+                Err(error) => Err(fault(
+                    format!("cannot flush device {}", path.display()),
+                    error,
+                )),
+            },
         }
     };
     match patiently(patience, attempt).await {

@@ -41,9 +41,10 @@ const LONGEST_RETRY: Duration = Duration::from_millis(50);
 /// Much that is busy is so for a moment: a process that is being started has copies of all open
 /// descriptors, one that ends has not closed them yet, a daemon looks at each new device. The
 /// kernel announces no end of it.
-pub(crate) async fn patiently<F>(patience: Duration, attempt: F) -> Result<(), BackendError>
+pub(crate) async fn patiently<T, F>(patience: Duration, attempt: F) -> Result<T, BackendError>
 where
-    F: Fn() -> Result<(), BackendError> + Clone + Send + 'static,
+    T: Send + 'static,
+    F: Fn() -> Result<T, BackendError> + Clone + Send + 'static,
 {
     let deadline = Instant::now() + patience;
     let mut pause = FIRST_RETRY;
@@ -61,8 +62,12 @@ where
 
 /// Runs blocking system calls where they may block.
 ///
-/// The work runs to its end even if nobody waits for it any more.
-pub(crate) async fn blocking<T, F>(work: F) -> Result<T, BackendError>
+/// The work runs to its end even if nobody waits for it any more. Must be called in a runtime of tokio.
+///
+/// # Errors
+///
+/// That of the work; `Uncertain` if it was cut off by a panic or the end of the runtime.
+pub async fn blocking<T, F>(work: F) -> Result<T, BackendError>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T, BackendError> + Send + 'static,

@@ -1,32 +1,38 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
-    Propagation, Resolver,
+    BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
+    Overlay, Propagation, Resolver,
 };
 
+use crate::dax;
 use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault, patiently};
+use crate::journal::{Intent, Journal, Placed};
 use crate::judging::{choose_filesystem, explained, refuse_unsupported};
 use crate::kernel::Kernel;
 use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
-use crate::mounting::{self, MountId, Request};
+use crate::mounting::{self, Request};
 use crate::overlay;
 use crate::partitions::{Added, Partitions};
 use crate::places::{PlaceUse, Places};
 use crate::probe::probe;
+use crate::recovery;
 use crate::resolvers::Resolvers;
 use crate::target::Target;
+use crate::windows::{WindowUse, Windows};
 
 /// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
 ///
 /// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
-/// mounted when the last clone is dropped stays mounted.
+/// mounted when the last clone is dropped stays mounted. A guest that may be killed and started
+/// again keeps a journal as well: see [`LinuxGuestBuilder::journal`].
 ///
 /// All methods must be called in a runtime of tokio that has I/O and time. Calls for different
 /// targets run in parallel. A call that is dropped half-way has done nothing or everything: the
@@ -37,11 +43,13 @@ pub struct LinuxGuest(Arc<Inner>);
 #[derive(Debug)]
 pub(crate) struct Inner {
     config: LinuxGuestBuilder,
-    ledger: Ledger,
+    pub(crate) journal: Option<Arc<Journal>>,
+    pub(crate) ledger: Ledger,
     places: Arc<Places>,
-    devices: Arc<Devices>,
-    partitions: Arc<Partitions>,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) partitions: Arc<Partitions>,
     pub(crate) scratches: Arc<Scratches>,
+    pub(crate) windows: Arc<Windows>,
 }
 
 /// Configures a [`LinuxGuest`].
@@ -71,6 +79,15 @@ impl LinuxGuest {
     /// The resolvers that find its devices.
     pub fn resolvers(&self) -> &Resolvers {
         &self.0.config.resolvers
+    }
+
+    /// Whether the files of what is mounted at a target are accessed without a copy in the page cache
+    /// (DAX), as the kernel says of them (`STATX_ATTR_DAX`); for a filesystem without files, whether it is
+    /// mounted so. Nothing if nothing is mounted there.
+    pub async fn is_dax(&self, target: &Path) -> Option<bool> {
+        let target = target.to_owned();
+        let look = blocking(move || Ok(dax::of_mount(&target)));
+        look.await.ok().flatten().map(dax::Dax::is_on)
     }
 }
 
@@ -134,14 +151,41 @@ impl LinuxGuestBuilder {
 
     /// The guest. Nothing is touched before it is asked for something.
     pub fn build(self) -> LinuxGuest {
-        LinuxGuest(Arc::new(Inner {
-            config: self,
-            ledger: Ledger::default(),
-            places: Arc::default(),
-            devices: Arc::default(),
-            partitions: Arc::default(),
-            scratches: Arc::default(),
-        }))
+        LinuxGuest(Arc::new(Inner::new(self, None)))
+    }
+
+    /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
+    /// moment and built again with the same journal unmounts by the target what the earlier one has
+    /// mounted, and keeps to what it has promised about devices and scratch directories.
+    ///
+    /// Mounts of the earlier process that are there still are taken over, what it left half done is
+    /// undone, and what others have put in the place of its mounts is not touched. A record that
+    /// cannot be used is renamed to `*.aside` and reported in the log.
+    ///
+    /// The directory is made if it is missing. It should live as long as the mounts do, and be as
+    /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
+    /// reboot, or that is about another namespace of mounts, all records are set aside.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if another process uses the journal, which is awaited for as long as the
+    /// [`busy_deadline`](Self::busy_deadline), because one that was killed may not be gone yet;
+    /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing
+    /// that is found in the journal is an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// What is begun is finished, and the journal is let go afterwards.
+    pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
+        let (config, directory) = (self, directory.into());
+        let open = move || Journal::open(&directory);
+        let journal = patiently(config.busy_deadline, open).await?;
+        blocking(move || {
+            let inner = Inner::new(config, Some(journal.clone()));
+            recovery::recover(&inner, &journal)?;
+            Ok(LinuxGuest(Arc::new(inner)))
+        })
+        .await
     }
 }
 
@@ -178,6 +222,19 @@ impl LayerCombiner for LinuxGuest {
 }
 
 impl Inner {
+    fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
+        Inner {
+            config,
+            places: Arc::new(Places::new(journal.clone())),
+            partitions: Arc::new(Partitions::new(journal.clone())),
+            journal,
+            ledger: Ledger::default(),
+            devices: Arc::default(),
+            scratches: Arc::default(),
+            windows: Arc::default(),
+        }
+    }
+
     async fn mount(
         self: Arc<Self>,
         device: &DeviceLocator,
@@ -190,30 +247,62 @@ impl Inner {
         // A bad target should not cost a wait for the device.
         blocking(move || early.check_free()).await?;
         let found = self.config.resolvers.resolve(device).await?;
-        if found.window.is_some() {
-            let message = format!(
-                "cannot mount {device}: it is a part of a device, which this guest cannot map yet"
-            );
-            return Err(BackendError::unsuitable(message));
-        }
+        let done = self.clone().mount_found(found, &target, options).await;
+        done.map_err(|error| match self.windows.owes(target.path()) {
+            false => error,
+            true => BackendError::uncertain(format!(
+                "{}, and the device made for it is in use",
+                error.message()
+            )),
+        })
+    }
+
+    async fn mount_found(
+        self: Arc<Self>,
+        found: BlockDevice,
+        target: &Target,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
         let deadline = Instant::now() + self.config.device_deadline;
         let mut partition = None;
         let mut node = found.path;
         let mut open = device::await_open(&node, deadline).await?;
+        let mut window = None;
+        if let Some(range) = found.window {
+            let mapped = self.map(node, range, target).await?;
+            open = device::await_open(mapped.node(), deadline).await?;
+            node = mapped.node().to_owned();
+            window = Some(mapped);
+        }
         if let Some(number) = options.partition() {
             (node, partition) = self.partitions.find(&open, number, deadline).await?;
             open = device::await_open(&node, deadline).await?;
         }
         drop(open);
-        let (inner, options) = (self.clone(), options.clone());
-        let attempt = move || inner.mount_device(&node, partition.clone(), &target, &options);
+        let (inner, options, target) = (self.clone(), options.clone(), target.clone());
+        let below = (partition, window);
+        let attempt = move || inner.mount_device(&node, below.clone(), &target, &options);
+        patiently(self.config.busy_deadline, attempt).await
+    }
+
+    async fn map(
+        self: &Arc<Self>,
+        node: PathBuf,
+        range: Range<u64>,
+        target: &Target,
+    ) -> Result<Arc<WindowUse>, BackendError> {
+        let (inner, target) = (self.clone(), target.clone());
+        let attempt = move || {
+            let (node, range) = (&node, range.clone());
+            inner.windows.map(node, range, target.path()).map(Arc::new)
+        };
         patiently(self.config.busy_deadline, attempt).await
     }
 
     fn mount_device(
         &self,
         node: &Path,
-        partition: Option<Arc<Added>>,
+        (partition, window): (Option<Arc<Added>>, Option<Arc<WindowUse>>),
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
@@ -227,20 +316,50 @@ impl Inner {
         let filesystem = choose_filesystem(node, &found, options.filesystem())?;
         // The mount must not find the device in use by us.
         drop(open);
+        let is_dax = dax::is_asked(options);
+        if is_dax {
+            dax::refuse_impossible(number, node)?;
+        }
         let mut request = Request::new(&filesystem, node, options);
         let kernel = self.config.kernel;
-        let (mount, claim) = self.devices.claim(number, options, |only| {
+        let intent = Intent {
+            journal: self.journal.as_ref(),
+            target: target.path(),
+            device: Some((number, options)),
+            partition: partition.as_ref().map(|added| added.id()),
+            scratch: None,
+        };
+        let (Placed { mount, note }, claim) = self.devices.claim(number, options, |only| {
             request.exclusive = only;
-            self.mount_one(&mut request, &place, options.propagation())
+            self.mount_one(&mut request, &place, options.propagation(), &intent)
+                .map_err(|error| if is_dax { dax::explained(error) } else { error })
                 .map_err(|error| explained(error, node))
         })?;
         let entry = Entry {
             mount,
+            note,
             place,
             claim: Claim::Device(claim),
             partition,
+            window,
         };
-        self.record(entry, options.propagation(), kernel)
+        self.record(entry, options.propagation(), kernel)?;
+        if is_dax {
+            self.prove_dax(target)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a mount back that was to be without the page cache, and is not.
+    fn prove_dax(&self, target: &Target) -> Result<(), BackendError> {
+        let found = dax::of_mount(target.path());
+        tracing::info!(target = %target.path().display(), ?found, "mounted with dax=always");
+        if found.is_some_and(|found| found.option || found.is_on()) {
+            return Ok(());
+        }
+        let path = target.path().display();
+        let message = format!("the filesystem at {path} does without dax=always");
+        Err(self.take_back(target, BackendError::unsuitable(message)))
     }
 
     fn mount_one(
@@ -248,7 +367,8 @@ impl Inner {
         request: &mut Request,
         place: &PlaceUse,
         propagation: Option<Propagation>,
-    ) -> Result<MountId, BackendError> {
+        intent: &Intent<'_>,
+    ) -> Result<Placed, BackendError> {
         let kernel = self.config.kernel;
         let detached = match request.build(kernel) {
             // Where the one driver for the whole family does not answer to the older names.
@@ -263,10 +383,10 @@ impl Inner {
         };
         let at = place.prepare()?;
         match detached {
-            Some(mount) => mounting::attach(&mount, &at, place.target(), propagation, kernel),
+            Some(mount) => mounting::attach(&mount, &at, propagation, kernel, intent),
             None => {
-                request.mount_at(&at)?;
-                mounting::identify(at, kernel)
+                let expected = || request.expected();
+                mounting::in_one_step(at, kernel, intent, expected, |at| request.mount_at(at))
             }
         }
     }
@@ -290,14 +410,16 @@ impl Inner {
                 target.path().display()
             ))),
         });
-        let Err(error) = done else { return Ok(()) };
-        match self.ledger.unmount(&target, kernel) {
-            Ok(()) => Err(error),
-            Err(left) => Err(BackendError::uncertain(format!(
-                "{}, and {}",
-                error.message(),
-                left.message()
-            ))),
+        done.map_err(|error| self.take_back(&target, error))
+    }
+
+    /// Unmounts what must not stay, and says so if it does.
+    fn take_back(&self, target: &Target, error: BackendError) -> BackendError {
+        match self.ledger.unmount(target, self.config.kernel) {
+            Ok(()) => error,
+            Err(left) => {
+                BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
+            }
         }
     }
 
@@ -305,7 +427,10 @@ impl Inner {
         // What was mounted before the configuration was narrowed must be unmountable still.
         let target = Target::parse(target, &[])?;
         let (inner, at, kernel) = (self.clone(), target.clone(), self.config.kernel);
-        let attempt = move || inner.ledger.unmount(&at, kernel);
+        let attempt = move || {
+            inner.ledger.unmount(&at, kernel)?;
+            inner.windows.settle(at.path())
+        };
         match patiently(self.config.busy_deadline, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
                 blocking(move || Err(self.ledger.name_users(target.path(), error))).await
@@ -322,7 +447,7 @@ impl Inner {
         &self.config.overlay_mark
     }
 
-    pub(crate) fn enter(&self, target: &Target) -> Result<PlaceUse, BackendError> {
-        self.places.enter(target)
+    pub(crate) fn places(&self) -> &Arc<Places> {
+        &self.places
     }
 }

@@ -9,11 +9,13 @@ use rustix::io::Errno;
 
 use crate::device::DeviceNumber;
 use crate::fault::fault;
+use crate::journal::{Note, strike};
 use crate::kernel::Kernel;
 use crate::mounting::{self, MountId};
 use crate::partitions::Added;
 use crate::places::PlaceUse;
 use crate::target::{FileId, Target, Way};
+use crate::windows::WindowUse;
 use crate::{mountinfo, users};
 
 /// What there is to undo, by target.
@@ -27,11 +29,16 @@ pub(crate) struct Ledger(Mutex<HashMap<PathBuf, Entry>>);
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) mount: MountId,
+    /// What is on record about it; struck as soon as it is unmounted.
+    pub(crate) note: Option<Note>,
     pub(crate) place: PlaceUse,
     #[expect(dead_code, reason = "held for what dropping it does")]
     pub(crate) claim: Claim,
     #[expect(dead_code, reason = "held for what dropping it does")]
     pub(crate) partition: Option<Arc<Added>>,
+    /// Goes after the partition of it.
+    #[expect(dead_code, reason = "held for what dropping it does")]
+    pub(crate) window: Option<Arc<WindowUse>>,
 }
 
 /// What a mount keeps others from mounting otherwise.
@@ -45,13 +52,15 @@ pub(crate) enum Claim {
 }
 
 /// What is at a target now.
-enum Now {
+pub(crate) enum Now {
     /// Our mount, on top; the way to it.
     Ours(Way),
+    /// Our mount, below something of others.
+    Covered,
+    /// Something of others instead.
+    Replaced,
     /// Nothing of ours, and nothing of others.
     Gone,
-    /// Something else.
-    Others(BackendError),
 }
 
 impl Ledger {
@@ -65,6 +74,11 @@ impl Ledger {
             .insert(entry.place.target().path().to_owned(), entry);
     }
 
+    /// Whether there is a mount of ours at a target.
+    pub(crate) fn has(&self, target: &Path) -> bool {
+        self.entries().contains_key(target)
+    }
+
     /// One attempt to unmount what is in the ledger for a target. Blocks.
     pub(crate) fn unmount(&self, target: &Target, kernel: Kernel) -> Result<(), BackendError> {
         let mount = self.entries().get(target.path()).map(|entry| entry.mount);
@@ -72,7 +86,8 @@ impl Ledger {
             return not_ours(target);
         };
         match now(target, mount, kernel)? {
-            Now::Others(error) => return Err(error),
+            Now::Covered => return Err(foreign(target, "something over it")),
+            Now::Replaced => return Err(foreign(target, "something else in its place")),
             Now::Gone => {}
             Now::Ours(way) => match mounting::unmount(&way) {
                 Ok(()) => {}
@@ -87,7 +102,9 @@ impl Ledger {
         }
         // The directories are removed where the lock is not held.
         let done = self.entries().remove(target.path());
-        drop(done);
+        if let Some(mut entry) = done {
+            strike(entry.note.take());
+        }
         Ok(())
     }
 
@@ -126,13 +143,15 @@ fn not_ours(target: &Target) -> Result<(), BackendError> {
     Ok(())
 }
 
-fn now(target: &Target, mount: MountId, kernel: Kernel) -> Result<Now, BackendError> {
-    let others = |what: &str| {
-        let path = target.path().display();
-        Now::Others(BackendError::conflict(format!(
-            "cannot unmount {path}: somebody else mounted {what}"
-        )))
-    };
+fn foreign(target: &Target, what: &str) -> BackendError {
+    let path = target.path().display();
+    BackendError::conflict(format!(
+        "cannot unmount {path}: somebody else mounted {what}"
+    ))
+}
+
+/// Looks for a mount at a target.
+pub(crate) fn now(target: &Target, mount: MountId, kernel: Kernel) -> Result<Now, BackendError> {
     let place = target.find()?;
     let is_mount_point = match &place {
         Some(place) => place.is_mount_point()?,
@@ -149,8 +168,8 @@ fn now(target: &Target, mount: MountId, kernel: Kernel) -> Result<Now, BackendEr
         .iter()
         .any(|line| mount.is(line));
     Ok(match (is_covered, is_mount_point) {
-        (true, _) => others("something over it"),
-        (false, true) => others("something else in its place"),
+        (true, _) => Now::Covered,
+        (false, true) => Now::Replaced,
         (false, false) => Now::Gone,
     })
 }
@@ -214,6 +233,22 @@ impl Devices {
         }
     }
 
+    /// Claims a device for a mount that an earlier process has made.
+    pub(crate) fn adopt(
+        self: &Arc<Self>,
+        device: DeviceNumber,
+        options: &MountOptions,
+    ) -> DeviceClaim {
+        let mounted = self.map().entry(device).or_default().clone();
+        let mut mounted = mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        mounted.push(options.clone());
+        DeviceClaim {
+            devices: self.clone(),
+            device,
+            options: options.clone(),
+        }
+    }
+
     fn map(&self) -> MutexGuard<'_, HashMap<DeviceNumber, Arc<Mounted>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -263,6 +298,12 @@ impl Scratches {
             scratches: self.clone(),
             directory,
         })
+    }
+}
+
+impl ScratchClaim {
+    pub(crate) fn directory(&self) -> FileId {
+        self.directory
     }
 }
 

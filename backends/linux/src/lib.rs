@@ -34,8 +34,10 @@
 //! | [`LinuxGuest`] | the engine: a `Mounter` and a `LayerCombiner` |
 //! | [`Resolvers`], [`Unpluggers`] | who finds the devices of which transport, and who takes them out |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
+//! | [`sysfs`] | devices by their place: PCI addresses, VMBus channels, disks |
 //! | [`device`] | opening, partitions, proving that nobody uses a device |
 //! | [`probe`](mod@probe) | what is on a device or in an image |
+//! | [`mapper`] | devices made of ranges of others |
 //! | [`mountinfo`] | the kernel's table of mounts |
 //! | [`source`] | the file or block device behind a disk of the host |
 //!
@@ -46,16 +48,38 @@
 //! by anybody else: the kernel would silently share one filesystem, with the other's options.
 //! Directories that are missing on the way to the target are made, and exactly those are removed
 //! again, with `rmdir` only. A target goes through no symbolic link. Unmounting is never lazy.
+//!
+//! # What outlives a kill
+//!
+//! Mounts live in the kernel, and what there is to undo lives in the process that made them. One that
+//! may be killed keeps a journal ([`LinuxGuestBuilder::journal`]): before a mount, a directory or a
+//! partition becomes visible, a file in the journal says what it is and by what identity it can be
+//! told from everything else; when it is undone, the file goes. The next process with that journal
+//! takes over what is there and undoes what was left half done. What it cannot prove to be its own, it
+//! does not touch.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), blockmount::BackendError> {
+//! use blockmount_linux::LinuxGuest;
+//!
+//! let guest = LinuxGuest::builder().journal("/run/blockmount/agent").await?;
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod device;
+pub mod mapper;
 pub mod mountinfo;
 pub mod probe;
 pub mod source;
+pub mod sysfs;
 pub mod uevent;
 
+mod dax;
 mod fault;
 mod fscontext;
 mod guest;
+mod journal;
 mod judging;
 mod kernel;
 mod ledger;
@@ -63,10 +87,13 @@ mod mounting;
 mod overlay;
 mod partitions;
 mod places;
+mod recovery;
 mod resolvers;
 mod sys;
 mod target;
 mod users;
+mod windows;
 
+pub use fault::blocking;
 pub use guest::{LinuxGuest, LinuxGuestBuilder};
 pub use resolvers::{Resolvers, Unpluggers};

@@ -11,12 +11,14 @@ use rustix::io::Errno;
 use rustix::mount::{
     self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::fault::fault;
 use crate::fscontext::Context;
+use crate::journal::{Identity, Intent, Placed, strike};
 use crate::kernel::Kernel;
 use crate::mountinfo::MountInfo;
-use crate::target::{self, Place, Target, Way};
+use crate::target::{self, Place, Way};
 use crate::{device, sys};
 
 /// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
@@ -88,6 +90,16 @@ impl Request {
         context
             .mount(attributes(self.read_only, self.flags))
             .map(Some)
+    }
+
+    /// What the kernel's table will say of it.
+    pub(crate) fn expected(&self) -> Identity {
+        Identity::Expected {
+            filesystem: self.filesystem.clone(),
+            source: self.source.as_path().into(),
+            // The table spells the options of these filesystems in its own way.
+            options: Vec::new(),
+        }
     }
 
     /// The same in one step, at a place. (`mount(2)`)
@@ -179,39 +191,60 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
-/// Moves a detached mount into place. After an error it is gone.
+/// Moves a detached mount into place, on record before it is seen. After an error it is gone.
 pub(crate) fn attach(
-    mount: &OwnedFd,
+    detached: &OwnedFd,
     place: &Place,
-    target: &Target,
     propagation: Option<Propagation>,
     kernel: Kernel,
-) -> Result<MountId, BackendError> {
-    propagate_detached(mount, propagation, kernel)?;
-    let id = MountId::of(mount, kernel)?;
+    intent: &Intent<'_>,
+) -> Result<Placed, BackendError> {
+    propagate_detached(detached, propagation, kernel)?;
+    let mount = MountId::of(detached, kernel)?;
+    let note = intent.note(|| Identity::Known(mount))?;
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    sys_mount::move_mount(mount, "", place.directory(), "", empty).map_err(|errno| {
-        fault(
-            format!("cannot move the mount to {}", target.path().display()),
-            errno,
-        )
-    })?;
-    Ok(id)
+    match sys_mount::move_mount(detached, "", place.directory(), "", empty) {
+        Ok(()) => Ok(Placed { mount, note }),
+        Err(errno) => {
+            strike(note);
+            let target = intent.target.display();
+            Err(fault(format!("cannot move the mount to {target}"), errno))
+        }
+    }
 }
 
-/// Finds out which mount was just made at a place. After an error it is gone.
-pub(crate) fn identify(place: Place, kernel: Kernel) -> Result<MountId, BackendError> {
+/// Makes a mount in its place, with what the kernel's table will say of it on record before. After
+/// an error it is gone.
+pub(crate) fn in_one_step(
+    place: Place,
+    kernel: Kernel,
+    intent: &Intent<'_>,
+    expected: impl FnOnce() -> Identity,
+    make: impl FnOnce(&Place) -> Result<(), BackendError>,
+) -> Result<Placed, BackendError> {
+    let note = intent.note(expected)?;
+    if let Err(error) = make(&place) {
+        strike(note);
+        return Err(error);
+    }
     let way = place.into_way();
-    let mount = way
+    let identified = way
         .open()
-        .map_err(|errno| fault("cannot open the new mount", errno));
-    mount
+        .map_err(|errno| fault("cannot open the new mount", errno))
         .and_then(|mount| MountId::of(&mount, kernel))
-        .inspect_err(|_| {
-            if let Err(errno) = unmount(&way) {
-                tracing::error!(%errno, "cannot take back a mount that cannot be identified");
+        .and_then(|mount| intent.identified(note.as_ref(), mount).map(|()| mount));
+    match identified {
+        Ok(mount) => Ok(Placed { mount, note }),
+        Err(error) => {
+            match unmount(&way) {
+                Ok(()) => strike(note),
+                Err(errno) => {
+                    tracing::error!(%errno, "cannot take back a mount that cannot be identified");
+                }
             }
-        })
+            Err(error)
+        }
+    }
 }
 
 /// Sets the propagation of a mount that is still detached, as far as it would stay that way.
@@ -267,7 +300,8 @@ pub(crate) fn unmount(way: &Way) -> rustix::io::Result<()> {
 }
 
 /// A mount by identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct MountId {
     /// Its number in `mountinfo`, which another mount may get as soon as this one is gone.
     reused: u64,
@@ -302,11 +336,39 @@ impl MountId {
 
     /// Whether it is the mount in a line of the kernel's table.
     pub(crate) fn is(&self, line: &MountInfo) -> bool {
-        line.id == self.reused && rustix::fs::makedev(line.device.0, line.device.1) == self.device
+        let (major, minor) = line.device;
+        // Each subvolume of a btrfs has a device number of its own, and the table shows the whole's.
+        let is_device =
+            rustix::fs::makedev(major, minor) == self.device || line.filesystem == "btrfs";
+        line.id == self.reused && is_device
     }
 }
 
 fn unique_id(fd: impl AsFd) -> Option<u64> {
     let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
     (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::mountinfo;
+
+    use super::*;
+
+    #[test]
+    fn is_the_line_of_its_number_and_device() {
+        let mount = |device| MountId {
+            reused: 40,
+            unique: None,
+            device,
+            kind: 0,
+        };
+        let is = |mount: MountId, line: &str| mount.is(&mountinfo::parse(line.as_bytes())[0]);
+        let (ext4, other) = (rustix::fs::makedev(7, 3), rustix::fs::makedev(0, 61));
+        let line = "40 1 7:3 / /mnt rw - ext4 /dev/loop3 rw";
+        assert!(is(mount(ext4), line) && !is(mount(other), line));
+        assert!(!is(mount(ext4), &line.replace("40", "41")));
+        let line = "40 1 0:60 / /mnt rw - btrfs /dev/loop3 rw";
+        assert!(is(mount(other), line) && !is(mount(other), &line.replace("40", "41")));
+    }
 }

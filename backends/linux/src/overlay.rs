@@ -1,23 +1,29 @@
 //! Many read-only trees seen as one, with a writable one on top if there is a scratch.
 
+mod scratch;
+
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use blockmount::{BackendError, ErrorKind, MountFlags, Overlay};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Stat, Uid, fstat, mkdirat, openat, unlinkat};
+use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
 use crate::fault::fault;
 use crate::fscontext::Context;
 use crate::guest::Inner;
+use crate::journal::{Identity, Intent, Placed};
 use crate::kernel::Kernel;
 use crate::ledger::{Claim, Entry, ScratchClaim};
-use crate::mounting::{self, LONGEST_DATA, MountId, path_of};
+use crate::mounting::{self, LONGEST_DATA, path_of};
 use crate::places::PlaceUse;
-use crate::target::{FileId, Place, Target};
+use crate::target::{Place, Target};
+
+use scratch::Scratch;
+pub(crate) use scratch::remove_left;
 
 /// The kernel's limit (`OVL_MAX_STACK`).
 const MOST_LAYERS: usize = 500;
@@ -41,11 +47,11 @@ pub(crate) fn combine(
         .iter()
         .map(|layer| open_tree(layer, "layer"))
         .collect::<Result<_, _>>()?;
-    let place = guest.enter(target)?;
+    let place = guest.places().enter(target)?;
     let root =
         fstat(&layers[0]).map_err(|errno| fault("cannot look at the topmost layer", errno))?;
     let mut scratch = match &overlay.scratch {
-        Some(path) => Some(Scratch::prepare(guest, path, &root)?),
+        Some(path) => Some(Scratch::prepare(guest, path, &root, target)?),
         None => None,
     };
     let stack = Stack {
@@ -53,18 +59,28 @@ pub(crate) fn combine(
         scratch: scratch.as_ref(),
         mark: guest.overlay_mark(),
     };
-    let mount = put(guest, &stack, &place)?;
+    let Placed { mount, note } = put(guest, &stack, &place)?;
     let claim = scratch.as_mut().and_then(Scratch::keep);
     let entry = Entry {
         mount,
+        note,
         place,
         claim: Claim::Scratch(claim),
         partition: None,
+        window: None,
     };
     guest.record(entry, None, guest.kernel())
 }
 
-fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<MountId, BackendError> {
+fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<Placed, BackendError> {
+    let scratch = stack.scratch.and_then(|scratch| scratch.claim.as_ref());
+    let intent = Intent {
+        journal: guest.journal.as_ref(),
+        target: place.target().path(),
+        device: None,
+        partition: None,
+        scratch: scratch.map(ScratchClaim::directory),
+    };
     let at = place.prepare()?;
     // An overlay that nobody can write to wants two layers. The target is an empty directory, and
     // stays one: the overlay covers it.
@@ -76,11 +92,15 @@ fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<MountId, Ba
         false => None,
     };
     let lowers: Vec<&OwnedFd> = stack.layers.iter().chain(&empty).collect();
-    match stack.build(&lowers, guest.kernel())? {
-        Some(mount) => mounting::attach(&mount, &at, place.target(), None, guest.kernel()),
+    let kernel = guest.kernel();
+    match stack.build(&lowers, kernel)? {
+        Some(mount) => mounting::attach(&mount, &at, None, kernel, &intent),
         None => {
-            stack.mount_at(&lowers, &at)?;
-            mounting::identify(at, guest.kernel())
+            let options = stack.options(&lowers)?;
+            let expected = || stack.expected(&options);
+            mounting::in_one_step(at, kernel, &intent, expected, |at| {
+                stack.mount_at(&options, at)
+            })
         }
     }
 }
@@ -100,10 +120,14 @@ impl Stack<'_> {
     /// Builds the overlay detached, in the best of the ways that this kernel has; `None` if it has
     /// none.
     fn build(&self, lowers: &[&OwnedFd], kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
-        if kernel.lower_by_fd
-            && let Some(mount) = self.build_by_fd(lowers, kernel)?
-        {
-            return Ok(Some(mount));
+        if kernel.lower_by_fd {
+            match self.build_by_fd(lowers, kernel)? {
+                Ok(mount) => return Ok(Some(mount)),
+                // Before Linux 6.5 overlay has no context of its own; the one for such filesystems
+                // takes no descriptors, and to try strings would only fill the kernel's log.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(None),
+                Err(_unknown_option) => {}
+            }
         }
         if !kernel.lower_by_string {
             return Ok(None);
@@ -115,18 +139,21 @@ impl Stack<'_> {
         }
     }
 
+    /// The inner error is that of a kernel that cannot.
     fn build_by_fd(
         &self,
         lowers: &[&OwnedFd],
         kernel: Kernel,
-    ) -> Result<Option<OwnedFd>, BackendError> {
+    ) -> Result<Result<OwnedFd, Errno>, BackendError> {
         let Some(context) = self.open(kernel)? else {
-            return Ok(None);
+            return Ok(Err(Errno::NOSYS));
         };
         for (index, lower) in lowers.iter().enumerate() {
             match context.file("lowerdir+", lower) {
                 Ok(()) => {}
-                Err(Errno::INVAL) if index == 0 => return Ok(None),
+                Err(errno @ (Errno::OPNOTSUPP | Errno::INVAL)) if index == 0 => {
+                    return Ok(Err(errno));
+                }
                 Err(errno) => {
                     return Err(context.refused(&format!("lowerdir+ (layer {index})"), errno));
                 }
@@ -139,7 +166,7 @@ impl Stack<'_> {
                     .map_err(|errno| context.refused(name, errno))?;
             }
         }
-        self.finish(&context).map(Some)
+        self.finish(&context).map(Ok)
     }
 
     fn build_by_string(
@@ -176,11 +203,11 @@ impl Stack<'_> {
         context.mount(attributes)
     }
 
-    /// The same in one step. (`mount(2)`)
+    /// What `mount(2)` is given.
     ///
     /// All layers go into one string of at most a page. So that five hundred fit, and none needs an
     /// escape, each is the number of its descriptor, relative to the directory of descriptors.
-    fn mount_at(&self, lowers: &[&OwnedFd], place: &Place) -> Result<(), BackendError> {
+    fn options(&self, lowers: &[&OwnedFd]) -> Result<String, BackendError> {
         let lowers: Vec<String> = lowers
             .iter()
             .map(|lower| lower.as_raw_fd().to_string())
@@ -195,7 +222,21 @@ impl Stack<'_> {
                 "this kernel cannot take so many layers",
             ));
         }
-        let data = CString::new(data).expect("numbers and option names have no NUL");
+        Ok(data)
+    }
+
+    /// What the kernel's table will say of it.
+    fn expected(&self, options: &str) -> Identity {
+        Identity::Expected {
+            filesystem: "overlay".to_owned(),
+            source: Path::new(self.mark).into(),
+            options: options.split(',').map(str::to_owned).collect(),
+        }
+    }
+
+    /// The same in one step. (`mount(2)`)
+    fn mount_at(&self, options: &str, place: &Place) -> Result<(), BackendError> {
+        let data = CString::new(options).expect("numbers and option names have no NUL");
         let at = path_of(place.directory());
         let mut flags = sys_mount::MountFlags::empty();
         flags.set(sys_mount::MountFlags::RDONLY, self.scratch.is_none());
@@ -232,102 +273,6 @@ fn among_descriptors<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, Back
             Err(error) => Err(fault("cannot start a thread to mount an overlay", error)),
         }
     })
-}
-
-/// A directory for what is written, with what overlay keeps in it.
-struct Scratch {
-    upper: OwnedFd,
-    work: OwnedFd,
-    /// What was made just now; removed again unless the overlay comes to be.
-    made: Made,
-    claim: Option<ScratchClaim>,
-}
-
-impl Scratch {
-    /// Makes what is missing; the root of the tree looks like the topmost layer's.
-    fn prepare(guest: &Inner, path: &Path, root: &Stat) -> Result<Self, BackendError> {
-        let directory = open_tree(path, "scratch")?;
-        let stat = fstat(&directory).map_err(|errno| fault("cannot look at the scratch", errno))?;
-        let claim = guest.scratches.claim(FileId::of(&stat)).ok_or_else(|| {
-            BackendError::conflict(format!(
-                "scratch {} is in use by another overlay",
-                path.display()
-            ))
-        })?;
-        let kept = directory
-            .try_clone()
-            .map_err(|error| fault("cannot keep the scratch open", error))?;
-        let mut made = Made {
-            directory: kept,
-            names: Vec::new(),
-        };
-        let upper = made.subdirectory("upper", path)?;
-        if made.names.contains(&"upper") {
-            let what = || {
-                format!(
-                    "cannot give {}/upper the owner and mode of the topmost layer",
-                    path.display()
-                )
-            };
-            let (owner, group) = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
-            rustix::fs::fchown(&upper, Some(owner), Some(group))
-                .map_err(|errno| fault(what(), errno))?;
-            let mode = Mode::from_raw_mode(root.st_mode);
-            rustix::fs::fchmod(&upper, mode).map_err(|errno| fault(what(), errno))?;
-        }
-        let work = made.subdirectory("work", path)?;
-        Ok(Scratch {
-            upper,
-            work,
-            made,
-            claim: Some(claim),
-        })
-    }
-
-    /// The overlay is there: what was made stays.
-    fn keep(&mut self) -> Option<ScratchClaim> {
-        self.made.names.clear();
-        self.claim.take()
-    }
-}
-
-/// Directories made in a scratch, removed when this is dropped.
-struct Made {
-    directory: OwnedFd,
-    names: Vec<&'static str>,
-}
-
-impl Made {
-    fn subdirectory(
-        &mut self,
-        name: &'static str,
-        scratch: &Path,
-    ) -> Result<OwnedFd, BackendError> {
-        let what = |verb: &str| format!("cannot {verb} {}/{name}", scratch.display());
-        match mkdirat(&self.directory, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) => self.names.push(name),
-            Err(Errno::EXIST) => {}
-            Err(errno) => return Err(fault(what("make directory"), errno)),
-        }
-        readable(&self.directory, OsStr::new(name))
-            .map_err(|errno| fault(what("open directory"), errno))
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        // What the kernel has made below ours before it refused.
-        const BY_KERNEL: [&str; 2] = ["work/work", "work/index"];
-        let by_kernel = BY_KERNEL.iter().filter(|_| self.names.contains(&"work"));
-        for name in by_kernel.chain(self.names.iter()) {
-            match unlinkat(&self.directory, *name, AtFlags::REMOVEDIR) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => {
-                    tracing::warn!(name, %errno, "cannot remove a directory made in a scratch")
-                }
-            }
-        }
-    }
 }
 
 fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {

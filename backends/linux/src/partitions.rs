@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault};
+use crate::journal::{Journal, Note, PartitionId, PartitionRecord, Record, strike};
 use crate::probe::{Content, Partition, probe};
 use crate::sys;
 
@@ -22,51 +23,91 @@ const GRACE: Duration = Duration::from_millis(100);
 
 /// The partitions that we made known.
 #[derive(Debug, Default)]
-pub(crate) struct Partitions(Mutex<HashMap<(DeviceNumber, u32), Weak<Added>>>);
+pub(crate) struct Partitions {
+    /// Where they are put on record, if anywhere.
+    journal: Option<Arc<Journal>>,
+    known: Mutex<Known>,
+}
+
+type Known = HashMap<PartitionId, Weak<Added>>;
 
 /// A partition that the kernel knows from us; dropping the last handle makes it forget.
 #[derive(Debug)]
 pub(crate) struct Added {
     disk: File,
-    number: u32,
+    id: PartitionId,
+    note: Option<Note>,
 }
 
 /// How often and after which pauses a partition that is busy for a moment is tried again.
 const RETRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(5);
 
+impl Added {
+    pub(crate) fn id(&self) -> PartitionId {
+        self.id
+    }
+}
+
 impl Drop for Added {
     fn drop(&mut self) {
+        let PartitionId { disk, number } = self.id;
         for _ in 0..RETRIES {
-            match sys::delete_partition(&self.disk, self.number) {
-                Ok(()) | Err(Errno::NXIO) => return,
+            match sys::delete_partition(&self.disk, number) {
+                Ok(()) | Err(Errno::NXIO) => {
+                    strike(self.note.take());
+                    return;
+                }
                 // Such as by a process that is being started, with copies of all open descriptors.
                 Err(Errno::BUSY) => std::thread::sleep(PAUSE),
                 Err(errno) => {
-                    tracing::warn!(number = self.number, %errno, "cannot remove a partition");
+                    tracing::warn!(%disk, number, %errno, "cannot remove a partition");
                     return;
                 }
             }
         }
-        tracing::warn!(
-            number = self.number,
-            "a partition made known is in use and stays"
-        );
+        tracing::warn!(%disk, number, "a partition made known is in use and stays");
     }
 }
 
 impl Partitions {
+    pub(crate) fn new(journal: Option<Arc<Journal>>) -> Self {
+        Partitions {
+            journal,
+            known: Mutex::default(),
+        }
+    }
+
+    /// Takes over a partition that an earlier process has made known; nothing if it is not there
+    /// any more. Blocks.
+    pub(crate) fn adopt(&self, note: Note, record: &PartitionRecord) -> Option<Arc<Added>> {
+        let id = record.id;
+        let disk = device::node(id.disk)
+            .and_then(|node| device::open(&node).ok().flatten())
+            .filter(|disk| DeviceNumber::of(disk).is_ok_and(|number| number == id.disk))
+            .filter(|_| is_still(record));
+        let Some(disk) = disk else {
+            note.done();
+            return None;
+        };
+        let note = Some(note);
+        let added = Arc::new(Added { disk, id, note });
+        self.lock().insert(id, Arc::downgrade(&added));
+        Some(added)
+    }
+
     /// Finds the node of a partition, and makes it known if the kernel did not find it by itself.
     pub(crate) async fn find(
         self: &Arc<Self>,
         disk: &File,
-        number: NonZeroU32,
+        wanted: NonZeroU32,
         deadline: Instant,
     ) -> Result<(PathBuf, Option<Arc<Added>>), BackendError> {
-        let id = DeviceNumber::of(disk)?;
+        let (id, number) = (DeviceNumber::of(disk)?, wanted.get());
+        let partition = PartitionId { disk: id, number };
         let soon = deadline.min(Instant::now() + GRACE);
-        let missing = match device::await_partition(disk, number, soon).await {
-            Ok(node) => return Ok((node, self.known((id, number.get())))),
+        let missing = match device::await_partition(disk, wanted, soon).await {
+            Ok(node) => return Ok((node, self.known(partition))),
             Err(error) if error.kind() == ErrorKind::NotFound => error,
             Err(error) => return Err(error),
         };
@@ -74,48 +115,85 @@ impl Partitions {
         let disk = disk
             .try_clone()
             .map_err(|error| fault("cannot open the disk once more", error))?;
-        let added = blocking(move || this.add(disk, id, number.get())).await?;
-        match (added, device::partitions(id)?.remove(&number.get())) {
+        let added = blocking(move || this.add(disk, partition)).await?;
+        match (added, device::partitions(id)?.remove(&number)) {
             (Some(added), Some(node)) => Ok((node, Some(added))),
             _ => Err(missing),
         }
     }
 
     /// Makes a partition known by the table on the disk; nothing if it is not in a table.
-    fn add(
-        &self,
-        mut disk: File,
-        id: DeviceNumber,
-        number: u32,
-    ) -> Result<Option<Arc<Added>>, BackendError> {
-        let Some(Partition { start, size, .. }) = in_table(&mut disk, number) else {
+    fn add(&self, mut disk: File, id: PartitionId) -> Result<Option<Arc<Added>>, BackendError> {
+        let Some(Partition { start, size, .. }) = in_table(&mut disk, id.number) else {
             return Ok(None);
         };
+        let note = match &self.journal {
+            Some(journal) => Some(journal.note(&Record::Partition(PartitionRecord {
+                id,
+                sequence: sequence(id.disk),
+                start,
+                size,
+            }))?),
+            None => None,
+        };
         let mut known = self.lock();
-        if let Some(added) = known.get(&(id, number)).and_then(Weak::upgrade) {
-            return Ok(Some(added));
-        }
-        sys::add_partition(&disk, number, start, size).map_err(|errno| {
-            let disk = format!("block device {}:{}", id.major, id.minor);
-            fault(
-                format!("cannot make partition {number} of {disk} known to the kernel"),
-                errno,
-            )
-        })?;
-        let added = Arc::new(Added { disk, number });
-        known.retain(|_, added| added.strong_count() > 0);
-        known.insert((id, number), Arc::downgrade(&added));
-        Ok(Some(added))
+        let answer = match known.get(&id).and_then(Weak::upgrade) {
+            Some(added) => Ok(Some(added)),
+            None => match sys::add_partition(&disk, id.number, start, size) {
+                Ok(()) => {
+                    let added = Arc::new(Added { disk, id, note });
+                    known.retain(|_, added| added.strong_count() > 0);
+                    known.insert(id, Arc::downgrade(&added));
+                    return Ok(Some(added));
+                }
+                Err(errno) => Err(fault(
+                    format!(
+                        "cannot make partition {} of block device {} known to the kernel",
+                        id.number, id.disk
+                    ),
+                    errno,
+                )),
+            },
+        };
+        drop(known);
+        strike(note);
+        answer
     }
 
-    fn known(&self, partition: (DeviceNumber, u32)) -> Option<Arc<Added>> {
+    fn known(&self, partition: PartitionId) -> Option<Arc<Added>> {
         self.lock().get(&partition).and_then(Weak::upgrade)
     }
 
     /// Held across one call into the kernel's tables, which does no I/O.
-    fn lock(&self) -> MutexGuard<'_, HashMap<(DeviceNumber, u32), Weak<Added>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The number of a disk that no other disk gets: Linux 5.15.
+fn sequence(disk: DeviceNumber) -> Option<u64> {
+    number_in(&disk.sysfs().join("diskseq"))
+}
+
+/// Whether the kernel knows the partition that is meant, and not one of a disk that has the number
+/// now.
+fn is_still(record: &PartitionRecord) -> bool {
+    // What sysfs counts in, in bytes, whatever the sectors of the disk are.
+    const UNIT: u64 = 512;
+    let PartitionId { disk, number } = record.id;
+    let node = device::partitions(disk)
+        .ok()
+        .and_then(|mut found| found.remove(&number));
+    let Some(partition) = node.and_then(|node| DeviceNumber::at(&node).ok()) else {
+        return false;
+    };
+    let is =
+        |name: &str, bytes: u64| number_in(&partition.sysfs().join(name)) == Some(bytes / UNIT);
+    sequence(disk) == record.sequence && is("start", record.start) && is("size", record.size)
+}
+
+fn number_in(file: &Path) -> Option<u64> {
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 fn in_table(disk: &mut File, number: u32) -> Option<Partition> {

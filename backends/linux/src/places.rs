@@ -8,6 +8,7 @@ use std::time::Duration;
 use blockmount::BackendError;
 use rustix::io::Errno;
 
+use crate::journal::{Journal, Made, Note, strike};
 use crate::target::{FileId, Place, Target};
 
 /// Removing an empty directory takes microseconds; whoever waits longer has a dead filesystem.
@@ -21,6 +22,8 @@ const LONGEST_REMOVAL: Duration = Duration::from_secs(10);
 /// The lock is held for look-ups only, never while a directory is made or removed.
 #[derive(Debug, Default)]
 pub(crate) struct Places {
+    /// Where directories are put on record, if anywhere.
+    journal: Option<Arc<Journal>>,
     state: Mutex<State>,
     removed: Condvar,
 }
@@ -28,7 +31,7 @@ pub(crate) struct Places {
 #[derive(Debug, Default)]
 struct State {
     users: BTreeSet<PathBuf>,
-    made: BTreeMap<PathBuf, FileId>,
+    made: BTreeMap<PathBuf, Made>,
     removing: BTreeSet<PathBuf>,
 }
 
@@ -40,6 +43,34 @@ pub(crate) struct PlaceUse {
 }
 
 impl Places {
+    pub(crate) fn new(journal: Option<Arc<Journal>>) -> Self {
+        Places {
+            journal,
+            ..Places::default()
+        }
+    }
+
+    /// Takes over a directory that an earlier process has made. Whether it is still that one shows
+    /// when it is removed.
+    pub(crate) fn adopt(&self, path: &Path, id: FileId, note: Note) {
+        let note = Some(note);
+        self.insert(path, Made { id, note });
+    }
+
+    fn insert(&self, path: &Path, made: Made) {
+        let before = self.state().made.insert(path.to_owned(), made);
+        // Somebody else removed the one that we made before.
+        if let Some(before) = before {
+            strike(before.note);
+        }
+    }
+
+    /// Removes the directories that nobody uses.
+    pub(crate) fn sweep(&self) {
+        let doomed = self.state().take_unused(|_| true);
+        self.remove(doomed);
+    }
+
     /// Starts to use a target. Waits while a directory on the way to it is being removed.
     pub(crate) fn enter(self: &Arc<Self>, target: &Target) -> Result<PlaceUse, BackendError> {
         let path = target.path();
@@ -73,36 +104,47 @@ impl Places {
 
     /// Ends the use of a target and takes over the directories that nobody needs now, deepest
     /// first.
-    fn leave(&self, path: &Path) -> Vec<(PathBuf, FileId)> {
+    fn leave(&self, path: &Path) -> Vec<(PathBuf, Made)> {
         let mut state = self.state();
         state.users.remove(path);
+        state.take_unused(|dir| path.starts_with(dir))
+    }
+
+    /// Removes directories, deepest first. After one that must stay, so must those above it.
+    fn remove(&self, doomed: Vec<(PathBuf, Made)>) {
+        let mut kept = BTreeMap::new();
+        let mut removing = Vec::new();
+        for (dir, mut made) in doomed {
+            let has_kept = kept.keys().any(|below: &PathBuf| below.starts_with(&dir));
+            if !has_kept && remove(&dir, made.id) {
+                strike(made.note.take());
+            } else {
+                kept.insert(dir.clone(), made);
+            }
+            removing.push(dir);
+        }
+        let mut state = self.state();
+        state.made.append(&mut kept);
+        for dir in removing {
+            state.removing.remove(&dir);
+        }
+        self.removed.notify_all();
+    }
+}
+
+impl State {
+    /// Takes out the directories among `those` that are on nobody's way, deepest first.
+    fn take_unused(&mut self, those: impl Fn(&Path) -> bool) -> Vec<(PathBuf, Made)> {
         let State {
             users,
             made,
             removing,
-        } = &mut *state;
-        let unused =
-            |dir: &Path| path.starts_with(dir) && !users.iter().any(|user| user.starts_with(dir));
-        let mut doomed: Vec<(PathBuf, FileId)> = made
-            .iter()
-            .filter(|(dir, _)| unused(dir))
-            .map(|(dir, id)| (dir.clone(), *id))
-            .collect();
-        doomed.reverse();
-        made.retain(|dir, _| !doomed.iter().any(|(gone, _)| gone == dir));
-        removing.extend(doomed.iter().map(|(dir, _)| dir.clone()));
-        doomed
-    }
-
-    fn finish(&self, removing: &[(PathBuf, FileId)], kept: Option<usize>) {
-        let mut state = self.state();
-        for (index, (dir, id)) in removing.iter().enumerate() {
-            state.removing.remove(dir);
-            if kept.is_some_and(|kept| index >= kept) {
-                state.made.insert(dir.clone(), *id);
-            }
-        }
-        self.removed.notify_all();
+        } = self;
+        let unused = |dir: &PathBuf| those(dir) && !users.iter().any(|user| user.starts_with(dir));
+        let doomed: Vec<PathBuf> = made.keys().filter(|dir| unused(dir)).cloned().collect();
+        removing.extend(doomed.iter().cloned());
+        let take = |dir: PathBuf| made.remove_entry(&dir);
+        doomed.into_iter().rev().filter_map(take).collect()
     }
 }
 
@@ -114,28 +156,30 @@ impl PlaceUse {
 
     /// Makes what is missing of the target, and checks that it is free.
     pub(crate) fn prepare(&self) -> Result<Place, BackendError> {
-        let made = &mut |path: &Path, id| {
-            self.places.state().made.insert(path.to_owned(), id);
-        };
-        self.target.prepare(made)
+        let made = &mut |path: &Path, made| self.places.insert(path, made);
+        self.target.prepare(self.places.journal.as_ref(), made)
     }
 }
 
 impl Drop for PlaceUse {
     fn drop(&mut self) {
         let doomed = self.places.leave(self.target.path());
-        let kept = doomed.iter().position(|(dir, id)| !remove(dir, *id));
-        self.places.finish(&doomed, kept);
+        self.places.remove(doomed);
     }
 }
 
 /// Removes an empty directory, and says whether that is settled. One that somebody else has put
 /// something into stays: it is theirs as well.
 fn remove(path: &Path, id: FileId) -> bool {
-    let found = Target::parse(path, &[]).and_then(|target| target.find());
-    let Ok(Some(place)) = found else { return true };
+    let find = || Target::parse(path, &[]).and_then(|target| target.find());
+    let Ok(Some(place)) = find() else { return true };
     match place.into_way().remove(id) {
-        Ok(()) | Err(Errno::NOENT | Errno::EXIST) => true,
+        Ok(()) | Err(Errno::NOENT) => true,
+        // Another one; or what somebody has mounted on ours.
+        Err(Errno::EXIST) => {
+            let is_covered = |place: Place| place.is_mount_point().unwrap_or(false);
+            !find().is_ok_and(|place| place.is_some_and(is_covered))
+        }
         Err(Errno::NOTEMPTY | Errno::BUSY) => false,
         Err(errno) => {
             tracing::warn!(path = %path.display(), %errno, "cannot remove a directory made for a mount");

@@ -4,12 +4,15 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use blockmount::BackendError;
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, mkdirat, openat};
+use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::fault;
+use crate::journal::{self, Journal, Made, Wanted};
 
 /// The kernel's `PATH_MAX` without the NUL, in bytes.
 const LONGEST: usize = 4095;
@@ -119,23 +122,19 @@ impl Target {
     /// `made`, then checks that it is free.
     pub(crate) fn prepare(
         &self,
-        made: &mut dyn FnMut(&Path, FileId),
+        journal: Option<&Arc<Journal>>,
+        made: &mut dyn FnMut(&Path, Made),
     ) -> Result<Place, BackendError> {
         let place = self.walk(&mut |parent, name, path| {
-            match mkdirat(parent, name, Mode::RWXU) {
-                Ok(()) => {}
-                // Somebody else was faster; then it is theirs.
-                Err(Errno::EXIST) => return Ok(true),
-                Err(errno) => {
-                    return Err(fault(
-                        format!("cannot make directory {}", path.display()),
-                        errno,
-                    ));
-                }
+            let wanted = Wanted {
+                name,
+                mode: Mode::RWXU,
+                path,
+                scratch_of: None,
+            };
+            if let Some(directory) = journal::make_directory(journal, parent, &wanted)? {
+                made(path, directory);
             }
-            let stat =
-                stat_below(parent, name).map_err(|errno| unreachable_component(path, errno))?;
-            made(path, FileId::of(&stat));
             Ok(true)
         })?;
         let place = place.ok_or_else(|| {
@@ -226,6 +225,11 @@ impl Place {
         &self.directory
     }
 
+    /// Which directory it is.
+    pub(crate) fn id(&self) -> rustix::io::Result<FileId> {
+        fstat(&self.directory).map(|stat| FileId::of(&stat))
+    }
+
     /// Lets go of the directory and keeps only the way to it: a path through the open parent,
     /// which no change of the tree above can lead elsewhere.
     pub(crate) fn into_way(self) -> Way {
@@ -294,9 +298,14 @@ impl Way {
         open_below(&self.parent, &self.name)
     }
 
+    /// Which file is there now, on top of whatever is mounted.
+    pub(crate) fn id(&self) -> rustix::io::Result<FileId> {
+        stat_below(&self.parent, &self.name).map(|stat| FileId::of(&stat))
+    }
+
     /// Removes the directory, if it is the one that is meant and empty.
     pub(crate) fn remove(&self, meant: FileId) -> rustix::io::Result<()> {
-        if FileId::of(&stat_below(&self.parent, &self.name)?) != meant {
+        if self.id()? != meant {
             return Err(Errno::EXIST);
         }
         rustix::fs::unlinkat(&self.parent, &self.name, rustix::fs::AtFlags::REMOVEDIR)
@@ -304,7 +313,8 @@ impl Way {
 }
 
 /// A file by identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct FileId {
     device: u64,
     inode: u64,

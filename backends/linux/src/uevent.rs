@@ -183,10 +183,70 @@ where
     T: Send + 'static,
     F: FnMut() -> Result<Option<T>, BackendError> + Send + 'static,
 {
+    let look = move || look().map(|found| found.ok_or(()));
+    Ok(wait(deadline, look).await?.ok())
+}
+
+/// What one look for a device has found, for [`wait_for`].
+pub type Look<T> = Result<T, Unseen>;
+
+/// Why a look has found nothing.
+#[derive(Debug)]
+pub enum Unseen {
+    /// It may appear yet; what is missing.
+    NotYet(BackendError),
+    /// Looking on makes no sense.
+    Failed(BackendError),
+}
+
+impl Unseen {
+    /// It is not there yet; `what` says so as the message of an error does.
+    pub fn not_found(what: impl Into<String>) -> Self {
+        Unseen::NotYet(BackendError::not_found(what))
+    }
+
+    /// The error, for whoever does not look again.
+    pub fn into_error(self) -> BackendError {
+        match self {
+            Unseen::NotYet(error) | Unseen::Failed(error) => error,
+        }
+    }
+}
+
+impl From<BackendError> for Unseen {
+    fn from(error: BackendError) -> Self {
+        Unseen::Failed(error)
+    }
+}
+
+/// As [`wait_until`], for a look that can tell what is missing: that is the error when time is up.
+///
+/// # Errors
+///
+/// What failed, or what was missing at the deadline.
+pub async fn wait_for<T, F>(deadline: Instant, mut look: F) -> Result<T, BackendError>
+where
+    T: Send + 'static,
+    F: FnMut() -> Look<T> + Send + 'static,
+{
+    let look = move || match look() {
+        Ok(found) => Ok(Ok(found)),
+        Err(Unseen::NotYet(missing)) => Ok(Err(missing)),
+        Err(Unseen::Failed(error)) => Err(error),
+    };
+    wait(deadline, look).await?
+}
+
+async fn wait<T, M, F>(deadline: Instant, mut look: F) -> Result<Result<T, M>, BackendError>
+where
+    T: Send + 'static,
+    M: Send + 'static,
+    F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
+{
     // Most devices are there already; a socket would cost more than the look.
     let (found, returned) = blocking(move || Ok((look()?, look))).await?;
     look = returned;
-    if found.is_some() {
+    if found.is_ok() {
         return Ok(found);
     }
     let listener =
@@ -196,7 +256,7 @@ where
         let (found, returned) = blocking(move || Ok((look()?, look))).await?;
         look = returned;
         let left = deadline.saturating_duration_since(Instant::now());
-        if found.is_some() || left.is_zero() {
+        if found.is_ok() || left.is_zero() {
             return Ok(found);
         }
         match tokio::time::timeout(left.min(SAFETY_LOOK), listener.burst()).await {
@@ -279,5 +339,18 @@ mod tests {
             wait_until(deadline, look).await.unwrap_err().message(),
             "no"
         );
+    }
+
+    #[tokio::test]
+    async fn what_was_missing_at_the_deadline_is_the_error() {
+        let mut looks = 0;
+        let look = move || {
+            looks += 1;
+            Look::<()>::Err(Unseen::not_found(format!("look {looks}")))
+        };
+        let deadline = Instant::now() + Duration::from_millis(20);
+        let error = wait_for(deadline, look).await.unwrap_err();
+        assert_eq!(error.kind(), blockmount::ErrorKind::NotFound);
+        assert!(error.message() != "look 1", "{error}");
     }
 }

@@ -136,6 +136,36 @@ async fn root_names_need_no_escape() {
     }
 }
 
+/// Kernels before 6.8 take all layers in one string of at most a page, which one such path fills.
+#[tokio::test]
+async fn root_forty_layers_whose_paths_are_as_long_as_paths_can_be() {
+    for kernel in KERNELS {
+        let mut room = Room::new();
+        let deep: PathBuf = std::iter::repeat_n("a:long,name=\\".repeat(18), 17).collect();
+        let below = |name: String| room.at(&deep).join(name);
+        let stack: Vec<PathBuf> = (0..40).map(|index| below(format!("l{index}"))).collect();
+        let scratch = below("scratch".to_owned());
+        assert!((3_900..4_090).contains(&stack[0].as_os_str().len()));
+        for (index, dir) in stack.iter().chain([&scratch]).enumerate() {
+            fs::create_dir_all(dir).unwrap();
+            fs::write(dir.join(format!("f{index}")), "").unwrap();
+        }
+        let target = below("t".to_owned());
+        room.settle();
+        let guest = on_linux(kernel);
+        let without = overlay(stack.clone(), None, target.clone());
+        guest.combine(&without).await.unwrap();
+        assert_eq!(fs::read_dir(&target).unwrap().count(), stack.len());
+        guest.separate(&target).await.unwrap();
+        room.assert_clean();
+        let with = overlay(stack, Some(scratch), target.clone());
+        guest.combine(&with).await.unwrap();
+        fs::write(target.join("new"), "").unwrap();
+        guest.separate(&target).await.unwrap();
+        assert_eq!(room.mounts(), []);
+    }
+}
+
 #[tokio::test]
 async fn root_layers_are_devices_and_go_after_their_overlay() {
     for kernel in KERNELS {

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::qmp::Qmp;
 use image::Image;
+pub(crate) use image::absolute;
 use plug::Plug;
 
 /// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
@@ -226,7 +227,7 @@ impl QemuScsi {
 }
 
 /// Whether QEMU takes it as an id (`id_wellformed`), which it must be to be part of the name of a bus.
-fn is_id(id: &str) -> bool {
+pub(crate) fn is_id(id: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     id.starts_with(|first: char| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
 }

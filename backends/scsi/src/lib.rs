@@ -57,17 +57,22 @@
 //! | `attacher.rs` | what a hypervisor has to do |
 //! | `transport.rs` | which disk is at which address |
 //! | `evd.rs` | disks as text, such as `evd://type/path` |
+//! | `guest/` | finding and letting go of the disks in a Linux guest, and there only |
 
 mod address;
 mod attacher;
 mod evd;
 mod geometry;
+#[cfg(target_os = "linux")]
+mod guest;
 mod transport;
 
 pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};
 pub use attacher::Attacher;
 pub use evd::{InvalidDisk, format_disk, parse_disk};
 pub use geometry::{Geometry, InvalidGeometry};
+#[cfg(target_os = "linux")]
+pub use guest::{ControllerId, Identity, ScsiResolver, ScsiUnplugger};
 pub use transport::{InvalidReserved, ScsiTransport, SlotEntry};
 
 /// Shares and counts the disks of a [`ScsiTransport`].

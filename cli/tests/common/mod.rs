@@ -8,6 +8,8 @@
     clippy::unwrap_used
 )]
 
+pub mod agent;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

@@ -1,0 +1,123 @@
+//! Files without a copy of them in the page cache (DAX): whether it was asked for, and whether it is so.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::Path;
+
+use blockmount::{BackendError, ErrorKind, MountOptions};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+
+use crate::device::DeviceNumber;
+use crate::mountinfo;
+use crate::sysfs;
+
+/// So many entries are looked at for a file that tells: images are as large as they like.
+const MOST_ENTRIES: usize = 4096;
+
+/// What there is to know about a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Dax {
+    /// Whether the filesystem itself says that it is mounted so.
+    pub(crate) option: bool,
+    /// Whether any file is accessed so (`STATX_ATTR_DAX`), among those that were looked at; nothing if there
+    /// was none. Directories never are.
+    pub(crate) files: Option<bool>,
+}
+
+impl Dax {
+    pub(crate) fn is_on(self) -> bool {
+        self.files.unwrap_or(self.option)
+    }
+}
+
+fn is_always(option: &str) -> bool {
+    matches!(option, "dax" | "dax=always")
+}
+
+/// Whether all files shall be accessed so.
+pub(crate) fn is_asked(options: &MountOptions) -> bool {
+    options.data().iter().any(|option| is_always(option))
+}
+
+/// Refuses a device that cannot do it, where the kernel knows: some filesystems would do without it.
+pub(crate) fn refuse_impossible(device: DeviceNumber, node: &Path) -> Result<(), BackendError> {
+    // A partition has the queue of its disk.
+    let directory = device.sysfs();
+    let own = sysfs::text(&directory.join("queue"), "dax")?;
+    let found = match own {
+        None => sysfs::text(&directory.join("../queue"), "dax")?,
+        own => own,
+    };
+    if found.as_deref() == Some("0") {
+        return Err(BackendError::unsuitable(format!(
+            "cannot mount {} with dax=always: the device has no direct access",
+            node.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Says more about a mount that was refused without a reason.
+pub(crate) fn explained(error: BackendError) -> BackendError {
+    if error.kind() != ErrorKind::Invalid {
+        return error;
+    }
+    let message = format!(
+        "{}: with dax=always the blocks of the filesystem must be as large as a page",
+        error.message()
+    );
+    BackendError::unsuitable(message).with_source(error)
+}
+
+/// How a mount is. Nothing if nothing is mounted there. Blocks.
+pub(crate) fn of_mount(target: &Path) -> Option<Dax> {
+    let table = mountinfo::read().ok()?;
+    let mount = *mountinfo::at(&table, target).last()?;
+    let option = ["dax", "dax=always"]
+        .iter()
+        .any(|name| mount.has_option(name));
+    let files = any_file(target);
+    Some(Dax { option, files })
+}
+
+fn any_file(root: &Path) -> Option<bool> {
+    let device = |path: &Path| {
+        let found = statx(
+            CWD,
+            path,
+            AtFlags::SYMLINK_NOFOLLOW,
+            StatxFlags::BASIC_STATS,
+        )
+        .ok()?;
+        Some((found.stx_dev_major, found.stx_dev_minor, found))
+    };
+    let (major, minor, _) = device(root)?;
+    let mut seen = None;
+    let mut left = MOST_ENTRIES;
+    let mut directories = VecDeque::from([root.to_owned()]);
+    while let Some(directory) = directories.pop_front() {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if left == 0 {
+                return seen;
+            }
+            left -= 1;
+            let Ok(kind) = entry.file_type() else {
+                continue;
+            };
+            let path = entry.path();
+            let Some(found) = device(&path).filter(|found| (found.0, found.1) == (major, minor))
+            else {
+                continue;
+            };
+            if kind.is_dir() {
+                directories.push_back(path);
+            } else if kind.is_file() {
+                if found.2.stx_attributes.contains(StatxAttributes::DAX) {
+                    return Some(true);
+                }
+                seen = Some(false);
+            }
+        }
+    }
+    seen
+}

@@ -1,0 +1,296 @@
+//! Devices made of ranges of others (device-mapper), as far as windows need them.
+//!
+//! No daemon is involved: the kernel makes the node, `/dev/dm-N`, and what is made here bears a mark in name
+//! and UUID by which whoever cleans up can tell it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use blockmount::BackendError;
+use rustix::io::Errno;
+
+use crate::device::{self, DeviceNumber};
+use crate::fault::{fault, patiently};
+use crate::sysfs::{names, text};
+
+mod ioctl;
+mod wire;
+
+use ioctl::Command;
+pub use wire::Target;
+use wire::{READ_ONLY, Reply, Request, STATUS_TABLE};
+
+/// What the names of our devices start with.
+pub const NAME_MARK: &str = "blockmount-";
+/// What the UUIDs of our devices start with.
+pub const UUID_MARK: &str = "BLKMNT-";
+
+/// The interface's version that is spoken; kernels speak all older ones of the same first number.
+const MAJOR_VERSION: u32 = 4;
+const CONTROL: &str = "/dev/mapper/control";
+/// Room for an answer, in bytes, at first and at most: a table of a thousand ranges takes 80 KiB.
+const ROOM: usize = 16 << 10;
+const MOST_ROOM: usize = 16 << 20;
+/// The unit of tables, in bytes.
+pub(crate) const SECTOR: u64 = 512;
+
+/// A mapped device, as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapped {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub number: DeviceNumber,
+}
+
+/// The kernel's device-mapper. All calls block, for milliseconds.
+#[derive(Debug)]
+pub struct DeviceMapper(File);
+
+impl DeviceMapper {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this kernel has none, or one of another version of the interface.
+    pub fn open() -> Result<Self, BackendError> {
+        let opened = OpenOptions::new().read(true).write(true).open(CONTROL);
+        let control = match opened {
+            Ok(control) => control,
+            Err(error) if is_absent(&error) => {
+                let message = format!(
+                    "this kernel has no device-mapper: there is no {CONTROL} (is dm_mod loaded?)"
+                );
+                return Err(BackendError::unsuitable(message).with_source(error));
+            }
+            Err(error) => return Err(fault(format!("cannot open {CONTROL}"), error)),
+        };
+        let this = DeviceMapper(control);
+        let major = this
+            .run(Command::Version, Request::new(""))
+            .map_err(|errno| fault("cannot ask device-mapper for its version", errno))?
+            .version();
+        if major != MAJOR_VERSION {
+            return Err(BackendError::unsuitable(format!(
+                "device-mapper has version {major} of its interface and not {MAJOR_VERSION}"
+            )));
+        }
+        Ok(this)
+    }
+
+    fn run(&self, command: Command, request: Request) -> Result<Reply, Errno> {
+        let mut room = ROOM;
+        loop {
+            let mut buffer = request.clone().into_buffer(room);
+            ioctl::run(&self.0, command, &mut buffer)?;
+            let reply = Reply::new(buffer);
+            if !reply.is_cut() {
+                return Ok(reply);
+            }
+            room *= 4;
+            if room > MOST_ROOM {
+                return Err(Errno::NOBUFS);
+            }
+        }
+    }
+
+    /// Makes a read-only device of a range of another, which is given in bytes. All or nothing.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` for a bad name or range, `Conflict` if the name or the UUID is taken, `Busy` if somebody else
+    /// has the device beneath to himself, `Uncertain` if a device was begun and cannot be taken back.
+    pub fn create_window(
+        &self,
+        name: &str,
+        uuid: &str,
+        backing: DeviceNumber,
+        range: Range<u64>,
+    ) -> Result<DeviceNumber, BackendError> {
+        let table = Target::linear(backing, range)?;
+        self.create(name, uuid)?;
+        let made = self.load(name, &table).and_then(|()| self.resume(name));
+        made.map_err(|error| match self.remove(name) {
+            Ok(_) => error,
+            Err(left) => {
+                let message = format!("{}, and {}", error.message(), left.message());
+                BackendError::uncertain(message).with_source(left)
+            }
+        })
+    }
+
+    fn create(&self, name: &str, uuid: &str) -> Result<(), BackendError> {
+        let request = Request::new(checked(name)?).uuid(checked(uuid)?);
+        match self.run(Command::Create, request) {
+            Ok(_) => Ok(()),
+            // The name does not become free by itself.
+            Err(errno @ Errno::BUSY) => {
+                let message = format!("cannot make mapped device {name}: there is one already");
+                Err(BackendError::conflict(message).with_source(io::Error::from(errno)))
+            }
+            Err(errno) => Err(fault(format!("cannot make mapped device {name}"), errno)),
+        }
+    }
+
+    fn load(&self, name: &str, table: &Target) -> Result<(), BackendError> {
+        let request = Request::new(name).flags(READ_ONLY).target(table);
+        let done = self.run(Command::Load, request);
+        let what = || format!("cannot map {} for {name}", table.parameters);
+        done.map(drop).map_err(|errno| fault(what(), errno))
+    }
+
+    fn resume(&self, name: &str) -> Result<DeviceNumber, BackendError> {
+        let done = self.run(Command::Resume, Request::new(name));
+        let done = done.map_err(|errno| fault(format!("cannot start {name}"), errno))?;
+        Ok(done.number())
+    }
+
+    /// Removes a device. False if there is none of that name.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if it is in use; it stays as it was then.
+    pub fn remove(&self, name: &str) -> Result<bool, BackendError> {
+        match self.run(Command::Remove, Request::new(checked(name)?)) {
+            Ok(_) => Ok(true),
+            Err(Errno::NXIO) => Ok(false),
+            Err(errno) => Err(fault(format!("cannot remove mapped device {name}"), errno)),
+        }
+    }
+
+    /// All mapped devices, also those of others.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn list(&self) -> Result<Vec<Mapped>, BackendError> {
+        let reply = self.run(Command::List, Request::new(""));
+        let reply = reply.map_err(|errno| fault("cannot list the mapped devices", errno))?;
+        Ok(reply.names())
+    }
+
+    /// What a device is made of. Nothing if there is none of that name.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn table(&self, name: &str) -> Result<Option<Vec<Target>>, BackendError> {
+        let request = Request::new(checked(name)?).flags(STATUS_TABLE);
+        match self.run(Command::Table, request) {
+            Ok(reply) => Ok(Some(reply.targets())),
+            Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(fault(format!("cannot read the table of {name}"), errno)),
+        }
+    }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    let absent = [Errno::NOENT, Errno::NODEV, Errno::NXIO];
+    Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
+}
+
+/// A name or UUID that the kernel keeps as it is: it cuts longer ones.
+fn checked(name: &str) -> Result<&str, BackendError> {
+    let is_plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_graphic() && byte != b'/');
+    if is_plain && !name.is_empty() && name.len() <= wire::LONGEST_NAME {
+        return Ok(name);
+    }
+    let (start, length) = (name.chars().take(32).collect::<String>(), name.len());
+    Err(BackendError::invalid(format!(
+        "{start:?} ({length} bytes) is no name of a mapped device: it takes 1 to {} visible ASCII characters without a slash",
+        wire::LONGEST_NAME,
+    )))
+}
+
+/// Proves that nobody uses a range of a device, in bytes, for as long as `patience` lasts: no device is
+/// mapped to it, and nobody has the whole device. Other ranges may be in use.
+///
+/// # Errors
+///
+/// `Busy`, naming who uses it; `NotFound` if the device is not there.
+pub async fn let_go_range(
+    path: &Path,
+    range: Range<u64>,
+    patience: Duration,
+) -> Result<(), BackendError> {
+    let number = {
+        let path = path.to_owned();
+        crate::fault::blocking(move || match device::open(&path)? {
+            Some(open) => DeviceNumber::of(&open),
+            None => {
+                let message = format!("device {} is not there", path.display());
+                Err(BackendError::not_found(message))
+            }
+        })
+        .await?
+    };
+    let what = format!(
+        "bytes {} to {} of device {}",
+        range.start,
+        range.end,
+        path.display()
+    );
+    let attempt = move || match users_of_range(number, &range)? {
+        None => Ok(false),
+        Some(users) if users.is_empty() => Ok(true),
+        Some(users) => {
+            let message = format!("{what} are in use by {}", users.join(", "));
+            Err(BackendError::busy(message))
+        }
+    };
+    match patiently(patience, attempt).await? {
+        true => Ok(()),
+        false => device::let_go(path, patience).await,
+    }
+}
+
+/// The devices that are mapped to a range of a device. Nothing if no device is stacked on it at all.
+fn users_of_range(
+    backing: DeviceNumber,
+    range: &Range<u64>,
+) -> Result<Option<Vec<String>>, BackendError> {
+    let holders = names(&backing.sysfs().join("holders"))?;
+    if holders.is_empty() {
+        return Ok(None);
+    }
+    let mut users = Vec::new();
+    for holder in holders {
+        let about = Path::new("/sys/class/block").join(&holder).join("dm");
+        let Some(name) = text(&about, "name")? else {
+            users.push(format!("device {holder}"));
+            continue;
+        };
+        // One that is gone meanwhile uses nothing.
+        let table = DeviceMapper::open()?.table(&name)?.unwrap_or_default();
+        if table.iter().any(|target| target.touches(backing, range)) {
+            users.push(format!("mapped device {name} ({holder})"));
+        }
+    }
+    Ok(Some(users))
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmount::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn g14_names_that_the_kernel_would_cut_are_refused() {
+        let longest = "x".repeat(127);
+        assert_eq!(checked(&longest).unwrap(), longest);
+        let too_long = "x".repeat(128);
+        for bad in ["", "a/b", "a b", "a\0", "ü", "..\n", &too_long] {
+            assert_eq!(
+                checked(bad).unwrap_err().kind(),
+                ErrorKind::Invalid,
+                "{bad:?}"
+            );
+        }
+    }
+}

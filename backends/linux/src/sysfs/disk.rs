@@ -1,0 +1,260 @@
+//! A disk by its directory in sysfs, and the proof that an open node is that disk.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use blockmount::{BackendError, ErrorKind};
+
+use crate::device::{self, DeviceNumber, node_named_in};
+use crate::fault::blocking;
+use crate::sysfs::{bytes, names, number, text};
+use crate::uevent::{Look, Unseen};
+
+/// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
+const SECTOR: u64 = 512;
+
+/// A disk as sysfs had it at one moment.
+///
+/// Numbers and names are given to the next disk as soon as one is gone: two of these are equal only if
+/// they are of the same disk, where the kernel counts its disks (Linux 5.15).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    directory: PathBuf,
+    node: PathBuf,
+    number: DeviceNumber,
+    sequence: Option<u64>,
+    size: u64,
+}
+
+impl Disk {
+    /// The disk that a device is, by the `block` directory of the device. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if the device is several disks; the system's.
+    pub fn below(device: &Path) -> Look<Disk> {
+        let block = device.join("block");
+        match names(&block)?.as_slice() {
+            [] => Err(Unseen::not_found(format!(
+                "there is no block device in {}",
+                block.display()
+            ))),
+            [name] => Disk::at(&block.join(name)),
+            several => Err(Unseen::Failed(BackendError::conflict(format!(
+                "there are several block devices in {}: {}",
+                block.display(),
+                several.join(", ")
+            )))),
+        }
+    }
+
+    /// The disk with this directory. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn at(directory: &Path) -> Look<Disk> {
+        let missing = |what: &str| {
+            Unseen::not_found(format!(
+                "there is no {what} of a block device in {}",
+                directory.display()
+            ))
+        };
+        let node = bytes(directory, "uevent")?.and_then(|text| node_named_in(&text));
+        let number = text(directory, "dev")?.and_then(|text| text.parse().ok());
+        let size = attribute(directory, "size")?.and_then(|size| size.checked_mul(SECTOR));
+        Ok(Disk {
+            node: node.ok_or_else(|| missing("name"))?,
+            number: number.ok_or_else(|| missing("number"))?,
+            size: size.ok_or_else(|| missing("size"))?,
+            sequence: attribute(directory, "diskseq")?,
+            directory: directory.to_owned(),
+        })
+    }
+
+    /// Its directory in sysfs.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Its node, which may not be there yet.
+    pub fn node(&self) -> &Path {
+        &self.node
+    }
+
+    /// Its number.
+    pub fn number(&self) -> DeviceNumber {
+        self.number
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether it is in its place still. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn is_there(&self) -> Result<bool, BackendError> {
+        match Disk::at(&self.directory) {
+            Ok(now) => Ok(now.number == self.number && now.sequence == self.sequence),
+            Err(Unseen::NotYet(_)) => Ok(false),
+            Err(Unseen::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Opens the node for reading and proves that it is this disk: the number fits, and the disk was
+    /// there before and after. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// As for [`device::open`].
+    pub fn open(&self) -> Look<File> {
+        let node = self.node.display();
+        let open = device::open(&self.node)?
+            .ok_or_else(|| Unseen::not_found(format!("device {node} is not ready")))?;
+        let (number, wanted) = (DeviceNumber::of(&open)?, self.number);
+        if number != wanted {
+            let message = format!("{node} is block device {number} and not {wanted}");
+            return Err(Unseen::not_found(message));
+        }
+        if !self.is_there()? {
+            let message = format!("another disk has taken the name {node}");
+            return Err(Unseen::not_found(message));
+        }
+        Ok(open)
+    }
+}
+
+impl Disk {
+    /// Proves that nobody uses the disk, writes what is cached to it, and holds it exclusively for as long as
+    /// the answer lives. Nothing if it has gone meanwhile: what may be in its place is not to be touched.
+    ///
+    /// # Errors
+    ///
+    /// As for [`device::hold_free`]; `Other` if it is there and cannot be opened.
+    pub async fn hold(&self, patience: Duration) -> Result<Option<File>, BackendError> {
+        let held = device::hold_free(&self.node, patience).await;
+        let disk = self.clone();
+        blocking(move || match held {
+            Err(error) if error.kind() == ErrorKind::NotFound => match disk.is_there()? {
+                false => Ok(None),
+                true => {
+                    let node = disk.node.display();
+                    let message =
+                        format!("cannot prove that nobody uses {node}: {}", error.message());
+                    Err(BackendError::other(message).with_source(error))
+                }
+            },
+            Err(error) => Err(error),
+            Ok(held) => {
+                // What is held must be what is meant.
+                let is_it = DeviceNumber::of(&held)? == disk.number && disk.is_there()?;
+                Ok(is_it.then_some(held))
+            }
+        })
+        .await
+    }
+}
+
+fn attribute(directory: &Path, name: &str) -> Result<Option<u64>, BackendError> {
+    Ok(text(directory, name)?.and_then(|text| number(&text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn made_up(dir: &Path, name: &str, uevent: &str) -> PathBuf {
+        let disk = dir.join("block").join(name);
+        fs::create_dir_all(&disk).unwrap();
+        for (attribute, value) in [
+            ("uevent", uevent),
+            ("dev", "8:16\n"),
+            ("size", "2048\n"),
+            ("diskseq", "9\n"),
+        ] {
+            fs::write(disk.join(attribute), value).unwrap();
+        }
+        disk
+    }
+
+    #[test]
+    fn a_disk_is_what_sysfs_says_and_not_what_its_directory_is_called() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = made_up(
+            dir.path(),
+            "cciss!c0d0",
+            "MAJOR=8\nDEVNAME=cciss/c0d0\nDEVTYPE=disk\n",
+        );
+        let disk = Disk::below(dir.path()).unwrap();
+        assert_eq!(disk.node(), Path::new("/dev/cciss/c0d0"));
+        assert_eq!(
+            (disk.number().to_string(), disk.size()),
+            ("8:16".into(), 1 << 20)
+        );
+        assert!(disk.is_there().unwrap());
+        fs::write(at.join("diskseq"), "10\n").unwrap();
+        assert!(!disk.is_there().unwrap());
+        fs::remove_dir_all(&at).unwrap();
+        assert!(!disk.is_there().unwrap());
+        let missing = Disk::below(dir.path()).unwrap_err().into_error();
+        assert_eq!(missing.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn several_disks_are_a_conflict_and_a_name_does_not_lead_out_of_dev() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in [
+            "DEVNAME=../etc/passwd\n",
+            "DEVNAME=/etc/passwd\n",
+            "DEVNAME=\n",
+            "",
+        ] {
+            made_up(dir.path(), "sda", bad);
+            assert!(Disk::below(dir.path()).is_err(), "{bad:?}");
+        }
+        made_up(dir.path(), "sdb", "");
+        let error = Disk::below(dir.path()).unwrap_err().into_error();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        assert!(error.message().ends_with("sda, sdb"), "{error}");
+    }
+
+    #[test]
+    fn a_node_that_is_another_device_is_not_ready() {
+        let dir = tempfile::tempdir().unwrap();
+        made_up(dir.path(), "x", "DEVNAME=blockmount-no-such-node\n");
+        let disk = Disk::below(dir.path()).unwrap();
+        let missing = disk.open().unwrap_err().into_error();
+        assert!(missing.message().ends_with("is not ready"), "{missing}");
+        made_up(dir.path(), "x", "DEVNAME=null\n");
+        let disk = Disk::below(dir.path()).unwrap();
+        assert_eq!(
+            disk.open().unwrap_err().into_error().kind(),
+            ErrorKind::Invalid
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn whatever_is_written_there_is_read_or_refused(content in proptest::collection::vec(any::<u8>(), 0..60)) {
+            let dir = tempfile::tempdir().unwrap();
+            let at = made_up(dir.path(), "x", "DEVNAME=x\n");
+            for name in ["dev", "size", "diskseq", "uevent"] {
+                fs::write(at.join(name), &content).unwrap();
+                if let Ok(found) = Disk::below(dir.path()) {
+                    prop_assert!(found.node().starts_with("/dev"));
+                }
+            }
+        }
+    }
+}

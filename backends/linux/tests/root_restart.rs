@@ -1,0 +1,616 @@
+//! A guest that is killed at any moment and started again with the same journal: what it has mounted
+//! is its own still, and what it was about to do is undone.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is the failure message of a test"
+)]
+
+mod kit;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::num::NonZeroU32;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
+use blockmount_linux::LinuxGuest;
+use blockmount_linux::device::{self, DeviceNumber};
+use kit::{Image, KERNELS, Loop, Room, builder, mount, options, refused, run};
+
+/// How the child is told what to do; without it, the child's test does nothing.
+const ORDERS: &str = "BLOCKMOUNT_TEST_ORDERS";
+/// Rounds of the test that kills at random.
+const ROUNDS: u32 = 200;
+
+/// The devices and the directory that a child works with.
+struct Site {
+    room: Room,
+    ext4: Loop,
+    erofs: Loop,
+    disk: Loop,
+}
+
+impl Site {
+    fn new() -> Self {
+        let mut room = Room::new();
+        let ext4 = Loop::new(&Image::Ext4.copy(room.path()));
+        let erofs = Loop::new(&Image::Erofs.copy(room.path()));
+        let disk = Loop::new(&Image::Gpt.copy(room.path()));
+        fs::create_dir(room.at("scratch")).unwrap();
+        fs::create_dir(room.at("journal")).unwrap();
+        fs::set_permissions(room.at("journal"), fs::Permissions::from_mode(0o700)).unwrap();
+        room.settle();
+        Site {
+            room,
+            ext4,
+            erofs,
+            disk,
+        }
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.room.at("journal")
+    }
+
+    /// A guest in this process, as after a restart.
+    async fn restart(&self, (major, minor): (u32, u32)) -> LinuxGuest {
+        let builder = builder().as_on_linux(major, minor);
+        builder.journal(self.journal()).await.unwrap()
+    }
+
+    /// Starts a process that works as on this kernel.
+    fn start(&self, work: &str, (major, minor): (u32, u32)) -> Killable {
+        let node = |device: &Loop| device.node().to_str().unwrap().to_owned();
+        let orders = [
+            work.to_owned(),
+            self.room.path().to_str().unwrap().to_owned(),
+            node(&self.ext4),
+            node(&self.erofs),
+            node(&self.disk),
+            format!("{major}.{minor}"),
+        ];
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["a_child", "--exact", "--ignored", "--nocapture"])
+            .env(ORDERS, orders.join("\n"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        while !said.ends_with("ready\n") {
+            said.clear();
+            assert_ne!(lines.read_line(&mut said).unwrap(), 0, "the child failed");
+        }
+        Killable(child)
+    }
+
+    fn records(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.journal()).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    fn partitions(&self) -> Vec<u32> {
+        let disk = File::open(self.disk.node()).unwrap();
+        let number = DeviceNumber::of(&disk).unwrap();
+        device::partitions(number).unwrap().into_keys().collect()
+    }
+
+    /// Asserts that mounts, directories, partitions and records are as at the start.
+    #[track_caller]
+    fn assert_clean(&self) {
+        assert!(self.partitions().is_empty(), "a partition is left");
+        self.room.assert_clean();
+    }
+}
+
+struct Killable(Child);
+
+impl Killable {
+    /// `SIGKILL`, and waits until nothing of the process is left.
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        let _dead_already = self.0.kill();
+        let _reaped_already = self.0.wait();
+    }
+}
+
+/// The other process: this test in a process of its own.
+#[tokio::test]
+#[ignore = "only the other tests start it"]
+async fn a_child() {
+    let Ok(orders) = std::env::var(ORDERS) else {
+        return;
+    };
+    let orders: Vec<&str> = orders.split('\n').collect();
+    let [work, room, ext4, erofs, disk, kernel] = orders[..] else {
+        panic!("these are no orders: {orders:?}");
+    };
+    let (major, minor) = kernel.split_once('.').unwrap();
+    let guest = builder()
+        .as_on_linux(major.parse().unwrap(), minor.parse().unwrap())
+        .journal(Path::new(room).join("journal"))
+        .await
+        .unwrap();
+    let locator = |node: &str| DeviceLocator::new("test", node).unwrap();
+    let worker = Worker {
+        guest,
+        room: room.into(),
+        devices: [locator(ext4), locator(erofs), locator(disk)],
+    };
+    if let "layers" | "partitions" = work {
+        say_ready();
+        // Ends by a signal; or by itself, if the parent is gone.
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(10) {
+            match work {
+                "layers" => worker.layers_up().await,
+                _ => worker.partitions_up().await,
+            }
+            worker.down().await;
+        }
+    } else {
+        worker.layers_up().await;
+        worker.partitions_up().await;
+        if work == "part" {
+            worker.guest.unmount(&worker.at("a/b/one")).await.unwrap();
+        }
+        say_ready();
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    }
+}
+
+fn say_ready() {
+    let mut out = std::io::stdout();
+    out.write_all(b"\nready\n").unwrap();
+    out.flush().unwrap();
+}
+
+/// Mounts a bit of everything: directories that are shared, a partition, an overlay with a scratch.
+struct Worker {
+    guest: LinuxGuest,
+    room: PathBuf,
+    devices: [DeviceLocator; 3],
+}
+
+/// The targets, in an order in which they can be unmounted.
+const TARGETS: [&str; 5] = ["a/c/overlay", "a/b/one", "a/b/two", "p/q", "p/r"];
+
+impl Worker {
+    fn at(&self, name: &str) -> PathBuf {
+        self.room.join(name)
+    }
+
+    async fn layers_up(&self) {
+        let [ext4, erofs, _] = &self.devices;
+        self.mount(ext4, "a/b/one", &options(&["noatime"])).await;
+        self.mount(erofs, "a/b/two", &options(&["ro"])).await;
+        let overlay = overlay(&self.room, "a/c/overlay");
+        self.guest.combine(&overlay).await.unwrap();
+    }
+
+    async fn partitions_up(&self) {
+        let [_, _, disk] = &self.devices;
+        self.mount(disk, "p/q", &partition(2)).await;
+        self.mount(disk, "p/r", &partition(2)).await;
+    }
+
+    async fn mount(&self, device: &DeviceLocator, name: &str, options: &MountOptions) {
+        let target = self.at(name);
+        self.guest.mount(device, &target, options).await.unwrap();
+    }
+
+    async fn down(&self) {
+        for name in TARGETS {
+            self.guest.unmount(&self.at(name)).await.unwrap();
+        }
+    }
+}
+
+fn partition(number: u32) -> MountOptions {
+    let number = NonZeroU32::new(number).unwrap();
+    let builder = MountOptions::builder().partition(number).read_only();
+    builder.build().unwrap()
+}
+
+fn overlay(room: &Path, target: &str) -> Overlay {
+    Overlay {
+        layers: vec![room.join("a/b/two")],
+        scratch: Some(room.join("scratch")),
+        target: room.join(target),
+    }
+}
+
+/// What an overlay has left in its scratch stays, and is removed here: both or neither directory.
+fn clear_scratch(room: &Room) {
+    let upper = room.at("scratch/upper");
+    assert_eq!(upper.exists(), room.at("scratch/work").exists());
+    if upper.exists() {
+        fs::remove_dir(upper).unwrap();
+        fs::remove_dir_all(room.at("scratch/work")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn root_what_a_killed_process_has_mounted_is_ours_still() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        let child = site.start("hold", kernel);
+        let before = site.room.mounts();
+        assert_eq!(before.len(), TARGETS.len());
+        child.kill();
+        let guest = site.restart(kernel).await;
+        assert_eq!(site.room.mounts(), before, "recovery changes no mount");
+        assert_eq!(site.partitions(), [2]);
+
+        let (room, at) = (&site.room, |name: &str| site.room.at(name));
+        let again = mount(&guest, &site.ext4, &at("a/b/one"), &["noatime"]).await;
+        refused(again, ErrorKind::Conflict);
+        let otherwise = mount(&guest, &site.ext4, &at("x"), &["ro"]).await;
+        let message = refused(otherwise, ErrorKind::Conflict);
+        assert!(message.contains("options that exclude these"), "{message}");
+        mount(&guest, &site.erofs, &at("y"), &["ro"]).await.unwrap();
+        let message = refused(
+            guest.combine(&overlay(room.path(), "z")).await,
+            ErrorKind::Conflict,
+        );
+        assert!(message.contains("in use by another overlay"), "{message}");
+        guest.unmount(&at("never")).await.unwrap();
+
+        guest.unmount(&at("y")).await.unwrap();
+        guest.separate(&at("a/c/overlay")).await.unwrap();
+        for name in &TARGETS[1..] {
+            guest.unmount(&at(name)).await.unwrap();
+        }
+        clear_scratch(room);
+        site.assert_clean();
+        mount(&guest, &site.ext4, &at("x"), &["ro"]).await.unwrap();
+        guest.unmount(&at("x")).await.unwrap();
+        site.assert_clean();
+    }
+}
+
+/// Kills in the middle of whatever it is: the kernel's tables, the directories and the journal must be
+/// as at the start after each.
+#[tokio::test]
+async fn root_killed_at_any_moment_it_leaves_what_the_next_can_undo() {
+    let site = Site::new();
+    let seed = u64::from(std::process::id());
+    let mut random = seed;
+    let mut mounts = 0;
+    for round in 0..ROUNDS {
+        random = random
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let kernel = KERNELS[round as usize % KERNELS.len()];
+        let micros = (random >> 33) % 8_000;
+        // A partition is added when the kernel has had a tenth of a second to find it by itself.
+        let (work, micros) = match round % 10 {
+            0 => ("partitions", 98_000 + micros),
+            _ => ("layers", micros),
+        };
+        let child = site.start(work, kernel);
+        // The moment of the signal is what is to be random, and nothing is waited for here.
+        std::thread::sleep(Duration::from_micros(micros));
+        child.kill();
+        mounts += site.room.mounts().len();
+        let guest = site.restart(kernel).await;
+        let aside = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "aside");
+        assert!(
+            !site.records().iter().any(aside),
+            "seed {seed}, round {round}"
+        );
+        for name in TARGETS {
+            let done = guest.unmount(&site.room.at(name)).await;
+            done.unwrap_or_else(|error| panic!("seed {seed}, round {round}: {name}: {error}"));
+        }
+        drop(guest);
+        clear_scratch(&site.room);
+        assert_eq!(
+            site.records(),
+            [] as [PathBuf; 0],
+            "seed {seed}, round {round}"
+        );
+        site.assert_clean();
+    }
+    assert!(mounts > 0, "every kill came before the first mount");
+}
+
+/// What is let go of on purpose stays mounted, and is as well known to the next.
+#[tokio::test]
+async fn root_a_guest_that_is_dropped_leaves_its_records() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        let guest = site.restart(kernel).await;
+        let target = site.room.at("p/q");
+        guest
+            .mount(&site.disk.locator(), &target, &partition(2))
+            .await
+            .unwrap();
+        let before = (site.room.mounts(), site.records());
+        drop(guest);
+        assert_eq!((site.room.mounts(), site.records()), before);
+        site.restart(kernel).await.unmount(&target).await.unwrap();
+        site.assert_clean();
+    }
+}
+
+/// `/a` and `/a/b` were made for the first mount, which is gone; the others need them.
+#[tokio::test]
+async fn root_directories_that_mounts_share_go_with_the_last_of_them() {
+    let site = Site::new();
+    site.start("part", KERNELS[3]).kill();
+    let guest = site.restart(KERNELS[3]).await;
+    assert!(!site.room.at("a/b/one").exists() && site.room.at("a/b/two").exists());
+    for name in TARGETS {
+        guest.unmount(&site.room.at(name)).await.unwrap();
+    }
+    clear_scratch(&site.room);
+    site.assert_clean();
+}
+
+#[tokio::test]
+async fn root_what_others_unmounted_in_between_is_undone_at_the_start() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        site.start("hold", kernel).kill();
+        for name in TARGETS {
+            run("umount", &[site.room.at(name).to_str().unwrap()]);
+        }
+        fs::write(site.room.at("p/theirs"), "").unwrap();
+        let guest = site.restart(kernel).await;
+        assert!(site.partitions().is_empty() && !site.room.at("a").exists());
+        // One directory is not empty, and is removed by the last who needs it.
+        assert_eq!(site.records().len(), 1);
+        assert!(site.room.at("p/theirs").exists() && !site.room.at("p/q").exists());
+        fs::remove_file(site.room.at("p/theirs")).unwrap();
+        drop(guest);
+        drop(site.restart(kernel).await);
+        clear_scratch(&site.room);
+        site.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_what_others_mounted_in_between_is_not_touched() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        site.start("hold", kernel).kill();
+        let at = |name: &str| site.room.at(name).to_str().unwrap().to_owned();
+        let tmpfs = |name: &str| run("mount", &["-t", "tmpfs", "theirs", &at(name)]);
+        // One over ours, and one in its place.
+        tmpfs("a/b/one");
+        run("umount", &[&at("p/q")]);
+        tmpfs("p/q");
+        fs::write(at("p/q/file"), "").unwrap();
+        let before = site.room.mounts();
+        let guest = site.restart(kernel).await;
+        assert_eq!(site.room.mounts(), before);
+
+        let covered = guest.unmount(&site.room.at("a/b/one")).await;
+        let message = refused(covered, ErrorKind::Conflict);
+        assert!(message.contains("something over it"), "{message}");
+        let replaced = guest.unmount(&site.room.at("p/q")).await;
+        let message = refused(replaced, ErrorKind::Conflict);
+        assert!(message.contains("somebody else mounted it"), "{message}");
+        assert!(site.room.at("p/q/file").exists());
+        run("umount", &[&at("a/b/one")]);
+        run("umount", &[&at("p/q")]);
+        for name in TARGETS {
+            guest.unmount(&site.room.at(name)).await.unwrap();
+        }
+        // The directory that was in use by others is ours, and on record.
+        assert!(site.room.at("p/q").exists() && !site.room.at("a").exists());
+        drop(guest);
+        drop(site.restart(kernel).await);
+        clear_scratch(&site.room);
+        site.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_damaged_and_foreign_records_are_set_aside() {
+    let mut site = Site::new();
+    site.start("hold", KERNELS[4]).kill();
+    let target = "a/b/one";
+    let is_of_target = |path: &PathBuf| {
+        let text = fs::read_to_string(path).unwrap();
+        text.contains("\"mount\"") && text.contains(&format!("{target}\""))
+    };
+    let damaged = site.records().into_iter().find(is_of_target).unwrap();
+    let intact = fs::read_to_string(&damaged).unwrap();
+    fs::write(&damaged, &intact[..intact.len() / 2]).unwrap();
+    let journal = site.journal();
+    let put = |name: &str, text: &str| fs::write(journal.join(name), text).unwrap();
+    put("900.json", "");
+    put(
+        "901.json",
+        &intact.replace("\"version\":1", "\"version\":7"),
+    );
+    put("902.json", &intact.replace("mnt:[", "mnt:[1"));
+    put("903.json", &intact.replace(target, "../../etc"));
+    put("904.new", &intact);
+    put("notes.txt", "somebody's");
+    put("0905.json", &intact);
+    fs::create_dir(journal.join("906.json")).unwrap();
+    symlink("/etc/passwd", journal.join("907.json")).unwrap();
+
+    let guest = site.restart(KERNELS[4]).await;
+    let left = |ending: &str| {
+        let names = site.records();
+        names
+            .iter()
+            .filter(|path| path.to_str().unwrap().ends_with(ending))
+            .count()
+    };
+    assert_eq!(
+        (left(".aside"), left(".new")),
+        (7, 0),
+        "{:?}",
+        site.records()
+    );
+    assert!(journal.join("notes.txt").exists() && journal.join("0905.json").exists());
+    // Without a record, it is somebody else's.
+    let message = refused(
+        guest.unmount(&site.room.at(target)).await,
+        ErrorKind::Conflict,
+    );
+    assert!(message.contains("somebody else mounted it"), "{message}");
+    run("umount", &[site.room.at(target).to_str().unwrap()]);
+    for name in TARGETS {
+        guest.unmount(&site.room.at(name)).await.unwrap();
+    }
+    // The numbers of new records are beyond all that were found.
+    mount(&guest, &site.ext4, &site.room.at("x"), &[])
+        .await
+        .unwrap();
+    assert!(
+        site.records()
+            .iter()
+            .any(|path| path.ends_with("910.json") || path.ends_with("909.json"))
+    );
+    guest.unmount(&site.room.at("x")).await.unwrap();
+    // The directory of the mount that was not ours any more was in use until now.
+    assert!(site.room.at("a/b/one").exists());
+    drop(guest);
+    drop(site.restart(KERNELS[4]).await);
+    assert!(!site.room.at("a").exists());
+    clear_scratch(&site.room);
+    fs::remove_dir_all(site.journal()).unwrap();
+    site.room.settle();
+    site.assert_clean();
+}
+
+/// Killed between `mount(2)` and the record of what the mount turned out to be, it has told what the
+/// kernel's table would say.
+#[tokio::test]
+async fn root_a_mount_without_an_identity_on_record_is_recognised() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        site.start("hold", kernel).kill();
+        let mounts = site.room.mounts();
+        for path in site.records() {
+            let text = fs::read_to_string(&path).unwrap();
+            let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let Some(on_record) = record["record"].get_mut("mount") else {
+                continue;
+            };
+            let target = on_record["target"].as_str().unwrap().to_owned();
+            let line = mounts.iter().find(|m| m.mount_point == Path::new(&target));
+            let line = line.unwrap();
+            let is_overlay = line.filesystem == "overlay";
+            let given = line.super_options.to_str().unwrap().split(',');
+            let given = given.filter(|option| is_overlay && option.contains("dir="));
+            // One of them was never made, and another one by somebody else.
+            let source = match target.ends_with("p/q") {
+                true => "/dev/another",
+                false => line.source.to_str().unwrap(),
+            };
+            on_record["mount"] = serde_json::json!({ "expected": {
+                "filesystem": line.filesystem,
+                "source": source,
+                "options": given.collect::<Vec<_>>(),
+            }});
+            fs::write(&path, record.to_string()).unwrap();
+        }
+        let at = |name: &str| site.room.at(name);
+        run("umount", &[at("p/r").to_str().unwrap()]);
+        let guest = site.restart(kernel).await;
+        let message = refused(guest.unmount(&at("p/q")).await, ErrorKind::Conflict);
+        assert!(message.contains("somebody else mounted it"), "{message}");
+        for name in &TARGETS[..3] {
+            guest.unmount(&at(name)).await.unwrap();
+        }
+        drop(guest);
+        assert_eq!(site.room.mounts().len(), 1);
+        run("umount", &[at("p/q").to_str().unwrap()]);
+        drop(site.restart(kernel).await);
+        clear_scratch(&site.room);
+        site.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_a_journal_has_one_process_at_a_time() {
+    let site = Site::new();
+    let child = site.start("hold", KERNELS[5]);
+    let before = (site.room.mounts(), site.records());
+    let second = builder().journal(site.journal()).await;
+    let message = refused(second, ErrorKind::Busy);
+    assert!(message.contains("another process is using it"), "{message}");
+    assert_eq!((site.room.mounts(), site.records()), before);
+    // One that starts while the other is being killed waits for its end.
+    let soon = builder().busy_deadline(Duration::from_secs(30));
+    let waiting = tokio::spawn(soon.journal(site.journal()));
+    tokio::task::yield_now().await;
+    child.kill();
+    let guest = waiting.await.unwrap().unwrap();
+    let clone = guest.clone();
+    drop(guest);
+    refused(builder().journal(site.journal()).await, ErrorKind::Busy);
+    for name in TARGETS {
+        clone.unmount(&site.room.at(name)).await.unwrap();
+    }
+    drop(clone);
+    drop(builder().journal(site.journal()).await.unwrap());
+    clear_scratch(&site.room);
+    site.assert_clean();
+}
+
+#[tokio::test]
+async fn root_a_journal_is_private() {
+    let room = Room::new();
+    let journal = room.at("run/agent");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    let image = tempfile::tempdir().unwrap();
+    let device = Loop::new(&Image::Ext4.copy(image.path()));
+    let guest = builder().journal(&journal).await.unwrap();
+    assert_eq!(mode(&journal), 0o700);
+    mount(&guest, &device, &room.at("mnt"), &[]).await.unwrap();
+    for entry in fs::read_dir(&journal).unwrap() {
+        assert_eq!(mode(&entry.unwrap().path()), 0o600);
+    }
+    guest.unmount(&room.at("mnt")).await.unwrap();
+    drop(guest);
+    fs::set_permissions(&journal, fs::Permissions::from_mode(0o770)).unwrap();
+    let message = refused(builder().journal(&journal).await, ErrorKind::Invalid);
+    assert!(message.contains("others can write to it"), "{message}");
+    symlink(&journal, room.at("link")).unwrap();
+    refused(builder().journal(room.at("link")).await, ErrorKind::Invalid);
+}
+
+/// A record that cannot be written is a mount that is not made.
+#[tokio::test]
+async fn root_a_full_journal_refuses_mounts_and_leaves_nothing() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        let journal = site.journal();
+        let path = journal.to_str().unwrap();
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", "size=4k,mode=700", "journal", path],
+        );
+        let guest = site.restart(kernel).await;
+        fs::write(journal.join("full"), [0; 4096]).unwrap();
+        let result = mount(&guest, &site.ext4, &site.room.at("x/y"), &[]).await;
+        let message = refused(result, ErrorKind::Other);
+        assert!(message.contains("cannot write to the journal"), "{message}");
+        fs::create_dir(site.room.at("x")).unwrap();
+        let result = mount(&guest, &site.ext4, &site.room.at("x"), &[]).await;
+        refused(result, ErrorKind::Other);
+        fs::remove_dir(site.room.at("x")).unwrap();
+        assert_eq!(site.records().len(), 1, "{:?}", site.records());
+        drop(guest);
+        run("umount", &[path]);
+        site.assert_clean();
+    }
+}

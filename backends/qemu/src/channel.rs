@@ -1,0 +1,136 @@
+//! The way to the agent in the guest, as long as the VM lives.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockmount::{BackendError, ErrorKind};
+use blockmount_bridge::messages::{Capabilities, ModificationRequest};
+use blockmount_bridge::{BridgeGuest, GuestChannel, GuestConnection};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+use crate::{Vm, VmError};
+
+/// How long an agent may take to open a port: one that was killed has to be started again first.
+const OPENING: Duration = Duration::from_secs(10);
+
+/// After the connection is lost, how long it takes at most to see that the VM is gone as well.
+const DYING: Duration = Duration::from_millis(500);
+
+/// The agent in the guest of a [`Vm`], over the bridge protocol.
+///
+/// When the agent dies and comes back, the next request is sent over a new connection. Only when the VM is gone
+/// is the answer `Gone`, also to requests under way: an agent that has ended leaves its mounts in place, so
+/// that nothing of them counts as undone.
+#[derive(Debug)]
+pub struct AgentChannel {
+    vm: Vm,
+    port: String,
+    connection: GuestConnection,
+    /// Counts the connections. It is locked while one is made; requests over a connection do not wait for it.
+    connecting: Mutex<()>,
+    generation: AtomicU64,
+}
+
+impl AgentChannel {
+    /// Connects to the agent that opens virtio-serial ports of this name.
+    ///
+    /// # Errors
+    ///
+    /// If no agent opens the port within ten seconds, or it does not speak the protocol.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is left when the future is dropped.
+    pub async fn connect(vm: &Vm, port: &str) -> Result<Self, VmError> {
+        let stream = vm.connect(port, OPENING).await?;
+        let connected = GuestConnection::connect(stream).await;
+        let connection = connected.map_err(|error| {
+            vm.with_last_words(
+                VmError::new("the agent in the guest does not answer").because(error),
+            )
+        })?;
+        Ok(AgentChannel {
+            vm: vm.clone(),
+            port: port.to_owned(),
+            connection,
+            connecting: Mutex::new(()),
+            generation: AtomicU64::new(0),
+        })
+    }
+
+    /// Makes a new connection in place of the one of a generation, unless somebody else has.
+    async fn reconnect(&self, lost: u64) -> Result<(), BackendError> {
+        let _one_at_a_time = self.connecting.lock().await;
+        if self.generation.load(Ordering::Acquire) != lost {
+            return Ok(());
+        }
+        let unreachable = |error: Box<dyn std::error::Error + Send + Sync>| {
+            // Not `Gone`: the guest lives, and has its mounts.
+            BackendError::other("the agent in the guest cannot be reached").with_source(error)
+        };
+        let stream = self.vm.connect(&self.port, OPENING).await;
+        let stream = stream.map_err(|error| unreachable(error.into()))?;
+        let connected = self.connection.reconnect(stream).await;
+        connected.map_err(|error| unreachable(error.into()))?;
+        self.generation.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// What an error means, now that the VM may be gone.
+    async fn judge(&self, error: BackendError) -> BackendError {
+        let lost = matches!(
+            error.kind(),
+            ErrorKind::Uncertain | ErrorKind::Gone | ErrorKind::Other
+        );
+        // The stream of a dying VM may end before its process does.
+        let is_dying = lost && self.vm.qmp().is_closed();
+        if is_dying {
+            let _ = timeout(DYING, self.vm.ended()).await;
+        }
+        match is_dying || !self.vm.is_running() {
+            true => BackendError::gone("the VM is gone").with_source(error),
+            false => error,
+        }
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl GuestChannel for AgentChannel {
+    fn capabilities(&self) -> Arc<Capabilities> {
+        self.connection.capabilities()
+    }
+
+    async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
+        let generation = self.generation.load(Ordering::Acquire);
+        match self.connection.modify(request.clone()).await {
+            // There was no connection, so it was not sent.
+            Err(error) if error.kind() == ErrorKind::Gone && self.vm.is_running() => {
+                if let Err(error) = self.reconnect(generation).await {
+                    return Err(self.judge(error).await);
+                }
+                match self.connection.modify(request).await {
+                    Err(error) => Err(self.judge(error).await),
+                    Ok(()) => Ok(()),
+                }
+            }
+            Err(error) => Err(self.judge(error).await),
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+impl Vm {
+    /// The guest of this VM: its mounter, unplugger and combiner, over the agent that opens virtio-serial ports of
+    /// this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`AgentChannel::connect`].
+    pub async fn guest(&self, port: &str) -> Result<BridgeGuest<AgentChannel>, VmError> {
+        Ok(BridgeGuest::new(AgentChannel::connect(self, port).await?))
+    }
+}

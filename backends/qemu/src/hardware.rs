@@ -1,0 +1,179 @@
+//! The hardware of a VM, and where on its bus everything is, which the guest has to be told.
+
+use std::fmt;
+use std::os::fd::RawFd;
+
+use crate::GuestKernel;
+
+/// How many SCSI controllers fit on the bus here.
+pub const MAX_CONTROLLERS: u8 = 8;
+
+/// How many ports for persistent memory fit on the bus here: eight functions in each of six slots.
+pub const MAX_MEMORY_PORTS: u8 = 48;
+
+/// Where the first SCSI controller is on the bus.
+const FIRST_CONTROLLER: u8 = 0x08;
+/// Where the first ports for persistent memory are.
+const FIRST_MEMORY_SLOT: u8 = 0x10;
+/// Where the ports to the guest's programs are.
+const SERIAL: u8 = 0x04;
+
+/// A place on the PCI bus of a VM, as the guest's kernel writes it: `0000:00:08.0`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PciAddress {
+    slot: u8,
+    function: u8,
+}
+
+impl PciAddress {
+    /// Where the guest of a VM finds the SCSI controller of a number.
+    pub fn of_controller(number: u8) -> Self {
+        PciAddress {
+            slot: FIRST_CONTROLLER + number % MAX_CONTROLLERS,
+            function: 0,
+        }
+    }
+
+    /// Where the guest of a VM finds the port behind which the device of persistent memory of a number is.
+    pub fn of_memory_port(number: u8) -> Self {
+        let number = number % MAX_MEMORY_PORTS;
+        PciAddress {
+            slot: FIRST_MEMORY_SLOT + number / 8,
+            function: number % 8,
+        }
+    }
+}
+
+impl fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "0000:00:{:02x}.{:x}", self.slot, self.function)
+    }
+}
+
+/// What a VM has besides a processor: memory, SCSI controllers, ports for persistent memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hardware {
+    pub(crate) memory: u32,
+    pub(crate) controllers: u8,
+    pub(crate) memory_ports: u8,
+    /// The room for persistent memory, in MiB.
+    pub(crate) memory_room: u64,
+}
+
+impl Hardware {
+    /// What QEMU calls the SCSI controllers.
+    pub(crate) fn controller_ids(&self) -> impl Iterator<Item = String> {
+        (0..self.controllers).map(|number| format!("scsi{number}"))
+    }
+
+    /// The words of QEMU's command line, without those about files and descriptors.
+    pub(crate) fn arguments(&self, accelerator: &str) -> Vec<String> {
+        let mut words = Words::default();
+        words.flags("-nodefaults -no-user-config -no-reboot -display none");
+        words.pair(
+            "-M",
+            // What is off is hardware that the guest would look for and wait for.
+            "q35,nvdimm=on,sata=off,smbus=off,usb=off,vmport=off",
+        );
+        words.pair("-accel", accelerator);
+        words.pair("-cpu", if accelerator == "kvm" { "host" } else { "max" });
+        words.pair("-smp", "1");
+        let most = u64::from(self.memory) + self.memory_room;
+        words.pair(
+            "-m",
+            match self.memory_ports {
+                0 => format!("{}M", self.memory),
+                slots => format!("{}M,slots={slots},maxmem={most}M", self.memory),
+            },
+        );
+        words.pair(
+            "-device",
+            format!("virtio-serial-pci,id=serial,addr={SERIAL:#x}"),
+        );
+        for (number, id) in (0..).zip(self.controller_ids()) {
+            let at = PciAddress::of_controller(number);
+            // One queue: the guest has one processor.
+            let device = format!("virtio-scsi-pci,id={id},num_queues=1");
+            words.pair("-device", format!("{device},addr={:#x}", at.slot));
+        }
+        for number in 0..self.memory_ports {
+            let PciAddress { slot, function } = PciAddress::of_memory_port(number);
+            let device = format!("pcie-root-port,id=pmem{number},chassis={}", number + 1);
+            let several = if function == 0 {
+                ",multifunction=on"
+            } else {
+                ""
+            };
+            words.pair(
+                "-device",
+                format!("{device},slot={number},addr={slot:#x}.{function:#x}{several}"),
+            );
+        }
+        words.0
+    }
+}
+
+/// The words of a command line in the making.
+#[derive(Debug, Default)]
+pub(crate) struct Words(pub(crate) Vec<String>);
+
+impl Words {
+    pub(crate) fn flags(&mut self, flags: &str) {
+        self.0.extend(flags.split(' ').map(str::to_owned));
+    }
+
+    pub(crate) fn pair(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
+}
+
+/// What the guest's kernel is told. Nothing here changes what it does, only how long it takes to get there under
+/// emulation; but for `panic`, which ends a VM whose kernel has died.
+const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
+    mitigations=off random.trust_cpu=on cryptomgr.notests nowatchdog";
+
+/// The words about the monitor and the console: the monitor is an inherited descriptor, the console is what
+/// QEMU prints.
+pub(crate) fn streams(monitor: RawFd) -> Vec<String> {
+    let mut words = Words::default();
+    words.pair("-chardev", format!("socket,id=monitor,fd={monitor}"));
+    words.pair("-mon", "chardev=monitor,mode=control");
+    words.pair("-chardev", "file,id=console,path=/dev/stdout");
+    words.pair("-serial", "chardev:console");
+    words.0
+}
+
+/// The words about what the guest boots.
+pub(crate) fn boot(kernel: &GuestKernel, initramfs: &str) -> Vec<String> {
+    let mut words = Words::default();
+    words.pair("-kernel", kernel.image().to_string_lossy());
+    words.pair("-initrd", initramfs);
+    words.pair("-append", KERNEL_LINE);
+    words.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_has_a_place_of_its_own() {
+        let controllers = (0..MAX_CONTROLLERS).map(PciAddress::of_controller);
+        let places = controllers.chain((0..MAX_MEMORY_PORTS).map(PciAddress::of_memory_port));
+        let mut places: Vec<(u8, u8)> = places.map(|at| (at.slot, at.function)).collect();
+        places.push((SERIAL, 0));
+        let distinct: std::collections::BTreeSet<_> = places.iter().collect();
+        assert_eq!(distinct.len(), places.len());
+        // Slot 0 is the bridge to the processor, and 31 that to the old bus.
+        assert!(places.iter().all(|(slot, _)| (1..31).contains(slot)));
+    }
+
+    #[test]
+    fn an_address_is_written_as_the_guest_writes_it() {
+        let at = PciAddress {
+            slot: 0x1a,
+            function: 3,
+        };
+        assert_eq!(at.to_string(), "0000:00:1a.3");
+    }
+}

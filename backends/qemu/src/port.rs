@@ -1,0 +1,222 @@
+//! Streams to programs in the guest, each over a virtio-serial port of its own.
+
+use std::io;
+use std::net::Shutdown;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
+
+use crate::qmp::{Event, Events};
+use crate::{Qmp, QmpError, VmError};
+
+/// How long taking a port out may take, in which QEMU asks nobody.
+const REMOVAL: Duration = Duration::from_secs(10);
+
+/// How long one wait for the end of a port lasts; then comes the next. Any time will do.
+const LISTENING: Duration = Duration::from_secs(3600);
+
+/// A stream of bytes to a program in the guest.
+///
+/// It ends (reads nothing more) when the program closes its end or dies, and when the VM does. Dropping it takes
+/// the port out of the VM, and with it all that was on its way: nothing of one stream ever reaches the next.
+#[derive(Debug)]
+pub struct GuestStream {
+    stream: UnixStream,
+    /// Its drop is what the watcher waits for.
+    _dropped: oneshot::Sender<()>,
+}
+
+/// The ports of a VM.
+#[derive(Debug)]
+pub(crate) struct Ports {
+    qmp: Qmp,
+    /// For the sockets between QEMU and us, which exist for the moment of connecting.
+    directory: PathBuf,
+    next: AtomicU64,
+    /// How many there are in QEMU.
+    present: watch::Sender<usize>,
+}
+
+/// A port that is being set up or in use. The names of its two halves in QEMU are the same.
+#[derive(Debug)]
+struct Port {
+    qmp: Qmp,
+    id: String,
+    present: watch::Sender<usize>,
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.present.send_modify(|ports| *ports -= 1);
+    }
+}
+
+impl Ports {
+    pub(crate) fn new(qmp: Qmp, directory: &Path) -> Self {
+        Ports {
+            qmp,
+            directory: directory.to_owned(),
+            next: AtomicU64::new(0),
+            present: watch::Sender::new(0),
+        }
+    }
+
+    /// Waits until all ports are taken out whose streams were dropped or have ended.
+    pub(crate) async fn settled(&self) -> Result<(), VmError> {
+        let mut present = self.present.subscribe();
+        let settled = timeout(REMOVAL, present.wait_for(|ports| *ports == 0)).await;
+        match settled {
+            Ok(_) => Ok(()),
+            Err(elapsed) => Err(VmError::new("a port stays in the VM").because(elapsed)),
+        }
+    }
+
+    /// Adds a port with a name, and waits until a program in the guest opens it.
+    pub(crate) async fn connect(
+        &self,
+        name: &str,
+        deadline: Duration,
+    ) -> Result<GuestStream, VmError> {
+        let id = format!("port{}", self.next.fetch_add(1, Ordering::Relaxed));
+        self.present.send_modify(|ports| *ports += 1);
+        let port = Port {
+            qmp: self.qmp.clone(),
+            id,
+            present: self.present.clone(),
+        };
+        let socket = self.directory.join(&port.id);
+        let name = name.to_owned();
+        // In a task of its own, so that a caller who gives up leaves no port behind: the stream that nobody
+        // takes is dropped.
+        let connecting = tokio::spawn(async move {
+            match port.connect(&name, &socket, deadline).await {
+                Ok((stream, changes)) => port.watch_over(stream, changes),
+                Err(error) => {
+                    port.remove().await;
+                    Err(error)
+                }
+            }
+        });
+        let lost = |error| VmError::new("connecting to the guest was lost").because(error);
+        connecting.await.map_err(lost)?
+    }
+}
+
+impl Port {
+    async fn connect(
+        &self,
+        name: &str,
+        socket: &Path,
+        deadline: Duration,
+    ) -> Result<(UnixStream, Events), VmError> {
+        let what = || VmError::new(format!("cannot connect to {name} in the guest"));
+        let ends = Instant::now() + deadline;
+        let backend = json!({
+            "type": "socket",
+            "data": {
+                "addr": { "type": "unix", "data": { "path": socket.to_string_lossy() } },
+                "server": true,
+                "wait": false,
+            },
+        });
+        let chardev = json!({ "id": self.id, "backend": backend });
+        let added = self.qmp.execute("chardev-add", chardev).await;
+        added.map_err(|error| what().because(error))?;
+        let connected = UnixStream::connect(socket).await;
+        // QEMU removes the socket with its half, but a killed QEMU would not.
+        let _ = tokio::fs::remove_file(socket).await;
+        let stream = connected.map_err(|error| what().because(error))?;
+        let mut changes = self.qmp.events("VSERPORT_CHANGE");
+        let device = json!({
+            "driver": "virtserialport",
+            "bus": "serial.0",
+            "id": self.id,
+            "chardev": self.id,
+            "name": name,
+        });
+        let added = self.qmp.execute("device_add", device).await;
+        added.map_err(|error| what().because(error))?;
+        let left = ends.saturating_duration_since(Instant::now());
+        let is_ours = |event: &Event| event.data["id"] == *self.id;
+        let opening = changes.find(left, |event| is_ours(event) && event.data["open"] == true);
+        opening.await.map_err(|error| what().because(error))?;
+        Ok((stream, changes))
+    }
+
+    /// Has a task end the stream when the port is closed, and take the port out when the stream is dropped.
+    fn watch_over(self, stream: UnixStream, mut changes: Events) -> Result<GuestStream, VmError> {
+        let what = |error| VmError::new("cannot watch over a port").because(error);
+        let (dropped, is_dropped) = oneshot::channel();
+        let stream = stream.into_std().map_err(what)?;
+        let closer = stream.try_clone().map_err(what)?;
+        tokio::spawn(async move {
+            let closing = async {
+                let is_ours = |event: &Event| event.data["id"] == *self.id;
+                // Whatever changes now, the port was closed: QEMU tells at most one change a second, the last. An
+                // error other than lateness means that nothing more is heard: the VM is gone, or this task
+                // was too slow for the truth.
+                while let Err(QmpError::TimedOut { .. }) = changes.find(LISTENING, is_ours).await {}
+            };
+            tokio::select! {
+                () = closing => {}
+                _ = is_dropped => {}
+            }
+            // Ends the reading of whoever has the other handle, which QEMU itself would leave open.
+            let _ = closer.shutdown(Shutdown::Both);
+            self.remove().await;
+        });
+        Ok(GuestStream {
+            stream: UnixStream::from_std(stream).map_err(what)?,
+            _dropped: dropped,
+        })
+    }
+
+    /// Takes both halves out. What is not there needs no removal, and of a VM that is gone nothing is there.
+    async fn remove(&self) {
+        let mut deleted = self.qmp.events("DEVICE_DELETED");
+        let id = json!({ "id": self.id });
+        if self.qmp.execute("device_del", id.clone()).await.is_ok() {
+            let ours = |event: &Event| event.data["device"] == *self.id;
+            let _ = deleted.find(REMOVAL, ours).await;
+        }
+        if let Err(error) = self.qmp.execute("chardev-remove", id).await {
+            tracing::debug!(%error, port = self.id, "a port was not there to be removed");
+        }
+    }
+}
+
+impl AsyncRead for GuestStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for GuestStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

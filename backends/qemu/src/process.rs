@@ -1,0 +1,246 @@
+//! The process of a VM: started, watched, and ended whatever happens to us.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe;
+use tokio::sync::{oneshot, watch};
+
+use crate::VmError;
+use crate::spawn::spawn;
+
+/// How much of what is printed is kept, in bytes: enough for the last words of a kernel.
+const KEPT: usize = 16 << 10;
+
+/// A process. Dropping it kills it; the kernel does so if we are killed.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pidfd: OwnedFd,
+    /// How it ended, once it has.
+    ended: watch::Receiver<Option<String>>,
+    /// The standard output, where the guest's console is.
+    pub(crate) console: Tail,
+    /// The standard error, where QEMU says what it does not like.
+    pub(crate) complaints: Tail,
+}
+
+impl Process {
+    /// Starts a process that inherits descriptors. Its standard input is empty.
+    pub(crate) async fn start(mut command: Command, inherited: Vec<OwnedFd>) -> io::Result<Self> {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let (started, start) = oneshot::channel();
+        let (ending, ended) = watch::channel(None);
+        // A thread of its own, which lives exactly as long as the process: the kernel kills the process when
+        // the thread that has started it ends, and the runtime ends threads of its own when it likes.
+        thread::Builder::new()
+            .name("qemu".to_owned())
+            .spawn(move || {
+                let mut child = match spawn(&mut command, inherited) {
+                    Ok(child) => child,
+                    Err(error) => return drop(started.send(Err(error))),
+                };
+                let pid = rustix::process::Pid::from_child(&child);
+                // While it is not waited for, its number is its own.
+                let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from);
+                let streams = (child.stdout.take(), child.stderr.take());
+                if pidfd.is_err() || started.send(pidfd.map(|fd| (fd, streams))).is_err() {
+                    // Nobody is there to watch over it.
+                    let _ = child.kill();
+                }
+                let status = match child.wait() {
+                    Ok(status) => status.to_string(),
+                    Err(error) => error.to_string(),
+                };
+                ending.send_replace(Some(status));
+            })?;
+        let lost = |_| io::Error::other("the thread of the process has ended");
+        let (pidfd, (stdout, stderr)) = start.await.map_err(lost)??;
+        Ok(Process {
+            pidfd,
+            ended,
+            console: Tail::of(stdout.map(OwnedFd::from))?,
+            complaints: Tail::of(stderr.map(OwnedFd::from))?,
+        })
+    }
+
+    /// Waits until it has ended, and says how. Cancel safe.
+    pub(crate) async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        let lost = || "nobody knows how".to_owned();
+        match ended.wait_for(Option::is_some).await {
+            Ok(status) => status.clone().unwrap_or_else(lost),
+            Err(_) => lost(),
+        }
+    }
+
+    /// Whether it runs still.
+    pub(crate) fn is_running(&self) -> bool {
+        self.ended.borrow().is_none()
+    }
+
+    /// Adds to an error what QEMU and the guest have said last.
+    pub(crate) fn explain(&self, error: VmError) -> VmError {
+        let said = [
+            ("QEMU says", &self.complaints),
+            ("the guest printed last", &self.console),
+        ];
+        said.into_iter().fold(error, |error, (who, tail)| {
+            let words = tail.last_words();
+            match words.is_empty() {
+                true => error,
+                false => error.and(&format!("{who}: {words}")),
+            }
+        })
+    }
+
+    /// Kills it, if it has not ended by itself.
+    pub(crate) fn kill(&self) {
+        // The descriptor means this process and no other that gets its number.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The end of what a process prints; the rest is forgotten. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Tail(Arc<Mutex<VecDeque<u8>>>);
+
+impl Tail {
+    /// Reads a pipe until its end, in a task.
+    fn of(stream: Option<OwnedFd>) -> io::Result<Self> {
+        let tail = Tail::default();
+        if let Some(stream) = stream {
+            let mut stream = pipe::Receiver::from_owned_fd(stream)?;
+            let kept = tail.clone();
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+                    kept.add(&buffer[..length]);
+                }
+            });
+        }
+        Ok(tail)
+    }
+
+    fn add(&self, bytes: &[u8]) {
+        let mut kept = self.bytes();
+        kept.extend(bytes);
+        let excess = kept.len().saturating_sub(KEPT);
+        kept.drain(..excess);
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        // Bytes are added and dropped; a panic between leaves bytes.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that is kept, without control characters but the line feed: a guest writes what it likes.
+    pub(crate) fn text(&self) -> String {
+        let bytes: Vec<u8> = self.bytes().iter().copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        text.chars()
+            .filter(|c| *c == '\n' || !c.is_control())
+            .collect()
+    }
+
+    /// The last lines, on one line.
+    pub(crate) fn last_words(&self) -> String {
+        const LINES: usize = 4;
+        let text = self.text();
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .collect();
+        lines[lines.len().saturating_sub(LINES)..].join(" | ")
+    }
+}
+
+impl fmt::Debug for Tail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.last_words())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[tokio::test]
+    async fn says_how_it_ended_and_what_it_printed() {
+        let script = "echo one; echo two >&2; exit 3";
+        let process = Process::start(shell(script), Vec::new()).await.unwrap();
+        assert_eq!(process.ended().await, "exit status: 3");
+        assert!(!process.is_running());
+        // The pipes are read in tasks, which may come later than the end.
+        let both = async {
+            while process.console.text() != "one\n" || process.complaints.text() != "two\n" {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), both)
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_dropped_process_is_killed() {
+        let process = Process::start(shell("exec sleep 1000"), Vec::new())
+            .await
+            .unwrap();
+        let mut ended = process.ended.clone();
+        drop(process);
+        let status = ended.wait_for(Option::is_some).await.unwrap().clone();
+        assert_eq!(status.as_deref(), Some("signal: 9 (SIGKILL)"));
+    }
+
+    #[tokio::test]
+    async fn inherits_the_descriptors_that_were_named_and_no_others() {
+        use std::os::fd::AsRawFd;
+        let named = OwnedFd::from(std::fs::File::open("/etc/hostname").unwrap());
+        let other = std::fs::File::open("/etc/hosts").unwrap();
+        let (named_number, other_number) = (named.as_raw_fd(), other.as_raw_fd());
+        let script = format!(
+            "test -e /proc/self/fd/{named_number} && ! test -e /proc/self/fd/{other_number}"
+        );
+        let process = Process::start(shell(&script), vec![named]).await.unwrap();
+        assert_eq!(process.ended().await, "exit status: 0");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error() {
+        let error = Process::start(Command::new("/no/such/program"), Vec::new()).await;
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_tail_is_bounded_and_printable() {
+        let tail = Tail::default();
+        tail.add(&[b'x'; 3 * KEPT]);
+        tail.add(b"\x1b[2Jlast\r\n\n");
+        assert_eq!(tail.bytes().len(), KEPT);
+        assert!(tail.last_words().ends_with("x[2Jlast"));
+    }
+}

@@ -1,0 +1,404 @@
+//! Starting a VM: by booting its guest, or from a saved state.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use tokio::net::UnixStream;
+
+use crate::hardware::{self, Hardware, MAX_CONTROLLERS, MAX_MEMORY_PORTS};
+use crate::image::hexadecimal;
+use crate::port::Ports;
+use crate::process::Process;
+use crate::qmp::NONE;
+use crate::saved::States;
+use crate::vm::Inner;
+use crate::{GuestImage, QemuScsi, Qmp, Vm, VmError};
+
+/// How long a hypervisor in hardware may take until the guest answers; it takes a second where it works.
+const KVM_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Whether this process has seen that no guest comes up on KVM, so that it is tried once.
+static NO_KVM: AtomicBool = AtomicBool::new(false);
+
+const KVM: &str = "kvm";
+const EMULATION: &str = "tcg,thread=multi";
+
+/// How long saving a state may take. It is a copy of the guest's memory, without the pages that are empty.
+const SAVING: Duration = Duration::from_secs(60);
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Accelerator {
+    /// KVM where a guest really comes up on it, else emulation. A `/dev/kvm` that opens proves nothing:
+    /// on some machines every guest dies on it. So it is tried, for at most 15 seconds.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// Emulation (QEMU's TCG), which works everywhere.
+    Emulation,
+}
+
+/// Configures a [`Vm`].
+#[derive(Debug, Clone)]
+pub struct VmBuilder {
+    image: GuestImage,
+    qemu: PathBuf,
+    accelerator: Accelerator,
+    hardware: Hardware,
+    directory: Option<PathBuf>,
+    states: Option<States>,
+    agent: String,
+    patience: Duration,
+}
+
+impl VmBuilder {
+    pub(crate) fn new(image: GuestImage) -> Self {
+        VmBuilder {
+            image,
+            qemu: "qemu-system-x86_64".into(),
+            accelerator: Accelerator::Auto,
+            hardware: Hardware {
+                memory: 512,
+                controllers: 4,
+                memory_ports: 0,
+                memory_room: 0,
+            },
+            directory: None,
+            states: None,
+            agent: "blockmount.agent".to_owned(),
+            patience: Duration::from_secs(120),
+        }
+    }
+
+    /// The program to start; `qemu-system-x86_64` of the search path by default.
+    #[must_use]
+    pub fn qemu(mut self, program: impl Into<PathBuf>) -> Self {
+        self.qemu = program.into();
+        self
+    }
+
+    /// What runs the guest's instructions.
+    #[must_use]
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = accelerator;
+        self
+    }
+
+    /// The guest's memory in MiB; 512 by default.
+    #[must_use]
+    pub fn memory(mut self, mebibytes: u32) -> Self {
+        self.hardware.memory = mebibytes;
+        self
+    }
+
+    /// How many SCSI controllers of 256 LUNs each it has, from 1 to [`MAX_CONTROLLERS`]; 4 by default.
+    #[must_use]
+    pub fn controllers(mut self, number: u8) -> Self {
+        self.hardware.controllers = number;
+        self
+    }
+
+    /// How many devices of persistent memory can be plugged, at most [`MAX_MEMORY_PORTS`], and how many bytes they may
+    /// have together. None by default.
+    #[must_use]
+    pub fn persistent_memory(mut self, devices: u8, bytes: u64) -> Self {
+        self.hardware.memory_ports = devices;
+        // The room is divided at multiples of a GiB, so that each device may need one more.
+        let gibibytes = bytes.div_ceil(1 << 30) + 2 * u64::from(devices);
+        self.hardware.memory_room = gibibytes << 10;
+        self
+    }
+
+    /// Where the VM's directory is made; the system's directory for temporary files by default. Its path has to be
+    /// short, because it is the place of sockets: at most 80 bytes.
+    #[must_use]
+    pub fn directory(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.directory = Some(directory.into());
+        self
+    }
+
+    /// Goes on from a saved state in this directory, and makes it first if it is not there. By default every VM
+    /// boots. The directory must be nobody else's to write to; states that were not used for two weeks are removed.
+    #[must_use]
+    pub fn saved_states(mut self, directory: impl AsRef<Path>) -> Self {
+        self.states = Some(States::in_directory(directory.as_ref()));
+        self
+    }
+
+    /// The name of the virtio-serial port by which it is known that the guest is up: its program opens such a
+    /// port. `blockmount.agent` by default.
+    #[must_use]
+    pub fn agent(mut self, port: impl Into<String>) -> Self {
+        self.agent = port.into();
+        self
+    }
+
+    /// How long the guest may take until its program opens a port; 120 seconds by default, of which emulation on a
+    /// busy machine takes five.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Starts the VM, and returns when its guest is up.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU cannot be started or ends, or the guest does not come up in time. Nothing is left then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is left when the future is dropped, but for a state that is being saved.
+    pub async fn start(self) -> Result<Vm, VmError> {
+        self.check()?;
+        if self.accelerator == Accelerator::Kvm {
+            return self.start_on(KVM, self.patience).await;
+        }
+        if self.accelerator == Accelerator::Auto && self.may_have_kvm() {
+            match self.start_on(KVM, KVM_PATIENCE.min(self.patience)).await {
+                Err(error) => tracing::info!(%error, "KVM does not work; going on with emulation"),
+                started => return started,
+            }
+            NO_KVM.store(true, Ordering::Relaxed);
+            self.states.iter().for_each(States::note_no_kvm);
+        }
+        self.start_on(EMULATION, self.patience).await
+    }
+
+    /// Whether KVM is there, and is not known to be of no use.
+    fn may_have_kvm(&self) -> bool {
+        let known = self.states.as_ref().is_some_and(States::knows_no_kvm);
+        let opens = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/kvm")
+                .is_ok()
+        };
+        !NO_KVM.load(Ordering::Relaxed) && !known && opens()
+    }
+
+    fn check(&self) -> Result<(), VmError> {
+        let Hardware {
+            controllers,
+            memory_ports,
+            ..
+        } = self.hardware;
+        if !(1..=MAX_CONTROLLERS).contains(&controllers) {
+            return Err(VmError::new(format!(
+                "a VM cannot have {controllers} SCSI controllers here, only 1 to {MAX_CONTROLLERS}"
+            )));
+        }
+        if memory_ports > MAX_MEMORY_PORTS {
+            return Err(VmError::new(format!(
+                "a VM cannot have {memory_ports} ports for persistent memory here, at most {MAX_MEMORY_PORTS}"
+            )));
+        }
+        Ok(())
+    }
+
+    async fn start_on(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {
+        let Some(states) = &self.states else {
+            return self.boot(accelerator, patience).await;
+        };
+        let key = self.key(accelerator).await?;
+        if let Some(state) = open(states, &key).await? {
+            match self.restore(accelerator, state, patience).await {
+                Err(error) => {
+                    tracing::warn!(%error, "a saved state does not work, and is made anew");
+                    states.forget(&key);
+                }
+                restored => return restored,
+            }
+        }
+        self.save(accelerator, states, &key, patience).await?;
+        let state = open(states, &key).await?;
+        let state =
+            state.ok_or_else(|| VmError::new("the state that was just saved has vanished"))?;
+        self.restore(accelerator, state, patience).await
+    }
+
+    /// A digest of all that a state depends on.
+    async fn key(&self, accelerator: &str) -> Result<String, VmError> {
+        let mut command = tokio::process::Command::new(&self.qemu);
+        let output = command.arg("--version").kill_on_drop(true).output();
+        let output = tokio::time::timeout(Duration::from_secs(10), output)
+            .await
+            .map_err(|elapsed| self.no_qemu(elapsed))?
+            .map_err(|error| self.no_qemu(error))?;
+        let words = self.hardware.arguments(accelerator).join(" ");
+        let digest = Sha256::new()
+            .chain_update(&output.stdout)
+            .chain_update(words)
+            .chain_update(self.image.digest());
+        Ok(hexadecimal(&digest.finalize()))
+    }
+
+    fn no_qemu(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
+        let name = self.qemu.display();
+        VmError::new(format!(
+            "cannot run {name}; it is in the package qemu-system-x86, which tests/setup.sh installs"
+        ))
+        .because(error)
+    }
+
+    /// Boots a guest and saves its state, unless another process has just done so.
+    async fn save(
+        &self,
+        accelerator: &str,
+        states: &States,
+        key: &str,
+        patience: Duration,
+    ) -> Result<(), VmError> {
+        let waiting = states.clone();
+        let making = tokio::task::spawn_blocking(move || waiting.lock());
+        let lost = |error| VmError::new("waiting for a saved state was lost").because(error);
+        let late = || VmError::new("another process makes the saved state, and takes too long");
+        // The other one boots a guest with the same patience, and then saves it.
+        let making = tokio::time::timeout(2 * patience, making)
+            .await
+            .map_err(|elapsed| late().because(elapsed))?
+            .map_err(lost)??;
+        if open(states, key).await?.is_some() {
+            return Ok(());
+        }
+        let vm = self.boot(accelerator, patience).await?;
+        let saved = self.write_state(&vm, &states.draft()).await;
+        vm.shut_down().await;
+        saved?;
+        states.publish(&making, key)
+    }
+
+    async fn write_state(&self, vm: &Vm, file: &Path) -> Result<(), VmError> {
+        // A port is no part of what the next VM starts with.
+        vm.ports().settled().await?;
+        let saved = vm.qmp().migrate_to(file, SAVING).await;
+        saved
+            .map(drop)
+            .map_err(|error| VmError::new("cannot save the state of a VM").because(error))
+    }
+
+    async fn boot(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {
+        self.launch(accelerator, None, patience).await
+    }
+
+    async fn restore(
+        &self,
+        accelerator: &str,
+        state: File,
+        patience: Duration,
+    ) -> Result<Vm, VmError> {
+        self.launch(accelerator, Some(state), patience).await
+    }
+
+    /// Waits until the guest's program opens a port.
+    async fn come_up(&self, vm: &Vm, patience: Duration) -> Result<(), VmError> {
+        let what = |error| VmError::new("cannot tell whether the VM runs").because(error);
+        let mut resumed = vm.qmp().events("RESUME");
+        let status = vm.qmp().execute("query-status", NONE).await;
+        // What is plugged while a state is being read would not be part of it, and QEMU would refuse the state.
+        if status.map_err(what)?["running"] != true {
+            resumed.next(patience).await.map_err(what)?;
+        }
+        vm.connect(&self.agent, patience).await.map(drop)
+    }
+
+    /// Starts QEMU, and waits until the guest's program opens a port.
+    async fn launch(
+        &self,
+        accelerator: &str,
+        state: Option<File>,
+        patience: Duration,
+    ) -> Result<Vm, VmError> {
+        let what = || VmError::new("cannot start a VM");
+        let mut directory = tempfile::Builder::new();
+        directory.prefix("vm-");
+        let directory = match &self.directory {
+            Some(parent) => directory.tempdir_in(parent),
+            None => directory.tempdir(),
+        };
+        let directory = directory.map_err(|error| what().because(error))?;
+        let initramfs = directory.path().join("initramfs");
+        tokio::fs::write(&initramfs, self.image.initramfs())
+            .await
+            .map_err(|error| what().because(error))?;
+
+        let (ours, theirs) = StdUnixStream::pair().map_err(|error| what().because(error))?;
+        let mut words = self.hardware.arguments(accelerator);
+        words.extend(hardware::streams(theirs.as_raw_fd()));
+        words.extend(hardware::boot(
+            self.image.kernel(),
+            &initramfs.to_string_lossy(),
+        ));
+        let mut inherited = vec![OwnedFd::from(theirs)];
+        if let Some(state) = state {
+            words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
+            inherited.push(state.into());
+        }
+        let mut command = Command::new(&self.qemu);
+        command.args(words);
+        let process = Process::start(command, inherited)
+            .await
+            .map_err(|error| self.no_qemu(error))?;
+
+        let connected = async {
+            ours.set_nonblocking(true)?;
+            UnixStream::from_std(ours)
+        };
+        let stream = connected.await.map_err(|error| what().because(error))?;
+        let qmp = match Qmp::connect(stream).await {
+            Ok(qmp) => qmp,
+            // That the monitor is gone says less than why QEMU is.
+            Err(error) => {
+                let _ = tokio::time::timeout(Duration::from_secs(1), process.ended()).await;
+                return Err(process.explain(what().because(error)));
+            }
+        };
+        let scsi = QemuScsi::new(qmp.clone(), self.hardware.controller_ids());
+        let vm = Vm::of(Inner {
+            scsi: scsi.map_err(|error| what().because(error))?,
+            process,
+            ports: Ports::new(qmp.clone(), directory.path()),
+            qmp,
+            hardware: self.hardware.clone(),
+            directory,
+        });
+        // Nobody else stops it before it is up.
+        let mut stops = vm.qmp().events("STOP");
+        let stopped = async {
+            while stops.next(patience).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let up = tokio::select! {
+            up = self.come_up(&vm, patience) => up,
+            how = vm.ended() => Err(VmError::new(format!("QEMU has ended: {how}"))),
+            () = stopped => Err(VmError::new("the processor has stopped on an error")),
+        };
+        // While it boots, the kernel has read all of it; a restored one never does.
+        let _ = tokio::fs::remove_file(&initramfs).await;
+        match up {
+            Ok(()) => Ok(vm),
+            Err(error) => {
+                vm.kill();
+                vm.ended().await;
+                Err(vm.explain(VmError::new("the guest does not come up").because(error)))
+            }
+        }
+    }
+}
+
+async fn open(states: &States, key: &str) -> Result<Option<File>, VmError> {
+    let (states, key) = (states.clone(), key.to_owned());
+    let opened = tokio::task::spawn_blocking(move || states.open(&key)).await;
+    opened.map_err(|error| VmError::new("opening a saved state was lost").because(error))?
+}

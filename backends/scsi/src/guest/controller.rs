@@ -1,0 +1,153 @@
+//! Which controller of the guest is meant, and where its disks are.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use blockmount::BackendError;
+use blockmount_linux::sysfs::{self, PciAddress, VmbusId};
+use blockmount_linux::uevent::{Look, Unseen};
+
+use crate::Lun;
+
+/// A controller as hypervisor and guest both know it.
+///
+/// The numbers that Linux gives its SCSI hosts are none: they depend on the order in which drivers are
+/// loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ControllerId {
+    /// A PCI device, such as virtio-scsi of QEMU.
+    Pci(PciAddress),
+    /// A channel of Hyper-V.
+    Vmbus(VmbusId),
+}
+
+impl ControllerId {
+    /// The controllers that the Host Compute Service gives its virtual machines, in their order.
+    ///
+    /// Source: microsoft/hcsshim, `guestrequest.ScsiControllerGuids`: GUIDs of version 5 of the numbers
+    /// 0 to 3 in the namespace `d422512d-2bf2-4752-809d-7b82b5fcb1b4`.
+    pub const HYPER_V: [ControllerId; 4] = [
+        ControllerId::Vmbus(VmbusId::new(0xdf6d0690_79e5_55b6_a5ec_c1e2f77f580a)),
+        ControllerId::Vmbus(VmbusId::new(0x0110f83b_de10_5172_a266_78bca56bf50a)),
+        ControllerId::Vmbus(VmbusId::new(0xb5d2d8d4_3a75_51bf_945b_3444dc6b8579)),
+        ControllerId::Vmbus(VmbusId::new(0x305891a9_b251_5dfe_91a2_c25d9212275b)),
+    ];
+
+    fn directory(self, sysfs: &Path) -> PathBuf {
+        match self {
+            ControllerId::Pci(address) => sysfs.join(format!("bus/pci/devices/{address}")),
+            ControllerId::Vmbus(id) => sysfs.join(format!("bus/vmbus/devices/{id}")),
+        }
+    }
+
+    /// The number of its SCSI host.
+    pub(super) fn host(self, sysfs: &Path) -> Look<u32> {
+        let device = self.directory(sysfs);
+        // A virtio device sits on the PCI device; other drivers have their host there at once.
+        let virtio = sysfs::numbered(&device, "virtio")?;
+        let mut hosts = sysfs::numbered(&device, "host")?;
+        for (below, _) in virtio {
+            hosts.extend(sysfs::numbered(&below, "host")?);
+        }
+        match hosts.as_slice() {
+            [(_, number)] => Ok(*number),
+            [] if !device.exists() => Err(Unseen::not_found(format!("there is no {self}"))),
+            [] => Err(Unseen::not_found(format!("{self} has no SCSI host"))),
+            several => {
+                let count = several.len();
+                let message = format!("{self} has {count} SCSI hosts, which cannot be told apart");
+                Err(Unseen::Failed(BackendError::conflict(message)))
+            }
+        }
+    }
+}
+
+impl fmt::Display for ControllerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ControllerId::Pci(address) => write!(f, "controller at PCI address {address}"),
+            ControllerId::Vmbus(id) => write!(f, "controller {id} on the VMBus"),
+        }
+    }
+}
+
+/// LUNs up to here are addressed as a peripheral's, and those above in the flat way.
+const LAST_PERIPHERAL: u16 = 255;
+/// The mark of the flat way in the first two bytes, which Linux takes for a part of the number.
+/// (Source: SAM-5, 4.7.7.3; Linux, `scsilun_to_int`)
+const FLAT: u32 = 0x4000;
+
+/// The number that Linux shows for a LUN.
+pub(super) fn shown(lun: Lun) -> u32 {
+    match lun.get() {
+        low @ ..=LAST_PERIPHERAL => low.into(),
+        high => FLAT + u32::from(high),
+    }
+}
+
+/// A disk's directory. All disks of a controller are at channel 0 and target 0.
+pub(super) fn device(sysfs: &Path, host: u32, lun: Lun) -> PathBuf {
+    sysfs.join(format!("bus/scsi/devices/{host}:0:0:{}", shown(lun)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use blockmount::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn the_four_of_hyper_v() {
+        let printed = ControllerId::HYPER_V.map(|id| id.to_string());
+        assert_eq!(
+            printed,
+            [
+                "controller df6d0690-79e5-55b6-a5ec-c1e2f77f580a on the VMBus",
+                "controller 0110f83b-de10-5172-a266-78bca56bf50a on the VMBus",
+                "controller b5d2d8d4-3a75-51bf-945b-3444dc6b8579 on the VMBus",
+                "controller 305891a9-b251-5dfe-91a2-c25d9212275b on the VMBus",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_lun_is_shown_as_linux_shows_it() {
+        for (lun, expected) in [
+            (0, 0),
+            (63, 63),
+            (255, 255),
+            (256, 16_640),
+            (16_383, 32_767),
+        ] {
+            assert_eq!(shown(Lun::try_from(lun).unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn the_host_is_searched_below_the_controller_and_never_guessed() {
+        let dir = tempfile::tempdir().unwrap();
+        let pci = ControllerId::Pci("0000:00:10.0".parse().unwrap());
+        let host = |id: ControllerId| id.host(dir.path()).map_err(Unseen::into_error);
+        let error = host(pci).unwrap_err();
+        assert_eq!(
+            error.message(),
+            "there is no controller at PCI address 0000:00:10.0"
+        );
+        let device = dir.path().join("bus/pci/devices/0000:00:10.0");
+        fs::create_dir_all(device.join("virtio7/block")).unwrap();
+        let error = host(pci).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.message().ends_with("has no SCSI host"), "{error}");
+        fs::create_dir_all(device.join("virtio7/host12/target12:0:0")).unwrap();
+        assert_eq!(host(pci).unwrap(), 12);
+        fs::create_dir_all(device.join("host2")).unwrap();
+        assert_eq!(host(pci).unwrap_err().kind(), ErrorKind::Conflict);
+
+        let vmbus = ControllerId::HYPER_V[2];
+        let id = "b5d2d8d4-3a75-51bf-945b-3444dc6b8579";
+        fs::create_dir_all(dir.path().join("bus/vmbus/devices").join(id).join("host3")).unwrap();
+        assert_eq!(host(vmbus).unwrap(), 3);
+    }
+}

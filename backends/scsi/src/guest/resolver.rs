@@ -1,0 +1,196 @@
+//! Finding a disk by its controller and LUN.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver};
+use blockmount_linux::sysfs::{self, Disk};
+use blockmount_linux::uevent::{Look, Unseen, wait_for};
+
+use super::controller::{self, ControllerId, shown};
+use super::identity::Identity;
+use crate::{Lun, ScsiAddress};
+
+/// How long a disk may take to appear.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The state of a device that takes commands. (Source: Linux, Documentation/scsi/scsi_mid_low_api.rst)
+const RUNNING: &str = "running";
+
+/// Finds the disk behind a locator such as `scsi:0/3` in a Linux guest.
+///
+/// The number of the controller is a place in a list of [`ControllerId`]s. From the identity of the
+/// controller it finds the SCSI host, from there the LUN, and from there the block device: nothing is
+/// guessed by name or order. What is not there yet is awaited, by the events of the kernel. A disk is
+/// found when it takes commands, its node can be opened and is that disk, and it is the one that is
+/// [expected](Self::expect), if there is one.
+///
+/// Resolving changes nothing, with one exception: when half of the patience is over, the kernel is asked
+/// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost.
+///
+/// Cloning is cheap; clones share what is expected.
+#[derive(Debug, Clone)]
+pub struct ScsiResolver {
+    controllers: Arc<[ControllerId]>,
+    patience: Duration,
+    sysfs: PathBuf,
+    expected: Arc<Mutex<HashMap<ScsiAddress, Identity>>>,
+}
+
+impl ScsiResolver {
+    /// Finds the disks of these controllers: the first is number 0.
+    pub fn new(controllers: impl IntoIterator<Item = ControllerId>) -> Self {
+        ScsiResolver {
+            controllers: controllers.into_iter().collect(),
+            patience: PATIENCE,
+            sysfs: "/sys".into(),
+            expected: Arc::default(),
+        }
+    }
+
+    /// Finds the disks of the four controllers of a virtual machine of Hyper-V.
+    pub fn hyper_v() -> Self {
+        ScsiResolver::new(ControllerId::HYPER_V)
+    }
+
+    /// Waits this long for a disk to appear, in place of ten seconds.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Looks at another tree than `/sys`. For tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_sysfs(mut self, root: impl Into<PathBuf>) -> Self {
+        self.sysfs = root.into();
+        self
+    }
+
+    /// From now on takes only this disk for the one at an address, in place of the one that was expected
+    /// there.
+    pub fn expect(&self, address: ScsiAddress, identity: Identity) {
+        self.with_expected(|expected| expected.insert(address, identity));
+    }
+
+    /// From now on takes any disk at an address.
+    pub fn forget(&self, address: ScsiAddress) {
+        self.with_expected(|expected| expected.remove(&address));
+    }
+
+    fn with_expected<T>(&self, work: impl FnOnce(&mut HashMap<ScsiAddress, Identity>) -> T) -> T {
+        // Held for one look-up or change, which a panic cannot leave half done.
+        work(&mut self.expected.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
+        let address = ScsiAddress::try_from(device)?;
+        let number = usize::from(address.controller.get());
+        let controller = self.controllers.get(number).ok_or_else(|| {
+            let count = self.controllers.len();
+            BackendError::invalid(format!(
+                "{device} is on controller {number}, but this guest knows {count} controllers, from 0"
+            ))
+        })?;
+        Ok(Place {
+            controller: *controller,
+            lun: address.lun,
+            sysfs: self.sysfs.clone(),
+        })
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Resolver for ScsiResolver {
+    async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+        let place = self.place(device)?;
+        let address = ScsiAddress::try_from(device)?;
+        let identity = self.with_expected(|expected| expected.get(&address).cloned());
+        let identity = identity.unwrap_or_default();
+        let deadline = Instant::now() + self.patience;
+        let look = {
+            let place = place.clone();
+            move || place.look(&identity)
+        };
+        let early = wait_for(Instant::now() + self.patience / 2, look.clone()).await;
+        let found = match early {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                place.scan(deadline);
+                wait_for(deadline, look).await
+            }
+            Err(error) if error.kind() == ErrorKind::Conflict => wait_for(deadline, look).await,
+            early => early,
+        };
+        let path = found.map_err(|error| named(device, error))?;
+        Ok(BlockDevice { path, window: None })
+    }
+}
+
+/// Says which disk it was that was not found.
+fn named(device: &DeviceLocator, error: BackendError) -> BackendError {
+    let message = format!("cannot find {device}: {}", error.message());
+    BackendError::new(error.kind(), message).with_source(error)
+}
+
+/// Where a disk is looked for.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    controller: ControllerId,
+    lun: Lun,
+    sysfs: PathBuf,
+}
+
+impl Place {
+    /// The directory of the device, which is there.
+    pub(super) fn device(&self) -> Look<PathBuf> {
+        let host = self.controller.host(&self.sysfs)?;
+        let device = controller::device(&self.sysfs, host, self.lun);
+        if device.exists() {
+            return Ok(device);
+        }
+        let (lun, controller) = (self.lun, self.controller);
+        Err(Unseen::not_found(format!(
+            "there is no LUN {lun} on SCSI host {host}, which is the {controller}"
+        )))
+    }
+
+    pub(super) fn sysfs(&self) -> &Path {
+        &self.sysfs
+    }
+
+    /// The node of the disk, once it is ready and the one that is meant.
+    fn look(&self, identity: &Identity) -> Look<PathBuf> {
+        let device = self.device()?;
+        let at = device.display();
+        let state = sysfs::text(&device, "state")?.unwrap_or_else(|| "unknown".to_owned());
+        if state != RUNNING {
+            let message = format!("the state of {at} is {state} and not {RUNNING}");
+            return Err(Unseen::not_found(message));
+        }
+        let disk = Disk::below(&device)?;
+        identity.check(&device, &disk)?;
+        disk.open()?;
+        Ok(disk.node().to_owned())
+    }
+
+    /// Has the kernel look for exactly this LUN: looking for all of them costs a command for each. Nobody
+    /// waits for the end of it, because what is found announces itself.
+    fn scan(&self, deadline: Instant) {
+        let Ok(host) = self.controller.host(&self.sysfs) else {
+            return;
+        };
+        let directory = self.sysfs.join(format!("class/scsi_host/host{host}"));
+        let value = format!("0 0 {}", shown(self.lun));
+        tracing::warn!(host, lun = %self.lun, "no disk was announced, having the kernel look for it");
+        tokio::spawn(async move {
+            let done = sysfs::command_by(deadline, &directory, "scan", value, ()).await;
+            if let Err(error) = done {
+                tracing::warn!(host, %error, "cannot have the kernel look for a disk");
+            }
+        });
+    }
+}

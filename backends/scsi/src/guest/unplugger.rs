@@ -1,0 +1,122 @@
+//! Letting go of a disk before the hypervisor takes it out.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{BackendError, DeviceLocator, Unplugger};
+use blockmount_linux::blocking;
+use blockmount_linux::sysfs::{self, Disk};
+use blockmount_linux::uevent::{Look, Unseen, wait_for};
+
+use super::resolver::{Place, ScsiResolver};
+
+/// How long a disk may be busy for a moment before it counts as in use.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the kernel may take to let go of a disk. It takes 40 ms, unless a disk no longer answers.
+const REMOVAL: Duration = Duration::from_secs(10);
+
+/// Makes a Linux guest let go of the disks that a [`ScsiResolver`] finds.
+///
+/// Linux lets go of a disk in use without a word, and its users get errors then. So the disk is first
+/// proven free, in all namespaces, and held so that it stays free; what is cached is written to it; and
+/// only then it is taken from the guest. A disk in use is `Busy`, and stays as it was. A disk that is not
+/// there is a success.
+#[derive(Debug, Clone)]
+pub struct ScsiUnplugger {
+    resolver: ScsiResolver,
+    patience: Duration,
+    removal: Duration,
+}
+
+impl ScsiUnplugger {
+    /// Lets go of the disks that this resolver finds.
+    pub fn new(resolver: ScsiResolver) -> Self {
+        ScsiUnplugger {
+            resolver,
+            patience: PATIENCE,
+            removal: REMOVAL,
+        }
+    }
+
+    /// Waits this long for whoever uses a disk for a moment, in place of one second.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Waits this long for the kernel to let go of a disk, in place of ten seconds.
+    #[must_use]
+    pub fn with_removal_deadline(mut self, removal: Duration) -> Self {
+        self.removal = removal;
+        self
+    }
+}
+
+/// A disk that is about to go.
+#[derive(Debug)]
+struct Doomed {
+    device: PathBuf,
+    disk: Option<Disk>,
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Unplugger for ScsiUnplugger {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let place = self.resolver.place(device)?;
+        let root = place.sysfs().to_owned();
+        let Some(Doomed { device: at, disk }) = blocking(move || doomed(&place)).await? else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + self.removal;
+        let held = match &disk {
+            Some(disk) => disk.hold(self.patience).await?.map(Some),
+            // It is no disk yet, or no longer: there is nothing that could be in use.
+            None => Some(None),
+        };
+        if let Some(held) = held {
+            sysfs::command_by(deadline, &at, "delete", "1".to_owned(), held).await?;
+        }
+        wait_for(deadline, move || is_gone(&root, &at, disk.as_ref()))
+            .await
+            .map_err(|left| {
+                let message = format!("the kernel does not let go of {device}: {}", left.message());
+                BackendError::uncertain(message).with_source(left)
+            })
+    }
+}
+
+/// What there is to unplug, if anything.
+fn doomed(place: &Place) -> Result<Option<Doomed>, BackendError> {
+    let device = match place.device() {
+        Err(Unseen::NotYet(_)) => return Ok(None),
+        device => device.map_err(Unseen::into_error)?,
+    };
+    let disk = match Disk::below(&device) {
+        Err(Unseen::NotYet(_)) => None,
+        disk => Some(disk.map_err(Unseen::into_error)?),
+    };
+    Ok(Some(Doomed { device, disk }))
+}
+
+/// Whether the device has gone from sysfs, and its node with it.
+fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Look<()> {
+    if device.symlink_metadata().is_ok() {
+        let message = format!("{} is there still", device.display());
+        return Err(Unseen::not_found(message));
+    }
+    let Some(disk) = disk else { return Ok(()) };
+    // The name may have gone to another disk already.
+    let owner = root
+        .join(format!("dev/block/{}", disk.number()))
+        .canonicalize();
+    let is_ours =
+        owner.is_ok_and(|owner| owner.iter().any(|part| Some(part) == device.file_name()));
+    if is_ours && disk.node().exists() {
+        let message = format!("{} is there still", disk.node().display());
+        return Err(Unseen::not_found(message));
+    }
+    Ok(())
+}

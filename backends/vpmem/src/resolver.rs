@@ -1,0 +1,149 @@
+//! The guest's side: from `vpmem:2` to the `/dev/pmemN` that it is, and letting go of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{BackendError, BlockDevice, DeviceLocator, Resolver};
+use blockmount_linux::uevent::{Look, wait_for};
+
+use crate::{ByteRange, DeviceNumber, VpmemAddress};
+
+mod pmem;
+mod unplugger;
+
+pub use pmem::PmemId;
+pub use unplugger::VpmemUnplugger;
+
+/// How long a device may take to appear.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Rule = dyn Fn(DeviceNumber) -> Option<PmemId> + Send + Sync;
+
+/// Finds the persistent memory behind a locator such as `vpmem:2` or `vpmem:2@0+4096` in a Linux guest.
+///
+/// What a device number means to the guest is the hypervisor's choice: a [`PmemId`] for each number, or a
+/// rule. From there it finds the region of memory and its block device: nothing is guessed by name or
+/// order. What is not there yet is awaited, by the events of the kernel. A device is found when its node
+/// can be opened and is that device. The range in a locator becomes the window of the [`BlockDevice`], and
+/// must be inside the device.
+#[derive(Clone)]
+pub struct VpmemResolver {
+    rule: Arc<Rule>,
+    own: BTreeMap<DeviceNumber, PmemId>,
+    patience: Duration,
+    sysfs: PathBuf,
+}
+
+impl VpmemResolver {
+    /// Finds devices by a rule, which answers nothing for numbers that it does not know.
+    pub fn new(rule: impl Fn(DeviceNumber) -> Option<PmemId> + Send + Sync + 'static) -> Self {
+        VpmemResolver {
+            rule: Arc::new(rule),
+            own: BTreeMap::new(),
+            patience: PATIENCE,
+            sysfs: "/sys".into(),
+        }
+    }
+
+    /// Finds NVDIMMs: device N has the NFIT handle N + 1. (Source: QEMU, `nvdimm_slot_to_handle`)
+    pub fn nfit() -> Self {
+        VpmemResolver::new(|device| Some(PmemId::NfitHandle(u32::from(device.get()) + 1)))
+    }
+
+    /// Finds virtio-pmem devices: device N is in the PCI slot for hot-plug with the number `first` + N.
+    pub fn slots(first: u32) -> Self {
+        VpmemResolver::new(move |device| first.checked_add(device.get().into()).map(PmemId::Slot))
+    }
+
+    /// Finds one device by an identity of its own.
+    #[must_use]
+    pub fn with(mut self, device: DeviceNumber, id: PmemId) -> Self {
+        self.own.insert(device, id);
+        self
+    }
+
+    /// Waits this long for a device to appear, in place of ten seconds.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Looks at another tree than `/sys`. For tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_sysfs(mut self, root: impl Into<PathBuf>) -> Self {
+        self.sysfs = root.into();
+        self
+    }
+
+    fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
+        let VpmemAddress {
+            device: number,
+            range,
+        } = VpmemAddress::try_from(device)?;
+        let own = self.own.get(&number).copied();
+        let id = own.or_else(|| (self.rule)(number)).ok_or_else(|| {
+            BackendError::invalid(format!(
+                "this guest does not know which persistent memory {device} is"
+            ))
+        })?;
+        let root = self.sysfs.clone();
+        Ok(Place { id, root, range })
+    }
+}
+
+impl fmt::Debug for VpmemResolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VpmemResolver")
+            .field("own", &self.own)
+            .field("patience", &self.patience)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Resolver for VpmemResolver {
+    async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+        let place = self.place(device)?;
+        let deadline = Instant::now() + self.patience;
+        let found = wait_for(deadline, move || place.look()).await;
+        found.map_err(|error| {
+            let message = format!("cannot find {device}: {}", error.message());
+            BackendError::new(error.kind(), message).with_source(error)
+        })
+    }
+}
+
+/// Where a disk is looked for.
+#[derive(Debug)]
+struct Place {
+    id: PmemId,
+    root: PathBuf,
+    range: Option<ByteRange>,
+}
+
+impl Place {
+    fn look(&self) -> Look<BlockDevice> {
+        let disk = self.id.disk(&self.root)?;
+        let window: Option<Range<u64>> = self.range.map(Range::from);
+        if let Some(end) = window
+            .as_ref()
+            .map(|window| window.end)
+            .filter(|end| *end > disk.size())
+        {
+            let (node, size) = (disk.node().display(), disk.size());
+            let message = format!("the range ends at {end}, and {node} has {size} bytes");
+            return Err(BackendError::invalid(message).into());
+        }
+        disk.open()?;
+        let path = disk.node().to_owned();
+        Ok(BlockDevice { path, window })
+    }
+}

@@ -1,0 +1,169 @@
+//! Which persistent memory of the guest is meant, and where its disk is.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use blockmount::BackendError;
+use blockmount_linux::sysfs::{self, Disk, PciAddress};
+use blockmount_linux::uevent::{Look, Unseen};
+
+/// Persistent memory as hypervisor and guest both know it. The numbers of `/dev/pmemN` are none: they are
+/// given in the order in which devices are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PmemId {
+    /// An NVDIMM by its handle in the firmware's table (ACPI NFIT). QEMU gives the DIMM in slot 0 the handle
+    /// 1, and so on.
+    NfitHandle(u32),
+    /// Memory by its address in the guest, as QEMU's `query-memory-devices` has it.
+    Region(u64),
+    /// A virtio-pmem device by its PCI address.
+    Pci(PciAddress),
+    /// A virtio-pmem device by the number of the PCI slot for hot-plug that it is in, as given to QEMU's
+    /// `pcie-root-port`.
+    Slot(u32),
+}
+
+impl fmt::Display for PmemId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PmemId::NfitHandle(handle) => write!(f, "NVDIMM with the NFIT handle {handle:#x}"),
+            PmemId::Region(address) => write!(f, "persistent memory at the address {address:#x}"),
+            PmemId::Pci(address) => write!(f, "persistent memory at the PCI address {address}"),
+            PmemId::Slot(number) => write!(f, "persistent memory in the PCI slot {number}"),
+        }
+    }
+}
+
+impl PmemId {
+    /// Where it is on the PCI bus; nothing if this says nothing about that.
+    fn pci(self, root: &Path) -> Look<Option<PciAddress>> {
+        match self {
+            PmemId::Pci(address) => Ok(Some(address)),
+            PmemId::Slot(number) => {
+                let slot = root.join(format!("bus/pci/slots/{number}"));
+                let address = sysfs::text(&slot, "address")?;
+                let address = address.and_then(|address| format!("{address}.0").parse().ok());
+                let missing = || Unseen::not_found(format!("there is no PCI slot {number}"));
+                address.map(Some).ok_or_else(missing)
+            }
+            PmemId::NfitHandle(_) | PmemId::Region(_) => Ok(None),
+        }
+    }
+
+    /// Its directory on the PCI bus, if it is there, and is of that bus for sure.
+    pub(super) fn pci_device(self, root: &Path) -> Look<Option<(PciAddress, PathBuf)>> {
+        let Some(address) = self.pci(root)? else {
+            return Ok(None);
+        };
+        let device = root.join(format!("bus/pci/devices/{address}"));
+        Ok(device.exists().then_some((address, device)))
+    }
+
+    /// The region of memory that it is.
+    fn region(self, root: &Path) -> Look<PathBuf> {
+        let missing = || Unseen::not_found(format!("there is no {self}"));
+        let buses = match (self.pci_device(root)?, self) {
+            (Some((_, device)), _) => below(&below(&[device], "virtio")?, "ndbus")?,
+            (None, PmemId::Pci(_) | PmemId::Slot(_)) => return Err(missing()),
+            (None, _) => vec![root.join("bus/nd/devices")],
+        };
+        let mut regions = below(&buses, "region")?;
+        match self {
+            PmemId::NfitHandle(handle) => {
+                let dimm = dimm(root, handle)?.ok_or_else(missing)?;
+                keep(&mut regions, |region| is_of_dimm(region, &dimm))?;
+            }
+            PmemId::Region(address) => keep(&mut regions, |region| {
+                let resource = sysfs::text(region, "resource")?;
+                Ok(resource.and_then(|text| sysfs::number(&text)) == Some(address))
+            })?,
+            PmemId::Pci(_) | PmemId::Slot(_) => {}
+        }
+        one(regions, missing, || format!("{self} has several regions"))
+    }
+
+    /// The disk that it is.
+    pub(super) fn disk(self, root: &Path) -> Look<Disk> {
+        let region = self.region(root)?;
+        let mut found = Vec::new();
+        // A namespace is a disk, or what was made of it is.
+        for name in sysfs::names(&region)? {
+            let namespace = region.join(name);
+            if !sysfs::names(&namespace.join("block"))?.is_empty() {
+                found.push(namespace);
+            }
+        }
+        let missing = || Unseen::not_found(format!("{self} has no block device yet"));
+        let namespace = one(found, missing, || {
+            format!("{self} has several block devices")
+        })?;
+        Disk::below(&namespace)
+    }
+}
+
+/// The entries of several directories with names such as `region3`.
+fn below(directories: &[PathBuf], prefix: &str) -> Result<Vec<PathBuf>, BackendError> {
+    let mut found = Vec::new();
+    for directory in directories {
+        let numbered = sysfs::numbered(directory, prefix)?;
+        found.extend(numbered.into_iter().map(|(path, _)| path));
+    }
+    Ok(found)
+}
+
+fn keep(
+    all: &mut Vec<PathBuf>,
+    fits: impl Fn(&Path) -> Result<bool, BackendError>,
+) -> Result<(), BackendError> {
+    let mut trouble = Ok(());
+    all.retain(|path| match fits(path) {
+        Ok(fits) => fits,
+        Err(error) => {
+            trouble = Err(error);
+            false
+        }
+    });
+    trouble
+}
+
+fn one(
+    mut found: Vec<PathBuf>,
+    missing: impl FnOnce() -> Unseen,
+    several: impl FnOnce() -> String,
+) -> Look<PathBuf> {
+    match (found.pop(), found.is_empty()) {
+        (Some(only), true) => Ok(only),
+        (None, _) => Err(missing()),
+        (Some(_), false) => Err(Unseen::Failed(BackendError::conflict(several()))),
+    }
+}
+
+/// The name of the NVDIMM with a handle.
+fn dimm(root: &Path, handle: u32) -> Result<Option<String>, BackendError> {
+    for (directory, _) in sysfs::numbered(&root.join("bus/nd/devices"), "nmem")? {
+        let found = sysfs::text(&directory.join("nfit"), "handle")?;
+        if found.and_then(|text| sysfs::number(&text)) == Some(handle.into()) {
+            let name = directory.file_name().and_then(|name| name.to_str());
+            return Ok(name.map(str::to_owned));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a region is made of this NVDIMM and of no other.
+fn is_of_dimm(region: &Path, dimm: &str) -> Result<bool, BackendError> {
+    let count = sysfs::text(region, "mappings")?.and_then(|text| sysfs::number(&text));
+    let mapping = sysfs::text(region, "mapping0")?.unwrap_or_default();
+    Ok(count == Some(1) && mapping.split(',').next() == Some(dimm))
+}
+
+/// The virtio device that a disk belongs to, by the place of the disk among all devices.
+pub(super) fn pci_of(disk: &Path) -> Option<PciAddress> {
+    let real = disk.canonicalize().ok()?;
+    let parts: Vec<&str> = real.iter().filter_map(|part| part.to_str()).collect();
+    parts.windows(2).rev().find_map(|pair| {
+        let number = pair[1].strip_prefix("virtio")?;
+        let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| pair[0].parse().ok())?
+    })
+}

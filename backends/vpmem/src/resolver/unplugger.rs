@@ -1,0 +1,158 @@
+//! Letting go of persistent memory before the hypervisor takes it out.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use blockmount::{BackendError, DeviceLocator, ErrorKind, Unplugger};
+use blockmount_linux::sysfs::{self, Disk, PciAddress};
+use blockmount_linux::uevent::{Look, Unseen, wait_for};
+use blockmount_linux::{blocking, mapper};
+
+use super::pmem::{PmemId, pci_of};
+use super::{Place, VpmemResolver};
+
+/// How long a device may be busy for a moment before it counts as in use.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the kernel may take to eject a device.
+const REMOVAL: Duration = Duration::from_secs(10);
+
+/// Makes a Linux guest let go of the persistent memory that a [`VpmemResolver`] finds.
+///
+/// A device is proven free, in all namespaces, and held so that it stays free. One in a PCI slot for hot-plug
+/// is then ejected, because that is how its hypervisor gets it back; any other stays, because an NVDIMM
+/// cannot be taken out. Of a device that holds many disks only the range that is meant is proven free.
+/// What is in use is `Busy`, and stays as it was. What is not there is a success.
+#[derive(Debug, Clone)]
+pub struct VpmemUnplugger {
+    resolver: VpmemResolver,
+    patience: Duration,
+    removal: Duration,
+}
+
+impl VpmemUnplugger {
+    /// Lets go of the devices that this resolver finds.
+    pub fn new(resolver: VpmemResolver) -> Self {
+        VpmemUnplugger {
+            resolver,
+            patience: PATIENCE,
+            removal: REMOVAL,
+        }
+    }
+
+    /// Waits this long for whoever uses a device for a moment, in place of one second.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Waits this long for the kernel to eject a device, in place of ten seconds.
+    #[must_use]
+    pub fn with_removal_deadline(mut self, removal: Duration) -> Self {
+        self.removal = removal;
+        self
+    }
+
+    async fn eject(
+        &self,
+        device: &DeviceLocator,
+        disk: Option<Disk>,
+        slot: Option<Slot>,
+    ) -> Result<(), BackendError> {
+        let deadline = Instant::now() + self.removal;
+        let held = match &disk {
+            Some(disk) => disk.hold(self.patience).await?.map(Some),
+            None => Some(None),
+        };
+        let (Some(held), Some(slot)) = (held, slot) else {
+            return Ok(());
+        };
+        sysfs::command_by(deadline, &slot.directory, "power", "0".to_owned(), held).await?;
+        let look = move || is_gone(&slot.device, disk.as_ref());
+        wait_for(deadline, look).await.map_err(|left| {
+            let message = format!("the kernel does not eject {device}: {}", left.message());
+            BackendError::uncertain(message).with_source(left)
+        })
+    }
+}
+
+/// A PCI slot with a device in it.
+#[derive(Debug)]
+struct Slot {
+    directory: PathBuf,
+    device: PathBuf,
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Unplugger for VpmemUnplugger {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let place = self.resolver.place(device)?;
+        let Place { id, root, range } = place;
+        let (disk, slot) = blocking(move || doomed(id, &root)).await?;
+        let Some(range) = range else {
+            return self.eject(device, disk, slot).await;
+        };
+        let Some(disk) = disk else { return Ok(()) };
+        let done = mapper::let_go_range(disk.node(), range.into(), self.patience).await;
+        match done {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                match blocking(move || disk.is_there()).await? {
+                    false => Ok(()),
+                    true => Err(error),
+                }
+            }
+            done => done,
+        }
+    }
+}
+
+/// What there is to let go of, and the slot that it can be ejected from.
+fn doomed(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), BackendError> {
+    let disk = seen(id.disk(root))?;
+    let known = seen(id.pci_device(root))?
+        .flatten()
+        .map(|(address, _)| address);
+    let address = known.or_else(|| pci_of(disk.as_ref()?.directory()));
+    let slot = match address {
+        Some(address) => slot(root, address)?,
+        None => None,
+    };
+    Ok((disk, slot))
+}
+
+fn seen<T>(look: Look<T>) -> Result<Option<T>, BackendError> {
+    match look {
+        Ok(found) => Ok(Some(found)),
+        Err(Unseen::NotYet(_)) => Ok(None),
+        Err(Unseen::Failed(error)) => Err(error),
+    }
+}
+
+/// The slot that a device is in, if it is in one for hot-plug.
+fn slot(root: &Path, address: PciAddress) -> Result<Option<Slot>, BackendError> {
+    let device = root.join(format!("bus/pci/devices/{address}"));
+    let slots = root.join("bus/pci/slots");
+    for name in sysfs::names(&slots)? {
+        let directory = slots.join(name);
+        let at = sysfs::text(&directory, "address")?;
+        let is_in = at.and_then(|at| format!("{at}.0").parse().ok()) == Some(address);
+        if is_in && directory.join("power").exists() {
+            return Ok(Some(Slot { directory, device }));
+        }
+    }
+    Ok(None)
+}
+
+fn is_gone(device: &Path, disk: Option<&Disk>) -> Look<()> {
+    let is_there = match disk {
+        Some(disk) => disk.is_there()?,
+        None => false,
+    };
+    if is_there || device.symlink_metadata().is_ok() {
+        let message = format!("{} is there still", device.display());
+        return Err(Unseen::not_found(message));
+    }
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! Where the containers run, and how to look and write there: this machine, or a virtual one.
+
+mod qemu;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockmount_loopback::LoopTransport;
+use clap::ValueEnum;
+
+use crate::failure::{Context, Failure};
+use crate::interrupt::Interrupt;
+use crate::kernel;
+use crate::report::SlotReport;
+use crate::terminal::Progress;
+use crate::tree::Tree;
+
+pub(crate) use qemu::{MOUNTS, QemuGuest};
+
+/// Where containers can run, by their names on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GuestKind {
+    /// This machine: loop devices, no VM
+    Local,
+    /// A virtual machine of QEMU, started for this run
+    Qemu,
+}
+
+/// A guest that is there.
+#[derive(Debug)]
+pub(crate) enum Guest {
+    Local(Arc<LoopTransport>),
+    Qemu(Box<QemuGuest>),
+}
+
+/// The mounts of a guest at one moment: the filesystem and the device, by path.
+#[derive(Debug)]
+pub(crate) struct Mounts(HashMap<PathBuf, Seen>);
+
+/// A mount as the guest's kernel shows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    pub(crate) filesystem: String,
+    pub(crate) device: String,
+}
+
+impl Mounts {
+    /// The mount that is seen at a path.
+    pub(crate) fn at(&self, path: &Path) -> Result<&Seen, Failure> {
+        self.0
+            .get(path)
+            .ok_or_else(|| Failure::new(format!("the kernel has no mount at {}", path.display())))
+    }
+}
+
+impl Guest {
+    /// What reports call it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Guest::Local(_) => "local",
+            Guest::Qemu(_) => "qemu",
+        }
+    }
+
+    /// What is mounted; of several at a path the topmost.
+    pub(crate) async fn mounts(&self) -> Result<Mounts, Failure> {
+        let Guest::Qemu(guest) = self else {
+            let mounts = kernel::Tables::read()?.into_mounts().map(|mount| {
+                let seen = Seen {
+                    filesystem: mount.filesystem,
+                    device: mount.source.to_string_lossy().into_owned(),
+                };
+                (mount.mount_point, seen)
+            });
+            return Ok(Mounts(mounts.collect()));
+        };
+        let tables = guest.tables().await?;
+        let lines = tables.mounts.into_iter().map(|line| {
+            let seen = Seen {
+                filesystem: line.filesystem,
+                device: line.source,
+            };
+            (line.mount_point.into(), seen)
+        });
+        Ok(Mounts(lines.collect()))
+    }
+
+    /// Reads a tree, with the digest of every file, where it is.
+    pub(crate) async fn tree(
+        &self,
+        root: &Path,
+        interrupt: &Interrupt,
+        progress: &Progress,
+    ) -> Result<Tree, Failure> {
+        interrupt.check()?;
+        if let Guest::Qemu(guest) = self {
+            return guest.tree(root).await;
+        }
+        let (root, progress) = (root.to_owned(), progress.clone());
+        let read = move |stop: &_| Tree::read(&root, stop, || progress.step());
+        interrupt.blocking(read).await
+    }
+
+    /// Makes or replaces a file.
+    pub(crate) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
+        match self {
+            Guest::Local(_) => {
+                fs::write(path, text).context(|| format!("cannot write {}", path.display()))
+            }
+            Guest::Qemu(guest) => guest.write(path, text).await,
+        }
+    }
+
+    /// Removes a file.
+    pub(crate) async fn remove(&self, path: &Path) -> Result<(), Failure> {
+        match self {
+            Guest::Local(_) => {
+                fs::remove_file(path).context(|| format!("cannot remove {}", path.display()))
+            }
+            Guest::Qemu(guest) => guest.remove(path).await,
+        }
+    }
+
+    /// The transports' own lists of what is where.
+    pub(crate) fn slots(&self) -> Vec<SlotReport> {
+        let transport = match self {
+            Guest::Local(transport) => transport,
+            Guest::Qemu(guest) => return guest.slots(),
+        };
+        let map = transport.map().into_iter();
+        let slot = map.map(|slot| SlotReport {
+            slot: slot.slot.to_string(),
+            state: format!("{:?}", slot.state).to_lowercase(),
+            device: format!("loop{}", slot.number),
+            read_only: slot.read_only,
+            direct_io: slot.direct_io,
+            disk: slot.source.display().to_string(),
+        });
+        slot.collect()
+    }
+}

@@ -1,0 +1,193 @@
+//! A virtual machine of QEMU, and what its witness says.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockmount_bridge::BridgeGuest;
+use blockmount_qemu::{
+    AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, Vm,
+};
+use blockmount_scsi::ScsiTransport;
+use tokio::sync::Mutex;
+
+use crate::failure::{Context, Failure};
+use crate::report::SlotReport;
+use crate::tree::Tree;
+use crate::witness::client::Witness;
+use crate::witness::protocol::Tables;
+use crate::{agent, witness};
+
+/// Where saved states of guests are kept between runs.
+const STATES: &str = "/var/cache/blockmount/states";
+/// Below these the agent of such a guest may mount.
+const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
+/// Below this, mounts that nobody asked a path for.
+pub(crate) const MOUNTS: &str = "/run/mounts";
+/// How many SCSI controllers it has.
+const CONTROLLERS: u8 = 4;
+/// How long the witness may take to open its port.
+const OPENING: Duration = Duration::from_secs(10);
+
+/// A VM that was started for this run.
+#[derive(Debug)]
+pub(crate) struct QemuGuest {
+    vm: Vm,
+    scsi: Arc<ScsiTransport<QemuScsi>>,
+    agent: BridgeGuest<AgentChannel>,
+    /// It answers one question after the other.
+    witness: Mutex<Witness<GuestStream>>,
+    /// What the guest's kernel had before anything was asked of it.
+    before: Tables,
+}
+
+impl QemuGuest {
+    /// Starts a VM with its files in a directory.
+    pub(crate) async fn start(directory: &Path) -> Result<Self, Failure> {
+        let what = || "cannot start a virtual machine".to_owned();
+        let kernel = GuestKernel::find().context(what)?;
+        let image = GuestImage::builder(kernel)
+            .file(agent::init::ARGUMENTS, agent_arguments())
+            .build();
+        let vm = Vm::builder(image.await.context(what)?)
+            .controllers(CONTROLLERS)
+            .directory(directory)
+            .saved_states(STATES)
+            .start();
+        let vm = vm.await.context(what)?;
+        let attacher = vm.scsi();
+        let geometry = attacher.geometry();
+        let scsi = ScsiTransport::new(attacher, geometry, &[]).context(what)?;
+        let agent = vm.guest(agent::PORT).await.context(what)?;
+        let stream = vm.connect(witness::PORT, OPENING).await.context(what)?;
+        let mut witness = Witness::new(stream);
+        Ok(QemuGuest {
+            before: witness.tables().await?,
+            scsi: Arc::new(scsi),
+            agent,
+            witness: Mutex::new(witness),
+            vm,
+        })
+    }
+
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Its SCSI disks.
+    pub(crate) fn scsi(&self) -> &Arc<ScsiTransport<QemuScsi>> {
+        &self.scsi
+    }
+
+    /// Its agent, who mounts, unplugs and lays over each other.
+    pub(crate) fn agent(&self) -> &BridgeGuest<AgentChannel> {
+        &self.agent
+    }
+
+    pub(crate) fn witness(&self) -> &Mutex<Witness<GuestStream>> {
+        &self.witness
+    }
+
+    /// What its kernel has.
+    pub(super) async fn tables(&self) -> Result<Tables, Failure> {
+        self.witness.lock().await.tables().await
+    }
+
+    pub(super) async fn tree(&self, root: &Path) -> Result<Tree, Failure> {
+        self.witness.lock().await.tree(root).await
+    }
+
+    pub(super) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
+        self.witness.lock().await.write(path, text).await
+    }
+
+    pub(super) async fn remove(&self, path: &Path) -> Result<(), Failure> {
+        self.witness.lock().await.remove(path).await
+    }
+
+    pub(super) fn slots(&self) -> Vec<SlotReport> {
+        let map = self.scsi.slot_map().into_iter();
+        let slot = map.map(|entry| SlotReport {
+            slot: entry.address.to_string(),
+            state: format!("{:?}", entry.state).to_lowercase(),
+            device: QemuScsi::name(entry.address),
+            read_only: entry.disk.as_ref().is_some_and(|disk| disk.is_read_only()),
+            direct_io: false,
+            disk: entry
+                .disk
+                .map_or(String::new(), |disk| disk.source().display().to_string()),
+        });
+        slot.collect()
+    }
+
+    /// What the guest's kernel and QEMU have that they had not at the start, one line each. Nothing is left of a
+    /// VM that is gone.
+    pub(crate) async fn left_over(&self) -> Result<Vec<String>, Failure> {
+        if !self.vm.is_running() {
+            return Ok(Vec::new());
+        }
+        let in_qemu = self.vm.scsi().left().await;
+        let in_qemu = in_qemu.context(|| "cannot ask QEMU what it has".to_owned())?;
+        let before = lines(&self.before);
+        let mut left: Vec<String> = in_qemu
+            .into_iter()
+            .map(|what| format!("{what} in QEMU"))
+            .collect();
+        let after = lines(&self.tables().await?);
+        left.extend(
+            after
+                .difference(&before)
+                .map(|what| format!("{what} in the guest")),
+        );
+        Ok(left)
+    }
+
+    /// Ends the VM.
+    pub(crate) async fn end(&self) {
+        self.vm.shut_down().await;
+    }
+}
+
+/// What the agent of the guest is told, one argument a line.
+fn agent_arguments() -> String {
+    let mut arguments = vec!["--witness".to_owned()];
+    for root in ROOTS {
+        arguments.extend(["--root".to_owned(), root.to_owned()]);
+    }
+    for number in 0..CONTROLLERS {
+        let address = PciAddress::of_controller(number);
+        arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
+    }
+    arguments.join("\n") + "\n"
+}
+
+/// What there is in a guest, one line each.
+fn lines(tables: &Tables) -> BTreeSet<String> {
+    let mounts = tables
+        .mounts
+        .iter()
+        .map(|mount| format!("mount of {} at {}", mount.filesystem, mount.mount_point));
+    let disks = tables
+        .block_devices
+        .iter()
+        .map(|disk| format!("disk {}", disk.name));
+    let scsi = tables
+        .scsi_devices
+        .iter()
+        .map(|address| format!("SCSI device {address}"));
+    let mapped = tables
+        .dm_devices
+        .iter()
+        .map(|device| format!("mapped device {}", device.name));
+    let directories = tables
+        .directories
+        .iter()
+        .map(|directory| format!("directory {directory}"));
+    mounts
+        .chain(disks)
+        .chain(scsi)
+        .chain(mapped)
+        .chain(directories)
+        .collect()
+}

@@ -1,0 +1,179 @@
+//! Mounting as a naive program does: what the agent's figures are compared with.
+
+use std::ffi::CString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use blockmount_linux::uevent::wait_until;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use tokio::task::JoinSet;
+
+use super::protocol::{BareMount, BareTimes};
+use super::tables::is_scsi_address;
+use crate::failure::{Context, Failure};
+
+/// How long a device may take to appear.
+const APPEARS: Duration = Duration::from_secs(20);
+/// The highest count that makes sense.
+const MOST: u32 = 10_000;
+
+/// Does all of them at once, and answers in their order.
+pub(super) async fn run_all(mounts: Vec<BareMount>) -> Result<Vec<BareTimes>, Failure> {
+    let start = Instant::now();
+    let mut times = vec![BareTimes::default(); mounts.len()];
+    let mut tasks = JoinSet::new();
+    for (index, asked) in mounts.into_iter().enumerate() {
+        tasks.spawn(async move { (index, run(asked, start).await) });
+    }
+    // Each comes to its end, also where another has failed: nothing stays mounted behind the answer.
+    let mut failed = None;
+    while let Some(ended) = tasks.join_next().await {
+        match ended.context(|| "a bare mount was lost".to_owned())? {
+            (index, Ok(took)) => times[index] = took,
+            (_, Err(failure)) => failed = Some(failure),
+        }
+    }
+    failed.map_or(Ok(times), Err)
+}
+
+async fn run(asked: BareMount, start: Instant) -> Result<BareTimes, Failure> {
+    if !(1..=MOST).contains(&asked.count) {
+        return Err(Failure::new(format!("a count is from 1 to {MOST}")));
+    }
+    let device = asked.device.clone();
+    let found = wait_until(start + APPEARS, move || Ok(node(&device))).await?;
+    let Some(node) = found else {
+        let device = asked.device;
+        return Err(Failure::new(format!(
+            "no device {device} within {APPEARS:?}"
+        )));
+    };
+    let found = microseconds(start);
+    tokio::task::spawn_blocking(move || repeat(&asked, &node, start, found))
+        .await
+        .context(|| "a bare mount was lost".to_owned())?
+}
+
+/// The node of a device that is there. Of a disk by its SCSI address: as soon as it has a name.
+fn node(device: &str) -> Option<PathBuf> {
+    if !is_scsi_address(device) {
+        let node = Path::new("/dev").join(Path::new(device).file_name()?);
+        return node.exists().then_some(node);
+    }
+    let disks = Path::new("/sys/bus/scsi/devices")
+        .join(device)
+        .join("block");
+    let name = fs::read_dir(disks).ok()?.flatten().next()?.file_name();
+    let node = Path::new("/dev").join(name);
+    // Open before it is announced means that it does not answer yet.
+    fs::File::open(&node).is_ok().then_some(node)
+}
+
+fn repeat(
+    asked: &BareMount,
+    node: &Path,
+    start: Instant,
+    found: u64,
+) -> Result<BareTimes, Failure> {
+    let what = || {
+        format!(
+            "cannot mount {} at {}",
+            node.display(),
+            asked.target.display()
+        )
+    };
+    let data = CString::new(asked.data.as_str()).context(what)?;
+    let flags = match asked.read_only {
+        true => MountFlags::RDONLY,
+        false => MountFlags::empty(),
+    };
+    let target = asked.target.ancestors();
+    let made: Vec<&Path> = target.take_while(|path| !path.exists()).collect();
+    fs::create_dir_all(&asked.target).context(what)?;
+    let mut times = BareTimes {
+        found,
+        ..BareTimes::default()
+    };
+    let mut mount_all = || {
+        for _ in 0..asked.count {
+            let before = Instant::now();
+            mount(
+                node,
+                &asked.target,
+                asked.filesystem.as_str(),
+                flags,
+                data.as_c_str(),
+            )
+            .context(what)?;
+            times.mount.push(microseconds(before));
+            times.mounted.push(microseconds(start));
+            let before = Instant::now();
+            unmount(&asked.target, UnmountFlags::NOFOLLOW)
+                .context(|| format!("cannot unmount {}", asked.target.display()))?;
+            times.unmount.push(microseconds(before));
+        }
+        Ok(())
+    };
+    let done = mount_all();
+    for directory in made {
+        // In vain while another mount needs it, which removes it then.
+        let _ = fs::remove_dir(directory);
+    }
+    done.map(|()| times)
+}
+
+fn microseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(device: &str, target: &Path) -> BareMount {
+        BareMount {
+            device: device.to_owned(),
+            filesystem: "tmpfs".to_owned(),
+            target: target.to_owned(),
+            read_only: true,
+            data: String::new(),
+            count: 3,
+        }
+    }
+
+    #[tokio::test]
+    async fn root_mounts_and_unmounts_as_often_as_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let targets = [dir.path().join("a/b"), dir.path().join("c")];
+        let mounts = targets.iter().map(|target| asked("null", target)).collect();
+        let times = run_all(mounts).await.unwrap();
+        for times in &times {
+            let lengths = [&times.mount, &times.mounted, &times.unmount].map(Vec::len);
+            assert_eq!(lengths, [3, 3, 3]);
+            assert!(times.found <= times.mounted[0] && times.mounted.is_sorted());
+        }
+        assert_eq!(times.len(), 2);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn one_failure_is_told_after_all_have_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut wrong = asked("null", &dir.path().join("x"));
+        wrong.filesystem = "nosuchfs".to_owned();
+        let error = run_all(vec![wrong]).await.unwrap_err().to_string();
+        assert!(error.contains("cannot mount /dev/null"), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let mut none = asked("null", &dir.path().join("x"));
+        none.count = 0;
+        assert!(run_all(vec![none]).await.is_err());
+    }
+
+    #[test]
+    fn a_device_is_a_name_below_dev() {
+        assert_eq!(node("null").unwrap(), Path::new("/dev/null"));
+        assert_eq!(node("../dev/null").unwrap(), Path::new("/dev/null"));
+        assert!(node("..").is_none() && node("").is_none() && node("99:0:0:0").is_none());
+    }
+}

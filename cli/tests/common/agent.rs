@@ -1,0 +1,111 @@
+//! Running the agent and the witness as ordinary processes.
+
+use std::ffi::OsStr;
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use blockmount_bridge::{BridgeGuest, GuestConnection};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+
+use super::{Answer, eventually, finish, program, signal, temp};
+
+/// An agent, or a witness, on a socket in a directory of its own. It is ended with the value.
+pub struct Serving {
+    child: Option<Child>,
+    pub dir: TempDir,
+}
+
+impl Serving {
+    /// Starts a command with its socket, and these arguments; waits until it listens.
+    pub fn start(command: &str, arguments: &[&str]) -> Self {
+        Self::start_in(temp(), command, arguments)
+    }
+
+    pub fn start_in<A: AsRef<OsStr>>(dir: TempDir, command: &str, arguments: &[A]) -> Self {
+        let mut program = program([command, "--unix"]);
+        program
+            .arg(dir.path().join("socket"))
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let child = Some(program.spawn().unwrap());
+        let serving = Serving { child, dir };
+        eventually("listening", || {
+            BlockingStream::connect(serving.socket()).is_ok()
+        });
+        serving
+    }
+
+    /// An agent that mounts below `root` in its directory.
+    pub fn agent() -> Self {
+        let dir = temp();
+        Self::agent_in(dir)
+    }
+
+    pub fn agent_in(dir: TempDir) -> Self {
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let (root, journal) = (at("root"), at("journal"));
+        Self::start_in(dir, "agent", &["--root", &root, "--journal", &journal])
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    pub async fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.socket()).await.unwrap()
+    }
+
+    /// The host's end, negotiated.
+    pub async fn guest(&self) -> BridgeGuest {
+        let stream = self.connect().await;
+        BridgeGuest::new(GuestConnection::connect(stream).await.unwrap())
+    }
+
+    /// Sends a signal, and waits for the end. The directory stays.
+    pub fn end(mut self, with: Signal) -> (Answer, TempDir) {
+        let child = self.child.take().unwrap();
+        signal(child.id(), with);
+        let answer = match with {
+            // A status that `finish` takes for its own doing.
+            Signal::KILL => {
+                let output = child.wait_with_output().unwrap();
+                let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                Answer {
+                    code: output.status.code(),
+                    stdout: text(&output.stdout),
+                    stderr: text(&output.stderr),
+                }
+            }
+            _ => finish(child),
+        };
+        let dir = std::mem::replace(&mut self.dir, temp());
+        (answer, dir)
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Whether something is mounted exactly there.
+pub fn is_mounted(path: &Path) -> bool {
+    let table = blockmount_linux::mountinfo::read().unwrap();
+    !blockmount_linux::mountinfo::at(&table, path).is_empty()
+}

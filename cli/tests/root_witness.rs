@@ -1,0 +1,128 @@
+//! The witness as an ordinary process, asked in its protocol as it is documented.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::agent::Serving;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// Asks once: a length in four bytes, and JSON, both ways.
+async fn ask(stream: &mut UnixStream, request: Value) -> Value {
+    let text = request.to_string();
+    let length = u32::try_from(text.len()).unwrap().to_le_bytes();
+    stream.write_all(&length).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let length = timeout(LONG, stream.read_u32_le()).await.unwrap().unwrap();
+    let mut answer = vec![0; length as usize];
+    stream.read_exact(&mut answer).await.unwrap();
+    serde_json::from_slice(&answer).unwrap()
+}
+
+#[tokio::test]
+async fn root_the_witness_survives_the_agent_and_knows_it() {
+    let witness = Serving::start("witness", &[]);
+    let mut stream = witness.connect().await;
+    assert_eq!(
+        ask(&mut stream, json!("agent_pid")).await,
+        json!({"pid": null})
+    );
+    let none = ask(&mut stream, json!("kill_agent")).await;
+    assert!(
+        none["failed"].as_str().unwrap().contains("no agent"),
+        "{none}"
+    );
+
+    let agent = Serving::agent();
+    let pid = json!({"pid": agent.pid()});
+    assert_eq!(ask(&mut stream, json!("agent_pid")).await, pid);
+    assert_eq!(ask(&mut stream, json!("kill_agent")).await, pid);
+    let (answer, _dir) = agent.end(Signal::KILL);
+    assert_eq!(answer.code, None, "it was killed: {answer}");
+    assert_eq!(
+        ask(&mut stream, json!("agent_pid")).await,
+        json!({"pid": null})
+    );
+    let (answer, dir) = witness.end(Signal::TERM);
+    answer.says(0, &[]);
+    assert!(!dir.path().join("socket").exists());
+}
+
+#[tokio::test]
+async fn root_files_tables_and_bare_mounts() {
+    let root = common::temp();
+    std::fs::create_dir_all(root.path().join("a/b")).unwrap();
+    let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+    let witness = Serving::start("witness", &["--root", &at("")]);
+    let mut stream = witness.connect().await;
+    let done = json!("done");
+    let write = json!({"write": {"path": at("a/f"), "content": "text"}});
+    assert_eq!(ask(&mut stream, write).await, done);
+    let tree = ask(&mut stream, json!({"tree": {"path": at("")}})).await;
+    let digest = "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1";
+    let nodes = json!([["a", "directory"], ["a/b", "directory"], ["a/f", {"file": digest}]]);
+    assert_eq!(tree["tree"]["nodes"], nodes);
+
+    let tables = ask(&mut stream, json!("tables")).await;
+    let directories = [at(""), at("a"), at("a/b")];
+    let found = tables["tables"]["directories"].as_array().unwrap();
+    let trimmed = |text: &str| text.trim_end_matches('/').to_owned();
+    let found: Vec<String> = found.iter().map(|d| trimmed(d.as_str().unwrap())).collect();
+    assert_eq!(found, directories.map(|d| trimmed(&d)));
+
+    let mount = json!({"device": "null", "filesystem": "tmpfs", "target": at("m/n"), "read_only": false,
+        "data": "size=1m", "count": 4});
+    let times = ask(&mut stream, json!({"bare_mount": {"mounts": [mount]}})).await;
+    assert_eq!(
+        times["bare_mounts"][0]["mount"].as_array().unwrap().len(),
+        4,
+        "{times}"
+    );
+    assert!(!root.path().join("m").exists());
+    assert_eq!(
+        ask(&mut stream, json!({"remove": {"path": at("a/f")}})).await,
+        done
+    );
+    let busy = ask(&mut stream, json!({"remove": {"path": at("a")}})).await;
+    assert!(
+        busy["failed"].as_str().unwrap().contains("not empty"),
+        "{busy}"
+    );
+}
+
+#[tokio::test]
+async fn root_a_message_that_is_too_long_ends_its_connection_only() {
+    let witness = Serving::start("witness", &[]);
+    let mut other = witness.connect().await;
+    let mut stream = witness.connect().await;
+    stream.write_u32_le((64 << 20) + 1).await.unwrap();
+    assert_eq!(
+        timeout(LONG, stream.read(&mut [0])).await.unwrap().unwrap(),
+        0
+    );
+    assert!(
+        ask(&mut other, json!("tables"))
+            .await
+            .get("tables")
+            .is_some()
+    );
+}
+
+#[tokio::test]
+async fn root_this_machine_is_not_turned_off() {
+    let witness = Serving::start("witness", &[]);
+    let mut stream = witness.connect().await;
+    let answer = ask(&mut stream, json!("power_off")).await;
+    assert!(
+        answer["failed"].as_str().unwrap().contains("pid 1"),
+        "{answer}"
+    );
+}

@@ -1,0 +1,206 @@
+//! Many disks, and disks of all kinds.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use blockmount::{Disk, DiskKind, ErrorKind, MountOptions, MountRequest, StackRequest};
+use futures_util::future::join_all;
+use serde_json::json;
+
+use crate::common;
+use crate::rig::{Rig, read_only};
+
+/// Adds so many layers at once, and asserts that each is at a place of its own with its own content.
+async fn add_many(rig: &Rig, number: usize) -> Vec<blockmount::Mount> {
+    let disks: Vec<Disk> = (0..number)
+        .map(|n| rig.layer(&format!("layer-{n}")))
+        .collect();
+    let request = read_only();
+    let added = join_all(disks.iter().map(|disk| rig.manager.add(disk, &request))).await;
+    let mounts: Vec<_> = added.into_iter().map(Result::unwrap).collect();
+    let places: BTreeSet<_> = mounts.iter().map(|mount| mount.locator().clone()).collect();
+    assert_eq!(places.len(), number);
+    for (n, mount) in mounts.iter().enumerate() {
+        let file = mount.path().join("id");
+        rig.assert_content(&file, &format!("layer-{n}")).await;
+    }
+    mounts
+}
+
+async fn release_all(mounts: Vec<blockmount::Mount>) {
+    for released in join_all(mounts.into_iter().map(|mount| mount.release())).await {
+        released.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_64_disks_at_once_each_have_their_own_content() {
+    let rig = Rig::start().await;
+    let mounts = add_many(&rig, 64).await;
+    // Spread over the controllers, and each at the address that its locator says.
+    let tables = rig.tables().await;
+    let seen = tables["scsi_devices"].as_array().unwrap().len();
+    assert_eq!(seen, 64);
+    for controller in 0..4 {
+        let on_it = mounts.iter().filter(|mount| {
+            let prefix = format!("scsi:{controller}/");
+            mount.locator().as_str().starts_with(&prefix)
+        });
+        assert_eq!(on_it.count(), 16);
+    }
+    release_all(mounts).await;
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_256_disks_fit_on_a_bus_of_64_each_and_the_next_is_refused() {
+    use blockmount::Manager;
+    use blockmount_scsi::{Geometry, ScsiTransport};
+    let mut rig = Rig::start().await;
+    // As many as Hyper-V has, so that the bus is full before the images are made.
+    let scsi = ScsiTransport::new(rig.vm.scsi(), Geometry::HYPER_V, &[]).unwrap();
+    rig.manager = Manager::builder()
+        .transport(scsi)
+        .unplugger(rig.guest.clone())
+        .mounter(rig.guest.clone())
+        .combiner(rig.guest.clone())
+        .mount_root(crate::rig::MOUNTS)
+        .build();
+    let mounts = add_many(&rig, 256).await;
+    let full = rig.state().await;
+    let one_more = rig.layer("one-more");
+    let error = rig.manager.add(&one_more, &read_only()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Full, "{error}");
+    assert_eq!(rig.state().await, full);
+    release_all(mounts).await;
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_every_filesystem_read_only_and_ext4_and_xfs_for_writing() {
+    let rig = Rig::start().await;
+    for filesystem in ["ext4", "erofs", "squashfs"] {
+        let path = rig.path(filesystem);
+        common::image(filesystem, &path, &[("d/file", filesystem)]);
+        let disk = Disk::virtual_disk(&path).read_only();
+        let mount = rig.manager.add(&disk, &read_only()).await.unwrap();
+        rig.assert_content(&mount.path().join("d/file"), filesystem)
+            .await;
+        let write = json!({ "write": { "path": mount.path().join("x"), "content": "" } });
+        assert!(rig.ask_and_see(write).await["failed"].is_string());
+        mount.release().await.unwrap();
+    }
+    let xfs = rig.path("xfs");
+    std::fs::File::create(&xfs)
+        .unwrap()
+        .set_len(320 << 20)
+        .unwrap();
+    assert!(
+        Command::new("/usr/sbin/mkfs.xfs")
+            .arg("-q")
+            .arg(&xfs)
+            .status()
+            .unwrap()
+            .success()
+    );
+    for (kind, image) in [
+        ("ext4", rig.scratch("rw").source().to_owned()),
+        ("xfs", xfs),
+    ] {
+        // What was written by one mount is there for the next, which is a read-only one.
+        let written = rig
+            .manager
+            .add(&Disk::virtual_disk(&image), &MountRequest::default())
+            .await
+            .unwrap();
+        let write = json!({ "write": { "path": written.path().join("file"), "content": kind } });
+        rig.ask(write).await;
+        written.release().await.unwrap();
+        let disk = Disk::virtual_disk(&image).read_only();
+        let read = rig.manager.add(&disk, &read_only()).await.unwrap();
+        rig.assert_content(&read.path().join("file"), kind).await;
+        read.release().await.unwrap();
+    }
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_partitions_are_found_by_their_numbers() {
+    let rig = Rig::start().await;
+    let image = rig.path("disk");
+    common::partitioned(&image, &[("file", "on partition 2")]);
+    let disk = Disk::virtual_disk(&image).read_only();
+    let partition = |number| {
+        let options = MountOptions::builder().read_only().partition(number);
+        MountRequest::new(options.build().unwrap())
+    };
+    let two = partition(2.try_into().unwrap());
+    let mount = rig.manager.add(&disk, &two).await.unwrap();
+    rig.assert_content(&mount.path().join("file"), "on partition 2")
+        .await;
+    let three = partition(3.try_into().unwrap());
+    let error = rig.manager.add(&disk, &three).await.unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::NotFound,
+        "{error}: {}",
+        error.cause()
+    );
+    assert!(
+        error.cause().message().contains("1, 2"),
+        "{}",
+        error.cause()
+    );
+    mount.release().await.unwrap();
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_qcow2_and_evd_are_what_they_are() {
+    let rig = Rig::start().await;
+    let (raw, qcow2) = (rig.path("raw"), rig.path("disk.qcow2"));
+    common::image("erofs", &raw, &[("file", "in qcow2")]);
+    // An image tool rounds up to sectors, which an erofs is anyway.
+    let convert = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &qcow2])
+        .status();
+    assert!(convert.unwrap().success());
+    let disk = Disk::virtual_disk(&qcow2).read_only();
+    let mount = rig.manager.add(&disk, &read_only()).await.unwrap();
+    rig.assert_content(&mount.path().join("file"), "in qcow2")
+        .await;
+    mount.release().await.unwrap();
+    let evd = Disk::extensible("provider", "x").read_only();
+    assert!(matches!(evd.kind(), DiskKind::Extensible { .. }));
+    let error = rig.manager.add(&evd, &read_only()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsuitable, "{error}");
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_an_overlay_of_40_layers_and_a_scratch() {
+    let rig = Rig::start().await;
+    let mut request = StackRequest::new("/run/containers/c1/rootfs");
+    for n in 0..40 {
+        let path = rig.path(&format!("{n}.erofs"));
+        let own = format!("only-in-{n}");
+        common::image("erofs", &path, &[("id", &own), (&own, "x")]);
+        request = request.layer(Disk::virtual_disk(path).read_only(), read_only());
+    }
+    let request = request.scratch(rig.scratch("scratch"), MountRequest::default());
+    let stack = rig.manager.stack(&request).await.unwrap();
+    let root = stack.target().to_owned();
+    // The topmost layer comes first.
+    rig.assert_content(&root.join("id"), "only-in-0").await;
+    let tree = rig.tree(&root).await;
+    assert!((0..40).all(|n| tree.contains_key(&format!("only-in-{n}"))));
+    rig.ask(json!({ "write": { "path": root.join("new"), "content": "new" } }))
+        .await;
+    rig.ask(json!({ "remove": { "path": root.join("only-in-39") } }))
+        .await;
+    let tree = rig.tree(&root).await;
+    assert!(tree.contains_key("new") && !tree.contains_key("only-in-39"));
+    stack.release().await.unwrap();
+    rig.end().await;
+}

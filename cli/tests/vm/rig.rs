@@ -1,0 +1,225 @@
+//! A VM for one test: restored, reached by its agent and its witness, and compared with its first moment at the end.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockmount::{Disk, Manager, MountOptions, MountRequest};
+use blockmount_bridge::BridgeGuest;
+use blockmount_qemu::qmp::NONE;
+use blockmount_qemu::{
+    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, Vm,
+};
+use blockmount_scsi::ScsiTransport;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{Mutex, OnceCell};
+
+use crate::common;
+
+/// Where the agent mounts what nobody asked a path for.
+pub const MOUNTS: &str = "/run/mounts";
+const CONTROLLERS: u8 = 4;
+/// Long enough for a busy machine.
+const OPENING: Duration = Duration::from_secs(30);
+
+/// The guest's files, read and packed once for all tests of this program.
+static IMAGE: OnceCell<GuestImage> = OnceCell::const_new();
+
+async fn image() -> GuestImage {
+    let build = || async {
+        let mut arguments = vec!["--witness".to_owned()];
+        for root in [MOUNTS, "/run/containers"] {
+            arguments.extend(["--root".to_owned(), root.to_owned()]);
+        }
+        for number in 0..CONTROLLERS {
+            let address = PciAddress::of_controller(number);
+            arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
+        }
+        let kernel = GuestKernel::find().unwrap();
+        GuestImage::builder(kernel)
+            .program(env!("CARGO_BIN_EXE_blockmount"))
+            .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
+            .build()
+            .await
+            .unwrap()
+    };
+    IMAGE.get_or_init(build).await.clone()
+}
+
+/// Starts a VM from the state that all tests share.
+pub async fn start() -> Vm {
+    let states = Path::new(env!("CARGO_TARGET_TMPDIR")).join("states");
+    Vm::builder(image().await)
+        // Whether there is a faster one must make no difference to what is tested.
+        .accelerator(Accelerator::Emulation)
+        .controllers(CONTROLLERS)
+        .saved_states(states)
+        .start()
+        .await
+        .unwrap()
+}
+
+/// A VM with a manager of its disks.
+pub struct Rig {
+    pub vm: Vm,
+    pub scsi: Arc<ScsiTransport<QemuScsi>>,
+    pub guest: BridgeGuest<AgentChannel>,
+    pub manager: Manager,
+    /// For images, on this machine.
+    pub dir: TempDir,
+    witness: Mutex<GuestStream>,
+    before: State,
+}
+
+/// All that QEMU and the guest's kernel list.
+#[derive(Debug, PartialEq, Eq)]
+pub struct State(BTreeMap<&'static str, Value>);
+
+impl Rig {
+    pub async fn start() -> Rig {
+        let vm = start().await;
+        let attacher = vm.scsi();
+        let geometry = attacher.geometry();
+        let scsi = Arc::new(ScsiTransport::new(attacher, geometry, &[]).unwrap());
+        let guest = vm.guest("blockmount.agent").await.unwrap();
+        let manager = Manager::builder()
+            .transport(scsi.clone())
+            .unplugger(guest.clone())
+            .mounter(guest.clone())
+            .combiner(guest.clone())
+            .mount_root(MOUNTS)
+            .build();
+        let witness = vm.connect("blockmount.witness", OPENING).await.unwrap();
+        let mut rig = Rig {
+            vm,
+            scsi,
+            guest,
+            manager,
+            dir: common::temp(),
+            witness: Mutex::new(witness),
+            before: State(BTreeMap::new()),
+        };
+        rig.before = rig.state().await;
+        rig
+    }
+
+    /// Asks the witness, and expects an answer.
+    pub async fn ask(&self, question: Value) -> Value {
+        let answer = self.ask_and_see(question.clone()).await;
+        assert!(answer.get("failed").is_none(), "{question}: {answer}");
+        answer
+    }
+
+    /// Asks the witness, whatever it answers.
+    pub async fn ask_and_see(&self, question: Value) -> Value {
+        let mut stream = self.witness.lock().await;
+        let exchange = async {
+            let bytes = serde_json::to_vec(&question).unwrap();
+            stream.write_u32_le(bytes.len() as u32).await.unwrap();
+            stream.write_all(&bytes).await.unwrap();
+            let length = stream.read_u32_le().await.unwrap();
+            let mut answer = vec![0; length as usize];
+            stream.read_exact(&mut answer).await.unwrap();
+            serde_json::from_slice(&answer).unwrap()
+        };
+        let answered = tokio::time::timeout(Duration::from_secs(60), exchange).await;
+        answered.unwrap_or_else(|_| panic!("the witness does not answer {question}"))
+    }
+
+    /// A witness that does not answer any more needs a new line.
+    pub async fn reconnect_witness(&self) {
+        let stream = self
+            .vm
+            .connect("blockmount.witness", OPENING)
+            .await
+            .unwrap();
+        *self.witness.lock().await = stream;
+    }
+
+    /// The names below a directory of the guest, and the digests of files.
+    pub async fn tree(&self, path: &Path) -> BTreeMap<String, Value> {
+        let answer = self.ask(json!({ "tree": { "path": path } })).await;
+        let nodes = answer["tree"]["nodes"].as_array().unwrap();
+        let node = |node: &Value| (node[0].as_str().unwrap().to_owned(), node[1].clone());
+        nodes.iter().map(node).collect()
+    }
+
+    /// Asserts that a file of the guest has this content.
+    pub async fn assert_content(&self, path: &Path, text: &str) {
+        use sha2::{Digest, Sha256};
+        let tree = self.tree(path.parent().unwrap()).await;
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let digest = Sha256::digest(text);
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(tree.get(name), Some(&json!({ "file": digest })), "{path:?}");
+    }
+
+    pub async fn tables(&self) -> Value {
+        self.ask(json!("tables")).await["tables"].clone()
+    }
+
+    pub async fn state(&self) -> State {
+        let mut state = BTreeMap::from([("guest", self.tables().await)]);
+        for command in ["query-block", "query-named-block-nodes"] {
+            let answer = self.vm.qmp().execute(command, NONE).await.unwrap();
+            state.insert(command, answer);
+        }
+        let path = json!({ "path": "/machine/peripheral" });
+        let answer = self.vm.qmp().execute("qom-list", path).await.unwrap();
+        // Each question comes over a port, which is none of the disks.
+        let devices = answer.as_array().unwrap().iter();
+        let disks = devices.filter(|device| device["type"] != "child<virtserialport>");
+        state.insert("qom-list", disks.cloned().collect());
+        State(state)
+    }
+
+    /// Asserts that everything is as it was at the start.
+    pub async fn assert_as_at_first(&self) {
+        assert_eq!(self.state().await, self.before);
+    }
+
+    /// Ends the VM, and asserts that nothing was left in it and nothing is left of it.
+    pub async fn end(self) {
+        let drained = self.manager.drain().await;
+        assert!(drained.is_clean(), "{drained:?}");
+        self.assert_as_at_first().await;
+        self.end_as_it_is().await;
+    }
+
+    /// Ends the VM, whatever is in it, and asserts that nothing is left of it.
+    pub async fn end_as_it_is(self) {
+        let directory = self.vm.directory().to_owned();
+        self.vm.shut_down().await;
+        assert!(!self.vm.is_running());
+        drop(self);
+        // The last clone may be with a task that is about to end.
+        common::eventually("the removal of the VM's files", || !directory.exists());
+    }
+
+    /// A path for an image.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A read-only disk with an erofs that has one file, `id`, with this text.
+    pub fn layer(&self, text: &str) -> Disk {
+        let path = self.path(&format!("{text}.erofs"));
+        common::image("erofs", &path, &[("id", text)]);
+        Disk::virtual_disk(path).read_only()
+    }
+
+    /// An empty ext4 to write to.
+    pub fn scratch(&self, name: &str) -> Disk {
+        let path = self.path(name);
+        common::image("ext4", &path, &[]);
+        Disk::virtual_disk(path)
+    }
+}
+
+/// A read-only mount, wherever the manager likes.
+pub fn read_only() -> MountRequest {
+    MountRequest::new(MountOptions::read_only())
+}
