@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod lossy;
+pub mod peer;
 pub mod pmem;
 
 use std::fs::File;
@@ -23,7 +24,7 @@ pub const LONG: Duration = Duration::from_secs(60);
 
 /// For tests in which something is not answered.
 pub const IMPATIENT: Deadlines = Deadlines {
-    call: Duration::from_millis(500),
+    call: Duration::from_secs(1),
     greeting: LONG,
 };
 
