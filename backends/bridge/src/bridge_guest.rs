@@ -13,10 +13,41 @@ use blockmount::{
 use crate::GuestConnection;
 use crate::device::Device;
 use crate::host_requests::{self, guest_path};
-use crate::messages::{ModificationRequest, Resource};
+use crate::messages::{Capabilities, ModificationRequest, Resource};
 
-/// A guest at the other end of a [`GuestConnection`], as [`Mounter`], [`Unplugger`] and
-/// [`LayerCombiner`].
+/// Who carries requests to the agent of a guest: a [`GuestConnection`] of our own, or a hypervisor that has
+/// the connection to itself.
+///
+/// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest
+/// may have done it, because after any other error of an [`Add`](crate::messages::RequestType::Add) the target is used
+/// again at once. `Gone` means that the guest, or the way to it, is no more.
+#[async_trait]
+pub trait GuestChannel: Send + Sync + 'static {
+    /// What the guest has said it can do. Asked before each request, so it must be at hand.
+    fn capabilities(&self) -> Arc<Capabilities>;
+
+    /// Changes a setting of the VM, and returns when the guest has done it.
+    ///
+    /// # Errors
+    ///
+    /// What the guest says, by kind, or why nobody knows what it has done.
+    async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError>;
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl GuestChannel for GuestConnection {
+    fn capabilities(&self) -> Arc<Capabilities> {
+        GuestConnection::capabilities(self)
+    }
+
+    async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
+        GuestConnection::modify(self, request).await
+    }
+}
+
+/// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`] and
+/// [`LayerCombiner`]. The channel is a [`GuestConnection`] unless said otherwise.
 ///
 /// | | Linux guest of ours | Linux guest that knows only the protocol | Windows guest |
 /// |---|---|---|---|
@@ -32,11 +63,21 @@ use crate::messages::{ModificationRequest, Resource};
 ///
 /// The protocol wants a mount described again to undo it, so a ledger keeps what was sent until it is
 /// undone. What could not be undone because the connection was gone is undone before its target is used
-/// again. Clones share the ledger and the connection.
-#[derive(Debug, Clone)]
-pub struct BridgeGuest {
-    connection: GuestConnection,
+/// again. Clones share the ledger and the channel.
+#[derive(Debug)]
+pub struct BridgeGuest<C = GuestConnection> {
+    channel: Arc<C>,
     ledger: Arc<Ledger>,
+}
+
+/// Whatever the channel is, a clone shares it.
+impl<C> Clone for BridgeGuest<C> {
+    fn clone(&self) -> Self {
+        BridgeGuest {
+            channel: self.channel.clone(),
+            ledger: self.ledger.clone(),
+        }
+    }
 }
 
 /// What undoes the mount or overlay at a target. Never locked across an await.
@@ -98,17 +139,19 @@ fn is_overlay(resource: &Resource) -> bool {
 }
 
 impl BridgeGuest {
-    /// The guest at the other end of a connection.
-    pub fn new(connection: GuestConnection) -> Self {
-        BridgeGuest {
-            connection,
-            ledger: Arc::default(),
-        }
-    }
-
     /// The connection, to reconnect it or to listen.
     pub fn connection(&self) -> &GuestConnection {
-        &self.connection
+        &self.channel
+    }
+}
+
+impl<C: GuestChannel> BridgeGuest<C> {
+    /// The guest at the other end of a channel.
+    pub fn new(channel: C) -> Self {
+        BridgeGuest {
+            channel: Arc::new(channel),
+            ledger: Arc::default(),
+        }
     }
 
     async fn set_up(
@@ -121,7 +164,7 @@ impl BridgeGuest {
             self.tear_down(target, owed).await?;
         }
         self.ledger.book(target, undo)?;
-        let outcome = self.connection.modify(ModificationRequest::add(add)).await;
+        let outcome = self.channel.modify(ModificationRequest::add(add)).await;
         if let Err(error) = &outcome
             && error.kind() != ErrorKind::Uncertain
         {
@@ -131,10 +174,7 @@ impl BridgeGuest {
     }
 
     async fn tear_down(&self, target: &Path, undo: Resource) -> Result<(), BackendError> {
-        let outcome = self
-            .connection
-            .modify(ModificationRequest::remove(undo))
-            .await;
+        let outcome = self.channel.modify(ModificationRequest::remove(undo)).await;
         match &outcome {
             Ok(()) => self.ledger.strike(target),
             Err(error) if error.kind() == ErrorKind::Gone => self.ledger.owe(target),
@@ -146,21 +186,21 @@ impl BridgeGuest {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl Mounter for BridgeGuest {
+impl<C: GuestChannel> Mounter for BridgeGuest<C> {
     async fn mount(
         &self,
         device: &DeviceLocator,
         target: &Path,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        let guest = self.connection.capabilities();
+        let guest = self.channel.capabilities();
         let path = guest_path(target, &guest)?;
         let (add, undo) = host_requests::mount(Device::try_from(device)?, path, options, &guest)?;
         self.set_up(target, add, undo).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
-        let guest = self.connection.capabilities();
+        let guest = self.channel.capabilities();
         let undo = match self.ledger.get(target) {
             Some(undo) if is_overlay(&undo) => {
                 let message = format!(
@@ -180,12 +220,12 @@ impl Mounter for BridgeGuest {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl Unplugger for BridgeGuest {
+impl<C: GuestChannel> Unplugger for BridgeGuest<C> {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        let guest = self.connection.capabilities();
+        let guest = self.channel.capabilities();
         match host_requests::unplug(Device::try_from(device)?, &guest)? {
             Some(device) => {
-                self.connection
+                self.channel
                     .modify(ModificationRequest::remove(device))
                     .await
             }
@@ -196,14 +236,14 @@ impl Unplugger for BridgeGuest {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl LayerCombiner for BridgeGuest {
+impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        let (add, undo) = host_requests::combine(overlay, &self.connection.capabilities())?;
+        let (add, undo) = host_requests::combine(overlay, &self.channel.capabilities())?;
         self.set_up(&overlay.target, add, undo).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        let guest = self.connection.capabilities();
+        let guest = self.channel.capabilities();
         let undo = match self.ledger.get(target) {
             Some(undo) if !is_overlay(&undo) => {
                 let message = format!("{} is the mount of a device, no overlay", target.display());
