@@ -10,6 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 ///
 /// On the wire it is a signed number. It is compared by its 32 bits alone, so that a peer that has widened
 /// it, with the sign or without, means the same.
+///
+/// The host compute service has its own numbers in two forms, `0x8037....` and `0xc037....`, depending on which of
+/// its libraries they come through. [`is`](Self::is) and [`kind`](Self::kind) do not tell them apart.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Hresult(u32);
 
@@ -29,6 +32,18 @@ codes! {
     NOT_IMPLEMENTED = 0x8000_4001;
     /// Some error; the message says which.
     FAIL = 0x8000_4005;
+    /// There is no such file.
+    FILE_NOT_FOUND = 0x8007_0002;
+    /// There is no such directory, or no such drive.
+    PATH_NOT_FOUND = 0x8007_0003;
+    /// Access is denied.
+    ACCESS_DENIED = 0x8007_0005;
+    /// A handle that has been closed.
+    INVALID_HANDLE = 0x8007_0006;
+    /// A value that cannot be read.
+    INVALID_DATA = 0x8007_000d;
+    /// Somebody else has the file open.
+    SHARING_VIOLATION = 0x8007_0020;
     /// Not supported on this device.
     NOT_SUPPORTED = 0x8007_0032;
     /// An argument is wrong.
@@ -41,8 +56,16 @@ codes! {
     NOT_FOUND = 0x8007_0490;
     /// Not possible in this state.
     INVALID_STATE = 0x8037_0105;
+    /// The VM or container has ended unexpectedly.
+    UNEXPECTED_EXIT = 0xc037_0106;
+    /// The VM or container was ended by force.
+    TERMINATED = 0xc037_0107;
+    /// The VM or container cannot be connected to.
+    CONNECT_FAILED = 0xc037_0108;
     /// No answer in time.
     TIMEOUT = 0xc037_0109;
+    /// The connection with the VM or container was closed.
+    CONNECTION_CLOSED = 0xc037_010a;
     /// A message of unknown type.
     UNKNOWN_MESSAGE = 0xc037_010b;
     /// No common version of the protocol.
@@ -55,7 +78,34 @@ codes! {
     SYSTEM_ALREADY_EXISTS = 0xc037_010f;
     /// The container has ended.
     SYSTEM_ALREADY_STOPPED = 0xc037_0110;
+    /// The operation has been started and goes on.
+    OPERATION_PENDING = 0xc037_0117;
+    /// The operation was not done in time.
+    OPERATION_TIMEOUT = 0xc037_0118;
+    /// The host compute service is no longer there.
+    SERVICE_DISCONNECT = 0xc037_011e;
 }
+
+/// What each number means to a caller, where the number alone says so.
+const KINDS: [(Hresult, ErrorKind); 17] = [
+    (Hresult::NOT_IMPLEMENTED, ErrorKind::Unsuitable),
+    (Hresult::NOT_SUPPORTED, ErrorKind::Unsuitable),
+    (Hresult::UNKNOWN_MESSAGE, ErrorKind::Unsuitable),
+    (Hresult::UNSUPPORTED_PROTOCOL_VERSION, ErrorKind::Unsuitable),
+    (Hresult::INVALID_ARGUMENT, ErrorKind::Invalid),
+    (Hresult::INVALID_DATA, ErrorKind::Invalid),
+    (Hresult::INVALID_JSON, ErrorKind::Invalid),
+    (Hresult::BUSY, ErrorKind::Busy),
+    (Hresult::SHARING_VIOLATION, ErrorKind::Busy),
+    (Hresult::ALREADY_EXISTS, ErrorKind::Conflict),
+    (Hresult::SYSTEM_ALREADY_EXISTS, ErrorKind::Conflict),
+    (Hresult::NOT_FOUND, ErrorKind::NotFound),
+    (Hresult::FILE_NOT_FOUND, ErrorKind::NotFound),
+    (Hresult::PATH_NOT_FOUND, ErrorKind::NotFound),
+    (Hresult::SYSTEM_NOT_FOUND, ErrorKind::NotFound),
+    (Hresult::TIMEOUT, ErrorKind::Uncertain),
+    (Hresult::OPERATION_TIMEOUT, ErrorKind::Uncertain),
+];
 
 impl Hresult {
     /// A result from its bits.
@@ -73,20 +123,29 @@ impl Hresult {
         self.0 == 0
     }
 
+    /// Whether both mean the same, in either form that the host compute service has for its numbers.
+    pub const fn is(self, other: Hresult) -> bool {
+        self.folded() == other.folded()
+    }
+
+    const fn folded(self) -> u32 {
+        match self.0 >> 16 {
+            0x8037 => self.0 | 0x4000_0000,
+            _ => self.0,
+        }
+    }
+
     /// What a caller can do about it, where the number alone says so.
     pub fn kind(self) -> Option<ErrorKind> {
-        Some(match self {
-            Hresult::NOT_IMPLEMENTED
-            | Hresult::NOT_SUPPORTED
-            | Hresult::UNKNOWN_MESSAGE
-            | Hresult::UNSUPPORTED_PROTOCOL_VERSION => ErrorKind::Unsuitable,
-            Hresult::INVALID_ARGUMENT | Hresult::INVALID_JSON => ErrorKind::Invalid,
-            Hresult::BUSY => ErrorKind::Busy,
-            Hresult::ALREADY_EXISTS | Hresult::SYSTEM_ALREADY_EXISTS => ErrorKind::Conflict,
-            Hresult::NOT_FOUND | Hresult::SYSTEM_NOT_FOUND => ErrorKind::NotFound,
-            Hresult::TIMEOUT => ErrorKind::Uncertain,
-            _ => return None,
-        })
+        let known = KINDS.iter().find(|(number, _)| number.is(self));
+        known.map(|(_, kind)| *kind)
+    }
+}
+
+impl From<i32> for Hresult {
+    /// A result as functions of Windows return it.
+    fn from(result: i32) -> Self {
+        Hresult(result.cast_unsigned())
     }
 }
 
@@ -163,6 +222,20 @@ mod tests {
         ] {
             assert!(serde_json::from_str::<Hresult>(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn both_forms_of_the_services_own_numbers_are_the_same() {
+        let narrow = Hresult::from_bits(0x8037_0110);
+        assert!(narrow.is(Hresult::SYSTEM_ALREADY_STOPPED) && narrow.is(narrow));
+        assert_ne!(narrow, Hresult::SYSTEM_ALREADY_STOPPED);
+        assert_eq!(
+            Hresult::from_bits(0x8037_010e).kind(),
+            Some(ErrorKind::NotFound)
+        );
+        // Other facilities have no second form.
+        assert!(!Hresult::NOT_FOUND.is(Hresult::from_bits(0xc007_0490)));
+        assert_eq!(Hresult::from(-2_147_023_728), Hresult::NOT_FOUND);
     }
 
     #[test]
