@@ -55,7 +55,11 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
 }
 
 /// As [`decode`], for a part of a body.
-pub(crate) fn decode_value<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
+///
+/// # Errors
+///
+/// As for [`decode`].
+pub fn decode_value<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
     T::deserialize(Go(value))
 }
 
@@ -154,8 +158,8 @@ impl IntoDeserializer<'_, Error> for Go {
     }
 }
 
-/// What Go leaves out under `omitempty`.
-pub(crate) fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+/// Whether Go would leave the value out under `omitempty`; for `skip_serializing_if`.
+pub fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 

@@ -34,7 +34,8 @@ impl RequestType {
         }
     }
 
-    fn from_name(name: &str) -> Option<Self> {
+    /// The type of this name; an empty one is [`Add`](Self::Add).
+    pub fn from_name(name: &str) -> Option<Self> {
         use RequestType::{Add, PreAdd, Remove, Update};
         match name {
             "" => Some(Add),
@@ -151,6 +152,19 @@ impl ModificationRequest {
     ///
     /// [`UnreadableRequest`]; without effect on anything else.
     pub fn from_value(request: Value) -> Result<Self, UnreadableRequest> {
+        Self::read(request, linux_reader)
+    }
+
+    /// Reads a request as a Windows guest does, which has other settings under the same name.
+    ///
+    /// # Errors
+    ///
+    /// [`UnreadableRequest`]; without effect on anything else.
+    pub fn from_windows_value(request: Value) -> Result<Self, UnreadableRequest> {
+        Self::read(request, windows_reader)
+    }
+
+    fn read(request: Value, reader: fn(&str) -> Option<Reader>) -> Result<Self, UnreadableRequest> {
         let unreadable = |resource: &str| {
             let resource = resource.to_owned();
             move |error| UnreadableRequest::Json { resource, error }
@@ -163,30 +177,43 @@ impl ModificationRequest {
         } = outer;
         let request_type = RequestType::from_name(&request_type)
             .ok_or_else(|| UnreadableRequest::RequestType(shortened(request_type)))?;
-        let known = [
-            "MappedVirtualDisk",
-            "SCSIDevice",
-            "VPMemDevice",
-            "CombinedLayers",
-        ];
-        if !known.contains(&resource_type.as_str()) {
+        let Some(read) = reader(&resource_type) else {
             return Err(UnreadableRequest::ResourceType(shortened(resource_type)));
-        }
+        };
         let Some(settings) = settings else {
             return Err(UnreadableRequest::NoSettings(resource_type));
         };
-        let resource = match resource_type.as_str() {
-            "MappedVirtualDisk" => decode_value(settings).map(Resource::MappedVirtualDisk),
-            "SCSIDevice" => decode_value(settings).map(Resource::ScsiDevice),
-            "VPMemDevice" => decode_value(settings).map(Resource::VpmemDevice),
-            _ => decode_value(settings).map(Resource::CombinedLayers),
-        };
-        let resource = resource.map_err(unreadable(&resource_type))?;
+        let resource = read(settings).map_err(unreadable(&resource_type))?;
         Ok(ModificationRequest {
             request_type,
             resource,
         })
     }
+}
+
+/// Reads the settings of one type of resource.
+type Reader = fn(Value) -> Result<Resource, serde_json::Error>;
+
+/// How a Linux guest reads the settings of a resource, if it knows it.
+fn linux_reader(resource_type: &str) -> Option<Reader> {
+    Some(match resource_type {
+        "MappedVirtualDisk" => |settings| decode_value(settings).map(Resource::MappedVirtualDisk),
+        "SCSIDevice" => |settings| decode_value(settings).map(Resource::ScsiDevice),
+        "VPMemDevice" => |settings| decode_value(settings).map(Resource::VpmemDevice),
+        "CombinedLayers" => |settings| decode_value(settings).map(Resource::CombinedLayers),
+        _ => return None,
+    })
+}
+
+/// How a Windows guest does.
+fn windows_reader(resource_type: &str) -> Option<Reader> {
+    Some(match resource_type {
+        "MappedVirtualDisk" => |settings| decode_value(settings).map(Resource::WindowsDisk),
+        "MappedVirtualDiskForContainerScratch" => {
+            |settings| decode_value(settings).map(Resource::WindowsScratch)
+        }
+        _ => return None,
+    })
 }
 
 /// Keeps an error about a hostile string printable.
