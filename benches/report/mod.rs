@@ -11,7 +11,7 @@
 // Each bench is a program of its own, and not all of them have every kind of target.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use comfy_table::{Table, presets};
@@ -24,6 +24,13 @@ pub(crate) struct Row {
     targets: Vec<Target>,
     /// A line that was measured by other means.
     fixed: Option<[String; 6]>,
+}
+
+/// Two things that are not times, side by side.
+pub(crate) struct Beside {
+    pub(crate) ours: String,
+    pub(crate) baseline: String,
+    pub(crate) ratio: f64,
 }
 
 /// What ours should reach.
@@ -58,6 +65,16 @@ impl Row {
             fixed,
             ..Row::new("", "")
         }
+    }
+
+    /// The same with a baseline.
+    pub(crate) fn compared(what: &str, beside: Beside, target: &str, met: bool) -> Self {
+        let mut row = Row::measured(what, beside.ours, target, met);
+        if let Some([_, _, baseline, ratio, ..]) = &mut row.fixed {
+            *baseline = beside.baseline;
+            *ratio = format!("{:.2}", beside.ratio);
+        }
+        row
     }
 
     pub(crate) fn baseline(mut self, bench: impl Into<String>) -> Self {
@@ -168,7 +185,14 @@ fn criterion_folder() -> PathBuf {
     let of = |variable| std::env::var_os(variable).map(PathBuf::from);
     of("CRITERION_HOME")
         .or_else(|| of("CARGO_TARGET_DIR").map(|target| target.join("criterion")))
-        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target/criterion")))
+        .unwrap_or_else(|| workspace().join("target/criterion"))
+}
+
+/// The folder with the lock file: the bench may be of a crate further down.
+fn workspace() -> &'static Path {
+    let this = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let locked = |folder: &&Path| folder.join("Cargo.lock").exists();
+    this.ancestors().find(locked).unwrap_or(this)
 }
 
 fn time(nanos: f64) -> String {

@@ -205,7 +205,7 @@ async fn mount_bare(
         // The controllers are the only SCSI hosts of this VM, and found in the order of their addresses.
         device: format!("{}:0:0:{}", at.controller, at.lun),
         filesystem: "ext4".to_owned(),
-        target: format!("{MOUNTS}/bare/{}-{}", at.controller, at.lun).into(),
+        target: format!("/run/bare-{}-{}", at.controller, at.lun).into(),
         read_only: true,
         data: "noload".to_owned(),
         count: 1,

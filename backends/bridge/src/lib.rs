@@ -47,6 +47,9 @@
 //!  ledger         reconnects, ids   calls               negotiation    by key        + LayerCombiner
 //! ```
 //!
+//! [`BridgeGuest`] works over any [`GuestChannel`], of which [`GuestConnection`] is one: a hypervisor that keeps the connection to
+//! the guest to itself is asked for the same, and refused the same.
+//!
 //! - **Nobody waits for somebody else.** Requests are under way at once and answered as they end. A
 //!   request that is never answered, or with garbage, fails alone, by its deadline. A peer that stops
 //!   reading fills a queue of fixed length, and whoever waits behind it is freed by its own deadline.

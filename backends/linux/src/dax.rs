@@ -39,34 +39,26 @@ pub(crate) fn is_asked(options: &MountOptions) -> bool {
     options.data().iter().any(|option| is_always(option))
 }
 
-/// Refuses a device that cannot do it, where the kernel knows: some filesystems would do without it.
-pub(crate) fn refuse_impossible(device: DeviceNumber, node: &Path) -> Result<(), BackendError> {
-    // A partition has the queue of its disk.
-    let directory = device.sysfs();
-    let own = sysfs::text(&directory.join("queue"), "dax")?;
-    let found = match own {
-        None => sysfs::text(&directory.join("../queue"), "dax")?,
-        own => own,
-    };
-    if found.as_deref() == Some("0") {
-        return Err(BackendError::unsuitable(format!(
-            "cannot mount {} with dax=always: the device has no direct access",
-            node.display()
-        )));
-    }
-    Ok(())
-}
-
-/// Says more about a mount that was refused without a reason.
-pub(crate) fn explained(error: BackendError) -> BackendError {
+/// Says more about a mount that was refused without a reason. Other filesystems do without it in silence.
+pub(crate) fn explained(error: BackendError, node: &Path) -> BackendError {
     if error.kind() != ErrorKind::Invalid {
         return error;
     }
-    let message = format!(
-        "{}: with dax=always the blocks of the filesystem must be as large as a page",
-        error.message()
-    );
+    let why = match has_access(node) {
+        Some(false) => "the device has no direct access",
+        _ => "the blocks of the filesystem must be as large as a page",
+    };
+    let message = format!("{}: it has dax=always, and {why}", error.message());
     BackendError::unsuitable(message).with_source(error)
+}
+
+/// Whether a device can be accessed directly, where the kernel says so.
+fn has_access(node: &Path) -> Option<bool> {
+    let directory = DeviceNumber::at(node).ok()?.sysfs();
+    // A partition has the queue of its disk.
+    let mut queues = ["queue", "../queue"].into_iter();
+    let found = queues.find_map(|queue| sysfs::text(&directory.join(queue), "dax").ok()?)?;
+    Some(found == "1")
 }
 
 /// How a mount is. Nothing if nothing is mounted there. Blocks.

@@ -291,12 +291,22 @@ impl Inner {
         range: Range<u64>,
         target: &Target,
     ) -> Result<Arc<WindowUse>, BackendError> {
-        let (inner, target) = (self.clone(), target.clone());
+        let (inner, target, at) = (self.clone(), target.clone(), node.clone());
         let attempt = move || {
             let (node, range) = (&node, range.clone());
             inner.windows.map(node, range, target.path()).map(Arc::new)
         };
-        patiently(self.config.busy_deadline, attempt).await
+        match patiently(self.config.busy_deadline, attempt).await {
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                blocking(move || {
+                    let users = device::in_use(&at);
+                    let message = format!("{}: {}", error.message(), users.message());
+                    Err(BackendError::busy(message).with_source(error))
+                })
+                .await
+            }
+            done => done,
+        }
     }
 
     fn mount_device(
@@ -317,9 +327,6 @@ impl Inner {
         // The mount must not find the device in use by us.
         drop(open);
         let is_dax = dax::is_asked(options);
-        if is_dax {
-            dax::refuse_impossible(number, node)?;
-        }
         let mut request = Request::new(&filesystem, node, options);
         let kernel = self.config.kernel;
         let intent = Intent {
@@ -332,7 +339,13 @@ impl Inner {
         let (Placed { mount, note }, claim) = self.devices.claim(number, options, |only| {
             request.exclusive = only;
             self.mount_one(&mut request, &place, options.propagation(), &intent)
-                .map_err(|error| if is_dax { dax::explained(error) } else { error })
+                .map_err(|error| {
+                    if is_dax {
+                        dax::explained(error, node)
+                    } else {
+                        error
+                    }
+                })
                 .map_err(|error| explained(error, node))
         })?;
         let entry = Entry {
@@ -433,7 +446,11 @@ impl Inner {
         };
         match patiently(self.config.busy_deadline, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
-                blocking(move || Err(self.ledger.name_users(target.path(), error))).await
+                blocking(move || {
+                    let error = self.windows.name_users(target.path(), error);
+                    Err(self.ledger.name_users(target.path(), error))
+                })
+                .await
             }
             done => done,
         }

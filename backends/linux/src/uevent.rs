@@ -133,39 +133,56 @@ impl Listener {
     pub async fn next(&self) -> io::Result<Heard> {
         loop {
             let mut ready = self.0.readable().await?;
-            match ready.try_io(|socket| receive(socket.get_ref())) {
-                Ok(Ok(None)) | Err(_) => {}
-                Ok(Ok(Some(heard))) => return Ok(heard),
+            let mut event = None;
+            let parse = |message: &[u8]| {
+                event = Uevent::parse(message);
+                event.is_some()
+            };
+            match ready.try_io(|socket| receive(socket.get_ref(), parse)) {
+                Ok(Ok(false)) | Err(_) => {}
+                Ok(Ok(true)) => return Ok(event.map_or(Heard::Rescan, Heard::Event)),
                 Ok(Err(error)) => return Err(error),
             }
         }
     }
 
-    /// Waits for the next thing and takes all that is there already: a burst is one reason to look.
-    async fn burst(&self) -> io::Result<()> {
-        self.next().await?;
-        for _ in 0..MOST_AT_ONCE {
-            if receive(self.0.get_ref()).is_err() {
-                break;
+    /// Waits for something that is a reason to look, and takes all that is there already: a burst is one
+    /// reason.
+    async fn burst(&self, concerns: impl Fn(&[u8]) -> bool) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let mut is_reason = false;
+            for _ in 0..MOST_AT_ONCE {
+                match ready.try_io(|socket| receive(socket.get_ref(), &concerns)) {
+                    Ok(Ok(is_one)) => is_reason |= is_one,
+                    Ok(Err(error)) => return Err(error),
+                    Err(_would_block) => break,
+                }
+            }
+            if is_reason {
+                return Ok(());
             }
         }
-        Ok(())
     }
 }
 
-/// One message; nothing if it is none of the kernel's.
-fn receive(socket: &impl AsFd) -> io::Result<Option<Heard>> {
+/// Takes one message. True if it is one of the kernel's that `concerns` wants, or if some were lost.
+fn receive(socket: &impl AsFd, concerns: impl FnOnce(&[u8]) -> bool) -> io::Result<bool> {
     let mut buffer = [0; LONGEST_EVENT];
     let fd = socket.as_fd().as_raw_fd();
     match recvfrom::<NetlinkAddr>(fd, &mut buffer) {
         // Any process may send to this socket; only the kernel has no port.
-        Ok((length, Some(sender))) if sender.pid() == 0 => {
-            Ok(Uevent::parse(&buffer[..length]).map(Heard::Event))
-        }
-        Ok(_) => Ok(None),
-        Err(nix::Error::ENOBUFS) => Ok(Some(Heard::Rescan)),
+        Ok((length, Some(sender))) if sender.pid() == 0 => Ok(concerns(&buffer[..length])),
+        Ok(_) => Ok(false),
+        Err(nix::Error::ENOBUFS) => Ok(true),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// The path of the device that a message is about, without the work of reading all of it.
+fn devpath(message: &[u8]) -> &[u8] {
+    let head = message.split(|byte| *byte == 0).next().unwrap_or_default();
+    split_at(head, b'@').map_or(b"", |(_, devpath)| devpath)
 }
 
 /// Looks until there is something to see, at each event of the kernel about any device, until the
@@ -184,7 +201,7 @@ where
     F: FnMut() -> Result<Option<T>, BackendError> + Send + 'static,
 {
     let look = move || look().map(|found| found.ok_or(()));
-    Ok(wait(deadline, look).await?.ok())
+    Ok(wait(deadline, |_| true, look).await?.ok())
 }
 
 /// What one look for a device has found, for [`wait_for`].
@@ -219,14 +236,23 @@ impl From<BackendError> for Unseen {
     }
 }
 
-/// As [`wait_until`], for a look that can tell what is missing: that is the error when time is up.
+/// As [`wait_until`], for a look that can tell what is missing, which is the error when time is up, and
+/// that is worth it only after some events: `concerns` tells by the path of a device below `/sys`.
+///
+/// When many devices come at once, and somebody waits for each, the difference is that between a look for
+/// each device and a look for each event and device.
 ///
 /// # Errors
 ///
 /// What failed, or what was missing at the deadline.
-pub async fn wait_for<T, F>(deadline: Instant, mut look: F) -> Result<T, BackendError>
+pub async fn wait_for<T, C, F>(
+    deadline: Instant,
+    concerns: C,
+    mut look: F,
+) -> Result<T, BackendError>
 where
     T: Send + 'static,
+    C: Fn(&[u8]) -> bool,
     F: FnMut() -> Look<T> + Send + 'static,
 {
     let look = move || match look() {
@@ -234,13 +260,18 @@ where
         Err(Unseen::NotYet(missing)) => Ok(Err(missing)),
         Err(Unseen::Failed(error)) => Err(error),
     };
-    wait(deadline, look).await?
+    wait(deadline, concerns, look).await?
 }
 
-async fn wait<T, M, F>(deadline: Instant, mut look: F) -> Result<Result<T, M>, BackendError>
+async fn wait<T, M, C, F>(
+    deadline: Instant,
+    concerns: C,
+    mut look: F,
+) -> Result<Result<T, M>, BackendError>
 where
     T: Send + 'static,
     M: Send + 'static,
+    C: Fn(&[u8]) -> bool,
     F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
 {
     // Most devices are there already; a socket would cost more than the look.
@@ -259,7 +290,8 @@ where
         if found.is_ok() || left.is_zero() {
             return Ok(found);
         }
-        match tokio::time::timeout(left.min(SAFETY_LOOK), listener.burst()).await {
+        let burst = listener.burst(|message| concerns(devpath(message)));
+        match tokio::time::timeout(left.min(SAFETY_LOOK), burst).await {
             Ok(heard) => heard.map_err(|error| fault("cannot hear the kernel's events", error))?,
             Err(_elapsed) => {}
         }
@@ -281,6 +313,7 @@ mod tests {
         let event = Uevent::parse(ADD).unwrap();
         assert_eq!(event.action(), "add");
         assert_eq!(event.devpath(), "/devices/virtual/block/loop0");
+        assert_eq!(devpath(ADD), b"/devices/virtual/block/loop0");
         assert_eq!(event.field("DISKSEQ").unwrap(), "7");
         assert!(event.is_block() && event.field("MAJOR").is_none());
     }
@@ -314,7 +347,9 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300), cut in 0..ADD.len()) {
-            let _ = Uevent::parse(&bytes);
+            if let Some(event) = Uevent::parse(&bytes) {
+                prop_assert_eq!(event.devpath().as_bytes(), devpath(&bytes));
+            }
             let mut damaged = ADD[..cut].to_vec();
             damaged.extend(bytes);
             let _ = Uevent::parse(&damaged);
@@ -349,7 +384,7 @@ mod tests {
             Look::<()>::Err(Unseen::not_found(format!("look {looks}")))
         };
         let deadline = Instant::now() + Duration::from_millis(20);
-        let error = wait_for(deadline, look).await.unwrap_err();
+        let error = wait_for(deadline, |_| true, look).await.unwrap_err();
         assert_eq!(error.kind(), blockmount::ErrorKind::NotFound);
         assert!(error.message() != "look 1", "{error}");
     }

@@ -186,6 +186,20 @@ impl Windows {
         !self.owed(target).is_empty()
     }
 
+    /// The same error with the names of those who use a device that is owed, which are searched for once.
+    pub(crate) fn name_users(&self, target: &Path, error: BackendError) -> BackendError {
+        let mapped = |(_, mapping): &(Window, Arc<Mapping>)| lock(mapping).mapped;
+        let owed = self.owed(target).iter().find_map(mapped);
+        match owed.and_then(device::node) {
+            Some(node) => {
+                let users = device::in_use(&node);
+                let message = format!("{}: {}", error.message(), users.message());
+                BackendError::busy(message).with_source(error)
+            }
+            None => error,
+        }
+    }
+
     fn owed(&self, target: &Path) -> Vec<(Window, Arc<Mapping>)> {
         let all: Vec<_> = self
             .lock()

@@ -81,7 +81,7 @@ async fn root_a_read_only_device_carries_a_read_only_mount_and_no_other() {
 
 /// A journal that was not replayed: a crash, or another VM that still writes.
 #[tokio::test]
-async fn root_a_read_only_mount_replays_no_journal() {
+async fn root_g05_a_read_only_mount_replays_no_journal() {
     for (image, kernel) in [
         (Image::Ext4, (4, 19)),
         (Image::Ext4, (u32::MAX, 0)),

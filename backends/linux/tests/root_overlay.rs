@@ -106,7 +106,7 @@ async fn root_any_number_of_layers_with_and_without_a_scratch() {
 }
 
 #[tokio::test]
-async fn root_names_need_no_escape() {
+async fn root_g18_names_need_no_escape() {
     for kernel in KERNELS {
         let mut room = Room::new();
         let odd = |name: &[u8]| room.at(OsStr::from_bytes(name));
@@ -205,7 +205,7 @@ async fn root_layers_are_devices_and_go_after_their_overlay() {
 }
 
 #[tokio::test]
-async fn root_a_failed_overlay_removes_only_what_it_made() {
+async fn root_g18_a_failed_overlay_removes_only_what_it_made() {
     for kernel in KERNELS {
         let mut room = Room::new();
         let stack = layers(&room, 2);

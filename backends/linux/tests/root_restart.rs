@@ -19,6 +19,7 @@ use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
 use blockmount_linux::LinuxGuest;
 use blockmount_linux::device::{self, DeviceNumber};
 use kit::{Image, KERNELS, Loop, Room, builder, mount, options, refused, run};
+use tempfile::TempDir;
 
 /// How the child is told what to do; without it, the child's test does nothing.
 const ORDERS: &str = "BLOCKMOUNT_TEST_ORDERS";
@@ -31,15 +32,39 @@ struct Site {
     ext4: Loop,
     erofs: Loop,
     disk: Loop,
+    #[expect(dead_code, reason = "held for what dropping it does")]
+    memory: Memory,
+}
+
+/// A tmpfs for images and for what overlays write, because each unmounting synchronises the disk.
+struct Memory(TempDir);
+
+impl Memory {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        run("mount", &["-t", "tmpfs", "memory", path]);
+        Memory(dir)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let done = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        assert!(done.unwrap().success() || std::thread::panicking());
+    }
 }
 
 impl Site {
     fn new() -> Self {
         let mut room = Room::new();
-        let ext4 = Loop::new(&Image::Ext4.copy(room.path()));
-        let erofs = Loop::new(&Image::Erofs.copy(room.path()));
-        let disk = Loop::new(&Image::Gpt.copy(room.path()));
-        fs::create_dir(room.at("scratch")).unwrap();
+        let memory = Memory::new();
+        let inside = memory.0.path();
+        let ext4 = Loop::new(&Image::Ext4.copy(inside));
+        let erofs = Loop::new(&Image::Erofs.copy(inside));
+        let disk = Loop::new(&Image::Gpt.copy(inside));
+        fs::create_dir(inside.join("scratch")).unwrap();
+        symlink(inside.join("scratch"), room.at("scratch")).unwrap();
         fs::create_dir(room.at("journal")).unwrap();
         fs::set_permissions(room.at("journal"), fs::Permissions::from_mode(0o700)).unwrap();
         room.settle();
@@ -48,6 +73,7 @@ impl Site {
             ext4,
             erofs,
             disk,
+            memory,
         }
     }
 
@@ -86,6 +112,29 @@ impl Site {
             assert_ne!(lines.read_line(&mut said).unwrap(), 0, "the child failed");
         }
         Killable(child)
+    }
+
+    /// How long it takes here to mount and unmount the layers, and the partitions.
+    async fn durations(&self) -> (Duration, Duration) {
+        let devices = [&self.ext4, &self.erofs, &self.disk];
+        let worker = Worker {
+            guest: self.restart(KERNELS[0]).await,
+            room: self.room.path().to_owned(),
+            devices: devices.map(Loop::locator),
+        };
+        let (mut layers, mut partitions) = (Duration::MAX, Duration::MAX);
+        for _ in 0..4 {
+            let start = Instant::now();
+            worker.layers_up().await;
+            worker.down().await;
+            layers = layers.min(start.elapsed());
+            let start = Instant::now();
+            worker.partitions_up().await;
+            worker.down().await;
+            partitions = partitions.min(start.elapsed());
+        }
+        clear_scratch(&self.room);
+        (layers, partitions)
     }
 
     fn records(&self) -> Vec<PathBuf> {
@@ -284,6 +333,9 @@ async fn root_what_a_killed_process_has_mounted_is_ours_still() {
 #[tokio::test]
 async fn root_killed_at_any_moment_it_leaves_what_the_next_can_undo() {
     let site = Site::new();
+    // A partition is added when the kernel has had a tenth of a second to find it by itself.
+    const WAIT: Duration = Duration::from_millis(98);
+    let (layers, partitions) = site.durations().await;
     let seed = u64::from(std::process::id());
     let mut random = seed;
     let mut mounts = 0;
@@ -292,15 +344,17 @@ async fn root_killed_at_any_moment_it_leaves_what_the_next_can_undo() {
             .wrapping_mul(6364136223846793005)
             .wrapping_add(1442695040888963407);
         let kernel = KERNELS[round as usize % KERNELS.len()];
-        let micros = (random >> 33) % 8_000;
-        // A partition is added when the kernel has had a tenth of a second to find it by itself.
-        let (work, micros) = match round % 10 {
-            0 => ("partitions", 98_000 + micros),
-            _ => ("layers", micros),
+        let within = |time: Duration| time.mul_f64((random >> 33) as f64 / (1u64 << 31) as f64);
+        let (work, moment) = match round % 10 {
+            0 => (
+                "partitions",
+                WAIT + within(2 * partitions.saturating_sub(WAIT)),
+            ),
+            _ => ("layers", within(2 * layers)),
         };
         let child = site.start(work, kernel);
         // The moment of the signal is what is to be random, and nothing is waited for here.
-        std::thread::sleep(Duration::from_micros(micros));
+        std::thread::sleep(moment);
         child.kill();
         mounts += site.room.mounts().len();
         let guest = site.restart(kernel).await;

@@ -131,7 +131,7 @@ async fn root_two_readers_at_once_both_get_their_mount() {
 }
 
 #[tokio::test]
-async fn root_a_device_is_unplugged_only_when_it_is_proven_free() {
+async fn root_g21_a_device_is_unplugged_only_when_it_is_proven_free() {
     let mut room = Room::new();
     let disk = Loop::new(&Image::Ext4.copy(room.path()));
     fs::create_dir(room.at("theirs")).unwrap();

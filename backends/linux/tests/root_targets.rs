@@ -66,7 +66,7 @@ async fn root_bad_targets_are_refused_and_nothing_is_left() {
 }
 
 #[tokio::test]
-async fn root_a_taken_target_gets_no_second_mount() {
+async fn root_g19_a_taken_target_gets_no_second_mount() {
     for kernel in KERNELS {
         let mut room = Room::new();
         let one = Loop::new(&Image::Ext4.copy(room.path()));

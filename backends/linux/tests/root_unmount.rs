@@ -98,7 +98,7 @@ async fn root_an_unmount_waits_for_a_user_who_is_about_to_leave() {
 }
 
 #[tokio::test]
-async fn root_what_is_absent_is_unmounted() {
+async fn root_g08_what_is_absent_is_unmounted() {
     let room = Room::new();
     let guest = guest();
     fs::create_dir(room.at("dir")).unwrap();
@@ -190,7 +190,7 @@ async fn root_a_target_that_was_unmounted_and_replaced_keeps_what_is_in_it() {
 
 /// The device is gone before the unmount: what there is to undo is known without it.
 #[tokio::test]
-async fn root_an_unmount_needs_no_device() {
+async fn root_g11_an_unmount_needs_no_device() {
     let mut room = Room::new();
     let device = Loop::new(&Image::Erofs.copy(room.path()));
     room.settle();
@@ -206,7 +206,7 @@ async fn root_an_unmount_needs_no_device() {
 }
 
 #[tokio::test]
-async fn root_a_name_that_is_a_prefix_of_another_is_another() {
+async fn root_g17_a_name_that_is_a_prefix_of_another_is_another() {
     let mut room = Room::new();
     let one = Loop::new(&Image::Ext4.copy(room.path()));
     let other = Loop::new(&Image::Erofs.copy(room.path()));
@@ -218,4 +218,31 @@ async fn root_a_name_that_is_a_prefix_of_another_is_another() {
     assert_eq!(room.mounts().len(), 1);
     guest.unmount(&room.at("ab")).await.unwrap();
     room.assert_clean();
+}
+
+/// However many mounts somebody lays over ours, none of them is touched, and nothing in any of them.
+#[tokio::test]
+async fn root_g02_a_stack_of_mounts_is_left_alone() {
+    for kernel in KERNELS {
+        let mut room = Room::new();
+        let device = Loop::new(&Image::Ext4.copy(room.path()));
+        room.settle();
+        let guest = on_linux(kernel);
+        let target = room.at("mnt");
+        mount(&guest, &device, &target, &[]).await.unwrap();
+        for layer in 0..6 {
+            tmpfs(&target);
+            fs::write(target.join("theirs"), layer.to_string()).unwrap();
+        }
+        for layer in (0..6).rev() {
+            refused(guest.unmount(&target).await, ErrorKind::Conflict);
+            let theirs = fs::read_to_string(target.join("theirs")).unwrap();
+            assert_eq!(theirs, layer.to_string());
+            assert_eq!(room.mounts().len(), layer + 2);
+            umount(&target);
+        }
+        assert_eq!(fs::read_to_string(target.join("hello")).unwrap(), "ext4");
+        guest.unmount(&target).await.unwrap();
+        room.assert_clean();
+    }
 }

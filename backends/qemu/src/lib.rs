@@ -16,6 +16,7 @@ pub mod scsi;
 mod spawn;
 mod start;
 mod vm;
+pub mod vpmem;
 
 pub use channel::AgentChannel;
 pub use error::VmError;
@@ -27,3 +28,4 @@ pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;
 pub use start::{Accelerator, VmBuilder};
 pub use vm::Vm;
+pub use vpmem::QemuVpmem;

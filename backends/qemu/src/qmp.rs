@@ -52,8 +52,8 @@ use lines::{Line, LineReader};
 use link::Link;
 pub use message::{Event, Version};
 
-/// The longest command, in bytes: 1 MiB. QEMU would take 64 MiB (`MAX_TOKEN_SIZE` of its parser); nothing that a command
-/// says is that long.
+/// The longest command, in bytes: 1 MiB. QEMU would take 64 MiB (`MAX_TOKEN_SIZE` of its parser); no command
+/// of ours has that much to say.
 pub const MAX_COMMAND: usize = 1 << 20;
 
 /// The longest line that is read, in bytes: 16 MiB. A longer one is skipped. The longest answer in use, that to
@@ -166,7 +166,8 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// [`QmpError`] says what is known of the command then; after [`TimedOut`](QmpError::TimedOut) with `sent`, nothing is.
+    /// [`QmpError`] says what is known of the command then; after [`TimedOut`](QmpError::TimedOut) with `sent`,
+    /// nothing is.
     ///
     /// # Cancel safety
     ///

@@ -12,10 +12,11 @@ use tokio::time::timeout;
 
 use crate::qmp::Qmp;
 use image::Image;
+pub(crate) use image::absolute;
 use plug::Plug;
 
-/// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first 256
-/// under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
+/// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
+/// 256 under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
 pub const LUNS: u16 = 256;
 
 /// What begins the names of everything that is ours in a QEMU.
@@ -44,16 +45,16 @@ const PREFIX: &str = "bm-scsi-";
 /// # What a disk is in QEMU
 ///
 /// The disk at controller 0, LUN 3 is a block node `bm-scsi-0-3` (on a node `bm-scsi-0-3-file`) and a device
-/// `bm-scsi-0-3` of type `scsi-hd` with channel 0, target 0 and LUN 3. A guest sees the same name as its serial number
-/// (VPD page 80h) and in its device identification (page 83h), so it can
-/// prove that it has found the disk which the host means. Whatever in QEMU has such a name is taken for
-/// one of this attacher: there must be only one for each VM.
+/// `bm-scsi-0-3` of type `scsi-hd` with channel 0, target 0 and LUN 3. A guest sees the same name as the serial
+/// number of the disk (VPD page 80h; Linux: `device/vpd_pg80`) and in its device identification (page 83h, of which
+/// Linux makes no `wwid`), so it can prove that it has found the disk which the host means. Whatever in QEMU has
+/// such a name is taken for one of this attacher: there must be only one for each VM.
 ///
 /// - *Format*: an image whose name ends in `.qcow2` is one, and must look like one; everything else is raw,
 ///   whatever is in it. The format is never guessed from the content, which a guest can write.
 /// - *Other files*: a qcow2 image with a backing file or an external data file is refused, because whoever
-///   made it could have the host open any file. [`allow_backing_files`](Self::allow_backing_files) lifts the former for
-///   images that are trusted.
+///   made it could have the host open any file. [`allow_backing_files`](Self::allow_backing_files) lifts the
+///   former for images that are trusted.
 /// - *Access*: a read-only disk is so in both nodes. QEMU locks what it opens, so one image may be read by many
 ///   VMs, or written by one, and the second writer is refused. A block device that somebody has mounted or
 ///   claimed is refused for writing.
@@ -62,10 +63,10 @@ const PREFIX: &str = "bm-scsi-";
 ///
 /// # Deadlines and doubt
 ///
-/// Each command and each awaited event has the deadline of the connection for a call ([`Deadlines`](crate::qmp::Deadlines)). An attachment
-/// that was not answered in time asks QEMU what it has: it is then either done, or
-/// taken back, or, if QEMU does not answer that either, `Uncertain`. A detachment goes on from wherever an earlier one
-/// has stopped, whoever it was that went half of the way.
+/// Each command and each awaited event has the deadline of the connection for a call
+/// ([`Deadlines`](crate::qmp::Deadlines)). An attachment that was not answered in time asks QEMU what it has: it is
+/// then either done, or taken back, or, if QEMU does not answer that either, `Uncertain`. A detachment goes on from
+/// wherever an earlier one has stopped, whoever it was that went half of the way.
 ///
 /// What is opened is the name of the image, first here and then by QEMU: who may
 /// replace files in its directory decides what the VM gets.
@@ -226,7 +227,7 @@ impl QemuScsi {
 }
 
 /// Whether QEMU takes it as an id (`id_wellformed`), which it must be to be part of the name of a bus.
-fn is_id(id: &str) -> bool {
+pub(crate) fn is_id(id: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     id.starts_with(|first: char| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
 }

@@ -1,59 +1,19 @@
 //! What a QMP peer may do wrong, and what that does to its callers.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
+mod common;
+
 use std::time::Duration;
 
 use blockmount::ErrorKind;
 use blockmount_qemu::qmp::{Deadlines, MAX_COMMAND, MAX_LINE, NONE, Qmp, QmpError, Version};
-use proptest::prelude::*;
-use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
+use common::peer::{GREETING, connected};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, duplex};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// What QEMU 7.2 says first.
-const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian"}, "capabilities": ["oob"]}}"#;
-
-/// The other end, played by the test.
-struct Peer(BufReader<DuplexStream>);
-
-impl Peer {
-    async fn command(&mut self) -> Value {
-        let mut line = String::new();
-        self.0.read_line(&mut line).await.unwrap();
-        assert!(line.ends_with('\n'), "{line:?}");
-        serde_json::from_str(&line).unwrap()
-    }
-
-    async fn say(&mut self, line: impl ToString) {
-        self.raw(format!("{}\r\n", line.to_string()).as_bytes())
-            .await;
-    }
-
-    async fn raw(&mut self, bytes: &[u8]) {
-        self.0.get_mut().write_all(bytes).await.unwrap();
-    }
-
-    async fn answer(&mut self, command: &Value, answer: Value) {
-        self.say(json!({"return": answer, "id": command["id"]}))
-            .await;
-    }
-}
-
-async fn connected() -> (Qmp, Peer) {
-    let (ours, theirs) = duplex(4 << 10);
-    let mut peer = Peer(BufReader::new(theirs));
-    let (qmp, ()) = tokio::join!(Qmp::connect(ours), async {
-        peer.say(GREETING).await;
-        let command = peer.command().await;
-        assert_eq!(command["execute"], "qmp_capabilities");
-        assert_eq!(command.get("arguments"), None);
-        peer.answer(&command, json!({})).await;
-    });
-    (qmp.unwrap(), peer)
-}
 
 #[tokio::test]
 async fn a_connection_knows_who_greeted() {
@@ -219,89 +179,20 @@ async fn an_endless_line_is_skipped_and_the_next_one_read() {
     assert_eq!(next.unwrap(), "read");
 }
 
-#[tokio::test(start_paused = true)]
-async fn g11_waits_for_qemu_are_bounded() {
-    let (qmp, mut peer) = connected().await;
-    let begun = Instant::now();
-    let error = qmp.execute("device_del", NONE).await.unwrap_err();
-    assert_eq!(begun.elapsed(), Deadlines::default().call);
-    assert_eq!(error.kind(), ErrorKind::Uncertain);
-    assert_eq!(
-        error.to_string(),
-        "QEMU has not answered device_del within 10s"
-    );
-
-    // The answer comes after all: it is nobody's, least of all the next call's.
-    let late = peer.command().await;
-    peer.answer(&late, json!("late")).await;
-    let (outcome, ()) = tokio::join!(qmp.execute("next", NONE), async {
-        let next = peer.command().await;
-        assert_ne!(next["id"], late["id"]);
-        peer.answer(&late, json!("late")).await;
-        peer.answer(&next, json!("next")).await;
-    });
-    assert_eq!(outcome.unwrap(), "next");
-
-    let error = qmp.events("STOP").next(SECOND).await.unwrap_err();
-    assert!(matches!(error, QmpError::TimedOut { .. }), "{error}");
-    assert_eq!(begun.elapsed(), Deadlines::default().call + SECOND);
-    // No deadline is so long that its end cannot be told.
-    let endless = qmp.events("STOP").next(Duration::MAX).await;
-    assert!(matches!(endless, Err(QmpError::TimedOut { .. })));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_peer_that_stops_reading_blocks_no_call_beyond_its_deadline() {
-    let (qmp, mut peer) = connected().await;
-    let begun = Instant::now();
-    let mut calls = JoinSet::new();
-    for _ in 0..1_000 {
-        let qmp = qmp.clone();
-        let argument = "x".repeat(1_000);
-        calls.spawn(async move {
-            let asked = qmp.execute_within("noop", json!([argument]), 2 * SECOND);
-            asked.await.unwrap_err().kind()
-        });
-    }
-    let kinds = calls.join_all().await;
-    assert_eq!(begun.elapsed(), 2 * SECOND);
-    // A few fit in the stream and may have been seen; the rest were never sent, and that is certain.
-    let count = |wanted| kinds.iter().filter(|kind| **kind == wanted).count();
-    let sent = count(ErrorKind::Uncertain);
-    assert!((1..20).contains(&sent), "{sent}");
-    assert_eq!(count(ErrorKind::Busy), 1_000 - sent);
-
-    // It reads again: it sees what was sent, and nothing that was given up.
-    let (outcome, seen) = tokio::join!(qmp.execute("last", NONE), async {
-        let mut seen = 0;
-        loop {
-            let command = peer.command().await;
-            peer.answer(&command, json!({})).await;
-            if command["execute"] == "last" {
-                return seen;
-            }
-            seen += 1;
-        }
-    });
-    outcome.unwrap();
-    assert_eq!(seen, sent);
-}
-
 #[tokio::test]
-async fn a_dropped_call_is_forgotten() {
-    let (qmp, mut peer) = connected().await;
-    let mut call = Box::pin(qmp.execute("dropped", NONE));
-    let dropped = tokio::select! {
-        _ = &mut call => panic!("nobody has answered"),
-        command = peer.command() => command,
-    };
-    drop(call);
-    peer.answer(&dropped, json!("nobody's")).await;
-    let (outcome, ()) = tokio::join!(qmp.execute("next", NONE), async {
-        let next = peer.command().await;
-        peer.answer(&next, json!("next")).await;
-    });
-    assert_eq!(outcome.unwrap(), "next");
+async fn what_was_answered_before_the_end_is_answered() {
+    for _ in 0..50 {
+        let (qmp, mut peer) = connected().await;
+        let asking = qmp.clone();
+        let first = tokio::spawn(async move { asking.execute("first", NONE).await });
+        let command = peer.command().await;
+        peer.answer(&command, json!("last words")).await;
+        drop(peer);
+        // This one finds the stream closed for writing while the answer is still to be read.
+        let second = qmp.execute("second", NONE).await.unwrap_err();
+        assert_eq!(second.kind(), ErrorKind::Gone, "{second}");
+        assert_eq!(first.await.unwrap().unwrap(), "last words");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -349,37 +240,6 @@ async fn the_stream_is_closed_when_the_last_caller_lets_go() {
     assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_slow_listener_learns_that_it_is_late_and_nobody_else_does() {
-    let (qmp, mut peer) = connected().await;
-    let (mut quick, mut slow) = (qmp.events("TICK"), qmp.events("TICK"));
-    let mut other = qmp.events("TOCK");
-    let deaf = tokio::spawn({
-        let qmp = qmp.clone();
-        async move { qmp.execute("ask", NONE).await }
-    });
-    let command = peer.command().await;
-    for n in 0..1_000 {
-        peer.say(json!({"event": "TICK", "data": {"n": n}})).await;
-        assert_eq!(quick.next(SECOND).await.unwrap().data["n"], n);
-    }
-    peer.say(json!({"event": "TOCK"})).await;
-    peer.answer(&command, json!({})).await;
-    deaf.await.unwrap().unwrap();
-    other.next(SECOND).await.unwrap();
-    let missed = match slow.next(SECOND).await.unwrap_err() {
-        QmpError::Lagged { missed, .. } => missed,
-        error => panic!("{error}"),
-    };
-    assert_eq!(slow.next(SECOND).await.unwrap().data["n"], missed);
-    let found = slow
-        .find(SECOND, |event| event.data["n"] == 999)
-        .await
-        .unwrap();
-    assert_eq!(found.data["n"], 999);
-    assert_eq!(missed, 1_000 - 256);
-}
-
 #[tokio::test]
 async fn a_command_over_the_limit_is_not_sent() {
     let (qmp, mut peer) = connected().await;
@@ -394,100 +254,4 @@ async fn a_command_over_the_limit_is_not_sent() {
         peer.answer(&command, json!({})).await;
     });
     outcome.unwrap();
-}
-
-/// What a peer does with each command it reads.
-#[derive(Debug, Clone)]
-enum Trick {
-    Answer,
-    Refuse,
-    Twice,
-    Never,
-    SomebodyElse,
-    Garbage(Vec<u8>),
-    Event(String),
-    Close,
-}
-
-fn trick() -> impl Strategy<Value = Trick> {
-    prop_oneof![
-        4 => Just(Trick::Answer),
-        2 => Just(Trick::Refuse),
-        1 => Just(Trick::Twice),
-        1 => Just(Trick::Never),
-        1 => Just(Trick::SomebodyElse),
-        2 => prop::collection::vec(any::<u8>(), 0..100).prop_map(Trick::Garbage),
-        1 => "[A-Z_]{0,10}".prop_map(Trick::Event),
-        1 => Just(Trick::Close),
-    ]
-}
-
-async fn play(mut peer: Peer, tricks: Vec<Trick>, piece: usize) {
-    for trick in tricks {
-        let mut line = String::new();
-        if peer.0.read_line(&mut line).await.unwrap() == 0 {
-            return;
-        }
-        let command: Value = serde_json::from_str(&line).unwrap();
-        let id = &command["id"];
-        let good = format!("{}\n", json!({"return": command["arguments"], "id": id}));
-        let said = match trick {
-            Trick::Answer => good.into_bytes(),
-            Trick::Refuse => {
-                let error = json!({"class": "GenericError", "desc": "no"});
-                format!("{}\n", json!({"error": error, "id": id})).into_bytes()
-            }
-            Trick::Twice => [good.clone(), good].concat().into_bytes(),
-            Trick::Never => Vec::new(),
-            Trick::SomebodyElse => format!("{}\n", json!({"return": {}, "id": 1_000_000})).into(),
-            Trick::Garbage(bytes) => [&bytes[..], b"\n", good.as_bytes()].concat(),
-            Trick::Event(name) => [format!("{}\n", json!({ "event": name })), good]
-                .concat()
-                .into(),
-            Trick::Close => return,
-        };
-        for piece in said.chunks(piece) {
-            if peer.0.get_mut().write_all(piece).await.is_err() {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
-    }
-    // Stays, and says nothing more.
-    std::future::pending().await
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-
-    /// Whatever a peer does, each call ends by its deadline, and an answer is that to its own question.
-    #[test]
-    fn any_peer_leaves_each_call_its_own_answer(
-        tricks in prop::collection::vec(trick(), 0..30),
-        piece in 1_usize..40,
-    ) {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let (qmp, peer) = connected().await;
-            let player = tokio::spawn(play(peer, tricks, piece));
-            let mut calls = JoinSet::new();
-            for n in 0..30_u64 {
-                let qmp = qmp.clone();
-                let argument = json!({"n": n});
-                calls.spawn(async move { (n, qmp.execute_within("echo", argument, SECOND).await) });
-            }
-            let begun = Instant::now();
-            for (n, outcome) in timeout(10 * SECOND, calls.join_all()).await.unwrap() {
-                if let Ok(answer) = outcome {
-                    assert_eq!(answer["n"], n);
-                }
-            }
-            assert!(begun.elapsed() <= SECOND);
-            player.abort();
-        });
-    }
 }

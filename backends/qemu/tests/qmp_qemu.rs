@@ -146,7 +146,7 @@ async fn a_state_that_cannot_be_saved_leaves_no_file_and_the_vm_as_it_was() {
     let error = qmp.migrate_to(&file, Duration::ZERO).await;
     assert!(matches!(error, Err(QmpError::TimedOut { .. })), "{error:?}");
     // Slower than the deadline.
-    let slow = json!({"max-bandwidth": 1_000});
+    let slow = json!({"max-bandwidth": 1_000, "downtime-limit": 0});
     qmp.execute("migrate-set-parameters", &slow).await.unwrap();
     let error = qmp.migrate_to(&file, Duration::from_millis(500)).await;
     assert!(matches!(error, Err(QmpError::TimedOut { .. })), "{error:?}");
@@ -161,7 +161,7 @@ async fn a_state_that_cannot_be_saved_leaves_no_file_and_the_vm_as_it_was() {
         qmp.execute("migrate_cancel", NONE).await.unwrap();
     });
     assert!(matches!(error, Err(QmpError::Failed { .. })), "{error:?}");
-    let fast = json!({"max-bandwidth": 1_u64 << 40});
+    let fast = json!({"max-bandwidth": 1_u64 << 40, "downtime-limit": 300});
     qmp.execute("migrate-set-parameters", &fast).await.unwrap();
     let status: Value = qmp.query("query-status", NONE).await.unwrap();
     assert_eq!(status["status"], "prelaunch");

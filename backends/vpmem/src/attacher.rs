@@ -11,7 +11,8 @@ use crate::{ByteRange, DeviceNumber};
 ///
 /// A device is used in one of two ways, never both: it is one disk (`attach`, `detach`), or many disks
 /// are mapped to ranges of it (`map`, `unmap`). A device that is mapped to comes into being with its
-/// first mapping.
+/// first mapping; whether it goes with its last one is up to the implementor, since its number will only
+/// be mapped to again.
 ///
 /// The two sides of the contract, besides the one of all backends (bounded waits, no panics):
 ///
@@ -24,7 +25,8 @@ use crate::{ByteRange, DeviceNumber};
 ///   failed with anything but `Uncertain`, or after `detach` or `unmap` has succeeded or failed with `Gone`.
 /// - *What cannot be unplugged stays.* A hypervisor that cannot take a device out answers `detach` with
 ///   `Unsuitable`: the device then keeps its number and its disk, and is offered again when the same
-///   disk is asked for.
+///   disk is asked for, by [`DiskId`] and size. So an id that `identify` has given must not be given
+///   to another disk while the device is there; the implementor keeps the file open, for example.
 #[async_trait]
 pub trait Attacher: Send + Sync + 'static {
     /// Says which disk is meant; as [`Transport::identify`](blockmount::Transport::identify).
@@ -34,7 +36,8 @@ pub trait Attacher: Send + Sync + 'static {
     /// `NotFound` if there is no such disk, `Unsuitable` if this hypervisor cannot attach its kind.
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError>;
 
-    /// The size of a disk in bytes, as the file or device has it now.
+    /// The size of a disk in bytes, as the file or device has it now. An empty disk may be answered with
+    /// 0, which the transport refuses.
     ///
     /// # Errors
     ///
@@ -53,11 +56,12 @@ pub trait Attacher: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Unsuitable` if a device can never be taken out of this VM. After any error but `Gone` the number
-    /// stays out of use, and the call may be repeated.
+    /// `Unsuitable` if the device is there and can never be taken out of this VM. After any error but
+    /// `Gone` the number stays out of use, and the call may be repeated.
     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError>;
 
-    /// Maps a disk to a range of a device, which is at least as long as the disk. All or nothing.
+    /// Maps a disk to a range of a device, which is as long as the disk was when [`size`](Self::size)
+    /// was asked, rounded up to whole pages. All or nothing.
     ///
     /// # Errors
     ///

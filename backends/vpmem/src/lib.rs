@@ -1,16 +1,103 @@
 //! Disks as persistent memory of a virtual machine (VPMEM): whole devices, and many disks packed on one.
 //!
+//! A [`VpmemTransport`] gives each read-only disk a device of its own, or a range of one ([`VpmemAddress`]), and
+//! has a hypervisor put it there. The hypervisor is whatever implements [`Attacher`]; here, one that
+//! keeps its disks in memory:
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use std::sync::Mutex;
+//!
+//! use async_trait::async_trait;
+//! use blockmount::{BackendError, Disk, DiskId, Transport};
+//! use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, Mode, VpmemTransport};
+//!
+//! type Place = (DeviceNumber, Option<ByteRange>);
+//!
+//! #[derive(Default)]
+//! struct InMemory(Mutex<BTreeMap<Place, Disk>>);
+//!
+//! impl InMemory {
+//!     fn put(&self, place: Place, disk: &Disk) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().insert(place, disk.clone());
+//!         Ok(())
+//!     }
+//!     fn take(&self, place: Place) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().remove(&place);
+//!         Ok(())
+//!     }
+//! }
+//!
+//! #[async_trait]
+//! impl Attacher for InMemory {
+//!     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+//!         Ok(DiskId::name(&disk.source().to_string_lossy()))
+//!     }
+//!     async fn size(&self, _: &Disk) -> Result<u64, BackendError> {
+//!         Ok((5 << 20) + 512)
+//!     }
+//!     async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+//!         self.put((device, None), disk)
+//!     }
+//!     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
+//!         self.take((device, None))
+//!     }
+//!     async fn map(&self, device: DeviceNumber, range: ByteRange, disk: &Disk) -> Result<(), BackendError> {
+//!         self.put((device, Some(range)), disk)
+//!     }
+//!     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
+//!         self.take((device, Some(range)))
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let root = DeviceNumber::try_from(0)?; // the VM boots from it
+//! let vpmem = VpmemTransport::new(InMemory::default(), Geometry::default(), Mode::Packed, &[root])?;
+//! let layers = ["/images/base.erofs", "/images/app.erofs"].map(|image| Disk::virtual_disk(image).read_only());
+//! assert_eq!(vpmem.attach(&layers[0]).await?.as_str(), "vpmem:1@0+5246976");
+//! assert_eq!(vpmem.attach(&layers[1]).await?.as_str(), "vpmem:1@5246976+5246976");
+//! for layer in &layers {
+//!     vpmem.detach(layer).await?;
+//! }
+//! assert!(vpmem.attach(&Disk::virtual_disk("/run/scratch.img")).await.is_err()); // not read-only
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Most programs give the transport to a [`blockmount::Manager`], which shares and counts, in front of one
+//! that takes what does not fit here.
+//!
+//! # What an implementor of [`Attacher`] must do
+//!
+//! Put the disk on the device, or map it to the range, that it is told, so that the guest can only read it; allow
+//! calls for different places at once, also on one device; answer `Uncertain` whenever it
+//! cannot prove what has happened; and answer `Unsuitable` for a device that it can never take out.
+//! What it gets in exchange is in the documentation of the trait: one call at a time for a place, and no
+//! place twice.
+//!
 //! | file | concern |
 //! |---|---|
 //! | `address.rs` | device numbers, byte ranges, and their locators `vpmem:2`, `vpmem:2@4194304+1052672` |
+//! | `geometry.rs` | how many devices there are, and how large |
 //! | `attacher.rs` | what a hypervisor has to do |
+//! | `transport.rs` | the calls that attach and detach, and what becomes of a place after each |
+//! | `places.rs` | which disk is on which device or range |
+//! | `packing.rs` | which pages of a device belong to whom |
 
 mod address;
 mod attacher;
+mod geometry;
+mod packing;
+mod places;
 #[cfg(target_os = "linux")]
 mod resolver;
+mod transport;
 
 pub use address::{ByteRange, DeviceNumber, InvalidAddress, PAGE, SCHEME, VpmemAddress};
 pub use attacher::Attacher;
+pub use geometry::{Geometry, InvalidGeometry};
+pub use packing::{MAX_MAPPINGS, PackedRange, Packing};
 #[cfg(target_os = "linux")]
 pub use resolver::{PmemId, VpmemResolver, VpmemUnplugger};
+pub use transport::{InvalidReserved, Mode, SlotEntry, SlotUse, VpmemTransport};

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, Resolver};
+use blockmount_linux::sysfs::PciAddress;
 use blockmount_linux::uevent::{Look, wait_for};
 
 use crate::{ByteRange, DeviceNumber, VpmemAddress};
@@ -55,9 +56,15 @@ impl VpmemResolver {
         VpmemResolver::new(|device| Some(PmemId::NfitHandle(u32::from(device.get()) + 1)))
     }
 
-    /// Finds virtio-pmem devices: device N is in the PCI slot for hot-plug with the number `first` + N.
-    pub fn slots(first: u32) -> Self {
-        VpmemResolver::new(move |device| first.checked_add(device.get().into()).map(PmemId::Slot))
+    /// Finds virtio-pmem devices: device N is behind the bridge with the N-th of these PCI addresses.
+    pub fn ports(bridges: impl IntoIterator<Item = PciAddress>) -> Self {
+        let bridges: Vec<PciAddress> = bridges.into_iter().collect();
+        VpmemResolver::new(move |device| {
+            bridges
+                .get(usize::from(device.get()))
+                .copied()
+                .map(PmemId::Port)
+        })
     }
 
     /// Finds one device by an identity of its own.
@@ -113,12 +120,18 @@ impl Resolver for VpmemResolver {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let place = self.place(device)?;
         let deadline = Instant::now() + self.patience;
-        let found = wait_for(deadline, move || place.look()).await;
+        let found = wait_for(deadline, is_pmem, move || place.look()).await;
         found.map_err(|error| {
             let message = format!("cannot find {device}: {}", error.message());
             BackendError::new(error.kind(), message).with_source(error)
         })
     }
+}
+
+/// Whether an event about a device, by its path, is about persistent memory or what it is plugged into.
+fn is_pmem(path: &[u8]) -> bool {
+    let mut names = path.split(|byte| *byte == b'/');
+    names.any(|name| name.starts_with(b"ndbus") || name.starts_with(b"virtio"))
 }
 
 /// Where a disk is looked for.

@@ -9,7 +9,7 @@ use blockmount::{
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
-use blockmount_vpmem::{DeviceNumber, PmemId, VpmemResolver, VpmemUnplugger};
+use blockmount_vpmem::{DeviceNumber, VpmemResolver, VpmemUnplugger};
 
 use super::args::{AgentArgs, VpmemSource};
 use crate::failure::{Context, Failure};
@@ -66,27 +66,18 @@ fn scsi(controllers: &[ControllerId]) -> Option<ScsiResolver> {
 
 /// Who finds persistent memory.
 fn vpmem(sources: &[VpmemSource]) -> Result<VpmemResolver, Failure> {
-    let mut rule = None;
-    let mut own = Vec::new();
-    for source in sources {
-        let resolver = match source {
-            VpmemSource::Pci(address) => {
-                own.push(*address);
-                continue;
-            }
-            VpmemSource::Nfit => VpmemResolver::nfit(),
-            VpmemSource::Slots(first) => VpmemResolver::slots(*first),
-        };
-        if rule.replace(resolver).is_some() {
-            let what = "--vpmem has two rules for all devices";
-            return Err(Failure::usage(what).advise("give one of nfit and slots:FIRST, once"));
-        }
-    }
-    let mut resolver = rule.unwrap_or_else(|| VpmemResolver::new(|_| None));
-    for (number, address) in (0_u64..).zip(own) {
+    let mut resolver = match sources.contains(&VpmemSource::Nfit) {
+        true => VpmemResolver::nfit(),
+        false => VpmemResolver::new(|_| None),
+    };
+    let devices = sources.iter().filter_map(|source| match source {
+        VpmemSource::Nfit => None,
+        VpmemSource::Device(id) => Some(*id),
+    });
+    for (number, id) in (0_u64..).zip(devices) {
         let device = DeviceNumber::try_from(number)
             .map_err(|error| Failure::usage("--vpmem has too many devices").because(error))?;
-        resolver = resolver.with(device, PmemId::Pci(address));
+        resolver = resolver.with(device, id);
     }
     Ok(resolver)
 }

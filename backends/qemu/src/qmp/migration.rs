@@ -1,7 +1,7 @@
 //! The state of a whole VM, into a file and out of it again.
 //!
-//! QEMU 7.2 can only migrate to a socket or a shell, and says that it has completed before the shell has. So it gets a
-//! socket, and the file is written here: its last byte is known.
+//! QEMU 7.2 can only migrate to a socket or a shell, and says that it has completed before the shell has. So it
+//! gets a socket, and the file is written here: its last byte is known.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,8 +23,8 @@ const EVENT: &str = "MIGRATION";
 const CALL_OFF: Duration = Duration::from_secs(5);
 
 impl Qmp {
-    /// Saves the state of the VM to a file, which appears when it is complete, and returns its size in bytes. The VM is stopped
-    /// afterwards. Beside the file there are a socket and what is written so far, for the time.
+    /// Saves the state of the VM to a file, which appears when it is complete, and returns its size in bytes. The
+    /// VM is stopped afterwards. Beside the file there are a socket and what is written so far, for the time.
     ///
     /// # Errors
     ///
@@ -84,13 +84,14 @@ impl Qmp {
         Ok(())
     }
 
-    /// Loads the state of a VM from a file that [`migrate_to`](Self::migrate_to) has saved, into a QEMU that was started with
-    /// `-incoming defer` and the same devices. Beside the file there is a socket for the time.
+    /// Loads the state of a VM from a file that [`migrate_to`](Self::migrate_to) has saved, into a QEMU that was
+    /// started with `-incoming defer` and the same devices. Beside the file there is a socket for the time.
     ///
     /// # Errors
     ///
-    /// [`QmpError::Failed`] if the state cannot be read or does not fit, with the reason; [`QmpError::TimedOut`] if that
-    /// takes longer than `deadline`. The VM is of no use then; QEMU may end by itself.
+    /// [`QmpError::Failed`] if the state cannot be read or does not fit, with the reason;
+    /// [`QmpError::TimedOut`] if that takes longer than `deadline`. The VM is of no use then; QEMU may end by
+    /// itself.
     ///
     /// # Cancel safety
     ///

@@ -107,7 +107,7 @@ fn accept_qcow2(disk: &Disk, source: &Source, backing: bool) -> Result<(), Backe
     Ok(())
 }
 
-fn absolute(path: &Path) -> Result<String, BackendError> {
+pub(crate) fn absolute(path: &Path) -> Result<String, BackendError> {
     let absolute = std::path::absolute(path).map_err(|error| {
         BackendError::other(format!("cannot find out where {} is", path.display()))
             .with_source(error)

@@ -3,6 +3,8 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod lossy;
+pub mod peer;
+pub mod pmem;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
@@ -22,7 +24,7 @@ pub const LONG: Duration = Duration::from_secs(60);
 
 /// For tests in which something is not answered.
 pub const IMPATIENT: Deadlines = Deadlines {
-    call: Duration::from_millis(500),
+    call: Duration::from_secs(1),
     greeting: LONG,
 };
 
@@ -143,6 +145,10 @@ impl Qemu {
         let pid = self.child.id().to_string();
         let status = Command::new("kill").args([signal, &pid]).status().unwrap();
         assert!(status.success());
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn kill(&mut self) {

@@ -90,6 +90,15 @@ pub(super) fn device(sysfs: &Path, host: u32, lun: Lun) -> PathBuf {
     sysfs.join(format!("bus/scsi/devices/{host}:0:0:{}", shown(lun)))
 }
 
+/// Whether an event about a device, by its path, is about the disk with this LUN, on whatever host.
+pub(super) fn concerns(lun: Lun) -> impl Fn(&[u8]) -> bool + Clone {
+    let part = format!(":0:0:{}", shown(lun)).into_bytes();
+    move |path| {
+        path.split(|byte| *byte == b'/')
+            .any(|name| name.ends_with(&part))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -122,6 +131,24 @@ mod tests {
             (16_383, 32_767),
         ] {
             assert_eq!(shown(Lun::try_from(lun).unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn events_about_a_lun_concern_it() {
+        let concerns = concerns(Lun::try_from(3).unwrap());
+        assert!(concerns(
+            b"/devices/pci0000:00/0000:00:10.0/virtio1/host2/target2:0:0/2:0:0:3/block/sda"
+        ));
+        assert!(concerns(b"/devices/x/host2/target2:0:0/2:0:0:3"));
+        for other in [
+            &b""[..],
+            b"/",
+            b"/x/2:0:0:31/block/sda",
+            b"/x/2:0:0:30",
+            b"/x/target2:0:3",
+        ] {
+            assert!(!concerns(other));
         }
     }
 

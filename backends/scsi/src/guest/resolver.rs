@@ -116,13 +116,17 @@ impl Resolver for ScsiResolver {
             let place = place.clone();
             move || place.look(&identity)
         };
-        let early = wait_for(Instant::now() + self.patience / 2, look.clone()).await;
+        let concerns = controller::concerns(address.lun);
+        let half = Instant::now() + self.patience / 2;
+        let early = wait_for(half, &concerns, look.clone()).await;
         let found = match early {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 place.scan(deadline);
-                wait_for(deadline, look).await
+                wait_for(deadline, &concerns, look).await
             }
-            Err(error) if error.kind() == ErrorKind::Conflict => wait_for(deadline, look).await,
+            Err(error) if error.kind() == ErrorKind::Conflict => {
+                wait_for(deadline, &concerns, look).await
+            }
             early => early,
         };
         let path = found.map_err(|error| named(device, error))?;
@@ -156,6 +160,10 @@ impl Place {
         Err(Unseen::not_found(format!(
             "there is no LUN {lun} on SCSI host {host}, which is the {controller}"
         )))
+    }
+
+    pub(super) fn lun(&self) -> Lun {
+        self.lun
     }
 
     pub(super) fn sysfs(&self) -> &Path {

@@ -9,6 +9,7 @@ use blockmount_linux::blocking;
 use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{Look, Unseen, wait_for};
 
+use super::controller::concerns;
 use super::resolver::{Place, ScsiResolver};
 
 /// How long a disk may be busy for a moment before it counts as in use.
@@ -66,7 +67,7 @@ struct Doomed {
 impl Unplugger for ScsiUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let place = self.resolver.place(device)?;
-        let root = place.sysfs().to_owned();
+        let (root, lun) = (place.sysfs().to_owned(), place.lun());
         let Some(Doomed { device: at, disk }) = blocking(move || doomed(&place)).await? else {
             return Ok(());
         };
@@ -79,7 +80,8 @@ impl Unplugger for ScsiUnplugger {
         if let Some(held) = held {
             sysfs::command_by(deadline, &at, "delete", "1".to_owned(), held).await?;
         }
-        wait_for(deadline, move || is_gone(&root, &at, disk.as_ref()))
+        let look = move || is_gone(&root, &at, disk.as_ref());
+        wait_for(deadline, concerns(lun), look)
             .await
             .map_err(|left| {
                 let message = format!("the kernel does not let go of {device}: {}", left.message());

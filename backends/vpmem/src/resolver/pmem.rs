@@ -18,9 +18,10 @@ pub enum PmemId {
     Region(u64),
     /// A virtio-pmem device by its PCI address.
     Pci(PciAddress),
-    /// A virtio-pmem device by the number of the PCI slot for hot-plug that it is in, as given to QEMU's
-    /// `pcie-root-port`.
-    Slot(u32),
+    /// A virtio-pmem device by the PCI address of the bridge that it is behind, which is its only device:
+    /// each `pcie-root-port` of QEMU takes one. The numbers of buses and slots behind bridges are none:
+    /// they are given by whoever looks first.
+    Port(PciAddress),
 }
 
 impl fmt::Display for PmemId {
@@ -29,33 +30,35 @@ impl fmt::Display for PmemId {
             PmemId::NfitHandle(handle) => write!(f, "NVDIMM with the NFIT handle {handle:#x}"),
             PmemId::Region(address) => write!(f, "persistent memory at the address {address:#x}"),
             PmemId::Pci(address) => write!(f, "persistent memory at the PCI address {address}"),
-            PmemId::Slot(number) => write!(f, "persistent memory in the PCI slot {number}"),
+            PmemId::Port(address) => write!(f, "persistent memory behind the PCI bridge {address}"),
         }
     }
 }
 
 impl PmemId {
-    /// Where it is on the PCI bus; nothing if this says nothing about that.
-    fn pci(self, root: &Path) -> Look<Option<PciAddress>> {
-        match self {
-            PmemId::Pci(address) => Ok(Some(address)),
-            PmemId::Slot(number) => {
-                let slot = root.join(format!("bus/pci/slots/{number}"));
-                let address = sysfs::text(&slot, "address")?;
-                let address = address.and_then(|address| format!("{address}.0").parse().ok());
-                let missing = || Unseen::not_found(format!("there is no PCI slot {number}"));
-                address.map(Some).ok_or_else(missing)
+    /// Its directory on the PCI bus, if this says anything about that and it is there.
+    pub(super) fn pci_device(
+        self,
+        root: &Path,
+    ) -> Result<Option<(PciAddress, PathBuf)>, BackendError> {
+        let devices = root.join("bus/pci/devices");
+        let address = match self {
+            PmemId::Pci(address) => address,
+            PmemId::Port(bridge) => {
+                let behind = sysfs::names(&devices.join(bridge.to_string()))?;
+                let mut behind = behind.iter().filter_map(|name| name.parse().ok());
+                match (behind.next(), behind.next()) {
+                    (Some(only), None) => only,
+                    (None, _) => return Ok(None),
+                    (Some(_), Some(_)) => {
+                        let message = format!("there are several PCI devices behind {bridge}");
+                        return Err(BackendError::conflict(message));
+                    }
+                }
             }
-            PmemId::NfitHandle(_) | PmemId::Region(_) => Ok(None),
-        }
-    }
-
-    /// Its directory on the PCI bus, if it is there, and is of that bus for sure.
-    pub(super) fn pci_device(self, root: &Path) -> Look<Option<(PciAddress, PathBuf)>> {
-        let Some(address) = self.pci(root)? else {
-            return Ok(None);
+            PmemId::NfitHandle(_) | PmemId::Region(_) => return Ok(None),
         };
-        let device = root.join(format!("bus/pci/devices/{address}"));
+        let device = devices.join(address.to_string());
         Ok(device.exists().then_some((address, device)))
     }
 
@@ -64,7 +67,7 @@ impl PmemId {
         let missing = || Unseen::not_found(format!("there is no {self}"));
         let buses = match (self.pci_device(root)?, self) {
             (Some((_, device)), _) => below(&below(&[device], "virtio")?, "ndbus")?,
-            (None, PmemId::Pci(_) | PmemId::Slot(_)) => return Err(missing()),
+            (None, PmemId::Pci(_) | PmemId::Port(_)) => return Err(missing()),
             (None, _) => vec![root.join("bus/nd/devices")],
         };
         let mut regions = below(&buses, "region")?;
@@ -77,7 +80,7 @@ impl PmemId {
                 let resource = sysfs::text(region, "resource")?;
                 Ok(resource.and_then(|text| sysfs::number(&text)) == Some(address))
             })?,
-            PmemId::Pci(_) | PmemId::Slot(_) => {}
+            PmemId::Pci(_) | PmemId::Port(_) => {}
         }
         one(regions, missing, || format!("{self} has several regions"))
     }
@@ -166,4 +169,52 @@ pub(super) fn pci_of(disk: &Path) -> Option<PciAddress> {
         let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
         is_number.then(|| pair[0].parse().ok())?
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_pci_device_of_a_disk_is_the_one_above_virtio() {
+        let root = tempfile::tempdir().unwrap();
+        let device = "devices/pci0000:00/0000:00:06.0/0000:02:00.0";
+        for (place, found) in [
+            (
+                "virtio4/ndbus0/region0/namespace0.0/block/pmem0",
+                Some("0000:02:00.0"),
+            ),
+            ("virtiofs/ndbus0/region0/namespace0.0/block/pmem0", None),
+            ("ndbus0/region0/namespace0.0/block/pmem0", None),
+        ] {
+            let disk = root.path().join(device).join(place);
+            fs::create_dir_all(&disk).unwrap();
+            let address = pci_of(&disk).map(|address| address.to_string());
+            assert_eq!(address.as_deref(), found);
+        }
+        assert_eq!(pci_of(&root.path().join("gone")), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn whatever_is_written_there_is_read_or_refused(content in proptest::collection::vec(any::<u8>(), 0..60)) {
+            let root = tempfile::tempdir().unwrap();
+            let nd = root.path().join("bus/nd/devices");
+            for directory in ["nmem0/nfit", "region0/namespace0.0/block/pmem0"] {
+                fs::create_dir_all(nd.join(directory)).unwrap();
+            }
+            for file in ["nmem0/nfit/handle", "region0/mappings", "region0/mapping0", "region0/resource"] {
+                fs::write(nd.join(file), &content).unwrap();
+            }
+            for id in [PmemId::NfitHandle(1), PmemId::Region(0)] {
+                prop_assert!(id.disk(root.path()).is_err());
+            }
+        }
+    }
 }

@@ -70,7 +70,7 @@ impl VpmemUnplugger {
         };
         sysfs::command_by(deadline, &slot.directory, "power", "0".to_owned(), held).await?;
         let look = move || is_gone(&slot.device, disk.as_ref());
-        wait_for(deadline, look).await.map_err(|left| {
+        wait_for(deadline, |_| true, look).await.map_err(|left| {
             let message = format!("the kernel does not eject {device}: {}", left.message());
             BackendError::uncertain(message).with_source(left)
         })
@@ -111,9 +111,7 @@ impl Unplugger for VpmemUnplugger {
 /// What there is to let go of, and the slot that it can be ejected from.
 fn doomed(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), BackendError> {
     let disk = seen(id.disk(root))?;
-    let known = seen(id.pci_device(root))?
-        .flatten()
-        .map(|(address, _)| address);
+    let known = id.pci_device(root)?.map(|(address, _)| address);
     let address = known.or_else(|| pci_of(disk.as_ref()?.directory()));
     let slot = match address {
         Some(address) => slot(root, address)?,

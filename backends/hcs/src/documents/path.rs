@@ -1,0 +1,139 @@
+//! Which part of a VM a document is about.
+
+use std::fmt;
+use std::str::FromStr;
+
+use blockmount::BackendError;
+use blockmount_scsi::{Geometry, ScsiAddress};
+use blockmount_vpmem::DeviceNumber;
+use thiserror::Error;
+
+/// The names of a VM's SCSI controllers, by their number.
+///
+/// Each is the UUID, version 5, of its number as decimal text in the namespace
+/// `d422512d-2bf2-4752-809d-7b82b5fcb1b4`; a guest finds the controller by it.
+pub const CONTROLLER_GUIDS: [&str; 4] = [
+    "df6d0690-79e5-55b6-a5ec-c1e2f77f580a",
+    "0110f83b-de10-5172-a266-78bca56bf50a",
+    "b5d2d8d4-3a75-51bf-945b-3444dc6b8579",
+    "305891a9-b251-5dfe-91a2-c25d9212275b",
+];
+
+const SCSI: &str = "VirtualMachine/Devices/Scsi/";
+const ATTACHMENTS: &str = "/Attachments/";
+const VPMEM: &str = "VirtualMachine/Devices/VirtualPMem/Devices/";
+const MAPPINGS: &str = "/Mappings/";
+
+/// A place for a disk in a VM of Hyper-V.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Place {
+    /// A LUN of a SCSI controller.
+    Scsi(ScsiAddress),
+    /// A VPMEM device.
+    VpmemDevice(DeviceNumber),
+    /// A part of a VPMEM device.
+    VpmemMapping {
+        /// The device.
+        device: DeviceNumber,
+        /// Where the part starts, in bytes.
+        offset: u64,
+    },
+}
+
+impl fmt::Display for Place {
+    /// For messages: `SCSI address 0/3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Scsi(address) => write!(f, "SCSI address {address}"),
+            Place::VpmemDevice(device) => write!(f, "VPMEM device {device}"),
+            Place::VpmemMapping { device, offset } => {
+                write!(f, "offset {offset} of VPMEM device {device}")
+            }
+        }
+    }
+}
+
+/// A place for a disk, as documents name it. There is one of it in every VM of Hyper-V.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ResourcePath(Place);
+
+impl ResourcePath {
+    /// The place.
+    pub fn place(&self) -> Place {
+        self.0
+    }
+}
+
+impl TryFrom<Place> for ResourcePath {
+    type Error = BackendError;
+
+    /// Fails with `Unsuitable` if no VM of Hyper-V has such a place: it has 4 controllers of 64 LUNs.
+    fn try_from(place: Place) -> Result<Self, BackendError> {
+        match place {
+            Place::Scsi(address) if !Geometry::HYPER_V.contains(address) => {
+                Err(BackendError::unsuitable(format!(
+                    "Hyper-V has no SCSI address {address}, only {} controllers and LUNs",
+                    Geometry::HYPER_V
+                )))
+            }
+            _ => Ok(ResourcePath(place)),
+        }
+    }
+}
+
+impl fmt::Display for ResourcePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Place::Scsi(ScsiAddress { controller, lun }) => {
+                let guid = CONTROLLER_GUIDS[usize::from(controller.get())];
+                write!(f, "{SCSI}{guid}{ATTACHMENTS}{lun}")
+            }
+            Place::VpmemDevice(device) => write!(f, "{VPMEM}{device}"),
+            Place::VpmemMapping { device, offset } => {
+                write!(f, "{VPMEM}{device}{MAPPINGS}{offset}")
+            }
+        }
+    }
+}
+
+/// Why a text is not the path of a disk's place.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0:?} is not the path of a place for a disk")]
+pub struct InvalidPath(String);
+
+impl FromStr for ResourcePath {
+    type Err = InvalidPath;
+
+    /// Reads exactly what is printed, but a GUID in any case.
+    fn from_str(text: &str) -> Result<Self, InvalidPath> {
+        parse(text).ok_or_else(|| InvalidPath(text.chars().take(128).collect()))
+    }
+}
+
+fn parse(text: &str) -> Option<ResourcePath> {
+    if let Some(rest) = text.strip_prefix(SCSI) {
+        let (guid, lun) = rest.split_once(ATTACHMENTS)?;
+        let controller = CONTROLLER_GUIDS
+            .iter()
+            .position(|known| known.eq_ignore_ascii_case(guid))?;
+        let controller = u64::try_from(controller).ok()?.try_into().ok()?;
+        let address = ScsiAddress::new(controller, decimal(lun)?.try_into().ok()?);
+        return Place::Scsi(address).try_into().ok();
+    }
+    let rest = text.strip_prefix(VPMEM)?;
+    let Some((device, offset)) = rest.split_once(MAPPINGS) else {
+        return Some(ResourcePath(Place::VpmemDevice(
+            decimal(rest)?.try_into().ok()?,
+        )));
+    };
+    let device = decimal(device)?.try_into().ok()?;
+    let offset = decimal(offset)?;
+    Some(ResourcePath(Place::VpmemMapping { device, offset }))
+}
+
+/// Each number has one spelling, so that two paths of one place are equal.
+fn decimal(text: &str) -> Option<u64> {
+    let number: u64 = text.parse().ok()?;
+    (number.to_string() == text).then_some(number)
+}

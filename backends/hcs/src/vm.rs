@@ -1,0 +1,211 @@
+//! Changing a VM: what errors mean, and what is in doubt after them.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use blockmount::{BackendError, ErrorKind};
+use blockmount_bridge::Hresult;
+use blockmount_bridge::messages::{ModificationRequest, RequestType};
+use tracing::trace;
+
+use crate::documents::{ModifySettingRequest, Place, PropertyQuery, ResourcePath, Settings};
+use crate::{ComputeSystem, HcsError};
+
+/// The VM, or what was known of it, is no more.
+const GONE: [Hresult; 5] = [
+    Hresult::SYSTEM_NOT_FOUND,
+    Hresult::SYSTEM_ALREADY_STOPPED,
+    Hresult::UNEXPECTED_EXIT,
+    Hresult::TERMINATED,
+    Hresult::INVALID_HANDLE,
+];
+
+/// The service does not know what has become of the request.
+const DOUBTFUL: [Hresult; 6] = [
+    Hresult::TIMEOUT,
+    Hresult::OPERATION_TIMEOUT,
+    Hresult::OPERATION_PENDING,
+    Hresult::CONNECT_FAILED,
+    Hresult::CONNECTION_CLOSED,
+    Hresult::SERVICE_DISCONNECT,
+];
+
+/// A VM, and the places in it that are in doubt.
+pub(crate) struct Vm<S> {
+    system: S,
+    /// Where the last request may or may not have come to effect. Never locked across an await.
+    doubts: Mutex<HashSet<ResourcePath>>,
+}
+
+/// What an error means.
+enum Verdict {
+    /// Exactly this.
+    Is(ErrorKind),
+    /// Gone if the VM has ended, else this.
+    UnlessEnded(ErrorKind),
+}
+
+impl<S: ComputeSystem> Vm<S> {
+    pub(crate) fn new(system: S) -> Self {
+        Vm {
+            system,
+            doubts: Mutex::default(),
+        }
+    }
+
+    /// Puts something at a place.
+    pub(crate) async fn add(&self, place: Place, settings: Settings) -> Result<(), BackendError> {
+        let path = ResourcePath::try_from(place)?;
+        let what = format!("add a disk at {place}");
+        let request = ModifySettingRequest::add(path, settings);
+        self.doubts().insert(path);
+        let outcome = self.modify(&request, &what, ErrorKind::Other).await;
+        self.settle(path, &outcome);
+        outcome
+    }
+
+    /// Empties a place, whatever is at it. If nothing is, that is a success.
+    pub(crate) async fn remove(&self, place: Place) -> Result<(), BackendError> {
+        let path = ResourcePath::try_from(place)?;
+        let what = format!("remove the disk at {place}");
+        let in_doubt = self.doubts().contains(&path);
+        if in_doubt {
+            // The last request for this place was not answered. A VM that has ended needs no other, and one that
+            // cannot even be asked about would not answer it either.
+            self.must_live(&what).await?;
+        }
+        let request = ModifySettingRequest::remove(path);
+        self.doubts().insert(path);
+        let outcome = match self.modify(&request, &what, ErrorKind::Other).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            outcome => outcome,
+        };
+        self.settle(path, &outcome);
+        outcome
+    }
+
+    /// Has the guest do something.
+    pub(crate) async fn ask_guest(&self, request: ModificationRequest) -> Result<(), BackendError> {
+        let name = request.request_type.name();
+        let what = format!("have the guest {name} {}", request.resource.name());
+        // A guest that fails to set something up, and says no more than that, may have left half of it behind.
+        let otherwise = match request.request_type {
+            RequestType::Add => ErrorKind::Uncertain,
+            _ => ErrorKind::Other,
+        };
+        let request = ModifySettingRequest::guest(request);
+        self.modify(&request, &what, otherwise).await
+    }
+
+    pub(crate) fn system(&self) -> &S {
+        &self.system
+    }
+
+    async fn modify(
+        &self,
+        request: &ModifySettingRequest,
+        what: &str,
+        otherwise: ErrorKind,
+    ) -> Result<(), BackendError> {
+        let outcome = self.system.modify(request).await;
+        trace!(document = request.to_json(), ?outcome, "modified");
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.judge(what, error, otherwise).await),
+        }
+    }
+
+    /// Makes an error of what the service says; where that leaves open whether the VM still lives, asks.
+    async fn judge(&self, what: &str, error: HcsError, otherwise: ErrorKind) -> BackendError {
+        let kind = match verdict(&error, otherwise) {
+            Verdict::Is(kind) => kind,
+            Verdict::UnlessEnded(kind) => match self.has_ended().await {
+                Ok(true) => ErrorKind::Gone,
+                // Whether it has is unknown too.
+                Ok(false) | Err(_) => kind,
+            },
+        };
+        BackendError::new(kind, format!("cannot {what}{}", advice(&error))).with_source(error)
+    }
+
+    async fn must_live(&self, what: &str) -> Result<(), BackendError> {
+        match self.has_ended().await {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(BackendError::gone(format!(
+                "cannot {what}: the VM has ended"
+            ))),
+            Err(error) => {
+                let message = format!("cannot {what}: it is not known whether the VM lives");
+                Err(BackendError::uncertain(message).with_source(error))
+            }
+        }
+    }
+
+    /// Whether nothing is left of the VM.
+    async fn has_ended(&self) -> Result<bool, HcsError> {
+        match self.system.properties(&PropertyQuery::basic()).await {
+            Ok(properties) => Ok(properties.has_ended()),
+            Err(error) => match verdict(&error, ErrorKind::Other) {
+                Verdict::Is(ErrorKind::Gone) => Ok(true),
+                _ => Err(error),
+            },
+        }
+    }
+
+    fn settle(&self, path: ResourcePath, outcome: &Result<(), BackendError>) {
+        let uncertain = |error: &BackendError| error.kind() == ErrorKind::Uncertain;
+        if !outcome.as_ref().is_err_and(uncertain) {
+            self.doubts().remove(&path);
+        }
+    }
+
+    fn doubts(&self) -> MutexGuard<'_, HashSet<ResourcePath>> {
+        // Nothing under the lock panics.
+        self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What an error means; `otherwise` where its number says nothing.
+fn verdict(error: &HcsError, otherwise: ErrorKind) -> Verdict {
+    let HcsError::Failed { result, .. } = error else {
+        return match error {
+            HcsError::Unsendable(_) => Verdict::Is(ErrorKind::Invalid),
+            _ => Verdict::UnlessEnded(ErrorKind::Uncertain),
+        };
+    };
+    let is_one_of = |numbers: &[Hresult]| numbers.iter().any(|number| number.is(*result));
+    if is_one_of(&GONE) {
+        Verdict::Is(ErrorKind::Gone)
+    } else if is_one_of(&DOUBTFUL) {
+        Verdict::UnlessEnded(ErrorKind::Uncertain)
+    } else if result.is(Hresult::INVALID_STATE) {
+        // It is paused, saved or not yet started; nothing has changed, and it may work later.
+        Verdict::UnlessEnded(ErrorKind::Busy)
+    } else {
+        Verdict::Is(result.kind().unwrap_or(otherwise))
+    }
+}
+
+/// What to do about an error whose number alone says it.
+fn advice(error: &HcsError) -> &'static str {
+    match error {
+        HcsError::Failed { result, .. } if result.is(Hresult::ACCESS_DENIED) => {
+            "; grant the VM access to its file"
+        }
+        HcsError::Failed { result, .. } if result.is(Hresult::ALREADY_EXISTS) => {
+            "; if it was there when the VM was made, reserve its place"
+        }
+        _ => "",
+    }
+}
+
+/// What the service says of a VM, as an error of a backend.
+pub(crate) fn cannot_ask(what: &str, error: HcsError) -> BackendError {
+    let (Verdict::Is(kind) | Verdict::UnlessEnded(kind)) = verdict(&error, ErrorKind::Other);
+    // Asking changes nothing, so there is nothing to be uncertain about.
+    let kind = match kind {
+        ErrorKind::Uncertain => ErrorKind::Other,
+        kind => kind,
+    };
+    BackendError::new(kind, format!("cannot {what}")).with_source(error)
+}

@@ -1,0 +1,112 @@
+//! The laws of every contract, over a service in memory; on Windows also through the service's own calls.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
+
+mod common;
+
+use std::sync::Arc;
+
+use blockmount::testing::conformance::{self, GuestFixture, TransportFixture};
+use blockmount::{Disk, Manager, MountOptions, MountRequest, StackRequest};
+use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher};
+use blockmount_scsi::{Geometry, ScsiTransport};
+use common::{Images, Model, address};
+
+type System = Arc<dyn ComputeSystem>;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scsi_keeps_the_laws_of_a_transport() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let disks = images.disks(4);
+        std::fs::hard_link(images.path("0.vhdx"), images.path("hard")).unwrap();
+        let dotted = images.path("sub");
+        std::fs::create_dir(&dotted).unwrap();
+        let aliases = [images.path("hard"), dotted.join("..").join("0.vhdx")];
+        let attacher = ScsiAttacher::new(system, GuestOs::Linux);
+        let geometry = Geometry::new(2, 2).unwrap();
+        let transport = ScsiTransport::new(attacher, geometry, &[address("0/0")]).unwrap();
+        let fixture = TransportFixture {
+            disks,
+            aliases: aliases.map(Disk::virtual_disk).to_vec(),
+            missing: Disk::virtual_disk(images.path("none.vhdx")),
+            capacity: Some(3),
+            remove_source: Some(Box::new(|disk| {
+                std::fs::remove_file(disk.source()).unwrap();
+            })),
+            snapshot: model.snapshot(),
+        };
+        let passed = conformance::transport(&transport, &fixture).await;
+        assert!(passed.successes > 20, "{passed:?}");
+        assert_eq!(model.left(), [""; 0]);
+        assert!(model.documents().len() > 20, "the service was asked");
+    }
+}
+
+/// A transport and a guest of one VM.
+async fn both(system: &System) -> (ScsiTransport<ScsiAttacher<System>>, HcsGuest<System>) {
+    let attacher = ScsiAttacher::new(system.clone(), GuestOs::Linux);
+    let geometry = attacher.geometry();
+    let transport = ScsiTransport::new(attacher, geometry, &[]).unwrap();
+    let channel = HcsChannel::open(system.clone(), GuestOs::Linux)
+        .await
+        .unwrap();
+    (transport, HcsGuest::new(channel))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_guest_keeps_the_laws_of_its_contracts() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let (transport, guest) = both(&system).await;
+        let fixture = GuestFixture {
+            transport: Arc::new(transport),
+            unplugger: Arc::new(guest.clone()),
+            disks: images.disks(2),
+            options: MountOptions::read_only(),
+            blank: None,
+            scratch: Some(images.disk("scratch.vhdx")),
+            directory: "/run/suite".into(),
+            snapshot: model.snapshot(),
+        };
+        let mounter = conformance::mounter(&guest, &fixture).await;
+        let unplugger = conformance::unplugger(&guest, Some(&guest), &fixture).await;
+        let combiner = conformance::combiner(&guest, &guest, &fixture).await;
+        for passed in [mounter, unplugger, combiner] {
+            assert!(passed.successes > 5, "{passed:?}");
+        }
+        assert_eq!(model.left(), [""; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_shares_stacks_and_releases() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let (transport, guest) = both(&system).await;
+        let manager = Manager::builder()
+            .transport(transport)
+            .unplugger(guest.clone())
+            .mounter(guest.clone())
+            .combiner(guest)
+            .build();
+        let layers = images.disks(24).into_iter().map(Disk::read_only);
+        let mount = MountRequest::new(MountOptions::read_only());
+        let request = layers.fold(StackRequest::new("/run/rootfs"), |request, disk| {
+            request.layer(disk, mount.clone())
+        });
+        let stack = manager.stack(&request).await.unwrap();
+        let shared = images.disk("3.vhdx").read_only();
+        let one = manager.add(&shared, &mount).await.unwrap();
+        // 24 disks are attached and mounted, once each, and laid over each other.
+        assert_eq!(model.documents().len(), 24 + 24 + 1);
+        stack.release().await.unwrap();
+        one.release().await.unwrap();
+        assert!(manager.drain().await.is_clean());
+        assert_eq!(model.left(), [""; 0]);
+        // Each is unmounted, unplugged and detached once.
+        assert_eq!(model.documents().len(), 1 + 3 * 24);
+    }
+}

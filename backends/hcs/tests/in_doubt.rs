@@ -1,0 +1,312 @@
+//! What the service does not know: its answers in doubt, places that are taken or empty, and VMs that are gone.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
+
+mod common;
+
+use std::sync::Arc;
+
+use blockmount::slots::SlotState;
+use blockmount::{Disk, ErrorKind, Transport};
+use blockmount_bridge::Hresult;
+use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
+use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
+use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber};
+use common::{Answer, Images, Model, SHORT, WAYS, address};
+
+type Scsi = ScsiTransport<ScsiAttacher<Arc<dyn ComputeSystem>>>;
+
+fn transport(system: Arc<dyn ComputeSystem>, luns: u16) -> Scsi {
+    let attacher = ScsiAttacher::new(system, GuestOs::Linux);
+    ScsiTransport::new(attacher, Geometry::new(1, luns).unwrap(), &[]).unwrap()
+}
+
+fn states(scsi: &Scsi) -> Vec<SlotState> {
+    scsi.slot_map()
+        .into_iter()
+        .map(|entry| entry.state)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o15_a_time_out_quarantines_the_slot_and_a_detach_frees_it() {
+    for happens in [false, true] {
+        let model = Model::linux().await;
+        for system in model.ways_within(SHORT).await {
+            let scsi = transport(system, 1);
+            let images = Images::new();
+            let (disk, other) = (images.disk("a.vhdx"), images.disk("b.vhdx"));
+            model.next(Answer::Silent { happens });
+            let error = scsi.attach(&disk).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+            assert_eq!(states(&scsi), [SlotState::Quarantined]);
+            assert_eq!(model.left().is_empty(), !happens);
+            let full = scsi.attach(&other).await.unwrap_err();
+            assert_eq!(full.kind(), ErrorKind::Full);
+
+            let asked = model.asked();
+            scsi.detach(&disk).await.unwrap();
+            assert_eq!(model.asked(), asked + 1, "whether the VM lives is asked");
+            assert_eq!(states(&scsi), []);
+            assert_eq!(model.left(), [""; 0]);
+            scsi.attach(&other).await.unwrap();
+            let asked = model.asked();
+            scsi.detach(&other).await.unwrap();
+            assert_eq!(model.asked(), asked, "nothing is in doubt any more");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_detachment_in_doubt_is_repeated() {
+    for happens in [false, true] {
+        let model = Model::linux().await;
+        for system in model.ways_within(SHORT).await {
+            let scsi = transport(system, 1);
+            let images = Images::new();
+            let disk = images.disk("a.vhdx");
+            scsi.attach(&disk).await.unwrap();
+            model.next(Answer::Silent { happens });
+            let error = scsi.detach(&disk).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+            assert_eq!(states(&scsi), [SlotState::Quarantined]);
+            scsi.detach(&disk).await.unwrap();
+            assert_eq!(states(&scsi), []);
+            assert_eq!(model.left(), [""; 0]);
+        }
+    }
+}
+
+/// A VM that hangs does not cost a long deadline for each of its disks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn g11_a_vm_that_does_not_answer_is_sent_nothing_more() {
+    let model = Model::linux().await;
+    for system in model.ways_within(SHORT).await {
+        let scsi = transport(system, 1);
+        let images = Images::new();
+        let disk = images.disk("a.vhdx");
+        model.next(Answer::Silent { happens: true });
+        model.next_properties(Answer::Silent { happens: false });
+        scsi.attach(&disk).await.unwrap_err();
+        model.documents();
+        for silent in [
+            Answer::Silent { happens: false },
+            Answer::Fail(Hresult::SERVICE_DISCONNECT),
+        ] {
+            model.next_properties(silent);
+            let error = scsi.detach(&disk).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+        }
+        assert_eq!(model.documents(), [""; 0]);
+        // It has come back.
+        scsi.detach(&disk).await.unwrap();
+        assert_eq!(model.left(), [""; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_in_doubt_are_uncertain_while_the_vm_lives() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let scsi = transport(system, 1);
+        let images = Images::new();
+        let disk = images.disk("a.vhdx");
+        for number in [
+            Hresult::TIMEOUT,
+            Hresult::OPERATION_TIMEOUT,
+            Hresult::CONNECT_FAILED,
+            Hresult::CONNECTION_CLOSED,
+            Hresult::SERVICE_DISCONNECT,
+            Hresult::from_bits(0x8037_0118),
+        ] {
+            model.next(Answer::DoneButFails(number));
+            let error = scsi.attach(&disk).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+            scsi.detach(&disk).await.unwrap();
+            assert_eq!(model.left(), [""; 0]);
+        }
+        // It is paused: nothing has happened, and it may work later.
+        model.next(Answer::Fail(Hresult::INVALID_STATE));
+        let error = scsi.attach(&disk).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+        assert_eq!(states(&scsi), []);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn numbers_become_kinds() {
+    use ErrorKind::{Busy, Conflict, Gone, Invalid, NotFound, Other, Unsuitable};
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let scsi = transport(system, 1);
+        let images = Images::new();
+        let disk = images.disk("a.vhdx");
+        for (bits, kind) in [
+            (0x8007_0002, NotFound),
+            (0x8007_0003, NotFound),
+            (0x8007_0005, Other),
+            (0x8007_000d, Invalid),
+            (0x8007_0020, Busy),
+            (0x8007_0032, Unsuitable),
+            (0x8007_0057, Invalid),
+            (0x8007_00aa, Busy),
+            (0x8007_00b7, Conflict),
+            (0x8000_4001, Unsuitable),
+            (0x8000_4005, Other),
+            (0x8037_010d, Invalid),
+            (0xc037_010d, Invalid),
+            // The VM is no more.
+            (0x8007_0006, Gone),
+            (0x8037_0106, Gone),
+            (0x8037_0107, Gone),
+            (0x8037_010e, Gone),
+            (0xc037_010e, Gone),
+            (0x8037_0110, Gone),
+            (0xc037_0110, Gone),
+        ] {
+            model.next(Answer::Fail(Hresult::from_bits(bits)));
+            let error = scsi.attach(&disk).await.unwrap_err();
+            assert_eq!(error.kind(), kind, "{bits:#x}: {error}");
+            assert_eq!(states(&scsi), [], "{bits:#x}: nothing is there");
+            let cause = std::error::Error::source(&error).unwrap().to_string();
+            assert!(
+                cause.contains("as told") && cause.contains(&format!("{bits:#010x}")),
+                "{cause}"
+            );
+            assert!(!error.to_string().contains("as told"), "{error}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_taken_place_is_a_conflict_and_stays_as_it_was() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let (stranger, disk) = (images.disk("stranger.vhdx"), images.disk("a.vhdx"));
+        let attacher = ScsiAttacher::new(system.clone(), GuestOs::Linux);
+        attacher.attach(address("0/0"), &stranger).await.unwrap();
+        let before = model.left();
+        // This transport was not told of it.
+        let scsi = transport(system, 2);
+        let error = scsi.attach(&disk).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        assert!(error.to_string().contains("reserve"), "{error}");
+        scsi.detach(&disk).await.unwrap();
+        assert_eq!(model.left(), before);
+        attacher.detach(address("0/0")).await.unwrap();
+        assert_eq!(model.left(), [""; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_place_is_empty_already() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let scsi = ScsiAttacher::new(system.clone(), GuestOs::Linux);
+        scsi.detach(address("3/63")).await.unwrap();
+        let vpmem = VpmemAttacher::new(system, GuestOs::Linux);
+        let (device, range) = (
+            DeviceNumber::try_from(127).unwrap(),
+            ByteRange::new(0, 4096).unwrap(),
+        );
+        vpmem.detach(device).await.unwrap();
+        vpmem.unmap(device, range).await.unwrap();
+        assert_eq!(
+            model.documents().len(),
+            3,
+            "the service was asked each time"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_has_ended_is_gone_and_so_are_its_disks() {
+    for (way, in_silence) in (0..WAYS).flat_map(|way| [(way, false), (way, true)]) {
+        let model = Model::linux().await;
+        let scsi = transport(model.ways_within(SHORT).await.swap_remove(way), 2);
+        let images = Images::new();
+        let (kept, lost) = (images.disk("a.vhdx"), images.disk("b.vhdx"));
+        scsi.attach(&kept).await.unwrap();
+        if in_silence {
+            model.next(Answer::Silent { happens: false });
+            model.end_when_asked();
+        } else {
+            model.end();
+        }
+        let error = scsi.attach(&lost).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        let error = scsi.detach(&kept).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+        assert_eq!(states(&scsi), []);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vpmem_attaches_maps_and_takes_out() {
+    let model = Model::linux().await;
+    for system in model.ways_within(SHORT).await {
+        let images = Images::new();
+        let vpmem = VpmemAttacher::new(system.clone(), GuestOs::Linux);
+        let number = |number: u64| DeviceNumber::try_from(number).unwrap();
+        let disk = images.disk("layer.vhd").read_only();
+        assert_eq!(vpmem.size(&disk).await.unwrap(), 9);
+        vpmem.attach(number(0), &disk).await.unwrap();
+        let [first, second] = [0, 1 << 20].map(|offset| ByteRange::new(offset, 4096).unwrap());
+        let (a, b) = (
+            images.disk("a.vhd").read_only(),
+            images.disk("b.vhd").read_only(),
+        );
+        vpmem.map(number(1), first, &a).await.unwrap();
+        model.next(Answer::Silent { happens: true });
+        let error = vpmem.map(number(1), second, &b).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Uncertain);
+        // device 0, two mappings, and what the fake VM has of them.
+        assert_eq!(model.left().len(), 6);
+        vpmem.unmap(number(1), second).await.unwrap();
+        vpmem.unmap(number(1), first).await.unwrap();
+        vpmem.detach(number(0)).await.unwrap();
+        assert_eq!(model.left(), [""; 0]);
+        model.documents();
+
+        let vhdx = images.disk("c.VHDX").read_only();
+        vpmem.attach(number(0), &vhdx).await.unwrap();
+        assert!(model.documents()[0].contains(r#""ImageFormat":"Vhdx""#));
+        vpmem.detach(number(0)).await.unwrap();
+        model.documents();
+        let windows = VpmemAttacher::new(system, GuestOs::Windows);
+        let refused = [
+            vpmem.map(number(0), first, &vhdx).await,
+            vpmem.attach(number(0), &images.disk("rw.vhd")).await,
+            vpmem
+                .attach(number(0), &Disk::physical_disk("x").read_only())
+                .await,
+            vpmem
+                .attach(number(0), &Disk::extensible("p", "x").read_only())
+                .await,
+            vpmem.size(&images.disk("rw.vhd")).await.map(drop),
+            windows.attach(number(0), &disk).await,
+            windows.map(number(0), first, &disk).await,
+        ];
+        for outcome in refused {
+            assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unsuitable);
+        }
+        std::fs::write(images.path("empty.vhd"), "").unwrap();
+        let empty = Disk::virtual_disk(images.path("empty.vhd")).read_only();
+        assert_eq!(
+            vpmem.size(&empty).await.unwrap_err().kind(),
+            ErrorKind::Invalid
+        );
+        let missing = Disk::virtual_disk(images.path("none.vhd")).read_only();
+        assert_eq!(
+            vpmem.size(&missing).await.unwrap_err().kind(),
+            ErrorKind::NotFound
+        );
+        assert_eq!(
+            vpmem.identify(&missing).await.unwrap_err().kind(),
+            ErrorKind::NotFound
+        );
+        let error = vpmem.attach(number(0), &missing).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert_eq!(model.documents().len(), 1, "all others were refused before");
+    }
+}

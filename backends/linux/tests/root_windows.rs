@@ -1,0 +1,101 @@
+//! Parts of devices: which are refused, and that nothing is left then. That the good ones are mounted needs a
+//! kernel with device-mapper.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is the failure message of a test"
+)]
+
+mod kit;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Mounter, Resolver};
+use blockmount_linux::LinuxGuest;
+use blockmount_linux::mapper::{self, DeviceMapper};
+use kit::{Image, Loop, Room, options, refused};
+
+/// Answers the same part of the same device for every locator.
+#[derive(Debug)]
+struct Part(PathBuf, Range<u64>);
+
+#[async_trait]
+impl Resolver for Part {
+    async fn resolve(&self, _: &DeviceLocator) -> Result<BlockDevice, BackendError> {
+        Ok(BlockDevice {
+            path: self.0.clone(),
+            window: Some(self.1.clone()),
+        })
+    }
+}
+
+async fn mount(device: &Path, window: Range<u64>, target: &Path) -> Result<(), BackendError> {
+    let part = Part(device.to_owned(), window);
+    let guest = LinuxGuest::builder()
+        .resolver("part", Arc::new(part))
+        .build();
+    guest
+        .mount(&"part:0".parse().unwrap(), target, &options(&["ro"]))
+        .await
+}
+
+#[tokio::test]
+async fn root_a_range_that_is_no_part_of_the_device_is_refused() {
+    let mut room = Room::new();
+    let device = Loop::new(&Image::Ext4.copy(room.path()));
+    room.settle();
+    let size: u64 = 4 << 20;
+    for (start, end, why) in [
+        (0, 0, "there are none"),
+        (4096, 512, "there are none"),
+        (0, size + 512, "it has 4194304 bytes"),
+        (size, size + 4096, "it has 4194304 bytes"),
+        (0, u64::MAX, "it has 4194304 bytes"),
+        (1, 4096, "whole blocks"),
+        (0, 4095, "whole blocks"),
+    ] {
+        let result = mount(device.node(), Range { start, end }, &room.at("a/mnt")).await;
+        let message = refused(result, ErrorKind::Invalid);
+        assert!(message.contains(why), "{message}");
+        room.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_without_device_mapper_a_window_is_unsuitable() {
+    if DeviceMapper::open().is_ok() {
+        return;
+    }
+    let mut room = Room::new();
+    let device = Loop::new(&Image::Ext4.copy(room.path()));
+    room.settle();
+    let result = mount(device.node(), 0..4 << 20, &room.at("a/mnt")).await;
+    let message = refused(result, ErrorKind::Unsuitable);
+    assert!(message.contains("device-mapper"), "{message}");
+    room.assert_clean();
+}
+
+/// A device that nothing is stacked on is in use as a whole or not at all.
+#[tokio::test]
+async fn root_a_range_is_free_when_its_device_is() {
+    let mut room = Room::new();
+    let device = Loop::new(&Image::Ext4.copy(room.path()));
+    room.settle();
+    let guest = kit::guest();
+    let patience = std::time::Duration::from_millis(50);
+    let let_go = || mapper::let_go_range(device.node(), 0..4096, patience);
+    let_go().await.unwrap();
+    kit::mount(&guest, &device, &room.at("mnt"), &[])
+        .await
+        .unwrap();
+    let message = refused(let_go().await, ErrorKind::Busy);
+    assert!(message.contains("the mount at"), "{message}");
+    guest.unmount(&room.at("mnt")).await.unwrap();
+    let_go().await.unwrap();
+    let absent = Path::new("/dev/blockmount-no-such-device");
+    let result = mapper::let_go_range(absent, 0..4096, patience).await;
+    refused(result, ErrorKind::NotFound);
+    room.assert_clean();
+}

@@ -1,0 +1,397 @@
+//! VPMEM devices of a running QEMU, by its monitor: whole disks, and many disks packed on one device.
+
+mod backing;
+mod packed;
+mod plug;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockmount::{BackendError, Disk, DiskId, ErrorKind};
+use blockmount_linux::source;
+use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress};
+use serde_json::json;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use tracing::warn;
+
+use crate::qmp::Qmp;
+use crate::scsi::is_id;
+use backing::{Image, Private, Wanted};
+use plug::Plug;
+
+/// What the size and the alignment of a device are multiples of, in bytes: 2 MiB, below which Linux makes no
+/// block device of a region (`SUBSECTION_SIZE` of its memory model).
+pub const ALIGNMENT: u64 = 2 << 20;
+
+/// What begins the names of everything that is ours in a QEMU.
+const PREFIX: &str = "bm-vpmem-";
+
+/// The slowest disk that is waited for while an image is copied, in bytes per second.
+const SLOWEST_COPY: u64 = 16 << 20;
+
+/// Hot-plugs VPMEM devices into a QEMU: the [`Attacher`] of its
+/// [`VpmemTransport`](blockmount_vpmem::VpmemTransport).
+///
+/// ```no_run
+/// use blockmount::{Disk, Transport};
+/// use blockmount_qemu::{Qmp, QemuVpmem};
+/// use blockmount_vpmem::{Mode, VpmemTransport};
+/// use tokio::net::UnixStream;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// // QEMU was started with `-m 2G,maxmem=64G` and `-device pcie-root-port,id=rp0,chassis=1,slot=1` (and rp1).
+/// let qmp = Qmp::connect(UnixStream::connect("/run/vm/qmp").await?).await?;
+/// let attacher = QemuVpmem::virtio(qmp, ["rp0", "rp1"], 4 << 30, "/var/lib/images")?;
+/// let geometry = attacher.geometry();
+/// let vpmem = VpmemTransport::new(attacher, geometry, Mode::Packed, &[])?;
+/// vpmem.attach(&Disk::virtual_disk("/var/lib/images/base.erofs").read_only()).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # What a device is in QEMU
+///
+/// Device 3 is a `memory-backend-file` and a device on it, both called `bm-vpmem-3`; whatever in QEMU has such a
+/// name is taken for one of this attacher: there must be only one for each VM. The file is opened read-only and
+/// shared, so that the guest cannot change it, and VMs with one image share its pages.
+///
+/// | | [`virtio`](Self::virtio) | [`nvdimm`](Self::nvdimm) |
+/// |---|---|---|
+/// | device | `virtio-pmem-pci` on the root port with that number | `nvdimm` in the slot with that number |
+/// | QEMU needs | `maxmem`, a `pcie-root-port` for each device | `nvdimm=on`, `maxmem`, `slots` |
+/// | the guest finds it | by the PCI address of the port | by its NFIT handle: its number plus 1 |
+/// | is taken out | when the guest has ejected it | never: `detach` is `Unsuitable`, and it is parked |
+///
+/// - *Whole devices* are the image itself if it has whole multiples of 2 MiB, and else a copy that does: pad images
+///   (`truncate --size=%2M`) to have neither the copy nor its pages twice.
+/// - *Packed devices* are a sparse file of ours, as long as a device. A disk that is mapped is copied to its
+///   range, by sharing the blocks where the filesystem can; a range that is unmapped is a hole again. The device itself
+///   stays until QEMU ends.
+/// - *Files of ours* are made in a directory of the caller's choice, best on the filesystem of the images, and
+///   lose their name as soon as QEMU has them open: none is left, whoever is killed.
+///
+/// QEMU 7.2 keeps the file of a device that was ejected mapped until it ends. The space of a copy is freed
+/// nevertheless; an image that is deleted meanwhile keeps its space.
+///
+/// # Deadlines and doubt
+///
+/// As for [`QemuScsi`](crate::QemuScsi). A copy may take as long as a disk of 16 MiB a second needs for it; one
+/// that takes longer, or that nobody waits for any more, stops at the next 8 MiB, and its range is not cleared before.
+#[derive(Clone)]
+pub struct QemuVpmem(Arc<Inner>);
+
+struct Inner {
+    qmp: Qmp,
+    kind: Kind,
+    geometry: Geometry,
+    directory: PathBuf,
+    /// By number. Locked while a device comes or goes, so that of many first mappings one makes it.
+    devices: Box<[tokio::sync::Mutex<Held>]>,
+    /// Ranges that are being written to, or were. A copy keeps its own locked to its very end, even when
+    /// nobody waits for it any more.
+    ranges: Mutex<HashMap<VpmemAddress, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+enum Kind {
+    VirtioPmem { ports: Box<[String]> },
+    Nvdimm,
+}
+
+/// What is behind a device.
+#[derive(Debug, Default)]
+enum Held {
+    #[default]
+    Nothing,
+    Disk(Image),
+    Ranges {
+        file: Private,
+        /// Whether QEMU is known to have it.
+        plugged: bool,
+    },
+}
+
+impl Held {
+    /// QEMU has the file open.
+    fn opened(&mut self) {
+        if let Held::Disk(image) = self {
+            image.opened();
+        }
+    }
+}
+
+impl QemuVpmem {
+    /// Devices that the guest can eject, one on each of these PCIe root ports, in the order of their numbers.
+    ///
+    /// `device_size` is how long an image may be, and how long a packed device is, in bytes. `directory` is
+    /// where files of ours are made.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` if there are none or more than 128 ports, if one is named twice or is no id of QEMU's, or if
+    /// the size is not a multiple of [`ALIGNMENT`].
+    pub fn virtio(
+        qmp: Qmp,
+        ports: impl IntoIterator<Item: Into<String>>,
+        device_size: u64,
+        directory: impl Into<PathBuf>,
+    ) -> Result<Self, BackendError> {
+        let ports: Box<[String]> = ports.into_iter().map(Into::into).collect();
+        for (at, id) in ports.iter().enumerate() {
+            if !is_id(id) {
+                let message = format!("{id:?} is no id of a root port in QEMU");
+                return Err(BackendError::invalid(message));
+            }
+            if ports[..at].contains(id) {
+                let message = format!("root port {id} is named twice");
+                return Err(BackendError::invalid(message));
+            }
+        }
+        let devices = u16::try_from(ports.len()).unwrap_or(u16::MAX);
+        let kind = Kind::VirtioPmem { ports };
+        Self::new(qmp, kind, devices, device_size, directory.into())
+    }
+
+    /// Devices that can never be taken out, one in each memory slot from 0.
+    ///
+    /// # Errors
+    ///
+    /// As for [`virtio`](Self::virtio).
+    pub fn nvdimm(
+        qmp: Qmp,
+        slots: u16,
+        device_size: u64,
+        directory: impl Into<PathBuf>,
+    ) -> Result<Self, BackendError> {
+        Self::new(qmp, Kind::Nvdimm, slots, device_size, directory.into())
+    }
+
+    fn new(
+        qmp: Qmp,
+        kind: Kind,
+        devices: u16,
+        device_size: u64,
+        directory: PathBuf,
+    ) -> Result<Self, BackendError> {
+        if !device_size.is_multiple_of(ALIGNMENT) {
+            return Err(BackendError::invalid(format!(
+                "a device of {device_size} bytes cannot be: its size is a multiple of {ALIGNMENT}"
+            )));
+        }
+        let geometry = Geometry::new(devices, device_size)
+            .map_err(|error| BackendError::invalid(error.to_string()))?;
+        let nothing = || tokio::sync::Mutex::new(Held::Nothing);
+        Ok(QemuVpmem(Arc::new(Inner {
+            qmp,
+            kind,
+            geometry,
+            directory,
+            devices: (0..devices).map(|_| nothing()).collect(),
+            ranges: Mutex::default(),
+        })))
+    }
+
+    /// How many devices it was given, and how large they are.
+    pub fn geometry(&self) -> Geometry {
+        self.0.geometry
+    }
+
+    /// What a device is called in QEMU: `bm-vpmem-3`.
+    pub fn name(device: DeviceNumber) -> String {
+        format!("{PREFIX}{device}")
+    }
+
+    /// What of ours QEMU has: `device bm-vpmem-3`, `memory bm-vpmem-3` and so on, in order.
+    ///
+    /// # Errors
+    ///
+    /// `Gone` without a QEMU, `Uncertain` if it does not answer.
+    pub async fn left(&self) -> Result<Vec<String>, BackendError> {
+        let everything = plug::everything(&self.0.qmp)
+            .await
+            .map_err(|error| error.while_trying("cannot list the VPMEM devices of the VM"))?;
+        let ours = everything
+            .into_iter()
+            .filter(|(_, name)| name.starts_with(PREFIX));
+        let mut left: Vec<String> = ours.map(|(what, name)| format!("{what} {name}")).collect();
+        left.sort();
+        Ok(left)
+    }
+
+    fn plug(&self, device: DeviceNumber) -> Plug<'_> {
+        let id = Self::name(device);
+        let arguments = match &self.0.kind {
+            Kind::VirtioPmem { ports } => json!({
+                "driver": "virtio-pmem-pci",
+                "id": id,
+                "memdev": id,
+                "bus": ports[usize::from(device.get())],
+            }),
+            // Unarmed is what makes the guest's device read-only.
+            Kind::Nvdimm => json!({
+                "driver": "nvdimm",
+                "id": id,
+                "memdev": id,
+                "slot": device.get(),
+                "unarmed": true,
+            }),
+        };
+        Plug {
+            qmp: &self.0.qmp,
+            id,
+            device: arguments,
+            can_be_ejected: matches!(self.0.kind, Kind::VirtioPmem { .. }),
+        }
+    }
+
+    /// None if the VM has no such device.
+    async fn held(&self, device: DeviceNumber) -> Option<tokio::sync::MutexGuard<'_, Held>> {
+        let held = self.0.devices.get(usize::from(device.get()))?;
+        Some(held.lock().await)
+    }
+
+    fn no_such(&self, device: DeviceNumber) -> BackendError {
+        let devices = self.0.geometry.devices();
+        BackendError::invalid(format!(
+            "the VM has no VPMEM device {device}, but {devices} from 0"
+        ))
+    }
+
+    /// Does work on files where that may block. Work that is not done in time is told so, and goes on in
+    /// the background until it notices.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        what: &str,
+        bytes: u64,
+        work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let deadline =
+            self.0.qmp.deadlines().call + Duration::from_secs(bytes.div_ceil(SLOWEST_COPY));
+        let wanted = Wanted::default();
+        let given_up = wanted.given_up();
+        match timeout(deadline, spawn_blocking(move || work(&given_up))).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(error)) => Err(BackendError::uncertain(format!(
+                "cannot work on {what}: the runtime has ended, or it panicked"
+            ))
+            .with_source(error)),
+            Err(_) => Err(BackendError::uncertain(format!(
+                "work on {what} has not ended within {deadline:?}; is its filesystem there?"
+            ))),
+        }
+    }
+}
+
+/// What has become of work on files is in doubt, but nothing of it is in QEMU.
+fn nothing_done(error: BackendError) -> BackendError {
+    match error.kind() {
+        ErrorKind::Uncertain => BackendError::other(error.message()),
+        _ => error,
+    }
+}
+
+fn used_otherwise(device: DeviceNumber) -> BackendError {
+    let message = format!("VPMEM device {device} is in use, and not in this way; detach it first");
+    BackendError::conflict(message)
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Attacher for QemuVpmem {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        let looked_at = disk.clone();
+        let identify = move |_: &AtomicBool| source::identify(&looked_at);
+        let identified = self.blocking(&disk.to_string(), 0, identify).await;
+        identified.map_err(nothing_done)
+    }
+
+    async fn size(&self, disk: &Disk) -> Result<u64, BackendError> {
+        let looked_at = disk.clone();
+        let size = move |_: &AtomicBool| backing::size(&looked_at);
+        let found = self.blocking(&disk.to_string(), 0, size).await;
+        found.map_err(nothing_done)
+    }
+
+    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+        let mut held = self
+            .held(device)
+            .await
+            .ok_or_else(|| self.no_such(device))?;
+        if !matches!(*held, Held::Nothing) {
+            return Err(used_otherwise(device));
+        }
+        let (prepared, directory) = (disk.clone(), self.0.directory.clone());
+        let prepare = move |given_up: &AtomicBool| Image::prepare(&prepared, &directory, given_up);
+        let longest = self.0.geometry.device_size();
+        let image = self.blocking(&disk.to_string(), longest, prepare).await;
+        let image = image.map_err(nothing_done)?;
+        let (path, size) = (image.path().to_owned(), image.size());
+        // From here on it stays open, until it is certain that QEMU has it no more.
+        *held = Held::Disk(image);
+        let attached = self.plug(device).attach(&path, size).await;
+        match &attached {
+            Ok(()) => held.opened(),
+            Err(error) if error.kind() == ErrorKind::Uncertain => {}
+            Err(_) => *held = Held::Nothing,
+        }
+        attached
+    }
+
+    async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
+        let Some(mut held) = self.held(device).await else {
+            // Nothing was ever there.
+            return Ok(());
+        };
+        if let Held::Ranges { .. } = *held {
+            return Err(used_otherwise(device));
+        }
+        let detached = self.plug(device).detach().await;
+        match detached.as_ref().map_err(BackendError::kind) {
+            Ok(()) | Err(ErrorKind::Gone) => {
+                if let Held::Disk(image) = std::mem::take(&mut *held) {
+                    let what = format!("the file of VPMEM device {device}");
+                    let discard = move |_: &AtomicBool| image.discard();
+                    // The device is out all the same.
+                    if let Err(error) = self.blocking(&what, 0, discard).await {
+                        warn!(%error, "space is in use until QEMU ends");
+                    }
+                }
+            }
+            // It stays for good.
+            Err(ErrorKind::Unsuitable) => held.opened(),
+            Err(_) => {}
+        }
+        detached
+    }
+
+    async fn map(
+        &self,
+        device: DeviceNumber,
+        range: ByteRange,
+        disk: &Disk,
+    ) -> Result<(), BackendError> {
+        self.map_range(device, range, disk).await
+    }
+
+    async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
+        self.unmap_range(device, range).await
+    }
+}
+
+impl fmt::Debug for QemuVpmem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.0.kind {
+            Kind::VirtioPmem { .. } => "virtio-pmem-pci",
+            Kind::Nvdimm => "nvdimm",
+        };
+        f.debug_struct("QemuVpmem")
+            .field("kind", &kind)
+            .field("geometry", &self.0.geometry)
+            .finish_non_exhaustive()
+    }
+}

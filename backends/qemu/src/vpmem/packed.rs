@@ -1,0 +1,135 @@
+//! Devices that hold many disks: how one comes into being, and what is written to its ranges.
+
+use std::fs::File;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+
+use blockmount::{BackendError, Disk, ErrorKind};
+use blockmount_vpmem::{ByteRange, DeviceNumber, VpmemAddress};
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::timeout;
+
+use super::backing::{self, Private};
+use super::{Held, QemuVpmem, nothing_done, used_otherwise};
+use crate::scsi::absolute;
+
+impl QemuVpmem {
+    pub(super) async fn map_range(
+        &self,
+        device: DeviceNumber,
+        range: ByteRange,
+        disk: &Disk,
+    ) -> Result<(), BackendError> {
+        if range.end() > self.0.geometry.device_size() {
+            let message = format!("VPMEM device {device} has no range {range}");
+            return Err(BackendError::invalid(message));
+        }
+        let file = self.packed(device).await?;
+        let lock = self.lock(address(device, range)).await?;
+        let copied = disk.clone();
+        let copy = move |given_up: &AtomicBool| {
+            let _lock = lock;
+            backing::write_range(&copied, &file, range, given_up)
+        };
+        self.blocking(&disk.to_string(), range.size(), copy).await
+    }
+
+    pub(super) async fn unmap_range(
+        &self,
+        device: DeviceNumber,
+        range: ByteRange,
+    ) -> Result<(), BackendError> {
+        let file = match self.held(device).await.as_deref() {
+            Some(Held::Ranges { file, .. }) => file.file(),
+            // Nothing was ever there.
+            _ => return Ok(()),
+        };
+        let what = format!("range {range} of VPMEM device {device}");
+        let file = file.map_err(|error| {
+            BackendError::other(format!("cannot clear {what}")).with_source(error)
+        })?;
+        let place = address(device, range);
+        let lock = self.lock(place).await?;
+        let clear = move |_: &AtomicBool| {
+            let _lock = lock;
+            backing::clear_range(&file, range)
+        };
+        self.blocking(&what, range.size(), clear).await?;
+        let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.remove(&place);
+        Ok(())
+    }
+
+    /// The file of a packed device that QEMU has; made and plugged if it is not there.
+    async fn packed(&self, device: DeviceNumber) -> Result<File, BackendError> {
+        let mut held = self
+            .held(device)
+            .await
+            .ok_or_else(|| self.no_such(device))?;
+        if let Held::Nothing = *held {
+            let (directory, size) = (self.0.directory.clone(), self.0.geometry.device_size());
+            let what = format!("the file of VPMEM device {device}");
+            let make = move |_: &AtomicBool| Private::make(&directory, size);
+            let file = self.blocking(&what, 0, make).await.map_err(nothing_done)?;
+            *held = Held::Ranges {
+                file,
+                plugged: false,
+            };
+        }
+        let Held::Ranges { file, plugged } = &mut *held else {
+            return Err(used_otherwise(device));
+        };
+        if self.0.qmp.is_closed() {
+            let message = format!("cannot map to VPMEM device {device}: QEMU is gone");
+            return Err(BackendError::gone(message));
+        }
+        if !*plugged && let Err(error) = self.plug_in(device, file).await {
+            if error.kind() != ErrorKind::Uncertain {
+                *held = Held::Nothing;
+            }
+            return Err(error);
+        }
+        *plugged = true;
+        file.file().map_err(|error| {
+            BackendError::other(format!("cannot write to VPMEM device {device}")).with_source(error)
+        })
+    }
+
+    /// Plugs a packed device, unless an attempt that was in doubt has done so.
+    async fn plug_in(&self, device: DeviceNumber, file: &mut Private) -> Result<(), BackendError> {
+        let plug = self.plug(device);
+        let tried = || format!("cannot look for VPMEM device {device}");
+        let there = plug.presence().await;
+        let there = there.map_err(|error| error.while_trying(tried()))?;
+        if there.memory && !there.device {
+            plug.detach().await?;
+        }
+        if !there.device {
+            let path = absolute(file.path())?;
+            plug.attach(&path, self.0.geometry.device_size()).await?;
+        }
+        file.forget_name();
+        Ok(())
+    }
+
+    /// Locks a range against whoever may still be writing to it.
+    async fn lock(&self, address: VpmemAddress) -> Result<OwnedMutexGuard<()>, BackendError> {
+        let gate = {
+            let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+            ranges.entry(address).or_default().clone()
+        };
+        let patience = self.0.qmp.deadlines().call;
+        timeout(patience, gate.lock_owned()).await.map_err(|_| {
+            BackendError::busy(format!(
+                "range {address} of a VPMEM device is still being written to after {patience:?}"
+            ))
+        })
+    }
+}
+
+fn address(device: DeviceNumber, range: ByteRange) -> VpmemAddress {
+    VpmemAddress {
+        device,
+        range: Some(range),
+    }
+}

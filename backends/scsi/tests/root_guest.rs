@@ -1,0 +1,327 @@
+//! Finding disks and letting go of them, over a made-up tree of devices whose disks are real loop devices. What
+//! a real kernel does with the real tree is seen in a virtual machine.
+#![cfg(target_os = "linux")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is the failure message of a test"
+)]
+
+mod sysfs;
+
+use std::time::{Duration, Instant};
+
+use blockmount::{BackendError, DeviceLocator, ErrorKind, Resolver, Unplugger};
+use blockmount_linux::device;
+use blockmount_scsi::{ControllerId, Identity, ScsiResolver, ScsiUnplugger};
+use sysfs::{Loop, Tree};
+
+const FIRST: &str = "0000:00:10.0";
+const SECOND: &str = "0000:00:11.0";
+const PATIENCE: Duration = Duration::from_millis(400);
+
+fn resolver(tree: &Tree) -> ScsiResolver {
+    let ids = [FIRST, SECOND].map(|address| ControllerId::Pci(address.parse().unwrap()));
+    ScsiResolver::new(ids)
+        .with_sysfs(tree.path())
+        .with_patience(PATIENCE)
+}
+
+fn unplugger(tree: &Tree) -> ScsiUnplugger {
+    ScsiUnplugger::new(resolver(tree))
+        .with_patience(Duration::from_millis(50))
+        .with_removal_deadline(PATIENCE)
+}
+
+fn locator(text: &str) -> DeviceLocator {
+    text.parse().unwrap()
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, BackendError>, kind: ErrorKind) -> String {
+    let error = result.expect_err("it should have been refused");
+    assert_eq!(error.kind(), kind, "{error}");
+    error.message().to_owned()
+}
+
+/// The host of controller 0 is 7 and that of controller 1 is 0: the number of the one says nothing about that
+/// of the other.
+#[tokio::test]
+async fn root_g22_a_disk_is_found_by_its_controller_and_not_by_a_number() {
+    let tree = Tree::new();
+    let disks = [Loop::new(), Loop::new(), Loop::new()];
+    tree.host(FIRST, 7);
+    tree.host(SECOND, 0);
+    tree.disk("7:0:0:0", &disks[0]);
+    tree.disk("0:0:0:0", &disks[1]);
+    tree.disk("0:0:0:16684", &disks[2]);
+    for (at, disk) in ["scsi:0/0", "scsi:1/0", "scsi:1/300"]
+        .into_iter()
+        .zip(&disks)
+    {
+        let found = resolver(&tree).resolve(&locator(at)).await.unwrap();
+        assert_eq!(
+            (found.path.as_path(), found.window),
+            (disk.node(), None),
+            "{at}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn g10_a_controller_that_there_is_not_is_an_error_and_no_panic() {
+    let tree = Tree::new();
+    for at in ["scsi:2/0", "scsi:63/0"] {
+        let message = refused(
+            resolver(&tree).resolve(&locator(at)).await,
+            ErrorKind::Invalid,
+        );
+        assert!(message.contains("knows 2 controllers"), "{message}");
+        refused(
+            unplugger(&tree).unplug(&locator(at)).await,
+            ErrorKind::Invalid,
+        );
+    }
+    let resolver = resolver(&tree);
+    for (at, kind) in [
+        ("scsi:64/0", ErrorKind::Invalid),
+        ("scsi:0", ErrorKind::Invalid),
+        ("vpmem:0", ErrorKind::Unsuitable),
+    ] {
+        refused(resolver.resolve(&locator(at)).await, kind);
+    }
+}
+
+#[tokio::test]
+async fn root_g11_waits_are_bounded_and_the_error_says_what_was_missing() {
+    let tree = Tree::new();
+    let missing = async |what: &str| {
+        let started = Instant::now();
+        let result = resolver(&tree).resolve(&locator("scsi:0/5")).await;
+        let message = refused(result, ErrorKind::NotFound);
+        assert!(
+            message.starts_with("cannot find scsi:0/5: ") && message.contains(what),
+            "{message}"
+        );
+        let took = started.elapsed();
+        assert!(took >= PATIENCE && took < PATIENCE * 10, "{took:?}");
+    };
+    missing("there is no controller at PCI address 0000:00:10.0").await;
+    tree.write("bus/pci/devices/0000:00:10.0/uevent", "");
+    missing("has no SCSI host").await;
+    tree.host(FIRST, 3);
+    missing(
+        "there is no LUN 5 on SCSI host 3, which is the controller at PCI address 0000:00:10.0",
+    )
+    .await;
+    tree.write("bus/scsi/devices/3:0:0:5/state", "blocked\n");
+    missing("3:0:0:5 is blocked and not running").await;
+    tree.write("bus/scsi/devices/3:0:0:5/state", "running\n");
+    missing("there is no block device in ").await;
+}
+
+#[tokio::test]
+async fn root_g11_a_node_that_is_missing_or_another_is_not_taken() {
+    let tree = Tree::new();
+    let (disk, other) = (Loop::new(), Loop::new());
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    let block = format!(
+        "bus/scsi/devices/3:0:0:5/block/{}",
+        disk.node().file_name().unwrap().to_str().unwrap()
+    );
+    let missing = async |what: &str| {
+        let result = resolver(&tree).resolve(&locator("scsi:0/5")).await;
+        let message = refused(result, ErrorKind::NotFound);
+        assert!(message.contains(what), "{message}");
+    };
+    tree.write(
+        &format!("{block}/uevent"),
+        "DEVNAME=blockmount-no-such-node\n",
+    );
+    missing("device /dev/blockmount-no-such-node is not ready").await;
+    let name = other.node().file_name().unwrap().to_str().unwrap();
+    tree.write(&format!("{block}/uevent"), format!("DEVNAME={name}\n"));
+    missing(&format!(
+        "is block device {} and not {}",
+        other.number(),
+        disk.number()
+    ))
+    .await;
+    tree.write(&format!("{block}/uevent"), "DEVNAME=../etc/passwd\n");
+    missing("there is no name of a block device").await;
+}
+
+/// The kernel is asked once, for exactly the LUN that is missing, and not before half of the time is over.
+#[tokio::test]
+async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    let patience = Duration::from_secs(6);
+    let resolver = resolver(&tree).with_patience(patience);
+    let started = Instant::now();
+    let at = locator("scsi:0/300");
+    let waiting = tokio::spawn(async move { resolver.resolve(&at).await });
+    tokio::time::sleep(patience / 4).await;
+    assert_eq!(tree.read("class/scsi_host/host3/scan"), "");
+    while tree.read("class/scsi_host/host3/scan").is_empty() {
+        assert!(started.elapsed() < patience);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(started.elapsed() >= patience / 2);
+    assert_eq!(tree.read("class/scsi_host/host3/scan"), "0 0 16684");
+    tree.disk("3:0:0:16684", &disk);
+    let found = waiting.await.unwrap().unwrap();
+    assert_eq!(found.path, disk.node());
+    assert!(started.elapsed() < patience);
+}
+
+#[tokio::test]
+async fn root_a_disk_must_be_the_one_that_is_expected() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    tree.write("bus/scsi/devices/3:0:0:5/vpd_pg80", b"\0\x80\0\x07layer-7");
+    tree.write("bus/scsi/devices/3:0:0:5/wwid", "naa.5000c500a1b2c3d4\n");
+    let resolver = resolver(&tree);
+    let address = "0/5".parse().unwrap();
+    let right = Identity {
+        size: Some(Loop::SIZE),
+        serial: Some("layer-7".into()),
+        wwid: Some("naa.5000c500a1b2c3d4".into()),
+    };
+    resolver.expect(address, right.clone());
+    resolver.resolve(&locator("scsi:0/5")).await.unwrap();
+    let wrong = [
+        (
+            Identity {
+                size: Some(Loop::SIZE - 512),
+                ..right.clone()
+            },
+            "its size is 1048576 and not 1048064",
+        ),
+        (
+            Identity {
+                serial: Some("layer-8".into()),
+                ..right.clone()
+            },
+            "its serial number is layer-7 and not layer-8",
+        ),
+        (
+            Identity {
+                wwid: Some("naa.6".into()),
+                ..right.clone()
+            },
+            "its world-wide name is naa.5000c500a1b2c3d4 and not naa.6",
+        ),
+    ];
+    for (identity, why) in wrong {
+        resolver.expect(address, identity);
+        let message = refused(
+            resolver.resolve(&locator("scsi:0/5")).await,
+            ErrorKind::Conflict,
+        );
+        assert!(message.ends_with(why), "{message}");
+    }
+    resolver.forget(address);
+    resolver.resolve(&locator("scsi:0/5")).await.unwrap();
+    // The old disk is there still when the new one is waited for.
+    resolver.expect(
+        address,
+        Identity {
+            serial: Some("layer-8".into()),
+            ..Identity::default()
+        },
+    );
+    let patient = resolver.clone().with_patience(Duration::from_secs(20));
+    let waiting = tokio::spawn(async move { patient.resolve(&locator("scsi:0/5")).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    tree.write("bus/scsi/devices/3:0:0:5/vpd_pg80", b"\0\x80\0\x07layer-8");
+    waiting.await.unwrap().unwrap();
+}
+
+/// The device is held while it is deleted, so that nobody can start to use it in between.
+#[tokio::test]
+async fn root_g21_a_disk_is_proven_free_deleted_and_awaited() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    let at = locator("scsi:0/5");
+    let delete = "bus/scsi/devices/3:0:0:5/delete";
+    let used = device::prove_free(disk.node()).unwrap();
+    let message = refused(unplugger(&tree).unplug(&at).await, ErrorKind::Busy);
+    assert!(message.contains(disk.node().to_str().unwrap()), "{message}");
+    assert_eq!(tree.read(delete), "", "what is in use stays as it was");
+    drop(used);
+
+    // A kernel that does not let go in time.
+    let message = refused(unplugger(&tree).unplug(&at).await, ErrorKind::Uncertain);
+    assert!(message.contains("3:0:0:5 is there still"), "{message}");
+    assert_eq!(tree.read(delete), "1");
+    device::prove_free(disk.node()).unwrap();
+
+    let patient = unplugger(&tree).with_removal_deadline(Duration::from_secs(20));
+    let waiting = {
+        let (patient, at) = (patient.clone(), at.clone());
+        tokio::spawn(async move { patient.unplug(&at).await })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!waiting.is_finished());
+    tree.remove("bus/scsi/devices/3:0:0:5");
+    waiting.await.unwrap().unwrap();
+    for _ in 0..2 {
+        patient.unplug(&at).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn root_what_is_not_there_is_unplugged_and_what_is_no_disk_needs_no_proof() {
+    let tree = Tree::new();
+    let unplugger = unplugger(&tree);
+    let at = locator("scsi:1/0");
+    unplugger.unplug(&at).await.unwrap();
+    tree.host(SECOND, 4);
+    unplugger.unplug(&at).await.unwrap();
+    tree.write("bus/scsi/devices/4:0:0:0/delete", "");
+    refused(unplugger.unplug(&at).await, ErrorKind::Uncertain);
+    assert_eq!(tree.read("bus/scsi/devices/4:0:0:0/delete"), "1");
+}
+
+/// Without a node nothing can be proven, and nothing is deleted.
+#[tokio::test]
+async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    let name = disk.node().file_name().unwrap().to_str().unwrap();
+    let uevent = format!("bus/scsi/devices/3:0:0:5/block/{name}/uevent");
+    tree.write(&uevent, "DEVNAME=blockmount-no-such-node\n");
+    let message = refused(
+        unplugger(&tree).unplug(&locator("scsi:0/5")).await,
+        ErrorKind::Other,
+    );
+    assert!(message.contains("cannot prove"), "{message}");
+    assert_eq!(tree.read("bus/scsi/devices/3:0:0:5/delete"), "");
+}
+
+#[tokio::test]
+async fn a_wait_that_is_given_up_leaves_nothing_behind() {
+    let tree = Tree::new();
+    let resolver = resolver(&tree).with_patience(Duration::from_secs(60));
+    let sockets = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = sockets();
+    for _ in 0..20 {
+        let at = locator("scsi:0/0");
+        let waiting = tokio::time::timeout(Duration::from_millis(20), resolver.resolve(&at));
+        assert!(waiting.await.is_err());
+    }
+    // Other tests open and close theirs meanwhile.
+    assert!(
+        sockets() < before + 20,
+        "{before} before, {} now",
+        sockets()
+    );
+}

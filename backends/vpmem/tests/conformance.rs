@@ -1,0 +1,45 @@
+//! The laws that every transport must keep.
+
+// A panic is the failure message, in helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use blockmount::testing::conformance::{self, Snapshot, TransportFixture};
+use blockmount::{Disk, Transport};
+use common::{MODES, Vm, Vpmem, disk, room_for_two};
+
+/// What the VM has, and what the transport takes for taken.
+fn snapshot(vm: &Arc<Vm>, vpmem: &Arc<Vpmem>) -> Snapshot {
+    let (vm, vpmem) = (vm.clone(), vpmem.clone());
+    Box::new(move || {
+        let present = vm.present().into_iter().map(|at| format!("present {at}"));
+        let taken = vpmem.slot_map().into_iter().map(|line| format!("{line:?}"));
+        present.chain(taken).collect()
+    })
+}
+
+#[tokio::test]
+async fn both_modes_keep_the_laws_of_transports() {
+    for mode in MODES {
+        let (vm, vpmem, _) = room_for_two(mode);
+        let link = Disk::virtual_disk("/links/0.vhd").read_only();
+        vm.link(&link, &disk(0));
+        let fixture = TransportFixture {
+            disks: (0..4).map(disk).collect(),
+            aliases: vec![link],
+            missing: Disk::virtual_disk("/images/none.vhd").read_only(),
+            capacity: Some(2),
+            remove_source: Some(Box::new({
+                let vm = vm.clone();
+                move |disk| vm.remove(disk)
+            })),
+            snapshot: snapshot(&vm, &vpmem),
+        };
+        let transport: &dyn Transport = &vpmem;
+        let passed = conformance::transport(transport, &fixture).await;
+        assert!(passed.successes > 20, "{passed:?}");
+    }
+}
