@@ -17,3 +17,4 @@ mod disks;
 mod failure;
 mod sharing;
 mod teardown;
+mod vpmem;

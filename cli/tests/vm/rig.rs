@@ -9,9 +9,11 @@ use blockmount::{Disk, Manager, MountOptions, MountRequest};
 use blockmount_bridge::BridgeGuest;
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
-    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, Vm,
+    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi,
+    QemuVpmem, Vm,
 };
 use blockmount_scsi::ScsiTransport;
+use blockmount_vpmem::{Mode, VpmemTransport};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,6 +24,9 @@ use crate::common;
 /// Where the agent mounts what nobody asked a path for.
 pub const MOUNTS: &str = "/run/mounts";
 const CONTROLLERS: u8 = 4;
+const MEMORY_PORTS: u8 = 4;
+/// How large each device of persistent memory is, in bytes.
+pub const MEMORY_SIZE: u64 = 64 << 20;
 /// Long enough for a busy machine.
 const OPENING: Duration = Duration::from_secs(30);
 
@@ -37,6 +42,10 @@ async fn image() -> GuestImage {
         for number in 0..CONTROLLERS {
             let address = PciAddress::of_controller(number);
             arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
+        }
+        for number in 0..MEMORY_PORTS {
+            let address = PciAddress::of_memory_port(number);
+            arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
         }
         let kernel = GuestKernel::find().unwrap();
         GuestImage::builder(kernel)
@@ -56,6 +65,7 @@ pub async fn start() -> Vm {
         // Whether there is a faster one must make no difference to what is tested.
         .accelerator(Accelerator::Emulation)
         .controllers(CONTROLLERS)
+        .persistent_memory(MEMORY_PORTS, u64::from(MEMORY_PORTS) * MEMORY_SIZE)
         .saved_states(states)
         .start()
         .await
@@ -66,6 +76,8 @@ pub async fn start() -> Vm {
 pub struct Rig {
     pub vm: Vm,
     pub scsi: Arc<ScsiTransport<QemuScsi>>,
+    /// Used by the manager if the test asks for it.
+    pub vpmem: Arc<VpmemTransport<QemuVpmem>>,
     pub guest: BridgeGuest<AgentChannel>,
     pub manager: Manager,
     /// For images, on this machine.
@@ -79,13 +91,33 @@ pub struct Rig {
 pub struct State(BTreeMap<&'static str, Value>);
 
 impl Rig {
+    /// A VM whose disks are all on SCSI.
     pub async fn start() -> Rig {
+        Self::start_with(None).await
+    }
+
+    /// A VM whose disks are offered to VPMEM first, then to SCSI.
+    pub async fn start_with_vpmem(mode: Mode) -> Rig {
+        Self::start_with(Some(mode)).await
+    }
+
+    async fn start_with(mode: Option<Mode>) -> Rig {
         let vm = start().await;
+        let dir = common::temp();
+        let attacher = vm.vpmem(MEMORY_SIZE, dir.path()).unwrap();
+        let geometry = attacher.geometry();
+        let mode_or_other = mode.unwrap_or(Mode::WholeDevices);
+        let vpmem = VpmemTransport::new(attacher, geometry, mode_or_other, &[]);
+        let vpmem = Arc::new(vpmem.unwrap());
         let attacher = vm.scsi();
         let geometry = attacher.geometry();
         let scsi = Arc::new(ScsiTransport::new(attacher, geometry, &[]).unwrap());
         let guest = vm.guest("blockmount.agent").await.unwrap();
-        let manager = Manager::builder()
+        let mut manager = Manager::builder();
+        if mode.is_some() {
+            manager = manager.transport(vpmem.clone());
+        }
+        let manager = manager
             .transport(scsi.clone())
             .unplugger(guest.clone())
             .mounter(guest.clone())
@@ -96,9 +128,10 @@ impl Rig {
         let mut rig = Rig {
             vm,
             scsi,
+            vpmem,
             guest,
             manager,
-            dir: common::temp(),
+            dir,
             witness: Mutex::new(witness),
             before: State(BTreeMap::new()),
         };
@@ -174,6 +207,11 @@ impl Rig {
         let disks = devices.filter(|device| device["type"] != "child<virtserialport>");
         state.insert("qom-list", sorted(&disks.cloned().collect()));
         State(state)
+    }
+
+    /// From now on, what there is now counts as there at the start: a packed device stays as long as its VM.
+    pub async fn begin_here(&mut self) {
+        self.before = self.state().await;
     }
 
     /// Asserts that everything is as it was at the start.
