@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use blockmount::BackendError;
-use blockmount_linux::sysfs::PciAddress;
 use blockmount_scsi::ControllerId;
+use blockmount_vpmem::PmemId;
 use clap::Args;
 
 use super::endpoints::Endpoints;
@@ -42,10 +42,10 @@ pub(crate) struct AgentArgs {
     #[arg(long = "scsi-controller", value_name = "ADDRESS", value_parser = parse_controller)]
     pub(crate) scsi_controllers: Vec<ControllerId>,
 
-    /// VPMEM devices: nfit, slots:FIRST, or pci:0000:00:10.0 for one device; repeatable
+    /// VPMEM devices: nfit, or pci:0000:01:00.0 or port:0000:00:10.0 for one device; repeatable
     ///
-    /// With nfit (the default) device N has the handle N + 1 in the firmware's table, with slots it is in the
-    /// PCI slot FIRST + N. The first pci is device 0, the next one device 1, whatever else is given.
+    /// With nfit (the default) device N has the handle N + 1 in the firmware's table. A device by pci is at that
+    /// address, one by port is behind the bridge at it. The first pci or port is device 0, the next one device 1.
     #[arg(long = "vpmem", value_name = "SOURCE", value_parser = parse_vpmem, default_value = "nfit")]
     pub(crate) vpmem: Vec<VpmemSource>,
 
@@ -66,10 +66,8 @@ pub(crate) const ROOTS: [&str; 4] = ["/run/mounts", "/run/gcs", "/run/layers", "
 pub(crate) enum VpmemSource {
     /// By their handles in the NFIT.
     Nfit,
-    /// By PCI slots for hot-plug, of which this is the first.
-    Slots(u32),
-    /// One device by its PCI address.
-    Pci(PciAddress),
+    /// One device by its place on the PCI bus.
+    Device(PmemId),
 }
 
 fn parse_controller(text: &str) -> Result<ControllerId, String> {
@@ -82,17 +80,20 @@ fn parse_controller(text: &str) -> Result<ControllerId, String> {
 }
 
 fn parse_vpmem(text: &str) -> Result<VpmemSource, String> {
+    let said = |error: BackendError| error.message().to_owned();
     match text.split_once(':') {
         None if text == "nfit" => Ok(VpmemSource::Nfit),
-        Some(("slots", first)) => first
-            .parse()
-            .map(VpmemSource::Slots)
-            .map_err(|_| "slots:FIRST has a number, such as slots:1".to_owned()),
         Some(("pci", address)) => address
             .parse()
-            .map(VpmemSource::Pci)
-            .map_err(|error: BackendError| error.message().to_owned()),
-        _ => Err("a source of devices is nfit, slots:FIRST or pci:ADDRESS".to_owned()),
+            .map(PmemId::Pci)
+            .map(VpmemSource::Device)
+            .map_err(said),
+        Some(("port", address)) => address
+            .parse()
+            .map(PmemId::Port)
+            .map(VpmemSource::Device)
+            .map_err(said),
+        _ => Err("a source of devices is nfit, pci:ADDRESS or port:ADDRESS".to_owned()),
     }
 }
 
@@ -107,11 +108,9 @@ mod tests {
         let first = "vmbus:{DF6D0690-79e5-55b6-a5ec-c1e2f77f580a}";
         assert_eq!(parse_controller(first), Ok(ControllerId::HYPER_V[0]));
         assert_eq!(parse_vpmem("nfit"), Ok(VpmemSource::Nfit));
-        assert_eq!(parse_vpmem("slots:20"), Ok(VpmemSource::Slots(20)));
-        assert!(matches!(
-            parse_vpmem("pci:0000:01:00.0"),
-            Ok(VpmemSource::Pci(_))
-        ));
+        let [pci, port] = ["pci", "port"].map(|kind| parse_vpmem(&format!("{kind}:0000:01:00.0")));
+        assert!(matches!(pci, Ok(VpmemSource::Device(PmemId::Pci(_)))));
+        assert!(matches!(port, Ok(VpmemSource::Device(PmemId::Port(_)))));
         for text in [
             "",
             "pci",
@@ -119,7 +118,7 @@ mod tests {
             "pci:10.0",
             "vmbus:0000:00:10.0",
             "nfit:1",
-            "slots:x",
+            "port:x",
             "0000:00:10.0",
         ] {
             assert!(parse_controller(text).is_err(), "{text:?}");

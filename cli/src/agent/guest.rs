@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{
@@ -9,13 +10,17 @@ use blockmount::{
 };
 use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
-use blockmount_vpmem::{DeviceNumber, PmemId, VpmemResolver, VpmemUnplugger};
+use blockmount_vpmem::{DeviceNumber, VpmemResolver, VpmemUnplugger};
 
 use super::args::{AgentArgs, VpmemSource};
 use crate::failure::{Context, Failure};
 
 /// Here there are the channels of Hyper-V, in a guest of it.
 const VMBUS: &str = "/sys/bus/vmbus/devices";
+
+/// How long a disk may take to appear: of hundreds that a host plugs at once, a small guest finds a few dozen a second.
+/// Hosts wait longer for an answer.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -58,35 +63,26 @@ fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
 /// Who finds SCSI disks: nobody where no controller is known.
 fn scsi(controllers: &[ControllerId]) -> Option<ScsiResolver> {
     match controllers {
-        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v()),
+        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v().with_patience(PATIENCE)),
         [] => None,
-        given => Some(ScsiResolver::new(given.iter().copied())),
+        given => Some(ScsiResolver::new(given.iter().copied()).with_patience(PATIENCE)),
     }
 }
 
 /// Who finds persistent memory.
 fn vpmem(sources: &[VpmemSource]) -> Result<VpmemResolver, Failure> {
-    let mut rule = None;
-    let mut own = Vec::new();
-    for source in sources {
-        let resolver = match source {
-            VpmemSource::Pci(address) => {
-                own.push(*address);
-                continue;
-            }
-            VpmemSource::Nfit => VpmemResolver::nfit(),
-            VpmemSource::Slots(first) => VpmemResolver::slots(*first),
-        };
-        if rule.replace(resolver).is_some() {
-            let what = "--vpmem has two rules for all devices";
-            return Err(Failure::usage(what).advise("give one of nfit and slots:FIRST, once"));
-        }
-    }
-    let mut resolver = rule.unwrap_or_else(|| VpmemResolver::new(|_| None));
-    for (number, address) in (0_u64..).zip(own) {
+    let mut resolver = match sources.contains(&VpmemSource::Nfit) {
+        true => VpmemResolver::nfit(),
+        false => VpmemResolver::new(|_| None),
+    };
+    let devices = sources.iter().filter_map(|source| match source {
+        VpmemSource::Nfit => None,
+        VpmemSource::Device(id) => Some(*id),
+    });
+    for (number, id) in (0_u64..).zip(devices) {
         let device = DeviceNumber::try_from(number)
             .map_err(|error| Failure::usage("--vpmem has too many devices").because(error))?;
-        resolver = resolver.with(device, PmemId::Pci(address));
+        resolver = resolver.with(device, id);
     }
     Ok(resolver)
 }
@@ -130,18 +126,18 @@ impl LayerCombiner for Guest {
 
 #[cfg(test)]
 mod tests {
+    use blockmount_vpmem::PmemId;
+
     use super::*;
 
     #[test]
-    fn one_rule_for_all_persistent_memory_and_any_number_of_its_own() {
-        let pci = |function: u8| {
+    fn persistent_memory_has_a_rule_for_all_and_places_of_its_own() {
+        let device = |function: u8| {
             let address = format!("0000:01:00.{function}");
-            VpmemSource::Pci(address.parse().unwrap())
+            VpmemSource::Device(PmemId::Pci(address.parse().unwrap()))
         };
         assert!(vpmem(&[]).is_ok());
-        assert!(vpmem(&[pci(0), VpmemSource::Nfit, pci(1)]).is_ok());
-        let two = [VpmemSource::Slots(1), VpmemSource::Nfit];
-        assert_eq!(vpmem(&two).unwrap_err().status(), crate::failure::USAGE);
+        assert!(vpmem(&[device(0), VpmemSource::Nfit, device(1)]).is_ok());
     }
 
     #[test]
