@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use blockmount::{
@@ -11,6 +11,7 @@ use blockmount::{
     Overlay, Propagation, Resolver,
 };
 
+use crate::builder::LinuxGuestBuilder;
 use crate::dax;
 use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault, patiently};
@@ -24,7 +25,6 @@ use crate::part;
 use crate::partitions::{Added, Partitions};
 use crate::places::{PlaceUse, Places};
 use crate::probe::probe;
-use crate::recovery;
 use crate::resolvers::Resolvers;
 use crate::target::Target;
 use crate::windows::{WindowUse, Windows};
@@ -39,7 +39,7 @@ use crate::windows::{WindowUse, Windows};
 /// targets run in parallel. A call that is dropped half-way has done nothing or everything: the
 /// part that changes something runs to its end.
 #[derive(Debug, Clone)]
-pub struct LinuxGuest(Arc<Inner>);
+pub struct LinuxGuest(pub(crate) Arc<Inner>);
 
 #[derive(Debug)]
 pub(crate) struct Inner {
@@ -53,28 +53,10 @@ pub(crate) struct Inner {
     pub(crate) windows: Arc<Windows>,
 }
 
-/// Configures a [`LinuxGuest`].
-#[derive(Debug, Clone)]
-pub struct LinuxGuestBuilder {
-    resolvers: Resolvers,
-    busy_deadline: Duration,
-    device_deadline: Duration,
-    allowed: Vec<PathBuf>,
-    overlay_mark: String,
-    kernel: Kernel,
-}
-
 impl LinuxGuest {
     /// Starts from the defaults: no resolvers, every target that is not the system's.
     pub fn builder() -> LinuxGuestBuilder {
-        LinuxGuestBuilder {
-            resolvers: Resolvers::new(),
-            busy_deadline: Duration::from_secs(1),
-            device_deadline: Duration::from_secs(10),
-            allowed: Vec::new(),
-            overlay_mark: "blockmount".to_owned(),
-            kernel: Kernel::default(),
-        }
+        LinuxGuestBuilder::default()
     }
 
     /// The resolvers that find its devices.
@@ -89,104 +71,6 @@ impl LinuxGuest {
         let target = target.to_owned();
         let look = blocking(move || Ok(dax::of_mount(&target)));
         look.await.ok().flatten().map(dax::Dax::is_on)
-    }
-}
-
-impl LinuxGuestBuilder {
-    /// Who finds the devices.
-    #[must_use]
-    pub fn resolvers(mut self, resolvers: Resolvers) -> Self {
-        self.resolvers = resolvers;
-        self
-    }
-
-    /// Adds who finds the devices of one transport.
-    #[must_use]
-    pub fn resolver(mut self, transport: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
-        self.resolvers = self.resolvers.with(transport, resolver);
-        self
-    }
-
-    /// How long a mount or unmount of what is in use is tried again before it is `Busy`; one second by
-    /// default.
-    #[must_use]
-    pub fn busy_deadline(mut self, deadline: Duration) -> Self {
-        self.busy_deadline = deadline;
-        self
-    }
-
-    /// How long a resolved device may take to become ready, and a partition to appear; ten seconds
-    /// by default. How long a device may take to be found is up to its resolver.
-    #[must_use]
-    pub fn device_deadline(mut self, deadline: Duration) -> Self {
-        self.device_deadline = deadline;
-        self
-    }
-
-    /// Allows targets only below these directories, and not at them. Without any, every target is
-    /// allowed that is no directory of the system.
-    #[must_use]
-    pub fn allow_targets_under<P: Into<PathBuf>>(
-        mut self,
-        roots: impl IntoIterator<Item = P>,
-    ) -> Self {
-        self.allowed.extend(roots.into_iter().map(Into::into));
-        self
-    }
-
-    /// What overlays have as their source in the table of mounts, so that whoever cleans up can
-    /// tell them; `blockmount` by default.
-    #[must_use]
-    pub fn overlay_mark(mut self, mark: impl Into<String>) -> Self {
-        self.overlay_mark = mark.into();
-        self
-    }
-
-    /// Does without what this version of Linux did not have yet. For tests of the old ways.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn as_on_linux(mut self, major: u32, minor: u32) -> Self {
-        self.kernel = Kernel::version(major, minor);
-        self
-    }
-
-    /// The guest. Nothing is touched before it is asked for something.
-    pub fn build(self) -> LinuxGuest {
-        LinuxGuest(Arc::new(Inner::new(self, None)))
-    }
-
-    /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
-    /// moment and built again with the same journal unmounts by the target what the earlier one has
-    /// mounted, and keeps to what it has promised about devices and scratch directories.
-    ///
-    /// Mounts of the earlier process that are there still are taken over, what it left half done is
-    /// undone, and what others have put in the place of its mounts is not touched. A record that
-    /// cannot be used is renamed to `*.aside` and reported in the log.
-    ///
-    /// The directory is made if it is missing. It should live as long as the mounts do, and be as
-    /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
-    /// reboot, or that is about another namespace of mounts, all records are set aside.
-    ///
-    /// # Errors
-    ///
-    /// `Busy` if another process uses the journal, which is awaited for as long as the
-    /// [`busy_deadline`](Self::busy_deadline), because one that was killed may not be gone yet;
-    /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing
-    /// that is found in the journal is an error.
-    ///
-    /// # Cancel safety
-    ///
-    /// What is begun is finished, and the journal is let go afterwards.
-    pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
-        let (config, directory) = (self, directory.into());
-        let open = move || Journal::open(&directory);
-        let journal = patiently(config.busy_deadline, open).await?;
-        blocking(move || {
-            let inner = Inner::new(config, Some(journal.clone()));
-            recovery::recover(&inner, &journal)?;
-            Ok(LinuxGuest(Arc::new(inner)))
-        })
-        .await
     }
 }
 
@@ -223,7 +107,7 @@ impl LayerCombiner for LinuxGuest {
 }
 
 impl Inner {
-    fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
+    pub(crate) fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
         Inner {
             config,
             places: Arc::new(Places::new(journal.clone())),

@@ -75,6 +75,7 @@ pub mod source;
 pub mod sysfs;
 pub mod uevent;
 
+mod builder;
 mod dax;
 mod fault;
 mod fscontext;
@@ -95,6 +96,7 @@ mod target;
 mod users;
 mod windows;
 
+pub use builder::LinuxGuestBuilder;
 pub use fault::blocking;
-pub use guest::{LinuxGuest, LinuxGuestBuilder};
+pub use guest::LinuxGuest;
 pub use resolvers::{Resolvers, Unpluggers};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger};
 
-use crate::device;
+use crate::{device, mapper};
 
 /// How long a device may be busy for a moment before it counts as in use.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -106,13 +106,11 @@ impl Unpluggers {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             found => found?,
         };
-        if found.window.is_some() {
-            return Err(BackendError::unsuitable(format!(
-                "cannot unplug {device}: it is a part of {}, which only an unplugger of its own can judge",
-                found.path.display(),
-            )));
-        }
-        match device::let_go(&found.path, PATIENCE).await {
+        let done = match found.window {
+            None => device::let_go(&found.path, PATIENCE).await,
+            Some(range) => mapper::let_go_range(&found.path, range, PATIENCE).await,
+        };
+        match done {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             done => done,
         }
@@ -174,14 +172,14 @@ mod tests {
 
     fn two() -> Resolvers {
         Resolvers::new()
-            .with("a", Arc::new(Fixed("/dev/a")))
+            .with("a", Arc::new(Fixed("/dev/blockmount-a")))
             .with("b", Arc::new(Fixed("")))
     }
 
     #[tokio::test]
     async fn dispatches_by_transport_and_names_what_it_knows() {
         let found = two().resolve(&"a:1".parse().unwrap()).await.unwrap();
-        assert_eq!(found.path.to_str(), Some("/dev/a"));
+        assert_eq!(found.path.to_str(), Some("/dev/blockmount-a"));
         let error = two()
             .resolve(&"scsi:0/3".parse().unwrap())
             .await
@@ -191,14 +189,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_generic_unplugger_takes_absence_for_done_and_refuses_a_window() {
+    async fn the_generic_unplugger_takes_absence_for_done() {
         let unpluggers = Unpluggers::new(two());
-        unpluggers.unplug(&"b:1".parse().unwrap()).await.unwrap();
-        let error = unpluggers
-            .unplug(&"a:1".parse().unwrap())
-            .await
-            .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsuitable);
+        for absent in ["a:1", "b:1"] {
+            unpluggers.unplug(&absent.parse().unwrap()).await.unwrap();
+        }
         let error = unpluggers
             .unplug(&"c:1".parse().unwrap())
             .await

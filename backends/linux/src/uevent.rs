@@ -16,16 +16,17 @@ use tokio::io::unix::AsyncFd;
 use crate::fault::{blocking, fault};
 use crate::sys;
 
+mod hub;
+
 /// The multicast group of the kernel itself; group 2 is the daemon's repetition.
 const KERNEL_GROUP: u32 = 1;
 /// Room for bursts of hot-plugs, in bytes; what the daemons of distributions use is larger still.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// The kernel builds an event in a buffer of 2,048 bytes (`UEVENT_BUFFER_SIZE`) after the header.
 const LONGEST_EVENT: usize = 8 << 10;
-/// After so many messages a look is due, even if somebody keeps sending.
-const MOST_AT_ONCE: usize = 1024;
-/// How long a wait relies on events alone. Each of its looks is cheap, and an event that is
-/// lost without a trace (a container's network namespace) must not cost the whole deadline.
+/// How long a wait relies on events alone at first; it doubles each time. An event that is lost without a
+/// trace (a container's network namespace) must not cost the whole deadline, and many who wait at once
+/// must not keep the machine busy with their looks.
 const SAFETY_LOOK: Duration = Duration::from_secs(1);
 
 /// What a [`Listener`] has heard.
@@ -114,14 +115,8 @@ impl Listener {
     ///
     /// The system's, where it has no such sockets.
     pub fn new() -> io::Result<Self> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let protocol = SockProtocol::NetlinkKObjectUEvent;
-        let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol)?;
-        // Only root may go beyond the system's limit; without it the buffer is merely smaller.
-        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
-            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
-        }
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+        let socket = open()?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Listener(sys::watch(socket)?))
     }
 
@@ -145,25 +140,19 @@ impl Listener {
             }
         }
     }
+}
 
-    /// Waits for something that is a reason to look, and takes all that is there already: a burst is one
-    /// reason.
-    async fn burst(&self, concerns: impl Fn(&[u8]) -> bool) -> io::Result<()> {
-        loop {
-            let mut ready = self.0.readable().await?;
-            let mut is_reason = false;
-            for _ in 0..MOST_AT_ONCE {
-                match ready.try_io(|socket| receive(socket.get_ref(), &concerns)) {
-                    Ok(Ok(is_one)) => is_reason |= is_one,
-                    Ok(Err(error)) => return Err(error),
-                    Err(_would_block) => break,
-                }
-            }
-            if is_reason {
-                return Ok(());
-            }
-        }
+/// A socket that hears every event from now on.
+fn open() -> io::Result<OwnedFd> {
+    let protocol = SockProtocol::NetlinkKObjectUEvent;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol)?;
+    // Only root may go beyond the system's limit; without it the buffer is merely smaller.
+    if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+        setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
     }
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
+    Ok(socket)
 }
 
 /// Takes one message. True if it is one of the kernel's that `concerns` wants, or if some were lost.
@@ -252,7 +241,7 @@ pub async fn wait_for<T, C, F>(
 ) -> Result<T, BackendError>
 where
     T: Send + 'static,
-    C: Fn(&[u8]) -> bool,
+    C: Fn(&[u8]) -> bool + Send + Sync + 'static,
     F: FnMut() -> Look<T> + Send + 'static,
 {
     let look = move || match look() {
@@ -271,7 +260,7 @@ async fn wait<T, M, C, F>(
 where
     T: Send + 'static,
     M: Send + 'static,
-    C: Fn(&[u8]) -> bool,
+    C: Fn(&[u8]) -> bool + Send + Sync + 'static,
     F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
 {
     // Most devices are there already; a socket would cost more than the look.
@@ -280,8 +269,9 @@ where
     if found.is_ok() {
         return Ok(found);
     }
-    let listener =
-        Listener::new().map_err(|error| fault("cannot listen for the kernel's events", error))?;
+    let waiting = hub::Waiting::new(Box::new(concerns))
+        .map_err(|error| fault("cannot listen for the kernel's events", error))?;
+    let mut pause = SAFETY_LOOK;
     loop {
         // The look after the subscription sees what was announced before it.
         let (found, returned) = blocking(move || Ok((look()?, look))).await?;
@@ -290,10 +280,9 @@ where
         if found.is_ok() || left.is_zero() {
             return Ok(found);
         }
-        let burst = listener.burst(|message| concerns(devpath(message)));
-        match tokio::time::timeout(left.min(SAFETY_LOOK), burst).await {
-            Ok(heard) => heard.map_err(|error| fault("cannot hear the kernel's events", error))?,
-            Err(_elapsed) => {}
+        let reason = tokio::time::timeout(left.min(pause), waiting.reason());
+        if reason.await.is_err() {
+            pause *= 2;
         }
     }
 }

@@ -157,16 +157,19 @@ impl Windows {
 
     /// Removes the windows of an earlier process that no mount is on. Blocks.
     pub(crate) fn sweep(&self) -> Result<(), BackendError> {
-        for name in sysfs::names(Path::new("/sys/block"))? {
-            let directory = Path::new("/sys/block").join(name).join("dm");
-            let name = sysfs::text(&directory, "name")?.unwrap_or_default();
-            let name = name.trim_end();
+        let mapper = match DeviceMapper::open() {
+            Err(error) if error.kind() == ErrorKind::Unsuitable => return Ok(()),
+            mapper => mapper?,
+        };
+        // One that was begun and never got its table is in this list, and not in sysfs.
+        for mapped in mapper.list()? {
+            let name = &*mapped.name;
             let Some(window) = Window::named(name) else {
                 continue;
             };
             if !self.lock().contains_key(&window) {
                 tracing::info!(name, "removing a window of an earlier process");
-                DeviceMapper::open()?.remove(name)?;
+                mapper.remove(name)?;
             }
         }
         Ok(())

@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn reads_a_list_and_a_table() {
         let mut data = Vec::new();
-        for (number, next, name) in [(0xfe00u64, 24u32, "one\0"), (0x10fe05, 0, "two\0")] {
+        for (number, next, name) in [(0xfe00u64, 16u32, "one\0"), (0x10fe05, 0, "two\0")] {
             data.extend(number.to_ne_bytes());
             data.extend(next.to_ne_bytes());
             data.extend(name.as_bytes());

@@ -90,12 +90,13 @@ pub(super) fn device(sysfs: &Path, host: u32, lun: Lun) -> PathBuf {
     sysfs.join(format!("bus/scsi/devices/{host}:0:0:{}", shown(lun)))
 }
 
-/// Whether an event about a device, by its path, is about the disk with this LUN, on whatever host.
-pub(super) fn concerns(lun: Lun) -> impl Fn(&[u8]) -> bool + Clone {
+/// Whether an event about a device, by its path, is about the block device with this LUN, on whatever host:
+/// that event is the last one of a disk that comes.
+pub(super) fn concerns(lun: Lun) -> impl Fn(&[u8]) -> bool + Clone + Send + Sync + 'static {
     let part = format!(":0:0:{}", shown(lun)).into_bytes();
     move |path| {
-        path.split(|byte| *byte == b'/')
-            .any(|name| name.ends_with(&part))
+        let mut names = path.split(|byte| *byte == b'/');
+        names.any(|name| name.ends_with(&part)) && names.next() == Some(b"block")
     }
 }
 
@@ -140,12 +141,13 @@ mod tests {
         assert!(concerns(
             b"/devices/pci0000:00/0000:00:10.0/virtio1/host2/target2:0:0/2:0:0:3/block/sda"
         ));
-        assert!(concerns(b"/devices/x/host2/target2:0:0/2:0:0:3"));
         for other in [
             &b""[..],
             b"/",
             b"/x/2:0:0:31/block/sda",
-            b"/x/2:0:0:30",
+            b"/x/2:0:0:30/block/sda",
+            b"/x/2:0:0:3/bsg/2:0:0:3",
+            b"/x/2:0:0:3",
             b"/x/target2:0:3",
         ] {
             assert!(!concerns(other));

@@ -118,14 +118,13 @@ impl Resolver for ScsiResolver {
         };
         let concerns = controller::concerns(address.lun);
         let half = Instant::now() + self.patience / 2;
-        let early = wait_for(half, &concerns, look.clone()).await;
+        let early = wait_for(half, concerns.clone(), look.clone()).await;
         let found = match early {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                place.scan(deadline);
-                wait_for(deadline, &concerns, look).await
-            }
-            Err(error) if error.kind() == ErrorKind::Conflict => {
-                wait_for(deadline, &concerns, look).await
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
+                if error.kind() == ErrorKind::NotFound {
+                    place.scan(deadline);
+                }
+                wait_for(deadline, concerns, look).await
             }
             early => early,
         };

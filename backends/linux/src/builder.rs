@@ -1,0 +1,136 @@
+//! Configuring the engine, and starting it with or without a journal of an earlier one.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockmount::{BackendError, Resolver};
+
+use crate::fault::{blocking, patiently};
+use crate::guest::{Inner, LinuxGuest};
+use crate::journal::Journal;
+use crate::kernel::Kernel;
+use crate::recovery;
+use crate::resolvers::Resolvers;
+
+/// Configures a [`LinuxGuest`].
+#[derive(Debug, Clone)]
+pub struct LinuxGuestBuilder {
+    pub(crate) resolvers: Resolvers,
+    pub(crate) busy_deadline: Duration,
+    pub(crate) device_deadline: Duration,
+    pub(crate) allowed: Vec<PathBuf>,
+    pub(crate) overlay_mark: String,
+    pub(crate) kernel: Kernel,
+}
+
+impl Default for LinuxGuestBuilder {
+    fn default() -> Self {
+        LinuxGuestBuilder {
+            resolvers: Resolvers::new(),
+            busy_deadline: Duration::from_secs(1),
+            device_deadline: Duration::from_secs(10),
+            allowed: Vec::new(),
+            overlay_mark: "blockmount".to_owned(),
+            kernel: Kernel::default(),
+        }
+    }
+}
+
+impl LinuxGuestBuilder {
+    /// Who finds the devices.
+    #[must_use]
+    pub fn resolvers(mut self, resolvers: Resolvers) -> Self {
+        self.resolvers = resolvers;
+        self
+    }
+
+    /// Adds who finds the devices of one transport.
+    #[must_use]
+    pub fn resolver(mut self, transport: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
+        self.resolvers = self.resolvers.with(transport, resolver);
+        self
+    }
+
+    /// How long a mount or unmount of what is in use is tried again before it is `Busy`; one second by
+    /// default.
+    #[must_use]
+    pub fn busy_deadline(mut self, deadline: Duration) -> Self {
+        self.busy_deadline = deadline;
+        self
+    }
+
+    /// How long a resolved device may take to become ready, and a partition to appear; ten seconds
+    /// by default. How long a device may take to be found is up to its resolver.
+    #[must_use]
+    pub fn device_deadline(mut self, deadline: Duration) -> Self {
+        self.device_deadline = deadline;
+        self
+    }
+
+    /// Allows targets only below these directories, and not at them. Without any, every target is
+    /// allowed that is no directory of the system.
+    #[must_use]
+    pub fn allow_targets_under<P: Into<PathBuf>>(
+        mut self,
+        roots: impl IntoIterator<Item = P>,
+    ) -> Self {
+        self.allowed.extend(roots.into_iter().map(Into::into));
+        self
+    }
+
+    /// What overlays have as their source in the table of mounts, so that whoever cleans up can
+    /// tell them; `blockmount` by default.
+    #[must_use]
+    pub fn overlay_mark(mut self, mark: impl Into<String>) -> Self {
+        self.overlay_mark = mark.into();
+        self
+    }
+
+    /// Does without what this version of Linux did not have yet. For tests of the old ways.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn as_on_linux(mut self, major: u32, minor: u32) -> Self {
+        self.kernel = Kernel::version(major, minor);
+        self
+    }
+
+    /// The guest. Nothing is touched before it is asked for something.
+    pub fn build(self) -> LinuxGuest {
+        LinuxGuest(Arc::new(Inner::new(self, None)))
+    }
+
+    /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
+    /// moment and built again with the same journal unmounts by the target what the earlier one has
+    /// mounted, and keeps to what it has promised about devices and scratch directories.
+    ///
+    /// Mounts of the earlier process that are there still are taken over, what it left half done is
+    /// undone, and what others have put in the place of its mounts is not touched. A record that
+    /// cannot be used is renamed to `*.aside` and reported in the log.
+    ///
+    /// The directory is made if it is missing. It should live as long as the mounts do, and be as
+    /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
+    /// reboot, or that is about another namespace of mounts, all records are set aside.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if another process uses the journal, which is awaited for as long as the
+    /// [`busy_deadline`](Self::busy_deadline), because one that was killed may not be gone yet;
+    /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing
+    /// that is found in the journal is an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// What is begun is finished, and the journal is let go afterwards.
+    pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
+        let (config, directory) = (self, directory.into());
+        let open = move || Journal::open(&directory);
+        let journal = patiently(config.busy_deadline, open).await?;
+        blocking(move || {
+            let inner = Inner::new(config, Some(journal.clone()));
+            recovery::recover(&inner, &journal)?;
+            Ok(LinuxGuest(Arc::new(inner)))
+        })
+        .await
+    }
+}
