@@ -105,7 +105,8 @@
 //!
 //! After `Uncertain` the place is in doubt: the transport uses it for nothing else, and before it is emptied the service
 //! is asked whether the VM lives at all, so that a VM that hangs costs no long deadline for each of its disks. Numbers are compared by
-//! their 32 bits, with either prefix that the service has for its own.
+//! their 32 bits, with either prefix that the service has for its own. A disk that comes to a place after its time-out, when the place
+//! has been emptied, is noticed by the next one there, and taken out.
 //!
 //! | file | concern |
 //! |---|---|

@@ -1,6 +1,6 @@
 //! Changing a VM: what errors mean, and what is in doubt after them.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockmount::{BackendError, ErrorKind};
@@ -33,8 +33,18 @@ const DOUBTFUL: [Hresult; 6] = [
 /// A VM, and the places in it that are in doubt.
 pub(crate) struct Vm<S> {
     system: S,
-    /// Where the last request may or may not have come to effect. Never locked across an await.
-    doubts: Mutex<HashSet<ResourcePath>>,
+    /// What is not known of places. Never locked across an await.
+    doubts: Mutex<HashMap<ResourcePath, Doubt>>,
+}
+
+/// What is not known of a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doubt {
+    /// Whether the last request has come to effect.
+    Now,
+    /// Whether an earlier one may still do so: it was not answered, and then nothing was at the place. It was cancelled, but
+    /// whether the service had only been late is not for us to know.
+    Later,
 }
 
 /// What an error means.
@@ -58,9 +68,23 @@ impl<S: ComputeSystem> Vm<S> {
         let path = ResourcePath::try_from(place)?;
         let what = format!("add a disk at {place}");
         let request = ModifySettingRequest::add(path, settings);
-        self.doubts().insert(path);
-        let outcome = self.modify(&request, &what, ErrorKind::Other).await;
-        self.settle(path, &outcome);
+        let before = self.doubts().insert(path, Doubt::Now);
+        let mut outcome = self.modify(&request, &what, ErrorKind::Other).await;
+        if let Err(error) = &outcome
+            && error.kind() == ErrorKind::Conflict
+            && before == Some(Doubt::Later)
+        {
+            // What is there is what came late. It has to be taken out, or nothing would ever fit here again.
+            let message = format!("cannot {what}: an earlier disk has come after its time-out");
+            outcome = Err(BackendError::uncertain(message).with_source(error.clone()));
+        }
+        let after = match &outcome {
+            Ok(()) => None,
+            Err(error) if error.kind() == ErrorKind::Uncertain => Some(Doubt::Now),
+            Err(error) if error.kind() == ErrorKind::Gone => None,
+            Err(_) => before,
+        };
+        self.settle(path, after);
         outcome
     }
 
@@ -68,19 +92,29 @@ impl<S: ComputeSystem> Vm<S> {
     pub(crate) async fn remove(&self, place: Place) -> Result<(), BackendError> {
         let path = ResourcePath::try_from(place)?;
         let what = format!("remove the disk at {place}");
-        let in_doubt = self.doubts().contains(&path);
-        if in_doubt {
+        let before = self.doubts().get(&path).copied();
+        if before == Some(Doubt::Now) {
             // The last request for this place was not answered. A VM that has ended needs no other, and one that
             // cannot even be asked about would not answer it either.
-            self.must_live(&what).await?;
+            if let Err(error) = self.must_live(&what).await {
+                if error.kind() == ErrorKind::Gone {
+                    self.settle(path, None);
+                }
+                return Err(error);
+            }
         }
         let request = ModifySettingRequest::remove(path);
-        self.doubts().insert(path);
-        let outcome = match self.modify(&request, &what, ErrorKind::Other).await {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            outcome => outcome,
+        self.settle(path, Some(Doubt::Now));
+        let outcome = self.modify(&request, &what, ErrorKind::Other).await;
+        let (outcome, after) = match outcome {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                (Ok(()), before.map(|_| Doubt::Later))
+            }
+            Err(error) if error.kind() == ErrorKind::Uncertain => (Err(error), Some(Doubt::Now)),
+            Err(error) if error.kind() != ErrorKind::Gone => (Err(error), before),
+            outcome => (outcome, None),
         };
-        self.settle(path, &outcome);
+        self.settle(path, after);
         outcome
     }
 
@@ -152,14 +186,14 @@ impl<S: ComputeSystem> Vm<S> {
         }
     }
 
-    fn settle(&self, path: ResourcePath, outcome: &Result<(), BackendError>) {
-        let uncertain = |error: &BackendError| error.kind() == ErrorKind::Uncertain;
-        if !outcome.as_ref().is_err_and(uncertain) {
-            self.doubts().remove(&path);
-        }
+    fn settle(&self, path: ResourcePath, doubt: Option<Doubt>) {
+        match doubt {
+            Some(doubt) => self.doubts().insert(path, doubt),
+            None => self.doubts().remove(&path),
+        };
     }
 
-    fn doubts(&self) -> MutexGuard<'_, HashSet<ResourcePath>> {
+    fn doubts(&self) -> MutexGuard<'_, HashMap<ResourcePath, Doubt>> {
         // Nothing under the lock panics.
         self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -111,6 +111,13 @@ fn the_document_that_makes_a_vm_byte_for_byte() {
         devices
     );
 
+    let more = devices.clone().scsi_disk(address("1/10"), &root).unwrap();
+    let more = more.scsi_disk(address("0/2"), &root).unwrap();
+    let more = more.vpmem_disk(device(10), &root).unwrap();
+    let more = more.vpmem_disk(device(9), &root).unwrap();
+    assert_eq!(more.reserved_scsi(), ["0/0", "0/2", "1/10"].map(address));
+    assert_eq!(more.reserved_vpmem(), [0, 9, 10].map(device));
+
     let taken = devices.clone().scsi_disk(address("0/0"), &root);
     assert_eq!(taken.unwrap_err().kind(), ErrorKind::Conflict);
     let taken = devices.clone().vpmem_disk(device(0), &root);

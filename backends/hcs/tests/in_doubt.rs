@@ -11,7 +11,7 @@ use blockmount_bridge::Hresult;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
 use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
 use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber};
-use common::{Answer, Images, Model, SHORT, WAYS, address};
+use common::{Answer, Images, Model, Reply, SHORT, WAYS, address};
 
 type Scsi = ScsiTransport<ScsiAttacher<Arc<dyn ComputeSystem>>>;
 
@@ -53,6 +53,31 @@ async fn o15_a_time_out_quarantines_the_slot_and_a_detach_frees_it() {
             scsi.detach(&other).await.unwrap();
             assert_eq!(model.asked(), asked, "nothing is in doubt any more");
         }
+    }
+}
+
+/// The service does what it was no longer asked to, when the place counts as empty.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o15_a_disk_that_comes_late_is_taken_out_and_wedges_nothing() {
+    let model = Model::linux().await;
+    for system in model.ways_within(SHORT).await {
+        let scsi = transport(system, 1);
+        let images = Images::new();
+        let (late, disk) = (images.disk("late.vhdx"), images.disk("b.vhdx"));
+        model.next(Answer::Silent { happens: false });
+        scsi.attach(&late).await.unwrap_err();
+        let [document] = model.documents().try_into().unwrap();
+        scsi.detach(&late).await.unwrap();
+        assert_eq!(states(&scsi), []);
+        assert!(matches!(model.receive(&document).await, Reply::Done));
+
+        let error = scsi.attach(&disk).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+        scsi.detach(&disk).await.unwrap();
+        assert_eq!(model.left(), [""; 0]);
+        scsi.attach(&disk).await.unwrap();
+        scsi.detach(&disk).await.unwrap();
+        model.documents();
     }
 }
 

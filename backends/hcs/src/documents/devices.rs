@@ -8,12 +8,14 @@ use blockmount_scsi::ScsiAddress;
 use blockmount_vpmem::{DeviceNumber, PAGE};
 use serde::{Deserialize, Serialize};
 
+use super::path::{ATTACHMENTS, SCSI, VPMEM};
 use super::{Attachment, CONTROLLER_GUIDS, Place, ResourcePath, VirtualPMemDevice};
 
 /// The controllers of a VM with what is on them from the start, for the `Devices` of the document that makes the VM.
 ///
-/// What is here must also be reserved with the transport, which else gives the place to another disk. The usual ones
-/// are the root image of a Linux guest and the scratch of a Windows guest, both at SCSI address 0/0.
+/// What is here must also be reserved with the transport ([`reserved_scsi`](Self::reserved_scsi),
+/// [`reserved_vpmem`](Self::reserved_vpmem)), which else gives the place to another disk. The usual ones are the root image of a
+/// Linux guest and the scratch of a Windows guest, both at SCSI address 0/0.
 ///
 /// ```
 /// use blockmount::Disk;
@@ -21,6 +23,7 @@ use super::{Attachment, CONTROLLER_GUIDS, Place, ResourcePath, VirtualPMemDevice
 ///
 /// let root = Disk::virtual_disk(r"C:\rootfs.vhd").read_only();
 /// let devices = Devices::default().scsi_controllers(2)?.scsi_disk("0/0".parse()?, &root)?;
+/// assert_eq!(devices.reserved_scsi(), ["0/0".parse()?]);
 /// assert_eq!(
 ///     devices.to_json(),
 ///     r#"{"Scsi":{"0110f83b-de10-5172-a266-78bca56bf50a":{},"df6d0690-79e5-55b6-a5ec-c1e2f77f580a":{"Attachments":{"0":{"Type":"VirtualDisk","Path":"C:\\rootfs.vhd","ReadOnly":true}}}}}"#
@@ -137,6 +140,39 @@ impl Devices {
         let (place, entry) = (Place::VpmemDevice(device), VirtualPMemDevice::of(disk)?);
         insert(&mut controller.devices, device.to_string(), entry, place)?;
         Ok(self)
+    }
+
+    /// The SCSI addresses that are taken from the start, in order: what a transport must reserve.
+    pub fn reserved_scsi(&self) -> Vec<ScsiAddress> {
+        let paths = self.scsi.iter().flat_map(|(guid, controller)| {
+            let luns = controller.attachments.keys();
+            luns.map(move |lun| format!("{SCSI}{guid}{ATTACHMENTS}{lun}"))
+        });
+        let mut taken: Vec<ScsiAddress> = paths
+            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.place() {
+                Place::Scsi(address) => Some(address),
+                _ => None,
+            })
+            .collect();
+        taken.sort_unstable();
+        taken
+    }
+
+    /// The VPMEM devices that are taken from the start, in order: what a transport must reserve.
+    pub fn reserved_vpmem(&self) -> Vec<DeviceNumber> {
+        let numbers = self
+            .virtual_pmem
+            .iter()
+            .flat_map(|pmem| pmem.devices.keys());
+        let paths = numbers.map(|number| format!("{VPMEM}{number}"));
+        let mut taken: Vec<DeviceNumber> = paths
+            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.place() {
+                Place::VpmemDevice(device) => Some(device),
+                _ => None,
+            })
+            .collect();
+        taken.sort_unstable();
+        taken
     }
 
     /// The fragment: the object that is the value of `Devices`.

@@ -19,9 +19,9 @@ pub const CONTROLLER_GUIDS: [&str; 4] = [
     "305891a9-b251-5dfe-91a2-c25d9212275b",
 ];
 
-const SCSI: &str = "VirtualMachine/Devices/Scsi/";
-const ATTACHMENTS: &str = "/Attachments/";
-const VPMEM: &str = "VirtualMachine/Devices/VirtualPMem/Devices/";
+pub(super) const SCSI: &str = "VirtualMachine/Devices/Scsi/";
+pub(super) const ATTACHMENTS: &str = "/Attachments/";
+pub(super) const VPMEM: &str = "VirtualMachine/Devices/VirtualPMem/Devices/";
 const MAPPINGS: &str = "/Mappings/";
 
 /// A place for a disk in a VM of Hyper-V.
