@@ -14,6 +14,7 @@ needed=(
   setpriv:util-linux
   cpio:cpio
   qemu-system-x86_64:qemu-system-x86
+  qemu-img:qemu-utils
   cc:gcc
 )
 kernel=/var/lib/blockmount/kernel

@@ -31,6 +31,7 @@ Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --scratch 1G --at /mnt/tree
   blockmount inspect base.img                 what is in an image (no root needed)
   sudo blockmount cleanup                     remove what a killed run has left
+  blockmount agent                            in a guest: do what its host asks for
 
 Exit status: 0 if all is well, 1 after a failure, 2 if the command line makes no sense,
 130 if interrupted by a signal (after everything was released).";

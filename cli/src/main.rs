@@ -25,7 +25,7 @@ mod terminal;
 mod tree;
 mod witness;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -73,6 +73,12 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
     })
 }
 
+/// Whether somebody looks at stderr who likes colours. The console of a guest ends up in a file.
+fn is_colourful() -> bool {
+    let declined = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    io::stderr().is_terminal() && !declined && std::process::id() != 1
+}
+
 /// Starts logging to stderr: only what goes wrong, unless more was asked for.
 fn start_log(cli: &Cli) -> Result<(), Failure> {
     let default = match cli.verbose {
@@ -91,6 +97,7 @@ fn start_log(cli: &Cli) -> Result<(), Failure> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(is_colourful())
         .log_internal_errors(false)
         .init();
     Ok(())

@@ -22,6 +22,10 @@ use crate::wire::{Frame, MessageType};
 /// How many notifications are kept for a listener that does not take them; then the oldest go.
 const NOTIFICATIONS: usize = 256;
 
+/// What a guest answers, whoever has made it, to a request for a change when no version was agreed on with it. It
+/// has done nothing then: it is another process than the one that was connected to, on the same stream.
+const UNKNOWN_PEER: &str = "bridge: function not supported";
+
 /// How long the host waits for its guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
@@ -165,7 +169,7 @@ impl GuestConnection {
     ///
     /// # Errors
     ///
-    /// `Gone` if there is no connection. `Uncertain` if the guest may have done it: it has not answered in
+    /// `Gone` if there is no connection, or no longer to the agent that it was made to. `Uncertain` if the guest may have done it: it has not answered in
     /// time, or with garbage, or the connection was lost, or it has failed to [add](RequestType::Add) something and
     /// not said what is left of it. `Busy` if it does not even read requests; this one was not sent then. `Invalid` if
     /// the request does not fit in 64 KiB. Otherwise what the guest says.
@@ -205,6 +209,15 @@ impl GuestConnection {
             .await?;
         if answer.result.is_ok() {
             return Ok(());
+        }
+        if answer.result == Hresult::NOT_IMPLEMENTED
+            && answer.error_message.starts_with(UNKNOWN_PEER)
+        {
+            let why = "the agent was started anew, and knows nothing of this connection";
+            link.end(why);
+            return Err(BackendError::gone(format!(
+                "cannot ask the guest for {what}: {why}"
+            )));
         }
         Err(failure(&what, answer, adds))
     }

@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use blockmount::testing::conformance::{self, GuestFixture, TransportFixture};
 use blockmount::{Disk, Manager, MountOptions, MountRequest, StackRequest};
-use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher};
-use blockmount_scsi::{Geometry, ScsiTransport};
-use common::{Images, Model, address};
+use blockmount_hcs::documents::PropertyQuery;
+use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher, VpmemAttacher};
+use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
+use blockmount_vpmem::{Mode, PAGE, VpmemTransport};
+use common::{Answer, Images, Model, address};
 
 type System = Arc<dyn ComputeSystem>;
 
@@ -40,6 +42,43 @@ async fn scsi_keeps_the_laws_of_a_transport() {
         assert!(passed.successes > 20, "{passed:?}");
         assert_eq!(model.left(), [""; 0]);
         assert!(model.documents().len() > 20, "the service was asked");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vpmem_keeps_the_laws_of_a_transport() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        for mode in [Mode::WholeDevices, Mode::Packed] {
+            let images = Images::new();
+            let disk = |number| images.disk(&format!("{number}.vhd")).read_only();
+            let attacher = VpmemAttacher::new(system.clone(), GuestOs::Linux);
+            // Device 0 is the root disk's. On each of the others, one of these fits.
+            let geometry = blockmount_vpmem::Geometry::new(4, PAGE).unwrap();
+            let reserved = [0u64.try_into().unwrap()];
+            let transport = VpmemTransport::new(attacher, geometry, mode, &reserved).unwrap();
+            let fixture = TransportFixture {
+                disks: (0..4).map(disk).collect(),
+                aliases: vec![],
+                missing: Disk::virtual_disk(images.path("none.vhd")).read_only(),
+                capacity: Some(3),
+                remove_source: Some(Box::new(|disk| {
+                    std::fs::remove_file(disk.source()).unwrap();
+                })),
+                snapshot: model.snapshot(),
+            };
+            let passed = conformance::transport(&transport, &fixture).await;
+            assert!(passed.successes > 20, "{passed:?}");
+            assert_eq!(model.left(), [""; 0]);
+            let packed = |document: &String| document.contains("/Mappings/");
+            let documents = model.documents();
+            assert!(documents.len() > 20, "the service was asked");
+            assert!(
+                documents
+                    .iter()
+                    .all(|document| packed(document) == (mode == Mode::Packed))
+            );
+        }
     }
 }
 
@@ -108,5 +147,39 @@ async fn a_manager_shares_stacks_and_releases() {
         assert_eq!(model.left(), [""; 0]);
         // Each is unmounted, unplugged and detached once.
         assert_eq!(model.documents().len(), 1 + 3 * 24);
+    }
+}
+
+/// All of them are under way before the first is answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sixty_four_calls_at_once() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let disks = images.disks(64);
+        let attacher = Arc::new(ScsiAttacher::new(system.clone(), GuestOs::Linux));
+        let mut attaching = tokio::task::JoinSet::new();
+        for (lun, disk) in disks.into_iter().enumerate() {
+            model.next(Answer::Wait);
+            let attacher = attacher.clone();
+            let at = address(&format!("1/{lun}"));
+            attaching.spawn(async move { attacher.attach(at, &disk).await });
+        }
+        for _ in 0..64 {
+            model.entered().await;
+        }
+        // The service is not busy for others meanwhile.
+        let basic = PropertyQuery::basic();
+        system.properties(&basic).await.unwrap();
+        for _ in 0..64 {
+            model.proceed();
+        }
+        for outcome in attaching.join_all().await {
+            outcome.unwrap();
+        }
+        for lun in 0..64 {
+            attacher.detach(address(&format!("1/{lun}"))).await.unwrap();
+        }
+        assert_eq!(model.left(), [""; 0]);
     }
 }

@@ -9,14 +9,14 @@ use blockmount::{BackendError, ErrorKind};
 use blockmount_bridge::messages::{Capabilities, ModificationRequest};
 use blockmount_bridge::{BridgeGuest, GuestChannel, GuestConnection};
 use tokio::sync::Mutex;
-use tokio::time::timeout;
 
+use crate::qmp::NONE;
 use crate::{Vm, VmError};
 
 /// How long an agent may take to open a port: one that was killed has to be started again first.
 const OPENING: Duration = Duration::from_secs(10);
 
-/// After the connection is lost, how long it takes at most to see that the VM is gone as well.
+/// How long QEMU is given to show that it lives, after the connection to the agent was lost.
 const DYING: Duration = Duration::from_millis(500);
 
 /// The agent in the guest of a [`Vm`], over the bridge protocol.
@@ -71,6 +71,8 @@ impl AgentChannel {
             // Not `Gone`: the guest lives, and has its mounts.
             BackendError::other("the agent in the guest cannot be reached").with_source(error)
         };
+        // Its port has to go before there can be another one of that name.
+        self.connection.close();
         let stream = self.vm.connect(&self.port, OPENING).await;
         let stream = stream.map_err(|error| unreachable(error.into()))?;
         let connected = self.connection.reconnect(stream).await;
@@ -81,18 +83,24 @@ impl AgentChannel {
 
     /// What an error means, now that the VM may be gone.
     async fn judge(&self, error: BackendError) -> BackendError {
-        let lost = matches!(
-            error.kind(),
-            ErrorKind::Uncertain | ErrorKind::Gone | ErrorKind::Other
-        );
-        // The stream of a dying VM may end before its process does.
-        let is_dying = lost && self.vm.qmp().is_closed();
-        if is_dying {
-            let _ = timeout(DYING, self.vm.ended()).await;
+        let kinds = [ErrorKind::Uncertain, ErrorKind::Gone, ErrorKind::Other];
+        if !kinds.contains(&error.kind()) || self.is_alive().await {
+            return error;
         }
-        match is_dying || !self.vm.is_running() {
-            true => BackendError::gone("the VM is gone").with_source(error),
-            false => error,
+        BackendError::gone("the VM is gone").with_source(error)
+    }
+
+    /// Whether QEMU answers. Of a dying one, the stream to the agent may end before anything else does.
+    async fn is_alive(&self) -> bool {
+        let asked = self
+            .vm
+            .qmp()
+            .execute_within("query-status", NONE, DYING)
+            .await;
+        match asked {
+            // A slow one lives.
+            Err(error) if error.kind() == ErrorKind::Gone => false,
+            _ => self.vm.is_running(),
         }
     }
 }

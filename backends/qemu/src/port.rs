@@ -1,5 +1,6 @@
 //! Streams to programs in the guest, each over a virtio-serial port of its own.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
@@ -41,8 +42,8 @@ pub(crate) struct Ports {
     /// For the sockets between QEMU and us, which exist for the moment of connecting.
     directory: PathBuf,
     next: AtomicU64,
-    /// How many there are in QEMU.
-    present: watch::Sender<usize>,
+    /// The names of those that there are in QEMU, which has each name once.
+    present: watch::Sender<BTreeSet<String>>,
 }
 
 /// A port that is being set up or in use. The names of its two halves in QEMU are the same.
@@ -50,12 +51,15 @@ pub(crate) struct Ports {
 struct Port {
     qmp: Qmp,
     id: String,
-    present: watch::Sender<usize>,
+    /// What the guest knows it by.
+    name: String,
+    present: watch::Sender<BTreeSet<String>>,
 }
 
 impl Drop for Port {
     fn drop(&mut self) {
-        self.present.send_modify(|ports| *ports -= 1);
+        self.present
+            .send_if_modified(|names| names.remove(&self.name));
     }
 }
 
@@ -65,18 +69,47 @@ impl Ports {
             qmp,
             directory: directory.to_owned(),
             next: AtomicU64::new(0),
-            present: watch::Sender::new(0),
+            present: watch::Sender::default(),
         }
     }
 
     /// Waits until all ports are taken out whose streams were dropped or have ended.
     pub(crate) async fn settled(&self) -> Result<(), VmError> {
         let mut present = self.present.subscribe();
-        let settled = timeout(REMOVAL, present.wait_for(|ports| *ports == 0)).await;
-        match settled {
+        match timeout(REMOVAL, present.wait_for(BTreeSet::is_empty)).await {
             Ok(_) => Ok(()),
             Err(elapsed) => Err(VmError::new("a port stays in the VM").because(elapsed)),
         }
+    }
+
+    /// Takes a name, when the port that has it is taken out.
+    async fn enter(&self, name: &str, deadline: Duration) -> Result<Port, VmError> {
+        let mut present = self.present.subscribe();
+        let entered = timeout(deadline, async {
+            loop {
+                let is_free = present.wait_for(|names| !names.contains(name)).await;
+                drop(is_free.expect("the sender is ours"));
+                // Another one may have come first.
+                if self
+                    .present
+                    .send_if_modified(|names| names.insert(name.to_owned()))
+                {
+                    return;
+                }
+            }
+        });
+        let taken = |elapsed| {
+            let message =
+                format!("there is a stream to {name} in the guest already; drop it first");
+            VmError::new(message).because(elapsed)
+        };
+        entered.await.map_err(taken)?;
+        Ok(Port {
+            qmp: self.qmp.clone(),
+            id: format!("port{}", self.next.fetch_add(1, Ordering::Relaxed)),
+            name: name.to_owned(),
+            present: self.present.clone(),
+        })
     }
 
     /// Adds a port with a name, and waits until a program in the guest opens it.
@@ -85,19 +118,12 @@ impl Ports {
         name: &str,
         deadline: Duration,
     ) -> Result<GuestStream, VmError> {
-        let id = format!("port{}", self.next.fetch_add(1, Ordering::Relaxed));
-        self.present.send_modify(|ports| *ports += 1);
-        let port = Port {
-            qmp: self.qmp.clone(),
-            id,
-            present: self.present.clone(),
-        };
+        let port = self.enter(name, deadline).await?;
         let socket = self.directory.join(&port.id);
-        let name = name.to_owned();
         // In a task of its own, so that a caller who gives up leaves no port behind: the stream that nobody
         // takes is dropped.
         let connecting = tokio::spawn(async move {
-            match port.connect(&name, &socket, deadline).await {
+            match port.connect(&socket, deadline).await {
                 Ok((stream, changes)) => port.watch_over(stream, changes),
                 Err(error) => {
                     port.remove().await;
@@ -113,10 +139,10 @@ impl Ports {
 impl Port {
     async fn connect(
         &self,
-        name: &str,
         socket: &Path,
         deadline: Duration,
     ) -> Result<(UnixStream, Events), VmError> {
+        let name = &self.name;
         let what = || VmError::new(format!("cannot connect to {name} in the guest"));
         let ends = Instant::now() + deadline;
         let backend = json!({

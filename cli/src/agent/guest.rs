@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{
@@ -16,6 +17,10 @@ use crate::failure::{Context, Failure};
 
 /// Here there are the channels of Hyper-V, in a guest of it.
 const VMBUS: &str = "/sys/bus/vmbus/devices";
+
+/// How long a disk may take to appear: of hundreds that a host plugs at once, a small guest finds a few dozen a second.
+/// Hosts wait longer for an answer.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -58,9 +63,9 @@ fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
 /// Who finds SCSI disks: nobody where no controller is known.
 fn scsi(controllers: &[ControllerId]) -> Option<ScsiResolver> {
     match controllers {
-        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v()),
+        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v().with_patience(PATIENCE)),
         [] => None,
-        given => Some(ScsiResolver::new(given.iter().copied())),
+        given => Some(ScsiResolver::new(given.iter().copied()).with_patience(PATIENCE)),
     }
 }
 
@@ -121,18 +126,18 @@ impl LayerCombiner for Guest {
 
 #[cfg(test)]
 mod tests {
+    use blockmount_vpmem::PmemId;
+
     use super::*;
 
     #[test]
-    fn one_rule_for_all_persistent_memory_and_any_number_of_its_own() {
-        let pci = |function: u8| {
+    fn persistent_memory_has_a_rule_for_all_and_places_of_its_own() {
+        let device = |function: u8| {
             let address = format!("0000:01:00.{function}");
-            VpmemSource::Pci(address.parse().unwrap())
+            VpmemSource::Device(PmemId::Pci(address.parse().unwrap()))
         };
         assert!(vpmem(&[]).is_ok());
-        assert!(vpmem(&[pci(0), VpmemSource::Nfit, pci(1)]).is_ok());
-        let two = [VpmemSource::Slots(1), VpmemSource::Nfit];
-        assert_eq!(vpmem(&two).unwrap_err().status(), crate::failure::USAGE);
+        assert!(vpmem(&[device(0), VpmemSource::Nfit, device(1)]).is_ok());
     }
 
     #[test]

@@ -18,16 +18,35 @@ const APPEARS: Duration = Duration::from_secs(20);
 /// The highest count that makes sense.
 const MOST: u32 = 10_000;
 
-/// Does all of them at once, and answers in their order.
+/// Mounts each as soon as its device is there, and answers in their order. Their devices are waited for
+/// together: what is measured is the kernel, and not many who listen to it.
 pub(super) async fn run_all(mounts: Vec<BareMount>) -> Result<Vec<BareTimes>, Failure> {
     let start = Instant::now();
-    let mut times = vec![BareTimes::default(); mounts.len()];
-    let mut tasks = JoinSet::new();
-    for (index, asked) in mounts.into_iter().enumerate() {
-        tasks.spawn(async move { (index, run(asked, start).await) });
+    if mounts
+        .iter()
+        .any(|asked| !(1..=MOST).contains(&asked.count))
+    {
+        return Err(Failure::new(format!("a count is from 1 to {MOST}")));
     }
+    let mut times = vec![BareTimes::default(); mounts.len()];
+    let mut missing: Vec<(usize, BareMount)> = mounts.into_iter().enumerate().collect();
+    let mut tasks = JoinSet::new();
+    let waited = loop {
+        if missing.is_empty() {
+            break Ok(());
+        }
+        let (found, rest) = match next_found(missing, start + APPEARS).await {
+            Ok(found) => found,
+            Err(failure) => break Err(failure),
+        };
+        missing = rest;
+        let at = microseconds(start);
+        for (index, asked, node) in found {
+            tasks.spawn_blocking(move || (index, repeat(&asked, &node, start, at)));
+        }
+    };
     // Each comes to its end, also where another has failed: nothing stays mounted behind the answer.
-    let mut failed = None;
+    let mut failed = waited.err();
     while let Some(ended) = tasks.join_next().await {
         match ended.context(|| "a bare mount was lost".to_owned())? {
             (index, Ok(took)) => times[index] = took,
@@ -37,22 +56,39 @@ pub(super) async fn run_all(mounts: Vec<BareMount>) -> Result<Vec<BareTimes>, Fa
     failed.map_or(Ok(times), Err)
 }
 
-async fn run(asked: BareMount, start: Instant) -> Result<BareTimes, Failure> {
-    if !(1..=MOST).contains(&asked.count) {
-        return Err(Failure::new(format!("a count is from 1 to {MOST}")));
-    }
-    let device = asked.device.clone();
-    let found = wait_until(start + APPEARS, move || Ok(node(&device))).await?;
-    let Some(node) = found else {
-        let device = asked.device;
+/// What was found, and what is missing still.
+type Sorted = (Vec<(usize, BareMount, PathBuf)>, Vec<(usize, BareMount)>);
+
+/// Waits until at least one of the devices is there.
+async fn next_found(
+    missing: Vec<(usize, BareMount)>,
+    deadline: Instant,
+) -> Result<Sorted, Failure> {
+    let devices: Vec<String> = missing
+        .iter()
+        .map(|(_, asked)| asked.device.clone())
+        .collect();
+    let look = {
+        let devices = devices.clone();
+        move || {
+            let nodes: Vec<Option<PathBuf>> = devices.iter().map(|device| node(device)).collect();
+            Ok(nodes.iter().any(Option::is_some).then_some(nodes))
+        }
+    };
+    let Some(nodes) = wait_until(deadline, look).await? else {
+        let devices = devices.join(", ");
         return Err(Failure::new(format!(
-            "no device {device} within {APPEARS:?}"
+            "no device {devices} within {APPEARS:?}"
         )));
     };
-    let found = microseconds(start);
-    tokio::task::spawn_blocking(move || repeat(&asked, &node, start, found))
-        .await
-        .context(|| "a bare mount was lost".to_owned())?
+    let (mut found, mut rest) = (Vec::new(), Vec::new());
+    for ((index, asked), node) in missing.into_iter().zip(nodes) {
+        match node {
+            Some(node) => found.push((index, asked, node)),
+            None => rest.push((index, asked)),
+        }
+    }
+    Ok((found, rest))
 }
 
 /// The node of a device that is there. Of a disk by its SCSI address: as soon as it has a name.

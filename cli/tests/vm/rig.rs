@@ -165,14 +165,14 @@ impl Rig {
         let mut state = BTreeMap::from([("guest", self.tables().await)]);
         for command in ["query-block", "query-named-block-nodes"] {
             let answer = self.vm.qmp().execute(command, NONE).await.unwrap();
-            state.insert(command, answer);
+            state.insert(command, sorted(&answer));
         }
         let path = json!({ "path": "/machine/peripheral" });
         let answer = self.vm.qmp().execute("qom-list", path).await.unwrap();
         // Each question comes over a port, which is none of the disks.
         let devices = answer.as_array().unwrap().iter();
         let disks = devices.filter(|device| device["type"] != "child<virtserialport>");
-        state.insert("qom-list", disks.cloned().collect());
+        state.insert("qom-list", sorted(&disks.cloned().collect()));
         State(state)
     }
 
@@ -217,6 +217,13 @@ impl Rig {
         common::image("ext4", &path, &[]);
         Disk::virtual_disk(path)
     }
+}
+
+/// QEMU lists things in any order.
+fn sorted(list: &Value) -> Value {
+    let mut list = list.as_array().unwrap().clone();
+    list.sort_by_key(Value::to_string);
+    list.into()
 }
 
 /// A read-only mount, wherever the manager likes.

@@ -50,15 +50,15 @@ fn number(file: &File) -> Option<FILE_ID_INFO> {
 /// The file behind a name, without links, in the form that users write.
 pub(super) fn resolve(path: &Path) -> Result<PathBuf, HcsError> {
     let resolved = path.canonicalize().map_err(|error| {
-        // A result as the system's own functions give it for its error.
-        let code = error.raw_os_error().map_or(0, i32::cast_unsigned) & 0xffff;
-        let result = match code {
-            0 => Hresult::FAIL,
-            code => Hresult::from_bits(0x8007_0000 | code),
-        };
-        HcsError::Failed {
-            result,
-            message: error.to_string(),
+        let message = error.to_string();
+        match error.raw_os_error() {
+            // A result as the system's own functions give it for its error.
+            Some(code) => HcsError::Failed {
+                result: Hresult::from_bits(0x8007_0000 | (code.cast_unsigned() & 0xffff)),
+                message,
+            },
+            // The name was not even passed on to the system.
+            None => HcsError::Unsendable(message),
         }
     })?;
     Ok(plain(resolved))

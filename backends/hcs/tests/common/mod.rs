@@ -27,7 +27,7 @@ use blockmount_hcs::{ComputeSystem, GuestOs, HcsError};
 use blockmount_scsi::ScsiAddress;
 use blockmount_vpmem::VpmemAddress;
 use tempfile::TempDir;
-use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 
 /// Longer than anything here may take.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -65,8 +65,8 @@ struct Shared {
     /// None: another process has the connection to the guest.
     agent: Option<GuestConnection>,
     state: Mutex<State>,
-    entered: Notify,
-    proceed: Notify,
+    entered: Semaphore,
+    proceed: Semaphore,
 }
 
 #[derive(Default)]
@@ -115,8 +115,8 @@ impl Model {
             guest_os,
             agent,
             state: Mutex::default(),
-            entered: Notify::new(),
-            proceed: Notify::new(),
+            entered: Semaphore::new(0),
+            proceed: Semaphore::new(0),
         }))
     }
 
@@ -186,12 +186,14 @@ impl Model {
         Box::new(move || model.left())
     }
 
+    /// Until one more call waits.
     pub(crate) async fn entered(&self) {
-        self.0.entered.notified().await;
+        self.0.entered.acquire().await.unwrap().forget();
     }
 
+    /// Lets one call go on that waits.
     pub(crate) fn proceed(&self) {
-        self.0.proceed.notify_one();
+        self.0.proceed.add_permits(1);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -209,11 +211,13 @@ impl Model {
             state.documents.push(document.to_owned());
             state.next.pop_front()
         };
-        self.0.entered.notify_one();
         match answer {
             Some(Answer::Fail(result)) => return Reply::Fails(failed(result, "as told")),
             Some(Answer::Silent { happens: false }) => return Reply::Never,
-            Some(Answer::Wait) => self.0.proceed.notified().await,
+            Some(Answer::Wait) => {
+                self.0.entered.add_permits(1);
+                self.0.proceed.acquire().await.unwrap().forget();
+            }
             _ => {}
         }
         let ended = self.state().ended;

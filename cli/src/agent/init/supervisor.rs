@@ -96,7 +96,9 @@ impl Kept {
     fn start(&mut self) {
         self.started = Instant::now();
         let mut command = Command::new("/proc/self/exe");
-        match command.arg0("blockmount").args(&self.arguments).spawn() {
+        command.arg0("blockmount").args(&self.arguments);
+        // What they say ends up in a file of the host.
+        match command.env("NO_COLOR", "1").spawn() {
             // Its status is taken with those of all others.
             Ok(child) => self.child = Pid::from_raw(child.id().cast_signed()),
             Err(error) => {
