@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use crate::guest::GuestKind;
+use crate::guest::{GuestKind, TransportKind};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 use crate::agent::args::AgentArgs;
@@ -60,6 +60,8 @@ are installed (mkfs.erofs, mksquashfs, mkfs.ext4, mkfs.xfs).
 Examples:
   sudo blockmount demo
   sudo blockmount demo --guest qemu           in a virtual machine, with SCSI disks
+  sudo blockmount demo --guest qemu --transport auto
+                                              and with layers on VPMEM where they fit
   sudo blockmount demo --json | jq .digest_mismatches
   sudo blockmount demo --layer app.erofs --layer base.img --partition 2
 
@@ -71,6 +73,10 @@ pub(crate) struct DemoArgs {
     /// Where the containers run
     #[arg(long, value_enum, default_value_t = GuestKind::Local)]
     pub(crate) guest: GuestKind,
+
+    /// How disks get into a virtual machine
+    #[arg(long, value_enum, default_value_t = TransportKind::Scsi)]
+    pub(crate) transport: TransportKind,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]
@@ -99,6 +105,10 @@ pub(crate) struct MountArgs {
     /// Where the tree is to be mounted
     #[arg(long, value_enum, default_value_t = GuestKind::Local)]
     pub(crate) guest: GuestKind,
+
+    /// How disks get into a virtual machine
+    #[arg(long, value_enum, default_value_t = TransportKind::Scsi)]
+    pub(crate) transport: TransportKind,
 
     /// Make the tree writable, with an empty scratch disk of this size: 64M, 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]

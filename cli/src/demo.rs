@@ -10,7 +10,7 @@ use blockmount::{Disk, Manager, MountPoint, MountRequest, Stack, StackRequest};
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
-use crate::guest::{Guest, Mounts};
+use crate::guest::{Guest, Mounts, TransportKind};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -32,7 +32,7 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     require_root("demo")?;
     let progress = Progress::new();
     let before = Tables::read()?;
-    let machine = Machine::start(args.guest).await?;
+    let machine = Machine::start(args.guest, args.transport).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();
@@ -117,6 +117,9 @@ async fn job(
     let manager = machine.manager();
     let (one, two) = tokio::join!(manager.stack(&requests[0]), manager.stack(&requests[1]));
     let stacks = [one?, two?];
+    if args.transport == TransportKind::Vpmem {
+        refuse_others(&stacks)?;
+    }
     let scene = Scene {
         machine,
         layers,
@@ -138,6 +141,18 @@ async fn job(
         report.speed = Some(speed::measure(guest, directory, interrupt, progress).await?);
     }
     Ok(report)
+}
+
+/// What did not fit on VPMEM went to the next transport, which was not asked for.
+fn refuse_others(stacks: &[Stack]) -> Result<(), Failure> {
+    let mut layers = stacks.iter().flat_map(Stack::layers);
+    match layers.find(|layer| layer.locator().transport() != blockmount_vpmem::SCHEME) {
+        None => Ok(()),
+        Some(layer) => {
+            let what = format!("a layer does not fit on VPMEM, and is {}", layer.locator());
+            Err(Failure::new(what).advise("use --transport auto"))
+        }
+    }
 }
 
 fn request(target: &Path, layers: &[Layer], scratch: &Path) -> StackRequest {

@@ -28,6 +28,17 @@ pub(crate) enum GuestKind {
     Qemu,
 }
 
+/// How disks get into a virtual machine, by the names on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TransportKind {
+    /// Read-only layers on VPMEM if they fit there, everything else on SCSI
+    Auto,
+    /// Everything on SCSI
+    Scsi,
+    /// All layers on VPMEM; a scratch disk, which VPMEM cannot be, on SCSI
+    Vpmem,
+}
+
 /// A guest that is there.
 #[derive(Debug)]
 pub(crate) enum Guest {

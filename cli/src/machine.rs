@@ -9,7 +9,7 @@ use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Failure, printable};
-use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest};
+use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest, TransportKind};
 use crate::interrupt::Interrupt;
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
@@ -56,12 +56,16 @@ pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
 
 impl Machine {
     /// Starts a run, and the guest if it is no part of this machine. Nothing is attached or mounted yet.
-    pub(crate) async fn start(kind: GuestKind) -> Result<Self, Failure> {
+    pub(crate) async fn start(kind: GuestKind, transport: TransportKind) -> Result<Self, Failure> {
+        if kind == GuestKind::Local && transport == TransportKind::Vpmem {
+            let what = "this machine has loop devices for disks, and no VPMEM";
+            return Err(Failure::usage(what).advise("use --guest qemu with --transport vpmem"));
+        }
         let run = Run::start()?;
         tracing::info!(directory = %run.directory().display(), "run started");
-        let transport = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
+        let loops = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
         // The transport knows which devices are its own, also when the kernel gives a number to others.
-        let resolvers = Resolvers::new().with(SCHEME, transport.clone());
+        let resolvers = Resolvers::new().with(SCHEME, loops.clone());
         let unplugger = Arc::new(LoopUnplugger::default());
         let unplugger = Unpluggers::new(resolvers.clone()).with(SCHEME, unplugger);
         let engine = LinuxGuest::builder()
@@ -71,7 +75,7 @@ impl Machine {
         let (recorder, helper_recorder) = (Recorder::default(), Recorder::default());
         let helper = build(
             &run.directory().join("helper"),
-            helper_recorder.watch(transport.clone()),
+            [helper_recorder.watch(loops.clone())],
             helper_recorder.watch(engine.clone()),
             unplugger.clone(),
         );
@@ -79,17 +83,22 @@ impl Machine {
             GuestKind::Local => {
                 let manager = build(
                     run.mount_root(),
-                    recorder.watch(transport.clone()),
+                    [recorder.watch(loops.clone())],
                     recorder.watch(engine),
                     unplugger,
                 );
-                (Guest::Local(transport), manager)
+                (Guest::Local(loops), manager)
             }
             GuestKind::Qemu => {
-                let guest = QemuGuest::start(run.work_dir()).await?;
+                let guest = QemuGuest::start(run.work_dir(), transport).await?;
+                let vpmem = guest.vpmem().cloned();
+                let vpmem = vpmem.map(|vpmem| vpmem as Arc<dyn Transport>);
+                let scsi = guest.scsi().clone() as Arc<dyn Transport>;
+                // A disk that the first does not take is offered to the second.
+                let transports = vpmem.into_iter().chain([scsi]);
                 let manager = build(
                     Path::new(MOUNTS),
-                    recorder.watch(guest.scsi().clone()),
+                    transports.map(|transport| recorder.watch(transport)),
                     recorder.watch(guest.agent().clone()),
                     guest.agent().clone(),
                 );
@@ -232,12 +241,15 @@ impl Machine {
 
 fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
     mount_root: &Path,
-    transport: T,
+    transports: impl IntoIterator<Item = T>,
     guest: G,
     unplugger: impl Unplugger,
 ) -> Manager {
-    Manager::builder()
-        .transport(transport)
+    let builder = Manager::builder();
+    let builder = transports
+        .into_iter()
+        .fold(builder, |builder, transport| builder.transport(transport));
+    builder
         .unplugger(unplugger)
         .mounter(guest.clone())
         .combiner(guest)

@@ -47,7 +47,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         .map(|layer| layer_request(layer, &args.options));
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let before = Tables::read()?;
-    let mut machine = Machine::start(args.guest).await?;
+    let mut machine = Machine::start(args.guest, args.transport).await?;
     let held = match hold(&args, &target, requests, &mut machine, &interrupt).await {
         Ok(stack) => {
             let shown = show(&args, &machine, &stack).await;

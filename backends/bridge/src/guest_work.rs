@@ -67,6 +67,13 @@ impl Work {
                 path => Work::Unmount(path.into()),
             }),
             (RequestType::Add, Resource::VpmemDevice(device)) => mount_vpmem(device),
+            (RequestType::Remove, Resource::VpmemDevice(device)) if device.unplug => {
+                let device = Device::Vpmem {
+                    number: device.device_number,
+                    mapping: device.mapping_info,
+                };
+                Ok(Work::Unplug(device.try_into()?))
+            }
             (RequestType::Remove, Resource::VpmemDevice(device)) => {
                 Ok(Work::Unmount(named(device.mount_path, name)?))
             }
@@ -172,6 +179,9 @@ fn mount_vpmem(disk: VpmemDevice) -> Result<Work, Refusal> {
         mapping: disk.mapping_info,
     };
     let mut options = MountOptions::builder().read_only().options(disk.options);
+    if disk.partition != 0 {
+        options = options.partition(partition(disk.partition)?);
+    }
     if !disk.filesystem.is_empty() {
         options = options.filesystem(disk.filesystem);
     }

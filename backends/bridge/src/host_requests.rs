@@ -153,6 +153,14 @@ pub(crate) fn unplug(
             known_controller(device, guest)?;
             Ok(Some(Resource::ScsiDevice(device)))
         }
+        Device::Vpmem { number, mapping } if guest.has_additions() => {
+            Ok(Some(Resource::VpmemDevice(VpmemDevice {
+                device_number: number,
+                mapping_info: mapping,
+                unplug: true,
+                ..VpmemDevice::default()
+            })))
+        }
         // The protocol has no word for it: Windows notices by itself, and a VPMEM device is let
         // go with its mount.
         Device::Scsi(_) | Device::Vpmem { .. } => Ok(None),
@@ -230,10 +238,11 @@ fn vpmem(
     if !options.is_read_only() {
         return Err(unsuitable("a VPMEM device read-write"));
     }
-    if options.partition().is_some() || exposes_device(options)? {
-        return Err(unsuitable(
-            "a partition of a VPMEM device, or its block device",
-        ));
+    if exposes_device(options)? {
+        return Err(unsuitable("the block device of a VPMEM device"));
+    }
+    if options.partition().is_some() && !guest.has_additions() {
+        return Err(unsuitable("a partition of a VPMEM device in this guest"));
     }
     only_known_additions(options, guest)?;
     let mut words = words(options);
@@ -259,6 +268,7 @@ fn vpmem(
     };
     let verity = options.verity().map(Into::into);
     let device = VpmemDevice {
+        partition: options.partition().map_or(0, |number| number.get().into()),
         options: words,
         filesystem,
         verity,

@@ -20,6 +20,7 @@ use crate::kernel::Kernel;
 use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
 use crate::mounting::{self, Request};
 use crate::overlay;
+use crate::part;
 use crate::partitions::{Added, Partitions};
 use crate::places::{PlaceUse, Places};
 use crate::probe::probe;
@@ -268,13 +269,18 @@ impl Inner {
         let mut node = found.path;
         let mut open = device::await_open(&node, deadline).await?;
         let mut window = None;
-        if let Some(range) = found.window {
+        let number = options.partition();
+        if let Some(mut range) = found.window {
+            // The kernel makes no partitions of a window: one is a smaller window.
+            if let Some(number) = number {
+                let at = node.clone();
+                range = blocking(move || part::partition(&at, &open, range, number)).await?;
+            }
             let mapped = self.map(node, range, target).await?;
             open = device::await_open(mapped.node(), deadline).await?;
             node = mapped.node().to_owned();
             window = Some(mapped);
-        }
-        if let Some(number) = options.partition() {
+        } else if let Some(number) = number {
             (node, partition) = self.partitions.find(&open, number, deadline).await?;
             open = device::await_open(&node, deadline).await?;
         }

@@ -85,6 +85,7 @@ mod kernel;
 mod ledger;
 mod mounting;
 mod overlay;
+mod part;
 mod partitions;
 mod places;
 mod recovery;

@@ -66,6 +66,11 @@ impl Hardware {
         (0..self.controllers).map(|number| format!("scsi{number}"))
     }
 
+    /// What QEMU calls the ports for persistent memory.
+    pub(crate) fn memory_port_ids(&self) -> impl Iterator<Item = String> {
+        (0..self.memory_ports).map(|number| format!("pmem{number}"))
+    }
+
     /// The words of QEMU's command line, without those about files and descriptors.
     pub(crate) fn arguments(&self, accelerator: &str) -> Vec<String> {
         let mut words = Words::default();
@@ -96,9 +101,9 @@ impl Hardware {
             let device = format!("virtio-scsi-pci,id={id},num_queues=1");
             words.pair("-device", format!("{device},addr={:#x}", at.slot));
         }
-        for number in 0..self.memory_ports {
+        for (number, id) in (0..).zip(self.memory_port_ids()) {
             let PciAddress { slot, function } = PciAddress::of_memory_port(number);
-            let device = format!("pcie-root-port,id=pmem{number},chassis={}", number + 1);
+            let device = format!("pcie-root-port,id={id},chassis={}", number + 1);
             let several = if function == 0 {
                 ",multifunction=on"
             } else {

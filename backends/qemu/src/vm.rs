@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockmount::BackendError;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -12,7 +13,7 @@ use tokio::time::timeout;
 use crate::hardware::Hardware;
 use crate::port::Ports;
 use crate::process::Process;
-use crate::{GuestStream, QemuScsi, Qmp, VmBuilder, VmError};
+use crate::{GuestStream, QemuScsi, QemuVpmem, Qmp, VmBuilder, VmError};
 
 /// How long QEMU may take to end when it is asked to; then it is killed.
 const ENDING: Duration = Duration::from_secs(5);
@@ -70,6 +71,18 @@ impl Vm {
     /// Puts disks on its SCSI controllers. There must be one user of this for a VM, with all its clones.
     pub fn scsi(&self) -> QemuScsi {
         self.0.scsi.clone()
+    }
+
+    /// Plugs persistent memory into its ports, in devices of so many bytes each, a multiple of
+    /// [`ALIGNMENT`](crate::vpmem::ALIGNMENT). Files that it needs are made in a directory, best on the filesystem of
+    /// the images. There must be one user of this for a VM, with all its clones.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` if the VM has no ports for it, or the size is no multiple.
+    pub fn vpmem(&self, device_size: u64, directory: &Path) -> Result<QemuVpmem, BackendError> {
+        let ports = self.0.hardware.memory_port_ids();
+        QemuVpmem::virtio(self.0.qmp.clone(), ports, device_size, directory)
     }
 
     /// Where its files are, for others that belong to it.

@@ -5,14 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockmount::Disk;
 use blockmount_bridge::BridgeGuest;
 use blockmount_qemu::{
-    AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, Vm,
+    AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, QemuVpmem, Vm,
 };
 use blockmount_scsi::ScsiTransport;
+use blockmount_vpmem::{Mode, VpmemTransport};
 use tokio::sync::Mutex;
 
 use crate::failure::{Context, Failure};
+use crate::guest::TransportKind;
 use crate::report::SlotReport;
 use crate::tree::Tree;
 use crate::witness::client::Witness;
@@ -27,6 +30,10 @@ const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
 pub(crate) const MOUNTS: &str = "/run/mounts";
 /// How many SCSI controllers it has.
 const CONTROLLERS: u8 = 4;
+/// How many devices of persistent memory it can have, on which layers are packed.
+const MEMORY_PORTS: u8 = 2;
+/// How large each of them is, in bytes. Each GiB costs the guest 16 MiB of its memory.
+const MEMORY_SIZE: u64 = 2 << 30;
 /// How long the witness may take to open its port.
 const OPENING: Duration = Duration::from_secs(10);
 
@@ -35,6 +42,7 @@ const OPENING: Duration = Duration::from_secs(10);
 pub(crate) struct QemuGuest {
     vm: Vm,
     scsi: Arc<ScsiTransport<QemuScsi>>,
+    vpmem: Option<Arc<VpmemTransport<QemuVpmem>>>,
     agent: BridgeGuest<AgentChannel>,
     /// It answers one question after the other.
     witness: Mutex<Witness<GuestStream>>,
@@ -44,7 +52,7 @@ pub(crate) struct QemuGuest {
 
 impl QemuGuest {
     /// Starts a VM with its files in a directory.
-    pub(crate) async fn start(directory: &Path) -> Result<Self, Failure> {
+    pub(crate) async fn start(directory: &Path, kind: TransportKind) -> Result<Self, Failure> {
         let what = || "cannot start a virtual machine".to_owned();
         let kernel = GuestKernel::find().context(what)?;
         let image = GuestImage::builder(kernel)
@@ -52,6 +60,7 @@ impl QemuGuest {
             .build();
         let vm = Vm::builder(image.await.context(what)?)
             .controllers(CONTROLLERS)
+            .persistent_memory(MEMORY_PORTS, u64::from(MEMORY_PORTS) * MEMORY_SIZE)
             .directory(directory)
             .saved_states(STATES)
             .start();
@@ -59,12 +68,22 @@ impl QemuGuest {
         let attacher = vm.scsi();
         let geometry = attacher.geometry();
         let scsi = ScsiTransport::new(attacher, geometry, &[]).context(what)?;
+        let vpmem = match kind {
+            TransportKind::Scsi => None,
+            TransportKind::Auto | TransportKind::Vpmem => {
+                let attacher = vm.vpmem(MEMORY_SIZE, directory).context(what)?;
+                let geometry = attacher.geometry();
+                let transport = VpmemTransport::new(attacher, geometry, Mode::Packed, &[]);
+                Some(Arc::new(transport.context(what)?))
+            }
+        };
         let agent = vm.guest(agent::PORT).await.context(what)?;
         let stream = vm.connect(witness::PORT, OPENING).await.context(what)?;
         let mut witness = Witness::new(stream);
         Ok(QemuGuest {
             before: witness.tables().await?,
             scsi: Arc::new(scsi),
+            vpmem,
             agent,
             witness: Mutex::new(witness),
             vm,
@@ -78,6 +97,11 @@ impl QemuGuest {
     /// Its SCSI disks.
     pub(crate) fn scsi(&self) -> &Arc<ScsiTransport<QemuScsi>> {
         &self.scsi
+    }
+
+    /// Its persistent memory, if that is to be used.
+    pub(crate) fn vpmem(&self) -> Option<&Arc<VpmemTransport<QemuVpmem>>> {
+        self.vpmem.as_ref()
     }
 
     /// Its agent, who mounts, unplugs and lays over each other.
@@ -107,18 +131,18 @@ impl QemuGuest {
     }
 
     pub(super) fn slots(&self) -> Vec<SlotReport> {
-        let map = self.scsi.slot_map().into_iter();
-        let slot = map.map(|entry| SlotReport {
+        let on_vpmem = self.vpmem.iter().flat_map(|vpmem| vpmem.slot_map());
+        let on_vpmem = on_vpmem.map(|entry| SlotReport {
             slot: entry.address.to_string(),
-            state: format!("{:?}", entry.state).to_lowercase(),
-            device: QemuScsi::name(entry.address),
-            read_only: entry.disk.as_ref().is_some_and(|disk| disk.is_read_only()),
-            direct_io: false,
-            disk: entry
-                .disk
-                .map_or(String::new(), |disk| disk.source().display().to_string()),
+            device: QemuVpmem::name(entry.address.device),
+            ..slot(entry.usage, entry.disk)
         });
-        slot.collect()
+        let on_scsi = self.scsi.slot_map().into_iter().map(|entry| SlotReport {
+            slot: entry.address.to_string(),
+            device: QemuScsi::name(entry.address),
+            ..slot(entry.state, entry.disk)
+        });
+        on_vpmem.chain(on_scsi).collect()
     }
 
     /// What the guest's kernel and QEMU have that they had not at the start, one line each. Nothing is left of a
@@ -134,6 +158,8 @@ impl QemuGuest {
             .into_iter()
             .map(|what| format!("{what} in QEMU"))
             .collect();
+        let on_vpmem = self.vpmem.iter().flat_map(|vpmem| vpmem.slot_map());
+        left.extend(on_vpmem.map(|entry| format!("disk on VPMEM {}", entry.address)));
         let after = lines(&self.tables().await?);
         left.extend(
             after
@@ -149,6 +175,18 @@ impl QemuGuest {
     }
 }
 
+/// What there is to say about a slot of any transport.
+fn slot(state: impl std::fmt::Debug, disk: Option<Disk>) -> SlotReport {
+    SlotReport {
+        slot: String::new(),
+        state: format!("{state:?}").to_lowercase(),
+        device: String::new(),
+        read_only: disk.as_ref().is_some_and(Disk::is_read_only),
+        direct_io: false,
+        disk: disk.map_or(String::new(), |disk| disk.source().display().to_string()),
+    }
+}
+
 /// What the agent of the guest is told, one argument a line.
 fn agent_arguments() -> String {
     let mut arguments = vec!["--witness".to_owned()];
@@ -159,6 +197,10 @@ fn agent_arguments() -> String {
         let address = PciAddress::of_controller(number);
         arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
     }
+    for number in 0..MEMORY_PORTS {
+        let address = PciAddress::of_memory_port(number);
+        arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
+    }
     arguments.join("\n") + "\n"
 }
 
@@ -168,9 +210,10 @@ fn lines(tables: &Tables) -> BTreeSet<String> {
         .mounts
         .iter()
         .map(|mount| format!("mount of {} at {}", mount.filesystem, mount.mount_point));
-    let disks = tables
-        .block_devices
-        .iter()
+    // A packed device of persistent memory stays for as long as its VM; what was on it must not.
+    let disks = tables.block_devices.iter();
+    let disks = disks
+        .filter(|disk| !disk.name.starts_with("pmem"))
         .map(|disk| format!("disk {}", disk.name));
     let scsi = tables
         .scsi_devices

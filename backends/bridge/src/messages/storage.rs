@@ -99,6 +99,12 @@ pub struct VpmemDevice {
     /// *Ours.* Check the integrity.
     #[serde(skip_serializing_if = "is_zero")]
     pub verity: Option<VerityTarget>,
+    /// *Ours.* The partition, from 1; all of it if 0.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub partition: u64,
+    /// *Ours.* To remove it means to let go of the device, as with a [`ScsiDevice`]; nothing is mounted any more.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unplug: bool,
 }
 
 /// A range of a persistent memory device.
