@@ -84,7 +84,7 @@
 //! | `transport.rs` | the calls that attach and detach, and what becomes of a place after each |
 //! | `places.rs` | which disk is on which device or range |
 //! | `packing.rs` | which pages of a device belong to whom |
-//! | `resolver.rs` | finding and letting go of the devices in a Linux guest, and there only |
+//! | `resolver.rs`, `resolver/` | the guest's side, on Linux: finding a device, and letting go of it |
 
 mod address;
 mod attacher;

@@ -111,10 +111,11 @@ fn regions_that_are_not_a_whole_device() {
     let mut quarters = FourWaySplit::of(&[region(1, 0)]);
     quarters.split(1);
     assert_eq!(quarters.free_in(0), [0, MIB, 2 * MIB, 3 * MIB]);
-    assert_eq!(quarters.free_in(1), []);
+    assert!(quarters.free_in(1).is_empty());
     let mut shifted = FourWaySplit::of(&[region(2, MIB)]);
     assert_eq!(allocate(&mut shifted, MIB), (MIB, 0));
-    assert_eq!((shifted.free_in(2), shifted.free_in(1).len()), (vec![], 3));
+    assert!(shifted.free_in(2).is_empty());
+    assert_eq!(shifted.free_in(1).len(), 3);
 }
 
 #[test]
