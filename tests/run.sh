@@ -26,6 +26,9 @@ say "tests"
 cargo test --workspace --all-features
 
 say "benches, each once and untimed"
-cargo test --package blockmount --benches
+cargo test --package blockmount --package blockmount-vpmem --benches
+
+say "Windows, under Wine"
+tests/windows.sh
 
 say "all of it holds"

@@ -26,7 +26,7 @@ use crate::witness::protocol::BareMount;
 /// The disks of a large stack: each layer of an image with many.
 const MANY: usize = 64;
 /// How often each is measured; the median counts.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// An ext4 of this size is empty but for its own tables.
 const DISK_SIZE: u64 = 4 << 20;
 /// The floor's disks are at LUNs of their own, which the manager has not reached.
@@ -164,10 +164,8 @@ async fn floor(guest: &QemuGuest, images: &[PathBuf]) -> Result<Duration, Failur
         Err(failure) => Err(failure),
     };
     // Also what a failure has left half-way.
-    for (at, _) in &places {
-        let locator = DeviceLocator::from(*at);
-        guest.agent().unplug(&locator).await?;
-        guest.vm().scsi().detach(*at).await?;
+    for taken_out in join_all(places.iter().map(|(at, _)| take_out(guest, *at))).await {
+        taken_out?;
     }
     Ok(plugging + mounted?)
 }
@@ -194,6 +192,11 @@ async fn plug(guest: &QemuGuest, at: ScsiAddress, image: &Path) -> Result<(), Fa
     });
     qmp.execute("device_add", device).await.context(what)?;
     Ok(())
+}
+
+async fn take_out(guest: &QemuGuest, at: ScsiAddress) -> Result<(), Failure> {
+    guest.agent().unplug(&DeviceLocator::from(at)).await?;
+    Ok(guest.vm().scsi().detach(at).await?)
 }
 
 /// Until the last is mounted, by the guest's clock.

@@ -171,7 +171,7 @@ impl Drop for PlaceUse {
 /// Removes an empty directory, and says whether that is settled. One that somebody else has put
 /// something into stays: it is theirs as well.
 fn remove(path: &Path, id: FileId) -> bool {
-    let find = || Target::parse(path, &[]).and_then(|target| target.find());
+    let find = || Target::made(path).and_then(|target| target.find());
     let Ok(Some(place)) = find() else { return true };
     match place.into_way().remove(id) {
         Ok(()) | Err(Errno::NOENT) => true,

@@ -31,52 +31,67 @@ pub(crate) struct Target {
     path: PathBuf,
 }
 
+/// The names in an absolute and plain path; there is at least one.
+fn names(path: &Path) -> Result<Vec<&[u8]>, BackendError> {
+    let bytes = path.as_os_str().as_bytes();
+    if !bytes.starts_with(b"/") {
+        return refused(path, "the path is not absolute");
+    }
+    if bytes.len() > LONGEST {
+        return Err(BackendError::invalid(
+            "cannot mount at a path longer than 4,095 bytes",
+        ));
+    }
+    if bytes.contains(&0) {
+        return refused(path, "the path has a NUL byte");
+    }
+    let names: Vec<&[u8]> = bytes
+        .split(|byte| *byte == b'/')
+        .filter(|name| !name.is_empty())
+        .collect();
+    if names.iter().any(|name| matches!(*name, b"." | b"..")) {
+        return refused(path, "the path has a '.' or '..' component");
+    }
+    match names.is_empty() {
+        true => refused(path, "it is the root directory"),
+        false => Ok(names),
+    }
+}
+
+fn refused<T>(path: &Path, why: &str) -> Result<T, BackendError> {
+    Err(BackendError::invalid(format!(
+        "cannot mount at {}: {why}",
+        path.display()
+    )))
+}
+
 impl Target {
     /// Judges the text of a path: absolute, below `allowed` if that names any directories,
     /// not a directory of the system.
     pub(crate) fn parse(path: &Path, allowed: &[PathBuf]) -> Result<Self, BackendError> {
-        let refused = |why: &str| {
-            Err(BackendError::invalid(format!(
-                "cannot mount at {}: {why}",
-                path.display()
-            )))
-        };
-        let bytes = path.as_os_str().as_bytes();
-        if !bytes.starts_with(b"/") {
-            return refused("the path is not absolute");
-        }
-        if bytes.len() > LONGEST {
-            return Err(BackendError::invalid(
-                "cannot mount at a path longer than 4,095 bytes",
-            ));
-        }
-        if bytes.contains(&0) {
-            return refused("the path has a NUL byte");
-        }
-        let names: Vec<&[u8]> = bytes
-            .split(|byte| *byte == b'/')
-            .filter(|name| !name.is_empty())
-            .collect();
-        if names.iter().any(|name| matches!(*name, b"." | b"..")) {
-            return refused("the path has a '.' or '..' component");
-        }
-        let Some(first) = names
-            .first()
-            .and_then(|name| std::str::from_utf8(name).ok())
-        else {
-            return if names.is_empty() {
-                refused("it is the root directory")
-            } else {
-                Self::within(names, allowed)
-            };
-        };
+        let names = names(path)?;
         // The dynamic linker's directories differ by machine: lib64, lib32, libx32.
-        let is_library =
-            first.starts_with("lib") && first[3..].chars().all(|c| c.is_ascii_digit() || c == 'x');
-        if SYSTEM.contains(&first) || is_library || (names.len() == 1 && SHARED.contains(&first)) {
-            return refused("it is a directory of the system");
+        let is_library = |first: &str| {
+            first.starts_with("lib") && first[3..].chars().all(|c| c.is_ascii_digit() || c == 'x')
+        };
+        let is_systems = |first: &str| {
+            SYSTEM.contains(&first)
+                || is_library(first)
+                || (names.len() == 1 && SHARED.contains(&first))
+        };
+        let first = names
+            .first()
+            .and_then(|name| std::str::from_utf8(name).ok());
+        match first {
+            Some(first) if is_systems(first) => refused(path, "it is a directory of the system"),
+            _ => Self::within(names, allowed),
         }
-        Self::within(names, allowed)
+    }
+
+    /// A directory that was made on the way to a target. It may have a name that those of the system have, on one
+    /// that had none.
+    pub(crate) fn made(path: &Path) -> Result<Self, BackendError> {
+        Self::within(names(path)?, &[])
     }
 
     fn within(names: Vec<&[u8]>, allowed: &[PathBuf]) -> Result<Self, BackendError> {

@@ -1,0 +1,154 @@
+//! The program with a virtual machine: the demo, a mount that is held, and every way to end them.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use common::{assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
+use rustix::process::Signal;
+
+/// The processes of QEMU that have something to do with a run.
+fn machines_of(id: &str) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
+    lines
+        .filter(|line| line.starts_with("qemu") && line.contains(id))
+        .collect()
+}
+
+#[test]
+fn vm_the_demo_shows_both_transports_and_leaves_nothing() {
+    let dir = temp();
+    let paths = ["top.erofs", "disk.img", "base.ext4"].map(|name| dir.path().join(name));
+    image("erofs", &paths[0], &[("a", "top"), ("b", "top")]);
+    partitioned(&paths[1], &[("b", "middle"), ("d/c", "middle")]);
+    image("ext4", &paths[2], &[("d/c", "base"), ("e", "base")]);
+    let [top, disk, base] = paths.each_ref().map(|path| path.to_str().unwrap());
+    let layers = [
+        "--layer",
+        top,
+        "--layer",
+        disk,
+        "--partition",
+        "2",
+        "--layer",
+        base,
+    ];
+    let arguments = ["demo", "--guest", "qemu", "--transport", "auto", "--json"];
+    let answer = run(arguments.into_iter().chain(layers));
+    answer.says(0, &[]);
+    let json = answer.json();
+    assert_eq!(json["guest"], "qemu");
+    let disks = json["layers"].as_array().unwrap();
+    let transports: BTreeSet<(&str, &str)> = disks
+        .iter()
+        .map(|disk| {
+            (
+                disk["role"].as_str().unwrap(),
+                disk["transport"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    assert_eq!(
+        transports,
+        BTreeSet::from([("layer", "vpmem"), ("scratch", "scsi")])
+    );
+    for count in [
+        "distinct_images",
+        "attaches",
+        "detaches",
+        "mounts",
+        "unmounts",
+    ] {
+        assert_eq!(json[count], 5, "{count}: {answer}");
+    }
+    assert_eq!(json["digest_mismatches"], 0, "{answer}");
+    assert_eq!(json["left_over"].as_array().unwrap().len(), 0, "{answer}");
+    for (which, disks) in [("one", 1), ("many", 64)] {
+        let speed = &json["speed"][which];
+        assert_eq!(speed["disks"], disks, "{answer}");
+        assert!(speed["ours_ms"].as_f64().unwrap() > 0.0, "{answer}");
+        assert!(speed["floor_ms"].as_f64().unwrap() > 0.0, "{answer}");
+    }
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(
+        machines_of(run_id(&answer.stderr).unwrap()),
+        Vec::<String>::new()
+    );
+}
+
+#[test]
+fn vm_a_mount_is_held_until_a_signal() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let arguments = [
+        "--guest",
+        "qemu",
+        "--scratch",
+        "8M",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+    ];
+    let arguments = arguments.map(str::to_owned).into_iter();
+    let held = hold(arguments.chain([layer.display().to_string()])).unwrap_or_else(|answer| {
+        panic!("{answer}");
+    });
+    assert_eq!(held.json["target"], "/mnt/tree");
+    assert_eq!(held.json["layers"][0]["locator"], "scsi:0/0");
+    assert_eq!(held.json["layers"][0]["filesystem"], "erofs");
+    // Nothing of it is on this machine.
+    assert!(!Path::new("/mnt/tree").exists());
+    let answer = held.end(Signal::INT);
+    answer.says(0, &["SIGINT: releasing /mnt/tree", "nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(
+        machines_of(run_id(&answer.stderr).unwrap()),
+        Vec::<String>::new()
+    );
+}
+
+#[test]
+fn vm_a_killed_program_takes_its_machine_along_and_cleanup_removes_the_rest() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let arguments = ["--guest", "qemu", "--at", "/mnt/tree", "--layer"];
+    let arguments = arguments.map(str::to_owned).into_iter();
+    let mut held = hold(arguments.chain([layer.display().to_string()])).unwrap_or_else(|answer| {
+        panic!("{answer}");
+    });
+    let said = held.wait_for("run started");
+    let id = run_id(&said).unwrap();
+    assert_eq!(machines_of(id).len(), 1);
+    common::signal(held.pid(), Signal::KILL);
+    eventually("the end of the machine", || machines_of(id).is_empty());
+    let left = [
+        format!("/run/blockmount/{id}"),
+        format!("/var/tmp/blockmount-{id}"),
+    ];
+    assert!(left.iter().all(|directory| Path::new(directory).exists()));
+    run(["cleanup"]).says(0, &[]);
+    assert!(!left.iter().any(|directory| Path::new(directory).exists()));
+}
+
+#[test]
+fn vm_what_a_machine_cannot_have_is_refused() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.to_str().unwrap();
+    let answer = run(["demo", "--transport", "vpmem", "--layer", layer]);
+    answer.says(2, &["no VPMEM", "--guest qemu"]);
+    let outside = [
+        "mount", "--guest", "qemu", "--at", "/etc/x", "--layer", layer,
+    ];
+    let answer = run(outside);
+    answer.says(1, &["cannot combine", "/etc/x"]);
+    assert_nothing_left(&answer, &dir);
+}
