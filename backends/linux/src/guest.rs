@@ -168,10 +168,13 @@ impl Inner {
             (node, partition) = self.partitions.find(&open, number, deadline).await?;
             open = device::await_open(&node, deadline).await?;
         }
-        drop(open);
         let (inner, options, target) = (self.clone(), options.clone(), target.clone());
-        let below = (partition, window);
-        let attempt = move || inner.mount_device(&node, below.clone(), &target, &options);
+        let (below, open) = ((partition, window), Arc::new(open));
+        let attempt = move || {
+            // As long as somebody has it open, the kernel keeps what was read of it: once for all of this.
+            let _kept = &open;
+            inner.mount_device(&node, below.clone(), &target, &options)
+        };
         patiently(self.config.busy_deadline, attempt).await
     }
 
@@ -214,7 +217,6 @@ impl Inner {
         let found = probe(&mut open)
             .map_err(|error| fault(format!("cannot read {}", node.display()), error))?;
         let filesystem = choose_filesystem(node, &found, options.filesystem())?;
-        // The mount must not find the device in use by us.
         drop(open);
         let is_dax = dax::is_asked(options);
         let mut request = Request::new(&filesystem, node, options);
