@@ -62,8 +62,11 @@
 //! | crate | implements | for |
 //! |---|---|---|
 //! | `blockmount-loopback` | [`Transport`], [`Resolver`], [`Unplugger`] | loop devices: host and guest are this machine |
-//! | `blockmount-scsi` | [`Transport`] over its own small `Attacher` | any hypervisor with SCSI controllers |
-//! | `blockmount-linux` | [`Mounter`], [`LayerCombiner`] | every Linux guest: finds, probes, mounts, combines |
+//! | `blockmount-scsi` | [`Transport`] over its own small `Attacher`; [`Resolver`], [`Unplugger`] in Linux guests | any hypervisor with SCSI controllers |
+//! | `blockmount-vpmem` | the same for persistent memory, whole devices and packed ones | any hypervisor with VPMEM or virtio-pmem |
+//! | `blockmount-qemu` | both attachers by QMP; starts the VM | QEMU |
+//! | `blockmount-hcs` | both attachers and the guest's contracts by HCS documents | Hyper-V |
+//! | `blockmount-linux` | [`Mounter`], [`LayerCombiner`] | every Linux guest: finds, probes, maps, mounts, combines |
 //! | `blockmount-bridge` | [`Mounter`], [`LayerCombiner`], [`Unplugger`] | a guest at the other end of a line |
 //!
 //! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`]) are small,

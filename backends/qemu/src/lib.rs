@@ -1,4 +1,75 @@
 //! QEMU as hypervisor for blockmount: starts virtual machines and plugs disks into them.
+//!
+//! ```no_run
+//! use blockmount::{Disk, Manager, MountOptions, MountRequest};
+//! use blockmount_qemu::{GuestImage, GuestKernel, PciAddress, Vm};
+//! use blockmount_scsi::ScsiTransport;
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! // A guest whose only program is the agent; tests/setup.sh fetches a kernel for it.
+//! let arguments = format!("--scsi-controller\npci:{}\n", PciAddress::of_controller(0));
+//! let image = GuestImage::builder(GuestKernel::find()?)
+//!     .program("/usr/local/bin/blockmount")
+//!     .file("/etc/blockmount/agent.args", arguments)
+//!     .build()
+//!     .await?;
+//! // It boots once; later ones go on from its saved state.
+//! let states = "/var/cache/blockmount/states";
+//! let vm = Vm::builder(image).controllers(1).saved_states(states).start().await?;
+//!
+//! let guest = vm.guest("blockmount.agent").await?;
+//! let scsi = ScsiTransport::new(vm.scsi(), vm.scsi().geometry(), &[])?;
+//! let manager = Manager::builder()
+//!     .transport(scsi)
+//!     .unplugger(guest.clone())
+//!     .mounter(guest.clone())
+//!     .combiner(guest)
+//!     .mount_root("/run/mounts")
+//!     .build();
+//! let layer = Disk::virtual_disk("/images/base.erofs").read_only();
+//! let mount = manager.add(&layer, &MountRequest::new(MountOptions::read_only())).await?;
+//! println!("{} is at {} in the guest", mount.locator(), mount.path().display());
+//! mount.release().await?;
+//! vm.shut_down().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`QemuScsi`] and [`QemuVpmem`] work with a QEMU that somebody else has started, too: all they need is its monitor, a
+//! [`Qmp`]. Guests are x86-64.
+//!
+//! # Architecture
+//!
+//! ```text
+//! Vm ── Process             QEMU, which ends when we do, however that is
+//!  ├─── Qmp                 the monitor: an inherited descriptor
+//!  ├─── QemuScsi, QemuVpmem the attachers
+//!  └─── Ports ── GuestStream ── AgentChannel ── BridgeGuest ~~~ the agent in the guest
+//! ```
+//!
+//! - **A stream is a port.** Each stream to a program in the guest is a virtio-serial port of its own, plugged for it and
+//!   unplugged with it, because a port that is used again has bytes of the last stream in it. It ends when the
+//!   program does, which QEMU tells by an event at most once a second.
+//! - **An agent is not a guest.** An agent that dies comes back, and has its mounts still: the next request goes over a
+//!   new stream. Only when QEMU is gone is the guest `Gone`.
+//! - **A state is a guest that was booted.** It is kept under a digest of all that it depends on, and a VM that goes on
+//!   from it is up in less than half a second.
+//!
+//! # Errors
+//!
+//! [`VmError`] for the VM as a whole: its message has the last words of QEMU and of the guest's console where they tell
+//! why. [`QmpError`] for the monitor. The attachers answer by kind, as their contracts say.
+//!
+//! | file | concern |
+//! |---|---|
+//! | `kernel.rs`, `modules.rs`, `program.rs`, `cpio.rs`, `image.rs` | what a guest boots |
+//! | `hardware.rs` | what a VM has, and where the guest finds it |
+//! | `start.rs`, `saved.rs` | starting: by booting, or from a saved state; KVM where it works |
+//! | `process.rs`, `spawn.rs` | the process |
+//! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the ways into its guest |
+//! | `qmp.rs`, `qmp/` | the monitor's protocol |
+//! | `scsi.rs`, `scsi/` | SCSI disks |
+//! | `vpmem.rs`, `vpmem/` | persistent memory |
 
 mod channel;
 mod cpio;
