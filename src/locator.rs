@@ -70,6 +70,23 @@ impl DeviceLocator {
         &self.0
     }
 
+    /// Reads a number in an address. Each number has one spelling, so that two locators of one place are equal: decimal digits
+    /// without a sign or leading zeros.
+    ///
+    /// ```
+    /// use blockmount::DeviceLocator;
+    ///
+    /// assert_eq!(DeviceLocator::number("10"), Some(10));
+    /// assert_eq!(DeviceLocator::number("010"), None);
+    /// ```
+    pub fn number(text: &str) -> Option<u64> {
+        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let leading_zero = text.len() > 1 && text.starts_with('0');
+        (digits && !leading_zero)
+            .then(|| text.parse().ok())
+            .flatten()
+    }
+
     fn split(&self) -> (&str, &str) {
         self.0
             .split_once(':')

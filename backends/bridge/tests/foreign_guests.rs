@@ -159,7 +159,7 @@ async fn a_guest_is_not_asked_for_what_it_would_not_do() {
         (ours(), "scsi:0/256", plain()),
         (ours(), "vpmem:0", plain()),
         (
-            ours(),
+            linux(),
             "vpmem:0",
             options(|o| o.read_only().partition(NonZeroU32::MIN)),
         ),
@@ -215,6 +215,42 @@ async fn a_guest_is_not_asked_for_what_it_would_not_do() {
         );
         drop(guest);
         assert!(peer.try_receive().await.is_none(), "nothing was sent");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_of_ours_is_told_of_partitions_and_to_let_go_of_persistent_memory() {
+    let (connection, mut peer) = host_and_peer(ours(), Deadlines::default()).await;
+    let guest = BridgeGuest::new(connection);
+    let device: DeviceLocator = "vpmem:1@4096+8192".parse().unwrap();
+    let options = options(|o| o.read_only().partition(NonZeroU32::MIN));
+    let place = json!({
+        "DeviceNumber": 1,
+        "MappingInfo": {"DeviceOffsetInBytes": 4096, "DeviceSizeInBytes": 8192},
+    });
+    for (request_type, more) in [
+        ("Add", json!({"MountPath": "/m", "Partition": 1})),
+        ("Remove", json!({"Unplug": true})),
+    ] {
+        let call = async {
+            match request_type {
+                "Add" => guest.mount(&device, "/m".as_ref(), &options).await,
+                _ => guest.unplug(&device).await,
+            }
+        };
+        let (outcome, body) = tokio::join!(call, async {
+            let request = peer.receive().await;
+            peer.succeed(&request).await;
+            serde_json::from_slice::<Value>(&request.payload).unwrap()
+        });
+        outcome.unwrap();
+        let mut settings = place.clone();
+        let fields = more.as_object().unwrap().clone();
+        settings.as_object_mut().unwrap().extend(fields);
+        let request = &body["Request"];
+        assert_eq!(request["RequestType"], request_type);
+        assert_eq!(request["ResourceType"], "VPMemDevice");
+        assert_eq!(request["Settings"], settings);
     }
 }
 

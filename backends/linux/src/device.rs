@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, ErrorKind};
-use rustix::fs::OFlags;
+use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -161,6 +161,19 @@ pub async fn await_open(path: &Path, deadline: Instant) -> Result<File, BackendE
 /// The system's.
 pub fn size(device: &File) -> io::Result<u64> {
     (&*device).seek(SeekFrom::End(0))
+}
+
+/// Has the kernel read at once what a probe looks at, and a mount after it: where filesystems and partition tables have
+/// their signatures, at the start of a device and at its end. One after the other, each would be a wait of its own.
+pub(crate) fn read_ahead(device: &File) {
+    /// The last one at the start is that of btrfs, in the page at 64 KiB.
+    const START: NonZeroU64 = NonZeroU64::new(68 << 10).expect("it is not zero");
+    const END: u64 = 64 << 10;
+    let last = size(device).unwrap_or_default().saturating_sub(END);
+    for (from, length) in [(0, Some(START)), (last, None)] {
+        // It is advice: without it, reading is only slower.
+        let _ = rustix::fs::fadvise(device, from, length, Advice::WillNeed);
+    }
 }
 
 /// The smallest unit that a device reads and writes, in bytes. Blocks.

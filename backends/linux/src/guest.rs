@@ -214,6 +214,7 @@ impl Inner {
         })?;
         let number = DeviceNumber::of(&open)?;
         let place = self.places.enter(target)?;
+        device::read_ahead(&open);
         let found = probe(&mut open)
             .map_err(|error| fault(format!("cannot read {}", node.display()), error))?;
         let filesystem = choose_filesystem(node, &found, options.filesystem())?;

@@ -133,19 +133,14 @@ impl FromStr for ScsiAddress {
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         let malformed = || InvalidAddress::Malformed(text.chars().take(64).collect());
         let (controller, lun) = text.split_once('/').ok_or_else(malformed)?;
-        let controller = decimal(controller).ok_or_else(malformed)?.try_into()?;
-        let lun = decimal(lun).ok_or_else(malformed)?.try_into()?;
+        let controller = DeviceLocator::number(controller)
+            .ok_or_else(malformed)?
+            .try_into()?;
+        let lun = DeviceLocator::number(lun)
+            .ok_or_else(malformed)?
+            .try_into()?;
         Ok(ScsiAddress { controller, lun })
     }
-}
-
-/// Each number has one spelling, so that two locators of one place are equal.
-fn decimal(text: &str) -> Option<u64> {
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let leading_zero = text.len() > 1 && text.starts_with('0');
-    (digits && !leading_zero)
-        .then(|| text.parse().ok())
-        .flatten()
 }
 
 /// Why something is not the address of a SCSI disk.

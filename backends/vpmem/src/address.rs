@@ -149,27 +149,20 @@ impl FromStr for VpmemAddress {
             Some((device, range)) => (device, Some(range)),
             None => (text, None),
         };
-        let device = decimal(device).ok_or_else(malformed)?.try_into()?;
+        let device = DeviceLocator::number(device)
+            .ok_or_else(malformed)?
+            .try_into()?;
         let range = match range {
             None => None,
             Some(range) => {
                 let (offset, size) = range.split_once('+').ok_or_else(malformed)?;
-                let offset = decimal(offset).ok_or_else(malformed)?;
-                let size = decimal(size).ok_or_else(malformed)?;
+                let offset = DeviceLocator::number(offset).ok_or_else(malformed)?;
+                let size = DeviceLocator::number(size).ok_or_else(malformed)?;
                 Some(ByteRange::new(offset, size)?)
             }
         };
         Ok(VpmemAddress { device, range })
     }
-}
-
-/// Each number has one spelling, so that two locators of one place are equal.
-fn decimal(text: &str) -> Option<u64> {
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let leading_zero = text.len() > 1 && text.starts_with('0');
-    (digits && !leading_zero)
-        .then(|| text.parse().ok())
-        .flatten()
 }
 
 /// Why something is not the address of a VPMEM disk.

@@ -60,3 +60,25 @@ async fn vm_a_vm_that_is_dropped_is_gone_with_its_files() {
             .any(|line| String::from_utf8_lossy(&line).contains(&marker))
     });
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_guest_that_answers_garbage_is_given_up_on_and_harms_nobody() {
+    use blockmount_qemu::AgentChannel;
+    let rig = Rig::start().await;
+    let mount = rig
+        .manager
+        .add(&rig.layer("before"), &read_only())
+        .await
+        .unwrap();
+    // The witness speaks another language: what it says is no frame of the bridge.
+    rig.let_witness_go().await;
+    let started = Instant::now();
+    let error = AgentChannel::connect(&rig.vm, "blockmount.witness")
+        .await
+        .unwrap_err();
+    assert!(started.elapsed() < Duration::from_secs(30), "{error}");
+    rig.reconnect_witness().await;
+    rig.assert_content(&mount.path().join("id"), "before").await;
+    mount.release().await.unwrap();
+    rig.end().await;
+}

@@ -82,7 +82,7 @@ pub struct Rig {
     pub manager: Manager,
     /// For images, on this machine.
     pub dir: TempDir,
-    witness: Mutex<GuestStream>,
+    witness: Mutex<Option<GuestStream>>,
     before: State,
 }
 
@@ -132,7 +132,7 @@ impl Rig {
             guest,
             manager,
             dir,
-            witness: Mutex::new(witness),
+            witness: Mutex::new(Some(witness)),
             before: State(BTreeMap::new()),
         };
         rig.before = rig.state().await;
@@ -149,6 +149,7 @@ impl Rig {
     /// Asks the witness, whatever it answers.
     pub async fn ask_and_see(&self, question: Value) -> Value {
         let mut stream = self.witness.lock().await;
+        let stream = stream.as_mut().unwrap();
         let exchange = async {
             let bytes = serde_json::to_vec(&question).unwrap();
             stream.write_u32_le(bytes.len() as u32).await.unwrap();
@@ -162,14 +163,15 @@ impl Rig {
         answered.unwrap_or_else(|_| panic!("the witness does not answer {question}"))
     }
 
-    /// A witness that does not answer any more needs a new line.
+    /// Gives the line to the witness up, for somebody else to have it.
+    pub async fn let_witness_go(&self) {
+        self.witness.lock().await.take();
+    }
+
+    /// A new line to the witness.
     pub async fn reconnect_witness(&self) {
-        let stream = self
-            .vm
-            .connect("blockmount.witness", OPENING)
-            .await
-            .unwrap();
-        *self.witness.lock().await = stream;
+        let stream = self.vm.connect("blockmount.witness", OPENING).await;
+        *self.witness.lock().await = Some(stream.unwrap());
     }
 
     /// The names below a directory of the guest, and the digests of files.
