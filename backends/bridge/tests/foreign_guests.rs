@@ -115,16 +115,20 @@ async fn every_option_crosses_the_bridge_between_our_ends() {
     );
 }
 
-#[tokio::test]
-async fn a_guest_is_not_asked_for_what_it_would_not_do() {
-    let linux = documented;
-    let ours = || Capabilities {
+/// What a guest of ours says that it can do.
+fn ours() -> Capabilities {
+    Capabilities {
         guest_defined_capabilities: GuestCapabilities {
             blockmount_version: 1,
             ..GuestCapabilities::default()
         },
         ..documented()
-    };
+    }
+}
+
+#[tokio::test]
+async fn a_guest_is_not_asked_for_what_it_would_not_do() {
+    let linux = documented;
     let plain = MountOptions::default;
     let ro = MountOptions::read_only;
     let everything =
