@@ -134,7 +134,7 @@ impl Words {
 
 /// What the guest's kernel is told. Nothing here changes what it does, only how long it takes to get there under
 /// emulation; but for `panic`, which ends a VM whose kernel has died.
-const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
+pub(crate) const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
     mitigations=off random.trust_cpu=on cryptomgr.notests nowatchdog";
 
 /// The words about the monitor and the console: the monitor is an inherited descriptor, the console is what

@@ -64,7 +64,8 @@
 //! |---|---|
 //! | `kernel.rs`, `modules.rs`, `program.rs`, `cpio.rs`, `image.rs` | what a guest boots |
 //! | `hardware.rs` | what a VM has, and where the guest finds it |
-//! | `start.rs`, `saved.rs` | starting: by booting, or from a saved state; KVM where it works |
+//! | `start.rs`, `saved.rs` | which start it is: by booting, or from a saved state; KVM where it works |
+//! | `launch.rs` | one start, until the guest is up |
 //! | `process.rs`, `spawn.rs` | the process |
 //! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the ways into its guest |
 //! | `qmp.rs`, `qmp/` | the monitor's protocol |
@@ -77,6 +78,7 @@ mod error;
 mod hardware;
 mod image;
 mod kernel;
+mod launch;
 mod modules;
 mod port;
 mod process;

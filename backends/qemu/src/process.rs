@@ -158,15 +158,20 @@ impl Tail {
             .collect()
     }
 
-    /// The last lines, on one line.
+    /// The last lines, on one line; of a kernel that has panicked, the line that says why, which long lists of
+    /// numbers follow.
     pub(crate) fn last_words(&self) -> String {
         const LINES: usize = 4;
         let text = self.text();
-        let lines: Vec<&str> = text
-            .lines()
-            .filter(|line| !line.trim().is_empty())
-            .collect();
-        lines[lines.len().saturating_sub(LINES)..].join(" | ")
+        let lines = text.lines().filter(|line| !line.trim().is_empty());
+        let lines: Vec<&str> = lines.collect();
+        let panic = lines.iter().find(|line| line.contains("Kernel panic"));
+        let last = &lines[lines.len().saturating_sub(LINES)..];
+        let last = match panic {
+            Some(panic) => vec![*panic],
+            None => last.to_vec(),
+        };
+        last.join(" | ")
     }
 }
 

@@ -1,24 +1,16 @@
 //! Starting a VM: by booting its guest, or from a saved state.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use tokio::net::UnixStream;
 
-use crate::hardware::{self, Hardware, MAX_CONTROLLERS, MAX_MEMORY_PORTS};
+use crate::hardware::{Hardware, KERNEL_LINE, MAX_CONTROLLERS, MAX_MEMORY_PORTS};
 use crate::image::hexadecimal;
-use crate::port::Ports;
-use crate::process::Process;
-use crate::qmp::NONE;
 use crate::saved::States;
-use crate::vm::Inner;
-use crate::{GuestImage, QemuScsi, Qmp, Vm, VmError};
+use crate::{GuestImage, Vm, VmError};
 
 /// How long a hypervisor in hardware may take until the guest answers; it takes a second where it works.
 const KVM_PATIENCE: Duration = Duration::from_secs(15);
@@ -49,13 +41,13 @@ pub enum Accelerator {
 /// Configures a [`Vm`].
 #[derive(Debug, Clone)]
 pub struct VmBuilder {
-    image: GuestImage,
-    qemu: PathBuf,
+    pub(crate) image: GuestImage,
+    pub(crate) qemu: PathBuf,
     accelerator: Accelerator,
-    hardware: Hardware,
-    directory: Option<PathBuf>,
+    pub(crate) hardware: Hardware,
+    pub(crate) directory: Option<PathBuf>,
     states: Option<States>,
-    agent: String,
+    pub(crate) agent: String,
     patience: Duration,
 }
 
@@ -239,11 +231,15 @@ impl VmBuilder {
         let digest = Sha256::new()
             .chain_update(&output.stdout)
             .chain_update(words)
+            .chain_update(KERNEL_LINE)
             .chain_update(self.image.digest());
         Ok(hexadecimal(&digest.finalize()))
     }
 
-    fn no_qemu(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
+    pub(crate) fn no_qemu(
+        &self,
+        error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> VmError {
         let name = self.qemu.display();
         VmError::new(format!(
             "cannot run {name}; it is in the package qemu-system-x86, which tests/setup.sh installs"
@@ -298,102 +294,6 @@ impl VmBuilder {
         patience: Duration,
     ) -> Result<Vm, VmError> {
         self.launch(accelerator, Some(state), patience).await
-    }
-
-    /// Waits until the guest's program opens a port.
-    async fn come_up(&self, vm: &Vm, patience: Duration) -> Result<(), VmError> {
-        let what = |error| VmError::new("cannot tell whether the VM runs").because(error);
-        let mut resumed = vm.qmp().events("RESUME");
-        let status = vm.qmp().execute("query-status", NONE).await;
-        // What is plugged while a state is being read would not be part of it, and QEMU would refuse the state.
-        if status.map_err(what)?["running"] != true {
-            resumed.next(patience).await.map_err(what)?;
-        }
-        vm.connect(&self.agent, patience).await.map(drop)
-    }
-
-    /// Starts QEMU, and waits until the guest's program opens a port.
-    async fn launch(
-        &self,
-        accelerator: &str,
-        state: Option<File>,
-        patience: Duration,
-    ) -> Result<Vm, VmError> {
-        let what = || VmError::new("cannot start a VM");
-        let mut directory = tempfile::Builder::new();
-        directory.prefix("vm-");
-        let directory = match &self.directory {
-            Some(parent) => directory.tempdir_in(parent),
-            None => directory.tempdir(),
-        };
-        let directory = directory.map_err(|error| what().because(error))?;
-        let initramfs = directory.path().join("initramfs");
-        tokio::fs::write(&initramfs, self.image.initramfs())
-            .await
-            .map_err(|error| what().because(error))?;
-
-        let (ours, theirs) = StdUnixStream::pair().map_err(|error| what().because(error))?;
-        let mut words = self.hardware.arguments(accelerator);
-        words.extend(hardware::streams(theirs.as_raw_fd()));
-        words.extend(hardware::boot(
-            self.image.kernel(),
-            &initramfs.to_string_lossy(),
-        ));
-        let mut inherited = vec![OwnedFd::from(theirs)];
-        if let Some(state) = state {
-            words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
-            inherited.push(state.into());
-        }
-        let mut command = Command::new(&self.qemu);
-        command.args(words);
-        let process = Process::start(command, inherited)
-            .await
-            .map_err(|error| self.no_qemu(error))?;
-
-        let connected = async {
-            ours.set_nonblocking(true)?;
-            UnixStream::from_std(ours)
-        };
-        let stream = connected.await.map_err(|error| what().because(error))?;
-        let qmp = match Qmp::connect(stream).await {
-            Ok(qmp) => qmp,
-            // That the monitor is gone says less than why QEMU is.
-            Err(error) => {
-                let _ = tokio::time::timeout(Duration::from_secs(1), process.ended()).await;
-                return Err(process.explain(what().because(error)));
-            }
-        };
-        let scsi = QemuScsi::new(qmp.clone(), self.hardware.controller_ids());
-        let vm = Vm::of(Inner {
-            scsi: scsi.map_err(|error| what().because(error))?,
-            process,
-            ports: Ports::new(qmp.clone(), directory.path()),
-            qmp,
-            hardware: self.hardware.clone(),
-            directory,
-        });
-        // Nobody else stops it before it is up.
-        let mut stops = vm.qmp().events("STOP");
-        let stopped = async {
-            while stops.next(patience).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        let up = tokio::select! {
-            up = self.come_up(&vm, patience) => up,
-            how = vm.ended() => Err(VmError::new(format!("QEMU has ended: {how}"))),
-            () = stopped => Err(VmError::new("the processor has stopped on an error")),
-        };
-        // While it boots, the kernel has read all of it; a restored one never does.
-        let _ = tokio::fs::remove_file(&initramfs).await;
-        match up {
-            Ok(()) => Ok(vm),
-            Err(error) => {
-                vm.kill();
-                vm.ended().await;
-                Err(vm.explain(VmError::new("the guest does not come up").because(error)))
-            }
-        }
     }
 }
 

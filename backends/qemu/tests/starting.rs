@@ -1,0 +1,87 @@
+//! VMs that do not come up: what is said, and that nothing is left.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
+
+use std::error::Error;
+use std::path::Path;
+use std::time::Duration;
+
+use blockmount_qemu::{Accelerator, GuestImage, GuestKernel, Vm, VmBuilder};
+
+/// A VM whose guest runs a program of this machine as its first.
+async fn running(program: &str) -> VmBuilder {
+    let kernel = GuestKernel::find().expect("tests/setup.sh fetches a kernel");
+    let image = GuestImage::builder(kernel).program(program).build();
+    Vm::builder(image.await.unwrap()).accelerator(Accelerator::Emulation)
+}
+
+/// An error with its causes, on one line.
+fn told(error: &dyn Error) -> String {
+    let mut causes = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        causes.push(error.to_string());
+        next = error.source();
+    }
+    causes.join(": ")
+}
+
+fn is_empty(directory: &Path) -> bool {
+    directory.read_dir().unwrap().next().is_none()
+}
+
+#[tokio::test]
+async fn a_guest_whose_program_ends_is_told_by_its_last_words() {
+    let room = tempfile::tempdir().unwrap();
+    let vm = running("/bin/true").await.directory(room.path());
+    let error = told(&vm.start().await.unwrap_err());
+    assert!(error.contains("QEMU has ended"), "{error}");
+    assert!(error.contains("the guest printed last"), "{error}");
+    assert!(error.contains("Attempted to kill init"), "{error}");
+    assert!(is_empty(room.path()));
+}
+
+#[tokio::test]
+async fn a_guest_that_opens_no_port_is_given_up_on() {
+    let room = tempfile::tempdir().unwrap();
+    // It waits for input that never comes.
+    let vm = running("/bin/cat").await.directory(room.path());
+    let vm = vm.patience(Duration::from_secs(15));
+    let error = told(&vm.start().await.unwrap_err());
+    assert!(error.contains("the guest does not come up"), "{error}");
+    assert!(is_empty(room.path()));
+}
+
+#[tokio::test]
+async fn of_a_guest_that_does_not_come_up_no_state_is_kept() {
+    let (room, states) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let states = states.path().join("states");
+    let vm = running("/bin/true").await;
+    let vm = vm.directory(room.path()).saved_states(&states);
+    // The first try boots, because there is no state; its guest ends, so that none is saved.
+    assert!(vm.start().await.is_err());
+    let saved = states.read_dir().unwrap().flatten();
+    let saved: Vec<_> = saved
+        .filter(|entry| entry.path().extension().is_some_and(|end| end == "state"))
+        .collect();
+    assert!(saved.is_empty(), "{saved:?}");
+    assert!(is_empty(room.path()));
+}
+
+#[tokio::test]
+async fn a_qemu_that_is_not_there_is_named() {
+    let room = tempfile::tempdir().unwrap();
+    let vm = running("/bin/true").await.directory(room.path());
+    let error = told(&vm.qemu("/no/such/qemu").start().await.unwrap_err());
+    assert!(error.contains("cannot run /no/such/qemu"), "{error}");
+    assert!(error.contains("tests/setup.sh"), "{error}");
+    assert!(is_empty(room.path()));
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_be_is_refused_before_anything_is_started() {
+    let vm = running("/bin/true").await;
+    let error = vm.clone().controllers(9).start().await.unwrap_err();
+    assert!(error.to_string().contains("9 SCSI controllers"), "{error}");
+    let error = vm.controllers(0).start().await.unwrap_err();
+    assert!(error.to_string().contains("0 SCSI controllers"), "{error}");
+}
