@@ -1,8 +1,4 @@
 //! The host's end of a witness.
-#![allow(
-    dead_code,
-    reason = "who asks all of it is a host that starts its guests, and the tests ask only some"
-)]
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +10,7 @@ use super::protocol::{BareMount, BareTimes, Request, Response, Tables, parse, re
 use crate::failure::{Context, Failure};
 use crate::tree::Tree;
 
-/// How long an answer may take, unless told otherwise.
+/// How long an answer may take.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Asks the witness of a guest, one question at a time.
@@ -24,7 +20,6 @@ const DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Witness<S> {
     stream: S,
-    deadline: Duration,
     broken: bool,
 }
 
@@ -33,16 +28,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Witness<S> {
     pub(crate) fn new(stream: S) -> Self {
         Witness {
             stream,
-            deadline: DEADLINE,
             broken: false,
         }
-    }
-
-    /// Waits so long for each answer.
-    #[must_use]
-    pub(crate) fn with_deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
-        self
     }
 
     /// Every name below a directory, with the digests of all files.
@@ -76,26 +63,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Witness<S> {
         }
     }
 
-    /// Keeps a file or directory in use, also after this connection.
-    pub(crate) async fn hold(&mut self, path: impl Into<PathBuf>) -> Result<(), Failure> {
-        self.done(&Request::Hold { path: path.into() }).await
-    }
-
-    /// Ends a [`hold`](Self::hold).
-    pub(crate) async fn let_go(&mut self, path: impl Into<PathBuf>) -> Result<(), Failure> {
-        self.done(&Request::LetGo { path: path.into() }).await
-    }
-
-    /// Which process the agent is; none while it is being restarted.
-    pub(crate) async fn agent_pid(&mut self) -> Result<Option<u32>, Failure> {
-        self.pid(&Request::AgentPid).await
-    }
-
-    /// Kills the agent, and says which process it was.
-    pub(crate) async fn kill_agent(&mut self) -> Result<Option<u32>, Failure> {
-        self.pid(&Request::KillAgent).await
-    }
-
     /// Mounts and unmounts all of these at once, without the agent.
     pub(crate) async fn bare_mount(
         &mut self,
@@ -108,36 +75,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Witness<S> {
         }
     }
 
-    /// Whether a file is read past the page cache.
-    pub(crate) async fn dax(&mut self, path: impl Into<PathBuf>) -> Result<bool, Failure> {
-        match self.ask(&Request::Dax { path: path.into() }).await? {
-            Response::Dax(dax) => Ok(dax),
-            other => Err(self.misunderstood(&other)),
-        }
-    }
-
-    /// Turns the guest off. It may be off before it has answered.
-    pub(crate) async fn power_off(mut self) -> Result<(), Failure> {
-        let send = send(&mut self.stream, &Request::PowerOff);
-        let sent = timeout(self.deadline, send).await;
-        sent.context(|| "the witness did not listen".to_owned())?
-            .context(|| "cannot ask the witness".to_owned())?;
-        match timeout(self.deadline, receive(&mut self.stream)).await {
-            Ok(Ok(Some(answer))) => match parse(&answer) {
-                Ok(Response::Done) => Ok(()),
-                Ok(Response::Failed(why)) => {
-                    Err(Failure::new("cannot turn the guest off").because(why))
-                }
-                Ok(other) => Err(self.misunderstood(&other)),
-                Err(error) => Err(Failure::new("the witness answered garbage").because(error)),
-            },
-            Ok(Ok(None) | Err(_)) => Ok(()),
-            Err(elapsed) => {
-                Err(Failure::new("the guest does not turn itself off").because(elapsed))
-            }
-        }
-    }
-
     async fn done(&mut self, request: &Request) -> Result<(), Failure> {
         match self.ask(request).await? {
             Response::Done => Ok(()),
@@ -145,14 +82,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Witness<S> {
         }
     }
 
-    async fn pid(&mut self, request: &Request) -> Result<Option<u32>, Failure> {
-        match self.ask(request).await? {
-            Response::Pid(pid) => Ok(pid),
-            other => Err(self.misunderstood(&other)),
-        }
-    }
-
-    async fn ask(&mut self, request: &Request) -> Result<Response, Failure> {
+    /// Asks whatever can be asked.
+    pub(crate) async fn ask(&mut self, request: &Request) -> Result<Response, Failure> {
         if self.broken {
             let failure = Failure::new("an earlier question to the witness was not answered");
             return Err(failure.advise("ask over a new connection"));
@@ -164,9 +95,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Witness<S> {
             send(stream, request).await?;
             receive(stream).await
         };
-        let answer = timeout(self.deadline, exchange)
+        let answer = timeout(DEADLINE, exchange)
             .await
-            .context(|| format!("the witness did not answer within {:?}", self.deadline))?
+            .context(|| format!("the witness did not answer within {DEADLINE:?}"))?
             .context(|| "the witness cannot be asked".to_owned())?
             .ok_or_else(|| Failure::new("the witness ended the connection"))?;
         let answer = parse(&answer).context(|| "the witness answered garbage".to_owned())?;
