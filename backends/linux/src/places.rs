@@ -110,37 +110,37 @@ impl Places {
         state.take_unused(|dir| path.starts_with(dir))
     }
 
-    /// Removes directories, deepest first. After one that must stay, so must those above it.
-    fn remove(&self, doomed: Vec<(PathBuf, Made)>) {
-        let mut kept = BTreeMap::new();
-        let mut removing = Vec::new();
-        for (dir, mut made) in doomed {
-            let has_kept = kept.keys().any(|below: &PathBuf| below.starts_with(&dir));
-            if !has_kept && remove(&dir, made.id) {
-                strike(made.note.take());
-            } else {
-                kept.insert(dir.clone(), made);
+    /// Removes directories, deepest first, and then those above them that nobody needs any more.
+    fn remove(&self, mut doomed: Vec<(PathBuf, Made)>) {
+        while !doomed.is_empty() {
+            let (removed, mut kept) = try_to_remove(doomed);
+            let mut state = self.state();
+            for dir in removed.iter().chain(kept.keys()) {
+                state.removing.remove(dir);
             }
-            removing.push(dir);
+            state.made.append(&mut kept);
+            // Whoever left before has not taken those, because something below them was still there.
+            doomed = state.take_unused(|dir| removed.iter().any(|below| below.starts_with(dir)));
+            drop(state);
+            self.removed.notify_all();
         }
-        let mut state = self.state();
-        state.made.append(&mut kept);
-        for dir in removing {
-            state.removing.remove(&dir);
-        }
-        self.removed.notify_all();
     }
 }
 
 impl State {
-    /// Takes out the directories among `those` that are on nobody's way, deepest first.
+    /// Takes out the directories among `those` that are on nobody's way, and below which nothing is being removed by
+    /// somebody else, deepest first.
     fn take_unused(&mut self, those: impl Fn(&Path) -> bool) -> Vec<(PathBuf, Made)> {
         let State {
             users,
             made,
             removing,
         } = self;
-        let unused = |dir: &PathBuf| those(dir) && !users.iter().any(|user| user.starts_with(dir));
+        let is_needed = |dir: &PathBuf| {
+            let mut below = users.iter().chain(removing.iter());
+            below.any(|path| path.starts_with(dir))
+        };
+        let unused = |dir: &PathBuf| those(dir) && !is_needed(dir);
         let doomed: Vec<PathBuf> = made.keys().filter(|dir| unused(dir)).cloned().collect();
         removing.extend(doomed.iter().cloned());
         let take = |dir: PathBuf| made.remove_entry(&dir);
@@ -166,6 +166,21 @@ impl Drop for PlaceUse {
         let doomed = self.places.leave(self.target.path());
         self.places.remove(doomed);
     }
+}
+
+/// Removes directories, deepest first, and says which are gone and which must stay: after one, so must those above it.
+fn try_to_remove(doomed: Vec<(PathBuf, Made)>) -> (Vec<PathBuf>, BTreeMap<PathBuf, Made>) {
+    let (mut removed, mut kept) = (Vec::new(), BTreeMap::new());
+    for (dir, mut made) in doomed {
+        let has_kept = kept.keys().any(|below: &PathBuf| below.starts_with(&dir));
+        if !has_kept && remove(&dir, made.id) {
+            strike(made.note.take());
+            removed.push(dir);
+        } else {
+            kept.insert(dir, made);
+        }
+    }
+    (removed, kept)
 }
 
 /// Removes an empty directory, and says whether that is settled. One that somebody else has put
@@ -200,6 +215,21 @@ mod tests {
         let place = places.enter(&target(path)).unwrap();
         place.prepare().unwrap();
         place
+    }
+
+    #[test]
+    fn of_many_who_leave_at_once_somebody_removes_what_they_shared() {
+        for _ in 0..200 {
+            let dir = tempfile::tempdir().unwrap();
+            let places = Arc::<Places>::default();
+            let users = [0, 1, 2, 3].map(|n| prepare(&places, dir.path().join(format!("x/y/{n}"))));
+            std::thread::scope(|scope| {
+                for user in users {
+                    scope.spawn(move || drop(user));
+                }
+            });
+            assert!(!dir.path().join("x").exists());
+        }
     }
 
     #[test]
