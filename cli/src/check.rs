@@ -68,6 +68,7 @@ pub(crate) async fn trees<const N: usize>(
 /// should see then: its own changes and nothing of the other's.
 pub(crate) async fn write(
     guest: &Guest,
+    interrupt: &Interrupt,
     targets: &[PathBuf; 2],
     before: &Arc<Tree>,
 ) -> Result<[Arc<Tree>; 2], Failure> {
@@ -77,15 +78,15 @@ pub(crate) async fn write(
         let mut tree = (**before).clone();
         let text = format!("written in container {index}\n");
         let new = format!("new-in-{index}");
-        put(guest, target, &mut tree, Path::new(&new), &text).await?;
+        put(guest, interrupt, target, &mut tree, Path::new(&new), &text).await?;
         if let Some([one, other]) = &victims {
             let (changed, removed) = if index == 0 {
                 (one, other)
             } else {
                 (other, one)
             };
-            put(guest, target, &mut tree, changed, &text).await?;
-            guest.remove(&target.join(removed)).await?;
+            put(guest, interrupt, target, &mut tree, changed, &text).await?;
+            guest.remove(interrupt, &target.join(removed)).await?;
             tree.remove(removed);
         }
         after.push(Arc::new(tree));
@@ -102,12 +103,13 @@ fn victims(tree: &Tree) -> Option<[PathBuf; 2]> {
 
 async fn put(
     guest: &Guest,
+    interrupt: &Interrupt,
     root: &Path,
     tree: &mut Tree,
     name: &Path,
     text: &str,
 ) -> Result<(), Failure> {
-    guest.write(&root.join(name), text).await?;
+    guest.write(interrupt, &root.join(name), text).await?;
     tree.insert(name, Node::File(digest_bytes(text.as_bytes())));
     Ok(())
 }
@@ -125,18 +127,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let roots = ["a", "b"].map(|name| directory.path().join(name));
         let guest = Guest::Local(Arc::new(LoopTransport::builder().build().unwrap()));
+        let (interrupt, progress) = (Interrupt::listen().unwrap(), Progress::new());
         let mut tree = Tree::default();
         for root in &roots {
             fs::create_dir(root).unwrap();
             for name in ["x", "y", "z"] {
-                put(&guest, root, &mut tree, Path::new(name), name)
+                put(&guest, &interrupt, root, &mut tree, Path::new(name), name)
                     .await
                     .unwrap();
             }
         }
-        let (interrupt, progress) = (Interrupt::listen().unwrap(), Progress::new());
         let before = Arc::new(tree);
-        let after = write(&guest, &roots, &before).await.unwrap();
+        let after = write(&guest, &interrupt, &roots, &before).await.unwrap();
         let look = || {
             trees(
                 &guest,

@@ -227,7 +227,7 @@ impl Scene<'_> {
         check.add(pass);
 
         progress.stage("writing in both containers, and comparing again");
-        let after = check::write(guest, &targets, &expected).await?;
+        let after = check::write(guest, interrupt, &targets, &expected).await?;
         check
             .add(check::trees(guest, interrupt, progress, &targets, [&after[0], &after[1]]).await?);
 

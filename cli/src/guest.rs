@@ -115,23 +115,32 @@ impl Guest {
     }
 
     /// Makes or replaces a file.
-    pub(crate) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
-        match self {
-            Guest::Local(_) => {
-                fs::write(path, text).context(|| format!("cannot write {}", path.display()))
-            }
-            Guest::Qemu(guest) => guest.write(path, text).await,
+    pub(crate) async fn write(
+        &self,
+        interrupt: &Interrupt,
+        path: &Path,
+        text: &str,
+    ) -> Result<(), Failure> {
+        if let Guest::Qemu(guest) = self {
+            return guest.write(path, text).await;
         }
+        let (path, text) = (path.to_owned(), text.to_owned());
+        let write = move |_: &_| {
+            fs::write(&path, text).context(|| format!("cannot write {}", path.display()))
+        };
+        interrupt.blocking(write).await
     }
 
     /// Removes a file.
-    pub(crate) async fn remove(&self, path: &Path) -> Result<(), Failure> {
-        match self {
-            Guest::Local(_) => {
-                fs::remove_file(path).context(|| format!("cannot remove {}", path.display()))
-            }
-            Guest::Qemu(guest) => guest.remove(path).await,
+    pub(crate) async fn remove(&self, interrupt: &Interrupt, path: &Path) -> Result<(), Failure> {
+        if let Guest::Qemu(guest) = self {
+            return guest.remove(path).await;
         }
+        let path = path.to_owned();
+        let remove = move |_: &_| {
+            fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))
+        };
+        interrupt.blocking(remove).await
     }
 
     /// The transports' own lists of what is where.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::{blocking, fault, patiently};
 use crate::probe::{Content, probe};
-use crate::{uevent, users};
+use crate::{sysfs, uevent, users};
 
 /// A block device by its numbers: the same whatever its node is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -71,6 +71,12 @@ impl DeviceNumber {
     /// Its directory in sysfs.
     pub fn sysfs(self) -> PathBuf {
         format!("/sys/dev/block/{self}").into()
+    }
+
+    /// How many disks the kernel had seen when this one came, which no other disk gets; nothing before
+    /// Linux 5.15. Blocks.
+    pub(crate) fn sequence(self) -> Result<Option<u64>, BackendError> {
+        sysfs::attribute(&self.sysfs(), "diskseq")
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::device::{self, DeviceNumber};
 use crate::fault::{blocking, fault};
 use crate::journal::{Journal, Note, PartitionId, PartitionRecord, Record, strike};
 use crate::probe::{Content, Partition, probe};
-use crate::sys;
+use crate::{sys, sysfs};
 
 /// How long the kernel gets to announce a partition that is in the table. It knows them when it
 /// announces the disk, so this is for the case that the disk's announcement is under way.
@@ -170,9 +170,9 @@ impl Partitions {
     }
 }
 
-/// The number of a disk that no other disk gets: Linux 5.15.
+/// The number of a disk that no other disk gets, as far as it can be read.
 fn sequence(disk: DeviceNumber) -> Option<u64> {
-    number_in(&disk.sysfs().join("diskseq"))
+    disk.sequence().ok().flatten()
 }
 
 /// Whether the kernel knows the partition that is meant, and not one of a disk that has the number
@@ -187,13 +187,11 @@ fn is_still(record: &PartitionRecord) -> bool {
     let Some(partition) = node.and_then(|node| DeviceNumber::at(&node).ok()) else {
         return false;
     };
-    let is =
-        |name: &str, bytes: u64| number_in(&partition.sysfs().join(name)) == Some(bytes / UNIT);
+    let is = |name: &str, bytes: u64| {
+        let found = sysfs::attribute(&partition.sysfs(), name).ok().flatten();
+        found == Some(bytes / UNIT)
+    };
     sequence(disk) == record.sequence && is("start", record.start) && is("size", record.size)
-}
-
-fn number_in(file: &Path) -> Option<u64> {
-    std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 fn in_table(disk: &mut File, number: u32) -> Option<Partition> {

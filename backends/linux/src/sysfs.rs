@@ -123,6 +123,11 @@ pub fn number(text: &str) -> Option<u64> {
         .flatten()
 }
 
+/// An attribute that is a number; nothing if the device or the attribute is not there, or is no number. Blocks.
+pub(crate) fn attribute(directory: &Path, name: &str) -> Result<Option<u64>, BackendError> {
+    Ok(text(directory, name)?.and_then(|text| number(&text)))
+}
+
 /// Writes to an attribute, which is a command to the kernel. False if the device or the attribute is
 /// not there; it is never made. Blocks for as long as the command takes.
 ///

@@ -219,6 +219,19 @@ impl Unseen {
     }
 }
 
+/// What there is to see at once, for whoever takes what is missing for gone.
+///
+/// # Errors
+///
+/// What has failed.
+pub fn seen<T>(look: Look<T>) -> Result<Option<T>, BackendError> {
+    match look {
+        Ok(found) => Ok(Some(found)),
+        Err(Unseen::NotYet(_)) => Ok(None),
+        Err(Unseen::Failed(error)) => Err(error),
+    }
+}
+
 impl From<BackendError> for Unseen {
     fn from(error: BackendError) -> Self {
         Unseen::Failed(error)

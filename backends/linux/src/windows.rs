@@ -62,18 +62,12 @@ impl Window {
         };
         let window = Window {
             backing,
-            sequence: sequence(backing).ok()?,
+            sequence: backing.sequence().ok()?,
             start,
             end: start.checked_add(size)?,
         };
         (window.name() == name).then_some(window)
     }
-}
-
-/// How many disks the kernel had seen when this one came, which no other one gets: Linux 5.15.
-fn sequence(device: DeviceNumber) -> Result<Option<u64>, BackendError> {
-    let text = sysfs::text(&device.sysfs(), "diskseq")?;
-    Ok(text.and_then(|text| sysfs::number(&text)))
 }
 
 /// The device of one window. The lock is held while it is made or removed: others wait only for their own.
@@ -138,7 +132,7 @@ impl Windows {
         target: &Path,
     ) -> Result<Option<WindowUse>, BackendError> {
         let name = sysfs::text(&mounted.sysfs().join("dm"), "name")?;
-        let Some(window) = name.and_then(|name| Window::named(name.trim_end())) else {
+        let Some(window) = name.and_then(|name| Window::named(&name)) else {
             return Ok(None);
         };
         let mapping = self.lock().entry(window.clone()).or_default().clone();
@@ -324,7 +318,7 @@ fn judge(path: &Path, open: &File, range: Range<u64>) -> Result<Window, BackendE
     let backing = DeviceNumber::of(open)?;
     Ok(Window {
         backing,
-        sequence: sequence(backing)?,
+        sequence: backing.sequence()?,
         start,
         end,
     })

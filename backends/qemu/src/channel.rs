@@ -29,8 +29,9 @@ pub struct AgentChannel {
     vm: Vm,
     port: String,
     connection: GuestConnection,
-    /// Counts the connections. It is locked while one is made; requests over a connection do not wait for it.
+    /// Locked while a connection is made; requests over one do not wait for it.
     connecting: Mutex<()>,
+    /// Counts the connections.
     generation: AtomicU64,
 }
 
@@ -114,19 +115,18 @@ impl GuestChannel for AgentChannel {
 
     async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
         let generation = self.generation.load(Ordering::Acquire);
-        match self.connection.modify(request.clone()).await {
-            // There was no connection, so it was not sent.
-            Err(error) if error.kind() == ErrorKind::Gone && self.vm.is_running() => {
-                if let Err(error) = self.reconnect(generation).await {
-                    return Err(self.judge(error).await);
-                }
-                match self.connection.modify(request).await {
-                    Err(error) => Err(self.judge(error).await),
-                    Ok(()) => Ok(()),
-                }
-            }
-            Err(error) => Err(self.judge(error).await),
+        let mut outcome = self.connection.modify(request.clone()).await;
+        let is_gone = |error: &BackendError| error.kind() == ErrorKind::Gone;
+        // There was no connection, so it was not sent.
+        if outcome.as_ref().is_err_and(is_gone) && self.vm.is_running() {
+            outcome = match self.reconnect(generation).await {
+                Ok(()) => self.connection.modify(request).await,
+                Err(error) => Err(error),
+            };
+        }
+        match outcome {
             Ok(()) => Ok(()),
+            Err(error) => Err(self.judge(error).await),
         }
     }
 }

@@ -200,11 +200,11 @@ impl VmBuilder {
 
     async fn start_on(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {
         let Some(states) = &self.states else {
-            return self.boot(accelerator, patience).await;
+            return self.launch(accelerator, None, patience).await;
         };
         let key = self.key(accelerator).await?;
         if let Some(state) = open(states, &key).await? {
-            match self.restore(accelerator, state, patience).await {
+            match self.launch(accelerator, Some(state), patience).await {
                 Err(error) => {
                     tracing::warn!(%error, "a saved state does not work, and is made anew");
                     states.forget(&key);
@@ -216,7 +216,7 @@ impl VmBuilder {
         let state = open(states, &key).await?;
         let state =
             state.ok_or_else(|| VmError::new("the state that was just saved has vanished"))?;
-        self.restore(accelerator, state, patience).await
+        self.launch(accelerator, Some(state), patience).await
     }
 
     /// A digest of all that a state depends on.
@@ -267,7 +267,7 @@ impl VmBuilder {
         if open(states, key).await?.is_some() {
             return Ok(());
         }
-        let vm = self.boot(accelerator, patience).await?;
+        let vm = self.launch(accelerator, None, patience).await?;
         let saved = self.write_state(&vm, &states.draft()).await;
         vm.shut_down().await;
         saved?;
@@ -281,19 +281,6 @@ impl VmBuilder {
         saved
             .map(drop)
             .map_err(|error| VmError::new("cannot save the state of a VM").because(error))
-    }
-
-    async fn boot(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {
-        self.launch(accelerator, None, patience).await
-    }
-
-    async fn restore(
-        &self,
-        accelerator: &str,
-        state: File,
-        patience: Duration,
-    ) -> Result<Vm, VmError> {
-        self.launch(accelerator, Some(state), patience).await
     }
 }
 

@@ -8,8 +8,8 @@ use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{self, DeviceNumber, node_named_in};
 use crate::fault::blocking;
-use crate::sysfs::{bytes, names, number, text};
-use crate::uevent::{Look, Unseen};
+use crate::sysfs::{attribute, bytes, names, text};
+use crate::uevent::{self, Look, Unseen};
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
@@ -99,11 +99,9 @@ impl Disk {
     ///
     /// The system's.
     pub fn is_there(&self) -> Result<bool, BackendError> {
-        match Disk::at(&self.directory) {
-            Ok(now) => Ok(now.number == self.number && now.sequence == self.sequence),
-            Err(Unseen::NotYet(_)) => Ok(false),
-            Err(Unseen::Failed(error)) => Err(error),
-        }
+        let now = uevent::seen(Disk::at(&self.directory))?;
+        let is_it = |now: Disk| now.number == self.number && now.sequence == self.sequence;
+        Ok(now.is_some_and(is_it))
     }
 
     /// Opens the node for reading and proves that it is this disk: the number fits, and the disk was
@@ -158,10 +156,6 @@ impl Disk {
         })
         .await
     }
-}
-
-fn attribute(directory: &Path, name: &str) -> Result<Option<u64>, BackendError> {
-    Ok(text(directory, name)?.and_then(|text| number(&text)))
 }
 
 #[cfg(test)]

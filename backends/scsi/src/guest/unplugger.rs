@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, DeviceLocator, Unplugger};
 use blockmount_linux::blocking;
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{Look, Unseen, wait_for};
+use blockmount_linux::uevent::{Look, Unseen, seen, wait_for};
 
 use super::controller::concerns;
 use super::resolver::{Place, ScsiResolver};
@@ -92,14 +92,10 @@ impl Unplugger for ScsiUnplugger {
 
 /// What there is to unplug, if anything.
 fn doomed(place: &Place) -> Result<Option<Doomed>, BackendError> {
-    let device = match place.device() {
-        Err(Unseen::NotYet(_)) => return Ok(None),
-        device => device.map_err(Unseen::into_error)?,
+    let Some(device) = seen(place.device())? else {
+        return Ok(None);
     };
-    let disk = match Disk::below(&device) {
-        Err(Unseen::NotYet(_)) => None,
-        disk => Some(disk.map_err(Unseen::into_error)?),
-    };
+    let disk = seen(Disk::below(&device))?;
     Ok(Some(Doomed { device, disk }))
 }
 

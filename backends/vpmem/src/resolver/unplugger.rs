@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{BackendError, DeviceLocator, ErrorKind, Unplugger};
 use blockmount_linux::sysfs::{self, Disk, PciAddress};
-use blockmount_linux::uevent::{Look, Unseen, wait_for};
+use blockmount_linux::uevent::{Look, Unseen, seen, wait_for};
 use blockmount_linux::{blocking, mapper};
 
 use super::pmem::{PmemId, pci_of};
@@ -118,14 +118,6 @@ fn doomed(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), Backe
         None => None,
     };
     Ok((disk, slot))
-}
-
-fn seen<T>(look: Look<T>) -> Result<Option<T>, BackendError> {
-    match look {
-        Ok(found) => Ok(Some(found)),
-        Err(Unseen::NotYet(_)) => Ok(None),
-        Err(Unseen::Failed(error)) => Err(error),
-    }
 }
 
 /// The slot that a device is in, if it is in one for hot-plug.
