@@ -168,12 +168,17 @@ impl Journal {
 
     /// Writes a new record. Blocks.
     pub(crate) fn note(self: &Arc<Self>, record: &Record) -> Result<Note, BackendError> {
-        let note = Note {
-            journal: self.clone(),
-            number: self.next.fetch_add(1, Ordering::Relaxed),
-        };
+        let note = self.blank();
         note.rewrite(record)?;
         Ok(note)
+    }
+
+    /// A record with a number of its own, on which nothing is written yet.
+    fn blank(self: &Arc<Self>) -> Note {
+        Note {
+            journal: self.clone(),
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+        }
     }
 
     fn unlink(&self, name: &OsStr) {
@@ -192,14 +197,15 @@ impl Journal {
         parent: &OwnedFd,
         wanted: &Wanted<'_>,
     ) -> Result<Option<Made>, BackendError> {
-        let number = self.next.load(Ordering::Relaxed);
+        let note = self.blank();
         let mut record = DirectoryRecord {
             path: wanted.path.into(),
-            staged: format!(".blockmount-{}-{number}", self.nonce),
+            // Of many who make one directory at once, each has a first name of its own.
+            staged: format!(".blockmount-{}-{}", self.nonce, note.number),
             id: None,
             scratch_of: wanted.scratch_of.map(RecordedPath::from),
         };
-        let note = self.note(&Record::Directory(record.clone()))?;
+        note.rewrite(&Record::Directory(record.clone()))?;
         let made = stage(parent, wanted, &note, &mut record);
         match made {
             Ok(Some(id)) => {

@@ -218,6 +218,24 @@ mod tests {
     }
 
     #[test]
+    fn many_who_come_at_once_share_what_is_missing_with_a_journal() {
+        let room = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&room.path().join("journal")).unwrap();
+        for round in 0..50 {
+            let dir = room.path().join(round.to_string());
+            let places = Arc::new(Places::new(Some(journal.clone())));
+            std::thread::scope(|scope| {
+                for n in 0..4 {
+                    let (places, path) = (&places, dir.join(format!("x/{n}")));
+                    scope.spawn(move || drop(prepare(places, path)));
+                }
+            });
+            assert!(!dir.exists());
+        }
+        assert!(journal.read().unwrap().is_empty());
+    }
+
+    #[test]
     fn of_many_who_leave_at_once_somebody_removes_what_they_shared() {
         for _ in 0..200 {
             let dir = tempfile::tempdir().unwrap();
