@@ -76,6 +76,7 @@ pub(crate) fn choose_filesystem(
             "{node} has {}: name the filesystem to mount",
             found.content
         ))),
+        (_, _) if found.device_bytes == 0 => absent("it has no bytes".to_owned()),
         (other, _) => absent(format!("it holds {other}")),
     }
 }
