@@ -61,7 +61,7 @@ impl Transport for Nothing {
         Ok(DiskId::inode(1, number(disk)))
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
         self.step().await;
         Ok(DeviceLocator::new("nothing", number(disk)).unwrap())
     }

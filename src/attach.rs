@@ -12,7 +12,7 @@ use crate::call::{call, call_down, catch_panic, within};
 use crate::lease::{Driver, Lease, Table};
 use crate::release::{Releasing, nothing_to_release};
 use crate::{
-    BackendError, DeviceLocator, Disk, DiskId, Drained, Error, PATIENCE, ReleaseError, Step,
+    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, ReleaseError, Step,
     Transport, Unplugger,
 };
 
@@ -43,13 +43,13 @@ pub struct Attachment {
 impl AttachManager {
     /// A manager that waits for one answer at most five minutes.
     pub fn new(transport: impl Transport, unplugger: impl Unplugger) -> Self {
-        Self::with_patience(Box::new(transport), Box::new(unplugger), PATIENCE)
+        Self::with_timeout(Box::new(transport), Box::new(unplugger), DEFAULT_TIMEOUT)
     }
 
-    pub(crate) fn with_patience(
+    pub(crate) fn with_timeout(
         transport: Box<dyn Transport>,
         unplugger: Box<dyn Unplugger>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Self {
         let driver = Attach {
             transport,
@@ -57,7 +57,7 @@ impl AttachManager {
             sources: DashSet::default(),
         };
         AttachManager {
-            table: Table::new(driver, patience),
+            table: Table::new(driver, timeout),
         }
     }
 
@@ -85,8 +85,8 @@ impl AttachManager {
     /// Asked for every request, also for disks that are up: no span, no task, no timer unless it waits.
     pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
         let identify = catch_panic(self.table.driver().transport.identify(disk));
-        let id = within(self.table.patience(), identify).await;
-        let id = id.unwrap_or_else(|| Err(self.table.impatient()));
+        let id = within(self.table.timeout(), identify).await;
+        let id = id.unwrap_or_else(|| Err(self.table.timed_out()));
         id.map_err(|cause| Error::new(Step::Identify, cause).on_disk(disk))
     }
 
@@ -229,7 +229,7 @@ impl Driver for Attach {
     type Job = AttachJob;
     type Resource = Attached;
 
-    async fn raise(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
+    async fn setup(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
         let disk = &job.disk;
         if !self.sources.insert(disk.clone()) {
             let replaced = "another disk of that name is attached, so the image was replaced; \
@@ -239,7 +239,7 @@ impl Driver for Attach {
         }
         job.listed = true;
         let span = info_span!("attach", disk = %disk.source().display());
-        let locator = call(Step::Attach, span, self.transport.attach(disk)).await;
+        let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
         let locator = locator.map_err(|error| error.on_disk(disk))?;
         job.locator = Some(locator.clone());
         Ok(Attached {
@@ -249,7 +249,7 @@ impl Driver for Attach {
         })
     }
 
-    async fn lower(&self, _: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+    async fn teardown(&self, _: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
         let AttachJob {
             disk,
             locator,
@@ -271,7 +271,7 @@ impl Driver for Attach {
         })
     }
 
-    fn finish(&self, job: AttachJob) -> Releasing {
+    fn release_held(&self, job: AttachJob) -> Releasing {
         if job.listed {
             self.sources.remove(&job.disk);
         }

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use tracing::{Instrument, Span, debug};
 
-use crate::sync::timeout;
 use crate::{BackendError, Error, ErrorKind, Step};
 
 /// Runs one call of a backend inside `span`. A panic counts as an error of kind `Uncertain`.
@@ -38,12 +37,12 @@ pub(crate) async fn call_down(
 }
 
 /// Waits at most that long. What is ready at once, as most answers are, costs no timer.
-pub(crate) async fn within<T>(patience: Duration, answer: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn within<T>(timeout: Duration, answer: impl Future<Output = T>) -> Option<T> {
     let mut answer = pin!(answer);
     let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context)));
     match at_once.await {
         Poll::Ready(answer) => Some(answer),
-        Poll::Pending => timeout(patience, answer).await.ok(),
+        Poll::Pending => crate::sync::timeout(timeout, answer).await.ok(),
     }
 }
 

@@ -44,14 +44,18 @@ pub trait Transport: Send + Sync + 'static {
     /// Attaches a disk: reserves a slot, fills it, and says where the device is. It is never given a
     /// disk that equals one that is attached.
     ///
+    /// `id` is what [`identify`](Self::identify) answered for this request. The path may name another file by now, so the
+    /// implementor must prove the id on what it has opened, and attach exactly that.
+    ///
     /// The implementor must not hand out a slot again while a device may be in it: after `Uncertain`
     /// the slot stays out of use until [`detach`](Self::detach) of the same disk has succeeded.
     ///
     /// # Errors
     ///
     /// `Full` if no slot is free and `Unsuitable` if the disk does not fit this transport; in both
-    /// cases another transport may be tried. `NotFound`, `Uncertain`, `Gone` and others as they come.
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError>;
+    /// cases another transport may be tried. `Conflict` if the disk is no longer the one with this id.
+    /// `NotFound`, `Uncertain`, `Gone` and others as they come.
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError>;
 
     /// Detaches a disk and frees its slot. It is given a disk that equals the one attached.
     ///
@@ -98,7 +102,7 @@ pub struct BlockDevice {
     /// The device node.
     pub path: PathBuf,
     /// The bytes of it that are meant, where one device holds many disks; all of it if none.
-    pub window: Option<Range<u64>>,
+    pub range: Option<Range<u64>>,
 }
 
 /// Mounts devices. Guest side, or the host's end of a line to it.
@@ -182,7 +186,7 @@ macro_rules! forward_through_pointers {
 forward_through_pointers! {
     Transport {
         identify(disk: &Disk) -> DiskId;
-        attach(disk: &Disk) -> DeviceLocator;
+        attach(disk: &Disk, id: &DiskId) -> DeviceLocator;
         detach(disk: &Disk) -> ();
     }
     Unplugger { unplug(device: &DeviceLocator) -> (); }

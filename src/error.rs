@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -54,11 +55,24 @@ impl fmt::Display for ErrorKind {
 /// What a backend answers when it cannot do as asked.
 ///
 /// The message says what was tried on what, in lower case and without a full stop. The source is
-/// printed by whoever walks the chain, never inside the message.
-#[derive(Debug, Clone)]
+/// printed by whoever walks the chain, never inside the message. The fields beside them are for programs.
+///
+/// It travels: serialised, it keeps its kind, message and fields, and its sources as their messages.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BackendError {
     kind: ErrorKind,
     message: Arc<str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    operation: Option<Arc<str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    errno: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<Arc<Path>>,
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        with = "source_messages"
+    )]
     source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
@@ -68,14 +82,44 @@ impl BackendError {
         BackendError {
             kind,
             message: message.into().into(),
+            operation: None,
+            errno: None,
+            path: None,
             source: None,
         }
     }
 
-    /// The same error with its cause.
+    /// The same error with its cause. The number of a system call's error becomes its [`errno`](Self::errno), unless it
+    /// has one.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.source = Some(source.into().into());
+        let source = source.into();
+        let errno = source
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error);
+        self.errno = self.errno.or(errno);
+        self.source = Some(source.into());
+        self
+    }
+
+    /// The same error with the operation that failed, such as `fsconfig` or `device_add`.
+    #[must_use]
+    pub fn with_operation(mut self, operation: impl Into<Arc<str>>) -> Self {
+        self.operation = Some(operation.into());
+        self
+    }
+
+    /// The same error with the number that the system gave it.
+    #[must_use]
+    pub fn with_errno(mut self, errno: i32) -> Self {
+        self.errno = Some(errno);
+        self
+    }
+
+    /// The same error with the path it is about.
+    #[must_use]
+    pub fn with_path(mut self, path: impl Into<Arc<Path>>) -> Self {
+        self.path = Some(path.into());
         self
     }
 
@@ -87,6 +131,21 @@ impl BackendError {
     /// What was tried on what.
     pub fn message(&self) -> &str {
         &self.message
+    }
+
+    /// The operation that failed, if the backend names one.
+    pub fn operation(&self) -> Option<&str> {
+        self.operation.as_deref()
+    }
+
+    /// The number of the error where it happened: `errno` of the host or the guest, whoever answered.
+    pub fn errno(&self) -> Option<i32> {
+        self.errno
+    }
+
+    /// The path it is about, if the backend names one.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// A backend must not panic; if it does, nobody knows what it has done.
@@ -289,5 +348,83 @@ impl fmt::Display for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         Some(&self.0.cause)
+    }
+}
+
+/// The sources of an error as their messages, outermost first.
+mod source_messages {
+    use std::error::Error as StdError;
+    use std::fmt;
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// As many sources as are carried. A chain is rarely longer than three.
+    const LONGEST_CHAIN: usize = 16;
+
+    type Source = Option<Arc<dyn StdError + Send + Sync>>;
+
+    /// A source that has crossed a line: only its message is left.
+    #[derive(Debug)]
+    struct Message {
+        text: String,
+        source: Option<Box<Message>>,
+    }
+
+    impl fmt::Display for Message {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(&self.text)
+        }
+    }
+
+    impl StdError for Message {
+        fn source(&self) -> Option<&(dyn StdError + 'static)> {
+            self.source.as_deref().map(|source| source as _)
+        }
+    }
+
+    pub(super) fn serialize<S: Serializer>(source: &Source, to: S) -> Result<S::Ok, S::Error> {
+        let first = source.as_deref().map(|source| source as &dyn StdError);
+        let chain = std::iter::successors(first, |error: &&dyn StdError| (*error).source());
+        let messages: Vec<String> = chain.take(LONGEST_CHAIN).map(ToString::to_string).collect();
+        messages.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Source, D::Error> {
+        let messages = Vec::<String>::deserialize(from)?;
+        let chain = messages.into_iter().take(LONGEST_CHAIN).rev();
+        let outermost = chain.fold(None, |source, text| {
+            Some(Box::new(Message { text, source }))
+        });
+        Ok(outermost.map(|message| Arc::from(message as Box<dyn StdError + Send + Sync>)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_error_travels() {
+        let cause = io::Error::from_raw_os_error(16);
+        let sent = BackendError::busy("cannot unmount /a")
+            .with_source(cause)
+            .with_operation("umount2")
+            .with_path(Path::new("/a"));
+        let text = serde_json::to_string(&sent).unwrap();
+        let came: BackendError = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (came.kind(), came.message(), came.errno()),
+            (ErrorKind::Busy, "cannot unmount /a", Some(16))
+        );
+        assert_eq!(
+            (came.operation(), came.path()),
+            (Some("umount2"), Some(Path::new("/a")))
+        );
+        let (sent, came) = (sent.source().unwrap(), came.source().unwrap());
+        assert_eq!(sent.to_string(), came.to_string());
+        let bare: BackendError =
+            serde_json::from_str(r#"{"kind":"Gone","message":"m","later":1}"#).unwrap();
+        assert!(bare.source().is_none() && bare.errno().is_none());
     }
 }

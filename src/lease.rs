@@ -44,16 +44,16 @@ use crate::release::{ReleaseError, Releasing, nothing_to_release};
 use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
 use crate::{BackendError, Error, ErrorKind};
 
-mod asked;
 mod entry;
 mod handle;
 #[cfg(test)]
 mod interleavings;
+mod request;
 
-use asked::{Asked, TakeBack};
-use entry::{Entry, Look, State};
+use entry::{Entry, Phase, State};
 pub(crate) use handle::Lease;
-use handle::Owed;
+use handle::PendingTeardown;
+use request::{CancelOnDrop, PendingRequest};
 
 /// What a table does to set a resource up and to tear it down.
 ///
@@ -67,14 +67,14 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     type Resource: Send + Sync + 'static;
 
     /// Sets the resource up. After an error other than `Uncertain` nothing of it is left.
-    fn raise(
+    fn setup(
         &self,
         key: &Self::Key,
         job: &mut Self::Job,
     ) -> impl Future<Output = Result<Self::Resource, Error>> + Send;
 
     /// Tears the resource down, from the step at which the last attempt stopped.
-    fn lower(
+    fn teardown(
         &self,
         key: &Self::Key,
         job: &mut Self::Job,
@@ -82,7 +82,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// Gives back the leases that a job holds. They are counted back when this returns; the future
     /// waits for what that tears down.
-    fn finish(&self, job: Self::Job) -> Releasing;
+    fn release_held(&self, job: Self::Job) -> Releasing;
 
     /// Refuses a job that cannot share the resource that is up under its key.
     fn check(&self, up: &Self::Resource, asked: &Self::Job) -> Result<(), Error>;
@@ -97,7 +97,7 @@ pub(crate) struct Table<D: Driver> {
     entries: DashMap<D::Key, Arc<Entry<D>>, FixedState>,
     driver: D,
     /// How long a caller waits for a task.
-    patience: Duration,
+    timeout: Duration,
     /// Where releases run that are dropped outside of any runtime.
     runtime: OnceLock<Handle>,
 }
@@ -106,12 +106,12 @@ pub(crate) struct Table<D: Driver> {
 type Answer<D> = oneshot::Sender<Result<Lease<D>, Error>>;
 
 impl<D: Driver> Table<D> {
-    pub(crate) fn new(driver: D, patience: Duration) -> Arc<Self> {
+    pub(crate) fn new(driver: D, timeout: Duration) -> Arc<Self> {
         let entries = DashMap::default();
         Arc::new(Table {
             entries,
             driver,
-            patience,
+            timeout,
             runtime: OnceLock::new(),
         })
     }
@@ -158,39 +158,39 @@ impl<D: Driver> Table<D> {
         self.runtime.get_or_init(|| runtime.clone());
         // The entry is in the table before the task runs, so that a `drain` from now on sees it.
         let entry = self.entry(&key);
-        let asked = Asked::new(job);
+        let asked = PendingRequest::new(job);
         let (answer, outcome) = oneshot::channel();
-        let task = Arc::clone(self).enter(entry, asked.clone(), answer);
+        let task = Arc::clone(self).run(entry, asked.clone(), answer);
         runtime.spawn(task.in_current_span());
-        let _on_giving_up = TakeBack(asked);
-        let cause = match timeout(self.patience, outcome).await {
+        let _on_giving_up = CancelOnDrop(asked);
+        let cause = match timeout(self.timeout, outcome).await {
             Ok(Ok(outcome)) => return outcome,
             Ok(Err(_)) => interrupted(),
-            Err(_) => self.impatient(),
+            Err(_) => self.timed_out(),
         };
         Err(self.driver.error(&key, None, cause))
     }
 
     /// Answers one caller: queues for the key, looks, and does what it takes.
-    async fn enter(
+    async fn run(
         self: Arc<Self>,
         mut entry: Arc<Entry<D>>,
-        asked: Asked<D::Job>,
+        asked: PendingRequest<D::Job>,
         answer: Answer<D>,
     ) {
         loop {
             let queued_at = Some(entry.attempts());
             let mut job = entry.job.lock().await;
             let refusal = match entry.look(queued_at) {
-                Look::Idle => match asked.take() {
+                Phase::Idle => match asked.take() {
                     Some(asked) => {
                         *job = Some(asked);
-                        return self.raise(&entry, job, answer).await;
+                        return self.setup(&entry, job, answer).await;
                     }
                     // Given up before its turn: there is nothing to begin.
                     None => return self.remove(&entry, None),
                 },
-                Look::Up => match self.join_entry(Arc::clone(&entry)) {
+                Phase::Up => match self.join_entry(Arc::clone(&entry)) {
                     // The last lease came back since we looked.
                     None => continue,
                     Some(lease) => match asked.look(|job| self.driver.check(lease.resource(), job))
@@ -200,8 +200,8 @@ impl<D: Driver> Table<D> {
                         None => return,
                     },
                 },
-                Look::Draining if asked.is_taken_back() => return,
-                Look::Draining => match self.lower(&entry, &mut job).await {
+                Phase::Draining if asked.is_taken_back() => return,
+                Phase::Draining => match self.teardown(&entry, &mut job).await {
                     Err(error) => error,
                     Ok(rest) => {
                         drop(job);
@@ -210,15 +210,15 @@ impl<D: Driver> Table<D> {
                         continue;
                     }
                 },
-                Look::Failed(error) | Look::Gone(Some(error)) => error,
-                Look::Gone(None) => {
+                Phase::Failed(error) | Phase::Gone(Some(error)) => error,
+                Phase::Gone(None) => {
                     drop(job);
                     entry = self.entry(&entry.key);
                     continue;
                 }
             };
             // Counted back while the entry is ours, as everywhere.
-            let unused = asked.take().map(|asked| self.driver.finish(asked));
+            let unused = asked.take().map(|asked| self.driver.release_held(asked));
             drop(job);
             if let Some(rest) = unused {
                 log_failure(rest.await);
@@ -228,16 +228,16 @@ impl<D: Driver> Table<D> {
     }
 
     /// Answers with a share of what is up. The caller holds the entry's job.
-    async fn hand_over(&self, lease: Lease<D>, unused: &Asked<D::Job>, answer: Answer<D>) {
+    async fn hand_over(&self, lease: Lease<D>, unused: &PendingRequest<D::Job>, answer: Answer<D>) {
         if let Some(unused) = unused.take() {
             // What is up holds what it needs, so nothing here is anybody's last lease.
-            log_failure(self.driver.finish(unused).await);
+            log_failure(self.driver.release_held(unused).await);
         }
         drop(answer.send(Ok(lease)));
     }
 
     /// Sets up what an idle entry stands for, and answers.
-    async fn raise(
+    async fn setup(
         self: &Arc<Self>,
         entry: &Arc<Entry<D>>,
         mut job: JobGuard<'_, D>,
@@ -247,7 +247,7 @@ impl<D: Driver> Table<D> {
             attempts: 0,
             error: None,
         });
-        let error = match self.driver.raise(&entry.key, work(&mut job)).await {
+        let error = match self.driver.setup(&entry.key, work(&mut job)).await {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
                 entry.set(State::Up(1));
@@ -259,7 +259,13 @@ impl<D: Driver> Table<D> {
         };
         // Nobody holds what is uncertain, so nobody else would ever lower it.
         let uncertain = error.kind() == ErrorKind::Uncertain;
-        if uncertain && self.driver.lower(&entry.key, work(&mut job)).await.is_err() {
+        if uncertain
+            && self
+                .driver
+                .teardown(&entry.key, work(&mut job))
+                .await
+                .is_err()
+        {
             entry.set(State::Draining {
                 attempts: 1,
                 error: Some(error.clone()),
@@ -269,7 +275,7 @@ impl<D: Driver> Table<D> {
             // An error about the request is its asker's own: who queued may have asked for something
             // else, and tries for itself.
             let about_request = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid);
-            let rest = self.leave(entry, &mut job, (!about_request).then(|| error.clone()));
+            let rest = self.retire(entry, &mut job, (!about_request).then(|| error.clone()));
             drop(job);
             log_failure(rest.await);
         }
@@ -278,13 +284,13 @@ impl<D: Driver> Table<D> {
 
     /// Tears down what an entry owes. What it held is counted back by then; the future that it
     /// answers with waits for what that tears down.
-    async fn lower(
+    async fn teardown(
         &self,
         entry: &Arc<Entry<D>>,
         job: &mut JobGuard<'_, D>,
     ) -> Result<Releasing, Error> {
-        match self.driver.lower(&entry.key, work(job)).await {
-            Ok(()) => Ok(self.leave(entry, job, None)),
+        match self.driver.teardown(&entry.key, work(job)).await {
+            Ok(()) => Ok(self.retire(entry, job, None)),
             Err(error) => {
                 let attempts = entry.attempts() + 1;
                 entry.set(State::Draining {
@@ -297,14 +303,14 @@ impl<D: Driver> Table<D> {
     }
 
     /// Takes an entry out of the table, its resource being down.
-    fn leave(
+    fn retire(
         &self,
         entry: &Arc<Entry<D>>,
         job: &mut JobGuard<'_, D>,
         outcome: Option<Error>,
     ) -> Releasing {
         // Counted back before the entry goes: who sees no entry here finds nothing held there either.
-        let rest = self.driver.finish(job.take().expect(JOB_GIVEN));
+        let rest = self.driver.release_held(job.take().expect(JOB_GIVEN));
         self.remove(entry, outcome);
         rest
     }
@@ -317,19 +323,20 @@ impl<D: Driver> Table<D> {
 
     /// Pays what an entry owes, unless that is done. What it held has its own tear-down under way by
     /// then, and its own errors: the answer is what waits for that.
-    async fn pay(
+    async fn retry(
         self: Arc<Self>,
         entry: Arc<Entry<D>>,
         queued_at: Option<usize>,
     ) -> Result<Releasing, ReleaseError> {
         let mut job = entry.job.lock().await;
         let outcome = match entry.look(queued_at) {
-            Look::Draining => self.lower(&entry, &mut job).await,
-            Look::Failed(error) => Err(error),
-            Look::Idle | Look::Up | Look::Gone(_) => Ok(nothing_to_release()),
+            Phase::Draining => self.teardown(&entry, &mut job).await,
+            Phase::Failed(error) => Err(error),
+            Phase::Idle | Phase::Up | Phase::Gone(_) => Ok(nothing_to_release()),
         };
         drop(job);
-        outcome.map_err(|error| ReleaseError::new(error, Owed::new(&self, &entry).boxed()))
+        outcome
+            .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
     }
 
     /// Tears down everything that is owed, all at once, and waits for what is under way. Answers with
@@ -341,8 +348,8 @@ impl<D: Driver> Table<D> {
             .into_iter()
             .filter(|entry| !entry.is_settled());
         // An attempt that is under way may have begun before the cause of its failure was gone.
-        let owed = owing.map(|entry| Owed::new(self, &entry).insisting());
-        let payments: Vec<_> = owed.map(Owed::start).collect();
+        let owed = owing.map(|entry| PendingTeardown::new(self, &entry).forced());
+        let payments: Vec<_> = owed.map(PendingTeardown::start).collect();
         let mut failed = Vec::new();
         for payment in payments {
             if let Err(error) = payment.wait().await {
@@ -378,12 +385,12 @@ impl<D: Driver> Table<D> {
         Arc::clone(&*self.entries.entry(key.clone()).or_insert(fresh))
     }
 
-    pub(crate) fn patience(&self) -> Duration {
-        self.patience
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
-    pub(crate) fn impatient(&self) -> BackendError {
-        let waited = self.patience;
+    pub(crate) fn timed_out(&self) -> BackendError {
+        let waited = self.timeout;
         BackendError::uncertain(format!(
             "no answer within {waited:?}; it goes on in the background"
         ))

@@ -98,7 +98,7 @@ pub use contracts::{BlockDevice, LayerCombiner, Mounter, Overlay, Resolver, Tran
 pub use disk::{Disk, DiskId, DiskKind};
 pub use error::{BackendError, Error, ErrorKind, Step};
 pub use locator::{DeviceLocator, InvalidLocator};
-pub use manager::{Drained, Manager, ManagerBuilder, PATIENCE};
+pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use options::{
     Encryption, Expose, Format, InvalidOptions, MountFlag, MountFlags, MountOptions,

@@ -21,7 +21,7 @@ use crate::{
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
 /// of Hyper-V's guests waits for a reply. Backends bound their waits themselves, and well below this.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Disks in, mounts out: attaches a disk to the VM, mounts it in the guest, shares both between all who
 /// ask for the same, and takes it out again exactly once, whatever fails on the way.
@@ -46,7 +46,7 @@ pub struct ManagerBuilder {
     mounter: Box<dyn Mounter>,
     combiner: Box<dyn LayerCombiner>,
     mount_root: PathBuf,
-    patience: Duration,
+    timeout: Duration,
 }
 
 /// What [`Manager::drain`] found.
@@ -75,7 +75,7 @@ impl Manager {
             mounter: Box::new(Missing("mounter")),
             combiner: Box::new(Missing("combiner")),
             mount_root: PathBuf::from("/run/mounts/blockmount"),
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
         }
     }
 
@@ -231,9 +231,9 @@ impl ManagerBuilder {
     }
 
     /// How long a caller waits for one answer before it gets `Uncertain`; what it waits for goes on.
-    /// Default: [`PATIENCE`].
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    /// Default: [`DEFAULT_TIMEOUT`].
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -245,7 +245,7 @@ impl ManagerBuilder {
             mounter,
             combiner,
             mount_root,
-            patience,
+            timeout,
         } = self;
         let only = if transports.len() == 1 {
             transports.pop()
@@ -260,9 +260,9 @@ impl ManagerBuilder {
         let unplugger = unplugger.unwrap_or_else(|| Box::new(Missing("unplugger")));
         let claims = Claims::new(mount_root);
         Manager {
-            attachments: AttachManager::with_patience(transport, unplugger, patience),
-            mounts: BlockMountManager::with_claims(mounter, claims.clone(), patience),
-            stacks: Table::new(Combining::new(combiner, claims), patience),
+            attachments: AttachManager::with_timeout(transport, unplugger, timeout),
+            mounts: BlockMountManager::with_claims(mounter, claims.clone(), timeout),
+            stacks: Table::new(Combining::new(combiner, claims), timeout),
         }
     }
 }
@@ -282,7 +282,7 @@ impl Transport for Missing {
         Err(self.refuse())
     }
 
-    async fn attach(&self, _: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, _: &Disk, _: &DiskId) -> Result<DeviceLocator, BackendError> {
         Err(self.refuse())
     }
 
@@ -339,7 +339,7 @@ impl fmt::Debug for ManagerBuilder {
         f.debug_struct("ManagerBuilder")
             .field("transports", &self.transports.len())
             .field("mount_root", &self.mount_root)
-            .field("patience", &self.patience)
+            .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
 }

@@ -13,8 +13,8 @@ use crate::lease::{Driver, Lease, Table};
 use crate::release::{Releasing, nothing_to_release};
 use crate::target::{Claim, Claims};
 use crate::{
-    BackendError, DeviceLocator, Disk, DiskId, Drained, Error, MountOptions, MountRequest, Mounter,
-    PATIENCE, ReleaseError, Step,
+    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountOptions,
+    MountRequest, Mounter, ReleaseError, Step,
 };
 
 /// Mounts each device once for each set of options, shares the mount between all who ask, and unmounts
@@ -66,17 +66,17 @@ impl BlockMountManager {
     /// A manager that makes up paths below `root` (an absolute path in the guest) where none is asked
     /// for, and waits for one answer at most five minutes.
     pub fn new(mounter: impl Mounter, root: impl Into<PathBuf>) -> Self {
-        Self::with_claims(Box::new(mounter), Claims::new(root.into()), PATIENCE)
+        Self::with_claims(Box::new(mounter), Claims::new(root.into()), DEFAULT_TIMEOUT)
     }
 
     pub(crate) fn with_claims(
         mounter: Box<dyn Mounter>,
         claims: Claims,
-        patience: Duration,
+        timeout: Duration,
     ) -> Self {
         let driver = Mounting { mounter, claims };
         BlockMountManager {
-            table: Table::new(driver, patience),
+            table: Table::new(driver, timeout),
         }
     }
 
@@ -317,7 +317,7 @@ impl Driver for Mounting {
     type Job = MountJob;
     type Resource = Mounted;
 
-    async fn raise(&self, key: &Key, job: &mut MountJob) -> Result<Mounted, Error> {
+    async fn setup(&self, key: &Key, job: &mut MountJob) -> Result<Mounted, Error> {
         let Key { locator, options } = key;
         let claim = self.claims.mount(locator, options, job.target.as_deref());
         let claim = claim.map_err(|cause| job.explain(locator, Error::new(Step::Mount, cause)))?;
@@ -340,7 +340,7 @@ impl Driver for Mounting {
         })
     }
 
-    async fn lower(&self, key: &Key, job: &mut MountJob) -> Result<(), Error> {
+    async fn teardown(&self, key: &Key, job: &mut MountJob) -> Result<(), Error> {
         let Some(claim) = &job.claim else {
             return Ok(());
         };
@@ -350,7 +350,7 @@ impl Driver for Mounting {
         outcome.map_err(|error| job.explain(locator, error))
     }
 
-    fn finish(&self, job: MountJob) -> Releasing {
+    fn release_held(&self, job: MountJob) -> Releasing {
         drop(job.claim);
         match job.attachment {
             Some(attachment) => attachment.releasing(),

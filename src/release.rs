@@ -10,9 +10,9 @@ use tracing::error;
 use crate::{Error, ErrorKind};
 
 /// A tear-down that is still owed by some table.
-pub(crate) trait Debt: Send + Sync {
+pub(crate) trait PendingRelease: Send + Sync {
     /// Tries it once more.
-    fn pay(self: Box<Self>) -> Releasing;
+    fn retry(self: Box<Self>) -> Releasing;
 }
 
 /// A release under way. Dropping it gives up the wait, not the tear-down.
@@ -27,7 +27,7 @@ pub(crate) type Releasing = Pin<Box<dyn Future<Output = Result<(), ReleaseError>
 pub struct ReleaseError {
     first: Error,
     others: Vec<Error>,
-    debts: Vec<Box<dyn Debt>>,
+    pending: Vec<Box<dyn PendingRelease>>,
 }
 
 /// For what holds nothing.
@@ -36,11 +36,11 @@ pub(crate) fn nothing_to_release() -> Releasing {
 }
 
 impl ReleaseError {
-    pub(crate) fn new(error: Error, debt: Box<dyn Debt>) -> Self {
+    pub(crate) fn new(error: Error, pending: Box<dyn PendingRelease>) -> Self {
         ReleaseError {
             first: error,
             others: Vec::new(),
-            debts: vec![debt],
+            pending: vec![pending],
         }
     }
 
@@ -72,8 +72,8 @@ impl ReleaseError {
     /// [`Manager::drain`](crate::Manager::drain) does what it leaves.
     pub async fn retry(self) -> Result<(), ReleaseError> {
         let mut outcome = Ok(());
-        for debt in self.debts {
-            outcome = both(outcome, debt.pay().await);
+        for pending in self.pending {
+            outcome = both(outcome, pending.retry().await);
         }
         outcome
     }
@@ -99,7 +99,7 @@ pub(crate) fn both(
         (Err(mut one), Err(other)) => {
             one.others.push(other.first);
             one.others.extend(other.others);
-            one.debts.extend(other.debts);
+            one.pending.extend(other.pending);
             Err(one)
         }
         (one, other) => one.and(other),

@@ -35,7 +35,7 @@
 //! fast, but it does not know which slot is lowest, nor can it give out a slot that is asked for.
 //!
 //! The tree is under one mutex, which is held for a few nanoseconds, never across a call to anybody
-//! else, and only for these words. It is `parking_lot`'s because that one spins with patience before it
+//! else, and only for these words. It is `parking_lot`'s because that one spins with timeout before it
 //! sleeps: with a wait this short, two threads at once cost half of what they do with the standard one.
 //! Doing without a lock would need a retry loop over four levels, and could no longer promise the
 //! lowest slot, nor that "none is free" was ever true.

@@ -187,7 +187,7 @@ impl Driver for Combining {
     type Job = CombineJob;
     type Resource = Combined;
 
-    async fn raise(&self, target: &PathBuf, job: &mut CombineJob) -> Result<Combined, Error> {
+    async fn setup(&self, target: &PathBuf, job: &mut CombineJob) -> Result<Combined, Error> {
         let refused = |cause| Error::new(Step::Combine, cause).on_path(target);
         let directory = &job.request.scratch_directory;
         if !directory
@@ -217,13 +217,13 @@ impl Driver for Combining {
         })
     }
 
-    async fn lower(&self, target: &PathBuf, _: &mut CombineJob) -> Result<(), Error> {
+    async fn teardown(&self, target: &PathBuf, _: &mut CombineJob) -> Result<(), Error> {
         let span = info_span!("separate", path = %target.display());
         let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
         outcome.map_err(|error| error.on_path(target))
     }
 
-    fn finish(&self, job: CombineJob) -> Releasing {
+    fn release_held(&self, job: CombineJob) -> Releasing {
         drop(job.claim);
         let mounts = job.scratch.into_iter().chain(job.layers);
         release_all(mounts)

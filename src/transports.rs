@@ -60,12 +60,12 @@ impl Transport for Transports {
         Err(refused_by_all(&refusals))
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let mut refusals = Vec::new();
         for (index, transport) in self.in_order.iter().enumerate() {
             // Noted before it is asked: a call that never comes back must be followed by a detach.
             self.taken_by.insert(disk.clone(), index);
-            match transport.attach(disk).await {
+            match transport.attach(disk, id).await {
                 Err(error) if passes_on(&error) => {
                     debug!(%error, "passed on");
                     refusals.push(error);

@@ -123,7 +123,7 @@ async fn the_patience_of_a_manager_ends_and_its_work_does_not() {
     let manager = blockmount::Manager::builder()
         .transport(vm.clone())
         .unplugger(vm.clone())
-        .patience(Duration::from_secs(7))
+        .timeout(Duration::from_secs(7))
         .build();
     vm.gate_next(VmStep::Attach, 1, Gate::Never);
     let began = tokio::time::Instant::now();

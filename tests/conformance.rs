@@ -1,5 +1,6 @@
-//! The fake VM keeps the laws of every backend, and the suite catches backends that do not.
+//! The fake VM keeps the checks of every backend, and the suite catches backends that do not.
 
+use blockmount::testing::AttachIdentified as _;
 use std::future::pending;
 use std::path::Path;
 use std::sync::Arc;
@@ -54,7 +55,7 @@ async fn the_fake_vm_keeps_the_laws_of_a_transport() {
     let vm = FakeVm::with_slots(CAPACITY);
     let passed = conformance::transport(&vm, &transport_fixture(&vm)).await;
     assert!(
-        passed.successes >= 40 && passed.laws > passed.successes,
+        passed.successes >= 40 && passed.checks > passed.successes,
         "{passed:?}"
     );
     vm.assert_empty();
@@ -152,7 +153,7 @@ impl Transport for Broken {
         }
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, _: &DiskId) -> Result<DeviceLocator, BackendError> {
         self.spoil().await?;
         match self.fault {
             DoesNothing => self
@@ -161,13 +162,16 @@ impl Transport for Broken {
                 .await
                 .map(|_| "fake:0".parse().expect("a locator")),
             LeavesTheRestAfterAnError => {
-                let attached = self.vm.attach(disk).await;
+                let attached = self.vm.attach_identified(disk).await;
                 if attached.is_err() {
-                    self.vm.attach(&Disk::virtual_disk("/left/over")).await.ok();
+                    self.vm
+                        .attach_identified(&Disk::virtual_disk("/left/over"))
+                        .await
+                        .ok();
                 }
                 attached
             }
-            _ => self.vm.attach(disk).await,
+            _ => self.vm.attach_identified(disk).await,
         }
     }
 
@@ -186,7 +190,9 @@ impl Transport for Broken {
                     .is_some_and(|at| at.address() == "2") =>
             {
                 self.vm.detach(disk).await?;
-                self.vm.attach(&Disk::virtual_disk("/left/over")).await?;
+                self.vm
+                    .attach_identified(&Disk::virtual_disk("/left/over"))
+                    .await?;
                 return Ok(());
             }
             _ => {}
@@ -214,11 +220,11 @@ impl Resolver for Broken {
         match self.fault {
             GivesOneAnswerToAll => Ok(BlockDevice {
                 path: "/dev/sda".into(),
-                window: None,
+                range: None,
             }),
             Guesses => {
                 let path = format!("/dev/{}", device.address()).into();
-                Ok(BlockDevice { path, window: None })
+                Ok(BlockDevice { path, range: None })
             }
             _ => self.vm.resolve(device).await,
         }
@@ -294,14 +300,14 @@ impl LayerCombiner for Broken {
     }
 }
 
-/// Each broken backend must be caught, for the law that it breaks.
+/// Each broken backend must be caught, for the check that it breaks.
 macro_rules! caught {
-    ($suite:ident: $($name:ident $fault:ident $law:literal;)*) => {
+    ($suite:ident: $($name:ident $fault:ident $check:literal;)*) => {
         mod $suite {
             use super::*;
             $(
                 #[tokio::test(start_paused = true)]
-                #[should_panic(expected = $law)]
+                #[should_panic(expected = $check)]
                 async fn $name() {
                     run::$suite($fault).await;
                 }

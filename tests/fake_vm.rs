@@ -1,5 +1,6 @@
 //! The fake VM tells the truth, keeps its gates, and sees every broken rule.
 
+use blockmount::testing::AttachIdentified as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -40,7 +41,7 @@ async fn unplug(vm: &FakeVm, device: &str) -> Result<(), ErrorKind> {
 }
 
 async fn attach(vm: &FakeVm, name: &str) -> Result<String, ErrorKind> {
-    vm.attach(&disk(name))
+    vm.attach_identified(&disk(name))
         .await
         .map(|at| at.to_string())
         .map_err(|error| error.kind())

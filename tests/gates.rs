@@ -18,7 +18,7 @@ use harness::{Held, clean, disk, manager_of, poll_and_give_up, request, soon};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
 
-const PATIENCE: Duration = Duration::from_secs(300);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 const MILLISECOND: Duration = Duration::from_millis(1);
 
 const GATES: [Gate; 10] = [
@@ -165,7 +165,7 @@ fn set(vm: &FakeVm, step: VmStep, gate: Gate, how: For) {
 async fn run(gates: &[(VmStep, Gate)], how: For, at: u32) {
     let vm = slow_vm();
     let case = Rc::new(Case {
-        manager: manager_of(&vm, PATIENCE),
+        manager: manager_of(&vm, DEFAULT_TIMEOUT),
         vm: vm.clone(),
     });
     for (step, gate) in gates {
@@ -221,7 +221,7 @@ fn a_drain_right_after_giving_up_leaves_nothing() {
             on_paused_clock(async move {
                 let vm = slow_vm();
                 let case = Case {
-                    manager: manager_of(&vm, PATIENCE),
+                    manager: manager_of(&vm, DEFAULT_TIMEOUT),
                     vm: vm.clone(),
                 };
                 match polls {
@@ -250,7 +250,7 @@ fn said(error: &Error) -> String {
 /// Eight callers wait for one attempt, which fails: there is one call, and all get that error.
 async fn one_outcome(step: VmStep, gate: Gate, kind: ErrorKind) {
     let vm = slow_vm();
-    let manager = manager_of(&vm, PATIENCE);
+    let manager = manager_of(&vm, DEFAULT_TIMEOUT);
     vm.delay(step, 10 * MILLISECOND);
     vm.gate_next(step, 1, gate);
     let callers: Vec<_> = (0..8)
@@ -314,7 +314,7 @@ fn all_who_wait_for_one_tear_down_get_its_outcome() {
     for step in [VmStep::Unmount, VmStep::Unplug, VmStep::Detach] {
         on_paused_clock(async move {
             let vm = slow_vm();
-            let manager = manager_of(&vm, PATIENCE);
+            let manager = manager_of(&vm, DEFAULT_TIMEOUT);
             let mount = manager
                 .add(&disk(0, true), &request(&["ro"], None))
                 .await
@@ -348,11 +348,11 @@ fn all_who_wait_for_one_tear_down_get_its_outcome() {
     }
 }
 
-/// With a call that never comes back, a caller is answered after the patience of the manager. The work
+/// With a call that never comes back, a caller is answered after the timeout of the manager. The work
 /// goes on, and once it is over nothing is left of it.
 #[test]
-fn patience() {
-    const PATIENCE: Duration = Duration::from_secs(7);
+fn a_timeout() {
+    const DEFAULT_TIMEOUT: Duration = Duration::from_secs(7);
     for step in [
         VmStep::Identify,
         VmStep::Attach,
@@ -362,14 +362,14 @@ fn patience() {
     ] {
         on_paused_clock(async move {
             let vm = FakeVm::new();
-            let manager = manager_of(&vm, PATIENCE);
+            let manager = manager_of(&vm, DEFAULT_TIMEOUT);
             vm.gate_next(step, 1, Gate::Never);
             let began = Instant::now();
             let error = soon(&format!("{step}"), manager.stack(&stack()))
                 .await
                 .unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{step}");
-            assert_eq!(began.elapsed(), PATIENCE, "{step}");
+            assert_eq!(began.elapsed(), DEFAULT_TIMEOUT, "{step}");
             let hanging = vm.calls(step);
             // A drain is as patient, and says what it has not seen the end of.
             let drained = soon("drain", manager.drain()).await;
@@ -389,7 +389,7 @@ fn patience() {
 
 #[test]
 fn patience_with_a_tear_down() {
-    const PATIENCE: Duration = Duration::from_secs(7);
+    const DEFAULT_TIMEOUT: Duration = Duration::from_secs(7);
     for step in [
         VmStep::Separate,
         VmStep::Unmount,
@@ -398,7 +398,7 @@ fn patience_with_a_tear_down() {
     ] {
         on_paused_clock(async move {
             let vm = FakeVm::new();
-            let manager = manager_of(&vm, PATIENCE);
+            let manager = manager_of(&vm, DEFAULT_TIMEOUT);
             let held = manager.stack(&stack()).await.unwrap();
             vm.gate_next(step, 1, Gate::Never);
             let began = Instant::now();
@@ -414,10 +414,10 @@ fn patience_with_a_tear_down() {
                 reported.to_string(),
                 "what hangs"
             );
-            assert_eq!(began.elapsed(), PATIENCE, "{step}");
+            assert_eq!(began.elapsed(), DEFAULT_TIMEOUT, "{step}");
             let retried = soon("the retry", error.retry()).await;
             let retried = retried.expect_err(&format!("the {step} is still owed"));
-            assert_eq!(began.elapsed(), 2 * PATIENCE, "{step}");
+            assert_eq!(began.elapsed(), 2 * DEFAULT_TIMEOUT, "{step}");
             vm.open_gates();
             soon("the second retry", retried.retry()).await.unwrap();
             assert_eq!(clean(&vm, &manager).await, 1);
@@ -433,7 +433,7 @@ fn the_end_of_the_vm_at_any_moment() {
             on_paused_clock(async move {
                 let vm = slow_vm();
                 let case = Rc::new(Case {
-                    manager: manager_of(&vm, PATIENCE),
+                    manager: manager_of(&vm, DEFAULT_TIMEOUT),
                     vm: vm.clone(),
                 });
                 let request = stack();
@@ -468,7 +468,7 @@ fn the_end_of_the_vm_at_any_moment() {
 fn an_identify_ends_with_its_caller_and_nothing_begins() {
     on_paused_clock(async {
         let vm = FakeVm::new();
-        let manager = manager_of(&vm, PATIENCE);
+        let manager = manager_of(&vm, DEFAULT_TIMEOUT);
         vm.delay(VmStep::Identify, 2 * MILLISECOND);
         drop(timeout(MILLISECOND, manager.attach(&disk(0, true))).await);
         sleep(5 * MILLISECOND).await;

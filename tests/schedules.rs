@@ -158,13 +158,13 @@ impl Schedule {
         let percent = *seed.pick(&[20, 20, 20, 20, 5, 0]);
         vm.gate_by(faults(seed.next(), percent, seed.percent(5)));
         let hasty = seed.percent(10);
-        let patience = if hasty {
+        let timeout = if hasty {
             Duration::from_millis(4)
         } else {
             Duration::from_secs(300)
         };
         let schedule = Rc::new(Schedule {
-            manager: manager_of(&vm, patience),
+            manager: manager_of(&vm, timeout),
             vm,
             hasty,
             killed: Cell::new(false),
@@ -211,7 +211,7 @@ impl Schedule {
             match seed.below(20) {
                 0 => drop(self.manager.drain().await),
                 1 => drop(give_up_after(&mut seed, 6, self.manager.drain()).await),
-                2..=4 => self.pay(&mut seed).await,
+                2..=4 => self.retry(&mut seed).await,
                 _ => self.ask(&mut seed).await,
             }
             if seed.percent(50) {
@@ -264,7 +264,7 @@ impl Schedule {
     }
 
     /// Tries again what somebody's release left.
-    async fn pay(&self, seed: &mut Seed) {
+    async fn retry(&self, seed: &mut Seed) {
         let error = self.errors.borrow_mut().pop();
         if let Some(error) = error {
             match give_up_after(seed, 20, error.retry()).await {

@@ -41,7 +41,7 @@ async fn o04_a_half_detached_disk_is_not_handed_out() {
         [2, 2, 2]
     );
     assert!(vm.device_at(mount.path()).is_some());
-    // The old debt was paid by that; to retry it now takes nothing from anybody.
+    // The old pending was paid by that; to retry it now takes nothing from anybody.
     failed.retry().await.unwrap();
     assert!(vm.device_at(mount.path()).is_some());
     mount.release().await.unwrap();
@@ -201,11 +201,11 @@ async fn o24_a_stale_debt_never_touches_what_took_its_place() {
     let (vm, manager) = over(blockmount::testing::FakeVm::with_slots(1));
     let old = manager.add(&layer(0), &ro().at("/a")).await.unwrap();
     vm.gate_next(VmStep::Unmount, 1, Gate::Err(ErrorKind::Busy));
-    let debt = old.release().await.unwrap_err();
+    let pending = old.release().await.unwrap_err();
     assert!(manager.drain().await.is_clean(), "somebody else pays");
     // Another disk takes the only slot and the path.
     let new = manager.add(&layer(1), &ro().at("/a")).await.unwrap();
-    debt.retry().await.unwrap();
+    pending.retry().await.unwrap();
     assert_eq!(vm.device_at("/a").as_ref(), Some(new.locator()));
     new.release().await.unwrap();
     clean(&vm, &manager).await;
@@ -263,24 +263,24 @@ async fn n06_a_retry_takes_no_share_of_somebody_else() {
     let (vm, manager) = vm();
     let one = manager.add(&layer(0), &ro()).await.unwrap();
     vm.gate_next(VmStep::Unplug, 1, Gate::Err(ErrorKind::Busy));
-    let debt = one.release().await.unwrap_err();
-    assert_eq!(debt.error().step(), Step::Unplug);
+    let pending = one.release().await.unwrap_err();
+    assert_eq!(pending.error().step(), Step::Unplug);
     let two = manager.add(&layer(0), &ro()).await.unwrap();
-    debt.retry().await.unwrap();
+    pending.retry().await.unwrap();
     assert!(vm.device_at(two.path()).is_some());
     two.release().await.unwrap();
     clean(&vm, &manager).await;
 }
 
-/// A handle is consumed by its release, so it cannot be released twice; a paid debt can be retried.
+/// A handle is consumed by its release, so it cannot be released twice; a paid pending can be retried.
 #[tokio::test(start_paused = true)]
 async fn n15_a_release_that_was_completed_elsewhere_is_complete() {
     let (vm, manager) = vm();
     let mount = manager.add(&scratch(0), &rw()).await.unwrap();
     vm.gate_next(VmStep::Unmount, 1, Gate::Err(ErrorKind::Busy));
-    let debt = mount.release().await.unwrap_err();
+    let pending = mount.release().await.unwrap_err();
     assert!(manager.drain().await.is_clean());
-    debt.retry().await.expect("there is nothing left to do");
+    pending.retry().await.expect("there is nothing left to do");
     clean(&vm, &manager).await;
 }
 

@@ -35,7 +35,7 @@ const WORK: &str = "/var/tmp";
 /// What starts the mark of every run.
 const MARK: &str = "blockmount:";
 /// How long a start waits for a clean-up, and one clean-up for another.
-const PATIENCE: Duration = Duration::from_secs(30);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A run that is alive. [`finish`](Self::finish) removes its directories; dropping it tries to.
 #[derive(Debug)]
@@ -294,7 +294,7 @@ pub(crate) fn open_runs() -> io::Result<File> {
 
 /// Takes a lock, or says after a while that somebody has it.
 pub(crate) fn lock(file: &File, operation: FlockOperation) -> Result<(), Failure> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + DEFAULT_TIMEOUT;
     loop {
         match flock(file, operation) {
             Ok(()) => return Ok(()),

@@ -21,7 +21,7 @@ pub(super) enum State {
     Idle,
     /// The resource is up, and this many leases keep it so.
     Up(usize),
-    /// The resource may or may not be up; `lower` must succeed before anything else.
+    /// The resource may or may not be up; `teardown` must succeed before anything else.
     Draining {
         /// How often that has been tried in vain.
         attempts: usize,
@@ -33,7 +33,7 @@ pub(super) enum State {
 }
 
 /// What a task finds when its turn has come.
-pub(super) enum Look {
+pub(super) enum Phase {
     Idle,
     Up,
     Draining,
@@ -45,16 +45,18 @@ pub(super) enum Look {
 impl<D: Driver> Entry<D> {
     /// `queued_at`: the attempts that had been made when the task began to wait. Whoever waited for
     /// somebody else's attempt gets its outcome, in place of one more attempt each.
-    pub(super) fn look(&self, queued_at: Option<usize>) -> Look {
+    pub(super) fn look(&self, queued_at: Option<usize>) -> Phase {
         match &*lock(&self.state) {
-            State::Idle => Look::Idle,
-            State::Up(_) => Look::Up,
-            State::Gone(outcome) => Look::Gone(outcome.clone()),
+            State::Idle => Phase::Idle,
+            State::Up(_) => Phase::Up,
+            State::Gone(outcome) => Phase::Gone(outcome.clone()),
             State::Draining {
                 attempts,
                 error: Some(error),
-            } if queued_at.is_some_and(|before| before != *attempts) => Look::Failed(error.clone()),
-            State::Draining { .. } => Look::Draining,
+            } if queued_at.is_some_and(|before| before != *attempts) => {
+                Phase::Failed(error.clone())
+            }
+            State::Draining { .. } => Phase::Draining,
         }
     }
 

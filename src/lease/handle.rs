@@ -6,7 +6,7 @@ use tracing::{Instrument, error};
 
 use super::entry::{Entry, State};
 use super::{Driver, Table, interrupted};
-use crate::release::{Debt, ReleaseError, Releasing};
+use crate::release::{PendingRelease, ReleaseError, Releasing};
 use crate::sync::{Handle, lock, oneshot, timeout};
 
 /// One caller's share of a resource that is up; its `Drop` gives it back.
@@ -34,7 +34,7 @@ impl<D: Driver> Lease<D> {
     /// tear-down if it was the last, and dropping it gives up that wait, not the tear-down.
     pub(crate) fn release(mut self) -> Releasing {
         let owed = self.0.take().and_then(Share::give_back);
-        let payment = owed.map(Owed::start);
+        let payment = owed.map(PendingTeardown::start);
         Box::pin(async move {
             match payment {
                 Some(payment) => payment.wait().await,
@@ -55,7 +55,7 @@ impl<D: Driver> Drop for Lease<D> {
 
 impl<D: Driver> Share<D> {
     /// Counts the share back; answers with what is owed if it was the last.
-    fn give_back(self) -> Option<Owed<D>> {
+    fn give_back(self) -> Option<PendingTeardown<D>> {
         match &mut *lock(&self.entry.state) {
             State::Up(leases) if *leases > 1 => {
                 *leases -= 1;
@@ -69,12 +69,12 @@ impl<D: Driver> Share<D> {
                 };
             }
         }
-        Some(Owed::new(&self.table, &self.entry))
+        Some(PendingTeardown::new(&self.table, &self.entry))
     }
 }
 
 /// A tear-down that one entry owes.
-pub(super) struct Owed<D: Driver> {
+pub(super) struct PendingTeardown<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
     /// The attempts made so far, to share the outcome of those under way; `None` to insist.
@@ -88,10 +88,10 @@ pub(super) struct Payment<D: Driver> {
     outcome: oneshot::Receiver<Result<Releasing, ReleaseError>>,
 }
 
-impl<D: Driver> Owed<D> {
+impl<D: Driver> PendingTeardown<D> {
     pub(super) fn new(table: &Arc<Table<D>>, entry: &Arc<Entry<D>>) -> Self {
         let queued_at = Some(entry.attempts());
-        Owed {
+        PendingTeardown {
             table: Arc::clone(table),
             entry: Arc::clone(entry),
             queued_at,
@@ -99,26 +99,26 @@ impl<D: Driver> Owed<D> {
     }
 
     /// The same, to be paid by attempts of one's own, whatever comes of those under way.
-    pub(super) fn insisting(self) -> Self {
-        Owed {
+    pub(super) fn forced(self) -> Self {
+        PendingTeardown {
             queued_at: None,
             ..self
         }
     }
 
-    pub(super) fn boxed(self) -> Box<dyn Debt> {
+    pub(super) fn boxed(self) -> Box<dyn PendingRelease> {
         Box::new(self)
     }
 
     /// Begins to pay, in a task of its own.
     pub(super) fn start(self) -> Payment<D> {
-        let Owed {
+        let PendingTeardown {
             table,
             entry,
             queued_at,
         } = self;
         let (answer, outcome) = oneshot::channel();
-        let payment = Arc::clone(&table).pay(Arc::clone(&entry), queued_at);
+        let payment = Arc::clone(&table).retry(Arc::clone(&entry), queued_at);
         let task = async move {
             // Where nobody waits, the layer below logs its own errors.
             if let Err(Err(unheard)) = answer.send(payment.await) {
@@ -145,18 +145,26 @@ impl<D: Driver> Payment<D> {
             entry,
             outcome,
         } = self;
-        let cause = match timeout(table.patience, outcome).await {
+        let cause = match timeout(table.timeout, outcome).await {
             Ok(Ok(outcome)) => return outcome?.await,
             Ok(Err(_)) => interrupted(),
-            Err(_) => table.impatient(),
+            Err(_) => table.timed_out(),
         };
         let error = table.driver.error(&entry.key, entry.resource.get(), cause);
-        Err(ReleaseError::new(error, Owed::new(&table, &entry).boxed()))
+        Err(ReleaseError::new(
+            error,
+            PendingTeardown::new(&table, &entry).boxed(),
+        ))
     }
 }
 
-impl<D: Driver> Debt for Owed<D> {
-    fn pay(self: Box<Self>) -> Releasing {
-        Box::pin(async move { Owed::new(&self.table, &self.entry).start().wait().await })
+impl<D: Driver> PendingRelease for PendingTeardown<D> {
+    fn retry(self: Box<Self>) -> Releasing {
+        Box::pin(async move {
+            PendingTeardown::new(&self.table, &self.entry)
+                .start()
+                .wait()
+                .await
+        })
     }
 }

@@ -73,7 +73,7 @@ impl Driver for Fake {
     type Job = Work;
     type Resource = u8;
 
-    async fn raise(&self, _: &u8, job: &mut Work) -> Result<u8, Error> {
+    async fn setup(&self, _: &u8, job: &mut Work) -> Result<u8, Error> {
         self.change(job.key, &[Status::Down], Status::Raising);
         yield_now().await;
         if self.goes_wrong() {
@@ -88,7 +88,7 @@ impl Driver for Fake {
         Ok(job.key)
     }
 
-    async fn lower(&self, _: &u8, job: &mut Work) -> Result<(), Error> {
+    async fn teardown(&self, _: &u8, job: &mut Work) -> Result<(), Error> {
         self.change(job.key, &[Status::Up, Status::Doubtful], Status::Lowering);
         yield_now().await;
         if self.goes_wrong() {
@@ -99,7 +99,7 @@ impl Driver for Fake {
         Ok(())
     }
 
-    fn finish(&self, _: Work) -> Releasing {
+    fn release_held(&self, _: Work) -> Releasing {
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -154,10 +154,10 @@ async fn hold(table: &Leases, lease: &Lease<Fake>) {
 
 /// One caller: asks, holds, and gives back, in one of the ways in which callers do.
 async fn caller(table: Leases, key: u8) {
-    let patience = thread_rng().gen_range(0..8usize);
+    let timeout = thread_rng().gen_range(0..8usize);
     let lease = match table.join(&key, |_| Ok(())) {
         Some(joined) => Some(joined),
-        None if patience < 4 => impatiently(table.acquire(key, Work { key }), patience).await,
+        None if timeout < 4 => impatiently(table.acquire(key, Work { key }), timeout).await,
         None => Some(table.acquire(key, Work { key }).await),
     };
     let Some(Ok(lease)) = lease else { return };

@@ -19,19 +19,23 @@ impl Transport for FakeVm {
         call.act(|_, _| found.map(|()| id)).await
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
-        let id = self.id(disk);
-        let found = self.find(disk);
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let found = self.find(disk).and_then(|()| match self.id(disk) == *id {
+            true => Ok(()),
+            false => Err(BackendError::conflict(format!(
+                "disk {disk} is not {id} any more"
+            ))),
+        });
         let call = self.begin(VmStep::Attach, Key::Disk(id.clone()), None);
-        call.act(|truth, reach| found.and_then(|()| truth.attach(&id, reach)))
+        call.act(|state, reach| found.and_then(|()| state.attach(id, reach)))
             .await
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         let id = self.id(disk);
         let call = self.begin(VmStep::Detach, Key::Disk(id.clone()), None);
-        call.act(|truth, reach| {
-            truth.detach(&id, reach);
+        call.act(|state, reach| {
+            state.detach(&id, reach);
             Ok(())
         })
         .await
@@ -42,7 +46,7 @@ impl Transport for FakeVm {
 impl Unplugger for FakeVm {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let call = self.begin(VmStep::Unplug, Key::Device(device.clone()), None);
-        call.act(|truth, _| truth.unplug(device)).await
+        call.act(|state, _| state.unplug(device)).await
     }
 }
 
@@ -50,7 +54,7 @@ impl Unplugger for FakeVm {
 impl Resolver for FakeVm {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let call = self.begin(VmStep::Resolve, Key::Device(device.clone()), None);
-        call.act(|truth, _| truth.resolve(device)).await
+        call.act(|state, _| state.resolve(device)).await
     }
 }
 
@@ -66,7 +70,7 @@ impl Mounter for FakeVm {
         let call = self.begin(VmStep::Mount, key, Some(device.clone()));
         match Resolver::resolve(self, device).await {
             Ok(_) => {
-                call.act(|truth, _| truth.mount(device, &target.into(), options))
+                call.act(|state, _| state.mount(device, &target.into(), options))
                     .await
             }
             Err(error) => call.fail_as(error),
@@ -75,7 +79,7 @@ impl Mounter for FakeVm {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         let call = self.begin(VmStep::Unmount, Key::Target(target.into()), None);
-        call.act(|truth, _| truth.unmount(target)).await
+        call.act(|state, _| state.unmount(target)).await
     }
 }
 
@@ -84,12 +88,12 @@ impl LayerCombiner for FakeVm {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
         let target = overlay.target.as_path();
         let call = self.begin(VmStep::Combine, Key::Target(target.into()), None);
-        call.act(|truth, _| truth.combine(overlay, &target.into()))
+        call.act(|state, _| state.combine(overlay, &target.into()))
             .await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         let call = self.begin(VmStep::Separate, Key::Target(target.into()), None);
-        call.act(|truth, _| truth.separate(target)).await
+        call.act(|state, _| state.separate(target)).await
     }
 }

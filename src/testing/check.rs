@@ -88,7 +88,7 @@ type Broken = Result<(), (Rule, String)>;
 
 /// What the caller knows of a disk or a target.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-enum Standing {
+enum Status {
     /// It was never set up, or that failed.
     #[default]
     Absent,
@@ -100,14 +100,14 @@ enum Standing {
 
 #[derive(Default)]
 struct OfDisk {
-    standing: Standing,
+    status: Status,
     running: Option<VmStep>,
     device: Option<DeviceLocator>,
 }
 
 #[derive(Default)]
 struct OfTarget {
-    standing: Standing,
+    status: Status,
     running: Option<VmStep>,
     /// The device that is or may be mounted here.
     device: Option<DeviceLocator>,
@@ -156,30 +156,30 @@ impl Reader {
     fn read_disk(&mut self, event: &Event, id: &DiskId) -> Broken {
         let disk = self.disks.entry(id.clone()).or_default();
         let Phase::Ended(outcome) = event.phase else {
-            begin(&mut disk.running, &mut disk.standing, event)?;
+            begin(&mut disk.running, &mut disk.status, event)?;
             return match (event.step, disk.device.clone()) {
-                (VmStep::Detach, Some(device)) if disk.standing != Standing::Absent => {
-                    let certain = disk.standing == Standing::Up;
+                (VmStep::Detach, Some(device)) if disk.status != Status::Absent => {
+                    let certain = disk.status == Status::Up;
                     self.begin_alone(event, &device, certain)
                 }
                 _ => Ok(()),
             };
         };
         disk.running = None;
-        disk.standing = disk.standing.after(event.step, outcome);
+        disk.status = disk.status.after(event.step, outcome);
         if event.step == VmStep::Attach {
-            if disk.standing != Standing::Absent {
+            if disk.status != Status::Absent {
                 disk.device.clone_from(&event.device);
             }
             return Ok(());
         }
-        let device = match disk.standing {
-            Standing::TornDown => disk.device.take(),
+        let device = match disk.status {
+            Status::TornDown => disk.device.take(),
             _ => disk.device.clone(),
         };
         if let Some(device) = device {
             self.devices.entry(device.clone()).or_default().alone = None;
-            if self.disks[id].standing == Standing::TornDown {
+            if self.disks[id].status == Status::TornDown {
                 // The slot is free: the next device in it starts afresh.
                 self.devices.remove(&device);
             }
@@ -200,7 +200,7 @@ impl Reader {
     fn read_target(&mut self, event: &Event, path: &Arc<Path>) -> Broken {
         let target = self.targets.entry(path.clone()).or_default();
         let Phase::Ended(outcome) = event.phase else {
-            begin(&mut target.running, &mut target.standing, event)?;
+            begin(&mut target.running, &mut target.status, event)?;
             if event.step == VmStep::Mount {
                 target.device.clone_from(&event.device);
             }
@@ -210,9 +210,9 @@ impl Reader {
             };
         };
         target.running = None;
-        let was_held = target.standing.is_held();
-        target.standing = target.standing.after(event.step, outcome);
-        let is_held = target.standing.is_held();
+        let was_held = target.status.is_held();
+        target.status = target.status.after(event.step, outcome);
+        let is_held = target.status.is_held();
         let device = if is_held {
             target.device.clone()
         } else {
@@ -268,7 +268,7 @@ impl Reader {
 }
 
 /// A call for a key begins: it must be the only one, and it must fit what is there.
-fn begin(running: &mut Option<VmStep>, standing: &mut Standing, event: &Event) -> Broken {
+fn begin(running: &mut Option<VmStep>, status: &mut Status, event: &Event) -> Broken {
     let Event { step, key, .. } = event;
     if let Some(other) = running {
         return Err((
@@ -276,11 +276,11 @@ fn begin(running: &mut Option<VmStep>, standing: &mut Standing, event: &Event) -
             format!("{step} of {key} began during its {other}"),
         ));
     }
-    if step.is_set_up() && standing.is_held() {
+    if step.is_set_up() && status.is_held() {
         let said = format!("{step} of {key} began though it is or may be set up already");
         return Err((Rule::TearDownBetweenSetUps, said));
     }
-    if step.is_tear_down() && *standing == Standing::TornDown {
+    if step.is_tear_down() && *status == Status::TornDown {
         return Err((
             Rule::TearDownOnce,
             format!("{step} of {key} began though it was torn down"),
@@ -290,17 +290,17 @@ fn begin(running: &mut Option<VmStep>, standing: &mut Standing, event: &Event) -
     Ok(())
 }
 
-impl Standing {
+impl Status {
     fn is_held(self) -> bool {
-        matches!(self, Standing::Up | Standing::InDoubt)
+        matches!(self, Status::Up | Status::InDoubt)
     }
 
     fn after(self, step: VmStep, outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Done if step.is_set_up() => Standing::Up,
-            Outcome::Done | Outcome::Failed(ErrorKind::Gone) => Standing::TornDown,
-            _ if step.is_set_up() && outcome.is_in_doubt() => Standing::InDoubt,
-            _ if step.is_set_up() => Standing::Absent,
+            Outcome::Done if step.is_set_up() => Status::Up,
+            Outcome::Done | Outcome::Failed(ErrorKind::Gone) => Status::TornDown,
+            _ if step.is_set_up() && outcome.is_in_doubt() => Status::InDoubt,
+            _ if step.is_set_up() => Status::Absent,
             // A tear-down that failed has changed nothing that the caller knows of.
             _ => self,
         }

@@ -1,4 +1,4 @@
-//! The fake VM: gates in front of the truth, and a log of who passed when.
+//! The fake VM: gates in front of the state, and a log of who passed when.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use super::gate::Gates;
 use super::log::tail;
 use super::names::plain;
-use super::truth::Truth;
+use super::state::VmState;
 use super::{Call, Event, Gate, Key, Phase, Violation, VmStep, check};
 use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 
@@ -28,7 +28,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 /// [`gate_by`](Self::gate_by), in this order of precedence) and how long they take
 /// ([`delay`](Self::delay), [`delay_by`](Self::delay_by)), and afterwards reads from the
 /// [log](Self::log) whether the caller kept its side of the contracts ([`check`](Self::check)) and from
-/// the truth whether anything is [left](Self::left).
+/// the state whether anything is [left](Self::left).
 ///
 /// A call takes its delay and passes its gate before it has its effect; the effect and the
 /// end of the call are one moment. Clones are the same VM. All methods can be called from anywhere, also
@@ -64,7 +64,7 @@ struct Shared {
 }
 
 pub(super) struct State {
-    pub(super) truth: Truth,
+    pub(super) state: VmState,
     pub(super) gates: Gates,
     /// Raised by whatever lets calls at [`Gate::Never`] go on.
     pub(super) opened: u64,
@@ -88,7 +88,7 @@ impl FakeVm {
     pub fn with_slots(slots: u32) -> Self {
         FakeVm(Arc::new(Shared {
             state: Mutex::new(State {
-                truth: Truth::new(slots),
+                state: VmState::new(slots),
                 gates: Gates::default(),
                 opened: 0,
                 log: Vec::new(),
@@ -138,17 +138,17 @@ impl FakeVm {
     /// Ends the VM with all that it holds: every call is answered with `Gone`, also those that wait
     /// at [`Gate::Never`].
     pub fn kill(&self) {
-        self.end(Truth::kill);
+        self.end(VmState::kill);
     }
 
     /// Ends the guest with all its mounts: only `identify`, `attach` and `detach` work on.
     pub fn kill_guest(&self) {
-        self.end(Truth::kill_guest);
+        self.end(VmState::kill_guest);
     }
 
-    fn end(&self, how: impl FnOnce(&mut Truth)) {
+    fn end(&self, how: impl FnOnce(&mut VmState)) {
         let mut state = self.state();
-        how(&mut state.truth);
+        how(&mut state.state);
         state.opened += 1;
         drop(state);
         self.0.changed.notify_waiters();
@@ -197,10 +197,10 @@ impl FakeVm {
         check::check(&self.state().log)
     }
 
-    /// What the VM holds in truth, a line each, sorted: disks in slots, slots kept for a disk whose
+    /// What the VM holds in state, a line each, sorted: disks in slots, slots kept for a disk whose
     /// attachment or detachment is in doubt, mounts and overlays.
     pub fn left(&self) -> Vec<String> {
-        self.state().truth.left()
+        self.state().state.left()
     }
 
     /// Panics with the end of the log unless nothing is [left](Self::left).
@@ -213,21 +213,21 @@ impl FakeVm {
         // The lock is released first: a poisoned VM would hide the reason.
         let (left, tail) = {
             let state = self.state();
-            (state.truth.left(), tail(&state.log))
+            (state.state.left(), tail(&state.log))
         };
         assert!(left.is_empty(), "the VM still has {left:#?}\n{tail}");
     }
 
-    /// Where the disk is attached in truth, or has a slot that is kept for it.
+    /// Where the disk is attached in state, or has a slot that is kept for it.
     pub fn locator_of(&self, disk: &Disk) -> Option<DeviceLocator> {
         let state = self.state();
         let id = state.id(disk);
-        state.truth.locator_of(&id)
+        state.state.locator_of(&id)
     }
 
-    /// The device that is mounted at a target in truth.
+    /// The device that is mounted at a target in state.
     pub fn device_at(&self, target: impl AsRef<Path>) -> Option<DeviceLocator> {
-        self.state().truth.device_at(target.as_ref())
+        self.state().state.device_at(target.as_ref())
     }
 
     /// Which disk is meant, also where it is missing.
@@ -308,14 +308,14 @@ impl State {
 
     pub(super) fn device_of(&self, key: &Key) -> Option<DeviceLocator> {
         match key {
-            Key::Disk(disk) => self.truth.locator_of(disk),
+            Key::Disk(disk) => self.state.locator_of(disk),
             Key::Device(device) => Some(device.clone()),
-            Key::Target(target) => self.truth.device_at(target),
+            Key::Target(target) => self.state.device_at(target),
         }
     }
 
     pub(super) fn is_gone(&self, step: VmStep) -> bool {
         let host = matches!(step, VmStep::Identify | VmStep::Attach | VmStep::Detach);
-        self.truth.host_gone || (self.truth.guest_gone && !host)
+        self.state.host_gone || (self.state.guest_gone && !host)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`FakeVm`] is a VM in memory that implements every contract. A test decides how its calls end, and
 //!   reads from its log whether the caller kept its side of the contracts.
-//! - [`conformance`] has the laws of each contract, for whoever writes a backend.
+//! - [`conformance`] has the checks of each contract, for whoever writes a backend.
 //! - [`Seed`], [`random_faults`] and [`random_delays`] make schedules that can be repeated.
 //!
 //! # A backend of your own in an afternoon
@@ -38,7 +38,7 @@
 //!         Ok(identity(disk))
 //!     }
 //!
-//!     async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+//!     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
 //!         let id = self.identify(disk).await?;
 //!         let mut bays = self.bays.lock().unwrap();
 //!         let Some(bay) = bays.iter().position(Option::is_none) else {
@@ -78,11 +78,11 @@
 //! # });
 //! ```
 //!
-//! A law that does not hold is a panic that names it: had `detach` begun with
+//! A check that does not hold is a panic that names it: had `detach` begun with
 //! `self.identify(disk).await?`, the answer would be
 //!
 //! ```text
-//! the transport broke the law "detaching what was never attached succeeds":
+//! the transport broke the check "detaching what was never attached succeeds":
 //! detach of /images/missing.img (read-write) answered not found: there is no disk ...
 //! ```
 //!
@@ -92,6 +92,7 @@
 //! manager as each of its backends, set gates, run the program, and end with
 //! [`FakeVm::check`] and [`FakeVm::assert_empty`].
 
+mod attach;
 mod backend;
 mod check;
 pub mod conformance;
@@ -101,8 +102,9 @@ mod log;
 mod names;
 mod running;
 mod seed;
-mod truth;
+mod state;
 
+pub use attach::AttachIdentified;
 pub use check::{Rule, Violation};
 pub use fake::FakeVm;
 pub use gate::{Call, Gate, Key, VmStep};

@@ -3,7 +3,7 @@
 use std::panic::resume_unwind;
 use std::time::Duration;
 
-use super::truth::{Reach, Truth};
+use super::state::{Reach, VmState};
 use super::{Call, FakeVm, Gate, Key, Outcome, Phase, VmStep};
 use crate::{BackendError, DeviceLocator, ErrorKind};
 
@@ -47,19 +47,19 @@ impl Running<'_> {
     /// Takes the call through its delay and its gate to its effect.
     pub(super) async fn act<T>(
         mut self,
-        act: impl FnOnce(&mut Truth, Reach) -> Result<T, BackendError>,
+        act: impl FnOnce(&mut VmState, Reach) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
         self.take_time().await;
         let (reach, panics) = match self.gate() {
-            Gate::Ok => (Reach::Told, false),
+            Gate::Ok => (Reach::Delivered, false),
             Gate::Err(kind) => return Err(self.fail(kind)),
             Gate::Slow(time) => {
                 tokio::time::sleep(time).await;
-                (Reach::Told, false)
+                (Reach::Delivered, false)
             }
             Gate::Never => {
                 self.wait_for_opening().await;
-                (Reach::Told, false)
+                (Reach::Delivered, false)
             }
             Gate::Uncertain { happened } => (Reach::unknown(happened), false),
             Gate::Panic { happened } => (Reach::unknown(happened), true),
@@ -145,7 +145,7 @@ impl Running<'_> {
         &mut self,
         reach: Reach,
         panics: bool,
-        act: impl FnOnce(&mut Truth, Reach) -> Result<T, BackendError>,
+        act: impl FnOnce(&mut VmState, Reach) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
         let mut state = self.vm.state();
         // Where a detach ends, only the state before it knows the device.
@@ -159,7 +159,7 @@ impl Running<'_> {
         } else if reach == Reach::Lost && self.step != VmStep::Attach {
             Err(BackendError::uncertain(String::new()))
         } else {
-            act(&mut state.truth, reach)
+            act(&mut state.state, reach)
         };
         let happened = reach == Reach::Untold && result.is_ok();
         let gone = result
@@ -168,7 +168,7 @@ impl Running<'_> {
             .is_some_and(|error| error.kind() == ErrorKind::Gone);
         let outcome = match &result {
             _ if panics => Outcome::Panicked { happened },
-            _ if reach != Reach::Told && !gone => Outcome::Uncertain { happened },
+            _ if reach != Reach::Delivered && !gone => Outcome::Uncertain { happened },
             Ok(_) => Outcome::Done,
             Err(error) => Outcome::Failed(error.kind()),
         };

@@ -17,15 +17,15 @@ use blockmount::{
 /// How many drains may be needed once nothing fails any more.
 const DRAINS: usize = 3;
 
-/// A manager of a VM. `patience` is how long its callers wait.
-pub(crate) fn manager_of(vm: &FakeVm, patience: Duration) -> Manager {
+/// A manager of a VM. `timeout` is how long its callers wait.
+pub(crate) fn manager_of(vm: &FakeVm, timeout: Duration) -> Manager {
     Manager::builder()
         .transport(vm.clone())
         .unplugger(vm.clone())
         .mounter(vm.clone())
         .combiner(vm.clone())
         .mount_root("/run/m")
-        .patience(patience)
+        .timeout(timeout)
         .build()
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn calls(vm: &FakeVm) -> [usize; VmStep::ALL.len()] {
 }
 
 /// Waits for what must come. The clock is paused, so this takes no time; the limit is longer than any
-/// patience in these tests.
+/// timeout in these tests.
 pub(crate) async fn soon<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(Duration::from_secs(3_600), future).await {
         Ok(output) => output,

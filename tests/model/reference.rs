@@ -20,7 +20,7 @@ pub(crate) enum Has {
 
 /// A tear-down that is owed, by what has it and which one of its kind it was.
 #[derive(Debug, Clone)]
-pub(crate) enum Debt {
+pub(crate) enum PendingRelease {
     Attachment(usize, u64),
     Mount(MountKey, u64),
     Tree(usize, u64),
@@ -61,13 +61,13 @@ pub(crate) struct Model {
     pub(crate) faults: BTreeMap<usize, ErrorKind>,
     pub(crate) calls: [usize; VmStep::ALL.len()],
     pub(crate) handles: Vec<Has>,
-    pub(crate) errors: Vec<Vec<Debt>>,
+    pub(crate) errors: Vec<Vec<PendingRelease>>,
     pub(crate) ids: u64,
     pub(crate) said: Said,
 }
 
 /// What went wrong in a tear-down, and what is owed for it.
-pub(crate) type Failed = Vec<(ErrorKind, Debt)>;
+pub(crate) type Failed = Vec<(ErrorKind, PendingRelease)>;
 
 impl Model {
     fn id(&mut self) -> u64 {
@@ -142,8 +142,8 @@ impl Model {
             return Vec::new();
         }
         up.owes = true;
-        let debt = Debt::Attachment(disk, up.id);
-        self.pay(&debt)
+        let pending = PendingRelease::Attachment(disk, up.id);
+        self.retry(&pending)
     }
 
     pub(crate) fn add(
@@ -252,8 +252,8 @@ impl Model {
             return Vec::new();
         }
         up.owes = true;
-        let debt = Debt::Mount(key, up.id);
-        self.pay(&debt)
+        let pending = PendingRelease::Mount(key, up.id);
+        self.retry(&pending)
     }
 
     pub(crate) fn stack(
@@ -352,22 +352,26 @@ impl Model {
     }
 
     /// Tears down what is owed, unless that is done.
-    pub(crate) fn pay(&mut self, debt: &Debt) -> Failed {
-        let outcome = match debt {
-            Debt::Attachment(disk, id)
+    pub(crate) fn retry(&mut self, pending: &PendingRelease) -> Failed {
+        let outcome = match pending {
+            PendingRelease::Attachment(disk, id)
                 if self.attached.get(disk).is_some_and(|now| now.id == *id) =>
             {
                 self.lower_attachment(*disk).map(|()| Vec::new())
             }
-            Debt::Mount(key, id) if self.mounted.get(key).is_some_and(|now| now.id == *id) => {
+            PendingRelease::Mount(key, id)
+                if self.mounted.get(key).is_some_and(|now| now.id == *id) =>
+            {
                 self.lower_mount(*key)
             }
-            Debt::Tree(tree, id) if self.trees.get(tree).is_some_and(|now| now.id == *id) => {
+            PendingRelease::Tree(tree, id)
+                if self.trees.get(tree).is_some_and(|now| now.id == *id) =>
+            {
                 self.lower_tree(*tree)
             }
             _ => Ok(Vec::new()),
         };
-        outcome.unwrap_or_else(|kind| vec![(kind, debt.clone())])
+        outcome.unwrap_or_else(|kind| vec![(kind, pending.clone())])
     }
 
     pub(crate) fn give(&mut self, has: &Has) -> Failed {
@@ -377,8 +381,8 @@ impl Model {
             Has::Stack(tree) => {
                 let up = self.trees.get_mut(tree).unwrap();
                 up.owes = true;
-                let debt = Debt::Tree(*tree, up.id);
-                self.pay(&debt)
+                let pending = PendingRelease::Tree(*tree, up.id);
+                self.retry(&pending)
             }
         }
     }

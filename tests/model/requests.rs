@@ -5,28 +5,28 @@ use blockmount::testing::{Gate, VmStep};
 use proptest::prelude::*;
 use proptest_state_machine::ReferenceStateMachine;
 
-use crate::reference::{Debt, Failed, Has, Model};
+use crate::reference::{Failed, Has, Model, PendingRelease};
 use crate::{ALIAS, Act, DISKS, Kinds, OPTIONS, SLOTS, Said, TARGETS, TREES, sorted};
 
 impl Model {
-    pub(crate) fn owed_trees(&self) -> Vec<Debt> {
+    pub(crate) fn owed_trees(&self) -> Vec<PendingRelease> {
         let owing = self.trees.iter().filter(|(_, tree)| tree.owes);
         owing
-            .map(|(tree, owing)| Debt::Tree(*tree, owing.id))
+            .map(|(tree, owing)| PendingRelease::Tree(*tree, owing.id))
             .collect()
     }
 
-    pub(crate) fn owed_mounts(&self) -> Vec<Debt> {
+    pub(crate) fn owed_mounts(&self) -> Vec<PendingRelease> {
         let owing = self.mounted.iter().filter(|(_, mount)| mount.owes);
         owing
-            .map(|(key, owing)| Debt::Mount(*key, owing.id))
+            .map(|(key, owing)| PendingRelease::Mount(*key, owing.id))
             .collect()
     }
 
-    pub(crate) fn owed_attachments(&self) -> Vec<Debt> {
+    pub(crate) fn owed_attachments(&self) -> Vec<PendingRelease> {
         let owing = self.attached.iter().filter(|(_, disk)| disk.owes);
         owing
-            .map(|(disk, owing)| Debt::Attachment(*disk, owing.id))
+            .map(|(disk, owing)| PendingRelease::Attachment(*disk, owing.id))
             .collect()
     }
 
@@ -45,8 +45,8 @@ impl Model {
             Model::owed_mounts,
             Model::owed_attachments,
         ] {
-            for debt in owed(self) {
-                failed.extend(self.pay(&debt).into_iter().map(|(kind, _)| kind));
+            for pending in owed(self) {
+                failed.extend(self.retry(&pending).into_iter().map(|(kind, _)| kind));
             }
         }
         Said::Drained(sorted(failed), self.in_use().iter().sum())
@@ -63,9 +63,9 @@ impl Model {
     }
 
     fn released(&mut self, failed: Failed) -> Said {
-        let (kinds, debts): (Kinds, Vec<Debt>) = failed.into_iter().unzip();
-        if !debts.is_empty() {
-            self.errors.push(debts);
+        let (kinds, pending): (Kinds, Vec<PendingRelease>) = failed.into_iter().unzip();
+        if !pending.is_empty() {
+            self.errors.push(pending);
         }
         Said::Released(sorted(kinds))
     }
@@ -180,8 +180,8 @@ impl ReferenceStateMachine for Model {
                 has => has.is_some(),
             },
             Act::Retry(index) => match model.errors.get(*index).map(Vec::as_slice) {
-                Some([Debt::Attachment(..) | Debt::Mount(..)]) => true,
-                debts => debts.is_some() && !guess,
+                Some([PendingRelease::Attachment(..) | PendingRelease::Mount(..)]) => true,
+                pending => pending.is_some() && !guess,
             },
             Act::Drain => {
                 let (trees, mounts) = (model.owed_trees().len(), model.owed_mounts().len());
@@ -228,8 +228,11 @@ impl ReferenceStateMachine for Model {
                 Said::Nothing
             }
             Act::Retry(index) => {
-                let debts = model.errors.swap_remove(*index);
-                let failed = debts.iter().flat_map(|debt| model.pay(debt)).collect();
+                let pending = model.errors.swap_remove(*index);
+                let failed = pending
+                    .iter()
+                    .flat_map(|pending| model.retry(pending))
+                    .collect();
                 model.released(failed)
             }
             Act::Drain => model.drain(),

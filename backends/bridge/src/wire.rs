@@ -279,17 +279,17 @@ pub(crate) struct FrameReader<R> {
     decoder: Decoder,
     chunk: Box<[u8]>,
     /// How long a frame that was begun may take.
-    patience: Duration,
+    timeout: Duration,
     begun: Option<Instant>,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    pub(crate) fn new(stream: R, patience: Duration) -> Self {
+    pub(crate) fn new(stream: R, timeout: Duration) -> Self {
         FrameReader {
             stream,
             decoder: Decoder::default(),
             chunk: vec![0; CHUNK].into(),
-            patience,
+            timeout,
             begun: None,
         }
     }
@@ -304,9 +304,9 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             }
             let read = self.stream.read(&mut self.chunk);
             let length = if self.decoder.is_mid_frame() {
-                let deadline = *self.begun.get_or_insert_with(Instant::now) + self.patience;
+                let deadline = *self.begun.get_or_insert_with(Instant::now) + self.timeout;
                 let in_time = timeout_at(deadline, read).await;
-                in_time.map_err(|_| FrameError::Stalled(self.patience))??
+                in_time.map_err(|_| FrameError::Stalled(self.timeout))??
             } else {
                 self.begun = None;
                 read.await?

@@ -121,8 +121,8 @@ async fn b2_an_error_of_any_length_fits_in_an_answer() {
 
 #[tokio::test(start_paused = true)]
 async fn b8_a_frame_that_never_ends_ends_its_connection() {
-    let patience = Duration::from_secs(5);
-    let server = GuestServer::with_limits(ScsiVm(FakeVm::new()), 4, patience);
+    let timeout = Duration::from_secs(5);
+    let server = GuestServer::with_limits(ScsiVm(FakeVm::new()), 4, timeout);
     let (mut host_end, guest_end) = duplex(1 << 10);
     let serving = tokio::spawn({
         let server = server.clone();
@@ -136,10 +136,10 @@ async fn b8_a_frame_that_never_ends_ends_its_connection() {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    assert!(begun.elapsed() < patience * 2, "{:?}", begun.elapsed());
-    let ended = timeout(LONG, serving).await.unwrap().unwrap();
+    assert!(begun.elapsed() < timeout * 2, "{:?}", begun.elapsed());
+    let ended = tokio::time::timeout(LONG, serving).await.unwrap().unwrap();
     assert!(
-        matches!(ended, Err(FrameError::Stalled(said)) if said == patience),
+        matches!(ended, Err(FrameError::Stalled(said)) if said == timeout),
         "{ended:?}"
     );
     dial(&server).negotiate().await;

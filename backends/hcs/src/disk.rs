@@ -72,6 +72,19 @@ pub(crate) async fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     }
 }
 
+/// Proves that a disk still is the one that was identified.
+///
+/// The service opens the file by its path, so this is as late as it can be seen.
+pub(crate) async fn prove(disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
+    let now = identify(disk).await?;
+    if now == *id {
+        return Ok(());
+    }
+    Err(BackendError::conflict(format!(
+        "disk {disk} was replaced before it was attached: it was {id} and is {now}"
+    )))
+}
+
 /// The size of the file behind a disk, in bytes.
 pub(crate) async fn size(disk: &Disk) -> Result<u64, BackendError> {
     fit_for_vpmem(disk)?;

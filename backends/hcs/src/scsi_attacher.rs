@@ -52,7 +52,12 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
     }
 
     /// `Unsuitable`, before anything is attached, at an address that the guest could not mount from.
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
         if !self.geometry().contains(address) {
             let (guest, geometry) = (self.guest.name(), self.geometry());
             return Err(BackendError::unsuitable(format!(
@@ -60,6 +65,7 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
                  which do not have address {address}"
             )));
         }
+        disk::prove(disk, id).await?;
         let attachment = Attachment::of(&disk::absolute(disk)?)?;
         let settings = Settings::Attachment(attachment);
         self.vm.add(Place::Scsi(address), settings).await

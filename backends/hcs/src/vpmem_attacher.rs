@@ -56,7 +56,13 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
         disk::size(disk).await
     }
 
-    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        device: DeviceNumber,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
+        disk::prove(disk, id).await?;
         let settings = Settings::VpmemDevice(VirtualPMemDevice::of(&self.fit(disk)?)?);
         self.vm.add(Place::VpmemDevice(device), settings).await
     }
@@ -70,7 +76,9 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        id: &DiskId,
     ) -> Result<(), BackendError> {
+        disk::prove(disk, id).await?;
         let settings = Settings::VpmemMapping(VirtualPMemMapping::of(&self.fit(disk)?)?);
         self.vm.add(mapping(device, range), settings).await
     }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount_scsi::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::testing::conformance::{self, GuestFixture, TransportFixture};
@@ -163,7 +164,7 @@ async fn sixty_four_calls_at_once() {
             model.next(Answer::Wait);
             let attacher = attacher.clone();
             let at = address(&format!("1/{lun}"));
-            attaching.spawn(async move { attacher.attach(at, &disk).await });
+            attaching.spawn(async move { attacher.attach_identified(at, &disk).await });
         }
         for _ in 0..64 {
             model.entered().await;

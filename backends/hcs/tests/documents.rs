@@ -3,6 +3,8 @@
 
 mod common;
 
+use blockmount_scsi::testing::AttachIdentified as _;
+use blockmount_vpmem::testing::AttachIdentified as _;
 use std::path::Path;
 
 use blockmount::{
@@ -62,7 +64,7 @@ async fn scsi_attachments_byte_for_byte() {
         ),
     ];
     for (at, disk, expected) in cases {
-        let attach = scsi.attach(address(at), &disk);
+        let attach = scsi.attach_identified(address(at), &disk);
         assert_eq!(document(&model, attach).await, expected);
     }
     assert_eq!(
@@ -78,7 +80,7 @@ async fn vpmem_devices_and_mappings_byte_for_byte() {
     let disk = Disk::virtual_disk(r"C:\l\layer.vhd").read_only();
     let range = ByteRange::new(4_194_304, 1_052_672).unwrap();
     assert_eq!(
-        document(&model, vpmem.attach(device(0), &disk)).await,
+        document(&model, vpmem.attach_identified(device(0), &disk)).await,
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ReadOnly":true,"ImageFormat":"Vhd1"}}"#
     );
     assert_eq!(
@@ -86,7 +88,7 @@ async fn vpmem_devices_and_mappings_byte_for_byte() {
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Remove"}"#
     );
     assert_eq!(
-        document(&model, vpmem.map(device(0), range, &disk)).await,
+        document(&model, vpmem.map_identified(device(0), range, &disk)).await,
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0/Mappings/4194304","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ImageFormat":"Vhd1"}}"#
     );
     assert_eq!(
@@ -347,8 +349,8 @@ async fn paths_are_escaped_or_refused() {
     let nasty = "C:\\a\"b\\\"}\u{7}\n<&>\u{2028}\u{202e}\u{1f4be}\u{fc}.vhd";
     let disk = Disk::virtual_disk(nasty).read_only();
     for sent in [
-        document(&model, scsi.attach(address("0/0"), &disk)).await,
-        document(&model, vpmem.attach(device(0), &disk)).await,
+        document(&model, scsi.attach_identified(address("0/0"), &disk)).await,
+        document(&model, vpmem.attach_identified(device(0), &disk)).await,
     ] {
         let value: serde_json::Value = serde_json::from_str(&sent).unwrap();
         let settings = &value["Settings"];
@@ -360,7 +362,11 @@ async fn paths_are_escaped_or_refused() {
     }
     let empty_provider = Disk::extensible("", "x");
     let odd_provider = Disk::extensible("a\"b", "x");
-    let sent = document(&model, scsi.attach(address("0/0"), &odd_provider)).await;
+    let sent = document(
+        &model,
+        scsi.attach_identified(address("0/0"), &odd_provider),
+    )
+    .await;
     assert!(
         sent.contains(r#""ExtensibleVirtualDiskType":"a\"b""#),
         "{sent}"
@@ -371,12 +377,15 @@ async fn paths_are_escaped_or_refused() {
         no_unicode(),
         empty_provider,
     ] {
-        let error = scsi.attach(address("0/0"), &disk).await.unwrap_err();
+        let error = scsi
+            .attach_identified(address("0/0"), &disk)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.to_string().len() < 300, "{error}");
         if *disk.kind() == blockmount::DiskKind::VirtualDisk {
             let error = vpmem
-                .attach(device(0), &disk.clone().read_only())
+                .attach_identified(device(0), &disk.clone().read_only())
                 .await
                 .unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");

@@ -3,6 +3,8 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
+use blockmount_scsi::testing::AttachIdentified as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +15,7 @@ use blockmount::{
 use blockmount_bridge::Hresult;
 use blockmount_hcs::documents::CONTROLLER_GUIDS;
 use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher};
-use blockmount_scsi::{Attacher, Geometry, ScsiTransport};
+use blockmount_scsi::{Geometry, ScsiTransport};
 use common::{Answer, Images, Model, SHORT, WAYS, address};
 
 async fn guest(system: &Arc<dyn ComputeSystem>, os: GuestOs) -> HcsGuest<Arc<dyn ComputeSystem>> {
@@ -89,7 +91,7 @@ async fn windows_guests_use_controller_0_only() {
         assert_eq!(attacher.geometry(), Geometry::new(1, 64).unwrap());
         for at in ["1/0", "3/63", "0/64", "4/0"] {
             let error = attacher
-                .attach(address(at), &images.disk("a.vhdx"))
+                .attach_identified(address(at), &images.disk("a.vhdx"))
                 .await
                 .unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsuitable, "{error}");
@@ -101,12 +103,12 @@ async fn windows_guests_use_controller_0_only() {
         let disks = images.disks(64);
         for (disk, lun) in disks[..63].iter().zip(1..) {
             assert_eq!(
-                scsi.attach(disk).await.unwrap().as_str(),
+                scsi.attach_identified(disk).await.unwrap().as_str(),
                 format!("scsi:0/{lun}")
             );
         }
         assert_eq!(
-            scsi.attach(&disks[63]).await.unwrap_err().kind(),
+            scsi.attach_identified(&disks[63]).await.unwrap_err().kind(),
             ErrorKind::Full
         );
         assert_eq!(model.documents().len(), 63);
@@ -120,7 +122,7 @@ async fn windows_guests_use_controller_0_only() {
         let scsi = ScsiTransport::new(attacher, Geometry::HYPER_V, &[address("0/0")]).unwrap();
         let mut refused = 0;
         for disk in &disks[..8] {
-            if let Err(error) = scsi.attach(disk).await {
+            if let Err(error) = scsi.attach_identified(disk).await {
                 assert_eq!(error.kind(), ErrorKind::Unsuitable, "{error}");
                 refused += 1;
             }
@@ -204,7 +206,7 @@ async fn a_guest_that_does_not_say_what_is_left_is_uncertain() {
         let attacher = ScsiAttacher::new(system, GuestOs::Linux);
         let scsi = ScsiTransport::new(attacher, Geometry::HYPER_V, &[]).unwrap();
         let disk = images.disk("a.vhdx");
-        let device = scsi.attach(&disk).await.unwrap();
+        let device = scsi.attach_identified(&disk).await.unwrap();
         let (target, options) = (Path::new("/run/a"), MountOptions::read_only());
         for answer in [
             Answer::DoneButFails(Hresult::FAIL),

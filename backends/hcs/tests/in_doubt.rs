@@ -3,6 +3,9 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
+use blockmount_scsi::testing::AttachIdentified as _;
+use blockmount_vpmem::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::slots::SlotState;
@@ -36,11 +39,11 @@ async fn o15_a_time_out_quarantines_the_slot_and_a_detach_frees_it() {
             let images = Images::new();
             let (disk, other) = (images.disk("a.vhdx"), images.disk("b.vhdx"));
             model.next(Answer::Silent { happens });
-            let error = scsi.attach(&disk).await.unwrap_err();
+            let error = scsi.attach_identified(&disk).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
             assert_eq!(states(&scsi), [SlotState::Quarantined]);
             assert_eq!(model.left().is_empty(), !happens);
-            let full = scsi.attach(&other).await.unwrap_err();
+            let full = scsi.attach_identified(&other).await.unwrap_err();
             assert_eq!(full.kind(), ErrorKind::Full);
 
             let asked = model.asked();
@@ -48,7 +51,7 @@ async fn o15_a_time_out_quarantines_the_slot_and_a_detach_frees_it() {
             assert_eq!(model.asked(), asked + 1, "whether the VM lives is asked");
             assert_eq!(states(&scsi), []);
             assert_eq!(model.left(), [""; 0]);
-            scsi.attach(&other).await.unwrap();
+            scsi.attach_identified(&other).await.unwrap();
             let asked = model.asked();
             scsi.detach(&other).await.unwrap();
             assert_eq!(model.asked(), asked, "nothing is in doubt any more");
@@ -65,17 +68,17 @@ async fn o15_a_disk_that_comes_late_is_taken_out_and_wedges_nothing() {
         let images = Images::new();
         let (late, disk) = (images.disk("late.vhdx"), images.disk("b.vhdx"));
         model.next(Answer::Silent { happens: false });
-        scsi.attach(&late).await.unwrap_err();
+        scsi.attach_identified(&late).await.unwrap_err();
         let [document] = model.documents().try_into().unwrap();
         scsi.detach(&late).await.unwrap();
         assert_eq!(states(&scsi), []);
         assert!(matches!(model.receive(&document).await, Reply::Done));
 
-        let error = scsi.attach(&disk).await.unwrap_err();
+        let error = scsi.attach_identified(&disk).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
         scsi.detach(&disk).await.unwrap();
         assert_eq!(model.left(), [""; 0]);
-        scsi.attach(&disk).await.unwrap();
+        scsi.attach_identified(&disk).await.unwrap();
         scsi.detach(&disk).await.unwrap();
         model.documents();
     }
@@ -89,7 +92,7 @@ async fn a_detachment_in_doubt_is_repeated() {
             let scsi = transport(system, 1);
             let images = Images::new();
             let disk = images.disk("a.vhdx");
-            scsi.attach(&disk).await.unwrap();
+            scsi.attach_identified(&disk).await.unwrap();
             model.next(Answer::Silent { happens });
             let error = scsi.detach(&disk).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
@@ -111,7 +114,7 @@ async fn g11_a_vm_that_does_not_answer_is_sent_nothing_more() {
         let disk = images.disk("a.vhdx");
         model.next(Answer::Silent { happens: true });
         model.next_properties(Answer::Silent { happens: false });
-        scsi.attach(&disk).await.unwrap_err();
+        scsi.attach_identified(&disk).await.unwrap_err();
         model.documents();
         for silent in [
             Answer::Silent { happens: false },
@@ -144,14 +147,14 @@ async fn answers_in_doubt_are_uncertain_while_the_vm_lives() {
             Hresult::from_bits(0x8037_0118),
         ] {
             model.next(Answer::DoneButFails(number));
-            let error = scsi.attach(&disk).await.unwrap_err();
+            let error = scsi.attach_identified(&disk).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
             scsi.detach(&disk).await.unwrap();
             assert_eq!(model.left(), [""; 0]);
         }
         // It is paused: nothing has happened, and it may work later.
         model.next(Answer::Fail(Hresult::INVALID_STATE));
-        let error = scsi.attach(&disk).await.unwrap_err();
+        let error = scsi.attach_identified(&disk).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
         assert_eq!(states(&scsi), []);
     }
@@ -189,7 +192,7 @@ async fn numbers_become_kinds() {
             (0xc037_0110, Gone),
         ] {
             model.next(Answer::Fail(Hresult::from_bits(bits)));
-            let error = scsi.attach(&disk).await.unwrap_err();
+            let error = scsi.attach_identified(&disk).await.unwrap_err();
             assert_eq!(error.kind(), kind, "{bits:#x}: {error}");
             assert_eq!(states(&scsi), [], "{bits:#x}: nothing is there");
             let cause = std::error::Error::source(&error).unwrap().to_string();
@@ -209,11 +212,14 @@ async fn a_taken_place_is_a_conflict_and_stays_as_it_was() {
         let images = Images::new();
         let (stranger, disk) = (images.disk("stranger.vhdx"), images.disk("a.vhdx"));
         let attacher = ScsiAttacher::new(system.clone(), GuestOs::Linux);
-        attacher.attach(address("0/0"), &stranger).await.unwrap();
+        attacher
+            .attach_identified(address("0/0"), &stranger)
+            .await
+            .unwrap();
         let before = model.left();
         // This transport was not told of it.
         let scsi = transport(system, 2);
-        let error = scsi.attach(&disk).await.unwrap_err();
+        let error = scsi.attach_identified(&disk).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
         assert!(error.to_string().contains("reserve"), "{error}");
         scsi.detach(&disk).await.unwrap();
@@ -251,14 +257,14 @@ async fn a_vm_that_has_ended_is_gone_and_so_are_its_disks() {
         let scsi = transport(model.ways_within(SHORT).await.swap_remove(way), 2);
         let images = Images::new();
         let (kept, lost) = (images.disk("a.vhdx"), images.disk("b.vhdx"));
-        scsi.attach(&kept).await.unwrap();
+        scsi.attach_identified(&kept).await.unwrap();
         if in_silence {
             model.next(Answer::Silent { happens: false });
             model.end_when_asked();
         } else {
             model.end();
         }
-        let error = scsi.attach(&lost).await.unwrap_err();
+        let error = scsi.attach_identified(&lost).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
         let error = scsi.detach(&kept).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
@@ -275,15 +281,18 @@ async fn vpmem_attaches_maps_and_takes_out() {
         let number = |number: u64| DeviceNumber::try_from(number).unwrap();
         let disk = images.disk("layer.vhd").read_only();
         assert_eq!(vpmem.size(&disk).await.unwrap(), 9);
-        vpmem.attach(number(0), &disk).await.unwrap();
+        vpmem.attach_identified(number(0), &disk).await.unwrap();
         let [first, second] = [0, 1 << 20].map(|offset| ByteRange::new(offset, 4096).unwrap());
         let (a, b) = (
             images.disk("a.vhd").read_only(),
             images.disk("b.vhd").read_only(),
         );
-        vpmem.map(number(1), first, &a).await.unwrap();
+        vpmem.map_identified(number(1), first, &a).await.unwrap();
         model.next(Answer::Silent { happens: true });
-        let error = vpmem.map(number(1), second, &b).await.unwrap_err();
+        let error = vpmem
+            .map_identified(number(1), second, &b)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Uncertain);
         // device 0, two mappings, and what the fake VM has of them.
         assert_eq!(model.left().len(), 6);
@@ -294,23 +303,25 @@ async fn vpmem_attaches_maps_and_takes_out() {
         model.documents();
 
         let vhdx = images.disk("c.VHDX").read_only();
-        vpmem.attach(number(0), &vhdx).await.unwrap();
+        vpmem.attach_identified(number(0), &vhdx).await.unwrap();
         assert!(model.documents()[0].contains(r#""ImageFormat":"Vhdx""#));
         vpmem.detach(number(0)).await.unwrap();
         model.documents();
         let windows = VpmemAttacher::new(system, GuestOs::Windows);
         let refused = [
-            vpmem.map(number(0), first, &vhdx).await,
-            vpmem.attach(number(0), &images.disk("rw.vhd")).await,
+            vpmem.map_identified(number(0), first, &vhdx).await,
             vpmem
-                .attach(number(0), &Disk::physical_disk("x").read_only())
+                .attach_identified(number(0), &images.disk("rw.vhd"))
                 .await,
             vpmem
-                .attach(number(0), &Disk::extensible("p", "x").read_only())
+                .attach_identified(number(0), &Disk::physical_disk("x").read_only())
+                .await,
+            vpmem
+                .attach_identified(number(0), &Disk::extensible("p", "x").read_only())
                 .await,
             vpmem.size(&images.disk("rw.vhd")).await.map(drop),
-            windows.attach(number(0), &disk).await,
-            windows.map(number(0), first, &disk).await,
+            windows.attach_identified(number(0), &disk).await,
+            windows.map_identified(number(0), first, &disk).await,
         ];
         for outcome in refused {
             assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unsuitable);
@@ -330,7 +341,10 @@ async fn vpmem_attaches_maps_and_takes_out() {
             vpmem.identify(&missing).await.unwrap_err().kind(),
             ErrorKind::NotFound
         );
-        let error = vpmem.attach(number(0), &missing).await.unwrap_err();
+        let error = vpmem
+            .attach_identified(number(0), &missing)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
         assert_eq!(model.documents().len(), 1, "all others were refused before");
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use blockmount::{BackendError, Resolver};
 
-use crate::fault::{blocking, patiently};
+use crate::errno::{blocking, retry_while_busy};
 use crate::guest::{Inner, LinuxGuest};
 use crate::journal::Journal;
 use crate::kernel::Kernel;
@@ -17,7 +17,7 @@ use crate::resolvers::Resolvers;
 #[derive(Debug, Clone)]
 pub struct LinuxGuestBuilder {
     pub(crate) resolvers: Resolvers,
-    pub(crate) busy_deadline: Duration,
+    pub(crate) busy_timeout: Duration,
     pub(crate) device_deadline: Duration,
     pub(crate) allowed: Vec<PathBuf>,
     pub(crate) overlay_mark: String,
@@ -28,7 +28,7 @@ impl Default for LinuxGuestBuilder {
     fn default() -> Self {
         LinuxGuestBuilder {
             resolvers: Resolvers::new(),
-            busy_deadline: Duration::from_secs(1),
+            busy_timeout: Duration::from_secs(1),
             device_deadline: Duration::from_secs(10),
             allowed: Vec::new(),
             overlay_mark: "blockmount".to_owned(),
@@ -55,8 +55,8 @@ impl LinuxGuestBuilder {
     /// How long a mount or unmount of what is in use is tried again before it is `Busy`; one second by
     /// default.
     #[must_use]
-    pub fn busy_deadline(mut self, deadline: Duration) -> Self {
-        self.busy_deadline = deadline;
+    pub fn busy_timeout(mut self, deadline: Duration) -> Self {
+        self.busy_timeout = deadline;
         self
     }
 
@@ -115,7 +115,7 @@ impl LinuxGuestBuilder {
     /// # Errors
     ///
     /// `Busy` if another process uses the journal, which is awaited for as long as the
-    /// [`busy_deadline`](Self::busy_deadline), because one that was killed may not be gone yet;
+    /// [`busy_timeout`](Self::busy_timeout), because one that was killed may not be gone yet;
     /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing
     /// that is found in the journal is an error.
     ///
@@ -125,7 +125,7 @@ impl LinuxGuestBuilder {
     pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
         let (config, directory) = (self, directory.into());
         let open = move || Journal::open(&directory);
-        let journal = patiently(config.busy_deadline, open).await?;
+        let journal = retry_while_busy(config.busy_timeout, open).await?;
         blocking(move || {
             let inner = Inner::new(config, Some(journal.clone()));
             recovery::recover(&inner, &journal)?;

@@ -16,7 +16,7 @@ use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::fault::{blocking, fault, patiently};
+use crate::errno::{blocking, errno_error, retry_while_busy};
 use crate::probe::{Content, probe};
 use crate::{sysfs, uevent, users};
 
@@ -38,7 +38,7 @@ impl DeviceNumber {
     pub fn of(device: &File) -> Result<Self, BackendError> {
         let meta = device
             .metadata()
-            .map_err(|error| fault("cannot look at the open device", error))?;
+            .map_err(|error| errno_error("cannot look at the open device", error))?;
         if !meta.file_type().is_block_device() {
             return Err(BackendError::invalid("the open file is not a block device"));
         }
@@ -52,7 +52,7 @@ impl DeviceNumber {
     /// `Invalid` if it is no block device; others as they come.
     pub(crate) fn at(node: &Path) -> Result<Self, BackendError> {
         let meta = fs::metadata(node)
-            .map_err(|error| fault(format!("cannot look at {}", node.display()), error))?;
+            .map_err(|error| errno_error(format!("cannot look at {}", node.display()), error))?;
         if !meta.file_type().is_block_device() {
             let message = format!("{} is not a block device", node.display());
             return Err(BackendError::invalid(message));
@@ -131,13 +131,13 @@ pub fn open(path: &Path) -> Result<Option<File>, BackendError> {
                 "{} is not a block device",
                 path.display()
             ))),
-            Err(error) => Err(fault(
+            Err(error) => Err(errno_error(
                 format!("cannot look at device {}", path.display()),
                 error,
             )),
         },
         Err(error) if is_absent(&error) => Ok(None),
-        Err(error) => Err(fault(
+        Err(error) => Err(errno_error(
             format!("cannot open device {}", path.display()),
             error,
         )),
@@ -201,7 +201,7 @@ pub fn logical_block_size(device: &File) -> io::Result<u32> {
 pub fn partitions(disk: DeviceNumber) -> Result<BTreeMap<u32, PathBuf>, BackendError> {
     let directory = disk.sysfs();
     let trouble = |error| {
-        fault(
+        errno_error(
             format!("cannot list the partitions in {}", directory.display()),
             error,
         )
@@ -243,7 +243,7 @@ pub async fn await_partition(
     let id = DeviceNumber::of(disk)?;
     let mut reader = disk
         .try_clone()
-        .map_err(|error| fault("cannot open the disk once more", error))?;
+        .map_err(|error| errno_error("cannot open the disk once more", error))?;
     let mut is_hopeless = false;
     let look = move || {
         let mut known = partitions(id)?;
@@ -330,7 +330,7 @@ fn claim(path: &Path) -> Result<Option<File>, BackendError> {
             path.display()
         ))
         .with_source(error)),
-        Err(error) => Err(fault(
+        Err(error) => Err(errno_error(
             format!("cannot hold device {}", path.display()),
             error,
         )),
@@ -367,13 +367,13 @@ pub fn flush(device: &File) -> io::Result<()> {
 }
 
 /// What every guest does before a device is taken out: proves it free, for which it tries as long as
-/// `patience` lasts, then flushes it.
+/// `timeout` lasts, then flushes it.
 ///
 /// # Errors
 ///
 /// As for [`prove_free`] and [`flush`]; `Busy` as [`in_use`] tells it.
-pub async fn let_go(path: &Path, patience: Duration) -> Result<(), BackendError> {
-    hold_free(path, patience).await.map(drop)
+pub async fn let_go(path: &Path, timeout: Duration) -> Result<(), BackendError> {
+    hold_free(path, timeout).await.map(drop)
 }
 
 /// The same as [`let_go`], and keeps holding the device exclusively: as long as the answer lives,
@@ -382,23 +382,23 @@ pub async fn let_go(path: &Path, patience: Duration) -> Result<(), BackendError>
 /// # Errors
 ///
 /// As for [`let_go`].
-pub async fn hold_free(path: &Path, patience: Duration) -> Result<File, BackendError> {
+pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendError> {
     let path = path.to_owned();
     let attempt = {
         let path = path.clone();
         move || match claim(&path)? {
-            // Who uses it is searched for once, when the patience is over.
+            // Who uses it is searched for once, when the timeout is over.
             None => Err(busy(&path, &[])),
             Some(held) => match flush(&held) {
                 Ok(()) => Ok(held),
-                Err(error) => Err(fault(
+                Err(error) => Err(errno_error(
                     format!("cannot flush device {}", path.display()),
                     error,
                 )),
             },
         }
     };
-    match patiently(patience, attempt).await {
+    match retry_while_busy(timeout, attempt).await {
         Err(error) if error.kind() == ErrorKind::Busy => blocking(move || Err(in_use(&path))).await,
         done => done,
     }

@@ -11,7 +11,7 @@ use rustix::mount::{
     fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
 };
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::kernel::Kernel;
 
 /// The longest string that a context takes, in bytes (`strndup_user` in `fsconfig(2)`).
@@ -43,7 +43,10 @@ impl Context {
                 Err(BackendError::unsuitable(message)
                     .with_source(std::io::Error::from(Errno::NODEV)))
             }
-            Err(errno) => Err(fault(format!("cannot start to mount {filesystem}"), errno)),
+            Err(errno) => Err(errno_error(
+                format!("cannot start to mount {filesystem}"),
+                errno,
+            )),
         }
     }
 
@@ -114,7 +117,7 @@ impl Context {
     pub(crate) fn mount(&self, attributes: MountAttrFlags) -> Result<OwnedFd, BackendError> {
         let done = fsmount(&self.fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes);
         done.map_err(|errno| {
-            fault(
+            errno_error(
                 format!("cannot mount {}{}", self.filesystem, self.said()),
                 errno,
             )
@@ -122,7 +125,7 @@ impl Context {
     }
 
     pub(crate) fn refused(&self, option: &str, errno: Errno) -> BackendError {
-        fault(
+        errno_error(
             format!(
                 "{} refuses the mount option {option:?}{}",
                 self.filesystem,
@@ -133,7 +136,7 @@ impl Context {
     }
 
     fn failed(&self, errno: Errno) -> BackendError {
-        fault(
+        errno_error(
             format!(
                 "cannot mount a filesystem of type {}{}",
                 self.filesystem,

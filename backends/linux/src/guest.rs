@@ -14,9 +14,8 @@ use blockmount::{
 use crate::builder::LinuxGuestBuilder;
 use crate::dax;
 use crate::device::{self, DeviceNumber};
-use crate::fault::{blocking, fault, patiently};
+use crate::errno::{blocking, errno_error, retry_while_busy};
 use crate::journal::{Intent, Journal, Placed};
-use crate::judging::{choose_filesystem, explained, refuse_unsupported};
 use crate::kernel::Kernel;
 use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
 use crate::mounting::{self, Request};
@@ -24,6 +23,7 @@ use crate::overlay;
 use crate::part;
 use crate::partitions::{Added, Partitions};
 use crate::places::{PlaceUse, Places};
+use crate::preflight::{choose_filesystem, explained, refuse_unsupported};
 use crate::probe::probe;
 use crate::resolvers::Resolvers;
 use crate::target::Target;
@@ -154,7 +154,7 @@ impl Inner {
         let mut open = device::await_open(&node, deadline).await?;
         let mut window = None;
         let number = options.partition();
-        if let Some(mut range) = found.window {
+        if let Some(mut range) = found.range {
             // The kernel makes no partitions of a window: one is a smaller window.
             if let Some(number) = number {
                 let at = node.clone();
@@ -175,7 +175,7 @@ impl Inner {
             let _kept = &open;
             inner.mount_device(&node, below.clone(), &target, &options)
         };
-        patiently(self.config.busy_deadline, attempt).await
+        retry_while_busy(self.config.busy_timeout, attempt).await
     }
 
     async fn map(
@@ -189,7 +189,7 @@ impl Inner {
             let (node, range) = (&node, range.clone());
             inner.windows.map(node, range, target.path()).map(Arc::new)
         };
-        match patiently(self.config.busy_deadline, attempt).await {
+        match retry_while_busy(self.config.busy_timeout, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
                 blocking(move || {
                     let users = device::in_use(&at);
@@ -216,7 +216,7 @@ impl Inner {
         let place = self.places.enter(target)?;
         device::read_ahead(&open);
         let found = probe(&mut open)
-            .map_err(|error| fault(format!("cannot read {}", node.display()), error))?;
+            .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
         let filesystem = choose_filesystem(node, &found, options.filesystem())?;
         drop(open);
         let is_dax = dax::is_asked(options);
@@ -310,7 +310,7 @@ impl Inner {
             return Ok(());
         };
         let done = target.find().and_then(|place| match place {
-            Some(place) => mounting::propagate(&place.into_way(), propagation, kernel),
+            Some(place) => mounting::propagate(&place.into_path_at(), propagation, kernel),
             None => Err(BackendError::other(format!(
                 "{} has vanished",
                 target.path().display()
@@ -337,7 +337,7 @@ impl Inner {
             inner.ledger.unmount(&at, kernel)?;
             inner.windows.settle(at.path())
         };
-        match patiently(self.config.busy_deadline, attempt).await {
+        match retry_while_busy(self.config.busy_timeout, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
                 blocking(move || {
                     let error = self.windows.name_users(target.path(), error);

@@ -27,7 +27,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::target::FileId;
 
 pub(crate) use intent::{Intent, Placed};
@@ -68,11 +68,13 @@ impl Journal {
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>, BackendError> {
         let what = || format!("cannot open the journal {}", path.display());
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(|error| fault(format!("cannot make the journal {}", path.display()), error))?;
+        made.map_err(|error| {
+            errno_error(format!("cannot make the journal {}", path.display()), error)
+        })?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory =
-            openat(CWD, path, flags, Mode::empty()).map_err(|errno| fault(what(), errno))?;
-        let stat = fstat(&directory).map_err(|errno| fault(what(), errno))?;
+            openat(CWD, path, flags, Mode::empty()).map_err(|errno| errno_error(what(), errno))?;
+        let stat = fstat(&directory).map_err(|errno| errno_error(what(), errno))?;
         let is_ours = stat.st_uid == rustix::process::geteuid().as_raw();
         if !is_ours || stat.st_mode & 0o022 != 0 {
             return Err(BackendError::invalid(format!(
@@ -86,11 +88,11 @@ impl Journal {
                 let message = format!("{}: another process is using it", what());
                 return Err(BackendError::busy(message));
             }
-            Err(errno) => return Err(fault(what(), errno)),
+            Err(errno) => return Err(errno_error(what(), errno)),
         }
-        let origin = origin().map_err(|error| fault(what(), error))?;
+        let origin = origin().map_err(|error| errno_error(what(), error))?;
         let nonce = std::fs::read_to_string("/proc/sys/kernel/random/uuid")
-            .map_err(|error| fault(what(), error))?;
+            .map_err(|error| errno_error(what(), error))?;
         Ok(Arc::new(Journal {
             directory,
             path: path.to_owned(),
@@ -104,7 +106,7 @@ impl Journal {
     /// in the log. Call it before anything is noted.
     pub(crate) fn read(self: &Arc<Self>) -> Result<Vec<(Note, Record)>, BackendError> {
         let trouble = |error: io::Error| {
-            fault(
+            errno_error(
                 format!("cannot read the journal {}", self.path.display()),
                 error,
             )
@@ -295,7 +297,7 @@ fn stage(
 
 impl Wanted<'_> {
     fn trouble(&self, errno: Errno) -> BackendError {
-        fault(
+        errno_error(
             format!("cannot make directory {}", self.path.display()),
             errno,
         )
@@ -321,7 +323,7 @@ impl Note {
         };
         write().map_err(|error| {
             self.journal.unlink(OsStr::new(&new));
-            fault(
+            errno_error(
                 format!(
                     "cannot write to the journal {}",
                     self.journal.path.display()

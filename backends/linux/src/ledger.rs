@@ -8,13 +8,13 @@ use blockmount::{BackendError, MountOptions};
 use rustix::io::Errno;
 
 use crate::device::DeviceNumber;
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::journal::{Note, strike};
 use crate::kernel::Kernel;
 use crate::mounting::{self, MountId};
 use crate::partitions::Added;
 use crate::places::PlaceUse;
-use crate::target::{FileId, Target, Way};
+use crate::target::{FileId, PathAt, Target};
 use crate::windows::WindowUse;
 use crate::{mountinfo, users};
 
@@ -54,7 +54,7 @@ pub(crate) enum Claim {
 /// What is at a target now.
 pub(crate) enum Now {
     /// Our mount, on top; the way to it.
-    Ours(Way),
+    Ours(PathAt),
     /// Our mount, below something of others.
     Covered,
     /// Something of others instead.
@@ -93,7 +93,7 @@ impl Ledger {
                 Ok(()) => {}
                 Err(Errno::BUSY) => return Err(busy(target.path())),
                 Err(errno) => {
-                    return Err(fault(
+                    return Err(errno_error(
                         format!("cannot unmount {}", target.path().display()),
                         errno,
                     ));
@@ -160,10 +160,10 @@ pub(crate) fn now(target: &Target, mount: MountId, kernel: Kernel) -> Result<Now
     if let Some(place) = place.filter(|_| is_mount_point)
         && MountId::of(place.directory(), kernel)? == mount
     {
-        return Ok(Now::Ours(place.into_way()));
+        return Ok(Now::Ours(place.into_path_at()));
     }
     let table =
-        mountinfo::read().map_err(|error| fault("cannot read the table of mounts", error))?;
+        mountinfo::read().map_err(|error| errno_error("cannot read the table of mounts", error))?;
     let is_covered = mountinfo::at(&table, target.path())
         .iter()
         .any(|line| mount.is(line));

@@ -16,7 +16,7 @@
 //! #[async_trait]
 //! impl Resolver for Pmem {
 //!     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-//!         Ok(BlockDevice { path: format!("/dev/pmem{}", device.address()).into(), window: None })
+//!         Ok(BlockDevice { path: format!("/dev/pmem{}", device.address()).into(), range: None })
 //!     }
 //! }
 //!
@@ -77,11 +77,10 @@ pub mod uevent;
 
 mod builder;
 mod dax;
-mod fault;
+mod errno;
 mod fscontext;
 mod guest;
 mod journal;
-mod judging;
 mod kernel;
 mod ledger;
 mod mounting;
@@ -89,6 +88,7 @@ mod overlay;
 mod part;
 mod partitions;
 mod places;
+mod preflight;
 mod recovery;
 mod resolvers;
 mod sys;
@@ -97,6 +97,6 @@ mod users;
 mod windows;
 
 pub use builder::LinuxGuestBuilder;
-pub use fault::blocking;
+pub use errno::blocking;
 pub use guest::LinuxGuest;
 pub use resolvers::{Resolvers, Unpluggers};

@@ -13,7 +13,7 @@ use blockmount::BackendError;
 use rustix::io::Errno;
 
 use crate::device::{self, DeviceNumber};
-use crate::fault::{fault, patiently};
+use crate::errno::{errno_error, retry_while_busy};
 use crate::sysfs::{names, text};
 
 mod ioctl;
@@ -66,12 +66,12 @@ impl DeviceMapper {
                 );
                 return Err(BackendError::unsuitable(message).with_source(error));
             }
-            Err(error) => return Err(fault(format!("cannot open {CONTROL}"), error)),
+            Err(error) => return Err(errno_error(format!("cannot open {CONTROL}"), error)),
         };
         let this = DeviceMapper(control);
         let major = this
             .run(Command::Version, Request::new(""))
-            .map_err(|errno| fault("cannot ask device-mapper for its version", errno))?
+            .map_err(|errno| errno_error("cannot ask device-mapper for its version", errno))?
             .version();
         if major != MAJOR_VERSION {
             return Err(BackendError::unsuitable(format!(
@@ -131,7 +131,10 @@ impl DeviceMapper {
                 let message = format!("cannot make mapped device {name}: there is one already");
                 Err(BackendError::conflict(message).with_source(io::Error::from(errno)))
             }
-            Err(errno) => Err(fault(format!("cannot make mapped device {name}"), errno)),
+            Err(errno) => Err(errno_error(
+                format!("cannot make mapped device {name}"),
+                errno,
+            )),
         }
     }
 
@@ -139,12 +142,12 @@ impl DeviceMapper {
         let request = Request::new(name).flags(READ_ONLY).target(table);
         let done = self.run(Command::Load, request);
         let what = || format!("cannot map {} for {name}", table.parameters);
-        done.map(drop).map_err(|errno| fault(what(), errno))
+        done.map(drop).map_err(|errno| errno_error(what(), errno))
     }
 
     fn resume(&self, name: &str) -> Result<DeviceNumber, BackendError> {
         let done = self.run(Command::Resume, Request::new(name));
-        let done = done.map_err(|errno| fault(format!("cannot start {name}"), errno))?;
+        let done = done.map_err(|errno| errno_error(format!("cannot start {name}"), errno))?;
         Ok(done.number())
     }
 
@@ -157,7 +160,10 @@ impl DeviceMapper {
         match self.run(Command::Remove, Request::new(checked(name)?)) {
             Ok(_) => Ok(true),
             Err(Errno::NXIO) => Ok(false),
-            Err(errno) => Err(fault(format!("cannot remove mapped device {name}"), errno)),
+            Err(errno) => Err(errno_error(
+                format!("cannot remove mapped device {name}"),
+                errno,
+            )),
         }
     }
 
@@ -168,7 +174,7 @@ impl DeviceMapper {
     /// The system's.
     pub fn list(&self) -> Result<Vec<Mapped>, BackendError> {
         let reply = self.run(Command::List, Request::new(""));
-        let reply = reply.map_err(|errno| fault("cannot list the mapped devices", errno))?;
+        let reply = reply.map_err(|errno| errno_error("cannot list the mapped devices", errno))?;
         Ok(reply.names())
     }
 
@@ -182,7 +188,10 @@ impl DeviceMapper {
         match self.run(Command::Table, request) {
             Ok(reply) => Ok(Some(reply.targets())),
             Err(Errno::NXIO) => Ok(None),
-            Err(errno) => Err(fault(format!("cannot read the table of {name}"), errno)),
+            Err(errno) => Err(errno_error(
+                format!("cannot read the table of {name}"),
+                errno,
+            )),
         }
     }
 }
@@ -207,7 +216,7 @@ fn checked(name: &str) -> Result<&str, BackendError> {
     )))
 }
 
-/// Proves that nobody uses a range of a device, in bytes, for as long as `patience` lasts: no device is
+/// Proves that nobody uses a range of a device, in bytes, for as long as `timeout` lasts: no device is
 /// mapped to it, and nobody has the whole device. Other ranges may be in use.
 ///
 /// # Errors
@@ -216,11 +225,11 @@ fn checked(name: &str) -> Result<&str, BackendError> {
 pub async fn let_go_range(
     path: &Path,
     range: Range<u64>,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<(), BackendError> {
     let number = {
         let path = path.to_owned();
-        crate::fault::blocking(move || match device::open(&path)? {
+        crate::errno::blocking(move || match device::open(&path)? {
             Some(open) => DeviceNumber::of(&open),
             None => {
                 let message = format!("device {} is not there", path.display());
@@ -243,9 +252,9 @@ pub async fn let_go_range(
             Err(BackendError::busy(message))
         }
     };
-    match patiently(patience, attempt).await? {
+    match retry_while_busy(timeout, attempt).await? {
         true => Ok(()),
-        false => device::let_go(path, patience).await,
+        false => device::let_go(path, timeout).await,
     }
 }
 

@@ -13,12 +13,12 @@ use rustix::mount::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::fscontext::Context;
 use crate::journal::{Identity, Intent, Placed, strike};
 use crate::kernel::Kernel;
 use crate::mountinfo::MountInfo;
-use crate::target::{self, Place, Way};
+use crate::target::{self, PathAt, Place};
 use crate::{device, sys};
 
 /// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
@@ -136,7 +136,7 @@ impl Request {
             } else {
                 ""
             };
-            fault(what + hint, errno)
+            errno_error(what + hint, errno)
         })
     }
 
@@ -208,7 +208,10 @@ pub(crate) fn attach(
         Err(errno) => {
             strike(note);
             let target = intent.target.display();
-            Err(fault(format!("cannot move the mount to {target}"), errno))
+            Err(errno_error(
+                format!("cannot move the mount to {target}"),
+                errno,
+            ))
         }
     }
 }
@@ -227,10 +230,10 @@ pub(crate) fn in_one_step(
         strike(note);
         return Err(error);
     }
-    let way = place.into_way();
+    let way = place.into_path_at();
     let identified = way
         .open()
-        .map_err(|errno| fault("cannot open the new mount", errno))
+        .map_err(|errno| errno_error("cannot open the new mount", errno))
         .and_then(|mount| MountId::of(&mount, kernel))
         .and_then(|mount| intent.identified(note.as_ref(), mount).map(|()| mount));
     match identified {
@@ -260,7 +263,7 @@ fn propagate_detached(
         Some(shared) if shared.mode == PropagationMode::Shared && kernel.set_attributes => {
             match sys::set_propagation(mount, shared) {
                 Err(Errno::NOSYS) | Ok(()) => Ok(()),
-                Err(errno) => Err(fault("cannot make the mount shared", errno)),
+                Err(errno) => Err(errno_error("cannot make the mount shared", errno)),
             }
         }
         _ => Ok(()),
@@ -269,19 +272,19 @@ fn propagate_detached(
 
 /// Sets the propagation of a mount in its place.
 pub(crate) fn propagate(
-    way: &Way,
+    way: &PathAt,
     propagation: Propagation,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
     let what = || format!("cannot make the mount {propagation}");
-    let mount = way.open().map_err(|errno| fault(what(), errno))?;
+    let mount = way.open().map_err(|errno| errno_error(what(), errno))?;
     let done = if kernel.set_attributes {
         sys::set_propagation(&mount, propagation)
     } else {
         Err(Errno::NOSYS)
     };
     if done != Err(Errno::NOSYS) {
-        return done.map_err(|errno| fault(what(), errno));
+        return done.map_err(|errno| errno_error(what(), errno));
     }
     let mut flags = match propagation.mode {
         PropagationMode::Private => MountPropagationFlags::PRIVATE,
@@ -290,12 +293,12 @@ pub(crate) fn propagate(
         PropagationMode::Unbindable => MountPropagationFlags::UNBINDABLE,
     };
     flags.set(MountPropagationFlags::REC, propagation.recursive);
-    sys_mount::mount_change(path_of(&mount), flags).map_err(|errno| fault(what(), errno))
+    sys_mount::mount_change(path_of(&mount), flags).map_err(|errno| errno_error(what(), errno))
 }
 
 /// Unmounts what is on top at the end of a way. Never lazily: a lazy unmount hides who still uses
 /// it.
-pub(crate) fn unmount(way: &Way) -> rustix::io::Result<()> {
+pub(crate) fn unmount(way: &PathAt) -> rustix::io::Result<()> {
     sys_mount::unmount(way.path(), UnmountFlags::NOFOLLOW)
 }
 
@@ -317,7 +320,7 @@ impl MountId {
     pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
         let reused = target::mount_id(fd)?;
         let unique = kernel.unique_ids.then(|| unique_id(fd)).flatten();
-        let trouble = |errno| fault("cannot look at a mount", errno);
+        let trouble = |errno| errno_error("cannot look at a mount", errno);
         let device = fstat(fd).map_err(trouble)?.st_dev;
         // The type of the field differs between machines.
         let kind = fstatfs(fd).map_err(trouble)?.f_type as i64;

@@ -12,7 +12,7 @@ use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::fscontext::Context;
 use crate::guest::Inner;
 use crate::journal::{Identity, Intent, Placed};
@@ -48,8 +48,8 @@ pub(crate) fn combine(
         .map(|layer| open_tree(layer, "layer"))
         .collect::<Result<_, _>>()?;
     let place = guest.places().enter(target)?;
-    let root =
-        fstat(&layers[0]).map_err(|errno| fault("cannot look at the topmost layer", errno))?;
+    let root = fstat(&layers[0])
+        .map_err(|errno| errno_error("cannot look at the topmost layer", errno))?;
     let mut scratch = match &overlay.scratch {
         Some(path) => Some(Scratch::prepare(guest, path, &root, target)?),
         None => None,
@@ -87,7 +87,7 @@ fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<Placed, Bac
     let empty = match stack.is_lonely() {
         true => Some(
             readable(at.directory(), OsStr::new("."))
-                .map_err(|errno| fault("cannot open the target", errno))?,
+                .map_err(|errno| errno_error("cannot open the target", errno))?,
         ),
         false => None,
     };
@@ -247,7 +247,7 @@ impl Stack<'_> {
                     "cannot mount an overlay of {} layers: see the kernel's log",
                     self.layers.len()
                 );
-                fault(what, errno)
+                errno_error(what, errno)
             })
     }
 }
@@ -264,13 +264,15 @@ fn among_descriptors<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, Back
         let thread = std::thread::Builder::new().spawn_scoped(scope, in_thread);
         let joined = thread.map(|thread| thread.join());
         match joined {
-            Ok(Ok(done)) => {
-                done.map_err(|error| fault("cannot enter the directory of descriptors", error))
-            }
+            Ok(Ok(done)) => done
+                .map_err(|error| errno_error("cannot enter the directory of descriptors", error)),
             Ok(Err(_panic)) => Err(BackendError::uncertain(
                 "the thread that mounts an overlay panicked",
             )),
-            Err(error) => Err(fault("cannot start a thread to mount an overlay", error)),
+            Err(error) => Err(errno_error(
+                "cannot start a thread to mount an overlay",
+                error,
+            )),
         }
     })
 }
@@ -284,7 +286,7 @@ fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty())
-        .map_err(|errno| fault(format!("cannot open {what} {}", path.display()), errno))
+        .map_err(|errno| errno_error(format!("cannot open {what} {}", path.display()), errno))
 }
 
 /// Opens a directory below another one, through no symbolic link. Kernels before 6.15 want layers

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use blockmount::BackendError;
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::probe::{Content, probe};
 
 /// The bytes of a partition on a device, where the partition table is in a part of the device. Blocks.
@@ -30,7 +30,7 @@ pub(crate) fn partition(
         part,
     })
     .map_err(|error| {
-        fault(
+        errno_error(
             format!("cannot read bytes {start} to {end} of {node}"),
             error,
         )

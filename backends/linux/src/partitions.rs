@@ -12,7 +12,7 @@ use blockmount::{BackendError, ErrorKind};
 use rustix::io::Errno;
 
 use crate::device::{self, DeviceNumber};
-use crate::fault::{blocking, fault};
+use crate::errno::{blocking, errno_error};
 use crate::journal::{Journal, Note, PartitionId, PartitionRecord, Record, strike};
 use crate::probe::{Content, Partition, probe};
 use crate::{sys, sysfs};
@@ -114,7 +114,7 @@ impl Partitions {
         let this = self.clone();
         let disk = disk
             .try_clone()
-            .map_err(|error| fault("cannot open the disk once more", error))?;
+            .map_err(|error| errno_error("cannot open the disk once more", error))?;
         let added = blocking(move || this.add(disk, partition)).await?;
         match (added, device::partitions(id)?.remove(&number)) {
             (Some(added), Some(node)) => Ok((node, Some(added))),
@@ -146,7 +146,7 @@ impl Partitions {
                     known.insert(id, Arc::downgrade(&added));
                     return Ok(Some(added));
                 }
-                Err(errno) => Err(fault(
+                Err(errno) => Err(errno_error(
                     format!(
                         "cannot make partition {} of block device {} known to the kernel",
                         id.number, id.disk

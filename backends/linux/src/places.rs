@@ -188,7 +188,7 @@ fn try_to_remove(doomed: Vec<(PathBuf, Made)>) -> (Vec<PathBuf>, BTreeMap<PathBu
 fn remove(path: &Path, id: FileId) -> bool {
     let find = || Target::made(path).and_then(|target| target.find());
     let Ok(Some(place)) = find() else { return true };
-    match place.into_way().remove(id) {
+    match place.into_path_at().remove(id) {
         Ok(()) | Err(Errno::NOENT) => true,
         // Another one; or what somebody has mounted on ours.
         Err(Errno::EXIST) => {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use blockmount::BackendError;
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::guest::Inner;
 use crate::journal::{
     DirectoryRecord, Identity, Journal, MountRecord, Note, PartitionId, Record, RecordedPath,
@@ -145,7 +145,7 @@ fn look_for(
     }
     let mount = MountId::of(place.directory(), kernel)?;
     let table =
-        mountinfo::read().map_err(|error| fault("cannot read the table of mounts", error))?;
+        mountinfo::read().map_err(|error| errno_error("cannot read the table of mounts", error))?;
     let is_expected = table.iter().any(|line| {
         mount.is(line)
             && line.filesystem == filesystem
@@ -209,7 +209,7 @@ fn remove_staged(record: &DirectoryRecord) {
     let staged = record.path.0.with_file_name(&record.staged);
     let found = Target::parse(&staged, &[]).and_then(|target| target.find());
     let Ok(Some(place)) = found else { return };
-    let way = place.into_way();
+    let way = place.into_path_at();
     // Nobody else makes a directory of that name.
     if let Err(errno) = way.id().and_then(|id| way.remove(id)) {
         tracing::warn!(path = %staged.display(), %errno, "cannot remove a directory of an earlier process");

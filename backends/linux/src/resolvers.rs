@@ -11,7 +11,7 @@ use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, 
 use crate::{device, mapper};
 
 /// How long a device may be busy for a moment before it counts as in use.
-const PATIENCE: Duration = Duration::from_secs(1);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The [`Resolver`]s of a guest by the transport whose locators they read; itself a resolver that
 /// passes each locator to the one for its transport.
@@ -106,9 +106,9 @@ impl Unpluggers {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             found => found?,
         };
-        let done = match found.window {
-            None => device::let_go(&found.path, PATIENCE).await,
-            Some(range) => mapper::let_go_range(&found.path, range, PATIENCE).await,
+        let done = match found.range {
+            None => device::let_go(&found.path, DEFAULT_TIMEOUT).await,
+            Some(range) => mapper::let_go_range(&found.path, range, DEFAULT_TIMEOUT).await,
         };
         match done {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -164,7 +164,7 @@ mod tests {
                 "" => Err(BackendError::not_found("gone")),
                 path => Ok(BlockDevice {
                     path: path.into(),
-                    window: Some(0..1),
+                    range: Some(0..1),
                 }),
             }
         }

@@ -50,12 +50,15 @@ pub struct Source {
 /// `NotFound` if there is nothing of that name, `Invalid` if it is not of the disk's kind, `Unsuitable` if the disk
 /// is served by a provider.
 pub fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
-    let metadata = inspect(disk)?;
+    Ok(id_of(&inspect(disk)?))
+}
+
+fn id_of(metadata: &Metadata) -> DiskId {
     if metadata.file_type().is_block_device() {
         let number = DeviceNumber::from_rdev(metadata.rdev());
-        return Ok(DiskId::name(&format!("block device {number}")));
+        return DiskId::name(&format!("block device {number}"));
     }
-    Ok(DiskId::inode(metadata.dev(), metadata.ino()))
+    DiskId::inode(metadata.dev(), metadata.ino())
 }
 
 /// Looks at the source through links, and refuses what can never be attached.
@@ -105,14 +108,14 @@ fn kind_of(metadata: &Metadata) -> &'static str {
 }
 
 /// Opens the source for the access that the disk asks for, and proves that it is what
-/// [`identify`] saw. Blocks, but never on what is put in its place meanwhile: a pipe is opened without waiting,
+/// [`identify`] answered as `id`. Blocks, but never on what is put in its place meanwhile: a pipe is opened without waiting,
 /// then refused.
 ///
 /// # Errors
 ///
 /// As for [`identify`]; `Invalid` if it cannot be written to and the disk is not read-only, `Conflict` if somebody
 /// else has claimed it.
-pub fn open(disk: &Disk) -> Result<Source, BackendError> {
+pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
     let seen = inspect(disk)?;
     let is_device = seen.file_type().is_block_device();
     let write = !disk.is_read_only();
@@ -131,10 +134,10 @@ pub fn open(disk: &Disk) -> Result<Source, BackendError> {
         .metadata()
         .map_err(|error| no_source(disk, "look at", error))?;
     fits_kind(disk, &opened)?;
-    if (Inode::of(&opened), opened.rdev()) != (Inode::of(&seen), seen.rdev()) {
+    if id_of(&opened) != *id {
         let path = disk.source().display();
         return Err(BackendError::conflict(format!(
-            "{path} was replaced while it was being opened"
+            "{path} was replaced while it was being opened: it was {id}"
         )));
     }
     // What is a disk can block, and the loop driver may go by the flags of the file.

@@ -14,7 +14,7 @@ use blockmount::BackendError;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::fault::{blocking, fault};
+use crate::errno::{blocking, errno_error};
 
 mod disk;
 mod id;
@@ -39,7 +39,7 @@ fn is_gone(error: &io::Error) -> bool {
 ///
 /// The system's.
 pub fn names(directory: &Path) -> Result<Vec<String>, BackendError> {
-    let trouble = |error| fault(format!("cannot list {}", directory.display()), error);
+    let trouble = |error| errno_error(format!("cannot list {}", directory.display()), error);
     let entries = match fs::read_dir(directory) {
         Err(error) if is_gone(&error) => return Ok(Vec::new()),
         entries => entries.map_err(trouble)?,
@@ -95,7 +95,10 @@ pub fn bytes(directory: &Path, name: &str) -> Result<Option<Vec<u8>>, BackendErr
         Err(error) if is_gone(&error) || Errno::from_io_error(&error) == Some(Errno::INVAL) => {
             Ok(None)
         }
-        Err(error) => Err(fault(format!("cannot read {}", path.display()), error)),
+        Err(error) => Err(errno_error(
+            format!("cannot read {}", path.display()),
+            error,
+        )),
     }
 }
 
@@ -149,7 +152,7 @@ pub fn command(directory: &Path, name: &str, value: &str) -> Result<bool, Backen
             path.display()
         ))),
         Err(error) if is_gone(&error) => Ok(false),
-        Err(error) => Err(fault(
+        Err(error) => Err(errno_error(
             format!("cannot write {value:?} to {}", path.display()),
             error,
         )),

@@ -11,7 +11,7 @@ use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::journal::{self, Journal, Made, Wanted};
 
 /// The kernel's `PATH_MAX` without the NUL, in bytes.
@@ -183,7 +183,7 @@ impl Target {
             check_directory(&below, &at, self.path())?;
             let next = below
                 .try_clone()
-                .map_err(|error| fault("cannot keep a directory open", error))?;
+                .map_err(|error| errno_error("cannot keep a directory open", error))?;
             let parent = std::mem::replace(&mut directory, next);
             place = Some(Place {
                 parent,
@@ -196,7 +196,7 @@ impl Target {
 }
 
 fn unreachable_component(path: &Path, errno: Errno) -> BackendError {
-    fault(format!("cannot reach directory {}", path.display()), errno)
+    errno_error(format!("cannot reach directory {}", path.display()), errno)
 }
 
 fn check_directory(fd: &OwnedFd, at: &Path, target: &Path) -> Result<(), BackendError> {
@@ -247,8 +247,8 @@ impl Place {
 
     /// Lets go of the directory and keeps only the way to it: a path through the open parent,
     /// which no change of the tree above can lead elsewhere.
-    pub(crate) fn into_way(self) -> Way {
-        Way {
+    pub(crate) fn into_path_at(self) -> PathAt {
+        PathAt {
             parent: self.parent,
             name: self.name,
         }
@@ -281,7 +281,8 @@ impl Place {
     }
 
     fn is_empty(&self, path: &Path) -> Result<bool, BackendError> {
-        let trouble = |errno| fault(format!("cannot read directory {}", path.display()), errno);
+        let trouble =
+            |errno| errno_error(format!("cannot read directory {}", path.display()), errno);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let readable = openat(&self.directory, ".", flags, Mode::empty()).map_err(trouble)?;
         for entry in Dir::new(readable).map_err(trouble)? {
@@ -296,12 +297,12 @@ impl Place {
 
 /// The way to a directory through its open parent.
 #[derive(Debug)]
-pub(crate) struct Way {
+pub(crate) struct PathAt {
     parent: OwnedFd,
     name: OsString,
 }
 
-impl Way {
+impl PathAt {
     /// A path for system calls that take nothing else. Valid in this process while this value
     /// lives.
     pub(crate) fn path(&self) -> PathBuf {
@@ -348,7 +349,7 @@ impl FileId {
 pub(crate) fn mount_id(fd: &OwnedFd) -> Result<u64, BackendError> {
     let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
     let info = std::fs::read_to_string(&path)
-        .map_err(|error| fault(format!("cannot read {path}"), error))?;
+        .map_err(|error| errno_error(format!("cannot read {path}"), error))?;
     let id = info
         .lines()
         .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());

@@ -13,7 +13,7 @@ use nix::sys::socket::{
 };
 use tokio::io::unix::AsyncFd;
 
-use crate::fault::{blocking, fault};
+use crate::errno::{blocking, errno_error};
 use crate::sys;
 
 mod hub;
@@ -194,27 +194,27 @@ where
 }
 
 /// What one look for a device has found, for [`wait_for`].
-pub type Look<T> = Result<T, Unseen>;
+pub type Probe<T> = Result<T, NotReady>;
 
 /// Why a look has found nothing.
 #[derive(Debug)]
-pub enum Unseen {
+pub enum NotReady {
     /// It may appear yet; what is missing.
     NotYet(BackendError),
     /// Looking on makes no sense.
     Failed(BackendError),
 }
 
-impl Unseen {
+impl NotReady {
     /// It is not there yet; `what` says so as the message of an error does.
     pub fn not_found(what: impl Into<String>) -> Self {
-        Unseen::NotYet(BackendError::not_found(what))
+        NotReady::NotYet(BackendError::not_found(what))
     }
 
     /// The error, for whoever does not look again.
     pub fn into_error(self) -> BackendError {
         match self {
-            Unseen::NotYet(error) | Unseen::Failed(error) => error,
+            NotReady::NotYet(error) | NotReady::Failed(error) => error,
         }
     }
 }
@@ -224,17 +224,17 @@ impl Unseen {
 /// # Errors
 ///
 /// What has failed.
-pub fn seen<T>(look: Look<T>) -> Result<Option<T>, BackendError> {
+pub fn seen<T>(look: Probe<T>) -> Result<Option<T>, BackendError> {
     match look {
         Ok(found) => Ok(Some(found)),
-        Err(Unseen::NotYet(_)) => Ok(None),
-        Err(Unseen::Failed(error)) => Err(error),
+        Err(NotReady::NotYet(_)) => Ok(None),
+        Err(NotReady::Failed(error)) => Err(error),
     }
 }
 
-impl From<BackendError> for Unseen {
+impl From<BackendError> for NotReady {
     fn from(error: BackendError) -> Self {
-        Unseen::Failed(error)
+        NotReady::Failed(error)
     }
 }
 
@@ -255,12 +255,12 @@ pub async fn wait_for<T, C, F>(
 where
     T: Send + 'static,
     C: Fn(&[u8]) -> bool + Send + Sync + 'static,
-    F: FnMut() -> Look<T> + Send + 'static,
+    F: FnMut() -> Probe<T> + Send + 'static,
 {
     let look = move || match look() {
         Ok(found) => Ok(Ok(found)),
-        Err(Unseen::NotYet(missing)) => Ok(Err(missing)),
-        Err(Unseen::Failed(error)) => Err(error),
+        Err(NotReady::NotYet(missing)) => Ok(Err(missing)),
+        Err(NotReady::Failed(error)) => Err(error),
     };
     wait(deadline, concerns, look).await?
 }
@@ -283,7 +283,7 @@ where
         return Ok(found);
     }
     let waiting = hub::Waiting::new(Box::new(concerns))
-        .map_err(|error| fault("cannot listen for the kernel's events", error))?;
+        .map_err(|error| errno_error("cannot listen for the kernel's events", error))?;
     let mut pause = SAFETY_LOOK;
     loop {
         // The look after the subscription sees what was announced before it.
@@ -383,7 +383,7 @@ mod tests {
         let mut looks = 0;
         let look = move || {
             looks += 1;
-            Look::<()>::Err(Unseen::not_found(format!("look {looks}")))
+            Probe::<()>::Err(NotReady::not_found(format!("look {looks}")))
         };
         let deadline = Instant::now() + Duration::from_millis(20);
         let error = wait_for(deadline, |_| true, look).await.unwrap_err();

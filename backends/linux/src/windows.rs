@@ -10,7 +10,7 @@ use std::time::Duration;
 use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{self, DeviceNumber};
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::mapper::{DeviceMapper, NAME_MARK, SECTOR, UUID_MARK};
 use crate::sysfs;
 
@@ -298,7 +298,7 @@ impl Drop for WindowUse {
 /// Whether a device has such a part: the range may come from anybody.
 fn judge(path: &Path, open: &File, range: Range<u64>) -> Result<Window, BackendError> {
     let node = path.display();
-    let trouble = |error| fault(format!("cannot ask {node} for its size"), error);
+    let trouble = |error| errno_error(format!("cannot ask {node} for its size"), error);
     let size = device::size(open).map_err(trouble)?;
     let block = u64::from(device::logical_block_size(open).map_err(trouble)?).max(SECTOR);
     let Range { start, end } = range;

@@ -603,7 +603,7 @@ async fn root_a_journal_has_one_process_at_a_time() {
     assert!(message.contains("another process is using it"), "{message}");
     assert_eq!((site.room.mounts(), site.records()), before);
     // One that starts while the other is being killed waits for its end.
-    let soon = builder().busy_deadline(Duration::from_secs(30));
+    let soon = builder().busy_timeout(Duration::from_secs(30));
     let waiting = tokio::spawn(soon.journal(site.journal()));
     tokio::task::yield_now().await;
     child.kill();

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
-use blockmount_linux::uevent::{Look, Unseen, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, wait_for};
 
 /// Shorter than a wait goes without a look when it hears nothing.
 const SOON: Duration = Duration::from_millis(900);
@@ -32,11 +32,11 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn look(&self) -> Look<()> {
+    fn look(&self) -> Probe<()> {
         self.looks.fetch_add(1, Ordering::SeqCst);
         match self.is_there.load(Ordering::SeqCst) {
             true => Ok(()),
-            false => Err(Unseen::not_found("it is not there")),
+            false => Err(NotReady::not_found("it is not there")),
         }
     }
 

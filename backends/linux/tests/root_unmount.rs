@@ -80,7 +80,7 @@ async fn root_an_unmount_waits_for_a_user_who_is_about_to_leave() {
     let mut room = Room::new();
     let device = Loop::new(&Image::Ext4.copy(room.path()));
     room.settle();
-    let guest = builder().busy_deadline(Duration::from_secs(30)).build();
+    let guest = builder().busy_timeout(Duration::from_secs(30)).build();
     mount(&guest, &device, &room.at("mnt"), &[]).await.unwrap();
     let open = File::open(room.at("mnt/hello")).unwrap();
     let leave = tokio::spawn(async move {

@@ -26,7 +26,7 @@ impl Resolver for Part {
     async fn resolve(&self, _: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         Ok(BlockDevice {
             path: self.0.clone(),
-            window: Some(self.1.clone()),
+            range: Some(self.1.clone()),
         })
     }
 }
@@ -84,8 +84,8 @@ async fn root_a_range_is_free_when_its_device_is() {
     let device = Loop::new(&Image::Ext4.copy(room.path()));
     room.settle();
     let guest = kit::guest();
-    let patience = std::time::Duration::from_millis(50);
-    let let_go = || mapper::let_go_range(device.node(), 0..4096, patience);
+    let timeout = std::time::Duration::from_millis(50);
+    let let_go = || mapper::let_go_range(device.node(), 0..4096, timeout);
     let_go().await.unwrap();
     kit::mount(&guest, &device, &room.at("mnt"), &[])
         .await
@@ -95,7 +95,7 @@ async fn root_a_range_is_free_when_its_device_is() {
     guest.unmount(&room.at("mnt")).await.unwrap();
     let_go().await.unwrap();
     let absent = Path::new("/dev/blockmount-no-such-device");
-    let result = mapper::let_go_range(absent, 0..4096, patience).await;
+    let result = mapper::let_go_range(absent, 0..4096, timeout).await;
     refused(result, ErrorKind::NotFound);
     room.assert_clean();
 }

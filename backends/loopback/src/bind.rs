@@ -23,7 +23,7 @@ const RACES_FOR_FREE: u32 = 64;
 
 /// What a device is to be like.
 #[derive(Debug, Clone)]
-pub(crate) struct Wish {
+pub(crate) struct LoopConfig {
     pub(crate) read_only: bool,
     pub(crate) direct_io: bool,
     /// `lo_file_name`, at most [`MARK_MAX`](crate::device::MARK_MAX) bytes.
@@ -38,7 +38,7 @@ pub(crate) struct Bound {
 }
 
 /// Binds the source to a device that is free.
-pub(crate) fn bind(source: &Source, wish: &Wish) -> Result<Bound, BackendError> {
+pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, BackendError> {
     let control = open_control()?;
     for race in 0..RACES {
         let next = if race < RACES_FOR_FREE {
@@ -47,7 +47,7 @@ pub(crate) fn bind(source: &Source, wish: &Wish) -> Result<Bound, BackendError> 
             ioctl::add(&control)
         };
         let number = next.map_err(|error| refused("get a free loop device", error))?;
-        match configure(number, source, wish) {
+        match configure(number, source, wanted) {
             Ok(bound) => return Ok(bound),
             Err(error) if is(&error, Errno::BUSY) || is_absent(&error) => {
                 std::thread::sleep(Duration::from_millis(u64::from(race > 8)));
@@ -72,8 +72,8 @@ fn open_control() -> Result<std::fs::File, BackendError> {
     })
 }
 
-fn configure(number: u32, source: &Source, wish: &Wish) -> io::Result<Bound> {
-    let device = if wish.read_only {
+fn configure(number: u32, source: &Source, wanted: &LoopConfig) -> io::Result<Bound> {
+    let device = if wanted.read_only {
         Device::open(number)?
     } else {
         Device::open_for_writing(number)?
@@ -89,12 +89,12 @@ fn configure(number: u32, source: &Source, wish: &Wish) -> io::Result<Bound> {
     let when = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
     config.info.lo_flags = ioctl::AUTOCLEAR
         | ioctl::PARTSCAN
-        | when(wish.read_only, ioctl::READ_ONLY)
-        | when(wish.direct_io, ioctl::DIRECT_IO);
-    config.info.lo_file_name[..wish.mark.len()].copy_from_slice(&wish.mark);
+        | when(wanted.read_only, ioctl::READ_ONLY)
+        | when(wanted.direct_io, ioctl::DIRECT_IO);
+    config.info.lo_file_name[..wanted.mark.len()].copy_from_slice(&wanted.mark);
     ioctl::configure(device.file(), &mut config)?;
     // The handle for reading is opened while the other still holds the device.
-    let device = if wish.read_only {
+    let device = if wanted.read_only {
         device
     } else {
         Device::open(number)?

@@ -44,17 +44,17 @@ impl BoundLoop {
     }
 
     /// Unbinds the device, unless it has been unbound, or bound anew by somebody else, since it was
-    /// listed; waits up to `patience` for others to close it. Blocks.
+    /// listed; waits up to `timeout` for others to close it. Blocks.
     ///
     /// # Errors
     ///
     /// `Busy`, naming the users that can be found; the device then stays bound until the last of them
     /// closes it. `Other` if it cannot be opened or asked.
-    pub fn unbind(&self, patience: Duration) -> Result<(), BackendError> {
+    pub fn unbind(&self, timeout: Duration) -> Result<(), BackendError> {
         let found = device::find(self.number, &self.binding)
             .map_err(|error| failed("look for", self.number, error))?;
         let Some(open) = found else { return Ok(()) };
-        device::unbind(open, &self.binding, Instant::now() + patience).map_err(|(_, error)| error)
+        device::unbind(open, &self.binding, Instant::now() + timeout).map_err(|(_, error)| error)
     }
 }
 

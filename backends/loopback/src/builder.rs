@@ -20,7 +20,7 @@ pub struct LoopTransportBuilder {
 pub(crate) struct Settings {
     pub(crate) mark: Option<String>,
     pub(crate) direct_io: bool,
-    pub(crate) detach_timeout: Duration,
+    pub(crate) busy_timeout: Duration,
 }
 
 impl Default for LoopTransportBuilder {
@@ -31,7 +31,7 @@ impl Default for LoopTransportBuilder {
             settings: Settings {
                 mark: None,
                 direct_io: true,
-                detach_timeout: Duration::from_secs(5),
+                busy_timeout: Duration::from_secs(5),
             },
         }
     }
@@ -63,8 +63,8 @@ impl LoopTransportBuilder {
 
     /// How long a detach waits for others to close the device before it answers `Busy`.
     #[must_use]
-    pub fn detach_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.detach_timeout = timeout;
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.busy_timeout = timeout;
         self
     }
 

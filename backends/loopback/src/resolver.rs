@@ -40,7 +40,7 @@ impl Resolver for LoopTransport {
         blocking(move || match find(number, &binding) {
             Ok(Some(_)) => Ok(BlockDevice {
                 path: node(number),
-                window: None,
+                range: None,
             }),
             Ok(None) => {
                 let path = node(number);
@@ -60,22 +60,22 @@ impl Resolver for LoopTransport {
 ///
 /// Proves that nobody has the device mounted, mapped or claimed, and writes back what is cached, down to
 /// the file beneath. Somebody who claims it only for a moment is waited for, up to
-/// [`with_patience`](Self::with_patience).
+/// [`with_timeout`](Self::with_timeout).
 #[derive(Debug, Clone, Copy)]
 pub struct LoopUnplugger {
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl LoopUnplugger {
     /// Waits this long for others, in place of one second, before it answers `Busy`.
-    pub fn with_patience(patience: Duration) -> Self {
-        LoopUnplugger { patience }
+    pub fn with_timeout(timeout: Duration) -> Self {
+        LoopUnplugger { timeout }
     }
 }
 
 impl Default for LoopUnplugger {
     fn default() -> Self {
-        Self::with_patience(Duration::from_secs(1))
+        Self::with_timeout(Duration::from_secs(1))
     }
 }
 
@@ -87,7 +87,7 @@ impl Unplugger for LoopUnplugger {
         if !blocking(move || is_there(number)).await? {
             return Ok(());
         }
-        match let_go(&node(number), self.patience).await {
+        match let_go(&node(number), self.timeout).await {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             // Unbound meanwhile: there is nothing to write back to.
             Err(error) if error.kind() != ErrorKind::Busy => {
@@ -132,7 +132,7 @@ fn resolve(number: u32) -> Result<BlockDevice, BackendError> {
         .status()
         .map_err(|error| failed("ask about", number, error))?
     {
-        Some(_) => Ok(BlockDevice { path, window: None }),
+        Some(_) => Ok(BlockDevice { path, range: None }),
         None => Err(BackendError::not_found(format!(
             "{} is bound to nothing",
             path.display()

@@ -13,7 +13,7 @@ use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
 use blockmount_linux::source;
 use tokio::task::spawn_blocking;
 
-use crate::bind::{self, Bound, Claim, Wish};
+use crate::bind::{self, Bound, Claim, LoopConfig};
 use crate::builder::{LoopTransportBuilder, Settings};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
 
@@ -127,11 +127,11 @@ impl Transport for LoopTransport {
     /// # Cancel safety
     ///
     /// A call that is dropped leaves nothing: the device's only handle is dropped with its result.
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         self.0.refuse_twice(disk)?;
         let slot = self.0.slots.reserve().ok_or_else(|| self.0.full())?;
-        let (inner, for_thread) = (Arc::clone(&self.0), disk.clone());
-        let fresh = blocking(move || inner.bind(&for_thread, slot)).await?;
+        let (inner, on_thread) = (Arc::clone(&self.0), (disk.clone(), id.clone()));
+        let fresh = blocking(move || inner.bind(&on_thread.0, &on_thread.1, slot)).await?;
         // No await from here on: what is in the table is what the caller learns of.
         self.0.insert(disk, fresh)
     }
@@ -176,21 +176,21 @@ impl Inner {
         }
     }
 
-    fn bind(&self, disk: &Disk, slot: Reservation) -> Result<Fresh, BackendError> {
-        let source = source::open(disk)?;
+    fn bind(&self, disk: &Disk, id: &DiskId, slot: Reservation) -> Result<Fresh, BackendError> {
+        let source = source::open(disk, id)?;
         source::size(disk, &source)?;
         let mark = match &self.settings.mark {
             Some(mark) => mark.as_bytes(),
             None => disk.source().as_os_str().as_bytes(),
         };
-        let wish = Wish {
+        let wanted = LoopConfig {
             read_only: disk.is_read_only(),
             direct_io: self.settings.direct_io,
             mark: mark[..mark.len().min(MARK_MAX)].to_owned(),
         };
-        let bound = bind::bind(&source, &wish)?;
+        let bound = bind::bind(&source, &wanted)?;
         if let Err(conflict) = bind::refuse_conflict(&bound, &source, &self.claims()) {
-            bind::undo(bound, self.settings.detach_timeout);
+            bind::undo(bound, self.settings.busy_timeout);
             return Err(conflict);
         }
         Ok(Fresh { bound, slot })
@@ -286,11 +286,7 @@ impl Inner {
                 .map_err(|error| (None, device::failed("look for", number, error)))?,
         };
         let Some(device) = handle else { return Ok(()) };
-        device::unbind(
-            device,
-            binding,
-            Instant::now() + self.settings.detach_timeout,
-        )
+        device::unbind(device, binding, Instant::now() + self.settings.busy_timeout)
     }
 
     fn entry(&self, disk: &Disk, record: &Record) -> LoopSlot {
@@ -322,6 +318,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use blockmount::testing::AttachIdentified as _;
     use blockmount::{ErrorKind, Resolver};
 
     use super::*;
@@ -338,8 +335,8 @@ mod tests {
         };
         let (ours, theirs) = (LoopTransport::default(), LoopTransport::default());
         let (our_disk, their_disk) = (disk_of("ours"), disk_of("theirs"));
-        ours.attach(&our_disk).await.unwrap();
-        theirs.attach(&their_disk).await.unwrap();
+        ours.attach_identified(&our_disk).await.unwrap();
+        theirs.attach_identified(&their_disk).await.unwrap();
         let number = theirs.map()[0].number;
         for handle in [None, Some(Device::open(number).unwrap())] {
             if let Some(record) = ours.0.table().get_mut(&our_disk) {
@@ -365,7 +362,7 @@ mod tests {
                 status.binding.mark,
                 their_disk.source().as_os_str().as_bytes()
             );
-            ours.attach(&our_disk).await.unwrap();
+            ours.attach_identified(&our_disk).await.unwrap();
         }
         ours.detach(&our_disk).await.unwrap();
         theirs.detach(&their_disk).await.unwrap();

@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStringExt;
@@ -27,7 +28,7 @@ async fn refused(
     kind: ErrorKind,
     word: &str,
 ) {
-    let error = transport.attach(&disk).await.unwrap_err();
+    let error = transport.attach_identified(&disk).await.unwrap_err();
     assert_error(&error, kind, word);
     assert_eq!(
         (transport.map(), bench.bound()),
@@ -54,7 +55,7 @@ async fn root_what_is_written_to_the_device_is_in_the_file() {
     let transport = bench.transport();
     let image = bench.image("a.img", MIB);
     let disk = Disk::virtual_disk(&image);
-    let locator = transport.attach(&disk).await.unwrap();
+    let locator = transport.attach_identified(&disk).await.unwrap();
     let mut device = fs::OpenOptions::new()
         .write(true)
         .open(device_of(&locator).await)
@@ -109,7 +110,7 @@ async fn root_names_that_are_no_text_are_attached() {
     let image = bench.dir.path().join(odd);
     fs::File::create(&image).unwrap().set_len(MIB).unwrap();
     let disk = Disk::virtual_disk(&image).read_only();
-    transport.attach(&disk).await.unwrap();
+    transport.attach_identified(&disk).await.unwrap();
     assert_eq!(bench.bound()[0].backing_file(), &image);
     transport.detach(&disk).await.unwrap();
     bench.assert_nothing_left();
@@ -120,7 +121,7 @@ async fn root_read_only_is_read_only_down_to_the_kernel() {
     let bench = Bench::new();
     let transport = bench.transport();
     let disk = Disk::virtual_disk(bench.image("a.img", MIB)).read_only();
-    let locator = transport.attach(&disk).await.unwrap();
+    let locator = transport.attach_identified(&disk).await.unwrap();
     let path = device_of(&locator).await;
     let error = fs::OpenOptions::new()
         .write(true)
@@ -147,7 +148,7 @@ async fn root_direct_io_is_what_the_kernel_says() {
     for wanted in [true, false] {
         let transport = bench.builder().direct_io(wanted).build().unwrap();
         let disk = Disk::virtual_disk(bench.image("a.img", MIB));
-        let locator = transport.attach(&disk).await.unwrap();
+        let locator = transport.attach_identified(&disk).await.unwrap();
         let shown = transport.map()[0].direct_io;
         let attribute = format!("/sys/block/loop{}/loop/dio", locator.address());
         assert_eq!(fs::read_to_string(attribute).unwrap().trim() == "1", shown);
@@ -162,7 +163,7 @@ async fn root_partitions_are_looked_for() {
     let bench = Bench::new();
     let transport = bench.transport();
     let disk = Disk::virtual_disk(bench.image("a.img", MIB));
-    let locator = transport.attach(&disk).await.unwrap();
+    let locator = transport.attach_identified(&disk).await.unwrap();
     // Whether any are found depends on the tables that the kernel was built to read.
     let attribute = format!("/sys/block/loop{}/loop/partscan", locator.address());
     assert_eq!(fs::read_to_string(attribute).unwrap().trim(), "1");
@@ -174,25 +175,25 @@ async fn root_a_block_device_is_claimed_while_it_is_written_to() {
     let bench = Bench::new();
     let transport = bench.transport();
     let image = Disk::virtual_disk(bench.ext4("a.img"));
-    let device = device_of(&transport.attach(&image).await.unwrap()).await;
+    let device = device_of(&transport.attach_identified(&image).await.unwrap()).await;
 
     let physical = Disk::physical_disk(&device);
-    transport.attach(&physical).await.unwrap();
+    transport.attach_identified(&physical).await.unwrap();
     let beside = Disk::physical_disk(&device).read_only();
-    let error = transport.attach(&beside).await.unwrap_err();
+    let error = transport.attach_identified(&beside).await.unwrap_err();
     assert_error(&error, ErrorKind::Conflict, "already bound read-write");
     let error = bench
         .builder()
         .build()
         .unwrap()
-        .attach(&physical)
+        .attach_identified(&physical)
         .await
         .unwrap_err();
     assert_error(&error, ErrorKind::Conflict, "claimed");
     assert_eq!(bench.bound().len(), 2);
 
     let error = transport
-        .attach(&Disk::virtual_disk(&device))
+        .attach_identified(&Disk::virtual_disk(&device))
         .await
         .unwrap_err();
     assert_error(&error, ErrorKind::Invalid, "physical disk");
@@ -213,8 +214,8 @@ async fn root_a_file_that_somebody_else_has_is_a_conflict_unless_both_only_read(
         Disk::virtual_disk(&hard).read_only(),
     );
     for (held, refused) in [(&write, &write), (&write, &read), (&read, &write)] {
-        let locator = theirs.attach(held).await.unwrap();
-        let error = ours.attach(refused).await.unwrap_err();
+        let locator = theirs.attach_identified(held).await.unwrap();
+        let error = ours.attach_identified(refused).await.unwrap_err();
         assert_error(
             &error,
             ErrorKind::Conflict,
@@ -223,8 +224,8 @@ async fn root_a_file_that_somebody_else_has_is_a_conflict_unless_both_only_read(
         assert_eq!((ours.map(), bench.bound().len()), (vec![], 1));
         theirs.detach(held).await.unwrap();
     }
-    theirs.attach(&read).await.unwrap();
-    ours.attach(&Disk::virtual_disk(&image).read_only())
+    theirs.attach_identified(&read).await.unwrap();
+    ours.attach_identified(&Disk::virtual_disk(&image).read_only())
         .await
         .unwrap();
     ours.detach(&Disk::virtual_disk(&image).read_only())
@@ -239,10 +240,10 @@ async fn root_a_file_that_was_replaced_is_not_mistaken_for_the_one_before() {
     let bench = Bench::new();
     let transport = bench.transport();
     let disk = Disk::virtual_disk(bench.image("a.img", MIB));
-    transport.attach(&disk).await.unwrap();
+    transport.attach_identified(&disk).await.unwrap();
     let before = bench.bound();
     fs::rename(bench.image("b.img", MIB), bench.path("a.img")).unwrap();
-    let error = transport.attach(&disk).await.unwrap_err();
+    let error = transport.attach_identified(&disk).await.unwrap_err();
     assert_error(&error, ErrorKind::Conflict, "replaced");
     assert_eq!(bench.bound()[0].number(), before[0].number());
     // The first is detached although its name is now another file's.
@@ -308,7 +309,7 @@ async fn root_what_is_no_disk_is_refused() {
     .await;
     // All of it was really about the sources.
     let disk = Disk::virtual_disk(bench.path("file"));
-    transport.attach(&disk).await.unwrap();
+    transport.attach_identified(&disk).await.unwrap();
     transport.detach(&disk).await.unwrap();
 }
 
@@ -318,9 +319,11 @@ async fn root_a_file_that_cannot_be_written_to_is_attached_read_only_or_not_at_a
     let transport = bench.transport();
     let image = bench.image("a.img", MIB);
     run("chattr", &["+i", image.to_str().unwrap()]);
-    let error = transport.attach(&Disk::virtual_disk(&image)).await;
+    let error = transport
+        .attach_identified(&Disk::virtual_disk(&image))
+        .await;
     let read = transport
-        .attach(&Disk::virtual_disk(&image).read_only())
+        .attach_identified(&Disk::virtual_disk(&image).read_only())
         .await;
     run("chattr", &["-i", image.to_str().unwrap()]);
     assert_error(
@@ -343,7 +346,10 @@ async fn root_process_without_rights() {
         return;
     };
     let disk = Disk::virtual_disk(image).read_only();
-    let error = LoopTransport::default().attach(&disk).await.unwrap_err();
+    let error = LoopTransport::default()
+        .attach_identified(&disk)
+        .await
+        .unwrap_err();
     println!("\n{:?}: {error}", error.kind());
 }
 

@@ -84,7 +84,7 @@ async fn root_loop_transport_as_a_resolver_keeps_the_laws() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn root_loop_unplugger_keeps_the_laws() {
     let bench = Bench::new();
-    let unplugger = LoopUnplugger::with_patience(Duration::from_millis(200));
+    let unplugger = LoopUnplugger::with_timeout(Duration::from_millis(200));
     let resolvers = Resolvers::new().with(SCHEME, Arc::new(LoopResolver));
     let mounter = LinuxGuest::builder().resolvers(resolvers).build();
     let passed = conformance::unplugger(

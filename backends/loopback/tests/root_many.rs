@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 
@@ -26,7 +27,7 @@ async fn root_sixty_four_at_once_are_each_attached_once_and_gone_again() {
     let attaching = disks.iter().cloned().map(|disk| {
         let transport = transport.clone();
         tokio::spawn(async move {
-            let locator = transport.attach(&disk).await.unwrap();
+            let locator = transport.attach_identified(&disk).await.unwrap();
             let device = LoopResolver.resolve(&locator).await.unwrap().path;
             // The size tells whose device it is.
             let name = device.file_name().unwrap().to_str().unwrap().to_owned();
@@ -71,16 +72,16 @@ async fn one_too_many(bench: &Bench, transport: blockmount_loopback::LoopTranspo
     let disks = images(bench, count + 1);
     let (last, fitting) = disks.split_last().unwrap();
     for disk in fitting {
-        transport.attach(disk).await.unwrap();
+        transport.attach_identified(disk).await.unwrap();
     }
     let before = (transport.map(), bench.bound());
-    let error = transport.attach(last).await.unwrap_err();
+    let error = transport.attach_identified(last).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full);
     assert!(error.message().contains(&count.to_string()), "{error}");
     assert_eq!((transport.map(), bench.bound()), before);
 
     transport.detach(&fitting[0]).await.unwrap();
-    transport.attach(last).await.unwrap();
+    transport.attach_identified(last).await.unwrap();
     assert_eq!(
         transport.map()[0].source,
         last.source(),

@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ const MIB: u64 = 1 << 20;
 /// One attached image with a filesystem.
 async fn attached(bench: &Bench, transport: &LoopTransport) -> (Disk, PathBuf) {
     let disk = Disk::virtual_disk(bench.ext4("a.img"));
-    let locator = transport.attach(&disk).await.unwrap();
+    let locator = transport.attach_identified(&disk).await.unwrap();
     (
         disk,
         PathBuf::from(format!("/dev/loop{}", locator.address())),
@@ -56,7 +57,7 @@ async fn root_a_device_that_is_closed_in_time_is_not_busy() {
     let bench = Bench::new();
     let transport = bench
         .builder()
-        .detach_timeout(Duration::from_secs(20))
+        .busy_timeout(Duration::from_secs(20))
         .build()
         .unwrap();
     let (disk, device) = attached(&bench, &transport).await;
@@ -80,7 +81,7 @@ async fn root_a_device_that_is_mounted_is_busy_until_it_is_unmounted() {
     let locator = format!("loop:{}", transport.map()[0].number)
         .parse()
         .unwrap();
-    let unplugger = LoopUnplugger::with_patience(Duration::from_millis(30));
+    let unplugger = LoopUnplugger::with_timeout(Duration::from_millis(30));
     let target = bench.path("m");
     let mounted = Mounted::new(&device, &target);
     let name = target.to_str().unwrap();
@@ -98,7 +99,7 @@ async fn root_a_device_that_is_mounted_is_busy_until_it_is_unmounted() {
     assert_eq!(bench.bound(), []);
     unplugger.unplug(&locator).await.unwrap();
     // What was written is in the file.
-    transport.attach(&disk).await.unwrap();
+    transport.attach_identified(&disk).await.unwrap();
     let again = Mounted::new(
         &PathBuf::from(format!("/dev/loop{}", transport.map()[0].number)),
         &target,
@@ -129,8 +130,8 @@ async fn root_an_attach_that_nobody_waits_for_leaves_nothing() {
     let disk = Disk::virtual_disk(bench.image("a.img", MIB));
     let mut given_up = 0;
     for round in 0..60_u64 {
-        let patience = Duration::from_micros(round * 25);
-        match tokio::time::timeout(patience, transport.attach(&disk)).await {
+        let timeout = Duration::from_micros(round * 25);
+        match tokio::time::timeout(timeout, transport.attach_identified(&disk)).await {
             Ok(Ok(_)) => transport.detach(&disk).await.unwrap(),
             // The one before has not quite let go of the only slot or of the file.
             Ok(Err(error)) => {
@@ -149,7 +150,7 @@ async fn root_an_attach_that_nobody_waits_for_leaves_nothing() {
     );
     bench.assert_nothing_left();
     let deadline = Instant::now() + Duration::from_secs(5);
-    while transport.attach(&disk).await.is_err() {
+    while transport.attach_identified(&disk).await.is_err() {
         assert!(Instant::now() < deadline, "the slot never came back");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -176,7 +177,7 @@ async fn root_process_to_be_killed() {
     let transport = LoopTransport::builder().mark(mark).build().unwrap();
     for name in ["mounted.img", "other.img"] {
         transport
-            .attach(&Disk::virtual_disk(dir.join(name)))
+            .attach_identified(&Disk::virtual_disk(dir.join(name)))
             .await
             .unwrap();
     }

@@ -27,7 +27,7 @@ impl VmBuilder {
         &self,
         accelerator: &str,
         state: Option<File>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Vm, VmError> {
         let directory = self.make_directory().map_err(cannot)?;
         let initramfs = directory.path().join("initramfs");
@@ -37,12 +37,12 @@ impl VmBuilder {
         // Nobody else stops it before it is up.
         let mut stops = vm.qmp().events("STOP");
         let stopped = async {
-            while stops.next(patience).await.is_err() {
+            while stops.next(timeout).await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
         let up = tokio::select! {
-            up = self.come_up(&vm, patience) => up,
+            up = self.come_up(&vm, timeout) => up,
             how = vm.ended() => Err(VmError::new(format!("QEMU has ended: {how}"))),
             () = stopped => Err(VmError::new("the processor has stopped on an error")),
         };
@@ -110,15 +110,15 @@ impl VmBuilder {
     }
 
     /// Waits until the guest's program opens a port.
-    async fn come_up(&self, vm: &Vm, patience: Duration) -> Result<(), VmError> {
+    async fn come_up(&self, vm: &Vm, timeout: Duration) -> Result<(), VmError> {
         let what = |error| VmError::new("cannot tell whether the VM runs").because(error);
         let mut resumed = vm.qmp().events("RESUME");
         let status = vm.qmp().execute("query-status", NONE).await;
         // What is plugged while a state is being read would not be part of it, and QEMU would refuse the state.
         if status.map_err(what)?["running"] != true {
-            resumed.next(patience).await.map_err(what)?;
+            resumed.next(timeout).await.map_err(what)?;
         }
-        vm.connect(&self.agent, patience).await.map(drop)
+        vm.connect(&self.agent, timeout).await.map(drop)
     }
 }
 

@@ -182,16 +182,21 @@ impl Attacher for QemuScsi {
             .await
     }
 
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
         let plug = self.plug(address).ok_or_else(|| {
             let geometry = self.geometry;
             BackendError::invalid(format!(
                 "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"
             ))
         })?;
-        let (inspected, backing) = (disk.clone(), self.backing);
+        let (inspected, id, backing) = (disk.clone(), id.clone(), self.backing);
         let image = self
-            .blocking(disk, move || Image::inspect(&inspected, backing))
+            .blocking(disk, move || Image::inspect(&inspected, &id, backing))
             .await?;
         plug.attach(&image).await
     }

@@ -48,7 +48,7 @@ pub struct VmBuilder {
     pub(crate) directory: Option<PathBuf>,
     states: Option<States>,
     pub(crate) agent: String,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl VmBuilder {
@@ -66,7 +66,7 @@ impl VmBuilder {
             directory: None,
             states: None,
             agent: "blockmount.agent".to_owned(),
-            patience: Duration::from_secs(120),
+            timeout: Duration::from_secs(120),
         }
     }
 
@@ -136,8 +136,8 @@ impl VmBuilder {
     /// How long the guest may take until its program opens a port; 120 seconds by default, of which emulation on a
     /// busy machine takes five.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -153,17 +153,17 @@ impl VmBuilder {
     pub async fn start(self) -> Result<Vm, VmError> {
         self.check()?;
         if self.accelerator == Accelerator::Kvm {
-            return self.start_on(KVM, self.patience).await;
+            return self.start_on(KVM, self.timeout).await;
         }
         if self.accelerator == Accelerator::Auto && self.may_have_kvm() {
-            match self.start_on(KVM, KVM_PATIENCE.min(self.patience)).await {
+            match self.start_on(KVM, KVM_PATIENCE.min(self.timeout)).await {
                 Err(error) => tracing::info!(%error, "KVM does not work; going on with emulation"),
                 started => return started,
             }
             NO_KVM.store(true, Ordering::Relaxed);
             self.states.iter().for_each(States::note_no_kvm);
         }
-        self.start_on(EMULATION, self.patience).await
+        self.start_on(EMULATION, self.timeout).await
     }
 
     /// Whether KVM is there, and is not known to be of no use.
@@ -198,13 +198,13 @@ impl VmBuilder {
         Ok(())
     }
 
-    async fn start_on(&self, accelerator: &str, patience: Duration) -> Result<Vm, VmError> {
+    async fn start_on(&self, accelerator: &str, timeout: Duration) -> Result<Vm, VmError> {
         let Some(states) = &self.states else {
-            return self.launch(accelerator, None, patience).await;
+            return self.launch(accelerator, None, timeout).await;
         };
         let key = self.key(accelerator).await?;
         if let Some(state) = open(states, &key).await? {
-            match self.launch(accelerator, Some(state), patience).await {
+            match self.launch(accelerator, Some(state), timeout).await {
                 Err(error) => {
                     tracing::warn!(%error, "a saved state does not work, and is made anew");
                     states.forget(&key);
@@ -212,11 +212,11 @@ impl VmBuilder {
                 restored => return restored,
             }
         }
-        self.save(accelerator, states, &key, patience).await?;
+        self.save(accelerator, states, &key, timeout).await?;
         let state = open(states, &key).await?;
         let state =
             state.ok_or_else(|| VmError::new("the state that was just saved has vanished"))?;
-        self.launch(accelerator, Some(state), patience).await
+        self.launch(accelerator, Some(state), timeout).await
     }
 
     /// A digest of all that a state depends on.
@@ -253,21 +253,21 @@ impl VmBuilder {
         accelerator: &str,
         states: &States,
         key: &str,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<(), VmError> {
         let waiting = states.clone();
         let making = tokio::task::spawn_blocking(move || waiting.lock());
         let lost = |error| VmError::new("waiting for a saved state was lost").because(error);
         let late = || VmError::new("another process makes the saved state, and takes too long");
-        // The other one boots a guest with the same patience, and then saves it.
-        let making = tokio::time::timeout(2 * patience, making)
+        // The other one boots a guest with the same timeout, and then saves it.
+        let making = tokio::time::timeout(2 * timeout, making)
             .await
             .map_err(|elapsed| late().because(elapsed))?
             .map_err(lost)??;
         if open(states, key).await?.is_some() {
             return Ok(());
         }
-        let vm = self.launch(accelerator, None, patience).await?;
+        let vm = self.launch(accelerator, None, timeout).await?;
         let saved = self.write_state(&vm, &states.draft()).await;
         vm.shut_down().await;
         saved?;

@@ -66,7 +66,7 @@ const SLOWEST_COPY: u64 = 16 << 20;
 /// | device | `virtio-pmem-pci` on the root port with that number | `nvdimm` in the slot with that number |
 /// | QEMU needs | `maxmem`, a `pcie-root-port` for each device | `nvdimm=on`, `maxmem`, `slots` |
 /// | the guest finds it | by the PCI address of the port | by its NFIT handle: its number plus 1 |
-/// | is taken out | when the guest has ejected it | never: `detach` is `Unsuitable`, and it is parked |
+/// | is taken out | when the guest has ejected it | never: `detach` is `Unsuitable`, and it is retained |
 ///
 /// - *Whole devices* are the image itself if it has whole multiples of 2 MiB, and else a copy that does: pad images
 ///   (`truncate --size=%2M`) to have neither the copy nor its pages twice.
@@ -317,7 +317,12 @@ impl Attacher for QemuVpmem {
         found.map_err(nothing_done)
     }
 
-    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        device: DeviceNumber,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
         let mut held = self
             .held(device)
             .await
@@ -325,8 +330,9 @@ impl Attacher for QemuVpmem {
         if !matches!(*held, Held::Nothing) {
             return Err(used_otherwise(device));
         }
-        let (prepared, directory) = (disk.clone(), self.0.directory.clone());
-        let prepare = move |given_up: &AtomicBool| Image::prepare(&prepared, &directory, given_up);
+        let (prepared, id, directory) = (disk.clone(), id.clone(), self.0.directory.clone());
+        let prepare =
+            move |given_up: &AtomicBool| Image::prepare(&prepared, &id, &directory, given_up);
         let longest = self.0.geometry.device_size();
         let image = self.blocking(&disk.to_string(), longest, prepare).await;
         let image = image.map_err(nothing_done)?;
@@ -374,8 +380,9 @@ impl Attacher for QemuVpmem {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        id: &DiskId,
     ) -> Result<(), BackendError> {
-        self.map_range(device, range, disk).await
+        self.map_range(device, range, disk, id).await
     }
 
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {

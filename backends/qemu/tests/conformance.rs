@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -54,7 +55,7 @@ async fn as_many_disks_fit_as_hyper_v_has_and_one_more_changes_nothing() {
     let mut calls = JoinSet::new();
     for disk in &disks[..256] {
         let (scsi, disk) = (scsi.clone(), disk.clone());
-        calls.spawn(async move { scsi.attach(&disk).await });
+        calls.spawn(async move { scsi.attach_identified(&disk).await });
     }
     let locators = calls.join_all().await;
     let locators: BTreeSet<_> = locators
@@ -65,7 +66,7 @@ async fn as_many_disks_fit_as_hyper_v_has_and_one_more_changes_nothing() {
     assert_eq!(attacher.left().await.unwrap().len(), 3 * 256);
 
     let full = qemu.tables();
-    let error = scsi.attach(&disks[256]).await.unwrap_err();
+    let error = scsi.attach_identified(&disks[256]).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full, "{error}");
     assert_eq!(qemu.tables(), full);
 

@@ -5,6 +5,7 @@ mod common;
 
 use blockmount::{Disk, ErrorKind};
 use blockmount_scsi::Attacher;
+use blockmount_scsi::testing::AttachIdentified as _;
 use common::{IMPATIENT, Qemu, address};
 use serde_json::{Value, json};
 
@@ -27,13 +28,13 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
     scsi.detach(at).await.unwrap();
 
     // Somebody has begun to take the device out, and it is not all out yet.
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     qemu.execute("device_del", id());
     scsi.detach(at).await.unwrap();
     assert_eq!(qemu.tables(), before);
 
     // The device is out.
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     {
         let mut monitor = qemu.monitor.lock().unwrap();
         monitor.done("device_del", id());
@@ -44,7 +45,7 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
     assert_eq!(qemu.tables(), before);
 
     // The node is out as well.
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     {
         let mut monitor = qemu.monitor.lock().unwrap();
         monitor.done("device_del", id());
@@ -62,7 +63,7 @@ async fn an_image_with_another_user_in_qemu_is_busy_until_that_has_gone() {
     let before = qemu.tables();
     let scsi = qemu.scsi_with(IMPATIENT).await;
     let (at, disk) = (address("0/3"), Disk::virtual_disk(qemu.image("a", 4096)));
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     let over_it =
         json!({"driver": "raw", "node-name": "over", "file": "bm-scsi-0-3", "read-only": true});
     qemu.execute("blockdev-add", over_it);
@@ -84,13 +85,13 @@ async fn what_an_earlier_attachment_has_left_is_detached_first() {
     let left = qemu.image("left", 4096);
     let left = json!({"driver": "file", "node-name": "bm-scsi-0-3", "filename": left});
     qemu.execute("blockdev-add", left);
-    let error = scsi.attach(at, &disk).await.unwrap_err();
+    let error = scsi.attach_identified(at, &disk).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
     scsi.detach(at).await.unwrap();
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
 
     // Also where all of it is left.
-    let error = scsi.attach(at, &disk).await.unwrap_err();
+    let error = scsi.attach_identified(at, &disk).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
     scsi.detach(at).await.unwrap();
     assert_eq!(qemu.tables(), before);
@@ -114,7 +115,10 @@ async fn a_refused_device_takes_its_image_with_it() {
         }),
     );
     let before = qemu.tables();
-    let error = scsi.attach(address("0/3"), &disk).await.unwrap_err();
+    let error = scsi
+        .attach_identified(address("0/3"), &disk)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Other, "{error}");
     assert_eq!(
         error.to_string(),
@@ -126,5 +130,5 @@ async fn a_refused_device_takes_its_image_with_it() {
     // What is not ours is not taken out.
     scsi.detach(address("0/3")).await.unwrap();
     assert_eq!(qemu.tables(), before);
-    scsi.attach(address("0/4"), &disk).await.unwrap();
+    scsi.attach_identified(address("0/4"), &disk).await.unwrap();
 }

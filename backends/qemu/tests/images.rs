@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount_scsi::testing::AttachIdentified as _;
 use std::error::Error;
 use std::fs::OpenOptions;
 use std::os::unix::ffi::OsStrExt;
@@ -37,7 +38,10 @@ fn opened(qemu: &Qemu, file: &Path) -> usize {
 
 async fn refused(qemu: &Qemu, scsi: &QemuScsi, disk: Disk, kind: ErrorKind, says: &str) {
     let before = qemu.tables();
-    let error = scsi.attach(address("0/9"), &disk).await.unwrap_err();
+    let error = scsi
+        .attach_identified(address("0/9"), &disk)
+        .await
+        .unwrap_err();
     let cause = error.source().map(ToString::to_string).unwrap_or_default();
     let said = format!("{error}: {cause}");
     assert_eq!(error.kind(), kind, "{said}");
@@ -58,7 +62,7 @@ async fn images_are_what_their_names_say() {
     file.set_len(256 << 10).unwrap();
     let disks = [raw, qcow2, hostile].map(Disk::virtual_disk);
     for (lun, disk) in disks.iter().enumerate() {
-        scsi.attach(address(&format!("0/{lun}")), disk)
+        scsi.attach_identified(address(&format!("0/{lun}")), disk)
             .await
             .unwrap();
     }
@@ -126,7 +130,10 @@ async fn an_image_opens_no_other_files() {
     )
     .await;
     let before = qemu.tables();
-    trusting.attach(address("0/0"), &backing).await.unwrap();
+    trusting
+        .attach_identified(address("0/0"), &backing)
+        .await
+        .unwrap();
     assert_eq!(opened(&qemu, &secret), 1);
     trusting.detach(address("0/0")).await.unwrap();
     assert_eq!(qemu.tables(), before);
@@ -145,7 +152,10 @@ async fn an_image_that_is_replaced_in_time_opens_no_backing_file() {
     );
     qemu.signal("-STOP");
     let disk = Disk::virtual_disk(&image).read_only();
-    let error = scsi.attach(address("0/0"), &disk).await.unwrap_err();
+    let error = scsi
+        .attach_identified(address("0/0"), &disk)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
     std::fs::rename(hostile, image).unwrap();
     qemu.signal("-CONT");
@@ -215,12 +225,17 @@ async fn addresses_that_the_vm_does_not_have_are_refused() {
     let before = qemu.tables();
     let disk = Disk::virtual_disk(qemu.image("a", 4096));
     for at in ["0/256", "0/16383", "1/0"] {
-        let error = scsi.attach(address(at), &disk).await.unwrap_err();
+        let error = scsi
+            .attach_identified(address(at), &disk)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         scsi.detach(address(at)).await.unwrap();
         assert_eq!(qemu.tables(), before);
     }
-    scsi.attach(address("0/255"), &disk).await.unwrap();
+    scsi.attach_identified(address("0/255"), &disk)
+        .await
+        .unwrap();
     scsi.detach(address("0/255")).await.unwrap();
     assert_eq!(qemu.tables(), before);
 }
@@ -256,8 +271,8 @@ async fn many_vms_read_an_image_or_one_writes_it() {
     ] {
         let writable = Disk::virtual_disk(image);
         let read_only = writable.clone().read_only();
-        first.attach(at, &read_only).await.unwrap();
-        second.attach(at, &read_only).await.unwrap();
+        first.attach_identified(at, &read_only).await.unwrap();
+        second.attach_identified(at, &read_only).await.unwrap();
         for name in ["bm-scsi-0-0", "bm-scsi-0-0-file"] {
             assert_eq!(node(&one, name)["ro"], true);
         }
@@ -265,7 +280,7 @@ async fn many_vms_read_an_image_or_one_writes_it() {
         refused(&two, &second, writable.clone(), ErrorKind::Other, "lock").await;
         first.detach(at).await.unwrap();
 
-        second.attach(at, &writable).await.unwrap();
+        second.attach_identified(at, &writable).await.unwrap();
         assert_eq!(node(&two, "bm-scsi-0-0")["ro"], false);
         refused(&one, &first, read_only, ErrorKind::Other, "lock").await;
         refused(&one, &first, writable, ErrorKind::Other, "lock").await;

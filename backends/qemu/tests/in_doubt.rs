@@ -3,6 +3,8 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
+use blockmount_scsi::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::{BackendError, Disk, ErrorKind, Transport};
@@ -33,12 +35,12 @@ async fn an_attachment_whose_answer_is_lost_is_done_or_undone() {
     let (at, disk) = (address("0/3"), Disk::virtual_disk(qemu.image("a", 4096)));
 
     *next.lock().unwrap() = Some(Loss::Answer("blockdev-add"));
-    let outcome = scsi.attach(at, &disk).await;
+    let outcome = scsi.attach_identified(at, &disk).await;
     assert_eq!(kind(outcome), Err(ErrorKind::Other));
     assert_eq!(qemu.tables(), before);
 
     *next.lock().unwrap() = Some(Loss::Answer("device_add"));
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     let expected = [
         "device bm-scsi-0-3",
         "node bm-scsi-0-3",
@@ -54,7 +56,7 @@ async fn an_attachment_whose_answer_is_lost_is_done_or_undone() {
     qemu.execute("device_add", other_device(3));
     let with_other = qemu.tables();
     *next.lock().unwrap() = Some(Loss::Answer("device_add"));
-    let outcome = scsi.attach(at, &disk).await;
+    let outcome = scsi.attach_identified(at, &disk).await;
     assert_eq!(kind(outcome), Err(ErrorKind::Other));
     assert_eq!(qemu.tables(), with_other);
 }
@@ -78,14 +80,14 @@ async fn an_attachment_that_nobody_answers_for_is_uncertain_and_can_be_detached(
         let (scsi, next) = with_losses(&mut qemu).await;
         let (at, disk) = (address("0/3"), Disk::virtual_disk(qemu.image("a", 4096)));
         *next.lock().unwrap() = Some(Loss::AnswersFrom(from));
-        let outcome = scsi.attach(at, &disk).await;
+        let outcome = scsi.attach_identified(at, &disk).await;
         assert_eq!(kind(outcome), Err(ErrorKind::Uncertain), "{from}");
         let outcome = scsi.detach(at).await;
         assert_eq!(kind(outcome), Err(ErrorKind::Uncertain), "{from}");
         *next.lock().unwrap() = None;
         scsi.detach(at).await.unwrap();
         assert_eq!(qemu.tables(), before);
-        scsi.attach(at, &disk).await.unwrap();
+        scsi.attach_identified(at, &disk).await.unwrap();
     }
 }
 
@@ -101,7 +103,7 @@ async fn a_detachment_whose_answer_is_lost_goes_on_where_it_was() {
         (Loss::Answer("blockdev-del"), Err(ErrorKind::Uncertain)),
         (Loss::AnswersFrom("blockdev-del"), Err(ErrorKind::Uncertain)),
     ] {
-        scsi.attach(at, &disk).await.unwrap();
+        scsi.attach_identified(at, &disk).await.unwrap();
         *next.lock().unwrap() = Some(loss);
         let outcome = scsi.detach(at).await;
         assert_eq!(kind(outcome), expected, "{loss:?}");
@@ -119,11 +121,11 @@ async fn o15_a_stopped_qemu_leaves_slots_in_doubt_until_it_goes_on() {
     let scsi = ScsiTransport::new(attacher, Geometry::new(1, 2).unwrap(), &[]).unwrap();
     let [first, second, third] =
         ["a", "b", "c"].map(|name| Disk::virtual_disk(qemu.image(name, 4096)));
-    scsi.attach(&first).await.unwrap();
+    scsi.attach_identified(&first).await.unwrap();
 
     qemu.signal("-STOP");
     let begun = Instant::now();
-    let (attached, detached) = tokio::join!(scsi.attach(&second), scsi.detach(&first));
+    let (attached, detached) = tokio::join!(scsi.attach_identified(&second), scsi.detach(&first));
     assert_eq!(attached.unwrap_err().kind(), ErrorKind::Uncertain);
     assert_eq!(detached.unwrap_err().kind(), ErrorKind::Uncertain);
     assert!(
@@ -132,14 +134,14 @@ async fn o15_a_stopped_qemu_leaves_slots_in_doubt_until_it_goes_on() {
         begun.elapsed()
     );
     // Whatever was asked for may yet happen, so nobody gets those slots.
-    let error = scsi.attach(&third).await.unwrap_err();
+    let error = scsi.attach_identified(&third).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full, "{error}");
 
     qemu.signal("-CONT");
     scsi.detach(&first).await.unwrap();
     scsi.detach(&second).await.unwrap();
     assert_eq!(qemu.tables(), before);
-    scsi.attach(&third).await.unwrap();
+    scsi.attach_identified(&third).await.unwrap();
     scsi.detach(&third).await.unwrap();
     assert_eq!(qemu.tables(), before);
 }
@@ -155,7 +157,7 @@ async fn a_stopped_qemu_holds_no_call_beyond_its_deadlines_however_many_there_ar
     for lun in 0..64 {
         let (attacher, disk) = (attacher.clone(), disk.clone());
         let at = address(&format!("0/{lun}"));
-        calls.spawn(async move { (at, attacher.attach(at, &disk).await.unwrap_err()) });
+        calls.spawn(async move { (at, attacher.attach_identified(at, &disk).await.unwrap_err()) });
     }
     let begun = Instant::now();
     let mut in_doubt = Vec::new();
@@ -188,7 +190,7 @@ async fn a_dropped_attachment_can_be_detached() {
     let mut undone = 0;
     for polls in 0..40 {
         let limit = std::time::Duration::from_micros(100 * polls);
-        let dropped = timeout(limit, attacher.attach(at, &disk)).await;
+        let dropped = timeout(limit, attacher.attach_identified(at, &disk)).await;
         undone += u32::from(dropped.is_err());
         attacher.detach(at).await.unwrap();
         assert_eq!(qemu.tables(), before);
@@ -202,7 +204,7 @@ async fn a_killed_qemu_ends_every_call_within_a_second() {
     let scsi = qemu.scsi().await;
     let disk = Disk::virtual_disk(qemu.image("a", 4096)).read_only();
     for lun in 0..30 {
-        scsi.attach(address(&format!("0/{lun}")), &disk)
+        scsi.attach_identified(address(&format!("0/{lun}")), &disk)
             .await
             .unwrap();
     }
@@ -212,7 +214,10 @@ async fn a_killed_qemu_ends_every_call_within_a_second() {
     for lun in 0..30 {
         let (on, from) = (scsi.clone(), scsi.clone());
         let disk = disk.clone();
-        calls.spawn(async move { on.attach(address(&format!("1/{lun}")), &disk).await });
+        calls.spawn(async move {
+            on.attach_identified(address(&format!("1/{lun}")), &disk)
+                .await
+        });
         calls.spawn(async move { from.detach(address(&format!("0/{lun}"))).await });
     }
     tokio::task::yield_now().await;
@@ -224,7 +229,7 @@ async fn a_killed_qemu_ends_every_call_within_a_second() {
         assert_eq!(kind(outcome), Err(ErrorKind::Gone));
     }
     assert_eq!(
-        kind(scsi.attach(address("0/0"), &disk).await),
+        kind(scsi.attach_identified(address("0/0"), &disk).await),
         Err(ErrorKind::Gone)
     );
     assert_eq!(

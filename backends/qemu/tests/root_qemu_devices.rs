@@ -3,6 +3,7 @@
 
 mod common;
 
+use blockmount_scsi::testing::AttachIdentified as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -48,7 +49,7 @@ async fn root_qemu_takes_block_devices_that_nobody_uses() {
     assert_eq!(scsi.identify(&Disk::physical_disk(link)).await.unwrap(), id);
 
     for disk in [disk.clone(), disk.clone().read_only()] {
-        scsi.attach(at, &disk).await.unwrap();
+        scsi.attach_identified(at, &disk).await.unwrap();
         let nodes = qemu.execute("query-named-block-nodes", json!({"flat": true}));
         let nodes = nodes.as_array().unwrap();
         let file = nodes
@@ -72,7 +73,7 @@ async fn root_qemu_takes_block_devices_that_nobody_uses() {
         ),
         (Disk::physical_disk(&image), "not a block device"),
     ] {
-        let error = scsi.attach(at, &disk).await.unwrap_err();
+        let error = scsi.attach_identified(at, &disk).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.to_string().contains(says), "{error}");
     }
@@ -81,11 +82,11 @@ async fn root_qemu_takes_block_devices_that_nobody_uses() {
     let made = Command::new("mkfs.ext4").arg("-q").arg(&device.0).status();
     assert!(made.unwrap().success());
     let mount = Mounted::at(&device.0, &qemu.path("m"));
-    let error = scsi.attach(at, &disk).await.unwrap_err();
+    let error = scsi.attach_identified(at, &disk).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert_eq!(qemu.tables(), before);
     drop(mount);
-    scsi.attach(at, &disk).await.unwrap();
+    scsi.attach_identified(at, &disk).await.unwrap();
     scsi.detach(at).await.unwrap();
     assert_eq!(qemu.tables(), before);
 }

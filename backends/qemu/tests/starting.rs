@@ -45,7 +45,7 @@ async fn a_guest_that_opens_no_port_is_given_up_on() {
     let room = tempfile::tempdir().unwrap();
     // It waits for input that never comes.
     let vm = running("/bin/cat").await.directory(room.path());
-    let vm = vm.patience(Duration::from_secs(15));
+    let vm = vm.timeout(Duration::from_secs(15));
     let error = told(&vm.start().await.unwrap_err());
     assert!(error.contains("the guest does not come up"), "{error}");
     assert!(is_empty(room.path()));

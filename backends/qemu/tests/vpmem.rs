@@ -3,6 +3,8 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
+use blockmount_vpmem::testing::AttachIdentified as _;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,8 +61,8 @@ impl Transport for WithGuest {
         self.vpmem.identify(disk).await
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
-        let locator = self.vpmem.attach(disk).await?;
+    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let locator = self.vpmem.attach_identified(disk).await?;
         let address = VpmemAddress::try_from(&locator).unwrap();
         self.attached.lock().unwrap().insert(disk.clone(), address);
         Ok(locator)
@@ -112,7 +114,7 @@ async fn packed_disks_keep_the_laws_of_a_transport() {
     let vpmem = transport(&attacher, Mode::Packed);
     // The device comes with the first disk, and stays: this one is there before and after.
     let first = pmem.disk("first", 0xff, 4 * MIB);
-    vpmem.attach(&first).await.unwrap();
+    vpmem.attach_identified(&first).await.unwrap();
     let disks = [1, 2, 3].map(|n: u8| pmem.disk(&n.to_string(), n, 20 * MIB - 512));
     let guest = pmem.guest.clone();
     let fixture = TransportFixture {
@@ -148,7 +150,7 @@ async fn eight_layers_on_one_device_read_back_as_they_are() {
     // All at once: one of them makes the device.
     let attaching = disks.iter().cloned().map(|disk| {
         let vpmem = vpmem.clone();
-        tokio::spawn(async move { vpmem.attach(&disk).await.unwrap() })
+        tokio::spawn(async move { vpmem.attach_identified(&disk).await.unwrap() })
     });
     let mut ranges = Vec::new();
     for attached in attaching.collect::<Vec<_>>() {
@@ -189,7 +191,7 @@ async fn a_device_is_plugged_and_ejected_30_times_and_never_shows_old_data() {
         let size = sizes[round as usize % 3] - (round % 2) * 512;
         let disk = pmem.disk(&format!("{round}"), byte, size);
         let at = device(round % 2);
-        attacher.attach(at, &disk).await.unwrap();
+        attacher.attach_identified(at, &disk).await.unwrap();
         let (_, length) = pmem.guest.region(round % 2).unwrap();
         assert_eq!(length, size.next_multiple_of(2 * MIB));
         shows(&pmem.guest, round % 2, range(0, length), size, byte);
@@ -206,9 +208,9 @@ async fn the_guest_cannot_change_a_disk() {
     let mut pmem = Pmem::start(2);
     let attacher = pmem.virtio().await;
     let disk = pmem.disk("a", 7, 2 * MIB);
-    attacher.attach(device(0), &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
     attacher
-        .map(device(1), range(0, 2 * MIB), &disk)
+        .map_identified(device(1), range(0, 2 * MIB), &disk)
         .await
         .unwrap();
     for number in 0..2 {
@@ -224,7 +226,7 @@ async fn a_device_that_the_guest_has_not_ejected_is_busy() {
     let qmp = pmem.qemu.qmp(IMPATIENT).await;
     let attacher = pmem.virtio_over(qmp);
     let disk = pmem.disk("a", 7, 2 * MIB);
-    attacher.attach(device(0), &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
     let error = attacher.detach(device(0)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     assert!(
@@ -250,7 +252,7 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
     let before = pmem.guest.tables();
     attacher.detach(device(0)).await.unwrap();
     for memory_is_gone in [false, true] {
-        attacher.attach(device(0), &disk).await.unwrap();
+        attacher.attach_identified(device(0), &disk).await.unwrap();
         pmem.guest.eject(0);
         if memory_is_gone {
             pmem.qemu.execute("object-del", json!({"id": "bm-vpmem-0"}));
@@ -262,11 +264,14 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
     // An attachment does not build on what somebody else has left.
     let memory = json!({"qom-type": "memory-backend-ram", "id": "bm-vpmem-0", "size": 2 * MIB});
     pmem.qemu.execute("object-add", memory);
-    let error = attacher.attach(device(0), &disk).await.unwrap_err();
+    let error = attacher
+        .attach_identified(device(0), &disk)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
     attacher.detach(device(0)).await.unwrap();
     assert_eq!(pmem.guest.tables(), before);
-    attacher.attach(device(0), &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
     assert_eq!(pmem.files_left(), 0);
 }
 
@@ -282,7 +287,10 @@ async fn a_lost_answer_leaves_all_or_nothing() {
     let before = pmem.guest.tables();
 
     *loss.lock().unwrap() = Some(Loss::Answer("object-add"));
-    let error = attacher.attach(device(0), &disk).await.unwrap_err();
+    let error = attacher
+        .attach_identified(device(0), &disk)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Other, "{error}");
     assert_eq!(
         (pmem.guest.tables(), pmem.files_left()),
@@ -290,7 +298,7 @@ async fn a_lost_answer_leaves_all_or_nothing() {
     );
 
     *loss.lock().unwrap() = Some(Loss::Answer("device_add"));
-    attacher.attach(device(0), &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
     assert_eq!(pmem.guest.read(0, 0, 16), [7; 16]);
 
     // The event is lost, too.
@@ -298,7 +306,7 @@ async fn a_lost_answer_leaves_all_or_nothing() {
     pmem.guest.eject(0);
     attacher.detach(device(0)).await.unwrap();
     *loss.lock().unwrap() = Some(Loss::Answer("object-del"));
-    attacher.attach(device(0), &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
     pmem.guest.eject(0);
     attacher.detach(device(0)).await.unwrap_err();
     attacher.detach(device(0)).await.unwrap();
@@ -308,11 +316,17 @@ async fn a_lost_answer_leaves_all_or_nothing() {
     for (number, command) in [(1, "device_add"), (2, "object-add")] {
         *loss.lock().unwrap() = Some(Loss::AnswersFrom(command));
         let at = range(MIB, 3 * MIB);
-        let error = attacher.map(device(number), at, &disk).await.unwrap_err();
+        let error = attacher
+            .map_identified(device(number), at, &disk)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
         *loss.lock().unwrap() = None;
         attacher.unmap(device(number), at).await.unwrap();
-        attacher.map(device(number), at, &disk).await.unwrap();
+        attacher
+            .map_identified(device(number), at, &disk)
+            .await
+            .unwrap();
         assert_eq!(pmem.guest.read(number, MIB, 16), [7; 16]);
     }
     assert_eq!(pmem.files_left(), 0);
@@ -327,17 +341,26 @@ async fn an_nvdimm_is_parked_and_offered_to_the_same_disk_again() {
     let vpmem = transport(&attacher, Mode::WholeDevices);
     let disks = [1, 2].map(|n: u8| pmem.disk(&n.to_string(), n, 2 * MIB + 512));
     for _ in 0..3 {
-        assert_eq!(vpmem.attach(&disks[0]).await.unwrap().as_str(), "vpmem:0");
+        assert_eq!(
+            vpmem.attach_identified(&disks[0]).await.unwrap().as_str(),
+            "vpmem:0"
+        );
         assert_eq!(pmem.guest.read(0, 0, 16), [1; 16]);
         vpmem.detach(&disks[0]).await.unwrap();
-        assert_eq!(vpmem.parked(), 1);
+        assert_eq!(vpmem.retained(), 1);
     }
-    assert_eq!(vpmem.attach(&disks[1]).await.unwrap().as_str(), "vpmem:1");
+    assert_eq!(
+        vpmem.attach_identified(&disks[1]).await.unwrap().as_str(),
+        "vpmem:1"
+    );
     assert_eq!(pmem.guest.read(1, 0, 16), [2; 16]);
-    // A new file under the name of the parked disk, even as large, is not that disk.
+    // A new file under the name of the retained disk, even as large, is not that disk.
     std::fs::remove_file(disks[0].source()).unwrap();
     let other = pmem.disk("1", 3, 2 * MIB + 512);
-    assert_eq!(vpmem.attach(&other).await.unwrap().as_str(), "vpmem:2");
+    assert_eq!(
+        vpmem.attach_identified(&other).await.unwrap().as_str(),
+        "vpmem:2"
+    );
     assert_eq!(pmem.guest.read(2, 0, 16), [3; 16]);
     assert_eq!(attacher.left().await.unwrap().len(), 6);
     assert_eq!(pmem.files_left(), 0);
@@ -350,14 +373,17 @@ async fn an_nvdimm_can_be_packed() {
     let disk = pmem.disk("a", 7, MIB + 512);
     let at = range(5 * MIB, MIB + 4096);
     for _ in 0..2 {
-        attacher.map(device(3), at, &disk).await.unwrap();
+        attacher.map_identified(device(3), at, &disk).await.unwrap();
         assert_eq!(pmem.guest.read(3, 5 * MIB, 16), [7; 16]);
         attacher.unmap(device(3), at).await.unwrap();
         attacher.unmap(device(3), at).await.unwrap();
         assert_eq!(pmem.guest.read(3, 5 * MIB, 16), [0; 16]);
     }
     assert_eq!(pmem.guest.region(3).unwrap().1, DEVICE);
-    let error = attacher.attach(device(3), &disk).await.unwrap_err();
+    let error = attacher
+        .attach_identified(device(3), &disk)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     let error = attacher.detach(device(3)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
@@ -369,12 +395,18 @@ async fn address_space_that_is_full_is_full_and_leaves_nothing() {
     let mut pmem = Pmem::start_with(2, 8 * MIB);
     let attacher = pmem.virtio().await;
     let disks = ["a", "b"].map(|name| pmem.disk(name, 7, 6 * MIB));
-    attacher.attach(device(0), &disks[0]).await.unwrap();
+    attacher
+        .attach_identified(device(0), &disks[0])
+        .await
+        .unwrap();
     let with_one = pmem.guest.tables();
-    let error = attacher.attach(device(1), &disks[1]).await.unwrap_err();
+    let error = attacher
+        .attach_identified(device(1), &disks[1])
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full, "{error}");
     let error = attacher
-        .map(device(1), range(0, 6 * MIB), &disks[1])
+        .map_identified(device(1), range(0, 6 * MIB), &disks[1])
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full, "{error}");
@@ -389,19 +421,20 @@ async fn a_copy_that_is_given_up_does_not_reach_the_next_disk() {
         .map(|(name, byte, size)| pmem.disk(name, byte, size));
     let all = range(0, 24 * MIB);
     attacher
-        .map(device(0), range(0, 4096), &small)
+        .map_identified(device(0), range(0, 4096), &small)
         .await
         .unwrap();
     attacher.unmap(device(0), range(0, 4096)).await.unwrap();
-    for patience in [0, 1, 5, 20] {
-        let patience = Duration::from_millis(patience);
-        let _ = tokio::time::timeout(patience, attacher.map(device(0), all, &large)).await;
+    for timeout in [0, 1, 5, 20] {
+        let timeout = Duration::from_millis(timeout);
+        let _ =
+            tokio::time::timeout(timeout, attacher.map_identified(device(0), all, &large)).await;
         attacher.unmap(device(0), all).await.unwrap();
         for part in 0..24 {
             assert_eq!(pmem.guest.read(0, part * MIB, 4096), [0; 4096]);
         }
         attacher
-            .map(device(0), range(0, 4096), &small)
+            .map_identified(device(0), range(0, 4096), &small)
             .await
             .unwrap();
         assert_eq!(pmem.guest.read(0, 0, 8192)[4095..4097], [2, 0]);
@@ -416,12 +449,15 @@ async fn with_qemu_gone_everything_is_gone() {
     let attacher = pmem.virtio().await;
     let disk = pmem.disk("a", 7, 2 * MIB);
     let at = range(0, 2 * MIB);
-    attacher.attach(device(0), &disk).await.unwrap();
-    attacher.map(device(1), at, &disk).await.unwrap();
+    attacher.attach_identified(device(0), &disk).await.unwrap();
+    attacher.map_identified(device(1), at, &disk).await.unwrap();
     pmem.qemu.kill();
-    let attached = attacher.attach(device(2), &disk).await.unwrap_err();
+    let attached = attacher
+        .attach_identified(device(2), &disk)
+        .await
+        .unwrap_err();
     let mapped = attacher
-        .map(device(1), range(2 * MIB, 2 * MIB), &disk)
+        .map_identified(device(1), range(2 * MIB, 2 * MIB), &disk)
         .await
         .unwrap_err();
     let detached = attacher.detach(device(0)).await.unwrap_err();
@@ -449,14 +485,18 @@ async fn what_cannot_be_is_refused() {
     let image = Disk::virtual_disk(qemu.image("a", 4096)).read_only();
     let physical = Disk::physical_disk(qemu.path("a")).read_only();
     let kind = async |device_number, disk: &Disk| {
-        let attached = attacher.attach(device(device_number), disk).await;
+        let attached = attacher
+            .attach_identified(device(device_number), disk)
+            .await;
         attached.unwrap_err().kind()
     };
     assert_eq!(kind(1, &image).await, ErrorKind::Invalid);
     assert_eq!(kind(0, &physical).await, ErrorKind::Unsuitable);
     // The directory for copies is not there.
     assert_eq!(kind(0, &image).await, ErrorKind::Other);
-    let beyond = attacher.map(device(0), range(DEVICE, 4096), &image).await;
+    let beyond = attacher
+        .map_identified(device(0), range(DEVICE, 4096), &image)
+        .await;
     assert_eq!(beyond.unwrap_err().kind(), ErrorKind::Invalid);
     attacher.unmap(device(0), range(0, 4096)).await.unwrap();
     attacher.unmap(device(99), range(0, 4096)).await.unwrap();

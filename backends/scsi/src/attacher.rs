@@ -37,7 +37,12 @@ pub trait Attacher: Send + Sync + 'static {
     ///
     /// `Uncertain` if the disk may be there; `detach` of the address then follows before anything
     /// else happens with it. After any other error nothing is at the address.
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError>;
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError>;
 
     /// Takes out whatever is at an address. If nothing is there, that is a success.
     ///
@@ -55,8 +60,13 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
         (**self).identify(disk).await
     }
 
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
-        (**self).attach(address, disk).await
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
+        (**self).attach(address, disk, id).await
     }
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {

@@ -20,7 +20,7 @@
 //!     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
 //!         Ok(DiskId::name(&disk.source().to_string_lossy()))
 //!     }
-//!     async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+//!     async fn attach(&self, address: ScsiAddress, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
 //!         self.0.lock().unwrap().insert(address, disk.clone());
 //!         Ok(())
 //!     }
@@ -65,6 +65,8 @@ mod evd;
 mod geometry;
 #[cfg(target_os = "linux")]
 mod guest;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod transport;
 
 pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};

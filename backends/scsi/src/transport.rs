@@ -215,9 +215,9 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
     }
 
     /// If this future is dropped, the disk keeps its address until it is detached.
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let mut call = self.place(disk)?;
-        let result = self.attacher.attach(call.address, disk).await;
+        let result = self.attacher.attach(call.address, disk, id).await;
         call.outcome = match &result {
             Ok(()) => Outcome::Present,
             Err(error) if error.kind() == ErrorKind::Uncertain => Outcome::InDoubt,

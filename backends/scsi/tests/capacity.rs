@@ -2,6 +2,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -12,11 +13,11 @@ use common::{Answer, disk, scsi};
 async fn the_257th_disk_is_refused_with_nothing_changed() {
     let (vm, scsi) = scsi(4, 64, &[]);
     for number in 0..256 {
-        scsi.attach(&disk(number)).await.unwrap();
+        scsi.attach_identified(&disk(number)).await.unwrap();
     }
     let (map, log) = (scsi.slot_map(), vm.log());
     assert_eq!((map.len(), log.len(), vm.present().len()), (256, 256, 256));
-    let error = scsi.attach(&disk(256)).await.unwrap_err();
+    let error = scsi.attach_identified(&disk(256)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
@@ -25,7 +26,7 @@ async fn the_257th_disk_is_refused_with_nothing_changed() {
     );
     assert_eq!((scsi.slot_map(), vm.log()), (map, log));
     scsi.detach(&disk(77)).await.unwrap();
-    scsi.attach(&disk(256)).await.unwrap();
+    scsi.attach_identified(&disk(256)).await.unwrap();
 }
 
 #[tokio::test]
@@ -33,10 +34,10 @@ async fn the_largest_bus_gives_every_address_once() {
     let (vm, scsi) = scsi(64, 16_384, &["0/0"]);
     let mut locators = HashSet::new();
     for number in 1..64 * 16_384 {
-        assert!(locators.insert(scsi.attach(&disk(number)).await.unwrap()));
+        assert!(locators.insert(scsi.attach_identified(&disk(number)).await.unwrap()));
     }
     assert_eq!(
-        scsi.attach(&disk(0)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(0)).await.unwrap_err().kind(),
         ErrorKind::Full
     );
     assert_eq!(vm.present().len(), 1_048_575);
@@ -51,7 +52,12 @@ async fn disks_in_a_row_go_to_different_controllers() {
     let (_, scsi) = scsi(4, 64, &["0/0"]);
     let mut addresses = Vec::new();
     for number in 0..8 {
-        addresses.push(scsi.attach(&disk(number)).await.unwrap().to_string());
+        addresses.push(
+            scsi.attach_identified(&disk(number))
+                .await
+                .unwrap()
+                .to_string(),
+        );
     }
     let expected = ["0/1", "1/0", "2/0", "3/0", "0/2", "1/1", "2/1", "3/1"];
     assert_eq!(addresses, expected.map(|address| format!("scsi:{address}")));
@@ -63,10 +69,10 @@ async fn o14_a_slow_disk_keeps_no_other_waiting() {
     vm.next(Answer::Wait);
     let slow = tokio::spawn({
         let scsi = Arc::clone(&scsi);
-        async move { scsi.attach(&disk(0)).await }
+        async move { scsi.attach_identified(&disk(0)).await }
     });
     vm.entered.notified().await;
-    scsi.attach(&disk(1)).await.unwrap();
+    scsi.attach_identified(&disk(1)).await.unwrap();
     scsi.detach(&disk(1)).await.unwrap();
     assert!(!slow.is_finished());
     vm.proceed.notify_one();

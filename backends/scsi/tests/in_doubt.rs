@@ -5,6 +5,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::slots::SlotState;
@@ -17,12 +18,15 @@ async fn only_detach_frees(vm: &Vm, scsi: &Scsi) {
     assert_eq!(scsi.slot_map(), std::slice::from_ref(&in_doubt));
     assert_eq!(vm.present(), [address("0/0")]);
     assert_eq!(
-        scsi.attach(&disk(0)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(0)).await.unwrap_err().kind(),
         ErrorKind::Conflict
     );
-    assert_eq!(scsi.attach(&disk(1)).await.unwrap().as_str(), "scsi:0/1");
     assert_eq!(
-        scsi.attach(&disk(2)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(1)).await.unwrap().as_str(),
+        "scsi:0/1"
+    );
+    assert_eq!(
+        scsi.attach_identified(&disk(2)).await.unwrap_err().kind(),
         ErrorKind::Full
     );
 
@@ -37,13 +41,16 @@ async fn only_detach_frees(vm: &Vm, scsi: &Scsi) {
         assert_eq!(scsi.detach(&disk(0)).await.unwrap_err().kind(), kind);
         assert_eq!(scsi.slot_map()[0], in_doubt);
         assert_eq!(
-            scsi.attach(&disk(2)).await.unwrap_err().kind(),
+            scsi.attach_identified(&disk(2)).await.unwrap_err().kind(),
             ErrorKind::Full
         );
     }
     scsi.detach(&disk(0)).await.unwrap();
     assert_eq!(vm.log().last(), Some(&Event::Detach(address("0/0"))));
-    assert_eq!(scsi.attach(&disk(2)).await.unwrap().as_str(), "scsi:0/0");
+    assert_eq!(
+        scsi.attach_identified(&disk(2)).await.unwrap().as_str(),
+        "scsi:0/0"
+    );
 }
 
 #[tokio::test]
@@ -51,7 +58,7 @@ async fn o15_slot_in_doubt_is_quarantined() {
     let (vm, scsi) = scsi(1, 2, &[]);
     vm.next(Answer::DoneButUncertain);
     assert_eq!(
-        scsi.attach(&disk(0)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(0)).await.unwrap_err().kind(),
         ErrorKind::Uncertain
     );
     only_detach_frees(&vm, &scsi).await;
@@ -61,13 +68,13 @@ async fn o15_slot_in_doubt_is_quarantined() {
 async fn n14_a_timeout_is_followed_by_a_detach_before_the_slot_is_used() {
     let (vm, scsi) = scsi(1, 1, &[]);
     vm.next(Answer::DoneButUncertain);
-    scsi.attach(&disk(0)).await.unwrap_err();
+    scsi.attach_identified(&disk(0)).await.unwrap_err();
     assert_eq!(
-        scsi.attach(&disk(1)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(1)).await.unwrap_err().kind(),
         ErrorKind::Full
     );
     scsi.detach(&disk(0)).await.unwrap();
-    scsi.attach(&disk(1)).await.unwrap();
+    scsi.attach_identified(&disk(1)).await.unwrap();
     let at = address("0/0");
     let expected = [
         Event::Attach(at, disk(0)),
@@ -83,7 +90,7 @@ async fn a_panic_of_the_attacher_quarantines() {
     vm.next(Answer::DoneButPanics);
     let task = tokio::spawn({
         let scsi = scsi.clone();
-        async move { scsi.attach(&disk(0)).await }
+        async move { scsi.attach_identified(&disk(0)).await }
     });
     assert!(task.await.unwrap_err().is_panic());
     only_detach_frees(&vm, &scsi).await;
@@ -96,7 +103,7 @@ async fn a_dropped_attachment_quarantines() {
     let disk = disk(0);
     tokio::select! {
         biased;
-        _ = scsi.attach(&disk) => unreachable!("the attacher is silent"),
+        _ = scsi.attach_identified(&disk) => unreachable!("the attacher is silent"),
         () = vm.entered.notified() => {}
     }
     only_detach_frees(&vm, &scsi).await;
@@ -106,7 +113,7 @@ async fn a_dropped_attachment_quarantines() {
 async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
     for answer in [Answer::DoneButSilent, Answer::DoneButPanics] {
         let (vm, scsi) = scsi(1, 1, &[]);
-        scsi.attach(&disk(0)).await.unwrap();
+        scsi.attach_identified(&disk(0)).await.unwrap();
         // The attachment has left its mark.
         vm.entered.notified().await;
         vm.next(answer);
@@ -122,7 +129,7 @@ async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
             [entry("0/0", SlotState::Quarantined, Some(disk(0)))]
         );
         assert_eq!(
-            scsi.attach(&disk(1)).await.unwrap_err().kind(),
+            scsi.attach_identified(&disk(1)).await.unwrap_err().kind(),
             ErrorKind::Full
         );
         scsi.detach(&disk(0)).await.unwrap();
@@ -136,7 +143,7 @@ async fn a_disk_is_not_detached_while_it_is_being_attached() {
     vm.next(Answer::Wait);
     let attach = tokio::spawn({
         let scsi: Arc<Scsi> = scsi.clone();
-        async move { scsi.attach(&disk(0)).await }
+        async move { scsi.attach_identified(&disk(0)).await }
     });
     vm.entered.notified().await;
     assert_eq!(

@@ -3,6 +3,7 @@
 mod common;
 
 use blockmount::slots::SlotState;
+use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, Transport};
 use blockmount_scsi::{Geometry, InvalidReserved, ScsiAddress, ScsiTransport};
 use common::{Event, Vm, address, disk, entry, scsi};
@@ -12,10 +13,10 @@ async fn o09_reserved_slots_are_never_detached() {
     let (vm, scsi) = scsi(2, 8, &["0/0", "1/5"]);
     let disks: Vec<_> = (0..14).map(disk).collect();
     for disk in &disks {
-        scsi.attach(disk).await.unwrap();
+        scsi.attach_identified(disk).await.unwrap();
     }
     assert_eq!(
-        scsi.attach(&disk(14)).await.unwrap_err().kind(),
+        scsi.attach_identified(&disk(14)).await.unwrap_err().kind(),
         ErrorKind::Full
     );
     // The whole bus, twice over, and disks by every name that the reserved ones could have.
@@ -83,7 +84,7 @@ async fn n09_a_lun_beyond_the_last_is_not_one_of_the_next_controller() {
 async fn n10_a_reserved_slot_is_occupied_from_the_start() {
     let (vm, scsi) = scsi(1, 2, &["0/0"]);
     for round in 0..10 {
-        let locator = scsi.attach(&disk(round)).await.unwrap();
+        let locator = scsi.attach_identified(&disk(round)).await.unwrap();
         assert_eq!(locator.as_str(), "scsi:0/1");
         scsi.detach(&disk(round)).await.unwrap();
     }

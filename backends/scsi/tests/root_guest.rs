@@ -17,19 +17,19 @@ use sysfs::{Loop, Tree};
 
 const FIRST: &str = "0000:00:10.0";
 const SECOND: &str = "0000:00:11.0";
-const PATIENCE: Duration = Duration::from_millis(400);
+const DEFAULT_TIMEOUT: Duration = Duration::from_millis(400);
 
 fn resolver(tree: &Tree) -> ScsiResolver {
     let ids = [FIRST, SECOND].map(|address| ControllerId::Pci(address.parse().unwrap()));
     ScsiResolver::new(ids)
         .with_sysfs(tree.path())
-        .with_patience(PATIENCE)
+        .with_timeout(DEFAULT_TIMEOUT)
 }
 
 fn unplugger(tree: &Tree) -> ScsiUnplugger {
     ScsiUnplugger::new(resolver(tree))
-        .with_patience(Duration::from_millis(50))
-        .with_removal_deadline(PATIENCE)
+        .with_timeout(Duration::from_millis(50))
+        .with_removal_deadline(DEFAULT_TIMEOUT)
 }
 
 fn locator(text: &str) -> DeviceLocator {
@@ -60,7 +60,7 @@ async fn root_g22_a_disk_is_found_by_its_controller_and_not_by_a_number() {
     {
         let found = resolver(&tree).resolve(&locator(at)).await.unwrap();
         assert_eq!(
-            (found.path.as_path(), found.window),
+            (found.path.as_path(), found.range),
             (disk.node(), None),
             "{at}"
         );
@@ -103,7 +103,10 @@ async fn root_g11_waits_are_bounded_and_the_error_says_what_was_missing() {
             "{message}"
         );
         let took = started.elapsed();
-        assert!(took >= PATIENCE && took < PATIENCE * 10, "{took:?}");
+        assert!(
+            took >= DEFAULT_TIMEOUT && took < DEFAULT_TIMEOUT * 10,
+            "{took:?}"
+        );
     };
     missing("there is no controller at PCI address 0000:00:10.0").await;
     tree.write("bus/pci/devices/0000:00:10.0/uevent", "");
@@ -157,23 +160,23 @@ async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     let tree = Tree::new();
     let disk = Loop::new();
     tree.host(FIRST, 3);
-    let patience = Duration::from_secs(6);
-    let resolver = resolver(&tree).with_patience(patience);
+    let timeout = Duration::from_secs(6);
+    let resolver = resolver(&tree).with_timeout(timeout);
     let started = Instant::now();
     let at = locator("scsi:0/300");
     let waiting = tokio::spawn(async move { resolver.resolve(&at).await });
-    tokio::time::sleep(patience / 4).await;
+    tokio::time::sleep(timeout / 4).await;
     assert_eq!(tree.read("class/scsi_host/host3/scan"), "");
     while tree.read("class/scsi_host/host3/scan").is_empty() {
-        assert!(started.elapsed() < patience);
+        assert!(started.elapsed() < timeout);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(started.elapsed() >= patience / 2);
+    assert!(started.elapsed() >= timeout / 2);
     assert_eq!(tree.read("class/scsi_host/host3/scan"), "0 0 16684");
     tree.disk("3:0:0:16684", &disk);
     let found = waiting.await.unwrap().unwrap();
     assert_eq!(found.path, disk.node());
-    assert!(started.elapsed() < patience);
+    assert!(started.elapsed() < timeout);
 }
 
 #[tokio::test]
@@ -234,7 +237,7 @@ async fn root_a_disk_must_be_the_one_that_is_expected() {
             ..Identity::default()
         },
     );
-    let patient = resolver.clone().with_patience(Duration::from_secs(20));
+    let patient = resolver.clone().with_timeout(Duration::from_secs(20));
     let waiting = tokio::spawn(async move { patient.resolve(&locator("scsi:0/5")).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
     tree.write("bus/scsi/devices/3:0:0:5/vpd_pg80", b"\0\x80\0\x07layer-8");
@@ -310,7 +313,7 @@ async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
 #[tokio::test]
 async fn a_wait_that_is_given_up_leaves_nothing_behind() {
     let tree = Tree::new();
-    let resolver = resolver(&tree).with_patience(Duration::from_secs(60));
+    let resolver = resolver(&tree).with_timeout(Duration::from_secs(60));
     let sockets = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = sockets();
     for _ in 0..20 {

@@ -50,7 +50,12 @@ pub trait Attacher: Send + Sync + 'static {
     ///
     /// `Uncertain` if the disk may be there; `detach` then follows before anything else happens with
     /// the device. After any other error nothing is there.
-    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError>;
+    async fn attach(
+        &self,
+        device: DeviceNumber,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError>;
 
     /// Takes out whatever disk a device is. If there is none, that is a success.
     ///
@@ -71,6 +76,7 @@ pub trait Attacher: Send + Sync + 'static {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        id: &DiskId,
     ) -> Result<(), BackendError>;
 
     /// Takes away the mapping to exactly this range. If there is none, that is a success.
@@ -93,8 +99,13 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
         (**self).size(disk).await
     }
 
-    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
-        (**self).attach(device, disk).await
+    async fn attach(
+        &self,
+        device: DeviceNumber,
+        disk: &Disk,
+        id: &DiskId,
+    ) -> Result<(), BackendError> {
+        (**self).attach(device, disk, id).await
     }
 
     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
@@ -106,8 +117,9 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        id: &DiskId,
     ) -> Result<(), BackendError> {
-        (**self).map(device, range, disk).await
+        (**self).map(device, range, disk, id).await
     }
 
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {

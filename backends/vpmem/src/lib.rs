@@ -36,7 +36,7 @@
 //!     async fn size(&self, _: &Disk) -> Result<u64, BackendError> {
 //!         Ok((5 << 20) + 512)
 //!     }
-//!     async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+//!     async fn attach(&self, device: DeviceNumber, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
 //!         self.put((device, None), disk)
 //!     }
 //!     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
@@ -93,6 +93,8 @@ mod packing;
 mod places;
 #[cfg(target_os = "linux")]
 mod resolver;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod transport;
 
 pub use address::{ByteRange, DeviceNumber, InvalidAddress, PAGE, SCHEME, VpmemAddress};

@@ -37,8 +37,8 @@ pub(crate) enum Outcome {
 pub(crate) enum Entered {
     /// At a free place: the attacher is to put it there.
     Anew(VpmemAddress),
-    /// On the parked device that it is on already.
-    AsParked(VpmemAddress),
+    /// On the retained device that it is on already.
+    Retained(VpmemAddress),
 }
 
 pub(crate) struct Places {
@@ -49,7 +49,7 @@ pub(crate) struct Places {
     /// By the disk as it was given.
     disks: HashMap<Disk, Place>,
     /// Disks that were detached and are still there.
-    parked: Vec<(Disk, Place)>,
+    retained: Vec<(Disk, Place)>,
     /// The devices that disks are mapped to. One with no range taken is not in here.
     packed: BTreeMap<DeviceNumber, (Occupied, Packing)>,
 }
@@ -114,7 +114,7 @@ impl Places {
             reserved: reserved.len(),
             slots,
             disks: HashMap::new(),
-            parked: Vec::new(),
+            retained: Vec::new(),
             packed: BTreeMap::new(),
         })
     }
@@ -128,11 +128,11 @@ impl Places {
                 format!("disk {disk} is or may be on VPMEM device {at} already; detach it first");
             return Err(BackendError::conflict(message));
         }
-        if let Some(index) = self.parked.iter().position(|(_, at)| at.known == known) {
-            let (_, place) = self.parked.swap_remove(index);
+        if let Some(index) = self.retained.iter().position(|(_, at)| at.known == known) {
+            let (_, place) = self.retained.swap_remove(index);
             let address = place.seat.address();
             self.disks.insert(disk.clone(), place);
-            return Ok(Entered::AsParked(address));
+            return Ok(Entered::Retained(address));
         }
         let seat = self.seat(known.size).ok_or_else(|| self.full(known.size))?;
         let address = seat.address();
@@ -190,7 +190,7 @@ impl Places {
             Outcome::Absent => self.vacate(place.seat),
             Outcome::Fixed => {
                 place.in_doubt = false;
-                self.parked.push((disk.clone(), place));
+                self.retained.push((disk.clone(), place));
             }
             Outcome::Present | Outcome::InDoubt => {
                 place.in_doubt = outcome == Outcome::InDoubt;
@@ -214,8 +214,8 @@ impl Places {
         }
     }
 
-    pub(crate) fn parked(&self) -> usize {
-        self.parked.len()
+    pub(crate) fn retained(&self) -> usize {
+        self.retained.len()
     }
 
     pub(crate) fn slot_map(&self) -> Vec<SlotEntry> {
@@ -243,11 +243,11 @@ impl Places {
             };
             entry(disk, place, usage)
         });
-        let parked = self
-            .parked
+        let retained = self
+            .retained
             .iter()
-            .map(|(disk, place)| entry(disk, place, SlotUse::Parked));
-        let mut map: Vec<SlotEntry> = pinned.chain(disks).chain(parked).collect();
+            .map(|(disk, place)| entry(disk, place, SlotUse::Retained));
+        let mut map: Vec<SlotEntry> = pinned.chain(disks).chain(retained).collect();
         map.sort_by_key(|line| line.address);
         map
     }
@@ -257,8 +257,8 @@ impl Places {
         let rest = "release a disk, or use another transport";
         BackendError::full(match self.mode {
             Mode::WholeDevices => format!(
-                "all {devices} VPMEM devices are taken ({reserved} reserved, {} parked); {rest}",
-                self.parked.len()
+                "all {devices} VPMEM devices are taken ({reserved} reserved, {} retained); {rest}",
+                self.retained.len()
             ),
             Mode::Packed => {
                 let packings = self.packed.values().map(|(_, packing)| packing);
@@ -280,7 +280,7 @@ impl fmt::Debug for Places {
             .field("mode", &self.mode)
             .field("geometry", &self.geometry)
             .field("disks", &self.disks.len())
-            .field("parked", &self.parked.len())
+            .field("retained", &self.retained.len())
             .finish_non_exhaustive()
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, Resolver};
 use blockmount_linux::sysfs::PciAddress;
-use blockmount_linux::uevent::{Look, wait_for};
+use blockmount_linux::uevent::{Probe, wait_for};
 
 use crate::{ByteRange, DeviceNumber, VpmemAddress};
 
@@ -21,7 +21,7 @@ pub use pmem::PmemId;
 pub use unplugger::VpmemUnplugger;
 
 /// How long a device may take to appear.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Rule = dyn Fn(DeviceNumber) -> Option<PmemId> + Send + Sync;
 
@@ -30,13 +30,13 @@ type Rule = dyn Fn(DeviceNumber) -> Option<PmemId> + Send + Sync;
 /// What a device number means to the guest is the hypervisor's choice: a [`PmemId`] for each number, or a
 /// rule. From there it finds the region of memory and its block device: nothing is guessed by name or
 /// order. What is not there yet is awaited, by the events of the kernel. A device is found when its node
-/// can be opened and is that device. The range in a locator becomes the window of the [`BlockDevice`], and
+/// can be opened and is that device. The range in a locator becomes the range of the [`BlockDevice`], and
 /// must be inside the device.
 #[derive(Clone)]
 pub struct VpmemResolver {
     rule: Arc<Rule>,
     own: BTreeMap<DeviceNumber, PmemId>,
-    patience: Duration,
+    timeout: Duration,
     sysfs: PathBuf,
 }
 
@@ -46,7 +46,7 @@ impl VpmemResolver {
         VpmemResolver {
             rule: Arc::new(rule),
             own: BTreeMap::new(),
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
         }
     }
@@ -76,8 +76,8 @@ impl VpmemResolver {
 
     /// Waits this long for a device to appear, in place of ten seconds.
     #[must_use]
-    pub fn with_patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -109,7 +109,7 @@ impl fmt::Debug for VpmemResolver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VpmemResolver")
             .field("own", &self.own)
-            .field("patience", &self.patience)
+            .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
 }
@@ -119,7 +119,7 @@ impl fmt::Debug for VpmemResolver {
 impl Resolver for VpmemResolver {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let place = self.place(device)?;
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         let found = wait_for(deadline, is_pmem, move || place.look()).await;
         found.map_err(|error| {
             let message = format!("cannot find {device}: {}", error.message());
@@ -143,12 +143,12 @@ struct Place {
 }
 
 impl Place {
-    fn look(&self) -> Look<BlockDevice> {
+    fn look(&self) -> Probe<BlockDevice> {
         let disk = self.id.disk(&self.root)?;
-        let window: Option<Range<u64>> = self.range.map(Range::from);
-        if let Some(end) = window
+        let range: Option<Range<u64>> = self.range.map(Range::from);
+        if let Some(end) = range
             .as_ref()
-            .map(|window| window.end)
+            .map(|range| range.end)
             .filter(|end| *end > disk.size())
         {
             let (node, size) = (disk.node().display(), disk.size());
@@ -157,6 +157,6 @@ impl Place {
         }
         disk.open()?;
         let path = disk.node().to_owned();
-        Ok(BlockDevice { path, window })
+        Ok(BlockDevice { path, range })
     }
 }

@@ -24,7 +24,7 @@ use crate::{Attacher, DeviceNumber, Geometry, VpmemAddress};
 /// # Devices that cannot be unplugged
 ///
 /// Some hypervisors cannot take a device out (QEMU's nvdimm). The attacher then answers `detach` with
-/// `Unsuitable`, and the disk counts as detached, but its device is *parked*: it keeps its number,
+/// `Unsuitable`, and the disk counts as detached, but its device is *retained*: it keeps its number,
 /// is never given to another disk, and is what the same disk gets when it is asked for again, without
 /// a call of the attacher. The same is what has the same [`DiskId`] and size: a new file under an
 /// old name is attached anew.
@@ -66,7 +66,7 @@ pub enum SlotUse {
     /// Whether the disk is on it is not known.
     Quarantined,
     /// A disk that was detached is still on it, because it cannot be unplugged.
-    Parked,
+    Retained,
     /// It is reserved: never to be handed out.
     Pinned,
 }
@@ -76,7 +76,7 @@ impl fmt::Display for SlotUse {
         f.pad(match self {
             SlotUse::Occupied => "occupied",
             SlotUse::Quarantined => "quarantined",
-            SlotUse::Parked => "parked",
+            SlotUse::Retained => "retained",
             SlotUse::Pinned => "pinned",
         })
     }
@@ -131,18 +131,17 @@ impl<A: Attacher> VpmemTransport<A> {
         self.places().slot_map()
     }
 
-    /// How many devices are parked: their disks were detached and cannot be unplugged.
-    pub fn parked(&self) -> usize {
-        self.places().parked()
+    /// How many devices are retained: their disks were detached and cannot be unplugged.
+    pub fn retained(&self) -> usize {
+        self.places().retained()
     }
 
     /// What is to be known of a disk before it can have a place. Changes nothing.
-    async fn examine(&self, disk: &Disk) -> Result<Known, BackendError> {
+    async fn examine(&self, disk: &Disk, id: &DiskId) -> Result<Known, BackendError> {
         if !disk.is_read_only() {
             let message = format!("disk {disk} cannot be on VPMEM, which is read-only for the VM");
             return Err(BackendError::unsuitable(message));
         }
-        let id = self.attacher.identify(disk).await?;
         let size = self.attacher.size(disk).await?;
         let most = self.geometry.device_size();
         if size == 0 || size > most {
@@ -151,6 +150,7 @@ impl<A: Attacher> VpmemTransport<A> {
             );
             return Err(BackendError::unsuitable(message));
         }
+        let id = id.clone();
         Ok(Known { id, size })
     }
 
@@ -179,12 +179,12 @@ struct Call<'a, A: Attacher> {
 }
 
 impl<A: Attacher> Call<'_, A> {
-    async fn set_up(mut self) -> Result<DeviceLocator, BackendError> {
+    async fn set_up(mut self, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let attacher = &self.transport.attacher;
         let VpmemAddress { device, range } = self.address;
         let result = match range {
-            None => attacher.attach(device, self.disk).await,
-            Some(range) => attacher.map(device, range, self.disk).await,
+            None => attacher.attach(device, self.disk, id).await,
+            Some(range) => attacher.map(device, range, self.disk, id).await,
         };
         self.outcome = match &result {
             Ok(()) => Outcome::Present,
@@ -227,12 +227,12 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
     }
 
     /// If this future is dropped, the disk keeps its place until it is detached.
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
-        let known = self.examine(disk).await?;
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let known = self.examine(disk, id).await?;
         let entered = self.places().enter(disk, known)?;
         match entered {
-            Entered::Anew(address) => self.call(disk, address).set_up().await,
-            Entered::AsParked(address) => Ok(address.into()),
+            Entered::Anew(address) => self.call(disk, address).set_up(id).await,
+            Entered::Retained(address) => Ok(address.into()),
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::{BackendError, Disk, ErrorKind, Transport};
@@ -12,7 +13,7 @@ use blockmount_vpmem::{Geometry, MAX_MAPPINGS, Mode, PAGE};
 use common::{Answer, GIB, MIB, MODES, Vm, Vpmem, disk, vpmem};
 
 async fn refused(vpmem: &Vpmem, number: usize) -> BackendError {
-    vpmem.attach(&disk(number)).await.unwrap_err()
+    vpmem.attach_identified(&disk(number)).await.unwrap_err()
 }
 
 /// Nothing was asked of the VM, and nothing is taken.
@@ -34,7 +35,7 @@ async fn v04_a_disk_that_fits_no_device_is_unsuitable_and_changes_nothing() {
             vpmem.detach(&disk(0)).await.unwrap();
         }
         vm.set_size(&disk(0), 4 * GIB);
-        vpmem.attach(&disk(0)).await.unwrap();
+        vpmem.attach_identified(&disk(0)).await.unwrap();
     }
 }
 
@@ -48,7 +49,7 @@ async fn v05_a_device_is_as_large_as_it_is_configured() {
         }
         untouched(&vm, &vpmem);
         vm.set_size(&disk(0), MIB);
-        vpmem.attach(&disk(0)).await.unwrap();
+        vpmem.attach_identified(&disk(0)).await.unwrap();
         assert_eq!(refused(&vpmem, 1).await.kind(), ErrorKind::Full);
     }
 }
@@ -58,7 +59,7 @@ async fn a_disk_that_is_to_be_written_to_is_unsuitable() {
     for mode in MODES {
         let (vm, vpmem) = vpmem(mode, 1, MIB, &[]);
         let scratch = Disk::virtual_disk("/images/0.vhd");
-        let error = vpmem.attach(&scratch).await.unwrap_err();
+        let error = vpmem.attach_identified(&scratch).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsuitable);
         untouched(&vm, &vpmem);
     }
@@ -68,7 +69,7 @@ async fn a_disk_that_is_to_be_written_to_is_unsuitable() {
 async fn whole_devices_one_more_than_fits() {
     let (vm, vpmem) = vpmem(Mode::WholeDevices, 128, MIB, &[0, 127]);
     for number in 1..127 {
-        let locator = vpmem.attach(&disk(number)).await.unwrap();
+        let locator = vpmem.attach_identified(&disk(number)).await.unwrap();
         assert_eq!(locator.as_str(), format!("vpmem:{number}"));
     }
     let (map, log) = (vpmem.slot_map(), vm.log());
@@ -77,19 +78,22 @@ async fn whole_devices_one_more_than_fits() {
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
-        "all 128 VPMEM devices are taken (2 reserved, 0 parked); \
+        "all 128 VPMEM devices are taken (2 reserved, 0 retained); \
          release a disk, or use another transport"
     );
     assert_eq!((vpmem.slot_map(), vm.log()), (map, log));
     vpmem.detach(&disk(77)).await.unwrap();
-    assert_eq!(vpmem.attach(&disk(127)).await.unwrap().as_str(), "vpmem:77");
+    assert_eq!(
+        vpmem.attach_identified(&disk(127)).await.unwrap().as_str(),
+        "vpmem:77"
+    );
 }
 
 #[tokio::test]
 async fn v10_the_1025th_disk_goes_to_the_next_device() {
     let (vm, vpmem) = vpmem(Mode::Packed, 2, 4 * GIB, &[]);
     for number in 0..MAX_MAPPINGS {
-        let locator = vpmem.attach(&disk(number)).await.unwrap();
+        let locator = vpmem.attach_identified(&disk(number)).await.unwrap();
         let offset = number as u64 * MIB;
         assert_eq!(locator.as_str(), format!("vpmem:0@{offset}+1048576"));
     }
@@ -98,7 +102,7 @@ async fn v10_the_1025th_disk_goes_to_the_next_device() {
     assert_eq!(refused(&vpmem, MAX_MAPPINGS).await.kind(), ErrorKind::Other);
     assert_eq!(vpmem.slot_map().len(), MAX_MAPPINGS);
     for number in MAX_MAPPINGS..2 * MAX_MAPPINGS {
-        let locator = vpmem.attach(&disk(number)).await.unwrap();
+        let locator = vpmem.attach_identified(&disk(number)).await.unwrap();
         assert!(locator.as_str().starts_with("vpmem:1@"));
     }
     let error = refused(&vpmem, 2 * MAX_MAPPINGS).await;
@@ -112,7 +116,7 @@ async fn v10_the_1025th_disk_goes_to_the_next_device() {
     // Room on an earlier device is used before a later one.
     vpmem.detach(&disk(1500)).await.unwrap();
     vpmem.detach(&disk(5)).await.unwrap();
-    let locator = vpmem.attach(&disk(3000)).await.unwrap();
+    let locator = vpmem.attach_identified(&disk(3000)).await.unwrap();
     assert_eq!(locator.as_str(), "vpmem:0@5242880+1048576");
 }
 
@@ -121,7 +125,7 @@ async fn a_packed_device_with_nothing_on_it_is_free_again() {
     let (vm, vpmem) = vpmem(Mode::Packed, 1, 3 * MIB, &[]);
     for round in 0..3 {
         vm.set_size(&disk(round), MIB + 1);
-        let locator = vpmem.attach(&disk(round)).await.unwrap();
+        let locator = vpmem.attach_identified(&disk(round)).await.unwrap();
         assert_eq!(locator.as_str(), "vpmem:0@0+1052672");
         vpmem.detach(&disk(round)).await.unwrap();
         assert_eq!(vpmem.slot_map(), []);
@@ -135,7 +139,7 @@ async fn v09_a_layer_with_a_footer_costs_one_page_more() {
         vm.set_size(&disk(number), MIB + 512);
     }
     let mut held = 0;
-    while vpmem.attach(&disk(held)).await.is_ok() {
+    while vpmem.attach_identified(&disk(held)).await.is_ok() {
         held += 1;
     }
     // The four-way split holds 5 of them: four times 4 MiB each in 16 MiB, and one in the rest.
@@ -149,10 +153,10 @@ async fn a_slow_disk_keeps_no_other_waiting() {
         vm.next(Answer::Wait);
         let slow = tokio::spawn({
             let vpmem = Arc::clone(&vpmem);
-            async move { vpmem.attach(&disk(0)).await }
+            async move { vpmem.attach_identified(&disk(0)).await }
         });
         vm.entered.notified().await;
-        vpmem.attach(&disk(1)).await.unwrap();
+        vpmem.attach_identified(&disk(1)).await.unwrap();
         vpmem.detach(&disk(1)).await.unwrap();
         assert!(!slow.is_finished());
         vm.proceed.notify_one();

@@ -5,6 +5,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use blockmount::{ErrorKind, Transport};
 use blockmount_vpmem::SlotUse;
 use common::{Answer, Event, MODES, Vm, Vpmem, address, disk, entry, occupied, room_for_two};
@@ -14,9 +15,15 @@ async fn only_detach_frees(vm: &Vm, vpmem: &Vpmem, [at, second]: [&str; 2]) {
     let in_doubt = entry(at, SlotUse::Quarantined, Some(disk(0)));
     assert_eq!(vpmem.slot_map(), std::slice::from_ref(&in_doubt));
     assert_eq!(vm.present(), [address(at)]);
-    let kind_of = async |number| vpmem.attach(&disk(number)).await.unwrap_err().kind();
+    let kind_of = async |number| {
+        vpmem
+            .attach_identified(&disk(number))
+            .await
+            .unwrap_err()
+            .kind()
+    };
     assert_eq!(kind_of(0).await, ErrorKind::Conflict);
-    let locator = vpmem.attach(&disk(1)).await.unwrap();
+    let locator = vpmem.attach_identified(&disk(1)).await.unwrap();
     assert_eq!(locator.as_str(), format!("vpmem:{second}"));
     assert_eq!(kind_of(2).await, ErrorKind::Full);
 
@@ -34,7 +41,7 @@ async fn only_detach_frees(vm: &Vm, vpmem: &Vpmem, [at, second]: [&str; 2]) {
     }
     vpmem.detach(&disk(0)).await.unwrap();
     assert_eq!(vm.log().last(), Some(&Event::Detach(address(at))));
-    let locator = vpmem.attach(&disk(2)).await.unwrap();
+    let locator = vpmem.attach_identified(&disk(2)).await.unwrap();
     assert_eq!(locator.as_str(), format!("vpmem:{at}"));
 }
 
@@ -43,7 +50,7 @@ async fn a_place_in_doubt_is_quarantined() {
     for mode in MODES {
         let (vm, vpmem, places) = room_for_two(mode);
         vm.next(Answer::DoneButUncertain);
-        let error = vpmem.attach(&disk(0)).await.unwrap_err();
+        let error = vpmem.attach_identified(&disk(0)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Uncertain);
         only_detach_frees(&vm, &vpmem, places).await;
     }
@@ -56,7 +63,7 @@ async fn a_panic_of_the_attacher_quarantines() {
         vm.next(Answer::DoneButPanics);
         let task = tokio::spawn({
             let vpmem = vpmem.clone();
-            async move { vpmem.attach(&disk(0)).await }
+            async move { vpmem.attach_identified(&disk(0)).await }
         });
         assert!(task.await.unwrap_err().is_panic());
         only_detach_frees(&vm, &vpmem, places).await;
@@ -71,7 +78,7 @@ async fn a_dropped_attachment_quarantines() {
         let disk = disk(0);
         tokio::select! {
             biased;
-            _ = vpmem.attach(&disk) => unreachable!("the attacher is silent"),
+            _ = vpmem.attach_identified(&disk) => unreachable!("the attacher is silent"),
             () = vm.entered.notified() => {}
         }
         only_detach_frees(&vm, &vpmem, places).await;
@@ -83,7 +90,7 @@ async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
     for mode in MODES {
         for answer in [Answer::DoneButSilent, Answer::DoneButPanics] {
             let (vm, vpmem, [at, _]) = room_for_two(mode);
-            vpmem.attach(&disk(0)).await.unwrap();
+            vpmem.attach_identified(&disk(0)).await.unwrap();
             // The attachment has left its mark.
             vm.entered.notified().await;
             vm.next(answer);
@@ -96,8 +103,8 @@ async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
             task.await.unwrap_err();
             let in_doubt = entry(at, SlotUse::Quarantined, Some(disk(0)));
             assert_eq!(vpmem.slot_map(), [in_doubt]);
-            vpmem.attach(&disk(1)).await.unwrap();
-            let error = vpmem.attach(&disk(2)).await.unwrap_err();
+            vpmem.attach_identified(&disk(1)).await.unwrap();
+            let error = vpmem.attach_identified(&disk(2)).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Full);
             vpmem.detach(&disk(0)).await.unwrap();
             vpmem.detach(&disk(1)).await.unwrap();
@@ -113,7 +120,7 @@ async fn a_disk_is_not_detached_while_it_is_being_attached() {
         vm.next(Answer::Wait);
         let attach = tokio::spawn({
             let vpmem = vpmem.clone();
-            async move { vpmem.attach(&disk(0)).await }
+            async move { vpmem.attach_identified(&disk(0)).await }
         });
         vm.entered.notified().await;
         let error = vpmem.detach(&disk(0)).await.unwrap_err();

@@ -25,7 +25,12 @@ impl blockmount_scsi::Attacher for ScsiBus {
         Ok(DiskId::name(&disk.source().to_string_lossy()))
     }
 
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        _: &DiskId,
+    ) -> Result<(), BackendError> {
         self.0.lock().unwrap().insert(address, disk.clone());
         Ok(())
     }

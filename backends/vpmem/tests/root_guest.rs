@@ -20,16 +20,18 @@ use sysfs::{Loop, Tree};
 
 const BRIDGE: &str = "0000:00:05.0";
 const DEVICE: &str = "0000:02:00.0";
-const PATIENCE: Duration = Duration::from_millis(400);
+const DEFAULT_TIMEOUT: Duration = Duration::from_millis(400);
 
 fn ready(resolver: VpmemResolver, tree: &Tree) -> VpmemResolver {
-    resolver.with_sysfs(tree.path()).with_patience(PATIENCE)
+    resolver
+        .with_sysfs(tree.path())
+        .with_timeout(DEFAULT_TIMEOUT)
 }
 
 fn unplugger(resolver: &VpmemResolver) -> VpmemUnplugger {
     VpmemUnplugger::new(resolver.clone())
-        .with_patience(Duration::from_millis(50))
-        .with_removal_deadline(PATIENCE)
+        .with_timeout(Duration::from_millis(50))
+        .with_removal_deadline(DEFAULT_TIMEOUT)
 }
 
 fn locator(text: &str) -> DeviceLocator {
@@ -138,7 +140,7 @@ async fn root_virtio_pmem_is_found_by_its_bridge_or_its_address() {
         message.ends_with("there is no persistent memory behind the PCI bridge 0000:00:05.0"),
         "{message}"
     );
-    assert!(started.elapsed() >= PATIENCE && started.elapsed() < PATIENCE * 10);
+    assert!(started.elapsed() >= DEFAULT_TIMEOUT && started.elapsed() < DEFAULT_TIMEOUT * 10);
     let message = refused(pci.resolve(&locator("vpmem:0")).await, ErrorKind::NotFound);
     assert!(
         message.ends_with("at the PCI address 0000:02:00.0"),
@@ -162,9 +164,9 @@ async fn root_a_range_must_be_inside_the_device() {
     nvdimm(&tree, 0, 1, 0, 0, &disk);
     let nfit = ready(VpmemResolver::nfit(), &tree);
     let found = nfit.resolve(&locator("vpmem:0@4096+8192")).await.unwrap();
-    assert_eq!(found.window, Some(4096..12_288));
+    assert_eq!(found.range, Some(4096..12_288));
     let whole = nfit.resolve(&locator("vpmem:0@0+1048576")).await.unwrap();
-    assert_eq!(whole.window, Some(0..Loop::SIZE));
+    assert_eq!(whole.range, Some(0..Loop::SIZE));
     for beyond in ["vpmem:0@4096+1048576", "vpmem:0@1048576+4096"] {
         let message = refused(nfit.resolve(&locator(beyond)).await, ErrorKind::Invalid);
         assert!(message.contains("has 1048576 bytes"), "{message}");

@@ -5,6 +5,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use blockmount::testing::Seed;
 use blockmount::{ErrorKind, Transport};
 use common::{Answer, MIB, MODES, disk, vpmem};
@@ -29,7 +30,7 @@ async fn tasks_at_once_with_faults_leave_nothing() {
                             Answer::Fail(ErrorKind::Busy),
                         ]));
                     }
-                    attached += usize::from(vpmem.attach(&disk).await.is_ok());
+                    attached += usize::from(vpmem.attach_identified(&disk).await.is_ok());
                     tokio::task::yield_now().await;
                     while vpmem.detach(&disk).await.is_err() {}
                 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, Transport};
 use blockmount_vpmem::{InvalidReserved, Mode, PAGE, SlotUse, VpmemTransport};
 use common::{
@@ -13,9 +14,9 @@ use common::{
 async fn v06_a_late_detach_never_reaches_the_next_disk_in_the_place() {
     for mode in MODES {
         let (vm, vpmem, [at, _]) = room_for_two(mode);
-        vpmem.attach(&disk(0)).await.unwrap();
+        vpmem.attach_identified(&disk(0)).await.unwrap();
         vpmem.detach(&disk(0)).await.unwrap();
-        vpmem.attach(&disk(1)).await.unwrap();
+        vpmem.attach_identified(&disk(1)).await.unwrap();
         vpmem.detach(&disk(0)).await.unwrap();
         assert_eq!(vpmem.slot_map(), [occupied(at, 1)]);
         assert_eq!((vm.present(), vm.log().len()), (vec![address(at)], 3));
@@ -36,7 +37,7 @@ async fn v07_a_step_that_fails_is_the_answer_and_the_last_step() {
         for kind in kinds {
             for question in [Question::Identify, Question::Size] {
                 vm.refuse(question, kind);
-                let error = vpmem.attach(&disk(0)).await.unwrap_err();
+                let error = vpmem.attach_identified(&disk(0)).await.unwrap_err();
                 let said = format!("{question:?}, as told");
                 assert_eq!((error.kind(), error.message()), (kind, &*said));
                 assert_eq!((vm.log(), vpmem.slot_map()), (vec![], vec![]));
@@ -44,12 +45,12 @@ async fn v07_a_step_that_fails_is_the_answer_and_the_last_step() {
         }
         for (calls, kind) in (1..).zip(kinds) {
             vm.next(Answer::Fail(kind));
-            let error = vpmem.attach(&disk(0)).await.unwrap_err();
+            let error = vpmem.attach_identified(&disk(0)).await.unwrap_err();
             assert_eq!((error.kind(), vm.log().len()), (kind, calls));
             assert_eq!(vpmem.slot_map(), []);
             vpmem.detach(&disk(0)).await.unwrap();
         }
-        vpmem.attach(&disk(0)).await.unwrap();
+        vpmem.attach_identified(&disk(0)).await.unwrap();
     }
 }
 
@@ -58,7 +59,7 @@ async fn detaching_a_disk_that_was_never_attached_changes_nothing() {
     for mode in MODES {
         let (vm, vpmem, [at, _]) = room_for_two(mode);
         vpmem.detach(&disk(0)).await.unwrap();
-        vpmem.attach(&disk(1)).await.unwrap();
+        vpmem.attach_identified(&disk(1)).await.unwrap();
         vpmem.detach(&disk(0)).await.unwrap();
         vpmem
             .detach(&Disk::virtual_disk(at).read_only())
@@ -73,7 +74,7 @@ async fn detaching_a_disk_that_was_never_attached_changes_nothing() {
 async fn with_the_vm_gone_the_place_is_free() {
     for mode in MODES {
         let (vm, vpmem, _) = room_for_two(mode);
-        vpmem.attach(&disk(0)).await.unwrap();
+        vpmem.attach_identified(&disk(0)).await.unwrap();
         vm.next(Answer::Fail(ErrorKind::Gone));
         let error = vpmem.detach(&disk(0)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Gone);
@@ -109,7 +110,7 @@ async fn four_disks_leave_in_every_order() {
             for round in 0..2 {
                 let mut locators = Vec::new();
                 for number in 0..4 {
-                    locators.push(vpmem.attach(&disk(number)).await.unwrap());
+                    locators.push(vpmem.attach_identified(&disk(number)).await.unwrap());
                 }
                 for (gone, leaving) in order.iter().enumerate() {
                     vpmem.detach(&disk(*leaving)).await.unwrap();
@@ -130,9 +131,9 @@ async fn reserved_devices_are_never_touched() {
     for mode in MODES {
         let (vm, vpmem) = vpmem(mode, 4, MIB, &[0, 2]);
         for number in 0..2 {
-            vpmem.attach(&disk(number)).await.unwrap();
+            vpmem.attach_identified(&disk(number)).await.unwrap();
         }
-        let error = vpmem.attach(&disk(2)).await.unwrap_err();
+        let error = vpmem.attach_identified(&disk(2)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Full);
         for name in ["", "0", "2", "/dev/pmem0", "vpmem:0", "0@0+1048576"] {
             vpmem

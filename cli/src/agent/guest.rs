@@ -20,7 +20,7 @@ const VMBUS: &str = "/sys/bus/vmbus/devices";
 
 /// How long a disk may take to appear: of hundreds that a host plugs at once, a small guest finds a few dozen a second.
 /// Hosts wait longer for an answer.
-const PATIENCE: Duration = Duration::from_secs(45);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
@@ -63,9 +63,11 @@ fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
 /// Who finds SCSI disks: nobody where no controller is known.
 fn scsi(controllers: &[ControllerId]) -> Option<ScsiResolver> {
     match controllers {
-        [] if Path::new(VMBUS).exists() => Some(ScsiResolver::hyper_v().with_patience(PATIENCE)),
+        [] if Path::new(VMBUS).exists() => {
+            Some(ScsiResolver::hyper_v().with_timeout(DEFAULT_TIMEOUT))
+        }
         [] => None,
-        given => Some(ScsiResolver::new(given.iter().copied()).with_patience(PATIENCE)),
+        given => Some(ScsiResolver::new(given.iter().copied()).with_timeout(DEFAULT_TIMEOUT)),
     }
 }
 

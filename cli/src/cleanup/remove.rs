@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::interrupt::Stop;
 
 /// How long all mounts together are waited for, in case their user is on the way out.
-const PATIENCE: Duration = Duration::from_secs(2);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one loop device is waited for.
 const PATIENCE_FOR_LOOP: Duration = Duration::from_millis(500);
 /// As many users of a mount as a table can hold.
@@ -52,7 +52,7 @@ pub(crate) fn show(found: &Found) -> Vec<Item> {
 /// Removes all of it, as far as nobody uses it. A signal ends it between two steps.
 pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
     let mut items: Vec<Item> = found.dead.iter().flat_map(foreign).collect();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + DEFAULT_TIMEOUT;
     for (dead, mount) in latest_first(found) {
         stop.check()?;
         items.push(Item::mount(
@@ -64,14 +64,14 @@ pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
     for dead in &found.dead {
         // What is still mounted keeps its device for as long; others may let go in a moment.
         let is_mounted = items.iter().any(|item| item.is_left_of(dead));
-        let patience = if is_mounted {
+        let timeout = if is_mounted {
             Duration::ZERO
         } else {
             PATIENCE_FOR_LOOP
         };
         for bound in &dead.loops {
             stop.check()?;
-            let result = bound.unbind(patience).map_err(|error| error.to_string());
+            let result = bound.unbind(timeout).map_err(|error| error.to_string());
             items.push(Item::of_loop(dead, bound, outcome(result)));
         }
         stop.check()?;

@@ -1,5 +1,6 @@
 //! Layers on persistent memory: packed on one device, and whole devices that come and go.
 
+use blockmount::testing::AttachIdentified as _;
 use std::path::Path;
 
 use blockmount::{
@@ -235,7 +236,7 @@ async fn vm_dax_is_on_when_it_was_asked_for_or_the_mount_fails() {
     assert_eq!(is_dax(without.path()).await, json!({ "dax": false }));
     without.release().await.unwrap();
     // A disk on SCSI has a page cache whatever is asked for.
-    let locator = rig.scsi.attach(&disk).await.unwrap();
+    let locator = rig.scsi.attach_identified(&disk).await.unwrap();
     let target = Path::new("/run/containers/dax");
     let options = request("dax=always");
     let error = rig

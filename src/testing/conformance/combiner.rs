@@ -1,14 +1,14 @@
-//! The laws of a layer combiner.
+//! The checks of a layer combiner.
 
 use std::path::PathBuf;
 
 use super::GuestFixture;
-use super::laws::{Laws, Passed, attached};
+use super::checks::{Checks, Passed, attached};
 use super::mounter::{mount, unmount};
 use crate::ErrorKind::{Conflict, Invalid, NotFound};
 use crate::{Disk, LayerCombiner, MountOptions, Mounter, Overlay};
 
-/// Runs a [`LayerCombiner`] through its laws, over layers that a mounter of the same guest mounts:
+/// Runs a [`LayerCombiner`] through its checks, over layers that a mounter of the same guest mounts:
 ///
 /// - separate of a target where nothing was combined succeeds and changes nothing
 /// - layers can be combined, which shows in the snapshot; separate leaves nothing and succeeds a
@@ -19,22 +19,22 @@ use crate::{Disk, LayerCombiner, MountOptions, Mounter, Overlay};
 ///
 /// # Panics
 ///
-/// At the first law that does not hold, and if the fixture has too few disks.
+/// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn combiner(
     combiner: &dyn LayerCombiner,
     mounter: &dyn Mounter,
     fixture: &GuestFixture,
 ) -> Passed {
-    let mut laws = Laws::of("combiner", &fixture.snapshot);
-    let before = laws.tables();
+    let mut checks = Checks::of("combiner", &fixture.snapshot);
+    let before = checks.tables();
     let disks: Vec<Disk> = fixture
         .two_disks()
         .iter()
         .chain(&fixture.scratch)
         .cloned()
         .collect();
-    let locators = attached(&mut laws, &*fixture.transport, &disks).await;
-    let with_devices = laws.tables();
+    let locators = attached(&mut checks, &*fixture.transport, &disks).await;
+    let with_devices = checks.tables();
 
     let read_write = MountOptions::default();
     let mut mounted: Vec<(PathBuf, Vec<String>)> = Vec::new();
@@ -45,8 +45,8 @@ pub async fn combiner(
         } else {
             &read_write
         };
-        mounted.push((target.clone(), laws.tables()));
-        mount(&mut laws, mounter, locator, &target, options).await;
+        mounted.push((target.clone(), checks.tables()));
+        mount(&mut checks, mounter, locator, &target, options).await;
     }
     let paths: Vec<PathBuf> = mounted.iter().map(|(path, _)| path.clone()).collect();
     let overlay = Overlay {
@@ -54,108 +54,116 @@ pub async fn combiner(
         scratch: None,
         target: fixture.directory.join("overlay"),
     };
-    refused(&mut laws, combiner, fixture, &overlay).await;
-    round_trips(&mut laws, combiner, &overlay).await;
+    refused(&mut checks, combiner, fixture, &overlay).await;
+    round_trips(&mut checks, combiner, &overlay).await;
     if let Some(scratch) = paths.get(2) {
         // What a combiner makes in a scratch stays there, and is no part of the tables.
         let overlay = Overlay {
             scratch: Some(scratch.clone()),
             ..overlay
         };
-        round_trips(&mut laws, combiner, &overlay).await;
+        round_trips(&mut checks, combiner, &overlay).await;
     }
 
     for (target, before) in mounted.iter().rev() {
-        unmount(&mut laws, mounter, target, before).await;
+        unmount(&mut checks, mounter, target, before).await;
     }
-    laws.unchanged(
+    checks.unchanged(
         "layers are free after their overlay",
         "unmounting them",
         &with_devices,
     );
     fixture
-        .take_out(&mut laws, &disks, &locators, &before)
+        .take_out(&mut checks, &disks, &locators, &before)
         .await;
-    laws.passed()
+    checks.passed()
 }
 
-async fn round_trips(laws: &mut Laws<'_>, combiner: &dyn LayerCombiner, overlay: &Overlay) {
-    let before = laws.tables();
+async fn round_trips(checks: &mut Checks<'_>, combiner: &dyn LayerCombiner, overlay: &Overlay) {
+    let before = checks.tables();
     let what = format!("combine at {}", overlay.target.display());
-    // The second round is the law that a target can be used again.
+    // The second round is the check that a target can be used again.
     for _ in 0..2 {
-        laws.succeeds(
-            "mounted layers can be combined",
-            &what,
-            combiner.combine(overlay),
-        )
-        .await;
-        laws.changed("combining shows in the tables", &what, &before);
-        let law = "a taken target is a conflict and what is there stays as it was";
-        laws.fails(
-            law,
-            &[Conflict],
-            format!("second {what}"),
-            combiner.combine(overlay),
-        )
-        .await;
-        let law = "separating leaves nothing";
-        laws.succeeds(law, "separate", combiner.separate(&overlay.target))
+        checks
+            .succeeds(
+                "mounted layers can be combined",
+                &what,
+                combiner.combine(overlay),
+            )
             .await;
-        laws.unchanged(law, "separate", &before);
-        let law = "separating twice succeeds";
-        laws.succeeds(law, "second separate", combiner.separate(&overlay.target))
+        checks.changed("combining shows in the tables", &what, &before);
+        let check = "a taken target is a conflict and what is there stays as it was";
+        checks
+            .fails(
+                check,
+                &[Conflict],
+                format!("second {what}"),
+                combiner.combine(overlay),
+            )
             .await;
-        laws.unchanged(law, "second separate", &before);
+        let check = "separating leaves nothing";
+        checks
+            .succeeds(check, "separate", combiner.separate(&overlay.target))
+            .await;
+        checks.unchanged(check, "separate", &before);
+        let check = "separating twice succeeds";
+        checks
+            .succeeds(check, "second separate", combiner.separate(&overlay.target))
+            .await;
+        checks.unchanged(check, "second separate", &before);
     }
 }
 
 async fn refused(
-    laws: &mut Laws<'_>,
+    checks: &mut Checks<'_>,
     combiner: &dyn LayerCombiner,
     fixture: &GuestFixture,
     overlay: &Overlay,
 ) {
-    let before = laws.tables();
-    let law = "separating what was never combined succeeds";
-    laws.succeeds(law, "separate", combiner.separate(&overlay.target))
+    let before = checks.tables();
+    let check = "separating what was never combined succeeds";
+    checks
+        .succeeds(check, "separate", combiner.separate(&overlay.target))
         .await;
-    laws.unchanged(law, "separate", &before);
+    checks.unchanged(check, "separate", &before);
 
-    let law = "a layer that is not there is not found and leaves nothing";
+    let check = "a layer that is not there is not found and leaves nothing";
     let mut missing = overlay.clone();
     missing.layers.push(fixture.directory.join("no-such-layer"));
-    laws.fails(
-        law,
-        &[NotFound],
-        "combine of a missing layer",
-        combiner.combine(&missing),
-    )
-    .await;
+    checks
+        .fails(
+            check,
+            &[NotFound],
+            "combine of a missing layer",
+            combiner.combine(&missing),
+        )
+        .await;
 
-    let law = "an overlay without layers is invalid and leaves nothing";
+    let check = "an overlay without layers is invalid and leaves nothing";
     let empty = Overlay {
         layers: Vec::new(),
         ..overlay.clone()
     };
-    laws.fails(
-        law,
-        &[Invalid],
-        "combine of no layers",
-        combiner.combine(&empty),
-    )
-    .await;
+    checks
+        .fails(
+            check,
+            &[Invalid],
+            "combine of no layers",
+            combiner.combine(&empty),
+        )
+        .await;
 
-    let law = "a taken target is a conflict and what is there stays as it was";
+    let check = "a taken target is a conflict and what is there stays as it was";
     let taken = Overlay {
         target: overlay.layers[0].clone(),
         ..overlay.clone()
     };
-    laws.fails(
-        law,
-        &[Conflict],
-        "combine at a layer's own path",
-        combiner.combine(&taken),
-    )
-    .await;
+    checks
+        .fails(
+            check,
+            &[Conflict],
+            "combine at a layer's own path",
+            combiner.combine(&taken),
+        )
+        .await;
 }

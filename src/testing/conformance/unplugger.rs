@@ -1,11 +1,11 @@
-//! The laws of an unplugger.
+//! The checks of an unplugger.
 
 use super::GuestFixture;
-use super::laws::{Laws, Passed, attached, foreign, hostile};
+use super::checks::{Checks, Passed, attached, foreign, hostile};
 use crate::ErrorKind::Busy;
 use crate::{Mounter, Unplugger};
 
-/// Runs an [`Unplugger`] through its laws, with a mounter of the same guest to make a device busy:
+/// Runs an [`Unplugger`] through its checks, with a mounter of the same guest to make a device busy:
 ///
 /// - an attached device can be unplugged, and again when it is unplugged already, and after its disk
 ///   was detached
@@ -15,67 +15,82 @@ use crate::{Mounter, Unplugger};
 ///
 /// # Panics
 ///
-/// At the first law that does not hold, and if the fixture has too few disks.
+/// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn unplugger(
     unplugger: &dyn Unplugger,
     mounter: Option<&dyn Mounter>,
     fixture: &GuestFixture,
 ) -> Passed {
-    let mut laws = Laws::of("unplugger", &fixture.snapshot);
-    let before = laws.tables();
+    let mut checks = Checks::of("unplugger", &fixture.snapshot);
+    let before = checks.tables();
     let disks = fixture.two_disks();
-    let locators = attached(&mut laws, &*fixture.transport, disks).await;
+    let locators = attached(&mut checks, &*fixture.transport, disks).await;
     let (one, other) = (&locators[0], &locators[1]);
 
     for locator in hostile(one.transport()).into_iter().chain([foreign()]) {
-        let law = "unplugging what cannot be changes nothing";
-        laws.harmless(
-            law,
-            format!("unplug of {locator}"),
-            unplugger.unplug(&locator),
-        )
-        .await;
+        let check = "unplugging what cannot be changes nothing";
+        checks
+            .harmless(
+                check,
+                format!("unplug of {locator}"),
+                unplugger.unplug(&locator),
+            )
+            .await;
     }
     let what = format!("unplug of {one}");
     if let Some(mounter) = mounter {
         let target = fixture.directory.join("busy");
         let mount = mounter.mount(one, &target, &fixture.options);
-        laws.succeeds(
-            "the fixture's disks can be mounted",
-            format!("mount of {one}"),
-            mount,
-        )
-        .await;
-        let law = "a mounted device is busy and stays as it was";
-        laws.fails(law, &[Busy], &what, unplugger.unplug(one)).await;
-        let law = "a device that was busy can be used on";
-        laws.succeeds(law, "unmount", mounter.unmount(&target))
+        checks
+            .succeeds(
+                "the fixture's disks can be mounted",
+                format!("mount of {one}"),
+                mount,
+            )
+            .await;
+        let check = "a mounted device is busy and stays as it was";
+        checks
+            .fails(check, &[Busy], &what, unplugger.unplug(one))
+            .await;
+        let check = "a device that was busy can be used on";
+        checks
+            .succeeds(check, "unmount", mounter.unmount(&target))
             .await;
         let mount = mounter.mount(one, &target, &fixture.options);
-        laws.succeeds(law, format!("mount of {one}"), mount).await;
-        laws.succeeds(law, "unmount", mounter.unmount(&target))
+        checks
+            .succeeds(check, format!("mount of {one}"), mount)
+            .await;
+        checks
+            .succeeds(check, "unmount", mounter.unmount(&target))
             .await;
     }
 
-    laws.succeeds(
-        "an unused device can be unplugged",
-        &what,
-        unplugger.unplug(one),
-    )
-    .await;
-    laws.succeeds("unplugging twice succeeds", &what, unplugger.unplug(one))
+    checks
+        .succeeds(
+            "an unused device can be unplugged",
+            &what,
+            unplugger.unplug(one),
+        )
+        .await;
+    checks
+        .succeeds("unplugging twice succeeds", &what, unplugger.unplug(one))
         .await;
     if let Some(mounter) = mounter {
-        let law = "unplugging touches no other device";
+        let check = "unplugging touches no other device";
         let target = fixture.directory.join("other");
         let mount = mounter.mount(other, &target, &fixture.options);
-        laws.succeeds(law, format!("mount of {other}"), mount).await;
-        laws.succeeds(law, "unmount", mounter.unmount(&target))
+        checks
+            .succeeds(check, format!("mount of {other}"), mount)
+            .await;
+        checks
+            .succeeds(check, "unmount", mounter.unmount(&target))
             .await;
     }
-    fixture.take_out(&mut laws, disks, &locators, &before).await;
-    let law = "unplugging what is not there succeeds";
-    laws.succeeds(law, &what, unplugger.unplug(one)).await;
-    laws.unchanged(law, &what, &before);
-    laws.passed()
+    fixture
+        .take_out(&mut checks, disks, &locators, &before)
+        .await;
+    let check = "unplugging what is not there succeeds";
+    checks.succeeds(check, &what, unplugger.unplug(one)).await;
+    checks.unchanged(check, &what, &before);
+    checks.passed()
 }

@@ -3,6 +3,7 @@
 
 pub(crate) mod recorder;
 
+use blockmount::testing::AttachIdentified as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -219,7 +220,7 @@ impl ScsiVm {
     /// Attaches so many disks, on LUN 0 and up.
     pub(crate) async fn attach_disks(&self, count: usize) {
         for number in 0..count {
-            self.attach(&Disk::virtual_disk(format!("/disks/{number}")))
+            self.attach_identified(&Disk::virtual_disk(format!("/disks/{number}")))
                 .await
                 .unwrap();
         }
@@ -232,8 +233,11 @@ impl Transport for ScsiVm {
         self.0.identify(disk).await
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
-        self.0.attach(disk).await.map(|fake| Self::scsi(&fake))
+    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        self.0
+            .attach_identified(disk)
+            .await
+            .map(|fake| Self::scsi(&fake))
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {

@@ -5,6 +5,7 @@
 #[cfg(windows)]
 pub(crate) mod stand_in;
 
+use blockmount::testing::AttachIdentified as _;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -125,14 +126,14 @@ impl Model {
         self.ways_within(LONG).await
     }
 
-    /// The same, where a call may be silent: it fails after `patience`.
-    pub(crate) async fn ways_within(&self, patience: Duration) -> Vec<Arc<dyn ComputeSystem>> {
+    /// The same, where a call may be silent: it fails after `timeout`.
+    pub(crate) async fn ways_within(&self, timeout: Duration) -> Vec<Arc<dyn ComputeSystem>> {
         let direct: Arc<dyn ComputeSystem> = Arc::new(self.clone());
         #[cfg(windows)]
-        let called = [Arc::new(stand_in::open(self, patience).await) as Arc<dyn ComputeSystem>];
+        let called = [Arc::new(stand_in::open(self, timeout).await) as Arc<dyn ComputeSystem>];
         #[cfg(not(windows))]
         let called: [Arc<dyn ComputeSystem>; 0] = {
-            let _ = patience;
+            let _ = timeout;
             []
         };
         std::iter::once(direct).chain(called).collect()
@@ -357,7 +358,7 @@ impl Places {
         let disk = Disk::virtual_disk(host_path);
         let locator = self
             .vm
-            .attach(&disk)
+            .attach_identified(&disk)
             .await
             .map_err(|error| failed(Hresult::SHARING_VIOLATION, error.message()))?;
         self.taken().insert(path, (disk, locator));

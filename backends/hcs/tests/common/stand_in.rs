@@ -65,10 +65,10 @@ pub(crate) fn serve(model: &Model) -> String {
     id
 }
 
-pub(crate) async fn open(model: &Model, patience: Duration) -> HcsSystem {
+pub(crate) async fn open(model: &Model, timeout: Duration) -> HcsSystem {
     let deadlines = HcsDeadlines {
-        modify: patience,
-        properties: patience,
+        modify: timeout,
+        properties: timeout,
     };
     HcsSystem::open_with(&serve(model), deadlines)
         .await

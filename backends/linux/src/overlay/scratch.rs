@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, Gid, Mode, Stat, Uid, fstat, unlinkat};
 use rustix::io::Errno;
 
 use super::{open_tree, readable};
-use crate::fault::fault;
+use crate::errno::errno_error;
 use crate::guest::Inner;
 use crate::journal::{self, Journal, Note, Wanted, strike};
 use crate::ledger::ScratchClaim;
@@ -35,7 +35,8 @@ impl Scratch {
         target: &Target,
     ) -> Result<Self, BackendError> {
         let directory = open_tree(path, "scratch")?;
-        let stat = fstat(&directory).map_err(|errno| fault("cannot look at the scratch", errno))?;
+        let stat =
+            fstat(&directory).map_err(|errno| errno_error("cannot look at the scratch", errno))?;
         let claim = guest.scratches.claim(FileId::of(&stat)).ok_or_else(|| {
             BackendError::conflict(format!(
                 "scratch {} is in use by another overlay",
@@ -44,7 +45,7 @@ impl Scratch {
         })?;
         let kept = directory
             .try_clone()
-            .map_err(|error| fault("cannot keep the scratch open", error))?;
+            .map_err(|error| errno_error("cannot keep the scratch open", error))?;
         let mut made = Made {
             path: path_on_record(guest, &directory, path)?,
             directory: kept,
@@ -61,9 +62,9 @@ impl Scratch {
             };
             let (owner, group) = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
             rustix::fs::fchown(&upper, Some(owner), Some(group))
-                .map_err(|errno| fault(what(), errno))?;
+                .map_err(|errno| errno_error(what(), errno))?;
             let mode = Mode::from_raw_mode(root.st_mode);
-            rustix::fs::fchmod(&upper, mode).map_err(|errno| fault(what(), errno))?;
+            rustix::fs::fchmod(&upper, mode).map_err(|errno| errno_error(what(), errno))?;
         }
         let work = made.subdirectory("work", journal, target)?;
         Ok(Scratch {
@@ -100,7 +101,7 @@ fn path_on_record(
         return Ok(path.to_owned());
     }
     std::fs::read_link(path_of(directory))
-        .map_err(|error| fault(format!("cannot find scratch {}", path.display()), error))
+        .map_err(|error| errno_error(format!("cannot find scratch {}", path.display()), error))
 }
 
 impl Made {
@@ -120,8 +121,9 @@ impl Made {
         if let Some(made) = journal::make_directory(journal, &self.directory, &wanted)? {
             self.names.push((name, made.note));
         }
-        readable(&self.directory, wanted.name)
-            .map_err(|errno| fault(format!("cannot open directory {}", path.display()), errno))
+        readable(&self.directory, wanted.name).map_err(|errno| {
+            errno_error(format!("cannot open directory {}", path.display()), errno)
+        })
     }
 
     fn has(&self, name: &str) -> bool {
@@ -163,7 +165,7 @@ pub(crate) fn remove_left(path: &Path, meant: FileId) -> bool {
     if place.id().ok() == Some(meant) {
         empty_of_kernels(place.directory());
     }
-    match place.into_way().remove(meant) {
+    match place.into_path_at().remove(meant) {
         // What somebody has written to is not ours to remove.
         Ok(()) | Err(Errno::NOENT | Errno::EXIST | Errno::NOTEMPTY) => true,
         Err(errno) => {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{self, DeviceNumber, node_named_in};
-use crate::fault::blocking;
+use crate::errno::blocking;
 use crate::sysfs::{attribute, bytes, names, text};
-use crate::uevent::{self, Look, Unseen};
+use crate::uevent::{self, NotReady, Probe};
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
@@ -33,15 +33,15 @@ impl Disk {
     /// # Errors
     ///
     /// `Conflict` if the device is several disks; the system's.
-    pub fn below(device: &Path) -> Look<Disk> {
+    pub fn below(device: &Path) -> Probe<Disk> {
         let block = device.join("block");
         match names(&block)?.as_slice() {
-            [] => Err(Unseen::not_found(format!(
+            [] => Err(NotReady::not_found(format!(
                 "there is no block device in {}",
                 block.display()
             ))),
             [name] => Disk::at(&block.join(name)),
-            several => Err(Unseen::Failed(BackendError::conflict(format!(
+            several => Err(NotReady::Failed(BackendError::conflict(format!(
                 "there are several block devices in {}: {}",
                 block.display(),
                 several.join(", ")
@@ -54,9 +54,9 @@ impl Disk {
     /// # Errors
     ///
     /// The system's.
-    pub fn at(directory: &Path) -> Look<Disk> {
+    pub fn at(directory: &Path) -> Probe<Disk> {
         let missing = |what: &str| {
-            Unseen::not_found(format!(
+            NotReady::not_found(format!(
                 "there is no {what} of a block device in {}",
                 directory.display()
             ))
@@ -110,18 +110,18 @@ impl Disk {
     /// # Errors
     ///
     /// As for [`device::open`].
-    pub fn open(&self) -> Look<File> {
+    pub fn open(&self) -> Probe<File> {
         let node = self.node.display();
         let open = device::open(&self.node)?
-            .ok_or_else(|| Unseen::not_found(format!("device {node} is not ready")))?;
+            .ok_or_else(|| NotReady::not_found(format!("device {node} is not ready")))?;
         let (number, wanted) = (DeviceNumber::of(&open)?, self.number);
         if number != wanted {
             let message = format!("{node} is block device {number} and not {wanted}");
-            return Err(Unseen::not_found(message));
+            return Err(NotReady::not_found(message));
         }
         if !self.is_there()? {
             let message = format!("another disk has taken the name {node}");
-            return Err(Unseen::not_found(message));
+            return Err(NotReady::not_found(message));
         }
         Ok(open)
     }
@@ -134,8 +134,8 @@ impl Disk {
     /// # Errors
     ///
     /// As for [`device::hold_free`]; `Other` if it is there and cannot be opened.
-    pub async fn hold(&self, patience: Duration) -> Result<Option<File>, BackendError> {
-        let held = device::hold_free(&self.node, patience).await;
+    pub async fn hold(&self, timeout: Duration) -> Result<Option<File>, BackendError> {
+        let held = device::hold_free(&self.node, timeout).await;
         let disk = self.clone();
         blocking(move || match held {
             Err(error) if error.kind() == ErrorKind::NotFound => match disk.is_there()? {

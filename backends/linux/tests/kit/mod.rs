@@ -34,7 +34,7 @@ impl Resolver for ByPath {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         Ok(BlockDevice {
             path: device.address().into(),
-            window: None,
+            range: None,
         })
     }
 }
@@ -42,7 +42,7 @@ impl Resolver for ByPath {
 pub(crate) fn builder() -> LinuxGuestBuilder {
     LinuxGuest::builder()
         .resolver("test", Arc::new(ByPath))
-        .busy_deadline(Duration::from_millis(100))
+        .busy_timeout(Duration::from_millis(100))
         .device_deadline(Duration::from_millis(500))
 }
 

@@ -39,7 +39,7 @@ impl Bench {
     pub fn builder(&self) -> LoopTransportBuilder {
         LoopTransport::builder()
             .mark(&self.mark)
-            .detach_timeout(Duration::from_millis(100))
+            .busy_timeout(Duration::from_millis(100))
     }
 
     /// An image of a size in bytes; all zeros.

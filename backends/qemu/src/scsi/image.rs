@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use blockmount::{BackendError, Disk};
+use blockmount::{BackendError, Disk, DiskId};
 use blockmount_linux::source::{self, Source};
 use serde_json::{Value, json};
 
@@ -28,8 +28,8 @@ enum Format {
 
 impl Image {
     /// Opens the disk as QEMU will, and reads what its format says. Blocks.
-    pub(super) fn inspect(disk: &Disk, backing: bool) -> Result<Self, BackendError> {
-        let source = source::open(disk)?;
+    pub(super) fn inspect(disk: &Disk, id: &DiskId, backing: bool) -> Result<Self, BackendError> {
+        let source = source::open(disk, id)?;
         let is_device = source.device_number != 0;
         let format = format(disk.source());
         match format {
@@ -145,7 +145,11 @@ mod tests {
         let mut header = vec![0; 1 << 20];
         header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
         std::fs::write(&path, header).unwrap();
-        let image = Image::inspect(&Disk::virtual_disk(&path), true).unwrap();
+        let image = {
+            let disk = Disk::virtual_disk(&path);
+            Image::inspect(&disk, &source::identify(&disk).unwrap(), true)
+        }
+        .unwrap();
         let node = image.node("n");
         assert_eq!(node["driver"], "raw");
         assert_eq!(node["file"]["driver"], "file");

@@ -122,7 +122,7 @@ impl Plug<'_> {
         self.qmp.events("DEVICE_DELETED")
     }
 
-    fn patience(&self) -> Duration {
+    fn timeout(&self) -> Duration {
         self.qmp.deadlines().call
     }
 
@@ -137,7 +137,7 @@ impl Plug<'_> {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error.while_trying(tried())),
         }
-        let waited = deletions.find(self.patience(), |event| self.is_ours(event));
+        let waited = deletions.find(self.timeout(), |event| self.is_ours(event));
         let error = match waited.await {
             Ok(_) => return Ok(()),
             Err(error @ QmpError::Gone { .. }) => return Err(error.while_trying(tried())),
@@ -166,7 +166,7 @@ impl Plug<'_> {
             Err(error) => return Err(error.while_trying(tried())),
         }
         // A device that somebody else has unplugged has lost its name, and holds its node until it is deleted.
-        let waited = deletions.find(self.patience(), |event| self.is_ours(event));
+        let waited = deletions.find(self.timeout(), |event| self.is_ours(event));
         if let Err(error @ QmpError::Gone { .. }) = waited.await {
             return Err(error.while_trying(tried()));
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockmount::{BackendError, Disk, DiskKind};
+use blockmount::{BackendError, Disk, DiskId, DiskKind};
 use blockmount_linux::source;
 use blockmount_vpmem::ByteRange;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
@@ -51,10 +51,11 @@ impl Image {
     /// Opens a disk; copies it if its size is not one that a device can have. Blocks.
     pub(super) fn prepare(
         disk: &Disk,
+        id: &DiskId,
         directory: &Path,
         given_up: &AtomicBool,
     ) -> Result<Self, BackendError> {
-        let (source, length) = open(disk)?;
+        let (source, length) = open(disk, id)?;
         let size = length.next_multiple_of(ALIGNMENT);
         let copy = if size == length {
             None
@@ -98,16 +99,16 @@ impl Image {
 
 /// The size of a disk in bytes. Blocks.
 pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
-    open(disk).map(|(_, size)| size)
+    open(disk, &source::identify(disk)?).map(|(_, size)| size)
 }
 
-fn open(disk: &Disk) -> Result<(File, u64), BackendError> {
+fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
     let path = disk.source().display();
     if *disk.kind() != DiskKind::VirtualDisk {
         let message = format!("{path} is no file, and QEMU maps only files as VPMEM");
         return Err(BackendError::unsuitable(message));
     }
-    let source = source::open(disk)?;
+    let source = source::open(disk, id)?;
     let size = source::size(disk, &source)?;
     Ok((source.file, size))
 }
@@ -158,11 +159,12 @@ impl Private {
 /// Copies a disk to a range of a device. Blocks.
 pub(super) fn write_range(
     disk: &Disk,
+    id: &DiskId,
     device: &File,
     range: ByteRange,
     given_up: &AtomicBool,
 ) -> Result<(), BackendError> {
-    let (source, length) = open(disk)?;
+    let (source, length) = open(disk, id)?;
     if length > range.size() {
         return Err(BackendError::conflict(format!(
             "{disk} has grown to {length} bytes, and its range has {}; attach it again",

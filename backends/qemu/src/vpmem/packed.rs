@@ -4,10 +4,9 @@ use std::fs::File;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 
-use blockmount::{BackendError, Disk, ErrorKind};
+use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{ByteRange, DeviceNumber, VpmemAddress};
 use tokio::sync::OwnedMutexGuard;
-use tokio::time::timeout;
 
 use super::backing::{self, Private};
 use super::{Held, QemuVpmem, nothing_done, used_otherwise};
@@ -19,6 +18,7 @@ impl QemuVpmem {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        id: &DiskId,
     ) -> Result<(), BackendError> {
         if range.end() > self.0.geometry.device_size() {
             let message = format!("VPMEM device {device} has no range {range}");
@@ -26,10 +26,10 @@ impl QemuVpmem {
         }
         let file = self.packed(device).await?;
         let lock = self.lock(address(device, range)).await?;
-        let copied = disk.clone();
+        let (copied, id) = (disk.clone(), id.clone());
         let copy = move |given_up: &AtomicBool| {
             let _lock = lock;
-            backing::write_range(&copied, &file, range, given_up)
+            backing::write_range(&copied, &id, &file, range, given_up)
         };
         self.blocking(&disk.to_string(), range.size(), copy).await
     }
@@ -118,12 +118,14 @@ impl QemuVpmem {
             let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
             ranges.entry(address).or_default().clone()
         };
-        let patience = self.0.qmp.deadlines().call;
-        timeout(patience, gate.lock_owned()).await.map_err(|_| {
-            BackendError::busy(format!(
-                "range {address} of a VPMEM device is still being written to after {patience:?}"
-            ))
-        })
+        let timeout = self.0.qmp.deadlines().call;
+        tokio::time::timeout(timeout, gate.lock_owned())
+            .await
+            .map_err(|_| {
+                BackendError::busy(format!(
+                    "range {address} of a VPMEM device is still being written to after {timeout:?}"
+                ))
+            })
     }
 }
 

@@ -134,9 +134,9 @@ impl Plug<'_> {
             }
             Err(error) => return Err(self.cannot_unplug(error)),
         };
-        let patience = self.qmp.deadlines().call;
+        let timeout = self.qmp.deadlines().call;
         let is_ours = |event: &crate::qmp::Event| event.data["device"] == self.id.as_str();
-        let late = match deletions.find(patience, is_ours).await {
+        let late = match deletions.find(timeout, is_ours).await {
             Ok(_) => return Ok(()),
             Err(error @ QmpError::Gone { .. }) => return Err(self.cannot_unplug(error)),
             Err(error) => error,
@@ -146,7 +146,7 @@ impl Plug<'_> {
             Ok(Presence { device: false, .. }) => Ok(()),
             Ok(_) if refusal.is_some() => {
                 let message = format!(
-                    "cannot unplug {}: the guest has not ejected it within {patience:?}; \
+                    "cannot unplug {}: the guest has not ejected it within {timeout:?}; \
                      have the guest let go of it first",
                     self.id
                 );

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 use blockmount_linux::sysfs::{self, PciAddress, VmbusId};
-use blockmount_linux::uevent::{Look, Unseen};
+use blockmount_linux::uevent::{NotReady, Probe};
 
 use crate::Lun;
 
@@ -41,7 +41,7 @@ impl ControllerId {
     }
 
     /// The number of its SCSI host.
-    pub(super) fn host(self, sysfs: &Path) -> Look<u32> {
+    pub(super) fn host(self, sysfs: &Path) -> Probe<u32> {
         let device = self.directory(sysfs);
         // A virtio device sits on the PCI device; other drivers have their host there at once.
         let virtio = sysfs::numbered(&device, "virtio")?;
@@ -51,12 +51,12 @@ impl ControllerId {
         }
         match hosts.as_slice() {
             [(_, number)] => Ok(*number),
-            [] if !device.exists() => Err(Unseen::not_found(format!("there is no {self}"))),
-            [] => Err(Unseen::not_found(format!("{self} has no SCSI host"))),
+            [] if !device.exists() => Err(NotReady::not_found(format!("there is no {self}"))),
+            [] => Err(NotReady::not_found(format!("{self} has no SCSI host"))),
             several => {
                 let count = several.len();
                 let message = format!("{self} has {count} SCSI hosts, which cannot be told apart");
-                Err(Unseen::Failed(BackendError::conflict(message)))
+                Err(NotReady::Failed(BackendError::conflict(message)))
             }
         }
     }
@@ -158,7 +158,7 @@ mod tests {
     fn the_host_is_searched_below_the_controller_and_never_guessed() {
         let dir = tempfile::tempdir().unwrap();
         let pci = ControllerId::Pci("0000:00:10.0".parse().unwrap());
-        let host = |id: ControllerId| id.host(dir.path()).map_err(Unseen::into_error);
+        let host = |id: ControllerId| id.host(dir.path()).map_err(NotReady::into_error);
         let error = host(pci).unwrap_err();
         assert_eq!(
             error.message(),

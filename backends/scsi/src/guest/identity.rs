@@ -5,7 +5,7 @@ use std::path::Path;
 
 use blockmount::BackendError;
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{Look, Unseen};
+use blockmount_linux::uevent::{NotReady, Probe};
 
 /// What is known of a disk besides its address. Nothing by default, and then any disk will do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct Identity {
 impl Identity {
     /// Compares with the disk at an address, whose device has this directory. A disk that differs may be
     /// one that is about to be replaced.
-    pub(super) fn check(&self, device: &Path, disk: &Disk) -> Look<()> {
+    pub(super) fn check(&self, device: &Path, disk: &Disk) -> Probe<()> {
         differs("size", self.size.as_ref(), Some(disk.size()).as_ref())?;
         if let Some(expected) = &self.serial {
             let page = sysfs::bytes(device, "vpd_pg80")?;
@@ -40,12 +40,12 @@ fn differs<T: PartialEq + Display>(
     what: &str,
     expected: Option<&T>,
     found: Option<&T>,
-) -> Look<()> {
+) -> Probe<()> {
     let Some(expected) = expected.filter(|expected| found != Some(expected)) else {
         return Ok(());
     };
     let found = found.map_or("none".to_owned(), ToString::to_string);
-    Err(Unseen::NotYet(BackendError::conflict(format!(
+    Err(NotReady::NotYet(BackendError::conflict(format!(
         "another disk is there: its {what} is {found} and not {expected}"
     ))))
 }

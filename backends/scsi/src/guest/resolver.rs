@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver};
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{Look, Unseen, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, wait_for};
 
 use super::controller::{self, ControllerId, shown};
 use super::identity::Identity;
 use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The state of a device that takes commands. (Source: Linux, Documentation/scsi/scsi_mid_low_api.rst)
 const RUNNING: &str = "running";
 
@@ -27,14 +27,14 @@ const RUNNING: &str = "running";
 /// found when it takes commands, its node can be opened and is that disk, and it is the one that is
 /// [expected](Self::expect), if there is one.
 ///
-/// Resolving changes nothing, with one exception: when half of the patience is over, the kernel is asked
+/// Resolving changes nothing, with one exception: when half of the timeout is over, the kernel is asked
 /// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost.
 ///
 /// Cloning is cheap; clones share what is expected.
 #[derive(Debug, Clone)]
 pub struct ScsiResolver {
     controllers: Arc<[ControllerId]>,
-    patience: Duration,
+    timeout: Duration,
     sysfs: PathBuf,
     expected: Arc<Mutex<HashMap<ScsiAddress, Identity>>>,
 }
@@ -44,7 +44,7 @@ impl ScsiResolver {
     pub fn new(controllers: impl IntoIterator<Item = ControllerId>) -> Self {
         ScsiResolver {
             controllers: controllers.into_iter().collect(),
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
             expected: Arc::default(),
         }
@@ -57,8 +57,8 @@ impl ScsiResolver {
 
     /// Waits this long for a disk to appear, in place of ten seconds.
     #[must_use]
-    pub fn with_patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -111,13 +111,13 @@ impl Resolver for ScsiResolver {
         let address = ScsiAddress::try_from(device)?;
         let identity = self.with_expected(|expected| expected.get(&address).cloned());
         let identity = identity.unwrap_or_default();
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         let look = {
             let place = place.clone();
             move || place.look(&identity)
         };
         let concerns = controller::concerns(address.lun);
-        let half = Instant::now() + self.patience / 2;
+        let half = Instant::now() + self.timeout / 2;
         let early = wait_for(half, concerns.clone(), look.clone()).await;
         let found = match early {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
@@ -129,7 +129,7 @@ impl Resolver for ScsiResolver {
             early => early,
         };
         let path = found.map_err(|error| named(device, error))?;
-        Ok(BlockDevice { path, window: None })
+        Ok(BlockDevice { path, range: None })
     }
 }
 
@@ -149,14 +149,14 @@ pub(super) struct Place {
 
 impl Place {
     /// The directory of the device, which is there.
-    pub(super) fn device(&self) -> Look<PathBuf> {
+    pub(super) fn device(&self) -> Probe<PathBuf> {
         let host = self.controller.host(&self.sysfs)?;
         let device = controller::device(&self.sysfs, host, self.lun);
         if device.exists() {
             return Ok(device);
         }
         let (lun, controller) = (self.lun, self.controller);
-        Err(Unseen::not_found(format!(
+        Err(NotReady::not_found(format!(
             "there is no LUN {lun} on SCSI host {host}, which is the {controller}"
         )))
     }
@@ -170,13 +170,13 @@ impl Place {
     }
 
     /// The node of the disk, once it is ready and the one that is meant.
-    fn look(&self, identity: &Identity) -> Look<PathBuf> {
+    fn look(&self, identity: &Identity) -> Probe<PathBuf> {
         let device = self.device()?;
         let at = device.display();
         let state = sysfs::text(&device, "state")?.unwrap_or_else(|| "unknown".to_owned());
         if state != RUNNING {
             let message = format!("the state of {at} is {state} and not {RUNNING}");
-            return Err(Unseen::not_found(message));
+            return Err(NotReady::not_found(message));
         }
         let disk = Disk::below(&device)?;
         identity.check(&device, &disk)?;

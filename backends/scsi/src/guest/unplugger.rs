@@ -7,13 +7,13 @@ use async_trait::async_trait;
 use blockmount::{BackendError, DeviceLocator, Unplugger};
 use blockmount_linux::blocking;
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{Look, Unseen, seen, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, seen, wait_for};
 
 use super::controller::concerns;
 use super::resolver::{Place, ScsiResolver};
 
 /// How long a disk may be busy for a moment before it counts as in use.
-const PATIENCE: Duration = Duration::from_secs(1);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the kernel may take to let go of a disk. It takes 40 ms, unless a disk no longer answers.
 const REMOVAL: Duration = Duration::from_secs(10);
 
@@ -26,7 +26,7 @@ const REMOVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct ScsiUnplugger {
     resolver: ScsiResolver,
-    patience: Duration,
+    timeout: Duration,
     removal: Duration,
 }
 
@@ -35,15 +35,15 @@ impl ScsiUnplugger {
     pub fn new(resolver: ScsiResolver) -> Self {
         ScsiUnplugger {
             resolver,
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
             removal: REMOVAL,
         }
     }
 
     /// Waits this long for whoever uses a disk for a moment, in place of one second.
     #[must_use]
-    pub fn with_patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -57,7 +57,7 @@ impl ScsiUnplugger {
 
 /// A disk that is about to go.
 #[derive(Debug)]
-struct Doomed {
+struct UnplugTarget {
     device: PathBuf,
     disk: Option<Disk>,
 }
@@ -68,12 +68,13 @@ impl Unplugger for ScsiUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let place = self.resolver.place(device)?;
         let (root, lun) = (place.sysfs().to_owned(), place.lun());
-        let Some(Doomed { device: at, disk }) = blocking(move || doomed(&place)).await? else {
+        let Some(UnplugTarget { device: at, disk }) = blocking(move || doomed(&place)).await?
+        else {
             return Ok(());
         };
         let deadline = Instant::now() + self.removal;
         let held = match &disk {
-            Some(disk) => disk.hold(self.patience).await?.map(Some),
+            Some(disk) => disk.hold(self.timeout).await?.map(Some),
             // It is no disk yet, or no longer: there is nothing that could be in use.
             None => Some(None),
         };
@@ -91,19 +92,19 @@ impl Unplugger for ScsiUnplugger {
 }
 
 /// What there is to unplug, if anything.
-fn doomed(place: &Place) -> Result<Option<Doomed>, BackendError> {
+fn doomed(place: &Place) -> Result<Option<UnplugTarget>, BackendError> {
     let Some(device) = seen(place.device())? else {
         return Ok(None);
     };
     let disk = seen(Disk::below(&device))?;
-    Ok(Some(Doomed { device, disk }))
+    Ok(Some(UnplugTarget { device, disk }))
 }
 
 /// Whether the device has gone from sysfs, and its node with it.
-fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Look<()> {
+fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Probe<()> {
     if device.symlink_metadata().is_ok() {
         let message = format!("{} is there still", device.display());
-        return Err(Unseen::not_found(message));
+        return Err(NotReady::not_found(message));
     }
     let Some(disk) = disk else { return Ok(()) };
     // The name may have gone to another disk already.
@@ -114,7 +115,7 @@ fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Look<()> {
         owner.is_ok_and(|owner| owner.iter().any(|part| Some(part) == device.file_name()));
     if is_ours && disk.node().exists() {
         let message = format!("{} is there still", disk.node().display());
-        return Err(Unseen::not_found(message));
+        return Err(NotReady::not_found(message));
     }
     Ok(())
 }

@@ -117,7 +117,12 @@ impl Attacher for Vm {
         Ok(DiskId::name(&disk.source().to_string_lossy()))
     }
 
-    async fn attach(&self, address: ScsiAddress, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        _id: &DiskId,
+    ) -> Result<(), BackendError> {
         let event = Event::Attach(address, disk.clone());
         let put = |state: &mut State| {
             let before = state.present.insert(address, disk.clone());

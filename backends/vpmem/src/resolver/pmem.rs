@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 use blockmount_linux::sysfs::{self, Disk, PciAddress};
-use blockmount_linux::uevent::{Look, Unseen};
+use blockmount_linux::uevent::{NotReady, Probe};
 
 /// Persistent memory as hypervisor and guest both know it. The numbers of `/dev/pmemN` are none: they are
 /// given in the order in which devices are found.
@@ -63,8 +63,8 @@ impl PmemId {
     }
 
     /// The region of memory that it is.
-    fn region(self, root: &Path) -> Look<PathBuf> {
-        let missing = || Unseen::not_found(format!("there is no {self}"));
+    fn region(self, root: &Path) -> Probe<PathBuf> {
+        let missing = || NotReady::not_found(format!("there is no {self}"));
         let buses = match (self.pci_device(root)?, self) {
             (Some((_, device)), _) => below(&below(&[device], "virtio")?, "ndbus")?,
             (None, PmemId::Pci(_) | PmemId::Port(_)) => return Err(missing()),
@@ -86,7 +86,7 @@ impl PmemId {
     }
 
     /// The disk that it is.
-    pub(super) fn disk(self, root: &Path) -> Look<Disk> {
+    pub(super) fn disk(self, root: &Path) -> Probe<Disk> {
         let region = self.region(root)?;
         let mut found = Vec::new();
         // A namespace is a disk, or what was made of it is.
@@ -96,7 +96,7 @@ impl PmemId {
                 found.push(namespace);
             }
         }
-        let missing = || Unseen::not_found(format!("{self} has no block device yet"));
+        let missing = || NotReady::not_found(format!("{self} has no block device yet"));
         let namespace = one(found, missing, || {
             format!("{self} has several block devices")
         })?;
@@ -131,13 +131,13 @@ fn keep(
 
 fn one(
     mut found: Vec<PathBuf>,
-    missing: impl FnOnce() -> Unseen,
+    missing: impl FnOnce() -> NotReady,
     several: impl FnOnce() -> String,
-) -> Look<PathBuf> {
+) -> Probe<PathBuf> {
     match (found.pop(), found.is_empty()) {
         (Some(only), true) => Ok(only),
         (None, _) => Err(missing()),
-        (Some(_), false) => Err(Unseen::Failed(BackendError::conflict(several()))),
+        (Some(_), false) => Err(NotReady::Failed(BackendError::conflict(several()))),
     }
 }
 

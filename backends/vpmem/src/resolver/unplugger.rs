@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{BackendError, DeviceLocator, ErrorKind, Unplugger};
 use blockmount_linux::sysfs::{self, Disk, PciAddress};
-use blockmount_linux::uevent::{Look, Unseen, seen, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, seen, wait_for};
 use blockmount_linux::{blocking, mapper};
 
 use super::pmem::{PmemId, pci_of};
 use super::{Place, VpmemResolver};
 
 /// How long a device may be busy for a moment before it counts as in use.
-const PATIENCE: Duration = Duration::from_secs(1);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the kernel may take to eject a device.
 const REMOVAL: Duration = Duration::from_secs(10);
 
@@ -26,7 +26,7 @@ const REMOVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct VpmemUnplugger {
     resolver: VpmemResolver,
-    patience: Duration,
+    timeout: Duration,
     removal: Duration,
 }
 
@@ -35,15 +35,15 @@ impl VpmemUnplugger {
     pub fn new(resolver: VpmemResolver) -> Self {
         VpmemUnplugger {
             resolver,
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
             removal: REMOVAL,
         }
     }
 
     /// Waits this long for whoever uses a device for a moment, in place of one second.
     #[must_use]
-    pub fn with_patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -62,7 +62,7 @@ impl VpmemUnplugger {
     ) -> Result<(), BackendError> {
         let deadline = Instant::now() + self.removal;
         let held = match &disk {
-            Some(disk) => disk.hold(self.patience).await?.map(Some),
+            Some(disk) => disk.hold(self.timeout).await?.map(Some),
             None => Some(None),
         };
         let (Some(held), Some(slot)) = (held, slot) else {
@@ -95,7 +95,7 @@ impl Unplugger for VpmemUnplugger {
             return self.eject(device, disk, slot).await;
         };
         let Some(disk) = disk else { return Ok(()) };
-        let done = mapper::let_go_range(disk.node(), range.into(), self.patience).await;
+        let done = mapper::let_go_range(disk.node(), range.into(), self.timeout).await;
         match done {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 match blocking(move || disk.is_there()).await? {
@@ -135,14 +135,14 @@ fn slot(root: &Path, address: PciAddress) -> Result<Option<Slot>, BackendError> 
     Ok(None)
 }
 
-fn is_gone(device: &Path, disk: Option<&Disk>) -> Look<()> {
+fn is_gone(device: &Path, disk: Option<&Disk>) -> Probe<()> {
     let is_there = match disk {
         Some(disk) => disk.is_there()?,
         None => false,
     };
     if is_there || device.symlink_metadata().is_ok() {
         let message = format!("{} is there still", device.display());
-        return Err(Unseen::not_found(message));
+        return Err(NotReady::not_found(message));
     }
     Ok(())
 }

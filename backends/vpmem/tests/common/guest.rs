@@ -1,5 +1,6 @@
 //! A guest that mounts in memory and writes down what it was asked, in one log with the host's side.
 
+use blockmount::testing::AttachIdentified as _;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -97,8 +98,8 @@ impl Transport for Logged {
         self.0.identify(disk).await
     }
 
-    async fn attach(&self, disk: &Disk) -> Result<DeviceLocator, BackendError> {
-        let answer = self.0.attach(disk).await;
+    async fn attach(&self, disk: &Disk, _: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let answer = self.0.attach_identified(disk).await;
         self.1.push(match &answer {
             Ok(locator) => format!("attach {locator}"),
             Err(error) => format!("attach: {}", error.kind()),

@@ -238,7 +238,12 @@ impl Attacher for Vm {
         Ok(state.sizes.get(&name).copied().unwrap_or(MIB))
     }
 
-    async fn attach(&self, device: DeviceNumber, disk: &Disk) -> Result<(), BackendError> {
+    async fn attach(
+        &self,
+        device: DeviceNumber,
+        disk: &Disk,
+        _: &DiskId,
+    ) -> Result<(), BackendError> {
         self.put(whole(device), disk).await
     }
 
@@ -256,6 +261,7 @@ impl Attacher for Vm {
         device: DeviceNumber,
         range: ByteRange,
         disk: &Disk,
+        _: &DiskId,
     ) -> Result<(), BackendError> {
         let size = self.size(disk).await?;
         assert_eq!(range.size(), size.next_multiple_of(PAGE), "{range}");

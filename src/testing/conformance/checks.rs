@@ -1,5 +1,6 @@
-//! The judge: makes the calls, counts the laws, and says which one a backend broke.
+//! The judge: makes the calls, counts the checks, and says which one a backend broke.
 
+use crate::testing::AttachIdentified as _;
 use std::collections::HashSet;
 use std::fmt::{Debug, Display};
 use std::future::{Future, poll_fn};
@@ -18,28 +19,28 @@ const LONGEST_CALL: Duration = Duration::from_secs(120);
 /// What a backend has shown by the time its suite ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passed {
-    /// How many times a law was held against the backend.
-    pub laws: usize,
-    /// How many calls the laws required to succeed, and did.
+    /// How many times a check was held against the backend.
+    pub checks: usize,
+    /// How many calls the checks required to succeed, and did.
     pub successes: usize,
 }
 
 pub(super) type Answer<T> = Result<T, BackendError>;
 
 /// One run of a suite.
-pub(super) struct Laws<'a> {
+pub(super) struct Checks<'a> {
     contract: &'static str,
     snapshot: &'a Snapshot,
     passed: Passed,
 }
 
-impl<'a> Laws<'a> {
+impl<'a> Checks<'a> {
     pub(super) fn of(contract: &'static str, snapshot: &'a Snapshot) -> Self {
-        Laws {
+        Checks {
             contract,
             snapshot,
             passed: Passed {
-                laws: 0,
+                checks: 0,
                 successes: 0,
             },
         }
@@ -47,10 +48,10 @@ impl<'a> Laws<'a> {
 
     /// Ends the suite.
     pub(super) fn passed(self) -> Passed {
-        let Passed { laws, successes } = self.passed;
+        let Passed { checks, successes } = self.passed;
         assert!(
             successes > 0,
-            "{}: the suite has proved nothing in {laws} laws",
+            "{}: the suite has proved nothing in {checks} checks",
             self.contract
         );
         self.passed
@@ -83,56 +84,56 @@ impl<'a> Laws<'a> {
     /// A call that must succeed.
     pub(super) async fn succeeds<T>(
         &mut self,
-        law: &str,
+        check: &str,
         what: impl Display,
         call: impl Future<Output = Answer<T>>,
     ) -> T {
-        self.passed.laws += 1;
+        self.passed.checks += 1;
         match self.call(&what, call).await {
             Ok(value) => {
                 self.passed.successes += 1;
                 value
             }
-            Err(error) => self.broken(law, format!("{what} answered {}: {error}", error.kind())),
+            Err(error) => self.broken(check, format!("{what} answered {}: {error}", error.kind())),
         }
     }
 
     /// A call that must fail, with one of these kinds (any, if none is given), and change nothing.
     pub(super) async fn fails<T: Debug>(
         &mut self,
-        law: &str,
+        check: &str,
         kinds: &[ErrorKind],
         what: impl Display,
         call: impl Future<Output = Answer<T>>,
     ) {
-        self.passed.laws += 1;
+        self.passed.checks += 1;
         let before = (self.snapshot)();
         match self.call(&what, call).await {
-            Ok(value) => self.broken(law, format!("{what} succeeded with {value:?}")),
+            Ok(value) => self.broken(check, format!("{what} succeeded with {value:?}")),
             Err(error) if !kinds.is_empty() && !kinds.contains(&error.kind()) => {
-                self.broken(law, format!("{what} answered {}: {error}", error.kind()))
+                self.broken(check, format!("{what} answered {}: {error}", error.kind()))
             }
-            Err(_) => self.unchanged(law, what, &before),
+            Err(_) => self.unchanged(check, what, &before),
         }
     }
 
     /// A call that may be answered in any way, but must change nothing.
     pub(super) async fn harmless<T>(
         &mut self,
-        law: &str,
+        check: &str,
         what: impl Display,
         call: impl Future<Output = Answer<T>>,
     ) {
         let before = (self.snapshot)();
         // Which answer it was does not matter here.
         let _ = self.call(&what, call).await;
-        self.unchanged(law, what, &before);
+        self.unchanged(check, what, &before);
     }
 
-    pub(super) fn holds(&mut self, law: &str, holds: bool, did: impl Display) {
-        self.passed.laws += 1;
+    pub(super) fn holds(&mut self, check: &str, holds: bool, did: impl Display) {
+        self.passed.checks += 1;
         if !holds {
-            self.broken(law, did);
+            self.broken(check, did);
         }
     }
 
@@ -141,28 +142,28 @@ impl<'a> Laws<'a> {
         (self.snapshot)()
     }
 
-    pub(super) fn unchanged(&mut self, law: &str, what: impl Display, before: &[String]) {
-        self.passed.laws += 1;
+    pub(super) fn unchanged(&mut self, check: &str, what: impl Display, before: &[String]) {
+        self.passed.checks += 1;
         let now = self.tables();
         if now != before {
             let (gone, new) = (difference(before, &now), difference(&now, before));
             self.broken(
-                law,
+                check,
                 format!("{what} left {new:?} more and {gone:?} less in the tables"),
             );
         }
     }
 
-    pub(super) fn changed(&mut self, law: &str, what: impl Display, before: &[String]) {
+    pub(super) fn changed(&mut self, check: &str, what: impl Display, before: &[String]) {
         self.holds(
-            law,
+            check,
             self.tables() != before,
             format!("{what} changed nothing in the tables"),
         );
     }
 
-    pub(super) fn broken(&self, law: &str, did: impl Display) -> ! {
-        panic!("the {} broke the law \"{law}\": {did}", self.contract)
+    pub(super) fn broken(&self, check: &str, did: impl Display) -> ! {
+        panic!("the {} broke the check \"{check}\": {did}", self.contract)
     }
 }
 
@@ -236,15 +237,19 @@ pub(super) fn foreign() -> DeviceLocator {
 
 /// Attaches disks that the suite of another contract works on.
 pub(super) async fn attached(
-    laws: &mut Laws<'_>,
+    checks: &mut Checks<'_>,
     transport: &dyn Transport,
     disks: &[crate::Disk],
 ) -> Vec<DeviceLocator> {
     let mut locators = Vec::new();
     for disk in disks {
         let what = format!("attach of {disk}");
-        let law = "the fixture's disks can be attached";
-        locators.push(laws.succeeds(law, what, transport.attach(disk)).await);
+        let check = "the fixture's disks can be attached";
+        locators.push(
+            checks
+                .succeeds(check, what, transport.attach_identified(disk))
+                .await,
+        );
     }
     locators
 }

@@ -6,11 +6,11 @@ use crate::sync::{Mutex, lock};
 
 /// What one caller asks for, until a task takes it up or the caller takes it back. It may hold leases,
 /// so it must not wait in a queue for somebody who has gone.
-pub(super) struct Asked<J>(Arc<Mutex<Option<J>>>);
+pub(super) struct PendingRequest<J>(Arc<Mutex<Option<J>>>);
 
-impl<J> Asked<J> {
+impl<J> PendingRequest<J> {
     pub(super) fn new(job: J) -> Self {
-        Asked(Arc::new(Mutex::new(Some(job))))
+        PendingRequest(Arc::new(Mutex::new(Some(job))))
     }
 
     pub(super) fn take(&self) -> Option<J> {
@@ -26,16 +26,16 @@ impl<J> Asked<J> {
     }
 }
 
-impl<J> Clone for Asked<J> {
+impl<J> Clone for PendingRequest<J> {
     fn clone(&self) -> Self {
-        Asked(Arc::clone(&self.0))
+        PendingRequest(Arc::clone(&self.0))
     }
 }
 
 /// Takes back what a caller asked for when the caller gives up; its leases come back by their `Drop`.
-pub(super) struct TakeBack<J>(pub(super) Asked<J>);
+pub(super) struct CancelOnDrop<J>(pub(super) PendingRequest<J>);
 
-impl<J> Drop for TakeBack<J> {
+impl<J> Drop for CancelOnDrop<J> {
     fn drop(&mut self) {
         let taken_back = self.0.take();
         drop(taken_back);

@@ -16,7 +16,7 @@ const PARTITIONS: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reach {
     /// It happens, and the caller is told.
-    Told,
+    Delivered,
     /// It happens, and the caller does not know.
     Untold,
     /// It does not happen, and the caller does not know.
@@ -24,7 +24,7 @@ pub(super) enum Reach {
 }
 
 /// The slots of the VM and the mount table of its guest.
-pub(super) struct Truth {
+pub(super) struct VmState {
     capacity: u32,
     /// Slots that were used and are free again, all below `fresh`.
     freed: BTreeSet<u32>,
@@ -70,9 +70,9 @@ enum What {
     Overlay(Vec<Arc<Path>>),
 }
 
-impl Truth {
+impl VmState {
     pub(super) fn new(capacity: u32) -> Self {
-        Truth {
+        VmState {
             capacity,
             freed: BTreeSet::new(),
             fresh: 0,
@@ -156,7 +156,7 @@ impl Truth {
         let Some(&number) = self.by_disk.get(disk) else {
             return;
         };
-        if reach == Reach::Told {
+        if reach == Reach::Delivered {
             self.by_disk.remove(disk);
             self.slots.remove(&number);
             self.freed.insert(number);
@@ -183,7 +183,7 @@ impl Truth {
         match self.slots.get(&number) {
             Some(slot) if slot.plugged => Ok(BlockDevice {
                 path: format!("/dev/fake{number}").into(),
-                window: None,
+                range: None,
             }),
             _ => Err(BackendError::not_found(format!(
                 "the guest has no device {device}"

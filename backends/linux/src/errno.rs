@@ -11,7 +11,7 @@ pub(crate) const DAMAGED: [Errno; 2] = [Errno::UCLEAN, Errno::BADMSG];
 
 /// An error about `what` was tried, of the kind that the error number means for mounting and
 /// unmounting.
-pub(crate) fn fault(what: impl Into<String>, cause: impl Into<io::Error>) -> BackendError {
+pub(crate) fn errno_error(what: impl Into<String>, cause: impl Into<io::Error>) -> BackendError {
     let cause = cause.into();
     BackendError::new(kind(&cause), what).with_source(cause)
 }
@@ -41,12 +41,12 @@ const LONGEST_RETRY: Duration = Duration::from_millis(50);
 /// Much that is busy is so for a moment: a process that is being started has copies of all open
 /// descriptors, one that ends has not closed them yet, a daemon looks at each new device. The
 /// kernel announces no end of it.
-pub(crate) async fn patiently<T, F>(patience: Duration, attempt: F) -> Result<T, BackendError>
+pub(crate) async fn retry_while_busy<T, F>(timeout: Duration, attempt: F) -> Result<T, BackendError>
 where
     T: Send + 'static,
     F: Fn() -> Result<T, BackendError> + Clone + Send + 'static,
 {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let mut pause = FIRST_RETRY;
     loop {
         let done = blocking(attempt.clone()).await;

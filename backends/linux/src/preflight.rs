@@ -4,7 +4,7 @@ use std::path::Path;
 
 use blockmount::{BackendError, ErrorKind, Expose, MountOptions};
 
-use crate::fault::DAMAGED;
+use crate::errno::DAMAGED;
 use crate::probe::{Content, Probe};
 use crate::users;
 
