@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use blockmount::{BackendError, Resolver};
 
+use crate::discover::resolvers::Resolvers;
 use crate::errno::{blocking, retry_while_busy};
 use crate::guest::{Inner, LinuxGuest};
-use crate::journal::Journal;
 use crate::kernel::Kernel;
-use crate::recovery;
-use crate::resolvers::Resolvers;
+use crate::undo::journal::Journal;
+use crate::undo::recovery;
 
 /// Configures a [`LinuxGuest`].
 #[derive(Debug, Clone)]

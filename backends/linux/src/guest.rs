@@ -12,22 +12,22 @@ use blockmount::{
 };
 
 use crate::builder::LinuxGuestBuilder;
-use crate::dax;
+use crate::device::dax;
+use crate::device::part;
+use crate::device::partitions::{Added, Partitions};
+use crate::device::windows::{WindowUse, Windows};
 use crate::device::{self, DeviceNumber};
+use crate::discover::resolvers::Resolvers;
 use crate::errno::{blocking, errno_error, retry_while_busy};
-use crate::journal::{Intent, Journal, Placed};
+use crate::filesystem::preflight::{choose_filesystem, explained, refuse_unsupported};
+use crate::filesystem::probe::probe;
 use crate::kernel::Kernel;
-use crate::ledger::{Claim, Devices, Entry, Ledger, Scratches};
-use crate::mounting::{self, Request};
-use crate::overlay;
-use crate::part;
-use crate::partitions::{Added, Partitions};
-use crate::places::{PlaceUse, Places};
-use crate::preflight::{choose_filesystem, explained, refuse_unsupported};
-use crate::probe::probe;
-use crate::resolvers::Resolvers;
-use crate::target::Target;
-use crate::windows::{WindowUse, Windows};
+use crate::mount::mounting::{self, Request};
+use crate::mount::overlay;
+use crate::mount::places::{PlaceUse, Places};
+use crate::mount::target::Target;
+use crate::undo::journal::{Intent, Journal, Placed};
+use crate::undo::ledger::{Claim, Devices, Entry, Ledger, Scratches};
 
 /// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
 ///

@@ -68,35 +68,22 @@
 //! ```
 
 pub mod device;
-pub mod mapper;
-pub mod mountinfo;
-pub mod probe;
-pub mod source;
-pub mod sysfs;
-pub mod uevent;
 
 mod builder;
-mod dax;
+mod discover;
 mod errno;
-mod fscontext;
+mod filesystem;
 mod guest;
-mod journal;
 mod kernel;
-mod ledger;
-mod mounting;
-mod overlay;
-mod part;
-mod partitions;
-mod places;
-mod preflight;
-mod recovery;
-mod resolvers;
+mod mount;
 mod sys;
-mod target;
-mod users;
-mod windows;
+mod undo;
 
 pub use builder::LinuxGuestBuilder;
+pub use device::mapper;
+pub use discover::resolvers::{Resolvers, Unpluggers};
+pub use discover::{source, sysfs, uevent};
 pub use errno::blocking;
+pub use filesystem::probe;
 pub use guest::LinuxGuest;
-pub use resolvers::{Resolvers, Unpluggers};
+pub use mount::mountinfo;

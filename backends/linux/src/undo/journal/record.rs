@@ -8,8 +8,8 @@ use blockmount::MountOptions;
 use serde::{Deserialize, Serialize};
 
 use crate::device::DeviceNumber;
-use crate::mounting::MountId;
-use crate::target::FileId;
+use crate::mount::mounting::MountId;
+use crate::mount::target::FileId;
 
 /// The version of the records. Whatever another version says could be misread, and is set aside.
 const VERSION: u32 = 1;

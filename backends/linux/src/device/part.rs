@@ -9,7 +9,7 @@ use std::path::Path;
 use blockmount::BackendError;
 
 use crate::errno::errno_error;
-use crate::probe::{Content, probe};
+use crate::filesystem::probe::{Content, probe};
 
 /// The bytes of a partition on a device, where the partition table is in a part of the device. Blocks.
 ///

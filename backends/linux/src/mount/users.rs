@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::device::{self, DeviceNumber};
-use crate::mountinfo::{self, MountInfo};
+use crate::mount::mountinfo::{self, MountInfo};
 
 /// Longer lists help nobody.
 const MOST_NAMED: usize = 8;

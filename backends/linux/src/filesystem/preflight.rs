@@ -5,8 +5,8 @@ use std::path::Path;
 use blockmount::{BackendError, ErrorKind, Expose, MountOptions};
 
 use crate::errno::DAMAGED;
-use crate::probe::{Content, Probe};
-use crate::users;
+use crate::filesystem::probe::{Content, Probe};
+use crate::mount::users;
 
 /// Refuses what this engine does not do, before anything is touched.
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {

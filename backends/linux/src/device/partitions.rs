@@ -12,10 +12,11 @@ use blockmount::{BackendError, ErrorKind};
 use rustix::io::Errno;
 
 use crate::device::{self, DeviceNumber};
+use crate::discover::sysfs;
 use crate::errno::{blocking, errno_error};
-use crate::journal::{Journal, Note, PartitionId, PartitionRecord, Record, strike};
-use crate::probe::{Content, Partition, probe};
-use crate::{sys, sysfs};
+use crate::filesystem::probe::{Content, Partition, probe};
+use crate::sys;
+use crate::undo::journal::{Journal, Note, PartitionId, PartitionRecord, Record, strike};
 
 /// How long the kernel gets to announce a partition that is in the table. It knows them when it
 /// announces the disk, so this is for the case that the disk's announcement is under way.

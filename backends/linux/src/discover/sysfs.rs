@@ -2,7 +2,7 @@
 //!
 //! Resolvers look here for what a hypervisor has told them: a PCI address, a VMBus channel. All of it is
 //! read as it is now; who waits for something reads again at each event of the kernel
-//! ([`uevent::wait_for`](crate::uevent::wait_for)).
+//! ([`uevent::wait_for`](crate::discover::uevent::wait_for)).
 
 use std::fs;
 use std::io::{self, Read};

@@ -13,14 +13,14 @@ use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
 use crate::errno::errno_error;
-use crate::fscontext::Context;
 use crate::guest::Inner;
-use crate::journal::{Identity, Intent, Placed};
 use crate::kernel::Kernel;
-use crate::ledger::{Claim, Entry, ScratchClaim};
-use crate::mounting::{self, LONGEST_DATA, path_of};
-use crate::places::PlaceUse;
-use crate::target::{Place, Target};
+use crate::mount::fscontext::Context;
+use crate::mount::mounting::{self, LONGEST_DATA, path_of};
+use crate::mount::places::PlaceUse;
+use crate::mount::target::{Place, Target};
+use crate::undo::journal::{Identity, Intent, Placed};
+use crate::undo::ledger::{Claim, Entry, ScratchClaim};
 
 use scratch::Scratch;
 pub(crate) use scratch::remove_left;

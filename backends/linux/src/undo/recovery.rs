@@ -19,18 +19,18 @@ use std::sync::Arc;
 
 use blockmount::BackendError;
 
+use crate::device::partitions::Added;
 use crate::errno::errno_error;
 use crate::guest::Inner;
-use crate::journal::{
+use crate::kernel::Kernel;
+use crate::mount::mountinfo;
+use crate::mount::mounting::MountId;
+use crate::mount::overlay::remove_left;
+use crate::mount::target::Target;
+use crate::undo::journal::{
     DirectoryRecord, Identity, Journal, MountRecord, Note, PartitionId, Record, RecordedPath,
 };
-use crate::kernel::Kernel;
-use crate::ledger::{Claim, Entry, Now, now};
-use crate::mountinfo;
-use crate::mounting::MountId;
-use crate::overlay::remove_left;
-use crate::partitions::Added;
-use crate::target::Target;
+use crate::undo::ledger::{Claim, Entry, Now, now};
 
 type Partitions = HashMap<PartitionId, Arc<Added>>;
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{self, DeviceNumber, node_named_in};
+use crate::discover::sysfs::{attribute, bytes, names, text};
+use crate::discover::uevent::{self, NotReady, Probe};
 use crate::errno::blocking;
-use crate::sysfs::{attribute, bytes, names, text};
-use crate::uevent::{self, NotReady, Probe};
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;

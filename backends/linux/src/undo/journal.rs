@@ -28,7 +28,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::errno::errno_error;
-use crate::target::FileId;
+use crate::mount::target::FileId;
 
 pub(crate) use intent::{Intent, Placed};
 pub(crate) use record::{

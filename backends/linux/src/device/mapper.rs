@@ -13,8 +13,8 @@ use blockmount::BackendError;
 use rustix::io::Errno;
 
 use crate::device::{self, DeviceNumber};
+use crate::discover::sysfs::{names, text};
 use crate::errno::{errno_error, retry_while_busy};
-use crate::sysfs::{names, text};
 
 mod ioctl;
 mod wire;

@@ -8,15 +8,15 @@ use blockmount::{BackendError, MountOptions};
 use rustix::io::Errno;
 
 use crate::device::DeviceNumber;
+use crate::device::partitions::Added;
+use crate::device::windows::WindowUse;
 use crate::errno::errno_error;
-use crate::journal::{Note, strike};
 use crate::kernel::Kernel;
-use crate::mounting::{self, MountId};
-use crate::partitions::Added;
-use crate::places::PlaceUse;
-use crate::target::{FileId, PathAt, Target};
-use crate::windows::WindowUse;
-use crate::{mountinfo, users};
+use crate::mount::mounting::{self, MountId};
+use crate::mount::places::PlaceUse;
+use crate::mount::target::{FileId, PathAt, Target};
+use crate::mount::{mountinfo, users};
+use crate::undo::journal::{Note, strike};
 
 /// What there is to undo, by target.
 ///

@@ -8,8 +8,8 @@ use std::time::Duration;
 use blockmount::BackendError;
 use rustix::io::Errno;
 
-use crate::journal::{Journal, Made, Note, strike};
-use crate::target::{FileId, Place, Target};
+use crate::mount::target::{FileId, Place, Target};
+use crate::undo::journal::{Journal, Made, Note, strike};
 
 /// Removing an empty directory takes microseconds; whoever waits longer has a dead filesystem.
 const LONGEST_REMOVAL: Duration = Duration::from_secs(10);

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind};
 
+use crate::device::mapper::{DeviceMapper, NAME_MARK, SECTOR, UUID_MARK};
 use crate::device::{self, DeviceNumber};
+use crate::discover::sysfs;
 use crate::errno::errno_error;
-use crate::mapper::{DeviceMapper, NAME_MARK, SECTOR, UUID_MARK};
-use crate::sysfs;
 
 /// How often and after which pauses a device that is busy for a moment is tried again, where nobody can be
 /// told that it is.

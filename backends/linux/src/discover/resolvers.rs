@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger};
 
-use crate::{device, mapper};
+use crate::device::{self, mapper};
 
 /// How long a device may be busy for a moment before it counts as in use.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::errno::errno_error;
-use crate::journal::{self, Journal, Made, Wanted};
+use crate::undo::journal::{self, Journal, Made, Wanted};
 
 /// The kernel's `PATH_MAX` without the NUL, in bytes.
 const LONGEST: usize = 4095;

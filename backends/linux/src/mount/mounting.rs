@@ -14,11 +14,11 @@ use rustix::mount::{
 use serde::{Deserialize, Serialize};
 
 use crate::errno::errno_error;
-use crate::fscontext::Context;
-use crate::journal::{Identity, Intent, Placed, strike};
 use crate::kernel::Kernel;
-use crate::mountinfo::MountInfo;
-use crate::target::{self, PathAt, Place};
+use crate::mount::fscontext::Context;
+use crate::mount::mountinfo::MountInfo;
+use crate::mount::target::{self, PathAt, Place};
+use crate::undo::journal::{Identity, Intent, Placed, strike};
 use crate::{device, sys};
 
 /// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
@@ -354,7 +354,7 @@ fn unique_id(fd: impl AsFd) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use crate::mountinfo;
+    use crate::mount::mountinfo;
 
     use super::*;
 

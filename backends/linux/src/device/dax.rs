@@ -8,8 +8,8 @@ use blockmount::{BackendError, ErrorKind, MountOptions};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 
 use crate::device::DeviceNumber;
-use crate::mountinfo;
-use crate::sysfs;
+use crate::discover::sysfs;
+use crate::mount::mountinfo;
 
 /// So many entries are looked at for a file that tells: images are as large as they like.
 const MOST_ENTRIES: usize = 4096;

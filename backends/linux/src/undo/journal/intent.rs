@@ -7,8 +7,8 @@ use blockmount::{BackendError, MountOptions};
 
 use super::{DeviceUse, Identity, Journal, MountRecord, Note, PartitionId, Record};
 use crate::device::DeviceNumber;
-use crate::mounting::MountId;
-use crate::target::FileId;
+use crate::mount::mounting::MountId;
+use crate::mount::target::FileId;
 
 /// A mount that is about to be made. Without a journal, nothing is written or even put together.
 #[derive(Debug)]

@@ -12,10 +12,10 @@ use rustix::io::Errno;
 use super::{open_tree, readable};
 use crate::errno::errno_error;
 use crate::guest::Inner;
-use crate::journal::{self, Journal, Note, Wanted, strike};
-use crate::ledger::ScratchClaim;
-use crate::mounting::path_of;
-use crate::target::{FileId, Target};
+use crate::mount::mounting::path_of;
+use crate::mount::target::{FileId, Target};
+use crate::undo::journal::{self, Journal, Note, Wanted, strike};
+use crate::undo::ledger::ScratchClaim;
 
 /// A directory for what is written, with what overlay keeps in it.
 pub(super) struct Scratch {
