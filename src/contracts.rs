@@ -154,11 +154,13 @@ pub trait LayerCombiner: Send + Sync + 'static {
 
 /// Layers to be seen as one tree.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Overlay {
     /// Where each layer is mounted, the topmost first.
     pub layers: Vec<PathBuf>,
     /// A writable directory that takes all changes; the tree is read-only without one. The
     /// combiner makes the directories it needs in it (`upper` and `work`) and leaves them there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<PathBuf>,
     /// Where the tree appears.
     pub target: PathBuf,

@@ -74,10 +74,12 @@ pub enum InvalidOptions {
 ///
 /// Nothing here is read from the device: the client knows what it trusts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Verity {
     /// The digest of the root, as lower-case hexadecimal digits.
     pub root_digest: String,
     /// The salt, as lower-case hexadecimal digits; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub salt: String,
     /// The digest algorithm by its kernel name; `sha256` everywhere so far.
     pub algorithm: String,
@@ -101,10 +103,12 @@ pub enum Encryption {
 
 /// Making a filesystem where there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Format {
     /// The filesystem to make.
     pub filesystem: String,
     /// What may be overwritten.
+    #[serde(default, skip_serializing_if = "Overwrite::is_blank")]
     pub overwrite: Overwrite,
 }
 
@@ -119,6 +123,12 @@ pub enum Overwrite {
     Everything,
 }
 
+impl Overwrite {
+    fn is_blank(&self) -> bool {
+        *self == Overwrite::Blank
+    }
+}
+
 /// What appears at the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -128,6 +138,12 @@ pub enum Expose {
     Filesystem,
     /// The block device itself.
     BlockDevice,
+}
+
+impl Expose {
+    fn is_filesystem(&self) -> bool {
+        *self == Expose::Filesystem
+    }
 }
 
 impl MountOptions {
@@ -261,8 +277,10 @@ impl std::fmt::Debug for MountOptions {
 /// assert_eq!(there.target().unwrap().to_str(), Some("/run/layers/base"));
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MountRequest {
     options: MountOptions,
+    #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<PathBuf>,
 }
 

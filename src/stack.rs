@@ -30,9 +30,12 @@ use crate::{
 /// # let _ = request;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct StackRequest {
     layers: Vec<(Disk, MountRequest)>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     scratch: Option<(Disk, MountRequest)>,
+    #[serde(default)]
     scratch_directory: PathBuf,
     target: PathBuf,
 }

@@ -11,6 +11,9 @@ use super::{
 };
 
 /// Collects what a caller says about a mount; [`build`](Self::build) makes sense of it.
+///
+/// It is also how [`MountOptions`] travel: what is at its default is left out, and a field that the
+/// reader does not know is an error. An older agent refuses a newer option in place of ignoring it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MountOptionsBuilder {
@@ -26,6 +29,7 @@ pub struct MountOptionsBuilder {
     encryption: Option<Encryption>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<Format>,
+    #[serde(skip_serializing_if = "Expose::is_filesystem")]
     expose: Expose,
 }
 
