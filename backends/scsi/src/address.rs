@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use blockmount::slots::{self, Slot};
+use blockmount::slots;
 use blockmount::{BackendError, DeviceLocator};
 use thiserror::Error;
 
@@ -83,22 +83,6 @@ impl ScsiAddress {
     /// A place on a controller.
     pub const fn new(controller: Controller, lun: Lun) -> Self {
         ScsiAddress { controller, lun }
-    }
-
-    pub(crate) fn slot(self) -> Slot {
-        Slot {
-            group: self.controller.0.into(),
-            index: self.lun.0,
-        }
-    }
-
-    /// The address of a slot. A table of slots is never larger than the addresses that there are.
-    pub(crate) fn of(slot: Slot) -> Self {
-        let controller = u8::try_from(slot.group).expect("a table has at most 64 groups");
-        ScsiAddress {
-            controller: Controller(controller),
-            lun: Lun(slot.index),
-        }
     }
 }
 

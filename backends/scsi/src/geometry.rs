@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use blockmount::slots::{MAX_GROUPS, MAX_PER_GROUP, Policy, Slots};
+use blockmount::slots::{MAX_GROUPS, MAX_PER_GROUP};
 use thiserror::Error;
 
 use crate::ScsiAddress;
@@ -59,12 +59,6 @@ impl Geometry {
     /// How many disks fit in all.
     pub const fn capacity(self) -> usize {
         self.controllers as usize * self.luns as usize
-    }
-
-    /// A table with a slot for each disk.
-    pub(crate) fn slots(self, policy: Policy) -> Slots {
-        Slots::new(self.controllers, self.luns, policy)
-            .expect("a geometry is within the limits of a table")
     }
 
     /// Whether there is such an address in this VM.

@@ -54,28 +54,28 @@
 //! |---|---|
 //! | `address.rs` | controller, LUN, and their locator `scsi:0/3` |
 //! | `geometry.rs` | how many of them there are |
-//! | `attacher.rs` | what a hypervisor has to do |
-//! | `transport.rs` | which disk is at which address |
-//! | `evd.rs` | disks as text, such as `evd://type/path` |
-//! | `guest/` | finding and letting go of the disks in a Linux guest, and there only |
+//! | `host/attacher.rs` | what a hypervisor has to do |
+//! | `host/transport.rs` | which disk is at which address |
+//! | `guest/` | finding and unplugging the disks in a Linux guest |
+//!
+//! # Features
+//!
+//! `host` has the transport and [`Attacher`], and builds for Linux and Windows. `guest` has `ScsiResolver` and
+//! `ScsiUnplugger`, in Linux only. Both are on by default. Without either there are the addresses, [`SCHEME`] and
+//! [`Geometry`]. `testing` has shortcuts for tests of attachers.
 
 mod address;
-mod attacher;
-mod evd;
 mod geometry;
-#[cfg(target_os = "linux")]
+#[cfg(all(feature = "guest", target_os = "linux"))]
 mod guest;
-#[cfg(feature = "testing")]
-pub mod testing;
-mod transport;
+#[cfg(feature = "host")]
+mod host;
 
 pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};
-pub use attacher::Attacher;
-pub use evd::{InvalidDisk, format_disk, parse_disk};
 pub use geometry::{Geometry, InvalidGeometry};
-#[cfg(target_os = "linux")]
+#[cfg(all(feature = "guest", target_os = "linux"))]
 pub use guest::{ControllerId, Identity, ScsiResolver, ScsiUnplugger};
-pub use transport::{InvalidReserved, ScsiTransport, SlotEntry};
-
-/// Shares and counts the disks of a [`ScsiTransport`].
-pub type AttachManager = blockmount::AttachManager;
+#[cfg(feature = "testing")]
+pub use host::testing;
+#[cfg(feature = "host")]
+pub use host::{Attacher, InvalidReserved, ScsiTransport, SlotEntry};

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use blockmount::slots::{Policy, Slots};
 use thiserror::Error;
 
 use crate::{DeviceNumber, PAGE};
@@ -58,12 +57,6 @@ impl Geometry {
     /// Whether there is such a device in this VM.
     pub fn contains(self, device: DeviceNumber) -> bool {
         u16::from(device.get()) < self.devices
-    }
-
-    /// A table with a slot for each device.
-    pub(crate) fn slots(self) -> Slots {
-        Slots::new(1, self.devices, Policy::LowestFirst)
-            .expect("128 devices are within the limits of a table")
     }
 }
 

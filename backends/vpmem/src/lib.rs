@@ -80,27 +80,33 @@
 //! |---|---|
 //! | `address.rs` | device numbers, byte ranges, and their locators `vpmem:2`, `vpmem:2@4194304+1052672` |
 //! | `geometry.rs` | how many devices there are, and how large |
-//! | `attacher.rs` | what a hypervisor has to do |
-//! | `transport.rs` | the calls that attach and detach, and what becomes of a place after each |
-//! | `places.rs` | which disk is on which device or range |
-//! | `packing.rs` | which pages of a device belong to whom |
-//! | `resolver.rs`, `resolver/` | the guest's side, on Linux: finding a device, and letting go of it |
+//! | `host/attacher.rs` | what a hypervisor has to do |
+//! | `host/transport.rs` | the calls that attach and detach, and what becomes of a place after each |
+//! | `host/places.rs` | which disk is on which device or range |
+//! | `host/packing.rs` | which pages of a device belong to which disk |
+//! | `guest/` | finding and unplugging a device in a Linux guest |
+//!
+//! # Features
+//!
+//! `host` has the transport and [`Attacher`], and builds for Linux and Windows. `guest` has `VpmemResolver` and
+//! `VpmemUnplugger`, in Linux only. Both are on by default. Without either there are the addresses, [`SCHEME`] and
+//! [`Geometry`]. `testing` has shortcuts for tests of attachers.
 
 mod address;
-mod attacher;
 mod geometry;
-mod packing;
-mod places;
-#[cfg(target_os = "linux")]
-mod resolver;
-#[cfg(feature = "testing")]
-pub mod testing;
-mod transport;
+#[cfg(all(feature = "guest", target_os = "linux"))]
+mod guest;
+#[cfg(feature = "host")]
+mod host;
 
 pub use address::{ByteRange, DeviceNumber, InvalidAddress, PAGE, SCHEME, VpmemAddress};
-pub use attacher::Attacher;
 pub use geometry::{Geometry, InvalidGeometry};
-pub use packing::{MAX_MAPPINGS, PackedRange, Packing};
-#[cfg(target_os = "linux")]
-pub use resolver::{PmemId, VpmemResolver, VpmemUnplugger};
-pub use transport::{InvalidReserved, Mode, SlotEntry, SlotUse, VpmemTransport};
+#[cfg(all(feature = "guest", target_os = "linux"))]
+pub use guest::{PmemId, VpmemResolver, VpmemUnplugger};
+#[cfg(feature = "testing")]
+pub use host::testing;
+#[cfg(feature = "host")]
+pub use host::{
+    Attacher, InvalidReserved, MAX_MAPPINGS, Mode, PackedRange, Packing, SlotEntry, SlotUse,
+    VpmemTransport,
+};

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
 use thiserror::Error;
 
-use crate::places::{Entered, Known, Outcome, Places};
+use super::places::{Entered, Known, Outcome, Places};
 use crate::{Attacher, DeviceNumber, Geometry, VpmemAddress};
 
 /// The VPMEM devices of a VM, as a [`Transport`] for read-only disks.

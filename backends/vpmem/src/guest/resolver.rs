@@ -1,4 +1,4 @@
-//! The guest's side: from `vpmem:2` to the `/dev/pmemN` that it is, and letting go of it.
+//! Finding the persistent memory behind a locator.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,13 +12,8 @@ use blockmount::{BackendError, BlockDevice, DeviceLocator, Resolver};
 use blockmount_linux::sysfs::PciAddress;
 use blockmount_linux::uevent::{Probe, wait_for};
 
+use super::pmem::PmemId;
 use crate::{ByteRange, DeviceNumber, VpmemAddress};
-
-mod pmem;
-mod unplugger;
-
-pub use pmem::PmemId;
-pub use unplugger::VpmemUnplugger;
 
 /// How long a device may take to appear.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -89,7 +84,7 @@ impl VpmemResolver {
         self
     }
 
-    fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
+    pub(super) fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
         let VpmemAddress {
             device: number,
             range,
@@ -136,10 +131,10 @@ fn is_pmem(path: &[u8]) -> bool {
 
 /// Where a disk is looked for.
 #[derive(Debug)]
-struct Place {
-    id: PmemId,
-    root: PathBuf,
-    range: Option<ByteRange>,
+pub(super) struct Place {
+    pub(super) id: PmemId,
+    pub(super) root: PathBuf,
+    pub(super) range: Option<ByteRange>,
 }
 
 impl Place {

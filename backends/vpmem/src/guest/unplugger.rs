@@ -10,7 +10,7 @@ use blockmount_linux::uevent::{NotReady, Probe, seen, wait_for};
 use blockmount_linux::{blocking, mapper};
 
 use super::pmem::{PmemId, pci_of};
-use super::{Place, VpmemResolver};
+use super::resolver::{Place, VpmemResolver};
 
 /// How long a device may be busy for a moment before it counts as in use.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);

@@ -4,11 +4,12 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use blockmount::slots::{Occupied, Slot, SlotError, SlotState, Slots};
+use blockmount::slots::{Occupied, Policy, Slot, SlotError, SlotState, Slots};
 use blockmount::{BackendError, Disk, DiskId};
 
-use crate::transport::{InvalidReserved, Mode, SlotEntry, SlotUse};
-use crate::{DeviceNumber, Geometry, MAX_MAPPINGS, PackedRange, Packing, VpmemAddress};
+use super::packing::{MAX_MAPPINGS, PackedRange, Packing};
+use super::transport::{InvalidReserved, Mode, SlotEntry, SlotUse};
+use crate::{DeviceNumber, Geometry, VpmemAddress};
 
 /// What a disk was when it was attached. A file that was replaced under its name, or has grown, is
 /// another one.
@@ -101,7 +102,8 @@ impl Places {
         geometry: Geometry,
         reserved: &[DeviceNumber],
     ) -> Result<Self, InvalidReserved> {
-        let slots = geometry.slots();
+        let slots = Slots::new(1, geometry.devices(), Policy::LowestFirst)
+            .expect("128 devices are within the limits of a table");
         for device in reserved {
             slots.pin(slot_of(*device)).map_err(|error| match error {
                 SlotError::Taken { .. } => InvalidReserved::Twice(*device),

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use blockmount::slots::{Occupied, Policy, SlotError, SlotState, Slots};
+use blockmount::slots::{Occupied, Policy, Slot, SlotError, SlotState, Slots};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
 use thiserror::Error;
 
@@ -37,8 +37,21 @@ struct Place {
 
 impl Place {
     fn address(&self) -> ScsiAddress {
-        ScsiAddress::of(self.slot.slot())
+        address_of(self.slot.slot())
     }
+}
+
+fn slot_of(address: ScsiAddress) -> Slot {
+    Slot {
+        group: address.controller.get().into(),
+        index: address.lun.get(),
+    }
+}
+
+fn address_of(slot: Slot) -> ScsiAddress {
+    let limits = "a table of slots is no larger than the addresses that there are";
+    let controller = u64::from(slot.group).try_into().expect(limits);
+    ScsiAddress::new(controller, u64::from(slot.index).try_into().expect(limits))
 }
 
 /// A line of [`ScsiTransport::slot_map`].
@@ -76,9 +89,10 @@ impl<A: Attacher> ScsiTransport<A> {
         geometry: Geometry,
         reserved: &[ScsiAddress],
     ) -> Result<Self, InvalidReserved> {
-        let slots = geometry.slots(Policy::Spread);
+        let slots = Slots::new(geometry.controllers(), geometry.luns(), Policy::Spread)
+            .expect("a geometry is within the limits of a table");
         for address in reserved {
-            slots.pin(address.slot()).map_err(|error| match error {
+            slots.pin(slot_of(*address)).map_err(|error| match error {
                 SlotError::Taken { .. } => InvalidReserved::Twice(*address),
                 _ => InvalidReserved::OutOfRange(*address, geometry),
             })?;
@@ -108,7 +122,7 @@ impl<A: Attacher> ScsiTransport<A> {
             .map(|(disk, place)| (place.address(), disk))
             .collect();
         let line = |(slot, state)| {
-            let address = ScsiAddress::of(slot);
+            let address = address_of(slot);
             SlotEntry {
                 address,
                 state,
