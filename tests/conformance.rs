@@ -3,7 +3,6 @@
 use blockmount::testing::AttachIdentified as _;
 use std::future::pending;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
@@ -24,30 +23,24 @@ fn transport_fixture(vm: &FakeVm) -> TransportFixture {
     vm.alias("/links/a", "/images/a");
     vm.remove_source("/images/missing");
     let (tables, host) = (vm.clone(), vm.clone());
-    TransportFixture {
-        disks: ["a", "b", "c", "d"].map(disk).to_vec(),
-        aliases: ["/links/a", "images/a", "/images/../images/./a"]
-            .map(Disk::virtual_disk)
-            .to_vec(),
-        missing: disk("missing"),
-        capacity: Some(CAPACITY as usize),
-        remove_source: Some(Box::new(move |disk| host.remove_source(disk.source()))),
-        snapshot: Box::new(move || tables.left()),
-    }
+    TransportFixture::new(["a", "b", "c", "d"].map(disk), disk("missing"), move || {
+        tables.left()
+    })
+    .aliases(["/links/a", "images/a", "/images/../images/./a"].map(Disk::virtual_disk))
+    .capacity(CAPACITY as usize)
+    .remove_source(move |disk| host.remove_source(disk.source()))
 }
 
 fn guest_fixture(vm: &FakeVm) -> GuestFixture {
     let tables = vm.clone();
-    GuestFixture {
-        transport: Arc::new(vm.clone()),
-        unplugger: Arc::new(vm.clone()),
-        disks: ["a", "b"].map(disk).to_vec(),
-        options: MountOptions::read_only(),
-        blank: None,
-        scratch: Some(disk("scratch")),
-        directory: "/run/suite".into(),
-        snapshot: Box::new(move || tables.left()),
-    }
+    GuestFixture::new(
+        vm.clone(),
+        vm.clone(),
+        ["a", "b"].map(disk),
+        "/run/suite",
+        move || tables.left(),
+    )
+    .scratch(disk("scratch"))
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 /// between the calls of a running test.
 ///
 /// ```
-/// use blockmount::testing::{FakeVm, Gate, VmStep};
+/// use blockmount::testing::{AttachIdentified as _, FakeVm, Gate, VmStep};
 /// use blockmount::{Disk, ErrorKind, Transport};
 ///
 /// # let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
@@ -44,7 +44,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 /// vm.gate_next(VmStep::Attach, 1, Gate::Uncertain { happened: true });
 /// let disk = Disk::virtual_disk("/images/base.erofs");
 ///
-/// assert_eq!(vm.attach(&disk).await.unwrap_err().kind(), ErrorKind::Uncertain);
+/// assert_eq!(vm.attach_identified(&disk).await.unwrap_err().kind(), ErrorKind::Uncertain);
 /// assert_eq!(vm.left(), ["fake:0 holds /images/base.erofs"]);
 /// vm.detach(&disk).await?;
 /// vm.check()?;

@@ -63,16 +63,12 @@
 //! # runtime.block_on(async {
 //! let bays = Bays::default();
 //! let transport = BayTransport { bays: bays.clone() };
-//! let fixture = TransportFixture {
-//!     disks: (0..17).map(|n| Disk::virtual_disk(format!("/images/{n}.img"))).collect(),
-//!     aliases: vec![],
-//!     missing: Disk::virtual_disk("/images/missing.img"),
-//!     capacity: Some(16),
-//!     remove_source: None,
-//!     snapshot: Box::new(move || {
-//!         bays.lock().unwrap().iter().flatten().map(DiskId::to_string).collect()
-//!     }),
-//! };
+//! let fixture = TransportFixture::new(
+//!     (0..17).map(|n| Disk::virtual_disk(format!("/images/{n}.img"))),
+//!     Disk::virtual_disk("/images/missing.img"),
+//!     move || bays.lock().unwrap().iter().flatten().map(DiskId::to_string).collect(),
+//! )
+//! .capacity(16);
 //! let passed = conformance::transport(&transport, &fixture).await;
 //! assert!(passed.successes > 50);
 //! # });

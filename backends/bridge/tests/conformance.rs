@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use blockmount::testing::conformance::{self, GuestFixture};
 use blockmount::testing::{FakeVm, VmStep};
 use blockmount::{Disk, Manager, MountOptions, MountRequest, StackRequest};
@@ -12,16 +10,14 @@ use common::{ScsiVm, bridged};
 
 fn fixture(vm: &ScsiVm, unplugger: impl blockmount::Unplugger) -> GuestFixture {
     let left = vm.0.clone();
-    GuestFixture {
-        transport: Arc::new(vm.clone()),
-        unplugger: Arc::new(unplugger),
-        disks: ["/a.img", "/b.img"].map(Disk::virtual_disk).to_vec(),
-        options: MountOptions::read_only(),
-        blank: None,
-        scratch: Some(Disk::virtual_disk("/scratch.img")),
-        directory: "/run/suite".into(),
-        snapshot: Box::new(move || left.left()),
-    }
+    GuestFixture::new(
+        vm.clone(),
+        unplugger,
+        ["/a.img", "/b.img"].map(Disk::virtual_disk),
+        "/run/suite",
+        move || left.left(),
+    )
+    .scratch(Disk::virtual_disk("/scratch.img"))
 }
 
 #[tokio::test]

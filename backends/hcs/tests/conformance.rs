@@ -29,16 +29,16 @@ async fn scsi_keeps_the_laws_of_a_transport() {
         let attacher = ScsiAttacher::new(system, GuestOs::Linux);
         let geometry = Geometry::new(2, 2).unwrap();
         let transport = ScsiTransport::new(attacher, geometry, &[address("0/0")]).unwrap();
-        let fixture = TransportFixture {
+        let fixture = TransportFixture::new(
             disks,
-            aliases: aliases.map(Disk::virtual_disk).to_vec(),
-            missing: Disk::virtual_disk(images.path("none.vhdx")),
-            capacity: Some(3),
-            remove_source: Some(Box::new(|disk| {
-                std::fs::remove_file(disk.source()).unwrap();
-            })),
-            snapshot: model.snapshot(),
-        };
+            Disk::virtual_disk(images.path("none.vhdx")),
+            model.snapshot(),
+        )
+        .aliases(aliases.map(Disk::virtual_disk))
+        .capacity(3)
+        .remove_source(|disk| {
+            std::fs::remove_file(disk.source()).unwrap();
+        });
         let passed = conformance::transport(&transport, &fixture).await;
         assert!(passed.successes > 20, "{passed:?}");
         assert_eq!(model.left(), [""; 0]);
@@ -58,16 +58,15 @@ async fn vpmem_keeps_the_laws_of_a_transport() {
             let geometry = blockmount_vpmem::Geometry::new(4, PAGE).unwrap();
             let reserved = [0u64.try_into().unwrap()];
             let transport = VpmemTransport::new(attacher, geometry, mode, &reserved).unwrap();
-            let fixture = TransportFixture {
-                disks: (0..4).map(disk).collect(),
-                aliases: vec![],
-                missing: Disk::virtual_disk(images.path("none.vhd")).read_only(),
-                capacity: Some(3),
-                remove_source: Some(Box::new(|disk| {
-                    std::fs::remove_file(disk.source()).unwrap();
-                })),
-                snapshot: model.snapshot(),
-            };
+            let fixture = TransportFixture::new(
+                (0..4).map(disk),
+                Disk::virtual_disk(images.path("none.vhd")).read_only(),
+                model.snapshot(),
+            )
+            .capacity(3)
+            .remove_source(|disk| {
+                std::fs::remove_file(disk.source()).unwrap();
+            });
             let passed = conformance::transport(&transport, &fixture).await;
             assert!(passed.successes > 20, "{passed:?}");
             assert_eq!(model.left(), [""; 0]);
@@ -100,16 +99,14 @@ async fn the_guest_keeps_the_laws_of_its_contracts() {
     for system in model.ways().await {
         let images = Images::new();
         let (transport, guest) = both(&system).await;
-        let fixture = GuestFixture {
-            transport: Arc::new(transport),
-            unplugger: Arc::new(guest.clone()),
-            disks: images.disks(2),
-            options: MountOptions::read_only(),
-            blank: None,
-            scratch: Some(images.disk("scratch.vhdx")),
-            directory: "/run/suite".into(),
-            snapshot: model.snapshot(),
-        };
+        let fixture = GuestFixture::new(
+            transport,
+            guest.clone(),
+            images.disks(2),
+            "/run/suite",
+            model.snapshot(),
+        )
+        .scratch(images.disk("scratch.vhdx"));
         let mounter = conformance::mounter(&guest, &fixture).await;
         let unplugger = conformance::unplugger(&guest, Some(&guest), &fixture).await;
         let combiner = conformance::combiner(&guest, &guest, &fixture).await;

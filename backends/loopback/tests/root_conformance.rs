@@ -7,19 +7,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockmount::Disk;
 use blockmount::testing::conformance::{self, GuestFixture, Snapshot, TransportFixture};
-use blockmount::{Disk, MountOptions};
 use blockmount_linux::{LinuxGuest, Resolvers};
 use blockmount_loopback::{LoopResolver, LoopTransport, LoopUnplugger, SCHEME};
 use common::{Bench, with_mark};
 
 /// The devices with our mark, and the mounts in our directory.
-fn snapshot(bench: &Bench) -> Snapshot {
+fn snapshot(bench: &Bench) -> impl Snapshot + use<> {
     let (mark, dir) = (
         bench.mark.clone(),
         bench.dir.path().to_str().unwrap().to_owned(),
     );
-    Box::new(move || {
+    move || {
         let devices = with_mark(&mark)
             .into_iter()
             .map(|bound| format!("{bound:?}"));
@@ -29,7 +29,7 @@ fn snapshot(bench: &Bench) -> Snapshot {
             .filter(|line| line.contains(&dir))
             .map(str::to_owned);
         devices.chain(mounts).collect()
-    })
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -41,18 +41,14 @@ async fn root_loop_transport_keeps_the_laws() {
     std::fs::hard_link(bench.path("a"), bench.path("hard")).unwrap();
     let up = "../".repeat(std::env::current_dir().unwrap().components().count());
     let relative = PathBuf::from(up).join(bench.path("a").strip_prefix("/").unwrap());
-    let fixture = TransportFixture {
-        disks: disks.to_vec(),
-        aliases: [bench.path("link"), bench.path("hard"), relative]
-            .map(Disk::virtual_disk)
-            .to_vec(),
-        missing: Disk::virtual_disk(bench.path("none")),
-        capacity: Some(3),
-        remove_source: Some(Box::new(|disk| {
-            std::fs::remove_file(disk.source()).unwrap()
-        })),
-        snapshot: snapshot(&bench),
-    };
+    let fixture = TransportFixture::new(
+        disks,
+        Disk::virtual_disk(bench.path("none")),
+        snapshot(&bench),
+    )
+    .aliases([bench.path("link"), bench.path("hard"), relative].map(Disk::virtual_disk))
+    .capacity(3)
+    .remove_source(|disk| std::fs::remove_file(disk.source()).unwrap());
     let passed = conformance::transport(&transport, &fixture).await;
     assert!(passed.successes > 0, "{passed:?}");
     bench.assert_nothing_left();
@@ -60,16 +56,13 @@ async fn root_loop_transport_keeps_the_laws() {
 
 fn guest_fixture(bench: &Bench, transport: &LoopTransport) -> GuestFixture {
     let disks = ["a", "b"].map(|name| Disk::virtual_disk(bench.ext4(name)).read_only());
-    GuestFixture {
-        transport: Arc::new(transport.clone()),
-        unplugger: Arc::new(LoopUnplugger::default()),
-        disks: disks.to_vec(),
-        options: MountOptions::read_only(),
-        blank: None,
-        scratch: None,
-        directory: bench.path("m"),
-        snapshot: snapshot(bench),
-    }
+    GuestFixture::new(
+        transport.clone(),
+        LoopUnplugger::default(),
+        disks,
+        bench.path("m"),
+        snapshot(bench),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

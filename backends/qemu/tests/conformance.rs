@@ -25,18 +25,12 @@ async fn scsi_disks_in_qemu_keep_the_laws_of_a_transport() {
     let up = "../".repeat(std::env::current_dir().unwrap().components().count());
     let relative = PathBuf::from(up).join(qemu.path("a").strip_prefix("/").unwrap());
     let monitor = qemu.monitor.clone();
-    let fixture = TransportFixture {
-        disks: disks.to_vec(),
-        aliases: [qemu.path("link"), qemu.path("hard"), relative]
-            .map(Disk::virtual_disk)
-            .to_vec(),
-        missing: Disk::virtual_disk(qemu.path("none")),
-        capacity: Some(4),
-        remove_source: Some(Box::new(|disk| {
-            std::fs::remove_file(disk.source()).unwrap()
-        })),
-        snapshot: Box::new(move || monitor.lock().unwrap().tables()),
-    };
+    let fixture = TransportFixture::new(disks, Disk::virtual_disk(qemu.path("none")), move || {
+        monitor.lock().unwrap().tables()
+    })
+    .aliases([qemu.path("link"), qemu.path("hard"), relative].map(Disk::virtual_disk))
+    .capacity(4)
+    .remove_source(|disk| std::fs::remove_file(disk.source()).unwrap());
     let passed = conformance::transport(&scsi, &fixture).await;
     assert!(passed.successes > 50, "{passed:?}");
 }

@@ -91,16 +91,16 @@ async fn whole_devices_keep_the_laws_of_a_transport() {
     let sizes = [2 * MIB, 3 * MIB + 512, 4 * MIB];
     let disks = [0, 1, 2].map(|n: u8| pmem.disk(&n.to_string(), n, sizes[usize::from(n)]));
     std::os::unix::fs::symlink("0", pmem.path("link")).unwrap();
-    let fixture = TransportFixture {
-        disks: disks.to_vec(),
-        aliases: vec![Disk::virtual_disk(pmem.path("link")).read_only()],
-        missing: Disk::virtual_disk(pmem.path("none")).read_only(),
-        capacity: Some(2),
-        remove_source: Some(Box::new(|disk| {
-            std::fs::remove_file(disk.source()).unwrap();
-        })),
-        snapshot: Box::new(move || guest.tables()),
-    };
+    let fixture = TransportFixture::new(
+        disks,
+        Disk::virtual_disk(pmem.path("none")).read_only(),
+        move || guest.tables(),
+    )
+    .aliases([Disk::virtual_disk(pmem.path("link")).read_only()])
+    .capacity(2)
+    .remove_source(|disk| {
+        std::fs::remove_file(disk.source()).unwrap();
+    });
     let passed = conformance::transport(&transport, &fixture).await;
     assert!(passed.successes > 20, "{passed:?}");
     assert_eq!(attacher.left().await.unwrap(), Vec::<String>::new());
@@ -117,21 +117,19 @@ async fn packed_disks_keep_the_laws_of_a_transport() {
     vpmem.attach_identified(&first).await.unwrap();
     let disks = [1, 2, 3].map(|n: u8| pmem.disk(&n.to_string(), n, 20 * MIB - 512));
     let guest = pmem.guest.clone();
-    let fixture = TransportFixture {
-        disks: disks.to_vec(),
-        aliases: Vec::new(),
-        missing: Disk::virtual_disk(pmem.path("none")).read_only(),
-        capacity: None,
-        remove_source: Some(Box::new(|disk| {
-            std::fs::remove_file(disk.source()).unwrap();
-        })),
+    let fixture = TransportFixture::new(
+        disks,
+        Disk::virtual_disk(pmem.path("none")).read_only(),
         // What the guest reads at the start of each 4 MiB.
-        snapshot: Box::new(move || {
+        move || {
             let bytes = (0..16).map(|part| guest.read(0, part * 4 * MIB, 1)[0]);
             let bytes = bytes.map(|byte| byte.to_string());
             bytes.chain(guest.tables()).collect()
-        }),
-    };
+        },
+    )
+    .remove_source(|disk| {
+        std::fs::remove_file(disk.source()).unwrap();
+    });
     let passed = conformance::transport(&vpmem, &fixture).await;
     assert!(passed.successes > 15, "{passed:?}");
     vpmem.detach(&first).await.unwrap();

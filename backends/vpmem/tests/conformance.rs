@@ -12,13 +12,13 @@ use blockmount::{Disk, Transport};
 use common::{MODES, Vm, Vpmem, disk, room_for_two};
 
 /// What the VM has, and what the transport takes for taken.
-fn snapshot(vm: &Arc<Vm>, vpmem: &Arc<Vpmem>) -> Snapshot {
+fn snapshot(vm: &Arc<Vm>, vpmem: &Arc<Vpmem>) -> impl Snapshot + use<> {
     let (vm, vpmem) = (vm.clone(), vpmem.clone());
-    Box::new(move || {
+    move || {
         let present = vm.present().into_iter().map(|at| format!("present {at}"));
         let taken = vpmem.slot_map().into_iter().map(|line| format!("{line:?}"));
         present.chain(taken).collect()
-    })
+    }
 }
 
 #[tokio::test]
@@ -27,17 +27,17 @@ async fn both_modes_keep_the_laws_of_transports() {
         let (vm, vpmem, _) = room_for_two(mode);
         let link = Disk::virtual_disk("/links/0.vhd").read_only();
         vm.link(&link, &disk(0));
-        let fixture = TransportFixture {
-            disks: (0..4).map(disk).collect(),
-            aliases: vec![link],
-            missing: Disk::virtual_disk("/images/none.vhd").read_only(),
-            capacity: Some(2),
-            remove_source: Some(Box::new({
-                let vm = vm.clone();
-                move |disk| vm.remove(disk)
-            })),
-            snapshot: snapshot(&vm, &vpmem),
-        };
+        let fixture = TransportFixture::new(
+            (0..4).map(disk),
+            Disk::virtual_disk("/images/none.vhd").read_only(),
+            snapshot(&vm, &vpmem),
+        )
+        .aliases([link])
+        .capacity(2)
+        .remove_source({
+            let vm = vm.clone();
+            move |disk| vm.remove(disk)
+        });
         let transport: &dyn Transport = &vpmem;
         let passed = conformance::transport(transport, &fixture).await;
         assert!(passed.successes > 20, "{passed:?}");

@@ -30,12 +30,12 @@ pub(super) type Answer<T> = Result<T, BackendError>;
 /// One run of a suite.
 pub(super) struct Checks<'a> {
     contract: &'static str,
-    snapshot: &'a Snapshot,
+    snapshot: &'a dyn Snapshot,
     passed: Passed,
 }
 
 impl<'a> Checks<'a> {
-    pub(super) fn of(contract: &'static str, snapshot: &'a Snapshot) -> Self {
+    pub(super) fn of(contract: &'static str, snapshot: &'a dyn Snapshot) -> Self {
         Checks {
             contract,
             snapshot,
@@ -107,13 +107,13 @@ impl<'a> Checks<'a> {
         call: impl Future<Output = Answer<T>>,
     ) {
         self.passed.checks += 1;
-        let before = (self.snapshot)();
+        let before = self.snapshot.entries().await;
         match self.call(&what, call).await {
             Ok(value) => self.broken(check, format!("{what} succeeded with {value:?}")),
             Err(error) if !kinds.is_empty() && !kinds.contains(&error.kind()) => {
                 self.broken(check, format!("{what} answered {}: {error}", error.kind()))
             }
-            Err(_) => self.unchanged(check, what, &before),
+            Err(_) => self.unchanged(check, what, &before).await,
         }
     }
 
@@ -124,10 +124,10 @@ impl<'a> Checks<'a> {
         what: impl Display,
         call: impl Future<Output = Answer<T>>,
     ) {
-        let before = (self.snapshot)();
+        let before = self.snapshot.entries().await;
         // Which answer it was does not matter here.
         let _ = self.call(&what, call).await;
-        self.unchanged(check, what, &before);
+        self.unchanged(check, what, &before).await;
     }
 
     pub(super) fn holds(&mut self, check: &str, holds: bool, did: impl Display) {
@@ -138,13 +138,13 @@ impl<'a> Checks<'a> {
     }
 
     /// What the tables show now.
-    pub(super) fn tables(&self) -> Vec<String> {
-        (self.snapshot)()
+    pub(super) async fn tables(&self) -> Vec<String> {
+        self.snapshot.entries().await
     }
 
-    pub(super) fn unchanged(&mut self, check: &str, what: impl Display, before: &[String]) {
+    pub(super) async fn unchanged(&mut self, check: &str, what: impl Display, before: &[String]) {
         self.passed.checks += 1;
-        let now = self.tables();
+        let now = self.tables().await;
         if now != before {
             let (gone, new) = (difference(before, &now), difference(&now, before));
             self.broken(
@@ -154,10 +154,10 @@ impl<'a> Checks<'a> {
         }
     }
 
-    pub(super) fn changed(&mut self, check: &str, what: impl Display, before: &[String]) {
+    pub(super) async fn changed(&mut self, check: &str, what: impl Display, before: &[String]) {
         self.holds(
             check,
-            self.tables() != before,
+            self.tables().await != before,
             format!("{what} changed nothing in the tables"),
         );
     }

@@ -25,8 +25,8 @@ pub async fn combiner(
     mounter: &dyn Mounter,
     fixture: &GuestFixture,
 ) -> Passed {
-    let mut checks = Checks::of("combiner", &fixture.snapshot);
-    let before = checks.tables();
+    let mut checks = Checks::of("combiner", &*fixture.snapshot);
+    let before = checks.tables().await;
     let disks: Vec<Disk> = fixture
         .two_disks()
         .iter()
@@ -34,7 +34,7 @@ pub async fn combiner(
         .cloned()
         .collect();
     let locators = attached(&mut checks, &*fixture.transport, &disks).await;
-    let with_devices = checks.tables();
+    let with_devices = checks.tables().await;
 
     let read_write = MountOptions::default();
     let mut mounted: Vec<(PathBuf, Vec<String>)> = Vec::new();
@@ -45,7 +45,7 @@ pub async fn combiner(
         } else {
             &read_write
         };
-        mounted.push((target.clone(), checks.tables()));
+        mounted.push((target.clone(), checks.tables().await));
         mount(&mut checks, mounter, locator, &target, options).await;
     }
     let paths: Vec<PathBuf> = mounted.iter().map(|(path, _)| path.clone()).collect();
@@ -68,11 +68,13 @@ pub async fn combiner(
     for (target, before) in mounted.iter().rev() {
         unmount(&mut checks, mounter, target, before).await;
     }
-    checks.unchanged(
-        "layers are free after their overlay",
-        "unmounting them",
-        &with_devices,
-    );
+    checks
+        .unchanged(
+            "layers are free after their overlay",
+            "unmounting them",
+            &with_devices,
+        )
+        .await;
     fixture
         .take_out(&mut checks, &disks, &locators, &before)
         .await;
@@ -80,7 +82,7 @@ pub async fn combiner(
 }
 
 async fn round_trips(checks: &mut Checks<'_>, combiner: &dyn LayerCombiner, overlay: &Overlay) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let what = format!("combine at {}", overlay.target.display());
     // The second round is the check that a target can be used again.
     for _ in 0..2 {
@@ -91,7 +93,9 @@ async fn round_trips(checks: &mut Checks<'_>, combiner: &dyn LayerCombiner, over
                 combiner.combine(overlay),
             )
             .await;
-        checks.changed("combining shows in the tables", &what, &before);
+        checks
+            .changed("combining shows in the tables", &what, &before)
+            .await;
         let check = "a taken target is a conflict and what is there stays as it was";
         checks
             .fails(
@@ -105,12 +109,12 @@ async fn round_trips(checks: &mut Checks<'_>, combiner: &dyn LayerCombiner, over
         checks
             .succeeds(check, "separate", combiner.separate(&overlay.target))
             .await;
-        checks.unchanged(check, "separate", &before);
+        checks.unchanged(check, "separate", &before).await;
         let check = "separating twice succeeds";
         checks
             .succeeds(check, "second separate", combiner.separate(&overlay.target))
             .await;
-        checks.unchanged(check, "second separate", &before);
+        checks.unchanged(check, "second separate", &before).await;
     }
 }
 
@@ -120,12 +124,12 @@ async fn refused(
     fixture: &GuestFixture,
     overlay: &Overlay,
 ) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let check = "separating what was never combined succeeds";
     checks
         .succeeds(check, "separate", combiner.separate(&overlay.target))
         .await;
-    checks.unchanged(check, "separate", &before);
+    checks.unchanged(check, "separate", &before).await;
 
     let check = "a layer that is not there is not found and leaves nothing";
     let mut missing = overlay.clone();

@@ -23,8 +23,8 @@ use crate::{DeviceLocator, MountOptions, MountOptionsBuilder, Mounter};
 ///
 /// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn mounter(mounter: &dyn Mounter, fixture: &GuestFixture) -> Passed {
-    let mut checks = Checks::of("mounter", &fixture.snapshot);
-    let before = checks.tables();
+    let mut checks = Checks::of("mounter", &*fixture.snapshot);
+    let before = checks.tables().await;
     let disks = fixture.two_disks();
     let locators = attached(&mut checks, &*fixture.transport, disks).await;
 
@@ -83,13 +83,15 @@ pub(super) async fn mount(
     target: &Path,
     options: &MountOptions,
 ) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let what = format!("mount of {device} at {}", target.display());
     let mount = mounter.mount(device, target, options);
     checks
         .succeeds("an attached device can be mounted", &what, mount)
         .await;
-    checks.changed("mounting shows in the tables", &what, &before);
+    checks
+        .changed("mounting shows in the tables", &what, &before)
+        .await;
 }
 
 /// Unmounts a target where it must work, back to the tables from before the mount.
@@ -102,12 +104,14 @@ pub(super) async fn unmount(
     let what = format!("unmount of {}", target.display());
     let check = "unmounting leaves nothing";
     checks.succeeds(check, &what, mounter.unmount(target)).await;
-    checks.unchanged(check, &what, before);
+    checks.unchanged(check, &what, before).await;
     let check = "unmounting twice succeeds";
     checks
         .succeeds(check, format!("second {what}"), mounter.unmount(target))
         .await;
-    checks.unchanged(check, format!("second {what}"), before);
+    checks
+        .unchanged(check, format!("second {what}"), before)
+        .await;
 }
 
 async fn round_trip(
@@ -116,14 +120,14 @@ async fn round_trip(
     fixture: &GuestFixture,
     device: &DeviceLocator,
 ) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let target = fixture.directory.join("one");
     let check = "unmounting what was never mounted succeeds";
     let what = format!("unmount of {}", target.display());
     checks
         .succeeds(check, &what, mounter.unmount(&target))
         .await;
-    checks.unchanged(check, &what, &before);
+    checks.unchanged(check, &what, &before).await;
     // The second round is the check that a target can be mounted again.
     for _ in 0..2 {
         mount(checks, mounter, device, &target, &fixture.options).await;
@@ -140,13 +144,13 @@ async fn taken(
     fixture: &GuestFixture,
     devices: &[DeviceLocator],
 ) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let (one, other) = (
         fixture.directory.join("one"),
         fixture.directory.join("other"),
     );
     mount(checks, mounter, &devices[0], &one, &fixture.options).await;
-    let with_one = checks.tables();
+    let with_one = checks.tables().await;
     for device in [&devices[1], &devices[0]] {
         let check = "a taken target is a conflict and its mount stays as it was";
         let what = format!("mount of {device} at a taken target");

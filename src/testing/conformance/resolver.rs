@@ -18,11 +18,11 @@ use crate::Resolver;
 ///
 /// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn resolver(resolver: &dyn Resolver, fixture: &GuestFixture) -> Passed {
-    let mut checks = Checks::of("resolver", &fixture.snapshot);
-    let before = checks.tables();
+    let mut checks = Checks::of("resolver", &*fixture.snapshot);
+    let before = checks.tables().await;
     let disks = fixture.two_disks();
     let locators = attached(&mut checks, &*fixture.transport, disks).await;
-    let with_devices = checks.tables();
+    let with_devices = checks.tables().await;
 
     let mut devices = Vec::new();
     for locator in &locators {
@@ -58,7 +58,9 @@ pub async fn resolver(resolver: &dyn Resolver, fixture: &GuestFixture) -> Passed
         devices[0] != devices[1],
         format!("both are {:?}", devices[0]),
     );
-    checks.unchanged("resolving changes nothing", "resolve", &with_devices);
+    checks
+        .unchanged("resolving changes nothing", "resolve", &with_devices)
+        .await;
 
     let check = "a locator of another transport is unsuitable";
     let other = foreign();

@@ -31,8 +31,8 @@ pub async fn transport(transport: &dyn Transport, fixture: &TransportFixture) ->
         disks >= 2 && disks > capacity,
         "{disks} disks are too few for this suite"
     );
-    let mut checks = Checks::of("transport", &fixture.snapshot);
-    let before = checks.tables();
+    let mut checks = Checks::of("transport", &*fixture.snapshot);
+    let before = checks.tables().await;
 
     identify(&mut checks, transport, fixture).await;
     absent(&mut checks, transport, fixture).await;
@@ -56,9 +56,11 @@ pub async fn transport(transport: &dyn Transport, fixture: &TransportFixture) ->
         checks
             .succeeds(check, on("detach", disk), transport.detach(disk))
             .await;
-        checks.unchanged(check, on("detach", disk), &before);
+        checks.unchanged(check, on("detach", disk), &before).await;
     }
-    checks.unchanged("a suite leaves nothing behind", "the suite", &before);
+    checks
+        .unchanged("a suite leaves nothing behind", "the suite", &before)
+        .await;
     checks.passed()
 }
 
@@ -67,7 +69,7 @@ fn on(step: &str, disk: &Disk) -> String {
 }
 
 async fn identify(checks: &mut Checks<'_>, transport: &dyn Transport, fixture: &TransportFixture) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let mut ids = HashSet::new();
     for disk in &fixture.disks {
         let check = "a disk that is there has an id";
@@ -91,7 +93,9 @@ async fn identify(checks: &mut Checks<'_>, transport: &dyn Transport, fixture: &
         );
     }
     same_under_every_name(checks, transport, fixture).await;
-    checks.unchanged("identify changes nothing", "identify", &before);
+    checks
+        .unchanged("identify changes nothing", "identify", &before)
+        .await;
     let missing = &fixture.missing;
     let check = "a missing disk is not found";
     checks
@@ -127,13 +131,13 @@ async fn same_under_every_name(
 }
 
 async fn absent(checks: &mut Checks<'_>, transport: &dyn Transport, fixture: &TransportFixture) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let check = "detaching what was never attached succeeds";
     for disk in [&fixture.disks[0], &fixture.missing] {
         checks
             .succeeds(check, on("detach", disk), transport.detach(disk))
             .await;
-        checks.unchanged(check, on("detach", disk), &before);
+        checks.unchanged(check, on("detach", disk), &before).await;
     }
     let missing = &fixture.missing;
     let check = "attaching a missing disk is not found and leaves nothing";
@@ -152,12 +156,14 @@ async fn absent(checks: &mut Checks<'_>, transport: &dyn Transport, fixture: &Tr
 }
 
 async fn attach(checks: &mut Checks<'_>, transport: &dyn Transport, disk: &Disk) -> DeviceLocator {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let check = "a disk can be attached";
     let locator = checks
         .succeeds(check, on("attach", disk), transport.attach_identified(disk))
         .await;
-    checks.changed("attaching shows in the tables", on("attach", disk), &before);
+    checks
+        .changed("attaching shows in the tables", on("attach", disk), &before)
+        .await;
     locator
 }
 
@@ -167,7 +173,7 @@ async fn round_trip(
     fixture: &TransportFixture,
 ) {
     let disk = &fixture.disks[0];
-    let before = checks.tables();
+    let before = checks.tables().await;
     let mut schemes = HashSet::new();
     // The second round is the check that a disk can be attached again.
     for _ in 0..2 {
@@ -178,12 +184,14 @@ async fn round_trip(
         checks
             .succeeds(check, on("detach", disk), transport.detach(disk))
             .await;
-        checks.unchanged(check, on("detach", disk), &before);
+        checks.unchanged(check, on("detach", disk), &before).await;
         let check = "detaching twice succeeds";
         checks
             .succeeds(check, on("second detach", disk), transport.detach(disk))
             .await;
-        checks.unchanged(check, on("second detach", disk), &before);
+        checks
+            .unchanged(check, on("second detach", disk), &before)
+            .await;
     }
     let check = "all locators are of one transport";
     checks.holds(
@@ -194,9 +202,9 @@ async fn round_trip(
 }
 
 async fn two_disks(checks: &mut Checks<'_>, transport: &dyn Transport, disks: &[Disk]) {
-    let before = checks.tables();
+    let before = checks.tables().await;
     let one = attach(checks, transport, &disks[0]).await;
-    let with_one = checks.tables();
+    let with_one = checks.tables().await;
     let other = attach(checks, transport, &disks[1]).await;
     let check = "two disks have two locators";
     checks.holds(check, one != other, format!("both disks are {one}"));
@@ -204,11 +212,15 @@ async fn two_disks(checks: &mut Checks<'_>, transport: &dyn Transport, disks: &[
     checks
         .succeeds(check, on("detach", &disks[1]), transport.detach(&disks[1]))
         .await;
-    checks.unchanged(check, on("detach", &disks[1]), &with_one);
+    checks
+        .unchanged(check, on("detach", &disks[1]), &with_one)
+        .await;
     checks
         .succeeds(check, on("detach", &disks[0]), transport.detach(&disks[0]))
         .await;
-    checks.unchanged(check, on("detach", &disks[0]), &before);
+    checks
+        .unchanged(check, on("detach", &disks[0]), &before)
+        .await;
 
     let check = "disks can be attached at once";
     let answers = {
@@ -246,14 +258,14 @@ async fn two_disks(checks: &mut Checks<'_>, transport: &dyn Transport, disks: &[
             .succeeds(check, on("detach", disk), std::future::ready(answer))
             .await;
     }
-    checks.unchanged(check, "detaching both", &before);
+    checks.unchanged(check, "detaching both", &before).await;
 }
 
 async fn full(checks: &mut Checks<'_>, transport: &dyn Transport, disks: &[Disk]) {
     let [first, middle @ .., one_more] = disks else {
         return;
     };
-    let before = checks.tables();
+    let before = checks.tables().await;
     let mut locators = HashSet::new();
     for disk in std::iter::once(first).chain(middle) {
         let locator = attach(checks, transport, disk).await;
@@ -293,5 +305,7 @@ async fn full(checks: &mut Checks<'_>, transport: &dyn Transport, disks: &[Disk]
             )
             .await;
     }
-    checks.unchanged("a full transport can be emptied", "detaching all", &before);
+    checks
+        .unchanged("a full transport can be emptied", "detaching all", &before)
+        .await;
 }

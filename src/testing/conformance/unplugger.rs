@@ -21,8 +21,8 @@ pub async fn unplugger(
     mounter: Option<&dyn Mounter>,
     fixture: &GuestFixture,
 ) -> Passed {
-    let mut checks = Checks::of("unplugger", &fixture.snapshot);
-    let before = checks.tables();
+    let mut checks = Checks::of("unplugger", &*fixture.snapshot);
+    let before = checks.tables().await;
     let disks = fixture.two_disks();
     let locators = attached(&mut checks, &*fixture.transport, disks).await;
     let (one, other) = (&locators[0], &locators[1]);
@@ -91,6 +91,6 @@ pub async fn unplugger(
         .await;
     let check = "unplugging what is not there succeeds";
     checks.succeeds(check, &what, unplugger.unplug(one)).await;
-    checks.unchanged(check, &what, &before);
+    checks.unchanged(check, &what, &before).await;
     checks.passed()
 }

@@ -182,9 +182,9 @@ impl Model {
             .collect()
     }
 
-    pub(crate) fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&self) -> impl Snapshot + use<> {
         let model = self.clone();
-        Box::new(move || model.left())
+        move || model.left()
     }
 
     /// Until one more call waits.
