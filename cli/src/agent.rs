@@ -20,7 +20,7 @@ mod serial;
 mod unix;
 mod vsock;
 
-use blockmount_bridge::GuestServer;
+use blockmount_bridge::gcs::GuestServer;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::failure::Failure;

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
-use blockmount_bridge::wire::{Decoded, Decoder, Frame, MessageType};
+use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
 use common::agent::{Serving, is_mounted};
 use common::{as_nobody, in_kernel, run, temp};
 use rustix::event::{PollFd, PollFlags, Timespec};

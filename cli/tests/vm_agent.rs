@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockmount::Mounter;
-use blockmount_bridge::{BridgeGuest, GuestConnection};
+use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
 use blockmount_qemu::{GuestImage, GuestKernel, GuestStream, Vm, VmBuilder};
 use common::LONGEST;
 use common::agent::ask;

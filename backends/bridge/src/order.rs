@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-use crate::guest_work::Key;
+use crate::gcs::guest_work::Key;
 
 /// Who is last in line for each key.
 #[derive(Debug, Clone, Default)]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use thiserror::Error;
 
 use crate::documents::{ErrorDocument, ModifySettingRequest, Properties, PropertyQuery};

@@ -9,7 +9,7 @@ mod path;
 mod properties;
 
 use blockmount::{BackendError, Disk, DiskKind};
-use blockmount_bridge::messages::{
+use blockmount_bridge::gcs::messages::{
     ModificationRequest, RequestType, Writer, decode, decode_value, encode, is_zero,
 };
 use serde::ser::SerializeStruct;
@@ -208,7 +208,7 @@ pub enum UnreadableDocument {
     RequestType(String),
     /// The request for the guest cannot be read.
     #[error("the request for the guest cannot be read")]
-    GuestRequest(#[from] blockmount_bridge::messages::UnreadableRequest),
+    GuestRequest(#[from] blockmount_bridge::gcs::messages::UnreadableRequest),
 }
 
 /// The outer form of a request, before the type of its settings is known.
@@ -300,7 +300,7 @@ impl ModifySettingRequest {
 /// Reads a request for a guest, by its shape: the document does not say which guest it is.
 fn guest_part(
     request: Value,
-) -> Result<ModificationRequest, blockmount_bridge::messages::UnreadableRequest> {
+) -> Result<ModificationRequest, blockmount_bridge::gcs::messages::UnreadableRequest> {
     let is_windows = request["ResourceType"] == "MappedVirtualDiskForContainerScratch"
         || request["Settings"].get("ContainerPath").is_some();
     if is_windows {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::BackendError;
-use blockmount_bridge::messages::{Capabilities, ModificationRequest};
-use blockmount_bridge::{BridgeGuest, GuestChannel};
+use blockmount_bridge::gcs::messages::{Capabilities, ModificationRequest};
+use blockmount_bridge::gcs::{BridgeGuest, GuestChannel};
 use blockmount_scsi::Geometry;
 
 use crate::ComputeSystem;

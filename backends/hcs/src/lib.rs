@@ -101,7 +101,7 @@
 //! | has nothing at the place | success, where it was to be emptied |
 //! | does not find the file | `NotFound` |
 //! | lets a guest fail to set something up and does not say why | `Uncertain` |
-//! | says anything else | by its number ([`Hresult::kind`](blockmount_bridge::Hresult::kind)), else `Other` |
+//! | says anything else | by its number ([`Hresult::kind`](blockmount_bridge::gcs::Hresult::kind)), else `Other` |
 //!
 //! After `Uncertain` the place is in doubt: the transport uses it for nothing else, and before it is emptied the service
 //! is asked whether the VM lives at all, so that a VM that hangs costs no long deadline for each of its disks. Numbers are compared by

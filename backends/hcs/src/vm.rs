@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockmount::{BackendError, ErrorKind};
-use blockmount_bridge::Hresult;
-use blockmount_bridge::messages::{ModificationRequest, RequestType};
+use blockmount_bridge::gcs::Hresult;
+use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType};
 use tracing::trace;
 
 use crate::documents::{ModifySettingRequest, Place, PropertyQuery, ResourcePath, Settings};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::BackendError;
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 

@@ -11,7 +11,7 @@ use blockmount::{
     Disk, Encryption, ErrorKind, Expose, Format, LayerCombiner, MountOptions, Mounter, Overlay,
     Overwrite, Unplugger,
 };
-use blockmount_bridge::messages::{CombinedLayers, ModificationRequest, Resource};
+use blockmount_bridge::gcs::messages::{CombinedLayers, ModificationRequest, Resource};
 use blockmount_hcs::documents::*;
 use blockmount_hcs::{GuestOs, HcsChannel, HcsGuest, ScsiAttacher, VpmemAttacher};
 use blockmount_scsi::Attacher as _;
@@ -29,7 +29,7 @@ async fn document<T, E: std::fmt::Debug>(
     call: impl Future<Output = Result<T, E>>,
 ) -> String {
     // None of the disks is there.
-    model.next(Answer::Fail(blockmount_bridge::Hresult::FAIL));
+    model.next(Answer::Fail(blockmount_bridge::gcs::Hresult::FAIL));
     call.await.err().expect("the service was told to fail");
     let [document] = model.documents().try_into().expect("one document");
     let read = ModifySettingRequest::from_json(&document).unwrap();

@@ -12,7 +12,7 @@ use blockmount::{
     Disk, ErrorKind, Format, LayerCombiner, Manager, MountOptions, MountRequest, Mounter, Overlay,
     Overwrite, Transport, Unplugger,
 };
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::CONTROLLER_GUIDS;
 use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher};
 use blockmount_scsi::{Geometry, ScsiTransport};

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use blockmount::slots::SlotState;
 use blockmount::{Disk, ErrorKind, Transport};
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
 use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
 use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber};

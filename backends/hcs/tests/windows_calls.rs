@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockmount::{Disk, ErrorKind, MountOptions, Mounter, Transport, Unplugger};
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::PropertyQuery;
 use blockmount_hcs::{
     ComputeSystem, GuestOs, HcsChannel, HcsError, HcsGuest, HcsSystem, ScsiAttacher,

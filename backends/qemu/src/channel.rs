@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
-use blockmount_bridge::messages::{Capabilities, ModificationRequest};
-use blockmount_bridge::{BridgeGuest, GuestChannel, GuestConnection};
+use blockmount_bridge::gcs::messages::{Capabilities, ModificationRequest};
+use blockmount_bridge::gcs::{BridgeGuest, GuestChannel, GuestConnection};
 use tokio::sync::Mutex;
 
 use crate::qmp::NONE;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::Disk;
-use blockmount_bridge::BridgeGuest;
+use blockmount_bridge::gcs::BridgeGuest;
 use blockmount_qemu::{
     AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, QemuVpmem, Vm,
 };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use blockmount::{BackendError, Disk};
-use blockmount_bridge::messages::is_zero;
+use blockmount_bridge::gcs::messages::is_zero;
 use blockmount_scsi::ScsiAddress;
 use blockmount_vpmem::{DeviceNumber, PAGE};
 use serde::{Deserialize, Serialize};

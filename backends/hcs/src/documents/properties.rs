@@ -1,7 +1,7 @@
 //! What the service says about a VM, and about errors.
 
-use blockmount_bridge::Hresult;
-use blockmount_bridge::messages::{GuestCapabilities, SchemaVersion, decode, is_zero};
+use blockmount_bridge::gcs::Hresult;
+use blockmount_bridge::gcs::messages::{GuestCapabilities, SchemaVersion, decode, is_zero};
 use serde::{Deserialize, Serialize};
 
 /// Which properties of a VM are asked for, besides the basic ones.

@@ -8,7 +8,7 @@ use std::ptr::{null_mut, without_provenance};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use tokio::sync::oneshot;
 use windows_sys::Win32::Foundation::{GENERIC_ALL, LocalFree};
 use windows_sys::Win32::System::HostComputeSystem::{

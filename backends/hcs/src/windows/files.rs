@@ -8,7 +8,7 @@ use std::os::windows::io::AsRawHandle;
 use std::path::{Path, PathBuf};
 
 use blockmount::DiskId;
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use windows_sys::Win32::Storage::FileSystem::{
     FILE_ID_INFO, FileIdInfo, GetFileInformationByHandleEx,
 };

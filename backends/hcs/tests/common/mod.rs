@@ -18,8 +18,8 @@ use blockmount::{
     BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Transport,
     Unplugger,
 };
-use blockmount_bridge::messages::{ModificationRequest, RequestType, Resource};
-use blockmount_bridge::{GuestConnection, GuestServer, Hresult};
+use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType, Resource};
+use blockmount_bridge::gcs::{GuestConnection, GuestServer, Hresult};
 use blockmount_hcs::documents::{
     GuestConnectionInfo, ModifySettingRequest, Place, Properties, PropertyQuery, ResourcePath,
     Settings,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, Once};
 use std::time::Duration;
 
-use blockmount_bridge::Hresult;
+use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::PropertyQuery;
 use blockmount_hcs::{HcsDeadlines, HcsError, HcsSystem};
 use tokio::runtime::Handle;

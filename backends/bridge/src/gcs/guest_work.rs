@@ -8,9 +8,9 @@ use blockmount::{
     MountOptions, MountOptionsBuilder, Mounter, Overlay, Overwrite, Unplugger, Verity,
 };
 
-use crate::Hresult;
-use crate::device::Device;
-use crate::messages::{
+use crate::gcs::Hresult;
+use crate::gcs::device::Device;
+use crate::gcs::messages::{
     CombinedLayers, ErrorRecord, MappedVirtualDisk, ModificationRequest, NULL_ID, ReceivedSettings,
     RequestType, Resource, ResponseBase, ScsiDevice, UnreadableRequest, VerityInfo, VerityTarget,
     VpmemDevice,

@@ -10,16 +10,16 @@ use blockmount::{
     Unplugger,
 };
 
-use crate::GuestConnection;
-use crate::device::Device;
-use crate::host_requests::{self, guest_path};
-use crate::messages::{Capabilities, ModificationRequest, Resource};
+use crate::gcs::GuestConnection;
+use crate::gcs::device::Device;
+use crate::gcs::host_requests::{self, guest_path};
+use crate::gcs::messages::{Capabilities, ModificationRequest, Resource};
 
 /// Who carries requests to the agent of a guest: a [`GuestConnection`] of our own, or a hypervisor that has
 /// the connection to itself.
 ///
 /// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest
-/// may have done it, because after any other error of an [`Add`](crate::messages::RequestType::Add) the target is used
+/// may have done it, because after any other error of an [`Add`](crate::gcs::messages::RequestType::Add) the target is used
 /// again at once. `Gone` means that the guest, or the way to it, is no more.
 #[async_trait]
 pub trait GuestChannel: Send + Sync + 'static {

@@ -1,5 +1,5 @@
 //! A peer that is written frame by frame, and a guest with SCSI disks in memory.
-#![allow(dead_code, clippy::unwrap_used)] // each test file uses a part; a panic is a failure message
+#![allow(clippy::unwrap_used)] // a panic is a failure message
 
 pub(crate) mod recorder;
 
@@ -13,11 +13,11 @@ use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
     Transport, Unplugger,
 };
-use blockmount_bridge::messages::{
+use blockmount_bridge::gcs::messages::{
     Capabilities, GuestCapabilities, NegotiateResponse, Writer, encode,
 };
-use blockmount_bridge::wire::{Decoded, Decoder, Frame, MessageType};
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 

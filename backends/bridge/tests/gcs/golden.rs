@@ -1,14 +1,13 @@
 //! The bytes and documents of the protocol, exactly as other peers write them.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 use std::num::NonZeroU32;
 
 use blockmount::{BackendError, DeviceLocator, MountOptions, Mounter, Overlay};
-use blockmount_bridge::messages::{self, *};
-use blockmount_bridge::wire::{Frame, MessageType};
-use blockmount_bridge::{BridgeGuest, Deadlines, Hresult};
+use blockmount_bridge::gcs::messages::{self, *};
+use blockmount_bridge::gcs::wire::{Frame, MessageType};
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, Hresult};
 
-mod common;
+use crate::common;
 use common::{NULL, documented, host_and_peer, windows};
 
 fn bytes(message: MessageType, id: u64, payload: Vec<u8>) -> Vec<u8> {

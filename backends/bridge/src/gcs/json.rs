@@ -24,7 +24,7 @@ pub enum Writer {
 ///
 /// # Panics
 ///
-/// Never for the [messages](crate::messages) of this crate; for a type that JSON has no form for.
+/// Never for the [messages](crate::gcs::messages) of this crate; for a type that JSON has no form for.
 pub fn encode<T: Serialize + ?Sized>(body: &T, writer: Writer) -> Vec<u8> {
     let mut text = serde_json::to_string(body).expect("a message has a form in JSON");
     // None of these can be outside of a string, so replacing is escaping.

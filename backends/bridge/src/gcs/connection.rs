@@ -10,14 +10,14 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::broadcast;
 
-use crate::Hresult;
-use crate::link::Link;
-use crate::messages::{
+use crate::gcs::Hresult;
+use crate::gcs::link::Link;
+use crate::gcs::messages::{
     Capabilities, CreateRequest, ErrorRecord, ModificationRequest, ModifySettings, NULL_ID,
     NegotiateRequest, NegotiateResponse, Notification, PROTOCOL_VERSION, RequestBase, RequestType,
     ResponseBase, Writer, decode, encode,
 };
-use crate::wire::{Frame, MessageType};
+use crate::gcs::wire::{Frame, MessageType};
 
 /// How many notifications are kept for a listener that does not take them; then the oldest go.
 const NOTIFICATIONS: usize = 256;

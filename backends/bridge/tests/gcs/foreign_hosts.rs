@@ -1,10 +1,9 @@
 //! Hosts that know only the documented protocol, and ask for strange things.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use blockmount::{Encryption, MountOptions, Overlay, Overwrite};
-use blockmount_bridge::{GuestServer, Hresult};
+use blockmount_bridge::gcs::{GuestServer, Hresult};
 use common::recorder::{Asked, Recorder, format, options, verity};
 use common::{Peer, result};
 use serde_json::{Value, json};
@@ -184,14 +183,17 @@ async fn a_bad_request_is_refused_by_its_number() {
 #[tokio::test]
 async fn a_container_is_not_the_vm() {
     let (host_end, guest_end) = duplex(1 << 10);
-    tokio::spawn(blockmount_bridge::serve(guest_end, Recorder::default()));
+    tokio::spawn(blockmount_bridge::gcs::serve(
+        guest_end,
+        Recorder::default(),
+    ));
     let mut peer = Peer::new(host_end);
     peer.negotiate().await;
     for container in ["", "abc"] {
         let body = json!({"ContainerId": container, "Request": {"ResourceType": "MappedVirtualDisk", "Settings": {}}});
         let answer = peer
             .ask(
-                blockmount_bridge::wire::MessageType::MODIFY_SETTINGS,
+                blockmount_bridge::gcs::wire::MessageType::MODIFY_SETTINGS,
                 1,
                 &body.to_string(),
             )

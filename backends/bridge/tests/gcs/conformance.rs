@@ -1,7 +1,6 @@
 //! The laws of the guest's contracts, and the managers, across the bridge.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use blockmount::testing::conformance::{self, GuestFixture};
 use blockmount::testing::{FakeVm, VmStep};

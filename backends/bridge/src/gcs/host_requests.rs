@@ -4,8 +4,8 @@ use std::path::Path;
 
 use blockmount::{BackendError, Encryption, Expose, Format, MountOptions, Overlay, Overwrite};
 
-use crate::device::Device;
-use crate::messages::{
+use crate::gcs::device::Device;
+use crate::gcs::messages::{
     Capabilities, CombinedLayers, Layer, MappedVirtualDisk, Resource, ScsiDevice, VpmemDevice,
     WindowsDisk,
 };

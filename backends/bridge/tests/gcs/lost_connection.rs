@@ -1,14 +1,13 @@
 //! The stream is lost, with and without a request under way, and comes back.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::time::Duration;
 
 use blockmount::testing::{FakeVm, Gate, VmStep};
 use blockmount::{Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger};
-use blockmount_bridge::messages::{ModificationRequest, Resource, ScsiDevice};
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::messages::{ModificationRequest, Resource, ScsiDevice};
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
 use common::{LONG, Peer, ScsiVm, bridged, dial, documented, host_and_peer};
 use tokio::io::duplex;
 use tokio::time::{Instant, timeout};

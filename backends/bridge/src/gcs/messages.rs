@@ -11,14 +11,14 @@ use blockmount::ErrorKind;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Hresult;
+use crate::gcs::Hresult;
 
 pub use self::request::{ModificationRequest, RequestType, Resource, UnreadableRequest};
 pub use self::storage::{
     CombinedLayers, Layer, MappedVirtualDisk, MappingInfo, ScsiDevice, VerityInfo, VerityTarget,
     VpmemDevice, WindowsDisk,
 };
-pub use crate::json::{Writer, decode, decode_value, encode, is_zero};
+pub use crate::gcs::json::{Writer, decode, decode_value, encode, is_zero};
 
 /// The only version of the protocol that there is.
 pub const PROTOCOL_VERSION: u32 = 4;

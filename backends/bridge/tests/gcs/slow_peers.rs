@@ -1,15 +1,14 @@
 //! Peers that stop reading or answering: nobody else waits for them, and memory stays bounded.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::time::Duration;
 
 use blockmount::ErrorKind;
 use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount_bridge::messages::{ModificationRequest, Resource, ScsiDevice};
-use blockmount_bridge::wire::MessageType;
-use blockmount_bridge::{Deadlines, GuestServer};
+use blockmount_bridge::gcs::messages::{ModificationRequest, Resource, ScsiDevice};
+use blockmount_bridge::gcs::wire::MessageType;
+use blockmount_bridge::gcs::{Deadlines, GuestServer};
 use common::{LONG, ScsiVm, add_disk, dial, documented, host_and_peer, settings};
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::task::JoinSet;

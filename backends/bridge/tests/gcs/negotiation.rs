@@ -1,13 +1,12 @@
 //! What comes before, beside and instead of the negotiation.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use blockmount::ErrorKind;
 use blockmount::testing::FakeVm;
-use blockmount_bridge::messages::Capabilities;
-use blockmount_bridge::wire::MessageType;
-use blockmount_bridge::{Deadlines, GuestConnection, Hresult};
+use blockmount_bridge::gcs::messages::Capabilities;
+use blockmount_bridge::gcs::wire::MessageType;
+use blockmount_bridge::gcs::{Deadlines, GuestConnection, Hresult};
 use common::{
     NULL, Peer, ScsiVm, add_disk, dial, host_and_peer, peer_and_guest, result, settings, windows,
 };
@@ -197,8 +196,8 @@ async fn unknown_messages_are_answered_and_answers_are_not() {
 async fn ids_count_from_zero() {
     let (connection, mut peer) = host_and_peer(common::documented(), Deadlines::default()).await;
     for id in 1..4 {
-        let request = blockmount_bridge::messages::ModificationRequest::remove(
-            blockmount_bridge::messages::Resource::ScsiDevice(Default::default()),
+        let request = blockmount_bridge::gcs::messages::ModificationRequest::remove(
+            blockmount_bridge::gcs::messages::Resource::ScsiDevice(Default::default()),
         );
         let (outcome, ()) = tokio::join!(connection.modify(request), async {
             let request = peer.receive().await;

@@ -3,7 +3,7 @@
 use blockmount::{BackendError, DeviceLocator};
 use blockmount_scsi::ScsiAddress;
 
-use crate::messages::{MappingInfo, ScsiDevice};
+use crate::gcs::messages::{MappingInfo, ScsiDevice};
 
 /// The transport of persistent memory devices: `vpmem:2`, `vpmem:2@4194304+1052672`.
 const VPMEM: &str = "vpmem";

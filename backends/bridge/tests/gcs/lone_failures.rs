@@ -1,15 +1,14 @@
 //! One call goes wrong; all others must not notice.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::time::Duration;
 
 use blockmount::testing::{FakeVm, Gate, VmStep};
 use blockmount::{ErrorKind, MountOptions, Mounter};
-use blockmount_bridge::messages::{ModificationRequest, Notification, Resource, ScsiDevice};
-use blockmount_bridge::wire::MessageType;
-use blockmount_bridge::{BridgeGuest, Deadlines, Hresult};
+use blockmount_bridge::gcs::messages::{ModificationRequest, Notification, Resource, ScsiDevice};
+use blockmount_bridge::gcs::wire::MessageType;
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, Hresult};
 use common::{
     LONG, NULL, SHORT, ScsiVm, add_disk, bridged, documented, host_and_peer, peer_and_guest, result,
 };
@@ -121,13 +120,13 @@ async fn b4_a_mount_that_hangs_fails_by_its_own_deadline() {
 async fn b4_an_unmount_waits_for_the_mount_that_its_host_has_given_up_on() {
     let vm = ScsiVm(FakeVm::new());
     vm.attach_disks(1).await;
-    let server = blockmount_bridge::GuestServer::new(vm.clone());
+    let server = blockmount_bridge::gcs::GuestServer::new(vm.clone());
     let deadlines = Deadlines {
         call: Duration::from_secs(10),
         ..Deadlines::default()
     };
     let stream = common::dial(&server).stream;
-    let connection = blockmount_bridge::GuestConnection::connect_with(stream, deadlines)
+    let connection = blockmount_bridge::gcs::GuestConnection::connect_with(stream, deadlines)
         .await
         .unwrap();
     let guest = BridgeGuest::new(connection);

@@ -196,7 +196,7 @@ pub enum FrameError {
 /// It never holds more than a frame and what was last pushed, whatever the bytes say.
 ///
 /// ```
-/// use blockmount_bridge::wire::{Decoded, Decoder, Frame, MessageType};
+/// use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
 ///
 /// let frame = Frame { message: MessageType::NEGOTIATE, id: 7, payload: b"{}".to_vec() };
 /// let mut decoder = Decoder::default();
@@ -205,7 +205,7 @@ pub enum FrameError {
 ///     decoder.push(&[byte]);
 /// }
 /// assert_eq!(decoder.next()?, Some(Decoded::Frame(frame)));
-/// # Ok::<(), blockmount_bridge::wire::FrameError>(())
+/// # Ok::<(), blockmount_bridge::gcs::wire::FrameError>(())
 /// ```
 #[derive(Debug, Default)]
 pub struct Decoder {

@@ -3,7 +3,7 @@
 use blockmount::Verity;
 use serde::{Deserialize, Serialize};
 
-use crate::json::is_zero;
+use crate::gcs::json::is_zero;
 
 /// How a SCSI disk is mounted in a Linux guest.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -1,17 +1,16 @@
 //! Bytes that are no frames, or too large, or never end.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::time::Duration;
 
 use blockmount::ErrorKind;
 use blockmount::testing::FakeVm;
-use blockmount_bridge::messages::{ModificationRequest, Resource, ScsiDevice};
-use blockmount_bridge::wire::{
+use blockmount_bridge::gcs::messages::{ModificationRequest, Resource, ScsiDevice};
+use blockmount_bridge::gcs::wire::{
     Decoded, Decoder, Frame, FrameError, HEADER_LEN, MAX_FRAME, MessageType,
 };
-use blockmount_bridge::{Deadlines, GuestServer, Hresult, serve};
+use blockmount_bridge::gcs::{Deadlines, GuestServer, Hresult, serve};
 use common::{LONG, Peer, ScsiVm, add_disk, dial, documented, host_and_peer, result, settings};
 use proptest::prelude::*;
 use serde_json::json;

@@ -1,13 +1,12 @@
 //! Many owners at once over one bridge, in random schedules with faults, delays and late answers.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::time::Duration;
 
 use blockmount::testing::{FakeVm, Seed, VmStep, random_delays, random_faults};
 use blockmount::{Disk, Manager, MountOptions, MountRequest};
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
 use common::{ScsiVm, dial};
 use tokio::task::JoinSet;
 

@@ -1,7 +1,6 @@
 //! Guests that know only the documented protocol, and their limits.
-#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
-mod common;
+use crate::common;
 
 use std::num::NonZeroU32;
 
@@ -9,8 +8,8 @@ use blockmount::{
     DeviceLocator, Encryption, ErrorKind, Expose, LayerCombiner, MountOptions, Mounter, Overlay,
     Overwrite, Unplugger,
 };
-use blockmount_bridge::messages::{Capabilities, GuestCapabilities};
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::messages::{Capabilities, GuestCapabilities};
+use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
 use common::recorder::{Asked, Recorder, format, options, verity};
 use common::{documented, host_and_peer, windows};
 use serde_json::{Value, json};

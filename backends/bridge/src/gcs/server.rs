@@ -11,15 +11,15 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::{debug, warn};
 
-use crate::Hresult;
-use crate::guest_work::{Refusal, Work};
-use crate::messages::{
+use crate::gcs::Hresult;
+use crate::gcs::guest_work::{Refusal, Work};
+use crate::gcs::messages::{
     BLOCKMOUNT_VERSION, Capabilities, GuestCapabilities, NegotiateRequest, NegotiateResponse,
     Notification, PROTOCOL_VERSION, ReceivedSettings, RequestBase, ResponseBase, SchemaVersion,
     Writer, decode, encode,
 };
+use crate::gcs::wire::{Decoded, Frame, FrameError, FrameReader, MessageType, Role};
 use crate::order::Order;
-use crate::wire::{Decoded, Frame, FrameError, FrameReader, MessageType, Role};
 
 /// How many requests are under way at once, unless told otherwise: as many as there are disks on four
 /// controllers of Hyper-V. More wait in the stream.

@@ -6,8 +6,8 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::{CombinedLayers, MappedVirtualDisk, ScsiDevice, VpmemDevice, WindowsDisk};
-use crate::Hresult;
-use crate::json::decode_value;
+use crate::gcs::Hresult;
+use crate::gcs::json::decode_value;
 
 /// What to do with a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

@@ -15,8 +15,8 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::messages::{Notification, decode};
-use crate::wire::{Decoded, Frame, FrameReader, MessageType, Role};
+use crate::gcs::messages::{Notification, decode};
+use crate::gcs::wire::{Decoded, Frame, FrameReader, MessageType, Role};
 
 /// How many requests wait for a peer that reads slowly; more wait with their callers.
 const QUEUE: usize = 16;
