@@ -75,6 +75,7 @@
 //! order.
 
 mod attach;
+mod blocking;
 mod call;
 mod contracts;
 mod disk;
@@ -84,6 +85,7 @@ mod locator;
 mod manager;
 mod mount;
 mod options;
+mod pci;
 mod release;
 pub mod slots;
 mod stack;
@@ -94,6 +96,7 @@ pub mod testing;
 mod transports;
 
 pub use attach::{AttachManager, Attachment};
+pub use blocking::blocking;
 pub use contracts::{BlockDevice, LayerCombiner, Mounter, Overlay, Resolver, Transport, Unplugger};
 pub use disk::{Disk, DiskId, DiskKind};
 pub use error::{BackendError, Error, ErrorKind, Step};
@@ -104,5 +107,6 @@ pub use options::{
     Encryption, Expose, Format, InvalidOptions, MountFlag, MountFlags, MountOptions,
     MountOptionsBuilder, MountRequest, Overwrite, Propagation, PropagationMode, Verity,
 };
+pub use pci::PciAddress;
 pub use release::ReleaseError;
 pub use stack::{Stack, StackRequest};

@@ -141,7 +141,7 @@ impl Found {
     }
 }
 
-fn describe(probe: &probe::Probe) -> Found {
+fn describe(probe: &probe::ProbeResult) -> Found {
     let kind = match &probe.content {
         Content::Filesystem(_) => "filesystem",
         Content::PartitionTable(_) => "partition-table",

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+pub(crate) use blockmount::blocking;
 use blockmount::{BackendError, ErrorKind};
 use rustix::io::Errno;
 
@@ -57,26 +58,5 @@ where
         }
         tokio::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(LONGEST_RETRY);
-    }
-}
-
-/// Runs blocking system calls where they may block.
-///
-/// The work runs to its end even if nobody waits for it any more. Must be called in a runtime of tokio.
-///
-/// # Errors
-///
-/// That of the work; `Uncertain` if it was cut off by a panic or the end of the runtime.
-pub async fn blocking<T, F>(work: F) -> Result<T, BackendError>
-where
-    T: Send + 'static,
-    F: FnOnce() -> Result<T, BackendError> + Send + 'static,
-{
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => Err(BackendError::uncertain(
-            "the work was cut off by the end of the runtime or by a panic",
-        )
-        .with_source(error)),
     }
 }

@@ -83,7 +83,6 @@ pub use builder::LinuxGuestBuilder;
 pub use device::mapper;
 pub use discover::resolvers::{Resolvers, Unpluggers};
 pub use discover::{source, sysfs, uevent};
-pub use errno::blocking;
 pub use filesystem::probe;
 pub use guest::LinuxGuest;
 pub use mount::mountinfo;

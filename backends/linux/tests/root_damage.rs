@@ -14,7 +14,7 @@ use blockmount::{ErrorKind, MountOptions, Mounter};
 use blockmount_linux::probe::{Content, TableKind, probe};
 use kit::{Image, KERNELS, Loop, Room, blank, guest, mount, on_linux, refused};
 
-fn probed(path: &Path) -> blockmount_linux::probe::Probe {
+fn probed(path: &Path) -> blockmount_linux::probe::ProbeResult {
     probe(&mut File::open(path).unwrap()).unwrap()
 }
 

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger};
+use blockmount::{
+    BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger, blocking,
+};
 use blockmount_linux::device::let_go;
 
 use crate::SCHEME;
 use crate::device::{Device, failed, find, is_absent, node};
-use crate::transport::{LoopTransport, blocking};
+use crate::transport::LoopTransport;
 
 /// Finds the loop device behind a locator of any [`LoopTransport`].
 ///

@@ -9,9 +9,8 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use blockmount::slots::{Occupied, Reservation, SlotState, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport, blocking};
 use blockmount_linux::source;
-use tokio::task::spawn_blocking;
 
 use crate::bind::{self, Bound, Claim, LoopConfig};
 use crate::builder::{LoopTransportBuilder, Settings};
@@ -298,20 +297,6 @@ impl Inner {
             source: disk.source().to_owned(),
             read_only: record.status.read_only,
             direct_io: record.status.direct_io,
-        }
-    }
-}
-
-/// Runs system calls where they may block. They run to their end even if nobody waits any more.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, BackendError> + Send + 'static,
-) -> Result<T, BackendError> {
-    match spawn_blocking(work).await {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            let message =
-                "a call on loop devices was cut off by a panic or by the end of the runtime";
-            Err(BackendError::uncertain(message).with_source(error))
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The hardware of a VM, and where on its bus everything is, which the guest has to be told.
 
-use std::fmt;
 use std::os::fd::RawFd;
+
+use blockmount::PciAddress;
 
 use crate::GuestKernel;
 
@@ -18,36 +19,20 @@ const FIRST_MEMORY_SLOT: u8 = 0x10;
 /// Where the ports to the guest's programs are.
 const SERIAL: u8 = 0x04;
 
-/// A place on the PCI bus of a VM, as the guest's kernel writes it: `0000:00:08.0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PciAddress {
-    slot: u8,
-    function: u8,
+/// The address at which the guest finds the SCSI controller of a number, from 0 to [`MAX_CONTROLLERS`] - 1.
+pub fn controller_address(number: u8) -> PciAddress {
+    on_root_bus(FIRST_CONTROLLER + number % MAX_CONTROLLERS, 0)
 }
 
-impl PciAddress {
-    /// Where the guest of a VM finds the SCSI controller of a number.
-    pub fn of_controller(number: u8) -> Self {
-        PciAddress {
-            slot: FIRST_CONTROLLER + number % MAX_CONTROLLERS,
-            function: 0,
-        }
-    }
-
-    /// Where the guest of a VM finds the port behind which the device of persistent memory of a number is.
-    pub fn of_memory_port(number: u8) -> Self {
-        let number = number % MAX_MEMORY_PORTS;
-        PciAddress {
-            slot: FIRST_MEMORY_SLOT + number / 8,
-            function: number % 8,
-        }
-    }
+/// The address of the PCI port behind which the guest finds the device of persistent memory of a number, from 0 to
+/// [`MAX_MEMORY_PORTS`] - 1.
+pub fn memory_port_address(number: u8) -> PciAddress {
+    let number = number % MAX_MEMORY_PORTS;
+    on_root_bus(FIRST_MEMORY_SLOT + number / 8, number % 8)
 }
 
-impl fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0000:00:{:02x}.{:x}", self.slot, self.function)
-    }
+fn on_root_bus(device: u8, function: u8) -> PciAddress {
+    PciAddress::new(0, 0, device, function).expect("all of them are below 32 and 8")
 }
 
 /// What a VM has besides a processor: memory, SCSI controllers, ports for persistent memory.
@@ -96,13 +81,14 @@ impl Hardware {
             format!("virtio-serial-pci,id=serial,addr={SERIAL:#x}"),
         );
         for (number, id) in (0..).zip(self.controller_ids()) {
-            let at = PciAddress::of_controller(number);
+            let at = controller_address(number);
             // One queue: the guest has one processor.
             let device = format!("virtio-scsi-pci,id={id},num_queues=1");
-            words.pair("-device", format!("{device},addr={:#x}", at.slot));
+            words.pair("-device", format!("{device},addr={:#x}", at.device()));
         }
         for (number, id) in (0..).zip(self.memory_port_ids()) {
-            let PciAddress { slot, function } = PciAddress::of_memory_port(number);
+            let at = memory_port_address(number);
+            let (slot, function) = (at.device(), at.function());
             let device = format!("pcie-root-port,id={id},chassis={}", number + 1);
             let several = if function == 0 {
                 ",multifunction=on"
@@ -163,22 +149,13 @@ mod tests {
 
     #[test]
     fn everything_has_a_place_of_its_own() {
-        let controllers = (0..MAX_CONTROLLERS).map(PciAddress::of_controller);
-        let places = controllers.chain((0..MAX_MEMORY_PORTS).map(PciAddress::of_memory_port));
-        let mut places: Vec<(u8, u8)> = places.map(|at| (at.slot, at.function)).collect();
+        let controllers = (0..MAX_CONTROLLERS).map(controller_address);
+        let places = controllers.chain((0..MAX_MEMORY_PORTS).map(memory_port_address));
+        let mut places: Vec<(u8, u8)> = places.map(|at| (at.device(), at.function())).collect();
         places.push((SERIAL, 0));
         let distinct: std::collections::BTreeSet<_> = places.iter().collect();
         assert_eq!(distinct.len(), places.len());
         // Slot 0 is the bridge to the processor, and 31 that to the old bus.
         assert!(places.iter().all(|(slot, _)| (1..31).contains(slot)));
-    }
-
-    #[test]
-    fn an_address_is_written_as_the_guest_writes_it() {
-        let at = PciAddress {
-            slot: 0x1a,
-            function: 3,
-        };
-        assert_eq!(at.to_string(), "0000:00:1a.3");
     }
 }

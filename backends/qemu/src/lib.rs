@@ -2,12 +2,12 @@
 //!
 //! ```no_run
 //! use blockmount::{Disk, Manager, MountOptions, MountRequest};
-//! use blockmount_qemu::{GuestImage, GuestKernel, PciAddress, Vm};
+//! use blockmount_qemu::{GuestImage, GuestKernel, Vm, controller_address};
 //! use blockmount_scsi::ScsiTransport;
 //!
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! // A guest whose only program is the agent; tests/setup.sh fetches a kernel for it.
-//! let arguments = format!("--scsi-controller\npci:{}\n", PciAddress::of_controller(0));
+//! let arguments = format!("--scsi-controller\npci:{}\n", controller_address(0));
 //! let image = GuestImage::builder(GuestKernel::find()?)
 //!     .program("/usr/local/bin/blockmount")
 //!     .file("/etc/blockmount/agent.args", arguments)
@@ -93,7 +93,7 @@ pub mod vpmem;
 
 pub use channel::AgentChannel;
 pub use error::VmError;
-pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, PciAddress};
+pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
 pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES};
 pub use kernel::GuestKernel;
 pub use port::GuestStream;

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockmount_linux::uevent::{Heard, Listener};
+use blockmount_linux::uevent::{Event, Listener};
 use rustix::io::Errno;
 use tokio::task::{Id, JoinSet};
 use tracing::{debug, warn};
@@ -53,8 +53,8 @@ pub(super) async fn serve<S: Service>(name: &str, service: S) -> Result<(), Fail
 async fn news(listener: &Listener) -> io::Result<()> {
     loop {
         match listener.next().await? {
-            Heard::Event(event) if event.field("SUBSYSTEM") != Some(OsStr::new(SUBSYSTEM)) => {}
-            Heard::Event(_) | Heard::Rescan => return Ok(()),
+            Event::Uevent(event) if event.field("SUBSYSTEM") != Some(OsStr::new(SUBSYSTEM)) => {}
+            Event::Uevent(_) | Event::Lost => return Ok(()),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use blockmount::Disk;
 use blockmount_bridge::gcs::BridgeGuest;
 use blockmount_qemu::{
-    AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi, QemuVpmem, Vm,
+    AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
 };
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
@@ -194,11 +194,11 @@ fn agent_arguments() -> String {
         arguments.extend(["--root".to_owned(), root.to_owned()]);
     }
     for number in 0..CONTROLLERS {
-        let address = PciAddress::of_controller(number);
+        let address = blockmount_qemu::controller_address(number);
         arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
     }
     for number in 0..MEMORY_PORTS {
-        let address = PciAddress::of_memory_port(number);
+        let address = blockmount_qemu::memory_port_address(number);
         arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
     }
     arguments.join("\n") + "\n"

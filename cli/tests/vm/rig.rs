@@ -9,8 +9,7 @@ use blockmount::{Disk, Manager, MountOptions, MountRequest};
 use blockmount_bridge::gcs::BridgeGuest;
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
-    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, PciAddress, QemuScsi,
-    QemuVpmem, Vm,
+    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
 };
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
@@ -40,11 +39,11 @@ async fn image() -> GuestImage {
             arguments.extend(["--root".to_owned(), root.to_owned()]);
         }
         for number in 0..CONTROLLERS {
-            let address = PciAddress::of_controller(number);
+            let address = blockmount_qemu::controller_address(number);
             arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
         }
         for number in 0..MEMORY_PORTS {
-            let address = PciAddress::of_memory_port(number);
+            let address = blockmount_qemu::memory_port_address(number);
             arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
         }
         let kernel = GuestKernel::find().unwrap();

@@ -10,17 +10,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use blockmount::BackendError;
+use blockmount::{BackendError, blocking};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::errno::{blocking, errno_error};
+use crate::errno::errno_error;
 
 mod disk;
 mod id;
 
 pub use disk::Disk;
-pub use id::{PciAddress, VmbusId};
+pub use id::VmbusId;
 
 /// One page is the longest that an attribute of text can be, in bytes. (Source: Linux,
 /// Documentation/filesystems/sysfs.rst)

@@ -1,4 +1,4 @@
-//! Events of the kernel about devices, and waiting for what they announce.
+//! Kernel uevents, and waiting for a device to appear or to go.
 
 use std::ffi::OsStr;
 use std::io;
@@ -6,41 +6,41 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
-use blockmount::BackendError;
+use blockmount::{BackendError, blocking};
 use nix::sys::socket::{
     AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt,
     socket, sockopt,
 };
 use tokio::io::unix::AsyncFd;
 
-use crate::errno::{blocking, errno_error};
+use crate::errno::errno_error;
 use crate::sys;
 
-mod hub;
+mod dispatcher;
+
+use dispatcher::Subscription;
 
 /// The multicast group of the kernel itself; group 2 is the daemon's repetition.
 const KERNEL_GROUP: u32 = 1;
-/// Room for bursts of hot-plugs, in bytes; what the daemons of distributions use is larger still.
+/// Holds bursts of hot-plugs, in bytes. (systemd-udevd uses 128 MiB.)
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// The kernel builds an event in a buffer of 2,048 bytes (`UEVENT_BUFFER_SIZE`) after the header.
 const LONGEST_EVENT: usize = 8 << 10;
-/// How long a wait relies on events alone at first; it doubles each time. An event that is lost without a
-/// trace (a container's network namespace) must not cost the whole deadline, and many who wait at once
-/// must not keep the machine busy with their looks.
-const SAFETY_LOOK: Duration = Duration::from_secs(1);
+/// After this time without an event a wait probes all the same; the time doubles each time. In a container's
+/// network namespace no event arrives, which must not cost the whole deadline; the doubling keeps many waits at once
+/// from loading the machine.
+const FIRST_POLL: Duration = Duration::from_secs(1);
 
-/// What a [`Listener`] has heard.
+/// What a [`Listener`] received.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Heard {
-    /// The kernel announced something.
-    Event(Uevent),
-    /// Events were lost: whoever relies on them looks at everything again.
-    Rescan,
+pub enum Event {
+    /// A uevent.
+    Uevent(Uevent),
+    /// The kernel dropped events (`ENOBUFS`): look at everything again.
+    Lost,
 }
 
-/// An announcement of the kernel about a device.
-///
-/// All of it is bytes: device names need not be UTF-8.
+/// One kernel uevent. Its text is bytes: device names need not be UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uevent {
     action: Vec<u8>,
@@ -52,7 +52,7 @@ impl Uevent {
     /// Reads `ACTION@DEVPATH` and the `KEY=VALUE` fields after it, each ended by a NUL. Fields
     /// without a `=` are left out; of a repeated key the first counts.
     ///
-    /// Returns nothing for what is no event, such as the messages of a daemon.
+    /// Returns nothing for other messages, such as those of udevd.
     pub fn parse(message: &[u8]) -> Option<Self> {
         let mut parts = message.split(|byte| *byte == 0);
         let (action, devpath) = split_at(parts.next()?, b'@')?;
@@ -104,7 +104,7 @@ fn split_at(bytes: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
     Some((&bytes[..at], &bytes[at + 1..]))
 }
 
-/// Hears every event of the kernel from the moment it is made.
+/// Receives every kernel uevent from the moment it is made.
 #[derive(Debug)]
 pub struct Listener(AsyncFd<OwnedFd>);
 
@@ -120,12 +120,12 @@ impl Listener {
         Ok(Listener(sys::watch(socket)?))
     }
 
-    /// The next thing that is heard. Cancel safe: nothing is lost when the wait is given up.
+    /// The next event. Cancel safe: no event is lost when the future is dropped.
     ///
     /// # Errors
     ///
     /// The system's, if the socket fails.
-    pub async fn next(&self) -> io::Result<Heard> {
+    pub async fn next(&self) -> io::Result<Event> {
         loop {
             let mut ready = self.0.readable().await?;
             let mut event = None;
@@ -135,19 +135,19 @@ impl Listener {
             };
             match ready.try_io(|socket| receive(socket.get_ref(), parse)) {
                 Ok(Ok(false)) | Err(_) => {}
-                Ok(Ok(true)) => return Ok(event.map_or(Heard::Rescan, Heard::Event)),
+                Ok(Ok(true)) => return Ok(event.map_or(Event::Lost, Event::Uevent)),
                 Ok(Err(error)) => return Err(error),
             }
         }
     }
 }
 
-/// A socket that hears every event from now on.
+/// A socket that receives every event from now on.
 fn open() -> io::Result<OwnedFd> {
     let protocol = SockProtocol::NetlinkKObjectUEvent;
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Netlink, SockType::Datagram, flags, protocol)?;
-    // Only root may go beyond the system's limit; without it the buffer is merely smaller.
+    // Only root may exceed `net.core.rmem_max`.
     if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
         setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
     }
@@ -155,63 +155,65 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes one message. True if it is one of the kernel's that `concerns` wants, or if some were lost.
-fn receive(socket: &impl AsFd, concerns: impl FnOnce(&[u8]) -> bool) -> io::Result<bool> {
+/// Receives one message. True if it is from the kernel and `filter` takes it, or if events were lost.
+fn receive(socket: &impl AsFd, filter: impl FnOnce(&[u8]) -> bool) -> io::Result<bool> {
     let mut buffer = [0; LONGEST_EVENT];
     let fd = socket.as_fd().as_raw_fd();
     match recvfrom::<NetlinkAddr>(fd, &mut buffer) {
-        // Any process may send to this socket; only the kernel has no port.
-        Ok((length, Some(sender))) if sender.pid() == 0 => Ok(concerns(&buffer[..length])),
+        // Any process may send to this socket; the kernel has port 0.
+        Ok((length, Some(sender))) if sender.pid() == 0 => Ok(filter(&buffer[..length])),
         Ok(_) => Ok(false),
         Err(nix::Error::ENOBUFS) => Ok(true),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// The path of the device that a message is about, without the work of reading all of it.
+/// The path of the device that a message is about, without parsing the rest.
 fn devpath(message: &[u8]) -> &[u8] {
     let head = message.split(|byte| *byte == 0).next().unwrap_or_default();
     split_at(head, b'@').map_or(b"", |(_, devpath)| devpath)
 }
 
-/// Looks until there is something to see, at each event of the kernel about any device, until the
-/// deadline.
+/// Probes at once, then after each kernel uevent, until `probe` finds something or the deadline passes.
 ///
-/// `look` answers what it was looking for, or nothing yet, or an error that ends the wait. It runs
-/// where it may block, first before any event, and once more at the deadline. Cancel safe as far
-/// as `look` is, which runs to its end. Must be called in a runtime of tokio that has I/O and time.
+/// `probe` answers what it found, nothing yet, or an error that ends the wait. It runs on a blocking thread, and
+/// once more at the deadline. Must be called in a runtime of tokio that has I/O and time.
 ///
 /// # Errors
 ///
-/// That of `look`. When time is up the answer is `None`, and the caller says what was missing.
-pub async fn wait_until<T, F>(deadline: Instant, mut look: F) -> Result<Option<T>, BackendError>
+/// That of `probe`. After the deadline the answer is `None`, and the caller says what was missing.
+///
+/// # Cancel safety
+///
+/// A call that is dropped lets a running `probe` end.
+pub async fn wait_until<T, F>(deadline: Instant, mut probe: F) -> Result<Option<T>, BackendError>
 where
     T: Send + 'static,
     F: FnMut() -> Result<Option<T>, BackendError> + Send + 'static,
 {
-    let look = move || look().map(|found| found.ok_or(()));
-    Ok(wait(deadline, |_| true, look).await?.ok())
+    let probe = move || probe().map(|found| found.ok_or(()));
+    Ok(wait(deadline, |_| true, probe).await?.ok())
 }
 
-/// What one look for a device has found, for [`wait_for`].
+/// What one look at sysfs answers, for [`wait_for`].
 pub type Probe<T> = Result<T, NotReady>;
 
-/// Why a look has found nothing.
+/// Why a [`Probe`] found nothing.
 #[derive(Debug)]
 pub enum NotReady {
-    /// It may appear yet; what is missing.
+    /// The device may still appear; what is missing.
     NotYet(BackendError),
-    /// Looking on makes no sense.
+    /// Waiting makes no sense.
     Failed(BackendError),
 }
 
 impl NotReady {
-    /// It is not there yet; `what` says so as the message of an error does.
+    /// The device may still appear; `what` is the message of the error that says what is missing.
     pub fn not_found(what: impl Into<String>) -> Self {
         NotReady::NotYet(BackendError::not_found(what))
     }
 
-    /// The error, for whoever does not look again.
+    /// The error, for a caller that does not probe again.
     pub fn into_error(self) -> BackendError {
         match self {
             NotReady::NotYet(error) | NotReady::Failed(error) => error,
@@ -219,13 +221,13 @@ impl NotReady {
     }
 }
 
-/// What there is to see at once, for whoever takes what is missing for gone.
+/// What is there now, for a caller to whom a missing device is a device that has gone.
 ///
 /// # Errors
 ///
-/// What has failed.
-pub fn seen<T>(look: Probe<T>) -> Result<Option<T>, BackendError> {
-    match look {
+/// That of [`NotReady::Failed`].
+pub fn present<T>(probe: Probe<T>) -> Result<Option<T>, BackendError> {
+    match probe {
         Ok(found) => Ok(Some(found)),
         Err(NotReady::NotYet(_)) => Ok(None),
         Err(NotReady::Failed(error)) => Err(error),
@@ -238,37 +240,36 @@ impl From<BackendError> for NotReady {
     }
 }
 
-/// As [`wait_until`], for a look that can tell what is missing, which is the error when time is up, and
-/// that is worth it only after some events: `concerns` tells by the path of a device below `/sys`.
+/// As [`wait_until`], for a `probe` that says what is missing, and only after events that pass `filter`, which is
+/// given the path of a device below `/sys`.
 ///
-/// When many devices come at once, and somebody waits for each, the difference is that between a look for
-/// each device and a look for each event and device.
+/// Without a filter, n waits during a burst of n hot-plugs would probe n times each.
 ///
 /// # Errors
 ///
 /// What failed, or what was missing at the deadline.
 pub async fn wait_for<T, C, F>(
     deadline: Instant,
-    concerns: C,
-    mut look: F,
+    filter: C,
+    mut probe: F,
 ) -> Result<T, BackendError>
 where
     T: Send + 'static,
     C: Fn(&[u8]) -> bool + Send + Sync + 'static,
     F: FnMut() -> Probe<T> + Send + 'static,
 {
-    let look = move || match look() {
+    let probe = move || match probe() {
         Ok(found) => Ok(Ok(found)),
         Err(NotReady::NotYet(missing)) => Ok(Err(missing)),
         Err(NotReady::Failed(error)) => Err(error),
     };
-    wait(deadline, concerns, look).await?
+    wait(deadline, filter, probe).await?
 }
 
 async fn wait<T, M, C, F>(
     deadline: Instant,
-    concerns: C,
-    mut look: F,
+    filter: C,
+    mut probe: F,
 ) -> Result<Result<T, M>, BackendError>
 where
     T: Send + 'static,
@@ -276,25 +277,25 @@ where
     C: Fn(&[u8]) -> bool + Send + Sync + 'static,
     F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
 {
-    // Most devices are there already; a socket would cost more than the look.
-    let (found, returned) = blocking(move || Ok((look()?, look))).await?;
-    look = returned;
+    // Most devices are there already; a socket would cost more than the probe.
+    let (found, returned) = blocking(move || Ok((probe()?, probe))).await?;
+    probe = returned;
     if found.is_ok() {
         return Ok(found);
     }
-    let waiting = hub::Waiting::new(Box::new(concerns))
-        .map_err(|error| errno_error("cannot listen for the kernel's events", error))?;
-    let mut pause = SAFETY_LOOK;
+    let events = Subscription::new(Box::new(filter))
+        .map_err(|error| errno_error("cannot subscribe to kernel uevents", error))?;
+    let mut pause = FIRST_POLL;
     loop {
-        // The look after the subscription sees what was announced before it.
-        let (found, returned) = blocking(move || Ok((look()?, look))).await?;
-        look = returned;
+        // The probe after the subscription finds what was announced before it.
+        let (found, returned) = blocking(move || Ok((probe()?, probe))).await?;
+        probe = returned;
         let left = deadline.saturating_duration_since(Instant::now());
         if found.is_ok() || left.is_zero() {
             return Ok(found);
         }
-        let reason = tokio::time::timeout(left.min(pause), waiting.reason());
-        if reason.await.is_err() {
+        let event = tokio::time::timeout(left.min(pause), events.notified());
+        if event.await.is_err() {
             pause *= 2;
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use blockmount::{BackendError, ErrorKind, Expose, MountOptions};
 
 use crate::errno::DAMAGED;
-use crate::filesystem::probe::{Content, Probe};
+use crate::filesystem::probe::{Content, ProbeResult};
 use crate::mount::users;
 
 /// Refuses what this engine does not do, before anything is touched.
@@ -33,7 +33,7 @@ pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendEr
 /// The filesystem to mount, by what is on the device and what was asked for.
 pub(crate) fn choose_filesystem(
     node: &Path,
-    found: &Probe,
+    found: &ProbeResult,
     asked: Option<&str>,
 ) -> Result<String, BackendError> {
     let node = node.display();

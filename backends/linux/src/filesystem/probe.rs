@@ -14,9 +14,9 @@ use std::io::{self, Read, Seek};
 
 use source::Source;
 
-/// What is on a device.
+/// What [`probe`] found on a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Probe {
+pub struct ProbeResult {
     /// The size of the device, in bytes.
     pub device_bytes: u64,
     /// What was found on it.
@@ -102,7 +102,7 @@ impl Superblock {
     }
 }
 
-impl Probe {
+impl ProbeResult {
     /// How many bytes the filesystem needs, if that is more than the device has.
     pub fn truncated(&self) -> Option<u64> {
         match &self.content {
@@ -144,11 +144,11 @@ impl fmt::Display for TableKind {
 /// # Errors
 ///
 /// Those of reading.
-pub fn probe<R: Read + Seek>(device: &mut R) -> io::Result<Probe> {
+pub fn probe<R: Read + Seek>(device: &mut R) -> io::Result<ProbeResult> {
     let mut source = Source::new(device)?;
     let device_bytes = source.size();
     let content = content(&mut source)?;
-    Ok(Probe {
+    Ok(ProbeResult {
         device_bytes,
         content,
     })

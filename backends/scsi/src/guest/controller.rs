@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use blockmount::BackendError;
-use blockmount_linux::sysfs::{self, PciAddress, VmbusId};
+use blockmount::{BackendError, PciAddress};
+use blockmount_linux::sysfs::{self, VmbusId};
 use blockmount_linux::uevent::{NotReady, Probe};
 
 use crate::Lun;

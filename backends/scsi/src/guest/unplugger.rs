@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::{BackendError, DeviceLocator, Unplugger};
-use blockmount_linux::blocking;
+use blockmount::{BackendError, DeviceLocator, Unplugger, blocking};
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{NotReady, Probe, seen, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 
 use super::controller::concerns;
 use super::resolver::{Place, ScsiResolver};
@@ -93,10 +92,10 @@ impl Unplugger for ScsiUnplugger {
 
 /// What there is to unplug, if anything.
 fn doomed(place: &Place) -> Result<Option<UnplugTarget>, BackendError> {
-    let Some(device) = seen(place.device())? else {
+    let Some(device) = present(place.device())? else {
         return Ok(None);
     };
-    let disk = seen(Disk::below(&device))?;
+    let disk = present(Disk::below(&device))?;
     Ok(Some(UnplugTarget { device, disk }))
 }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use blockmount::BackendError;
-use blockmount_linux::sysfs::{self, Disk, PciAddress};
+use blockmount::{BackendError, PciAddress};
+use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe};
 
 /// Persistent memory as hypervisor and guest both know it. The numbers of `/dev/pmemN` are none: they are

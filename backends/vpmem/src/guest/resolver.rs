@@ -8,8 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::{BackendError, BlockDevice, DeviceLocator, Resolver};
-use blockmount_linux::sysfs::PciAddress;
+use blockmount::{BackendError, BlockDevice, DeviceLocator, PciAddress, Resolver};
 use blockmount_linux::uevent::{Probe, wait_for};
 
 use super::pmem::PmemId;

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::{BackendError, DeviceLocator, ErrorKind, Unplugger};
-use blockmount_linux::sysfs::{self, Disk, PciAddress};
-use blockmount_linux::uevent::{NotReady, Probe, seen, wait_for};
-use blockmount_linux::{blocking, mapper};
+use blockmount::{BackendError, DeviceLocator, ErrorKind, PciAddress, Unplugger, blocking};
+use blockmount_linux::mapper;
+use blockmount_linux::sysfs::{self, Disk};
+use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 
 use super::pmem::{PmemId, pci_of};
 use super::resolver::{Place, VpmemResolver};
@@ -110,7 +110,7 @@ impl Unplugger for VpmemUnplugger {
 
 /// What there is to let go of, and the slot that it can be ejected from.
 fn doomed(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), BackendError> {
-    let disk = seen(id.disk(root))?;
+    let disk = present(id.disk(root))?;
     let known = id.pci_device(root)?.map(|(address, _)| address);
     let address = known.or_else(|| pci_of(disk.as_ref()?.directory()));
     let slot = match address {

@@ -4,12 +4,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockmount::{BackendError, ErrorKind};
+use blockmount::{BackendError, ErrorKind, blocking};
 
 use crate::device::{self, DeviceNumber, node_named_in};
 use crate::discover::sysfs::{attribute, bytes, names, text};
 use crate::discover::uevent::{self, NotReady, Probe};
-use crate::errno::blocking;
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
@@ -99,7 +98,7 @@ impl Disk {
     ///
     /// The system's.
     pub fn is_there(&self) -> Result<bool, BackendError> {
-        let now = uevent::seen(Disk::at(&self.directory))?;
+        let now = uevent::present(Disk::at(&self.directory))?;
         let is_it = |now: Disk| now.number == self.number && now.sequence == self.sequence;
         Ok(now.is_some_and(is_it))
     }
