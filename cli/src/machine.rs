@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::{ErrorKind, LayerCombiner, Manager, Mounter, Transport, Unplugger};
-use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
+use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Failure, printable};
@@ -65,11 +65,9 @@ impl Machine {
         tracing::info!(directory = %run.directory().display(), "run started");
         let loops = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
         // The transport knows which devices are its own, also when the kernel gives a number to others.
-        let resolvers = Resolvers::new().with(SCHEME, loops.clone());
-        let unplugger = Arc::new(LoopUnplugger::default());
-        let unplugger = Unpluggers::new(resolvers.clone()).with(SCHEME, unplugger);
         let engine = LinuxGuest::builder()
-            .resolvers(resolvers)
+            .resolver(SCHEME, loops.clone())
+            .unplugger(SCHEME, Arc::new(LoopUnplugger::default()))
             .overlay_mark(run.mark())
             .build();
         let (recorder, helper_recorder) = (Recorder::default(), Recorder::default());
@@ -77,15 +75,15 @@ impl Machine {
             &run.directory().join("helper"),
             [helper_recorder.watch(loops.clone())],
             helper_recorder.watch(engine.clone()),
-            unplugger.clone(),
+            engine.clone(),
         );
         let (guest, manager) = match kind {
             GuestKind::Local => {
                 let manager = build(
                     run.mount_root(),
                     [recorder.watch(loops.clone())],
-                    recorder.watch(engine),
-                    unplugger,
+                    recorder.watch(engine.clone()),
+                    engine,
                 );
                 (Guest::Local(loops), manager)
             }

@@ -4,19 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{BackendError, Resolver};
+use blockmount::{BackendError, Resolver, Unplugger};
 
-use crate::discover::resolvers::Resolvers;
 use crate::errno::{blocking, retry_while_busy};
 use crate::guest::{Inner, LinuxGuest};
 use crate::kernel::Kernel;
+use crate::transports::Transports;
 use crate::undo::journal::Journal;
 use crate::undo::recovery;
 
 /// Configures a [`LinuxGuest`].
 #[derive(Debug, Clone)]
 pub struct LinuxGuestBuilder {
-    pub(crate) resolvers: Resolvers,
+    pub(crate) transports: Transports,
     pub(crate) busy_timeout: Duration,
     pub(crate) device_deadline: Duration,
     pub(crate) allowed: Vec<PathBuf>,
@@ -27,7 +27,7 @@ pub struct LinuxGuestBuilder {
 impl Default for LinuxGuestBuilder {
     fn default() -> Self {
         LinuxGuestBuilder {
-            resolvers: Resolvers::new(),
+            transports: Transports::new(),
             busy_timeout: Duration::from_secs(1),
             device_deadline: Duration::from_secs(10),
             allowed: Vec::new(),
@@ -38,17 +38,24 @@ impl Default for LinuxGuestBuilder {
 }
 
 impl LinuxGuestBuilder {
-    /// Who finds the devices.
+    /// The transports whose devices can be mounted and unplugged.
     #[must_use]
-    pub fn resolvers(mut self, resolvers: Resolvers) -> Self {
-        self.resolvers = resolvers;
+    pub fn transports(mut self, transports: Transports) -> Self {
+        self.transports = transports;
         self
     }
 
-    /// Adds who finds the devices of one transport.
+    /// Adds the resolver of one transport.
     #[must_use]
-    pub fn resolver(mut self, transport: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
-        self.resolvers = self.resolvers.with(transport, resolver);
+    pub fn resolver(mut self, scheme: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
+        self.transports = self.transports.with(scheme, resolver);
+        self
+    }
+
+    /// Adds the unplugger of one transport.
+    #[must_use]
+    pub fn unplugger(mut self, scheme: impl Into<String>, unplugger: Arc<dyn Unplugger>) -> Self {
+        self.transports = self.transports.with_unplugger(scheme, unplugger);
         self
     }
 

@@ -1,6 +1,5 @@
-//! Finds block devices: sysfs, the kernel's events, the resolvers of the transports.
+//! Finds block devices: sysfs, the kernel's events.
 
-pub(crate) mod resolvers;
 pub mod source;
 pub mod sysfs;
 pub mod uevent;

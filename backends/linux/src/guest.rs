@@ -8,7 +8,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Propagation, Resolver,
+    Overlay, Propagation, Resolver, Unplugger,
 };
 
 use crate::builder::LinuxGuestBuilder;
@@ -17,7 +17,6 @@ use crate::device::part;
 use crate::device::partitions::{Added, Partitions};
 use crate::device::windows::{WindowUse, Windows};
 use crate::device::{self, DeviceNumber};
-use crate::discover::resolvers::Resolvers;
 use crate::errno::{blocking, errno_error, retry_while_busy};
 use crate::filesystem::preflight::{choose_filesystem, explained, refuse_unsupported};
 use crate::filesystem::probe::probe;
@@ -26,10 +25,11 @@ use crate::mount::mounting::{self, Request};
 use crate::mount::overlay;
 use crate::mount::places::{PlaceUse, Places};
 use crate::mount::target::Target;
+use crate::transports::Transports;
 use crate::undo::journal::{Intent, Journal, Placed};
 use crate::undo::ledger::{Claim, Devices, Entry, Ledger, Scratches};
 
-/// Mounts block devices in this kernel: the [`Mounter`] and [`LayerCombiner`] of a Linux guest.
+/// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`] and [`Unplugger`] of a Linux guest.
 ///
 /// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
 /// mounted when the last clone is dropped stays mounted. A guest that may be killed and started
@@ -59,9 +59,9 @@ impl LinuxGuest {
         LinuxGuestBuilder::default()
     }
 
-    /// The resolvers that find its devices.
-    pub fn resolvers(&self) -> &Resolvers {
-        &self.0.config.resolvers
+    /// The transports of its devices.
+    pub fn transports(&self) -> &Transports {
+        &self.0.config.transports
     }
 
     /// Whether the files of what is mounted at a target are accessed without a copy in the page cache
@@ -106,6 +106,14 @@ impl LayerCombiner for LinuxGuest {
     }
 }
 
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Unplugger for LinuxGuest {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        self.0.config.transports.unplug(device).await
+    }
+}
+
 impl Inner {
     pub(crate) fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
         Inner {
@@ -131,7 +139,7 @@ impl Inner {
         let early = target.clone();
         // A bad target should not cost a wait for the device.
         blocking(move || early.check_free()).await?;
-        let found = self.config.resolvers.resolve(device).await?;
+        let found = self.config.transports.resolve(device).await?;
         let done = self.clone().mount_found(found, &target, options).await;
         done.map_err(|error| match self.windows.owes(target.path()) {
             false => error,

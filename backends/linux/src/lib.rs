@@ -31,8 +31,8 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | [`LinuxGuest`] | the engine: a `Mounter` and a `LayerCombiner` |
-//! | [`Resolvers`], [`Unpluggers`] | who finds the devices of which transport, and who takes them out |
+//! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner` and an `Unplugger` |
+//! | [`Transports`] | how devices of each transport are found and unplugged |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
 //! | [`sysfs`] | devices by their place: PCI addresses, VMBus channels, disks |
 //! | [`device`] | opening, partitions, proving that nobody uses a device |
@@ -77,12 +77,13 @@ mod guest;
 mod kernel;
 mod mount;
 mod sys;
+mod transports;
 mod undo;
 
 pub use builder::LinuxGuestBuilder;
 pub use device::mapper;
-pub use discover::resolvers::{Resolvers, Unpluggers};
 pub use discover::{source, sysfs, uevent};
 pub use filesystem::probe;
 pub use guest::LinuxGuest;
 pub use mount::mountinfo;
+pub use transports::Transports;

@@ -10,7 +10,7 @@ mod kit;
 use std::fs;
 
 use blockmount::{DeviceLocator, ErrorKind, MountOptions, Mounter, Unplugger};
-use blockmount_linux::{Unpluggers, device};
+use blockmount_linux::device;
 use kit::{Image, KERNELS, Loop, Room, mount, mount_at, on_linux, options, refused, run};
 
 #[tokio::test]
@@ -137,10 +137,9 @@ async fn root_g21_a_device_is_unplugged_only_when_it_is_proven_free() {
     fs::create_dir(room.at("theirs")).unwrap();
     room.settle();
     let guest = on_linux((u32::MAX, 0));
-    let unpluggers = Unpluggers::new(guest.resolvers().clone());
     let unplug = |locator: DeviceLocator| {
-        let unpluggers = unpluggers.clone();
-        async move { unpluggers.unplug(&locator).await }
+        let guest = guest.clone();
+        async move { guest.unplug(&locator).await }
     };
     mount(&guest, &disk, &room.at("mnt"), &[]).await.unwrap();
     let message = refused(unplug(disk.locator()).await, ErrorKind::Busy);

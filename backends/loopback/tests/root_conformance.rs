@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use blockmount::Disk;
 use blockmount::testing::conformance::{self, GuestFixture, Snapshot, TransportFixture};
-use blockmount_linux::{LinuxGuest, Resolvers};
+use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopResolver, LoopTransport, LoopUnplugger, SCHEME};
 use common::{Bench, with_mark};
 
@@ -78,8 +78,9 @@ async fn root_loop_transport_as_a_resolver_keeps_the_laws() {
 async fn root_loop_unplugger_keeps_the_laws() {
     let bench = Bench::new();
     let unplugger = LoopUnplugger::with_timeout(Duration::from_millis(200));
-    let resolvers = Resolvers::new().with(SCHEME, Arc::new(LoopResolver));
-    let mounter = LinuxGuest::builder().resolvers(resolvers).build();
+    let mounter = LinuxGuest::builder()
+        .resolver(SCHEME, Arc::new(LoopResolver))
+        .build();
     let passed = conformance::unplugger(
         &unplugger,
         Some(&mounter),

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
 };
-use blockmount_linux::{LinuxGuest, Resolvers, Unpluggers};
+use blockmount_linux::{LinuxGuest, Transports};
 use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
 use blockmount_vpmem::{DeviceNumber, VpmemResolver, VpmemUnplugger};
 
@@ -24,40 +24,36 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// A guest that mounts, lays over each other, and lets go of devices.
 #[derive(Debug, Clone)]
-pub(super) struct Guest {
-    engine: LinuxGuest,
-    unpluggers: Unpluggers,
-}
+pub(super) struct Guest(LinuxGuest);
 
 impl Guest {
     /// The guest that the command line describes, with what an earlier agent has left to it.
     pub(super) async fn new(args: &AgentArgs) -> Result<Self, Failure> {
-        let (resolvers, unpluggers) = transports(args)?;
         let engine = LinuxGuest::builder()
-            .resolvers(resolvers)
+            .transports(transports(args)?)
             .allow_targets_under(&args.roots)
             .journal(&args.journal)
             .await
             .context(|| format!("cannot use the journal in {}", args.journal.display()))?;
-        Ok(Guest { engine, unpluggers })
+        Ok(Guest(engine))
     }
 }
 
 /// Who finds and lets go of the devices of each transport.
-fn transports(args: &AgentArgs) -> Result<(Resolvers, Unpluggers), Failure> {
+fn transports(args: &AgentArgs) -> Result<Transports, Failure> {
     let vpmem = vpmem(&args.vpmem)?;
-    let mut resolvers = Resolvers::new().with(blockmount_vpmem::SCHEME, Arc::new(vpmem.clone()));
-    let scsi = scsi(&args.scsi_controllers);
-    if let Some(scsi) = &scsi {
-        resolvers = resolvers.with(blockmount_scsi::SCHEME, Arc::new(scsi.clone()));
-    }
-    let vpmem = Arc::new(VpmemUnplugger::new(vpmem));
-    let mut unpluggers = Unpluggers::new(resolvers.clone()).with(blockmount_vpmem::SCHEME, vpmem);
-    if let Some(scsi) = scsi {
-        let scsi = Arc::new(ScsiUnplugger::new(scsi));
-        unpluggers = unpluggers.with(blockmount_scsi::SCHEME, scsi);
-    }
-    Ok((resolvers, unpluggers))
+    let transports = Transports::new()
+        .with(blockmount_vpmem::SCHEME, Arc::new(vpmem.clone()))
+        .with_unplugger(
+            blockmount_vpmem::SCHEME,
+            Arc::new(VpmemUnplugger::new(vpmem)),
+        );
+    Ok(match scsi(&args.scsi_controllers) {
+        None => transports,
+        Some(scsi) => transports
+            .with(blockmount_scsi::SCHEME, Arc::new(scsi.clone()))
+            .with_unplugger(blockmount_scsi::SCHEME, Arc::new(ScsiUnplugger::new(scsi))),
+    })
 }
 
 /// Who finds SCSI disks: nobody where no controller is known.
@@ -98,11 +94,11 @@ impl Mounter for Guest {
         target: &Path,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        self.engine.mount(device, target, options).await
+        self.0.mount(device, target, options).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
-        self.engine.unmount(target).await
+        self.0.unmount(target).await
     }
 }
 
@@ -110,7 +106,7 @@ impl Mounter for Guest {
 #[deny(clippy::missing_trait_methods)]
 impl Unplugger for Guest {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        self.unpluggers.unplug(device).await
+        self.0.unplug(device).await
     }
 }
 
@@ -118,11 +114,11 @@ impl Unplugger for Guest {
 #[deny(clippy::missing_trait_methods)]
 impl LayerCombiner for Guest {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        self.engine.combine(overlay).await
+        self.0.combine(overlay).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        self.engine.separate(target).await
+        self.0.separate(target).await
     }
 }
 
