@@ -28,7 +28,6 @@ const RULE: [(&str, &[&str]); 9] = [
         &[
             "blockmount",
             "blockmount-bridge",
-            "blockmount-linux",
             "blockmount-scsi",
             "blockmount-vpmem",
         ],

@@ -1,127 +1,35 @@
-//! Starting QEMU once, and waiting until its guest is up.
+//! Starting virtual machines: what they boot, their hardware, their processes, and the streams into their guests.
+//!
+//! | file | concern |
+//! |---|---|
+//! | `kernel.rs`, `modules.rs`, `program.rs`, `cpio.rs`, `image.rs` | what a guest boots |
+//! | `hardware.rs` | what a VM has, and where the guest finds it |
+//! | `builder.rs`, `saved.rs` | which start it is: by booting, or from a saved state; KVM where it works |
+//! | `boot.rs` | one start, until the guest is up |
+//! | `process.rs`, `spawn.rs` | the process |
+//! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the streams into its guest |
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+mod boot;
+mod builder;
+mod channel;
+mod cpio;
+mod error;
+mod hardware;
+mod image;
+mod kernel;
+mod modules;
+mod port;
+mod process;
+mod program;
+mod saved;
+mod spawn;
+mod vm;
 
-use tempfile::TempDir;
-use tokio::net::UnixStream;
-use tokio::time::timeout;
-
-use crate::port::Ports;
-use crate::process::Process;
-use crate::qmp::NONE;
-use crate::vm::Inner;
-use crate::{QemuScsi, Qmp, Vm, VmBuilder, VmError, hardware};
-
-/// How long a QEMU whose monitor has ended may take to end as well, and say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-impl VmBuilder {
-    /// Starts QEMU, from a state if there is one, and waits until the guest's program opens a port.
-    pub(crate) async fn launch(
-        &self,
-        accelerator: &str,
-        state: Option<File>,
-        timeout: Duration,
-    ) -> Result<Vm, VmError> {
-        let directory = self.make_directory().map_err(cannot)?;
-        let initramfs = directory.path().join("initramfs");
-        let written = tokio::fs::write(&initramfs, self.image.initramfs()).await;
-        written.map_err(cannot)?;
-        let vm = self.run(accelerator, state, directory, &initramfs).await?;
-        // Nobody else stops it before it is up.
-        let mut stops = vm.qmp().events("STOP");
-        let stopped = async {
-            while stops.next(timeout).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        let up = tokio::select! {
-            up = self.come_up(&vm, timeout) => up,
-            how = vm.ended() => Err(VmError::new(format!("QEMU has ended: {how}"))),
-            () = stopped => Err(VmError::new("the processor has stopped on an error")),
-        };
-        // A guest that is up has read all of it, and one from a state never does.
-        let _ = tokio::fs::remove_file(&initramfs).await;
-        if let Err(error) = up {
-            vm.kill();
-            vm.ended().await;
-            return Err(vm.explain(VmError::new("the guest does not come up").because(error)));
-        }
-        Ok(vm)
-    }
-
-    fn make_directory(&self) -> io::Result<TempDir> {
-        let mut directory = tempfile::Builder::new();
-        directory.prefix("vm-");
-        match &self.directory {
-            Some(parent) => directory.tempdir_in(parent),
-            None => directory.tempdir(),
-        }
-    }
-
-    /// Starts the process, and connects to its monitor.
-    async fn run(
-        &self,
-        accelerator: &str,
-        state: Option<File>,
-        directory: TempDir,
-        initramfs: &Path,
-    ) -> Result<Vm, VmError> {
-        let (ours, theirs) = StdUnixStream::pair().map_err(cannot)?;
-        let mut words = self.hardware.arguments(accelerator);
-        words.extend(hardware::streams(theirs.as_raw_fd()));
-        let initramfs = initramfs.to_string_lossy();
-        words.extend(hardware::boot(self.image.kernel(), &initramfs));
-        let mut inherited = vec![OwnedFd::from(theirs)];
-        if let Some(state) = state {
-            words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
-            inherited.push(state.into());
-        }
-        let mut command = Command::new(&self.qemu);
-        command.args(words);
-        let started = Process::start(command, inherited).await;
-        let process = started.map_err(|error| self.no_qemu(error))?;
-
-        ours.set_nonblocking(true).map_err(cannot)?;
-        let monitor = UnixStream::from_std(ours).map_err(cannot)?;
-        let qmp = match Qmp::connect(monitor).await {
-            Ok(qmp) => qmp,
-            // That the monitor has ended says less than why QEMU has.
-            Err(error) => {
-                let _ = timeout(LAST_WORDS, process.ended()).await;
-                return Err(process.explain(cannot(error)));
-            }
-        };
-        let scsi = QemuScsi::new(qmp.clone(), self.hardware.controller_ids());
-        Ok(Vm::of(Inner {
-            scsi: scsi.map_err(cannot)?,
-            process,
-            ports: Ports::new(qmp.clone(), directory.path()),
-            qmp,
-            hardware: self.hardware.clone(),
-            directory,
-        }))
-    }
-
-    /// Waits until the guest's program opens a port.
-    async fn come_up(&self, vm: &Vm, timeout: Duration) -> Result<(), VmError> {
-        let what = |error| VmError::new("cannot tell whether the VM runs").because(error);
-        let mut resumed = vm.qmp().events("RESUME");
-        let status = vm.qmp().execute("query-status", NONE).await;
-        // What is plugged while a state is being read would not be part of it, and QEMU would refuse the state.
-        if status.map_err(what)?["running"] != true {
-            resumed.next(timeout).await.map_err(what)?;
-        }
-        vm.connect(&self.agent, timeout).await.map(drop)
-    }
-}
-
-fn cannot(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
-    VmError::new("cannot start a VM").because(error)
-}
+pub use builder::{Accelerator, VmBuilder};
+pub use channel::AgentChannel;
+pub use error::VmError;
+pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
+pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES};
+pub use kernel::GuestKernel;
+pub use port::GuestStream;
+pub use vm::Vm;

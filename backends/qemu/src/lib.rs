@@ -1,12 +1,13 @@
 //! QEMU as hypervisor for blockmount: starts virtual machines and plugs disks into them.
 //!
-//! ```no_run
+#![cfg_attr(feature = "launch", doc = "```no_run")]
+#![cfg_attr(not(feature = "launch"), doc = "```ignore")]
 //! use blockmount::{Disk, Manager, MountOptions, MountRequest};
 //! use blockmount_qemu::{GuestImage, GuestKernel, Vm, controller_address};
 //! use blockmount_scsi::ScsiTransport;
 //!
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! // A guest whose only program is the agent; tests/setup.sh fetches a kernel for it.
+//! // A guest whose only program is the agent.
 //! let arguments = format!("--scsi-controller\npci:{}\n", controller_address(0));
 //! let image = GuestImage::builder(GuestKernel::find()?)
 //!     .program("/usr/local/bin/blockmount")
@@ -57,48 +58,32 @@
 //!
 //! # Errors
 //!
-//! [`VmError`] for the VM as a whole: its message has the last words of QEMU and of the guest's console where they tell
+//! `VmError` for the VM as a whole: its message has the last words of QEMU and of the guest's console where they tell
 //! why. [`QmpError`] for the monitor. The attachers answer by kind, as their contracts say.
 //!
 //! | file | concern |
 //! |---|---|
-//! | `kernel.rs`, `modules.rs`, `program.rs`, `cpio.rs`, `image.rs` | what a guest boots |
-//! | `hardware.rs` | what a VM has, and where the guest finds it |
-//! | `start.rs`, `saved.rs` | which start it is: by booting, or from a saved state; KVM where it works |
-//! | `launch.rs` | one start, until the guest is up |
-//! | `process.rs`, `spawn.rs` | the process |
-//! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the ways into its guest |
 //! | `qmp.rs`, `qmp/` | the monitor's protocol |
 //! | `scsi.rs`, `scsi/` | SCSI disks |
 //! | `vpmem.rs`, `vpmem/` | persistent memory |
+//! | `source.rs` | the file behind a disk |
+//! | `launch.rs`, `launch/` | starting VMs: the feature `launch`, which is on by default |
+//!
+//! Without the feature there are the monitor and the attachers, for a QEMU that another program starts.
 
-mod channel;
-mod cpio;
-mod error;
-mod hardware;
-mod image;
-mod kernel;
+#[cfg(feature = "launch")]
 mod launch;
-mod modules;
-mod port;
-mod process;
-mod program;
 pub mod qmp;
-mod saved;
 pub mod scsi;
-mod spawn;
-mod start;
-mod vm;
+mod source;
 pub mod vpmem;
 
-pub use channel::AgentChannel;
-pub use error::VmError;
-pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
-pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES};
-pub use kernel::GuestKernel;
-pub use port::GuestStream;
+#[cfg(feature = "launch")]
+pub use launch::{
+    Accelerator, AgentChannel, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
+    MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, Vm, VmBuilder, VmError,
+    controller_address, memory_port_address,
+};
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;
-pub use start::{Accelerator, VmBuilder};
-pub use vm::Vm;
 pub use vpmem::QemuVpmem;

@@ -6,13 +6,12 @@ mod qcow2;
 
 use async_trait::async_trait;
 use blockmount::{BackendError, Disk, DiskId};
-use blockmount_linux::source;
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 use tokio::time::timeout;
 
 use crate::qmp::Qmp;
+use crate::source;
 use image::Image;
-pub(crate) use image::absolute;
 use plug::Plug;
 
 /// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
@@ -142,7 +141,7 @@ impl QemuScsi {
     /// It changes nothing.
     pub async fn left(&self) -> Result<Vec<String>, BackendError> {
         let tried = "cannot list the disks of the VM";
-        let failed = |error: crate::QmpError| error.while_trying(tried);
+        let failed = |error: crate::qmp::QmpError| error.while_trying(tried);
         let devices = plug::devices(&self.qmp).await.map_err(failed)?;
         let nodes = plug::nodes(&self.qmp).await.map_err(failed)?;
         let devices = devices.into_iter().map(|device| ("device", device.name));

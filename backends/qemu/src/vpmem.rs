@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
-use blockmount_linux::source;
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress};
 use serde_json::json;
 use tokio::task::spawn_blocking;
@@ -22,6 +21,7 @@ use tracing::warn;
 
 use crate::qmp::Qmp;
 use crate::scsi::is_id;
+use crate::source;
 use backing::{Image, Private, Wanted};
 use plug::Plug;
 

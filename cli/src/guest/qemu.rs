@@ -54,7 +54,9 @@ impl QemuGuest {
     /// Starts a VM with its files in a directory.
     pub(crate) async fn start(directory: &Path, kind: TransportKind) -> Result<Self, Failure> {
         let what = || "cannot start a virtual machine".to_owned();
-        let kernel = GuestKernel::find().context(what)?;
+        let advice = "tests/setup.sh of the source fetches a kernel for guests";
+        let kernel = GuestKernel::find().context(what);
+        let kernel = kernel.map_err(|failure| failure.advise(advice))?;
         let image = GuestImage::builder(kernel)
             .file(agent::init::ARGUMENTS, agent_arguments())
             .build();

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use blockmount::{BackendError, Disk, DiskId};
-use blockmount_linux::source::{self, Source};
 use serde_json::{Value, json};
 
 use super::qcow2;
+use crate::source::{self, Source, absolute};
 
 /// A disk that was looked at and can be given to QEMU.
 #[derive(Debug)]
@@ -30,7 +30,6 @@ impl Image {
     /// Opens the disk as QEMU will, and reads what its format says. Blocks.
     pub(super) fn inspect(disk: &Disk, id: &DiskId, backing: bool) -> Result<Self, BackendError> {
         let source = source::open(disk, id)?;
-        let is_device = source.device_number != 0;
         let format = format(disk.source());
         match format {
             Format::Qcow2 => accept_qcow2(disk, &source, backing)?,
@@ -39,7 +38,7 @@ impl Image {
         Ok(Image {
             path: absolute(disk.source())?,
             format,
-            is_device,
+            is_device: source.is_device,
             read_only: disk.is_read_only(),
             backing,
         })
@@ -105,19 +104,6 @@ fn accept_qcow2(disk: &Disk, source: &Source, backing: bool) -> Result<(), Backe
         )));
     }
     Ok(())
-}
-
-pub(crate) fn absolute(path: &Path) -> Result<String, BackendError> {
-    let absolute = std::path::absolute(path).map_err(|error| {
-        BackendError::other(format!("cannot find out where {} is", path.display()))
-            .with_source(error)
-    })?;
-    absolute.into_os_string().into_string().map_err(|path| {
-        let path = path.display();
-        BackendError::invalid(format!(
-            "{path} cannot be given to QEMU, whose file names are UTF-8; rename it"
-        ))
-    })
 }
 
 #[cfg(test)]

@@ -2,20 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
-use blockmount_linux::source;
 use blockmount_vpmem::ByteRange;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
-use tempfile::NamedTempFile;
+use tracing::warn;
 
 use super::ALIGNMENT;
-use crate::scsi::absolute;
+use crate::source::{self, absolute};
 
 /// How much is copied before anybody looks whether it is still wanted, in bytes.
 const CHUNK: u64 = 8 << 20;
@@ -118,18 +117,29 @@ fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
 pub(super) struct Private {
     file: File,
     /// Until QEMU has opened it.
-    named: Option<tempfile::TempPath>,
+    name: Option<Name>,
+}
+
+/// The name of a file, which is removed with this.
+#[derive(Debug)]
+struct Name(PathBuf);
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            warn!(%error, path = %self.0.display(), "a file of ours is not removed");
+        }
+    }
 }
 
 impl Private {
     /// Blocks.
     pub(super) fn make(directory: &Path, size: u64) -> Result<Self, BackendError> {
-        let make = || {
-            let named = NamedTempFile::with_prefix_in("vpmem-", directory)?;
-            named.as_file().set_len(size)?;
-            Ok(named.into_parts())
-        };
-        let (file, named) = make().map_err(|error: io::Error| {
+        let made = create_new(directory).and_then(|(file, name)| {
+            file.set_len(size)?;
+            Ok((file, name))
+        });
+        let (file, name) = made.map_err(|error| {
             BackendError::other(format!(
                 "cannot make a file of {size} bytes in {}",
                 directory.display()
@@ -138,21 +148,38 @@ impl Private {
         })?;
         Ok(Private {
             file,
-            named: Some(named),
+            name: Some(name),
         })
     }
 
     /// Empty once the name is forgotten.
     pub(super) fn path(&self) -> &Path {
-        self.named.as_deref().unwrap_or(Path::new(""))
+        self.name.as_ref().map_or(Path::new(""), |name| &name.0)
     }
 
     pub(super) fn forget_name(&mut self) {
-        self.named = None;
+        self.name = None;
     }
 
     pub(super) fn file(&self) -> io::Result<File> {
         self.file.try_clone()
+    }
+}
+
+/// Makes a file that only its owner may open, under a name that no other file has.
+fn create_new(directory: &Path) -> io::Result<(File, Name)> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = directory.join(format!("vpmem-{}-{number}", std::process::id()));
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        match options.open(&path) {
+            Ok(file) => return Ok((file, Name(path))),
+            // A process with this number was killed before.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

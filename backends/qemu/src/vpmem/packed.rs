@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
 use super::{Held, QemuVpmem, nothing_done, used_otherwise};
-use crate::scsi::absolute;
+use crate::source::absolute;
 
 impl QemuVpmem {
     pub(super) async fn map_range(

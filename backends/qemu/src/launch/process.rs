@@ -13,27 +13,27 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
-use crate::VmError;
-use crate::spawn::spawn;
+use super::error::VmError;
+use super::spawn::spawn;
 
 /// How much of what is printed is kept, in bytes: enough for the last words of a kernel.
 const KEPT: usize = 16 << 10;
 
 /// A process. Dropping it kills it; the kernel does so if we are killed.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(super) struct Process {
     pidfd: OwnedFd,
     /// How it ended, once it has.
     ended: watch::Receiver<Option<String>>,
     /// The standard output, where the guest's console is.
-    pub(crate) console: Tail,
+    pub(super) console: Tail,
     /// The standard error, where QEMU says what it does not like.
-    pub(crate) complaints: Tail,
+    pub(super) complaints: Tail,
 }
 
 impl Process {
     /// Starts a process that inherits descriptors. Its standard input is empty.
-    pub(crate) async fn start(mut command: Command, inherited: Vec<OwnedFd>) -> io::Result<Self> {
+    pub(super) async fn start(mut command: Command, inherited: Vec<OwnedFd>) -> io::Result<Self> {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -74,7 +74,7 @@ impl Process {
     }
 
     /// Waits until it has ended, and says how. Cancel safe.
-    pub(crate) async fn ended(&self) -> String {
+    pub(super) async fn ended(&self) -> String {
         let mut ended = self.ended.clone();
         let lost = || "nobody knows how".to_owned();
         match ended.wait_for(Option::is_some).await {
@@ -84,12 +84,12 @@ impl Process {
     }
 
     /// Whether it runs still.
-    pub(crate) fn is_running(&self) -> bool {
+    pub(super) fn is_running(&self) -> bool {
         self.ended.borrow().is_none()
     }
 
     /// Adds to an error what QEMU and the guest have said last.
-    pub(crate) fn explain(&self, error: VmError) -> VmError {
+    pub(super) fn explain(&self, error: VmError) -> VmError {
         let said = [
             ("QEMU says", &self.complaints),
             ("the guest printed last", &self.console),
@@ -104,7 +104,7 @@ impl Process {
     }
 
     /// Kills it, if it has not ended by itself.
-    pub(crate) fn kill(&self) {
+    pub(super) fn kill(&self) {
         // The descriptor means this process and no other that gets its number.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
@@ -118,7 +118,7 @@ impl Drop for Process {
 
 /// The end of what a process prints; the rest is forgotten. Clones share it.
 #[derive(Clone, Default)]
-pub(crate) struct Tail(Arc<Mutex<VecDeque<u8>>>);
+pub(super) struct Tail(Arc<Mutex<VecDeque<u8>>>);
 
 impl Tail {
     /// Reads a pipe until its end, in a task.
@@ -150,7 +150,7 @@ impl Tail {
     }
 
     /// All that is kept, without control characters but the line feed: a guest writes what it likes.
-    pub(crate) fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let bytes: Vec<u8> = self.bytes().iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
         text.chars()
@@ -160,7 +160,7 @@ impl Tail {
 
     /// The last lines, on one line; of a kernel that has panicked, the line that says why, which long lists of
     /// numbers follow.
-    pub(crate) fn last_words(&self) -> String {
+    pub(super) fn last_words(&self) -> String {
         const LINES: usize = 4;
         let text = self.text();
         let lines = text.lines().filter(|line| !line.trim().is_empty());

@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 
 use blockmount::PciAddress;
 
-use crate::GuestKernel;
+use super::kernel::GuestKernel;
 
 /// How many SCSI controllers fit on the bus here.
 pub const MAX_CONTROLLERS: u8 = 8;
@@ -37,27 +37,27 @@ fn on_root_bus(device: u8, function: u8) -> PciAddress {
 
 /// What a VM has besides a processor: memory, SCSI controllers, ports for persistent memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Hardware {
-    pub(crate) memory: u32,
-    pub(crate) controllers: u8,
-    pub(crate) memory_ports: u8,
+pub(super) struct Hardware {
+    pub(super) memory: u32,
+    pub(super) controllers: u8,
+    pub(super) memory_ports: u8,
     /// The room for persistent memory, in MiB.
-    pub(crate) memory_room: u64,
+    pub(super) memory_room: u64,
 }
 
 impl Hardware {
     /// What QEMU calls the SCSI controllers.
-    pub(crate) fn controller_ids(&self) -> impl Iterator<Item = String> {
+    pub(super) fn controller_ids(&self) -> impl Iterator<Item = String> {
         (0..self.controllers).map(|number| format!("scsi{number}"))
     }
 
     /// What QEMU calls the ports for persistent memory.
-    pub(crate) fn memory_port_ids(&self) -> impl Iterator<Item = String> {
+    pub(super) fn memory_port_ids(&self) -> impl Iterator<Item = String> {
         (0..self.memory_ports).map(|number| format!("pmem{number}"))
     }
 
     /// The words of QEMU's command line, without those about files and descriptors.
-    pub(crate) fn arguments(&self, accelerator: &str) -> Vec<String> {
+    pub(super) fn arguments(&self, accelerator: &str) -> Vec<String> {
         let mut words = Words::default();
         words.flags("-nodefaults -no-user-config -no-reboot -display none");
         words.pair(
@@ -106,26 +106,26 @@ impl Hardware {
 
 /// The words of a command line in the making.
 #[derive(Debug, Default)]
-pub(crate) struct Words(pub(crate) Vec<String>);
+pub(super) struct Words(pub(super) Vec<String>);
 
 impl Words {
-    pub(crate) fn flags(&mut self, flags: &str) {
+    pub(super) fn flags(&mut self, flags: &str) {
         self.0.extend(flags.split(' ').map(str::to_owned));
     }
 
-    pub(crate) fn pair(&mut self, option: &str, value: impl Into<String>) {
+    pub(super) fn pair(&mut self, option: &str, value: impl Into<String>) {
         self.0.extend([option.to_owned(), value.into()]);
     }
 }
 
 /// What the guest's kernel is told. Nothing here changes what it does, only how long it takes to get there under
 /// emulation; but for `panic`, which ends a VM whose kernel has died.
-pub(crate) const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
+pub(super) const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
     mitigations=off random.trust_cpu=on cryptomgr.notests nowatchdog";
 
 /// The words about the monitor and the console: the monitor is an inherited descriptor, the console is what
 /// QEMU prints.
-pub(crate) fn streams(monitor: RawFd) -> Vec<String> {
+pub(super) fn streams(monitor: RawFd) -> Vec<String> {
     let mut words = Words::default();
     words.pair("-chardev", format!("socket,id=monitor,fd={monitor}"));
     words.pair("-mon", "chardev=monitor,mode=control");
@@ -135,7 +135,7 @@ pub(crate) fn streams(monitor: RawFd) -> Vec<String> {
 }
 
 /// The words about what the guest boots.
-pub(crate) fn boot(kernel: &GuestKernel, initramfs: &str) -> Vec<String> {
+pub(super) fn boot(kernel: &GuestKernel, initramfs: &str) -> Vec<String> {
     let mut words = Words::default();
     words.pair("-kernel", kernel.image().to_string_lossy());
     words.pair("-initrd", initramfs);

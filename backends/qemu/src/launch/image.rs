@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::cpio::Archive;
-use crate::modules::Modules;
-use crate::program::{self, Program};
-use crate::{GuestKernel, VmError};
+use super::cpio::Archive;
+use super::error::VmError;
+use super::kernel::GuestKernel;
+use super::modules::Modules;
+use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
 pub const MODULES: [&str; 14] = [
@@ -70,12 +71,12 @@ impl GuestImage {
         &self.0.kernel
     }
 
-    pub(crate) fn initramfs(&self) -> &[u8] {
+    pub(super) fn initramfs(&self) -> &[u8] {
         &self.0.initramfs
     }
 
     /// The same for the same kernel and the same files: SHA-256, in hexadecimal.
-    pub(crate) fn digest(&self) -> &str {
+    pub(super) fn digest(&self) -> &str {
         &self.0.digest
     }
 }
@@ -172,7 +173,7 @@ fn pack(
     Ok(archive.finish())
 }
 
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+pub(super) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::VmError;
+use super::error::VmError;
 
 /// A kernel and its modules, as files of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,8 +12,8 @@ pub struct GuestKernel {
 }
 
 impl GuestKernel {
-    /// Where [`find`](Self::find) looks: what `tests/setup.sh` puts there is a kernel with all modules that a guest
-    /// needs, and nothing to do with the one that this machine runs.
+    /// Where [`find`](Self::find) looks for `vmlinuz` and the directory `modules`: a kernel for guests, which has
+    /// nothing to do with the one that this machine runs.
     pub const DIRECTORY: &str = "/var/lib/blockmount/kernel";
 
     /// A kernel image (`bzImage` or an uncompressed `vmlinux`) and the directory of its modules. The modules may
@@ -29,14 +29,14 @@ impl GuestKernel {
     ///
     /// # Errors
     ///
-    /// If there is none; the error says how to get one.
+    /// If there is none; the error says what is missing.
     pub fn find() -> Result<Self, VmError> {
         let directory = Path::new(Self::DIRECTORY);
         let kernel = Self::new(directory.join("vmlinuz"), directory.join("modules"));
         match kernel.image.is_file() && kernel.modules.is_dir() {
             true => Ok(kernel),
             false => Err(VmError::new(format!(
-                "there is no kernel for a guest in {}; run tests/setup.sh, which fetches one",
+                "there is no kernel for a guest in {}: it needs a file vmlinuz and a directory modules there",
                 directory.display()
             ))),
         }

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 /// Starts a process that has the descriptors, under their numbers here, and that the kernel kills when the
 /// **thread** that calls this ends.
-pub(crate) fn spawn(command: &mut Command, inherited: Vec<OwnedFd>) -> io::Result<Child> {
+pub(super) fn spawn(command: &mut Command, inherited: Vec<OwnedFd>) -> io::Result<Child> {
     let parent = rustix::process::getpid();
     let prepare = move || prepare(parent, inherited.iter().map(AsFd::as_fd));
     // SAFETY: between fork and exec only system calls are made, on descriptors and numbers that were there

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 /// An archive in the making. The same calls give the same bytes: there are no times and no owners in it.
 #[derive(Debug, Default)]
-pub(crate) struct Archive {
+pub(super) struct Archive {
     bytes: Vec<u8>,
     files: u32,
     directories: BTreeSet<String>,
@@ -17,7 +17,7 @@ pub(crate) struct Archive {
 /// An archive cannot hold it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{path:?} cannot be in an archive: {reason}")]
-pub(crate) struct Unfit {
+pub(super) struct Unfit {
     path: String,
     reason: &'static str,
 }
@@ -32,7 +32,7 @@ impl Archive {
     /// # Errors
     ///
     /// [`Unfit`] if the path is not absolute and plain, or the content is 4 GiB or longer.
-    pub(crate) fn file(&mut self, path: &str, content: &[u8], program: bool) -> Result<(), Unfit> {
+    pub(super) fn file(&mut self, path: &str, content: &[u8], program: bool) -> Result<(), Unfit> {
         let name = plain(path)?;
         for (end, _) in name.match_indices('/') {
             self.directory_named(&name[..end]);
@@ -50,7 +50,7 @@ impl Archive {
     /// # Errors
     ///
     /// [`Unfit`] if the path is not absolute and plain.
-    pub(crate) fn directory(&mut self, path: &str) -> Result<(), Unfit> {
+    pub(super) fn directory(&mut self, path: &str) -> Result<(), Unfit> {
         let name = plain(path)?;
         for (end, _) in name.match_indices('/') {
             self.directory_named(&name[..end]);
@@ -60,7 +60,7 @@ impl Archive {
     }
 
     /// The bytes of the whole archive.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    pub(super) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, 0, &[]);
         self.bytes
     }

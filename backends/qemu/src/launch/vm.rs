@@ -10,10 +10,13 @@ use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use crate::hardware::Hardware;
-use crate::port::Ports;
-use crate::process::Process;
-use crate::{GuestStream, QemuScsi, QemuVpmem, Qmp, VmBuilder, VmError};
+use super::error::VmError;
+use super::hardware::Hardware;
+use super::port::{GuestStream, Ports};
+use super::process::Process;
+use crate::qmp::Qmp;
+use crate::scsi::QemuScsi;
+use crate::vpmem::QemuVpmem;
 
 /// How long QEMU may take to end when it is asked to; then it is killed.
 const ENDING: Duration = Duration::from_secs(5);
@@ -28,22 +31,17 @@ const ENDING: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Vm(Arc<Inner>);
 
-pub(crate) struct Inner {
-    pub(crate) process: Process,
-    pub(crate) qmp: Qmp,
-    pub(crate) scsi: QemuScsi,
-    pub(crate) ports: Ports,
-    pub(crate) hardware: Hardware,
-    pub(crate) directory: TempDir,
+pub(super) struct Inner {
+    pub(super) process: Process,
+    pub(super) qmp: Qmp,
+    pub(super) scsi: QemuScsi,
+    pub(super) ports: Ports,
+    pub(super) hardware: Hardware,
+    pub(super) directory: TempDir,
 }
 
 impl Vm {
-    /// Configures a VM that boots an image.
-    pub fn builder(image: crate::GuestImage) -> VmBuilder {
-        VmBuilder::new(image)
-    }
-
-    pub(crate) fn of(inner: Inner) -> Self {
+    pub(super) fn of(inner: Inner) -> Self {
         Vm(Arc::new(inner))
     }
 
@@ -129,18 +127,18 @@ impl Vm {
     }
 
     /// Adds what QEMU and the guest said last to an error, if the VM has ended.
-    pub(crate) fn with_last_words(&self, error: VmError) -> VmError {
+    pub(super) fn with_last_words(&self, error: VmError) -> VmError {
         match self.is_running() {
             true => error,
             false => self.explain(error),
         }
     }
 
-    pub(crate) fn ports(&self) -> &Ports {
+    pub(super) fn ports(&self) -> &Ports {
         &self.0.ports
     }
 
-    pub(crate) fn explain(&self, error: VmError) -> VmError {
+    pub(super) fn explain(&self, error: VmError) -> VmError {
         self.0.process.explain(error)
     }
 }

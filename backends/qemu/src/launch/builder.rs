@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use crate::hardware::{Hardware, KERNEL_LINE, MAX_CONTROLLERS, MAX_MEMORY_PORTS};
-use crate::image::hexadecimal;
-use crate::saved::States;
-use crate::{GuestImage, Vm, VmError};
+use super::error::VmError;
+use super::hardware::{Hardware, KERNEL_LINE, MAX_CONTROLLERS, MAX_MEMORY_PORTS};
+use super::image::{GuestImage, hexadecimal};
+use super::saved::States;
+use super::vm::Vm;
 
 /// How long a hypervisor in hardware may take until the guest answers; it takes a second where it works.
 const KVM_PATIENCE: Duration = Duration::from_secs(15);
@@ -41,18 +42,25 @@ pub enum Accelerator {
 /// Configures a [`Vm`].
 #[derive(Debug, Clone)]
 pub struct VmBuilder {
-    pub(crate) image: GuestImage,
-    pub(crate) qemu: PathBuf,
+    pub(super) image: GuestImage,
+    pub(super) qemu: PathBuf,
     accelerator: Accelerator,
-    pub(crate) hardware: Hardware,
-    pub(crate) directory: Option<PathBuf>,
+    pub(super) hardware: Hardware,
+    pub(super) directory: Option<PathBuf>,
     states: Option<States>,
-    pub(crate) agent: String,
+    pub(super) agent: String,
     timeout: Duration,
 }
 
+impl Vm {
+    /// Configures a VM that boots an image.
+    pub fn builder(image: GuestImage) -> VmBuilder {
+        VmBuilder::new(image)
+    }
+}
+
 impl VmBuilder {
-    pub(crate) fn new(image: GuestImage) -> Self {
+    fn new(image: GuestImage) -> Self {
         VmBuilder {
             image,
             qemu: "qemu-system-x86_64".into(),
@@ -236,15 +244,12 @@ impl VmBuilder {
         Ok(hexadecimal(&digest.finalize()))
     }
 
-    pub(crate) fn no_qemu(
+    pub(super) fn no_qemu(
         &self,
         error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> VmError {
         let name = self.qemu.display();
-        VmError::new(format!(
-            "cannot run {name}; it is in the package qemu-system-x86, which tests/setup.sh installs"
-        ))
-        .because(error)
+        VmError::new(format!("cannot run {name}; is QEMU for x86-64 installed?")).because(error)
     }
 
     /// Boots a guest and saves its state, unless another process has just done so.

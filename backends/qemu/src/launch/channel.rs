@@ -10,8 +10,9 @@ use blockmount_bridge::gcs::messages::{Capabilities, ModificationRequest};
 use blockmount_bridge::gcs::{BridgeGuest, GuestChannel, GuestConnection};
 use tokio::sync::Mutex;
 
+use super::error::VmError;
+use super::vm::Vm;
 use crate::qmp::NONE;
-use crate::{Vm, VmError};
 
 /// How long an agent may take to open a port: one that was killed has to be started again first.
 const OPENING: Duration = Duration::from_secs(10);

@@ -13,24 +13,24 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::VmError;
+use super::error::VmError;
 
 /// How long a state that nobody has used is kept.
 const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// A directory of saved states.
 #[derive(Debug, Clone)]
-pub(crate) struct States(PathBuf);
+pub(super) struct States(PathBuf);
 
 /// The right to make states in a directory, which one process has at a time: the others wait for the state instead
 /// of booting the same guest beside it.
 #[derive(Debug)]
-pub(crate) struct Making {
+pub(super) struct Making {
     _lock: File,
 }
 
 impl States {
-    pub(crate) fn in_directory(directory: &Path) -> Self {
+    pub(super) fn in_directory(directory: &Path) -> Self {
         States(directory.to_owned())
     }
 
@@ -57,12 +57,12 @@ impl States {
     }
 
     /// Where the state of a key is, or will be.
-    pub(crate) fn path(&self, key: &str) -> PathBuf {
+    pub(super) fn path(&self, key: &str) -> PathBuf {
         self.0.join(format!("{key}.state"))
     }
 
     /// Opens the state of a key, if there is one. Blocks.
-    pub(crate) fn open(&self, key: &str) -> Result<Option<File>, VmError> {
+    pub(super) fn open(&self, key: &str) -> Result<Option<File>, VmError> {
         self.prepare()?;
         match File::open(self.path(key)) {
             Ok(file) => {
@@ -76,7 +76,7 @@ impl States {
     }
 
     /// Waits until no other process makes states here. Blocks, for as long as another boots a guest.
-    pub(crate) fn lock(&self) -> Result<Making, VmError> {
+    pub(super) fn lock(&self) -> Result<Making, VmError> {
         self.prepare()?;
         let lock = OpenOptions::new()
             .create(true)
@@ -90,12 +90,12 @@ impl States {
     }
 
     /// Where a state is written before it is published. Its path is short, because sockets are made beside it.
-    pub(crate) fn draft(&self) -> PathBuf {
+    pub(super) fn draft(&self) -> PathBuf {
         self.0.join("draft")
     }
 
     /// Gives the draft its name, and removes states that nobody has used for two weeks. Blocks.
-    pub(crate) fn publish(&self, _making: &Making, key: &str) -> Result<(), VmError> {
+    pub(super) fn publish(&self, _making: &Making, key: &str) -> Result<(), VmError> {
         let draft = self.draft();
         fs::set_permissions(&draft, Permissions::from_mode(0o600))
             .and_then(|()| fs::rename(draft, self.path(key)))
@@ -117,18 +117,18 @@ impl States {
     }
 
     /// Notes that no guest comes up on KVM, until this machine is booted again. Blocks.
-    pub(crate) fn note_no_kvm(&self) {
+    pub(super) fn note_no_kvm(&self) {
         // Without the note the next start merely takes longer.
         let _ = fs::write(self.0.join("no-kvm"), boot_id());
     }
 
     /// Whether it was noted since this machine was booted that no guest comes up on KVM. Blocks.
-    pub(crate) fn knows_no_kvm(&self) -> bool {
+    pub(super) fn knows_no_kvm(&self) -> bool {
         fs::read_to_string(self.0.join("no-kvm")).is_ok_and(|noted| noted == boot_id())
     }
 
     /// Forgets a state that does not work. Blocks.
-    pub(crate) fn forget(&self, key: &str) {
+    pub(super) fn forget(&self, key: &str) {
         let _ = fs::remove_file(self.path(key));
     }
 }

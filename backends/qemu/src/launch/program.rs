@@ -10,25 +10,25 @@ use object::elf::{FileHeader64, PT_INTERP, PT_LOAD};
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
 use tokio::process::Command;
 
-use crate::VmError;
+use super::error::VmError;
 
 /// How long the loader may take to list the libraries of a program; it takes milliseconds.
 const LISTING: Duration = Duration::from_secs(10);
 
 /// A program of this machine, to be run in a guest with the same kind of processor.
 #[derive(Debug, Clone)]
-pub(crate) struct Program {
+pub(super) struct Program {
     /// The file without what only debuggers read.
-    pub(crate) executable: Vec<u8>,
+    pub(super) executable: Vec<u8>,
     /// Libraries and the loader, each with the path at which the program looks for it.
-    pub(crate) libraries: Vec<(String, Vec<u8>)>,
+    pub(super) libraries: Vec<(String, Vec<u8>)>,
 }
 
 type Header = FileHeader64<Endianness>;
 
 impl Program {
     /// Reads a program and what it is linked to.
-    pub(crate) async fn read(path: &Path) -> Result<Self, VmError> {
+    pub(super) async fn read(path: &Path) -> Result<Self, VmError> {
         let bytes = read(path).await?;
         let unfit = |error: object::Error| {
             VmError::new(format!("{} is no program for a guest", path.display())).because(error)
@@ -120,7 +120,7 @@ fn found_at(line: &str) -> Option<String> {
 }
 
 /// The program that is running, as a file: what a guest runs when nothing else is said.
-pub(crate) fn running() -> Result<PathBuf, VmError> {
+pub(super) fn running() -> Result<PathBuf, VmError> {
     // Not the link: the loader of a program wants a name that it can open.
     std::env::current_exe()
         .map_err(|error| VmError::new("cannot find the program that is running").because(error))

@@ -15,8 +15,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
-use crate::qmp::{Event, Events};
-use crate::{Qmp, QmpError, VmError};
+use super::error::VmError;
+use crate::qmp::{Event, Events, Qmp, QmpError};
 
 /// How long taking a port out may take, in which QEMU asks nobody.
 const REMOVAL: Duration = Duration::from_secs(10);
@@ -37,7 +37,7 @@ pub struct GuestStream {
 
 /// The ports of a VM.
 #[derive(Debug)]
-pub(crate) struct Ports {
+pub(super) struct Ports {
     qmp: Qmp,
     /// For the sockets between QEMU and us, which exist for the moment of connecting.
     directory: PathBuf,
@@ -64,7 +64,7 @@ impl Drop for Port {
 }
 
 impl Ports {
-    pub(crate) fn new(qmp: Qmp, directory: &Path) -> Self {
+    pub(super) fn new(qmp: Qmp, directory: &Path) -> Self {
         Ports {
             qmp,
             directory: directory.to_owned(),
@@ -74,7 +74,7 @@ impl Ports {
     }
 
     /// Waits until all ports are taken out whose streams were dropped or have ended.
-    pub(crate) async fn settled(&self) -> Result<(), VmError> {
+    pub(super) async fn settled(&self) -> Result<(), VmError> {
         let mut present = self.present.subscribe();
         match timeout(REMOVAL, present.wait_for(BTreeSet::is_empty)).await {
             Ok(_) => Ok(()),
@@ -113,7 +113,7 @@ impl Ports {
     }
 
     /// Adds a port with a name, and waits until a program in the guest opens it.
-    pub(crate) async fn connect(
+    pub(super) async fn connect(
         &self,
         name: &str,
         deadline: Duration,

@@ -15,7 +15,7 @@ pub struct VmError {
 }
 
 impl VmError {
-    pub(crate) fn new(message: impl Into<String>) -> Self {
+    pub(super) fn new(message: impl Into<String>) -> Self {
         VmError {
             message: message.into().into(),
             source: None,
@@ -24,13 +24,13 @@ impl VmError {
 
     /// The same error with more to read.
     #[must_use]
-    pub(crate) fn and(mut self, more: &str) -> Self {
+    pub(super) fn and(mut self, more: &str) -> Self {
         self.message = format!("{}; {more}", self.message).into();
         self
     }
 
     #[must_use]
-    pub(crate) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub(super) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.source = Some(source.into().into());
         self
     }

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use object::{Object as _, ObjectSection as _};
 use walkdir::WalkDir;
 
-use crate::VmError;
+use super::error::VmError;
 
 /// The modules of a kernel: a directory such as `/lib/modules/6.1.0-56-cloud-amd64`.
 #[derive(Debug)]
-pub(crate) struct Modules {
+pub(super) struct Modules {
     directory: PathBuf,
     files: BTreeMap<String, PathBuf>,
     builtin: BTreeSet<String>,
@@ -19,14 +19,14 @@ pub(crate) struct Modules {
 
 /// A module, ready to be loaded.
 #[derive(Debug)]
-pub(crate) struct Module {
-    pub(crate) name: String,
-    pub(crate) content: Vec<u8>,
+pub(super) struct Module {
+    pub(super) name: String,
+    pub(super) content: Vec<u8>,
 }
 
 impl Modules {
     /// Reads which modules there are. Blocks.
-    pub(crate) fn in_directory(directory: &Path) -> Result<Self, VmError> {
+    pub(super) fn in_directory(directory: &Path) -> Result<Self, VmError> {
         let mut files = BTreeMap::new();
         for entry in WalkDir::new(directory).sort_by_file_name() {
             let entry = entry.map_err(|error| {
@@ -53,7 +53,7 @@ impl Modules {
 
     /// The modules of these names and all that they need, in an order in which they can be loaded. What is
     /// built into the kernel is left out. Blocks.
-    pub(crate) fn in_order(&self, names: &[&str]) -> Result<Vec<Module>, VmError> {
+    pub(super) fn in_order(&self, names: &[&str]) -> Result<Vec<Module>, VmError> {
         let (mut seen, mut ordered) = (BTreeSet::new(), Vec::new());
         for name in names {
             self.add(&normal(name), &mut seen, &mut ordered)?;
