@@ -1,6 +1,5 @@
 //! Counts and times what the managers ask of the backends.
 
-use blockmount::testing::AttachIdentified as _;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -104,9 +103,9 @@ impl<B: Transport> Transport for Recorded<B> {
         self.backend.identify(disk).await
     }
 
-    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let start = Instant::now();
-        let locator = self.backend.attach_identified(disk).await?;
+        let locator = self.backend.attach(disk, id).await?;
         let attached = Attached {
             locator: locator.clone(),
             took: start.elapsed(),
