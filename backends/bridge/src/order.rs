@@ -1,65 +1,78 @@
 //! Requests for one key in the order in which they came, those for different keys at once.
 //!
-//! A host that has given up on a mount asks for the unmount while the mount is still under way. The
-//! guest's contracts allow one call for a key at a time, so the second waits for the first, also where
-//! it came over a later connection.
+//! A host that has given up on a mount asks for the unmount while the mount is still under way. The guest's
+//! contracts allow one call for a key at a time, so the second waits for the first, also where it came over a
+//! later connection.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-use crate::gcs::guest_work::Key;
+/// The last request in the queue of each key.
+#[derive(Debug)]
+pub(crate) struct Order<K>(Arc<Mutex<Queues<K>>>);
 
-/// Who is last in line for each key.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Order(Arc<Mutex<Lines>>);
-
-#[derive(Debug, Default)]
-struct Lines {
+#[derive(Debug)]
+struct Queues<K> {
     next_ticket: u64,
-    last: HashMap<Key, (u64, oneshot::Receiver<()>)>,
+    last: HashMap<K, (u64, oneshot::Receiver<()>)>,
 }
 
-/// A place in line. The next one moves up when it is dropped.
+/// A request's place in the queue. The next request follows when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn {
-    order: Order,
-    key: Key,
+pub(crate) struct Turn<K: Eq + Hash> {
+    order: Order<K>,
+    key: K,
     ticket: u64,
     before: Option<oneshot::Receiver<()>>,
     _done: oneshot::Sender<()>,
 }
 
-impl Order {
-    /// Takes the place behind everybody who is in line for the key.
-    pub(crate) fn queue(&self, key: Key) -> Turn {
-        let (done, waiting) = oneshot::channel();
-        let mut lines = self.lines();
-        let ticket = lines.next_ticket;
-        lines.next_ticket += 1;
-        let before = lines
-            .last
-            .insert(key.clone(), (ticket, waiting))
-            .map(|(_, before)| before);
-        drop(lines);
-        Turn {
-            order: self.clone(),
-            key,
-            ticket,
-            before,
-            _done: done,
-        }
+impl<K> Default for Order<K> {
+    fn default() -> Self {
+        Order(Arc::new(Mutex::new(Queues {
+            next_ticket: 0,
+            last: HashMap::new(),
+        })))
     }
+}
 
-    fn lines(&self) -> MutexGuard<'_, Lines> {
+impl<K> Clone for Order<K> {
+    fn clone(&self) -> Self {
+        Order(self.0.clone())
+    }
+}
+
+impl<K> Order<K> {
+    fn queues(&self) -> MutexGuard<'_, Queues<K>> {
         // Nothing under the lock panics half-way through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Turn {
-    /// Waits until everybody before has left.
+impl<K: Eq + Hash + Clone> Order<K> {
+    /// Takes the place behind all requests in the queue of the key.
+    pub(crate) fn queue(&self, key: K) -> Turn<K> {
+        let (done, waiting) = oneshot::channel();
+        let mut queues = self.queues();
+        let ticket = queues.next_ticket;
+        queues.next_ticket += 1;
+        let before = queues.last.insert(key.clone(), (ticket, waiting));
+        drop(queues);
+        Turn {
+            order: self.clone(),
+            key,
+            ticket,
+            before: before.map(|(_, before)| before),
+            _done: done,
+        }
+    }
+}
+
+impl<K: Eq + Hash> Turn<K> {
+    /// Waits until all requests before are done.
     pub(crate) async fn come(&mut self) {
         if let Some(before) = &mut self.before {
             // Nothing is sent: it ends when the one before is dropped.
@@ -69,22 +82,18 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl<K: Eq + Hash> Drop for Turn<K> {
     fn drop(&mut self) {
-        let mut lines = self.order.lines();
-        if lines
-            .last
-            .get(&self.key)
-            .is_some_and(|(ticket, _)| *ticket == self.ticket)
-        {
-            lines.last.remove(&self.key);
+        let mut queues = self.order.queues();
+        let last = queues.last.get(&self.key);
+        if last.is_some_and(|(ticket, _)| *ticket == self.ticket) {
+            queues.last.remove(&self.key);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
     use std::time::Duration;
 
     use tokio::time::timeout;
@@ -94,10 +103,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_key_is_in_order_and_another_is_free() {
         let order = Order::default();
-        let key = |name: &str| Key::Target(PathBuf::from(name));
-        let mut first = order.queue(key("/a"));
-        let mut second = order.queue(key("/a"));
-        let mut other = order.queue(key("/b"));
+        let mut first = order.queue("/a");
+        let mut second = order.queue("/a");
+        let mut other = order.queue("/b");
         first.come().await;
         other.come().await;
         let long = Duration::from_secs(60);
@@ -105,6 +113,6 @@ mod tests {
         drop(first);
         second.come().await;
         drop((second, other));
-        assert!(order.lines().last.is_empty());
+        assert!(order.queues().last.is_empty());
     }
 }

@@ -48,7 +48,7 @@ struct Shared<G> {
     guest: G,
     frame_deadline: Duration,
     permits: Arc<Semaphore>,
-    order: Order,
+    order: Order<crate::gcs::guest_work::Key>,
     notifications: Mutex<VecDeque<Notification>>,
     notified: Notify,
 }

@@ -1,0 +1,103 @@
+//! The guest's contracts, kept by asking over our own protocol.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
+};
+
+use crate::GuestConnection;
+use crate::protocol::Request;
+
+/// What carries requests to the agent of a guest: a [`GuestConnection`], or one that reconnects.
+///
+/// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest may have done
+/// it, also when the connection is lost. Only who owns the VM may answer `Gone`, when the VM has ended.
+#[async_trait]
+pub trait GuestChannel: Send + Sync + 'static {
+    /// Has the guest do something, and returns when it has.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answers, or why it is not known what the guest has done.
+    async fn call(&self, request: Request) -> Result<(), BackendError>;
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl GuestChannel for GuestConnection {
+    async fn call(&self, request: Request) -> Result<(), BackendError> {
+        GuestConnection::call(self, request).await
+    }
+}
+
+/// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`] and [`LayerCombiner`].
+///
+/// Locators, options and overlays are sent as they are, and the guest decides. Clones share the channel.
+#[derive(Debug)]
+pub struct BridgeGuest<C = GuestConnection>(Arc<C>);
+
+impl<C> Clone for BridgeGuest<C> {
+    fn clone(&self) -> Self {
+        BridgeGuest(self.0.clone())
+    }
+}
+
+impl<C: GuestChannel> BridgeGuest<C> {
+    /// The guest at the other end of a channel.
+    pub fn new(channel: C) -> Self {
+        BridgeGuest(Arc::new(channel))
+    }
+
+    /// The channel.
+    pub fn channel(&self) -> &C {
+        &self.0
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<C: GuestChannel> Mounter for BridgeGuest<C> {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let request = Request::Mount {
+            locator: device.clone(),
+            target: target.to_owned(),
+            options: options.clone(),
+        };
+        self.0.call(request).await
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        let target = target.to_owned();
+        self.0.call(Request::Unmount { target }).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<C: GuestChannel> Unplugger for BridgeGuest<C> {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let locator = device.clone();
+        self.0.call(Request::Unplug { locator }).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
+    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
+        self.0.call(Request::Combine(overlay.clone())).await
+    }
+
+    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
+        let target = target.to_owned();
+        self.0.call(Request::Separate { target }).await
+    }
+}

@@ -1,0 +1,276 @@
+//! The messages of our own protocol, and their bytes.
+//!
+//! A frame is a header of 12 bytes, little-endian, and a body in JSON:
+//!
+//! ```text
+//! u32 size of the frame, header included (at most 1 MiB) | u64 id | body
+//! ```
+//!
+//! A header of zeros is no frame and ends the connection, for lines that have no end of their own. An answer has the
+//! id of its request. The first request of a connection is [`Hello`]; each later one is a [`Request`].
+
+use std::path::{Path, PathBuf};
+
+use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::frames::{FrameError, Header};
+
+/// The longest frame, header included, in bytes: an overlay of 250 layers with the longest paths fits.
+pub const MAX_FRAME: usize = 1 << 20;
+
+/// The size of a header, in bytes.
+const HEADER_LEN: usize = 12;
+
+/// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
+/// version: an agent refuses a field that it does not know, by name.
+const VERSIONS: (u32, u32) = (1, 1);
+
+/// This software, as it names itself to the other end.
+pub(crate) const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
+
+/// How much of an error's text is sent when the whole error is too long, in characters.
+const LONGEST_MESSAGE: usize = 4 << 10;
+
+/// The header of a frame: its id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Id(pub(crate) u64);
+
+impl Header for Id {
+    const LENGTH: usize = HEADER_LEN;
+    const LONGEST: usize = MAX_FRAME;
+
+    fn parse(bytes: &[u8]) -> (Self, u64) {
+        let number = |range: &[u8]| {
+            let digits = range.iter().rev();
+            digits.fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
+        };
+        let (size, id) = bytes.split_at(4);
+        (Id(number(id)), number(size))
+    }
+}
+
+/// What the guest is asked for: a call of its contracts, as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub enum Request {
+    /// [`Mounter::mount`](blockmount::Mounter::mount).
+    Mount {
+        /// The device.
+        locator: DeviceLocator,
+        /// Where to mount it.
+        target: PathBuf,
+        /// How to mount it.
+        options: MountOptions,
+    },
+    /// [`Mounter::unmount`](blockmount::Mounter::unmount).
+    Unmount {
+        /// Where it is mounted.
+        target: PathBuf,
+    },
+    /// [`LayerCombiner::combine`](blockmount::LayerCombiner::combine).
+    Combine(Overlay),
+    /// [`LayerCombiner::separate`](blockmount::LayerCombiner::separate).
+    Separate {
+        /// Where the overlay is.
+        target: PathBuf,
+    },
+    /// [`Unplugger::unplug`](blockmount::Unplugger::unplug).
+    Unplug {
+        /// The device.
+        locator: DeviceLocator,
+    },
+}
+
+/// What two requests must not touch at once.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Key {
+    Target(PathBuf),
+    Device(DeviceLocator),
+}
+
+impl Request {
+    const NAMES: [&str; 5] = ["Mount", "Unmount", "Combine", "Separate", "Unplug"];
+
+    /// Whether it tears something down, so that it may be sent again.
+    pub fn is_teardown(&self) -> bool {
+        !matches!(self, Request::Mount { .. } | Request::Combine(_))
+    }
+
+    /// What it asks for, for errors: `unmount of /run/layer`.
+    pub fn describe(&self) -> String {
+        let at = |what: &str, path: &Path| format!("{what} {}", path.display());
+        match self {
+            Request::Mount {
+                locator, target, ..
+            } => at(&format!("mount of {locator} at"), target),
+            Request::Unmount { target } => at("unmount of", target),
+            Request::Combine(overlay) => at("overlay at", &overlay.target),
+            Request::Separate { target } => at("separation of", target),
+            Request::Unplug { locator } => format!("unplug of {locator}"),
+        }
+    }
+
+    pub(crate) fn key(&self) -> Key {
+        match self {
+            Request::Mount { target, .. }
+            | Request::Unmount { target }
+            | Request::Separate { target } => Key::Target(target.clone()),
+            Request::Combine(overlay) => Key::Target(overlay.target.clone()),
+            Request::Unplug { locator } => Key::Device(locator.clone()),
+        }
+    }
+
+    /// Reads the body of a request.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this agent does not know the request or a field of it, which the error names; `Invalid` if it
+    /// is no request at all.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, BackendError> {
+        let no_request = |why: String| BackendError::invalid(format!("not a request: {why}"));
+        let value: Value =
+            serde_json::from_slice(body).map_err(|error| no_request(error.to_string()))?;
+        let object = value.as_object().filter(|object| object.len() == 1);
+        let name = object.and_then(|object| object.keys().next()).cloned();
+        let name = name.ok_or_else(|| no_request("it has no name".to_owned()))?;
+        if !Self::NAMES.contains(&name.as_str()) {
+            let message = format!(
+                "this agent ({SOFTWARE}) does not know the request {:?}, update it",
+                printable(&name)
+            );
+            return Err(BackendError::unsuitable(message));
+        }
+        serde_json::from_value(value).map_err(|error| {
+            let why = printable(&error.to_string());
+            let message = format!("this agent ({SOFTWARE}) cannot do the {name} as asked: {why}");
+            BackendError::unsuitable(message)
+        })
+    }
+}
+
+/// The first request of a connection: the versions of the protocol that a host speaks. An agent that has none of
+/// them answers with its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    pub(crate) min: u32,
+    pub(crate) max: u32,
+    /// The name and version of the software.
+    pub(crate) software: String,
+}
+
+/// The body of the first request.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum First {
+    Hello(Hello),
+}
+
+/// The answer to [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum HelloAnswer {
+    /// The version that both speak from now on.
+    Chosen { version: u32, software: String },
+    /// There is none; these are the agent's.
+    Incompatible(Hello),
+}
+
+impl Hello {
+    /// What this software says.
+    pub(crate) fn ours() -> Self {
+        let (min, max) = VERSIONS;
+        Hello {
+            min,
+            max,
+            software: SOFTWARE.to_owned(),
+        }
+    }
+
+    /// The highest version that both speak.
+    pub(crate) fn common(&self, other: &Hello) -> Option<u32> {
+        let (min, max) = (self.min.max(other.min), self.max.min(other.max));
+        (min <= max).then_some(max)
+    }
+
+    /// What to say, at either end, where there is none.
+    pub(crate) fn disagreement(host: &Hello, agent: &Hello) -> String {
+        let speaks = |hello: &Hello| {
+            let (min, max) = (hello.min, hello.max);
+            format!("({}) speaks {min} to {max}", printable(&hello.software))
+        };
+        let (older, than) = match host.max < agent.min {
+            true => ("host", "agent"),
+            false => ("agent", "host"),
+        };
+        format!(
+            "no common version of the protocol: the host {}, the agent {}; \
+             the {older} is older than the {than}, update the {older}",
+            speaks(host),
+            speaks(agent)
+        )
+    }
+}
+
+/// The answer to a [`Request`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// It is done.
+    Ok,
+    /// It is not, and why.
+    Error(BackendError),
+    /// No version was agreed on, and nothing is done: this agent was started after the connection was made.
+    HelloFirst,
+}
+
+impl Answer {
+    /// The frame of an answer, whatever the error has in it.
+    pub(crate) fn frame(&self, id: u64) -> Vec<u8> {
+        let shorter = |error: &BackendError| {
+            // A path that is not UTF-8, or a text that is too long: what matters most still arrives.
+            let message: String = error.message().chars().take(LONGEST_MESSAGE).collect();
+            frame(id, &Answer::Error(BackendError::new(error.kind(), message)))
+        };
+        let whole = frame(id, self);
+        match self {
+            Answer::Error(error) => whole.or_else(|_| shorter(error)),
+            _ => whole,
+        }
+        .expect("a short text fits in a frame")
+    }
+}
+
+impl From<Result<(), BackendError>> for Answer {
+    fn from(outcome: Result<(), BackendError>) -> Self {
+        match outcome {
+            Ok(()) => Answer::Ok,
+            Err(error) => Answer::Error(error),
+        }
+    }
+}
+
+/// The bytes of a message.
+///
+/// # Errors
+///
+/// `Invalid` if it has no form in JSON, as a path that is not UTF-8, or is over [`MAX_FRAME`].
+pub(crate) fn frame<B: Serialize>(id: u64, body: &B) -> Result<Vec<u8>, BackendError> {
+    let mut bytes = vec![0; HEADER_LEN];
+    serde_json::to_writer(&mut bytes, body).map_err(|error| {
+        BackendError::invalid("it cannot be written as JSON").with_source(error)
+    })?;
+    let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    if bytes.len() > MAX_FRAME {
+        let (size, limit) = (size.into(), MAX_FRAME);
+        let error = FrameError::Oversize { size, limit };
+        return Err(BackendError::invalid("it is too long").with_source(error));
+    }
+    bytes[..4].copy_from_slice(&size.to_le_bytes());
+    bytes[4..HEADER_LEN].copy_from_slice(&id.to_le_bytes());
+    Ok(bytes)
+}
+
+/// A text of the other end, as one short line.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(256).collect()
+}

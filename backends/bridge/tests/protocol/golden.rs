@@ -1,0 +1,128 @@
+//! The bytes of our own protocol: a change of the wire is seen here.
+
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use blockmount::testing::FakeVm;
+use blockmount::{
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
+};
+use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+use crate::common::{Peer, dial, frame, host_and_peer};
+
+const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
+
+#[tokio::test]
+async fn the_first_exchange_byte_for_byte() {
+    let hello = format!(r#"{{"Hello":{{"min":1,"max":1,"software":"{SOFTWARE}"}}}}"#);
+    let chosen = format!(r#"{{"Chosen":{{"version":1,"software":"{SOFTWARE}"}}}}"#);
+    let (host_end, mut guest_end) = duplex(1 << 10);
+    let host = tokio::spawn(GuestConnection::connect(host_end));
+    let mut bytes = vec![0; 12 + hello.len()];
+    guest_end.read_exact(&mut bytes).await.unwrap();
+    let size = u8::try_from(12 + hello.len()).unwrap();
+    let header = [size, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(bytes, [&header, hello.as_bytes()].concat());
+    guest_end
+        .write_all(&frame(0, chosen.as_bytes()))
+        .await
+        .unwrap();
+    assert_eq!(*host.await.unwrap().unwrap().agent(), SOFTWARE);
+
+    let mut peer = dial(&GuestServer::new(FakeVm::new()));
+    peer.send_raw(&frame(0x0102_0304_0506_0708, hello.as_bytes()))
+        .await;
+    let mut bytes = vec![0; 12 + chosen.len()];
+    peer.0.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(bytes, frame(0x0102_0304_0506_0708, chosen.as_bytes()));
+    assert_eq!(bytes[4..12], [8, 7, 6, 5, 4, 3, 2, 1]);
+}
+
+/// What a call of a contract sends, and what it returns for an answer.
+async fn sent(
+    answer: &str,
+    call: impl AsyncFnOnce(&BridgeGuest) -> Result<(), BackendError>,
+) -> (Value, Result<(), BackendError>) {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let guest = BridgeGuest::new(connection);
+    let (outcome, body) = tokio::join!(call(&guest), async {
+        let (id, body) = peer.receive().await;
+        assert_eq!(id, 1, "0 was the hello");
+        peer.send(id, answer).await;
+        body
+    });
+    (body, outcome)
+}
+
+#[tokio::test]
+async fn each_call_has_one_document() {
+    let device: DeviceLocator = "any-scheme:7@4096+8192".parse().unwrap();
+    let target = Path::new("/run/layer");
+    let options = MountOptions::builder()
+        .read_only()
+        .partition(NonZeroU32::MIN)
+        .filesystem("ext4")
+        .option("nodev")
+        .build()
+        .unwrap();
+    let (body, outcome) = sent(r#""Ok""#, async |guest| {
+        guest.mount(&device, target, &options).await
+    })
+    .await;
+    outcome.unwrap();
+    let mount = r#"{"Mount":{"locator":"any-scheme:7@4096+8192","options":{"filesystem":"ext4","options":["nodev","ro"],"partition":1},"target":"/run/layer"}}"#;
+    assert_eq!(body.to_string(), mount);
+    let (body, _) = sent(r#""Ok""#, async |guest| {
+        let options = MountOptions::default();
+        guest.mount(&device, target, &options).await
+    })
+    .await;
+    let plain =
+        r#"{"Mount":{"locator":"any-scheme:7@4096+8192","options":{},"target":"/run/layer"}}"#;
+    assert_eq!(body.to_string(), plain);
+
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.unmount(target).await).await;
+    assert_eq!(body.to_string(), r#"{"Unmount":{"target":"/run/layer"}}"#);
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.separate(target).await).await;
+    assert_eq!(body.to_string(), r#"{"Separate":{"target":"/run/layer"}}"#);
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.unplug(&device).await).await;
+    let unplug = r#"{"Unplug":{"locator":"any-scheme:7@4096+8192"}}"#;
+    assert_eq!(body.to_string(), unplug);
+    let overlay = Overlay {
+        layers: vec!["/a".into(), "/b".into()],
+        scratch: Some("/s".into()),
+        target: "/t".into(),
+    };
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&overlay).await).await;
+    let combine = r#"{"Combine":{"layers":["/a","/b"],"scratch":"/s","target":"/t"}}"#;
+    assert_eq!(body.to_string(), combine);
+}
+
+#[tokio::test]
+async fn an_error_crosses_whole() {
+    let answer = r#"{"Error":{"kind":"Busy","message":"cannot unmount /a","operation":"umount2","errno":16,"path":"/a","source":["it is in use","by a shell"]}}"#;
+    let (_, outcome) = sent(answer, async |guest| guest.unmount("/a".as_ref()).await).await;
+    let error = outcome.unwrap_err();
+    assert_eq!(error.errno(), Some(16));
+    assert_eq!(error.operation(), Some("umount2"));
+    let again = serde_json::to_value(&error).unwrap();
+    let sent: Value = serde_json::from_str(answer).unwrap();
+    assert_eq!(again, sent["Error"]);
+}
+
+#[tokio::test]
+async fn an_agent_writes_the_same_answers() {
+    let vm = FakeVm::new();
+    let mut peer: Peer = dial(&GuestServer::new(vm));
+    assert_eq!(
+        peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await,
+        "HelloFirst"
+    );
+    peer.hello().await;
+    assert_eq!(peer.ask(2, r#"{"Unmount":{"target":"/m"}}"#).await, "Ok");
+    let refused = peer.ask(3, &crate::common::mount(9, "/m")).await;
+    assert_eq!(refused["Error"]["kind"], "NotFound", "{refused}");
+}

@@ -1,0 +1,381 @@
+//! The stream is lost, with and without a request under way, and comes back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockmount::testing::{FakeVm, Gate, VmStep};
+use blockmount::{
+    BackendError, Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger,
+};
+use blockmount_bridge::{
+    BridgeGuest, Deadlines, Dialer, GuestConnection, GuestServer, RedialingChannel,
+};
+use tokio::io::{DuplexStream, duplex};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout};
+
+use crate::common::{LONG, Peer, bridged, dial, host_and_peer, unplug, vm_with_disks};
+
+/// A way to a guest that the test cuts and mends.
+#[derive(Clone)]
+struct Way {
+    /// What is at the other end of the next stream.
+    ends: mpsc::UnboundedSender<DuplexStream>,
+    dials: Arc<AtomicUsize>,
+    works: Arc<AtomicBool>,
+    alive: Arc<AtomicBool>,
+}
+
+impl Way {
+    fn new() -> (Self, mpsc::UnboundedReceiver<DuplexStream>) {
+        let (ends, streams) = mpsc::unbounded_channel();
+        let way = Way {
+            ends,
+            dials: Arc::default(),
+            works: Arc::new(AtomicBool::new(true)),
+            alive: Arc::new(AtomicBool::new(true)),
+        };
+        (way, streams)
+    }
+
+    fn dials(&self) -> usize {
+        self.dials.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl Dialer for Way {
+    type Stream = DuplexStream;
+
+    async fn dial(&self) -> Result<DuplexStream, BackendError> {
+        self.dials.fetch_add(1, Ordering::SeqCst);
+        if !self.works.load(Ordering::SeqCst) {
+            return Err(BackendError::gone("no agent listens"));
+        }
+        let (ours, theirs) = duplex(1 << 10);
+        let sent = self.ends.send(theirs);
+        sent.map_err(|_| BackendError::other("no agent"))?;
+        Ok(ours)
+    }
+
+    async fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::SeqCst)
+    }
+}
+
+/// A channel to an agent that is written by the test, and its first stream.
+async fn channel_and_peer() -> (
+    RedialingChannel<Way>,
+    Way,
+    mpsc::UnboundedReceiver<DuplexStream>,
+    Peer,
+) {
+    let (way, mut streams) = Way::new();
+    let (channel, peer) = tokio::join!(RedialingChannel::connect(way.clone()), async {
+        let mut peer = Peer(streams.recv().await.unwrap());
+        peer.agree().await;
+        peer
+    });
+    (channel.unwrap(), way, streams, peer)
+}
+
+/// A channel to a fake VM. The sender of handles ends the present stream.
+async fn channel_to(
+    vm: &FakeVm,
+) -> (
+    BridgeGuest<RedialingChannel<Way>>,
+    Way,
+    mpsc::UnboundedReceiver<AbortHandle>,
+) {
+    let (way, mut streams) = Way::new();
+    let (handles, serving) = mpsc::unbounded_channel();
+    let server = GuestServer::new(vm.clone());
+    tokio::spawn(async move {
+        while let Some(stream) = streams.recv().await {
+            let server = server.clone();
+            let task = tokio::spawn(async move { server.serve(stream).await });
+            let _ = handles.send(task.abort_handle());
+        }
+    });
+    let channel = RedialingChannel::connect(way.clone()).await.unwrap();
+    (BridgeGuest::new(channel), way, serving)
+}
+
+#[tokio::test]
+async fn f01_a_lost_connection_is_uncertain_now_and_later() {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
+        peer.receive().await;
+        drop(peer);
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
+    let begun = Instant::now();
+    let later = connection.call(unplug(0)).await.unwrap_err();
+    assert_eq!(later.kind(), ErrorKind::Uncertain, "{later}");
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn f01_a_release_over_a_lost_line_keeps_the_disk_attached() {
+    let vm = FakeVm::new();
+    let (guest, way, mut serving) = channel_to(&vm).await;
+    let manager = Manager::builder()
+        .transport(vm.clone())
+        .unplugger(guest.clone())
+        .mounter(guest)
+        .build();
+    let request = MountRequest::new(MountOptions::default());
+    let disk = Disk::virtual_disk("/a.img");
+    let mount = manager.add(&disk, &request).await.unwrap();
+    way.works.store(false, Ordering::SeqCst);
+    serving.recv().await.unwrap().abort();
+    let error = mount.release().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+    assert!(!manager.drain().await.is_clean());
+    assert_eq!(vm.calls(VmStep::Detach), 0, "it is mounted in the guest");
+    // The agent is there again: the same tear-down ends.
+    way.works.store(true, Ordering::SeqCst);
+    assert!(manager.drain().await.is_clean());
+    vm.check().unwrap();
+    vm.assert_empty();
+}
+
+#[tokio::test]
+async fn f01_only_the_owner_of_the_vm_says_that_it_is_gone() {
+    let vm = FakeVm::new();
+    let (guest, way, mut serving) = channel_to(&vm).await;
+    let manager = Manager::builder()
+        .transport(vm.clone())
+        .unplugger(guest.clone())
+        .mounter(guest)
+        .build();
+    let request = MountRequest::new(MountOptions::default());
+    let disk = Disk::virtual_disk("/a.img");
+    let mount = manager.add(&disk, &request).await.unwrap();
+    way.works.store(false, Ordering::SeqCst);
+    way.alive.store(false, Ordering::SeqCst);
+    serving.recv().await.unwrap().abort();
+    vm.kill_guest();
+    mount.release().await.unwrap();
+    let other = Disk::virtual_disk("/b.img");
+    let error = manager.add(&other, &request).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone);
+    assert!(manager.drain().await.is_clean());
+    vm.assert_empty();
+}
+
+#[tokio::test]
+async fn i09_a_teardown_that_was_cut_off_is_sent_again_once() {
+    let (channel, way, mut streams, mut peer) = channel_and_peer().await;
+    let guest = BridgeGuest::new(channel);
+    let device = "fake:0".parse().unwrap();
+    let (outcome, last) = tokio::join!(guest.unplug(&device), async {
+        let (_, first) = peer.receive().await;
+        drop(peer);
+        let mut next = Peer(streams.recv().await.unwrap());
+        next.agree().await;
+        let (id, again) = next.receive().await;
+        assert_eq!(first, again);
+        next.succeed(id).await;
+        next
+    });
+    outcome.unwrap();
+    assert_eq!(way.dials(), 2);
+
+    // A second loss in one call is not a third try.
+    let mut peer = last;
+    let (outcome, _peer) = tokio::join!(guest.unplug(&device), async {
+        peer.receive().await;
+        drop(peer);
+        let mut next = Peer(streams.recv().await.unwrap());
+        next.agree().await;
+        next.receive().await;
+        drop(next);
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
+    assert_eq!(way.dials(), 3);
+}
+
+#[tokio::test]
+async fn i09_a_setup_that_was_cut_off_is_not_sent_again() {
+    let (channel, way, mut streams, mut peer) = channel_and_peer().await;
+    let guest = BridgeGuest::new(channel);
+    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let options = MountOptions::default();
+    let (outcome, ()) = tokio::join!(guest.mount(&device, target, &options), async {
+        peer.receive().await;
+        drop(peer);
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
+    assert_eq!(way.dials(), 1);
+    // The next request goes over a new stream.
+    let (outcome, _peer) = tokio::join!(guest.unmount(target), async {
+        let mut next = Peer(streams.recv().await.unwrap());
+        next.agree().await;
+        let (id, request) = next.receive().await;
+        assert!(request.get("Unmount").is_some(), "{request}");
+        next.succeed(id).await;
+        next
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn i09_sending_again_takes_no_second_deadline() {
+    let (channel, _way, mut streams, mut peer) = channel_and_peer().await;
+    let guest = BridgeGuest::new(channel);
+    let device = "fake:0".parse().unwrap();
+    let (begun, deadline) = (Instant::now(), Deadlines::default().call);
+    let (outcome, _peer) = tokio::join!(guest.unplug(&device), async {
+        peer.receive().await;
+        tokio::time::sleep(deadline * 3 / 4).await;
+        drop(peer);
+        let mut next = Peer(streams.recv().await.unwrap());
+        next.agree().await;
+        // It never answers.
+        next
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
+    let took = begun.elapsed();
+    assert!(took <= deadline + Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test]
+async fn an_agent_that_was_started_anew_on_its_stream_is_asked_again_over_a_new_one() {
+    let (channel, _way, mut streams, mut peer) = channel_and_peer().await;
+    let guest = BridgeGuest::new(channel);
+    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let options = MountOptions::default();
+    // Also a set-up: nothing of it was done.
+    let (outcome, _peers) = tokio::join!(guest.mount(&device, target, &options), async {
+        let (id, _) = peer.receive().await;
+        peer.send(id, r#""HelloFirst""#).await;
+        let mut next = Peer(streams.recv().await.unwrap());
+        next.agree().await;
+        let (id, request) = next.receive().await;
+        assert!(request.get("Mount").is_some(), "{request}");
+        next.succeed(id).await;
+        (peer, next)
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn many_callers_dial_once() {
+    let vm = vm_with_disks(32).await;
+    let (guest, way, mut serving) = channel_to(&vm).await;
+    serving.recv().await.unwrap().abort();
+    tokio::task::yield_now().await;
+    let mut calls = tokio::task::JoinSet::new();
+    for slot in 0..32 {
+        let guest = guest.clone();
+        calls.spawn(async move {
+            let (device, target) = (format!("fake:{slot}"), format!("/m{slot}"));
+            let (device, options) = (device.parse().unwrap(), MountOptions::default());
+            guest.mount(&device, target.as_ref(), &options).await
+        });
+    }
+    for outcome in calls.join_all().await {
+        outcome.unwrap();
+    }
+    assert_eq!(way.dials(), 2);
+    vm.check().unwrap();
+}
+
+#[tokio::test]
+async fn a_mount_in_doubt_is_taken_back_over_the_next_connection() {
+    let vm = vm_with_disks(1).await;
+    let (guest, _way, mut serving) = channel_to(&vm).await;
+    vm.gate_next(VmStep::Mount, 1, Gate::Never);
+    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let options = MountOptions::default();
+    let (outcome, ()) = tokio::join!(guest.mount(&device, target, &options), async {
+        vm.until_called(VmStep::Mount, 1).await;
+        serving.recv().await.unwrap().abort();
+    });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
+    // The mount is still under way in the guest: the unmount waits for it, whatever the connection.
+    let (unmounted, ()) = tokio::join!(guest.unmount(target), async {
+        tokio::task::yield_now().await;
+        assert_eq!(vm.calls(VmStep::Unmount), 0);
+        vm.open_gates();
+    });
+    unmounted.unwrap();
+    assert_eq!(vm.device_at("/m"), None);
+    guest.mount(&device, target, &options).await.unwrap();
+    guest.unmount(target).await.unwrap();
+    vm.check().unwrap();
+}
+
+#[tokio::test]
+async fn a_reconnection_agrees_again_and_counts_on() {
+    let (connection, peer) = host_and_peer(Deadlines::default()).await;
+    drop(peer);
+    let (host_end, guest_end) = duplex(1 << 10);
+    let mut peer = Peer(guest_end);
+    let clone = connection.clone();
+    let (outcome, ()) = tokio::join!(clone.reconnect(host_end), peer.agree());
+    outcome.unwrap();
+    let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
+        let (id, _) = peer.receive().await;
+        assert_eq!(id, 2, "0 and 1 were the hellos");
+        peer.succeed(id).await;
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn a_failed_reconnection_leaves_the_connection_as_it_was() {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let (host_end, guest_end) = duplex(1 << 10);
+    drop(guest_end);
+    connection.reconnect(host_end).await.unwrap_err();
+    let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
+        let (id, _) = peer.receive().await;
+        peer.succeed(id).await;
+    });
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn a_replaced_connection_returns_its_callers() {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let (host_end, guest_end) = duplex(1 << 10);
+    let mut next = Peer(guest_end);
+    let (outcome, ()) = tokio::join!(timeout(LONG, connection.call(unplug(0))), async {
+        peer.receive().await;
+        let (reconnected, ()) = tokio::join!(connection.reconnect(host_end), next.agree());
+        reconnected.unwrap();
+    });
+    assert_eq!(outcome.unwrap().unwrap_err().kind(), ErrorKind::Uncertain);
+    assert!(
+        peer.try_receive().await.is_none(),
+        "the old stream is closed"
+    );
+}
+
+#[tokio::test]
+async fn the_last_owner_closes_the_stream() {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let clone = connection.clone();
+    drop(connection);
+    clone.close();
+    let error = clone.call(unplug(0)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain);
+    assert!(peer.try_receive().await.is_none());
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    drop(connection);
+    assert!(peer.try_receive().await.is_none());
+}
+
+#[tokio::test]
+async fn what_an_agent_has_said_before_it_closed_its_end_is_an_answer() {
+    let vm = vm_with_disks(1).await;
+    let (guest, server) = bridged(&vm).await;
+    let connection = GuestConnection::connect(dial(&server).0).await.unwrap();
+    drop(guest);
+    connection.call(unplug(0)).await.unwrap();
+}

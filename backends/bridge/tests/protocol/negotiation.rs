@@ -1,0 +1,152 @@
+//! What comes before, beside and instead of the agreement on a version.
+
+use blockmount::ErrorKind;
+use blockmount::testing::FakeVm;
+use blockmount_bridge::{Deadlines, GuestConnection, GuestServer, ServeError};
+use tokio::io::duplex;
+
+use crate::common::{Peer, dial, host_and_peer, mount, unplug, vm_with_disks};
+
+#[tokio::test]
+async fn nothing_is_done_before_the_hello() {
+    let vm = vm_with_disks(1).await;
+    let server = GuestServer::new(vm.clone());
+    let mut peer = dial(&server);
+    assert_eq!(peer.ask(1, &mount(0, "/m")).await, "HelloFirst");
+    assert_eq!(vm.device_at("/m"), None);
+    peer.hello().await;
+    assert_eq!(peer.ask(2, &mount(0, "/m")).await, "Ok");
+    // Anew on each connection.
+    assert_eq!(dial(&server).ask(3, &mount(0, "/n")).await, "HelloFirst");
+    // A second one is no request.
+    let hello = r#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#;
+    let again = peer.ask(4, hello).await;
+    assert_eq!(again["Error"]["kind"], "Unsuitable", "{again}");
+}
+
+#[tokio::test]
+async fn both_ends_say_which_is_too_old() {
+    for (min, max, older) in [(2, 9, "agent"), (0, 0, "host")] {
+        let (host_end, guest_end) = duplex(1 << 10);
+        let server = GuestServer::new(FakeVm::new());
+        let serving = tokio::spawn(async move { server.serve(guest_end).await });
+        let mut peer = Peer(host_end);
+        let hello =
+            format!(r#"{{"Hello":{{"min":{min},"max":{max},"software":"next 9.1","later":0}}}}"#);
+        let answer = peer.ask(0, &hello).await;
+        assert_eq!(answer["Incompatible"]["min"], 1, "{answer}");
+        drop(peer);
+        let error = serving.await.unwrap().unwrap_err();
+        assert!(matches!(error, ServeError::Incompatible(_)), "{error}");
+        let text = error.to_string();
+        let agent = concat!(
+            "the agent (blockmount ",
+            env!("CARGO_PKG_VERSION"),
+            ") speaks 1 to 1"
+        );
+        assert!(text.contains(agent), "{text}");
+        assert!(
+            text.contains(&format!("the host (next 9.1) speaks {min} to {max}")),
+            "{text}"
+        );
+        assert!(text.ends_with(&format!("update the {older}")), "{text}");
+    }
+    for (min, max, older) in [(2, 9, "host"), (0, 0, "agent")] {
+        let (host_end, guest_end) = duplex(1 << 10);
+        let mut peer = Peer(guest_end);
+        let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
+            let (id, _) = peer.receive().await;
+            let answer =
+                format!(r#"{{"Incompatible":{{"min":{min},"max":{max},"software":"x"}}}}"#);
+            peer.send(id, &answer).await;
+        });
+        let error = connected.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsuitable);
+        assert!(
+            error.message().ends_with(&format!("update the {older}")),
+            "{error}"
+        );
+        assert!(peer.try_receive().await.is_none(), "the stream is closed");
+    }
+}
+
+#[tokio::test]
+async fn an_agent_of_one_version_serves_a_host_of_more() {
+    let mut peer = dial(&GuestServer::new(FakeVm::new()));
+    let hello = r#"{"Hello":{"min":1,"max":7,"software":"next"}}"#;
+    assert_eq!(peer.ask(0, hello).await["Chosen"]["version"], 1);
+    assert_eq!(peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await, "Ok");
+}
+
+#[tokio::test]
+async fn what_an_older_agent_does_not_know_is_refused_by_name() {
+    let vm = vm_with_disks(1).await;
+    let mut peer = dial(&GuestServer::new(vm.clone()));
+    peer.hello().await;
+    for (body, name) in [
+        (r#"{"Rename":{"target":"/m"}}"#, "Rename"),
+        (r#"{"Unmount":{"target":"/m","lazily":true}}"#, "lazily"),
+        (
+            r#"{"Mount":{"locator":"fake:0","target":"/m","options":{"quota":1}}}"#,
+            "quota",
+        ),
+        (
+            r#"{"Combine":{"layers":["/a"],"scratch":null,"target":"/m","index":"off"}}"#,
+            "index",
+        ),
+    ] {
+        let answer = peer.ask(1, body).await;
+        assert_eq!(answer["Error"]["kind"], "Unsuitable", "{answer}");
+        let message = answer["Error"]["message"].as_str().unwrap();
+        assert!(
+            message.contains(name) && message.contains("blockmount "),
+            "{message}"
+        );
+    }
+    assert_eq!(vm.device_at("/m"), None);
+}
+
+#[tokio::test]
+async fn a_host_refuses_an_agent_that_makes_no_sense() {
+    for (answer, kind) in [
+        (
+            r#"{"Chosen":{"version":2,"software":"x"}}"#,
+            ErrorKind::Unsuitable,
+        ),
+        (
+            r#"{"Chosen":{"version":0,"software":"x"}}"#,
+            ErrorKind::Unsuitable,
+        ),
+        (r#""Ok""#, ErrorKind::Uncertain),
+        ("garbage", ErrorKind::Uncertain),
+    ] {
+        let (host_end, guest_end) = duplex(1 << 10);
+        let mut peer = Peer(guest_end);
+        let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
+            let (id, _) = peer.receive().await;
+            peer.send(id, answer).await;
+        });
+        assert_eq!(connected.unwrap_err().kind(), kind, "{answer}");
+        assert!(peer.try_receive().await.is_none(), "the stream is closed");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_never_answers_is_given_up_in_time() {
+    let (host_end, _guest_end) = duplex(1 << 10);
+    let error = GuestConnection::connect(host_end).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+}
+
+#[tokio::test]
+async fn an_agent_that_was_started_anew_on_the_same_stream_has_done_nothing() {
+    let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
+    let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
+        let (id, _) = peer.receive().await;
+        peer.send(id, r#""HelloFirst""#).await;
+    });
+    let error = outcome.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain);
+    assert!(error.message().contains("started anew"), "{error}");
+    assert!(peer.try_receive().await.is_none(), "the stream is closed");
+}
