@@ -1,12 +1,12 @@
 //! What can be said on the command line.
 
+use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use crate::guest::{GuestKind, TransportKind};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
-use crate::agent::args::AgentArgs;
 use crate::witness::WitnessArgs;
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
@@ -46,10 +46,32 @@ pub(crate) enum Cmd {
     Inspect(InspectArgs),
     /// Find and remove what killed runs of this program have left
     Cleanup(CleanupArgs),
-    /// Serve this machine, a guest, to its host: mount and let go of what the host asks for
+    /// Serve this machine, a guest, to its host: mount and unplug what the host asks for
+    #[command(disable_help_flag = true)]
     Agent(AgentArgs),
     /// Tell the host of this machine, a guest, how it is: for tests and diagnosis
     Witness(WitnessArgs),
+}
+
+/// What the program `blockmount-agent` reads for itself.
+#[derive(Debug, Args)]
+pub(crate) struct AgentArgs {
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGUMENTS"
+    )]
+    words: Vec<OsString>,
+}
+
+impl AgentArgs {
+    /// With those that stand before the subcommand, and mean the same to the agent.
+    pub(crate) fn words(self, verbose: u8, log: Option<String>) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec!["-v".into(); verbose.into()];
+        words.extend(log.map(|filter| format!("--log={filter}").into()));
+        words.extend(self.words);
+        words
+    }
 }
 
 #[derive(Debug, Args)]

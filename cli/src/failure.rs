@@ -213,6 +213,12 @@ impl From<blockmount::Error> for Failure {
     }
 }
 
+impl From<blockmount_agent::AgentError> for Failure {
+    fn from(error: blockmount_agent::AgentError) -> Self {
+        Failure::new(error.to_string()).because(error)
+    }
+}
+
 impl From<BackendError> for Failure {
     fn from(error: BackendError) -> Self {
         Failure::new(error.to_string()).because(error)

@@ -1,6 +1,5 @@
 //! The `blockmount` program: mounts stacks of disk images, and cleans up after itself.
 
-mod agent;
 mod args;
 mod check;
 mod child;
@@ -28,6 +27,7 @@ mod witness;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
+use blockmount_agent::{Program, standard};
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
@@ -37,10 +37,13 @@ use interrupt::Interrupt;
 use terminal::say;
 
 fn main() -> ExitCode {
-    if agent::init::is_asked_for() {
-        agent::init::run();
+    if Program::is_init() {
+        agent().init();
     }
     let cli = Cli::parse();
+    if let Cmd::Agent(args) = cli.command {
+        return agent().run(args.words(cli.verbose, cli.log));
+    }
     let result = start_log(&cli).and_then(|()| execute(cli.command));
     match result {
         Ok(status) => status.into(),
@@ -49,6 +52,11 @@ fn main() -> ExitCode {
             failure.status().into()
         }
     }
+}
+
+/// The agent, which this program is for a guest.
+fn agent() -> Program {
+    Program::new("blockmount", standard::agent()).subcommand("agent")
 }
 
 fn execute(command: Cmd) -> Result<u8, Failure> {
@@ -63,7 +71,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
     runtime.block_on(async {
         let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
         match command {
-            Cmd::Agent(args) => agent::run(args, interrupt).await,
+            Cmd::Agent(_) => unreachable!("the agent is started before"),
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,

@@ -19,10 +19,9 @@ mod tables;
 
 use std::path::PathBuf;
 
+use blockmount_agent::{Endpoints, ROOTS};
 use clap::Args;
 
-use crate::agent::args::ROOTS;
-use crate::agent::endpoints::Endpoints;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::machine::require_root;
@@ -35,8 +34,7 @@ pub(crate) const PORT: &str = "blockmount.witness";
 The witness reads and writes files, mounts, kills the agent and turns the machine off for whoever \
 connects, without any restriction: it is a diagnostic for a host that owns this guest. It is a \
 process of its own, so that it can tell what an agent did that was killed. Without any of \
---virtio-port, --vsock, --vsock-listen, --unix and --serial it serves every virtio port named \
-blockmount.witness.
+--unix it serves every virtio port named blockmount.witness.
 
 Examples:
   blockmount witness
@@ -44,8 +42,9 @@ Examples:
 
 SIGTERM or Ctrl-C ends it.")]
 pub(crate) struct WitnessArgs {
-    #[command(flatten)]
-    endpoints: Endpoints,
+    /// Wait for connections on a Unix socket, which only this user may open; repeatable
+    #[arg(long = "unix", value_name = "PATH")]
+    unix: Vec<PathBuf>,
 
     /// A directory below which the agent mounts, whose directories are told; repeatable
     #[arg(long = "root", value_name = "DIR", default_values = ROOTS)]
@@ -57,10 +56,14 @@ pub(crate) async fn run(args: WitnessArgs, interrupt: Interrupt) -> Result<u8, F
     require_root("witness")?;
     interrupt.now("ending the requests under way");
     let server = server::Server::new(args.roots, interrupt.clone());
-    args.endpoints
-        .or_port(PORT)
-        .serve(server, &interrupt)
-        .await?;
+    let endpoints = args
+        .unix
+        .into_iter()
+        .fold(Endpoints::default(), Endpoints::unix);
+    let ended = async {
+        interrupt.requested().await;
+    };
+    endpoints.or_port(PORT).serve(server, ended).await?;
     interrupt.settled().await;
     Ok(0)
 }

@@ -115,7 +115,7 @@ fn nonsense_is_refused_with_status_2() {
         &["agent", "--vsock", "0xffffffff"],
         &["agent", "--vsock-listen", "many"],
         &["agent", "extra"],
-        &["witness", "--vpmem", "nfit"],
+        &["witness", "--vpmem"],
         &["inspect"],
         &["inspect", "x", "--log", "a=b=c"],
     ] {

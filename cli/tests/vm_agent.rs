@@ -9,27 +9,28 @@ use std::time::{Duration, Instant};
 
 use blockmount::Mounter;
 use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
-use blockmount_qemu::{GuestImage, GuestKernel, GuestStream, Vm, VmBuilder};
+use blockmount_qemu::{GuestImage, GuestImageBuilder, GuestKernel, GuestStream, Vm, VmBuilder};
 use common::LONGEST;
 use common::agent::ask;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// A VM whose `/init` is the program, with these arguments for its agent.
-async fn machine(arguments: &str) -> VmBuilder {
-    let image = GuestImage::builder(GuestKernel::find().unwrap())
+/// A guest whose `/init` is the program, with these arguments for its agent.
+fn image(arguments: &str) -> GuestImageBuilder {
+    GuestImage::builder(GuestKernel::find().unwrap())
         .program(env!("CARGO_BIN_EXE_blockmount"))
         .file("/etc/blockmount/agent.args", arguments)
-        .build()
-        .await
-        .unwrap();
-    Vm::builder(image).directory("/var/tmp")
+}
+
+async fn machine(image: GuestImageBuilder) -> VmBuilder {
+    Vm::builder(image.build().await.unwrap()).directory("/var/tmp")
 }
 
 async fn start() -> Vm {
     let states = Path::new(env!("CARGO_TARGET_TMPDIR")).join("states");
-    let machine = machine("--witness\n").await;
+    let image = image("").file("/etc/blockmount/programs/witness", "/init\nwitness\n");
+    let machine = machine(image).await;
     machine.saved_states(states).start().await.unwrap()
 }
 
@@ -170,6 +171,7 @@ async fn vm_the_witness_tells_what_there_is_and_turns_the_machine_off() {
     let names = tree["tree"]["nodes"].as_array().unwrap();
     assert_eq!(names[0][0], "agent.args");
     assert_eq!(names[1][0], "modules");
+    assert_eq!(names[3][0], "programs/witness");
     let mount = |n: u32| {
         json!({"device": "null", "filesystem": "tmpfs", "target": format!("/run/layers/{n}"),
             "read_only": true, "data": "", "count": 3})
@@ -188,7 +190,7 @@ async fn vm_the_witness_tells_what_there_is_and_turns_the_machine_off() {
 
 #[tokio::test]
 async fn vm_a_machine_without_a_witness_has_none() {
-    let vm = machine("").await.start().await.unwrap();
+    let vm = machine(image("")).await.start().await.unwrap();
     let refused = vm
         .connect("blockmount.witness", Duration::from_secs(2))
         .await;
@@ -200,7 +202,11 @@ async fn vm_a_machine_without_a_witness_has_none() {
 #[tokio::test]
 async fn vm_arguments_that_make_no_sense_turn_the_machine_off_and_the_console_says_why() {
     let started = Instant::now();
-    let error = machine("--roof\n/run\n").await.start().await.unwrap_err();
+    let error = machine(image("--roof\n/run\n"))
+        .await
+        .start()
+        .await
+        .unwrap_err();
     let (mut text, mut cause) = (String::new(), Some(&error as &dyn std::error::Error));
     while let Some(error) = cause {
         text.push_str(&error.to_string());

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::Disk;
+use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
 use blockmount_bridge::gcs::BridgeGuest;
 use blockmount_qemu::{
     AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
@@ -18,9 +19,9 @@ use crate::failure::{Context, Failure};
 use crate::guest::TransportKind;
 use crate::report::SlotReport;
 use crate::tree::Tree;
+use crate::witness;
 use crate::witness::client::Witness;
 use crate::witness::protocol::Tables;
-use crate::{agent, witness};
 
 /// Where saved states of guests are kept between runs.
 const STATES: &str = "/var/cache/blockmount/states";
@@ -58,7 +59,8 @@ impl QemuGuest {
         let kernel = GuestKernel::find().context(what);
         let kernel = kernel.map_err(|failure| failure.advise(advice))?;
         let image = GuestImage::builder(kernel)
-            .file(agent::init::ARGUMENTS, agent_arguments())
+            .file(ARGUMENTS, agent_arguments())
+            .file(format!("{PROGRAMS}/witness"), witness_program())
             .build();
         let vm = Vm::builder(image.await.context(what)?)
             .controllers(CONTROLLERS)
@@ -79,7 +81,7 @@ impl QemuGuest {
                 Some(Arc::new(transport.context(what)?))
             }
         };
-        let agent = vm.guest(agent::PORT).await.context(what)?;
+        let agent = vm.guest(PORT).await.context(what)?;
         let stream = vm.connect(witness::PORT, OPENING).await.context(what)?;
         let mut witness = Witness::new(stream);
         Ok(QemuGuest {
@@ -189,12 +191,19 @@ fn slot(state: impl std::fmt::Debug, disk: Option<Disk>) -> SlotReport {
     }
 }
 
+/// The witness, which this program is too, as the guest's init starts it.
+fn witness_program() -> String {
+    format!("/init\nwitness\n{}\n", roots().join("\n"))
+}
+
+fn roots() -> Vec<String> {
+    let roots = ROOTS.map(|root| ["--root".to_owned(), root.to_owned()]);
+    roots.into_iter().flatten().collect()
+}
+
 /// What the agent of the guest is told, one argument a line.
 fn agent_arguments() -> String {
-    let mut arguments = vec!["--witness".to_owned()];
-    for root in ROOTS {
-        arguments.extend(["--root".to_owned(), root.to_owned()]);
-    }
+    let mut arguments = roots();
     for number in 0..CONTROLLERS {
         let address = blockmount_qemu::controller_address(number);
         arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);

@@ -14,10 +14,10 @@ use tokio::time::timeout;
 
 use super::protocol::{Request, Response, parse, receive, send};
 use super::{agent_process, bare_mount, tables};
-use crate::agent::endpoints::{Broken, Service};
 use crate::failure::{Context, Failure};
 use crate::interrupt::{Interrupt, Stop};
 use crate::tree::Tree;
+use blockmount_agent::{Service, ServiceError};
 
 /// How long a host may take to read an answer.
 const SLOW: Duration = Duration::from_secs(60);
@@ -34,7 +34,7 @@ struct State {
 }
 
 impl Service for Server {
-    async fn serve<S>(&self, mut stream: S) -> Result<(), Broken>
+    async fn serve<S>(&self, mut stream: S) -> Result<(), ServiceError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {

@@ -34,10 +34,11 @@ static IMAGE: OnceCell<GuestImage> = OnceCell::const_new();
 
 async fn image() -> GuestImage {
     let build = || async {
-        let mut arguments = vec!["--witness".to_owned()];
+        let mut arguments = Vec::new();
         for root in [MOUNTS, "/run/containers"] {
             arguments.extend(["--root".to_owned(), root.to_owned()]);
         }
+        let witness = format!("/init\nwitness\n{}\n", arguments.join("\n"));
         for number in 0..CONTROLLERS {
             let address = blockmount_qemu::controller_address(number);
             arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
@@ -50,6 +51,7 @@ async fn image() -> GuestImage {
         GuestImage::builder(kernel)
             .program(env!("CARGO_BIN_EXE_blockmount"))
             .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
+            .file("/etc/blockmount/programs/witness", witness)
             .build()
             .await
             .unwrap()

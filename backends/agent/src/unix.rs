@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Mode;
 use tokio::net::UnixListener;
 
-use super::connections::serve_all;
-use super::endpoints::Service;
-use crate::failure::{Context, Failure};
+use crate::AgentError;
+use crate::connections::serve_all;
+use crate::endpoints::Service;
+use crate::error::Context;
 
 /// A socket that is listened on; dropping it removes it from the disk.
 #[derive(Debug)]
@@ -22,7 +23,7 @@ pub(super) struct Socket {
 
 impl Socket {
     /// Listens at a path. A socket that nobody listens on any more is replaced.
-    pub(super) fn bind(path: &Path) -> Result<Self, Failure> {
+    pub(super) fn bind(path: &Path) -> Result<Self, AgentError> {
         let what = || format!("cannot listen on {}", path.display());
         let listener = match bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_deserted(path) => {
@@ -71,7 +72,7 @@ impl Drop for Socket {
 }
 
 /// Serves who connects, for ever.
-pub(super) async fn serve<S: Service>(socket: Socket, service: S) -> Result<(), Failure> {
+pub(super) async fn serve<S: Service>(socket: Socket, service: S) -> Result<(), AgentError> {
     let accept = async || Ok(socket.listener.accept().await?.0);
     serve_all(socket.path.display(), service, accept).await;
     Ok(())

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use crate::terminal::say;
+use crate::program::say;
 
 /// `MODULE_INIT_COMPRESSED_FILE` of `linux/module.h`, for kernels that unpack modules themselves (5.17).
 const COMPRESSED: c_int = 4;

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::endpoints::{Service, as_error};
+use crate::endpoints::{Service, as_error};
 
 /// How many connections a listener serves at once; more wait until one ends. A host has one or two.
 const CONNECTIONS: usize = 64;

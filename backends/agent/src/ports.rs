@@ -12,9 +12,10 @@ use rustix::io::Errno;
 use tokio::task::{Id, JoinSet};
 use tracing::{debug, warn};
 
-use super::endpoints::{Service, as_error};
-use super::port::Port;
-use crate::failure::{Context, Failure};
+use crate::AgentError;
+use crate::endpoints::{Service, as_error};
+use crate::error::Context;
+use crate::port::Port;
 
 /// Every virtio port has a directory here, with its name in it.
 const PORTS: &str = "/sys/class/virtio-ports";
@@ -28,7 +29,7 @@ const BUSY: Duration = Duration::from_millis(500);
 /// connection may be plugged in before the last is out.
 ///
 /// Cancel safe: dropping it closes the ports.
-pub(super) async fn serve<S: Service>(name: &str, service: S) -> Result<(), Failure> {
+pub(super) async fn serve<S: Service>(name: &str, service: S) -> Result<(), AgentError> {
     let lost = || "cannot hear of new virtio ports".to_owned();
     // Before the first look: a port that comes after it is heard of.
     let listener = Listener::new().context(lost)?;

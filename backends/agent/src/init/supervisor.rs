@@ -1,8 +1,7 @@
-//! Children that are always there: started, buried, and started again.
+//! Children that are always there: started, reaped, and started again.
 
 use std::convert::Infallible;
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,8 +9,9 @@ use rustix::process::{Pid, WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
-use crate::failure::{Context, Failure};
-use crate::terminal::say;
+use crate::AgentError;
+use crate::error::Context;
+use crate::program::say;
 
 /// Who has lived this long is started again at once.
 const LONG: Duration = Duration::from_secs(1);
@@ -21,14 +21,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Without any child of ours there would be nothing to wait for.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// Children of this program, each of them this program.
+/// Children that are kept running.
 #[derive(Debug, Default)]
 pub(super) struct Supervisor(Vec<Kept>);
 
 #[derive(Debug)]
 struct Kept {
-    name: &'static str,
-    arguments: Vec<OsString>,
+    name: String,
+    /// The program, and its arguments.
+    words: Vec<OsString>,
     child: Option<Pid>,
     started: Instant,
     due: Instant,
@@ -36,12 +37,12 @@ struct Kept {
 }
 
 impl Supervisor {
-    /// Adds a child that is to be kept running.
-    pub(super) fn keep(&mut self, name: &'static str, arguments: Vec<OsString>) {
+    /// Adds a child that is to be kept running: a program and its arguments.
+    pub(super) fn keep(&mut self, name: String, words: Vec<OsString>) {
         let now = Instant::now();
         self.0.push(Kept {
             name,
-            arguments,
+            words,
             child: None,
             started: now,
             due: now,
@@ -49,17 +50,17 @@ impl Supervisor {
         });
     }
 
-    /// Keeps them running, and buries whatever this process inherits.
+    /// Keeps them running, and reaps every child that this process inherits.
     ///
     /// # Errors
     ///
     /// Only before it has begun.
-    pub(super) async fn run(mut self) -> Result<Infallible, Failure> {
+    pub(super) async fn run(mut self) -> Result<Infallible, AgentError> {
         // Before the first child: the end of each is heard of.
         let mut ended = signal(SignalKind::child())
             .context(|| "cannot listen to the ends of children".to_owned())?;
         loop {
-            self.bury();
+            self.reap();
             let now = Instant::now();
             for kept in &mut self.0 {
                 if kept.child.is_none() && kept.due <= now {
@@ -76,17 +77,19 @@ impl Supervisor {
     }
 
     /// Takes the status of every child that has ended, of orphans too.
-    fn bury(&mut self) {
+    fn reap(&mut self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if let Some(kept) = self.0.iter_mut().find(|kept| kept.child == Some(pid)) {
-                let name = kept.name;
                 let how = match (status.exit_status(), status.terminating_signal()) {
                     (Some(code), _) => format!("with status {code}"),
                     (_, Some(signal)) => format!("by signal {signal}"),
                     _ => "somehow".to_owned(),
                 };
                 kept.has_ended(Instant::now());
-                say(format_args!("blockmount init: the {name} ended {how}"));
+                say(format_args!(
+                    "blockmount init: the {} ended {how}",
+                    kept.name
+                ));
             }
         }
     }
@@ -95,8 +98,9 @@ impl Supervisor {
 impl Kept {
     fn start(&mut self) {
         self.started = Instant::now();
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("blockmount").args(&self.arguments);
+        let (program, arguments) = self.words.split_first().expect("there is a program");
+        let mut command = Command::new(program);
+        command.args(arguments);
         // What they say ends up in a file of the host.
         match command.env("NO_COLOR", "1").spawn() {
             // Its status is taken with those of all others.
@@ -129,7 +133,7 @@ mod tests {
     #[tokio::test]
     async fn who_ends_at_once_is_put_off_longer_and_longer_and_others_are_not() {
         let mut supervisor = Supervisor::default();
-        supervisor.keep("agent", Vec::new());
+        supervisor.keep("agent".to_owned(), vec!["agent".into()]);
         let kept = &mut supervisor.0[0];
         let start = kept.started;
         let pauses: Vec<u128> = (0..9)

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::edges::Edges;
+use crate::edges::Edges;
 
 /// How much is looked at to see whether the other end is there, in bytes.
 const LOOK: usize = 4 << 10;

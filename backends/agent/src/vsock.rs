@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use tracing::{debug, info, warn};
 
-use super::connections::serve_all;
-use super::endpoints::{Service, as_error};
-use crate::failure::{Context, Failure};
+use crate::AgentError;
+use crate::connections::serve_all;
+use crate::endpoints::{Service, as_error};
+use crate::error::Context;
 
 /// Where a host of Hyper-V waits for the agent of its guest (`LinuxGcsVsockPort`).
 pub(super) const GCS_PORT: &str = "0x40000000";
@@ -16,7 +17,7 @@ pub(super) const GCS_PORT: &str = "0x40000000";
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// Serves the host at its port, again after each connection, for ever.
-pub(super) async fn dial<S: Service>(port: u32, service: S) -> Result<(), Failure> {
+pub(super) async fn dial<S: Service>(port: u32, service: S) -> Result<(), AgentError> {
     let host = VsockAddr::new(VMADDR_CID_HOST, port);
     let mut last = None;
     loop {
@@ -39,13 +40,16 @@ pub(super) async fn dial<S: Service>(port: u32, service: S) -> Result<(), Failur
 }
 
 /// Listens on a port of this machine.
-pub(super) fn bind(port: u32) -> Result<VsockListener, Failure> {
+pub(super) fn bind(port: u32) -> Result<VsockListener, AgentError> {
     VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
         .context(|| format!("cannot listen on vsock port {port}"))
 }
 
 /// Serves the host when it connects, for ever. Nobody but the host is served.
-pub(super) async fn listen<S: Service>(listener: VsockListener, service: S) -> Result<(), Failure> {
+pub(super) async fn listen<S: Service>(
+    listener: VsockListener,
+    service: S,
+) -> Result<(), AgentError> {
     let accept = async || -> io::Result<VsockStream> {
         loop {
             let (stream, peer) = listener.accept().await?;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 use tracing::{info, warn};
 
-use super::endpoints::{Service, as_error};
-use super::port::{OtherEnd, Port};
-use crate::failure::Failure;
+use crate::AgentError;
+use crate::endpoints::{Service, as_error};
+use crate::port::{OtherEnd, Port};
 
 /// Between two attempts to open a line that is not there: nothing tells when it is.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -18,7 +18,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 ///
 /// A header of 16 zero bytes is no frame: it ends a conversation. What follows it at once is thrown away with
 /// it, so a host asks for the next conversation until it is answered.
-pub(super) async fn serve<S: Service>(path: PathBuf, service: S) -> Result<(), Failure> {
+pub(super) async fn serve<S: Service>(path: PathBuf, service: S) -> Result<(), AgentError> {
     let mut said = false;
     loop {
         match open(&path) {

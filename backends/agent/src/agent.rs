@@ -1,0 +1,112 @@
+//! The agent itself: what is served to a host, over whatever stream.
+
+use std::path::PathBuf;
+
+use blockmount_bridge::gcs::GuestServer;
+use blockmount_linux::{LinuxGuest, Transports};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::error::Context;
+use crate::{AgentError, GuestTransport, Service, ServiceError};
+
+/// Below these the hosts that are known mount: Hyper-V's (the first three), and our own.
+pub const ROOTS: [&str; 4] = ["/run/mounts", "/run/gcs", "/run/layers", "/run/blockmount"];
+
+/// Mounts, combines and unplugs in this guest what its host asks for. Cloning is cheap; clones are one agent.
+///
+/// What is mounted stays mounted when an agent ends. There is one agent in a guest at a time: the journal is locked.
+#[derive(Debug, Clone)]
+pub struct Agent(GuestServer<LinuxGuest>);
+
+impl Agent {
+    /// An agent that knows no transport yet.
+    pub fn builder() -> AgentBuilder {
+        AgentBuilder::default()
+    }
+}
+
+impl Service for Agent {
+    async fn serve<S>(&self, stream: S) -> Result<(), ServiceError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        Ok(self.0.serve(stream).await?)
+    }
+}
+
+/// Configures an [`Agent`].
+#[derive(Debug)]
+pub struct AgentBuilder {
+    pub(crate) transports: Vec<Box<dyn GuestTransport>>,
+    pub(crate) roots: Vec<PathBuf>,
+    pub(crate) journal: PathBuf,
+}
+
+impl Default for AgentBuilder {
+    fn default() -> Self {
+        AgentBuilder {
+            transports: Vec::new(),
+            roots: ROOTS.map(PathBuf::from).into(),
+            journal: "/run/blockmount-agent".into(),
+        }
+    }
+}
+
+impl AgentBuilder {
+    /// Registers a transport, in place of one with the same scheme.
+    #[must_use]
+    pub fn transport(mut self, transport: impl GuestTransport + 'static) -> Self {
+        self.transports
+            .retain(|known| known.scheme() != transport.scheme());
+        self.transports.push(Box::new(transport));
+        self
+    }
+
+    /// Mounts only below these directories, in place of [`ROOTS`].
+    #[must_use]
+    pub fn roots<P: Into<PathBuf>>(mut self, roots: impl IntoIterator<Item = P>) -> Self {
+        self.roots = roots.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Where what is mounted is noted, so that the agent that is started after a killed one can undo it, in place of
+    /// `/run/blockmount-agent`.
+    #[must_use]
+    pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.journal = directory.into();
+        self
+    }
+
+    /// The kernel modules that its transports need, by name: a guest's image must have them.
+    pub fn modules(&self) -> Vec<&str> {
+        let transports = self.transports.iter();
+        transports
+            .flat_map(|known| known.modules())
+            .copied()
+            .collect()
+    }
+
+    /// The agent, with what an earlier one has left to it.
+    ///
+    /// # Errors
+    ///
+    /// If the journal cannot be used, most of all because another agent uses it.
+    pub async fn build(self) -> Result<Agent, AgentError> {
+        let mut transports = Transports::new();
+        for transport in &self.transports {
+            if let Some(devices) = transport.devices() {
+                let scheme = transport.scheme();
+                transports = transports
+                    .with(scheme, devices.resolver)
+                    .with_unplugger(scheme, devices.unplugger);
+            }
+        }
+        let engine = LinuxGuest::builder()
+            .transports(transports)
+            .allow_targets_under(&self.roots)
+            .journal(&self.journal)
+            .await
+            .context(|| format!("cannot use the journal in {}", self.journal.display()))?;
+        Ok(Agent(GuestServer::new(engine)))
+    }
+}

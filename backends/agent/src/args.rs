@@ -1,0 +1,209 @@
+//! What can be said to the agent.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use lexopt::{Arg, ValueExt};
+
+use crate::endpoints::{self, Endpoints};
+use crate::{AgentBuilder, Argument};
+
+/// The virtio port over which a host reaches the agent, unless told otherwise.
+pub const PORT: &str = "blockmount.agent";
+
+const ABOUT: &str = "\
+The agent does in a guest what its host asks for: it finds the devices that the host has attached, mounts them, stacks \
+them as overlays, and unplugs them. Without any of --virtio-port, --vsock, --vsock-listen, --unix and --serial it serves \
+every virtio port named blockmount.agent. What is mounted when it ends stays mounted, and the next agent goes on with it.";
+
+const INIT: &str = "\
+As pid 1 (as /init of an initramfs) the program is this agent without being told: it mounts /proc, /sys, /dev, /run and \
+/tmp, loads the modules whose paths are in /etc/blockmount/modules, one a line in the order of loading, and keeps an \
+agent running whose arguments are in /etc/blockmount/agent.args, one a line, and in blockmount.arg=... on the kernel's \
+command line. It keeps the programs of /etc/blockmount/programs running too: each file there has the path of a program \
+in its first line, and an argument in each of the others.";
+
+/// The agent's own arguments.
+const OWN: [Argument; 4] = [
+    Argument::new(
+        "root",
+        "DIR",
+        "Mount only below this directory; repeatable. By default /run/mounts, /run/gcs, /run/layers and /run/blockmount",
+    ),
+    Argument::new(
+        "journal",
+        "DIR",
+        "What is mounted is noted here, so that an agent started after a killed one can undo it. By default \
+         /run/blockmount-agent",
+    ),
+    Argument::new(
+        "log",
+        "FILTER",
+        "What is logged to stderr, such as \"blockmount_agent=debug,blockmount_linux=trace\" or \"info\"; overrides -v",
+    ),
+    Argument::new(
+        "verbose",
+        "",
+        "Log more: -v the steps, -vv their details, -vvv everything",
+    ),
+];
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    Serve(Box<Options>),
+    Print(String),
+}
+
+/// How to serve.
+#[derive(Debug, Default)]
+pub(crate) struct Options {
+    pub(crate) endpoints: Endpoints,
+    pub(crate) log: Option<String>,
+    pub(crate) verbose: u8,
+}
+
+/// Reads the arguments. Those that say what the agent is go into its builder.
+pub(crate) fn parse(
+    name: &str,
+    agent: &mut AgentBuilder,
+    words: impl IntoIterator<Item = OsString>,
+) -> Result<Asked, lexopt::Error> {
+    let mut options = Options::default();
+    let mut roots: Vec<PathBuf> = Vec::new();
+    let mut parser = lexopt::Parser::from_args(words);
+    while let Some(argument) = parser.next()? {
+        let long = match argument {
+            Arg::Short('h') | Arg::Long("help") => return Ok(Asked::Print(help(name, agent))),
+            Arg::Short('V') | Arg::Long("version") => {
+                return Ok(Asked::Print(format!(
+                    "{name} {}",
+                    env!("CARGO_PKG_VERSION")
+                )));
+            }
+            Arg::Short('v') | Arg::Long("verbose") => {
+                options.verbose = options.verbose.saturating_add(1);
+                continue;
+            }
+            Arg::Long(long) => long.to_owned(),
+            other => return Err(other.unexpected()),
+        };
+        match &*long {
+            "root" => roots.push(parser.value()?.into()),
+            "journal" => agent.journal = parser.value()?.into(),
+            "log" => options.log = Some(parser.value()?.string()?),
+            long if options.endpoints.argument(long, &mut parser)? => {}
+            long => set(agent, long, &mut parser)?,
+        }
+    }
+    if !roots.is_empty() {
+        agent.roots = roots;
+    }
+    Ok(Asked::Serve(Box::new(options)))
+}
+
+/// Gives an argument to the transport that knows it.
+fn set(
+    agent: &mut AgentBuilder,
+    name: &str,
+    parser: &mut lexopt::Parser,
+) -> Result<(), lexopt::Error> {
+    let transport = agent.transports.iter_mut().find(|transport| {
+        let mut arguments = transport.arguments().iter();
+        arguments.any(|argument| argument.name == name)
+    });
+    let Some(transport) = transport else {
+        return Err(Arg::Long(name).unexpected());
+    };
+    let value = parser.value()?.string()?;
+    let set = transport.set(name, &value);
+    set.map_err(|error| format!("--{name} {value:?}: {error}").into())
+}
+
+fn help(name: &str, agent: &AgentBuilder) -> String {
+    let mut text = format!(
+        "Serves this machine, a guest, to its host.\n\nUsage: {name} [OPTIONS]\n\nOptions:\n"
+    );
+    let transports = agent.transports.iter();
+    let arguments = endpoints::ARGUMENTS.iter();
+    let arguments = arguments.chain(transports.flat_map(|known| known.arguments()));
+    for Argument { name, value, help } in arguments.chain(&OWN) {
+        let space = if value.is_empty() { "" } else { " " };
+        text += &format!("  --{name}{space}{value}\n      {help}\n");
+    }
+    text += &format!(
+        "\n{ABOUT}\n\n{INIT}\n\nExamples:\n  \
+         {name}                            in a guest of QEMU\n  \
+         {name} --vsock                    in a guest of Hyper-V\n  \
+         {name} --unix /run/agent.sock --journal /run/agent --root /srv/layers\n\n\
+         SIGTERM or Ctrl-C ends it."
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Toy(Vec<String>);
+
+    impl crate::GuestTransport for Toy {
+        fn scheme(&self) -> &str {
+            "toy"
+        }
+        fn arguments(&self) -> &[Argument] {
+            const { &[Argument::new("toy-size", "SIZE", "How large toys are")] }
+        }
+        fn set(&mut self, argument: &str, value: &str) -> Result<(), String> {
+            let size: u32 = value.parse().map_err(|_| "a size is a number")?;
+            self.0.push(format!("{argument}={size}"));
+            Ok(())
+        }
+        fn modules(&self) -> &[&str] {
+            &["toy"]
+        }
+        fn devices(&self) -> Option<crate::GuestDevices> {
+            None
+        }
+    }
+
+    fn parsed(words: &[&str]) -> (Result<Asked, lexopt::Error>, AgentBuilder) {
+        let mut agent = crate::Agent::builder().transport(Toy::default());
+        let asked = parse("agent", &mut agent, words.iter().map(OsString::from));
+        (asked, agent)
+    }
+
+    #[test]
+    fn a_transport_gets_its_own_arguments_and_is_in_the_help() {
+        let (asked, agent) = parsed(&["--toy-size", "7", "--root=/a", "--toy-size=8", "-vv"]);
+        let Ok(Asked::Serve(options)) = asked else {
+            panic!("{asked:?}");
+        };
+        assert_eq!(options.verbose, 2);
+        assert_eq!(agent.roots, [PathBuf::from("/a")]);
+        assert!(format!("{agent:?}").contains(r#"["toy-size=7", "toy-size=8"]"#));
+        assert_eq!(agent.modules(), ["toy"]);
+        let Ok(Asked::Print(help)) = parsed(&["--help"]).0 else {
+            panic!();
+        };
+        assert!(
+            help.contains("--toy-size SIZE\n      How large toys are\n"),
+            "{help}"
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_its_name() {
+        for (words, part) in [
+            (&["--toy-size", "x"][..], "a size is a number"),
+            (&["--toy-size"], "toy-size"),
+            (&["--roof", "/"], "--roof"),
+            (&["extra"], "extra"),
+            (&["--vsock", "--vsock-listen=x"], "vsock port"),
+        ] {
+            let error = parsed(words).0.unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Where a service is offered: virtio ports, vsock, Unix sockets, serial lines.
+
+use std::error::Error as StdError;
+use std::future::Future;
+use std::path::PathBuf;
+
+use lexopt::ValueExt;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinSet;
+
+use crate::error::Context;
+use crate::{AgentError, Argument, ports, serial, unix, vsock};
+
+/// What is done for a peer at the other end of a stream.
+pub trait Service: Clone + Send + Sync + 'static {
+    /// Serves one connection to its end. Nothing that comes over it is fatal to another.
+    ///
+    /// Cancel safe: dropping it ends the connection.
+    fn serve<S>(&self, stream: S) -> impl Future<Output = Result<(), ServiceError>> + Send
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send;
+}
+
+/// Why a connection could not go on.
+pub type ServiceError = Box<dyn StdError + Send + Sync>;
+
+/// An error as the log takes it: with all that caused it.
+pub(crate) fn as_error(error: &ServiceError) -> &(dyn StdError + 'static) {
+    &**error
+}
+
+/// The arguments that say where to serve.
+pub(crate) const ARGUMENTS: [Argument; 5] = [
+    Argument::new(
+        "virtio-port",
+        "NAME",
+        "Serve on every virtio port named NAME or NAME.anything, as it is plugged in; repeatable",
+    ),
+    Argument::new(
+        "vsock",
+        "[PORT]",
+        "Connect to this vsock port of the host, again and again (0x40000000 if no number is given)",
+    ),
+    Argument::new(
+        "vsock-listen",
+        "PORT",
+        "Wait for the host on this vsock port",
+    ),
+    Argument::new(
+        "unix",
+        "PATH",
+        "Wait for connections on a Unix socket, which only this user may open; repeatable",
+    ),
+    Argument::new(
+        "serial",
+        "PATH",
+        "Serve on a serial line; 16 zero bytes from the host end a connection; repeatable",
+    ),
+];
+
+/// Where to serve.
+#[derive(Debug, Clone, Default)]
+pub struct Endpoints {
+    virtio_ports: Vec<String>,
+    vsock: Option<u32>,
+    vsock_listen: Option<u32>,
+    unix: Vec<PathBuf>,
+    serial: Vec<PathBuf>,
+}
+
+impl Endpoints {
+    /// Adds a Unix socket, which only this user may open.
+    #[must_use]
+    pub fn unix(mut self, path: impl Into<PathBuf>) -> Self {
+        self.unix.push(path.into());
+        self
+    }
+
+    /// Takes an argument of a command line, and its value from the parser. `false` if it is none of these.
+    ///
+    /// # Errors
+    ///
+    /// If the value is missing, or makes no sense.
+    pub fn argument(
+        &mut self,
+        name: &str,
+        parser: &mut lexopt::Parser,
+    ) -> Result<bool, lexopt::Error> {
+        match name {
+            "virtio-port" => self.virtio_ports.push(parser.value()?.string()?),
+            "vsock" => self.vsock = Some(optional_port(parser)?),
+            "vsock-listen" => self.vsock_listen = Some(parser.value()?.parse_with(parse_port)?),
+            "unix" => self.unix.push(parser.value()?.into()),
+            "serial" => self.serial.push(parser.value()?.into()),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// These, or ports of this name if there are none.
+    #[must_use]
+    pub fn or_port(mut self, name: &str) -> Self {
+        let none = self.virtio_ports.is_empty()
+            && self.vsock.is_none()
+            && self.vsock_listen.is_none()
+            && self.unix.is_empty()
+            && self.serial.is_empty();
+        if none {
+            self.virtio_ports.push(name.to_owned());
+        }
+        self
+    }
+
+    /// Serves on all of them until `ended` is ready.
+    ///
+    /// # Errors
+    ///
+    /// If one of them cannot be opened at all, or is lost for good; the others end too.
+    pub async fn serve<S: Service>(
+        self,
+        service: S,
+        ended: impl Future<Output = ()>,
+    ) -> Result<(), AgentError> {
+        let mut tasks = JoinSet::new();
+        // What can fail at once comes first: nobody is served yet whom that would interrupt.
+        for path in self.unix {
+            let socket = unix::Socket::bind(&path)?;
+            tasks.spawn(unix::serve(socket, service.clone()));
+        }
+        if let Some(port) = self.vsock_listen {
+            let listener = vsock::bind(port)?;
+            tasks.spawn(vsock::listen(listener, service.clone()));
+        }
+        if let Some(port) = self.vsock {
+            tasks.spawn(vsock::dial(port, service.clone()));
+        }
+        for path in self.serial {
+            tasks.spawn(serial::serve(path, service.clone()));
+        }
+        for name in self.virtio_ports {
+            let service = service.clone();
+            tasks.spawn(async move { ports::serve(&name, service).await });
+        }
+        let outcome = tokio::select! {
+            () = ended => Ok(()),
+            Some(ended) = tasks.join_next() => {
+                ended.context(|| "an endpoint was lost".to_owned()).and_then(|ended| ended)
+            }
+        };
+        // Listening ends, sockets are removed, connections are closed.
+        tasks.shutdown().await;
+        outcome
+    }
+}
+
+/// The port that follows, if the next word is one and no argument.
+fn optional_port(parser: &mut lexopt::Parser) -> Result<u32, lexopt::Error> {
+    match parser.optional_value() {
+        Some(value) => value.parse_with(parse_port),
+        None => {
+            let mut rest = parser.raw_args()?;
+            let next = rest.peek().and_then(|word| word.to_str());
+            match next.is_some_and(|word| !word.starts_with('-')) {
+                true => rest.next().unwrap_or_default().parse_with(parse_port),
+                false => parse_port(vsock::GCS_PORT).map_err(Into::into),
+            }
+        }
+    }
+}
+
+/// A port number of vsock: decimal, or hexadecimal with `0x`.
+fn parse_port(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    match number {
+        // The highest means any port.
+        Ok(port) if port != u32::MAX => Ok(port),
+        _ => Err("a vsock port is a number below 4294967295, such as 0x40000000".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vsock_ports_are_decimal_or_hexadecimal() {
+        assert_eq!(parse_port(vsock::GCS_PORT), Ok(1 << 30));
+        assert_eq!(parse_port("1024"), Ok(1024));
+        for text in ["", "x", "-1", "0x", "0xffffffff", "4294967296"] {
+            assert!(parse_port(text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The agent as a program: an ordinary process, or pid 1.
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::future::Future;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::args::{self, Asked, Options, PORT};
+use crate::error::{AgentError, Context, printable};
+use crate::{AgentBuilder, init};
+
+/// Exit status where the command line makes no sense.
+const USAGE: u8 = 2;
+
+/// A program around an agent.
+#[derive(Debug)]
+pub struct Program {
+    /// What starts it: its name, and the subcommand if it has one.
+    command: Vec<&'static str>,
+    agent: AgentBuilder,
+}
+
+impl Program {
+    /// A program that is nothing but this agent.
+    pub fn new(name: &'static str, agent: AgentBuilder) -> Self {
+        Program {
+            command: vec![name],
+            agent,
+        }
+    }
+
+    /// The agent is what the program does when its first argument is this word.
+    #[must_use]
+    pub fn subcommand(mut self, word: &'static str) -> Self {
+        self.command.push(word);
+        self
+    }
+
+    /// Does what this process was started for: runs the machine as pid 1, or serves as the command line says.
+    pub fn main(self) -> ExitCode {
+        let words = std::env::args_os().skip(self.command.len());
+        match init::is_asked_for() {
+            true => self.init(),
+            false => self.run(words),
+        }
+    }
+
+    /// Whether the kernel has started this process as `/init` of its machine.
+    pub fn is_init() -> bool {
+        init::is_asked_for()
+    }
+
+    /// Runs the machine as its pid 1, with an agent as a child. Turns the machine off if that is impossible.
+    pub fn init(self) -> ! {
+        init::run(self)
+    }
+
+    /// Serves as these arguments say, until a signal comes.
+    pub fn run(mut self, words: impl IntoIterator<Item = OsString>) -> ExitCode {
+        let options = match self.parse(words) {
+            Ok(Asked::Serve(options)) => options,
+            Ok(Asked::Print(text)) => {
+                let written = writeln!(io::stdout(), "{text}");
+                return written.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+            }
+            Err(error) => {
+                complain(&error, &format!("see {} --help", self.name()));
+                return USAGE.into();
+            }
+        };
+        match self.serve(*options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error, "");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    pub(crate) fn parse(
+        &mut self,
+        words: impl IntoIterator<Item = OsString>,
+    ) -> Result<Asked, AgentError> {
+        let name = self.name();
+        let asked = args::parse(&name, &mut self.agent, words);
+        let asked = asked.context(|| "the command line makes no sense".to_owned())?;
+        if let Asked::Serve(options) = &asked {
+            filter(options)?;
+        }
+        Ok(asked)
+    }
+
+    pub(crate) fn command(&self) -> &[&'static str] {
+        &self.command
+    }
+
+    fn name(&self) -> String {
+        self.command.join(" ")
+    }
+
+    fn serve(self, options: Options) -> Result<(), AgentError> {
+        start_log(&options)?;
+        if !rustix::process::geteuid().is_root() {
+            let name = self.name();
+            return Err(AgentError::new(format!(
+                "the agent mounts, which only root may; run it with sudo: sudo {name} ..."
+            )));
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .context(|| "cannot start the runtime".to_owned())?;
+        runtime.block_on(async {
+            let ended = termination().context(|| "cannot listen to signals".to_owned())?;
+            let agent = self.agent.build().await?;
+            options.endpoints.or_port(PORT).serve(agent, ended).await
+        })
+    }
+}
+
+/// Waits for SIGINT, SIGTERM or SIGHUP, which end nothing by themselves any more.
+///
+/// # Errors
+///
+/// If signals cannot be handled. Must be called in a runtime.
+pub fn termination() -> io::Result<impl Future<Output = ()> + Send> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}
+
+/// What is logged: only what goes wrong, unless more was asked for.
+fn filter(options: &Options) -> Result<Targets, AgentError> {
+    let default = match options.verbose {
+        0 => "error",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = options.log.as_deref().unwrap_or(default);
+    filter
+        .parse()
+        .context(|| format!("--log {filter:?} is no log filter"))
+}
+
+/// Starts logging to stderr. A log that cannot be written is no reason to stop while devices are mounted.
+pub(crate) fn start_log(options: &Options) -> Result<(), AgentError> {
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .log_internal_errors(false);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter(options)?)
+        .init();
+    Ok(())
+}
+
+/// Says a line on stderr, which may be closed.
+pub(crate) fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+/// Says what went wrong, and each cause on a line of its own.
+fn complain(error: &AgentError, advice: &str) {
+    say(format_args!("error: {}", printable(&error.to_string())));
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        say(format_args!("  because: {}", printable(&error.to_string())));
+        cause = error.source();
+    }
+    if !advice.is_empty() {
+        say(format_args!("advice: {advice}"));
+    }
+}

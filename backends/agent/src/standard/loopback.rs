@@ -1,0 +1,31 @@
+//! Loop devices of the guest.
+
+use blockmount_loopback::{LoopResolver, LoopUnplugger, SCHEME};
+
+use crate::{Argument, GuestDevices, GuestTransport};
+
+/// Loop devices, which somebody else binds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Loop;
+
+impl GuestTransport for Loop {
+    fn scheme(&self) -> &str {
+        SCHEME
+    }
+
+    fn arguments(&self) -> &[Argument] {
+        &[]
+    }
+
+    fn set(&mut self, argument: &str, _value: &str) -> Result<(), String> {
+        Err(format!("loop devices have no argument {argument}"))
+    }
+
+    fn modules(&self) -> &[&str] {
+        &["loop"]
+    }
+
+    fn devices(&self) -> Option<GuestDevices> {
+        Some(GuestDevices::new(LoopResolver, LoopUnplugger::default()))
+    }
+}

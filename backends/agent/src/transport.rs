@@ -1,0 +1,75 @@
+//! What is registered with an agent for each transport.
+
+use std::fmt;
+use std::sync::Arc;
+
+use blockmount::{Resolver, Unplugger};
+
+/// The guest's half of a transport, as an agent registers it: one value for each scheme of locators.
+///
+/// The agent calls [`set`](Self::set) for each of the [`arguments`](Self::arguments) on its command line, and then
+/// [`devices`](Self::devices) once. In exchange it asks this transport for all devices whose locators have
+/// its scheme, and no other.
+pub trait GuestTransport: fmt::Debug + Send + Sync {
+    /// The scheme of its locators, such as `nbd` of `nbd:3`.
+    fn scheme(&self) -> &str;
+
+    /// What can be said about it on the command line. The names must be its own: an agent asks the transports in the
+    /// order of their registration, after its own arguments.
+    fn arguments(&self) -> &[Argument];
+
+    /// Takes one of its arguments, each time it is given.
+    ///
+    /// # Errors
+    ///
+    /// Why the value makes no sense, as one sentence in lower case.
+    fn set(&mut self, argument: &str, value: &str) -> Result<(), String>;
+
+    /// The kernel modules without which its devices do not appear, by name. They must be in the guest's image.
+    fn modules(&self) -> &[&str];
+
+    /// What finds and unplugs its devices; nothing if this guest has none, as far as can be known now.
+    fn devices(&self) -> Option<GuestDevices>;
+}
+
+/// What finds the devices of a transport, and what takes them out.
+#[derive(Clone)]
+pub struct GuestDevices {
+    pub(crate) resolver: Arc<dyn Resolver>,
+    pub(crate) unplugger: Arc<dyn Unplugger>,
+}
+
+impl GuestDevices {
+    /// Devices that are found by one and unplugged by the other.
+    pub fn new(resolver: impl Resolver + 'static, unplugger: impl Unplugger + 'static) -> Self {
+        GuestDevices {
+            resolver: Arc::new(resolver),
+            unplugger: Arc::new(unplugger),
+        }
+    }
+}
+
+impl fmt::Debug for GuestDevices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestDevices").finish_non_exhaustive()
+    }
+}
+
+/// An argument of the command line that has a value.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Argument {
+    /// Without its dashes: `scsi-controller`.
+    pub name: &'static str,
+    /// What the value is called in the help: `ADDRESS`.
+    pub value: &'static str,
+    /// One or more sentences.
+    pub help: &'static str,
+}
+
+impl Argument {
+    /// An argument `--name VALUE`.
+    pub const fn new(name: &'static str, value: &'static str, help: &'static str) -> Self {
+        Argument { name, value, help }
+    }
+}
