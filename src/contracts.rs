@@ -98,11 +98,27 @@ pub trait Resolver: Send + Sync + 'static {
 
 /// A block device of the guest, as a [`Resolver`] found it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlockDevice {
     /// The device node.
     pub path: PathBuf,
     /// The bytes of it that are meant, where one device holds many disks; all of it if none.
     pub range: Option<Range<u64>>,
+}
+
+impl BlockDevice {
+    /// All of the device at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        BlockDevice { path, range: None }
+    }
+
+    /// These bytes of the device.
+    #[must_use]
+    pub fn with_range(mut self, range: impl Into<Option<Range<u64>>>) -> Self {
+        self.range = range.into();
+        self
+    }
 }
 
 /// Mounts devices. Guest side, or the host's end of a line to it.
@@ -155,6 +171,7 @@ pub trait LayerCombiner: Send + Sync + 'static {
 /// Layers to be seen as one tree.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Overlay {
     /// Where each layer is mounted, the topmost first.
     pub layers: Vec<PathBuf>,
@@ -164,6 +181,27 @@ pub struct Overlay {
     pub scratch: Option<PathBuf>,
     /// Where the tree appears.
     pub target: PathBuf,
+}
+
+impl Overlay {
+    /// A read-only tree of `layers` (where each is mounted, the topmost first) at `target`.
+    pub fn new<L: Into<PathBuf>>(
+        layers: impl IntoIterator<Item = L>,
+        target: impl Into<PathBuf>,
+    ) -> Self {
+        Overlay {
+            layers: layers.into_iter().map(Into::into).collect(),
+            scratch: None,
+            target: target.into(),
+        }
+    }
+
+    /// The same with a writable directory for changes.
+    #[must_use]
+    pub fn with_scratch(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.scratch = Some(directory.into());
+        self
+    }
 }
 
 /// A backend behind a pointer is a backend: an `Arc` shares one between managers.

@@ -52,6 +52,7 @@ pub struct ManagerBuilder {
 /// What [`Manager::drain`] found.
 #[derive(Debug, Clone)]
 #[must_use = "what failed is still there"]
+#[non_exhaustive]
 pub struct Drained {
     /// The tear-downs that failed once more, and are still owed.
     pub failed: Vec<Error>,

@@ -58,6 +58,7 @@ struct Fields {
 
 /// Why [`MountOptions`] cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum InvalidOptions {
     /// Two options that exclude each other.
     #[error("mount option {0:?} contradicts {1:?}")]
@@ -75,6 +76,7 @@ pub enum InvalidOptions {
 /// Nothing here is read from the device: the client knows what it trusts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Verity {
     /// The digest of the root, as lower-case hexadecimal digits.
     pub root_digest: String,
@@ -93,6 +95,22 @@ pub struct Verity {
     pub hash_start_block: u64,
 }
 
+impl Verity {
+    /// A SHA-256 tree without salt over `data_blocks` blocks of 4,096 bytes, in blocks of that size right
+    /// behind the data. The fields say what differs.
+    pub fn new(root_digest: impl Into<String>, data_blocks: u64) -> Self {
+        Verity {
+            root_digest: root_digest.into(),
+            salt: String::new(),
+            algorithm: "sha256".into(),
+            data_block_size: 4096,
+            hash_block_size: 4096,
+            data_blocks,
+            hash_start_block: data_blocks,
+        }
+    }
+}
+
 /// How the content of a device is encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -104,6 +122,7 @@ pub enum Encryption {
 /// Making a filesystem where there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Format {
     /// The filesystem to make.
     pub filesystem: String,
@@ -112,8 +131,26 @@ pub struct Format {
     pub overwrite: Overwrite,
 }
 
+impl Format {
+    /// Makes `filesystem` on a device that is blank.
+    pub fn new(filesystem: impl Into<String>) -> Self {
+        Format {
+            filesystem: filesystem.into(),
+            overwrite: Overwrite::Blank,
+        }
+    }
+
+    /// The same, whatever is on the device.
+    #[must_use]
+    pub fn overwriting_everything(mut self) -> Self {
+        self.overwrite = Overwrite::Everything;
+        self
+    }
+}
+
 /// What a format may overwrite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Overwrite {
     /// Nothing: only a device that is proven blank is formatted; one that has the filesystem already
     /// is mounted as it is.

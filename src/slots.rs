@@ -83,6 +83,7 @@ impl fmt::Display for Slot {
 /// What a slot is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum SlotState {
     /// Nothing is in it, and nobody has it.
     Free,
@@ -110,6 +111,7 @@ impl fmt::Display for SlotState {
 
 /// Which free slot is handed out next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Policy {
     /// The lowest: all of group 0, then group 1. For numbers that should stay small.
     LowestFirst,

@@ -211,14 +211,8 @@ impl Resolver for Broken {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         self.spoil().await?;
         match self.fault {
-            GivesOneAnswerToAll => Ok(BlockDevice {
-                path: "/dev/sda".into(),
-                range: None,
-            }),
-            Guesses => {
-                let path = format!("/dev/{}", device.address()).into();
-                Ok(BlockDevice { path, range: None })
-            }
+            GivesOneAnswerToAll => Ok(BlockDevice::new("/dev/sda")),
+            Guesses => Ok(BlockDevice::new(format!("/dev/{}", device.address()))),
             _ => self.vm.resolve(device).await,
         }
     }

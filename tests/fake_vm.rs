@@ -109,19 +109,12 @@ async fn it_is_as_strict_as_a_guest() {
     assert_eq!(unmount(&vm, "/m").await, Err(ErrorKind::Busy));
     unmount(&vm, "/m/below").await.unwrap();
 
-    let overlay = Overlay {
-        layers: vec!["/m".into()],
-        scratch: None,
-        target: "/o".into(),
-    };
+    let overlay = Overlay::new(["/m"], "/o");
     vm.combine(&overlay).await.unwrap();
     assert_eq!(unmount(&vm, "/m").await, Err(ErrorKind::Busy));
     assert_eq!(unmount(&vm, "/o").await, Err(ErrorKind::Conflict));
     vm.separate(&overlay.target).await.unwrap();
-    let read_only_scratch = Overlay {
-        scratch: Some("/m".into()),
-        ..overlay
-    };
+    let read_only_scratch = overlay.with_scratch("/m");
     assert_eq!(
         vm.combine(&read_only_scratch).await.unwrap_err().kind(),
         ErrorKind::Invalid

@@ -3,7 +3,8 @@
 use std::num::NonZeroU32;
 
 use blockmount::{
-    Encryption, Expose, Format, MountOptions, MountRequest, Overlay, Overwrite, Verity,
+    Encryption, Expose, Format, InvalidOptions, MountFlag, MountOptions, MountRequest, Overlay,
+    Verity,
 };
 use serde_json::{Value, json, to_value};
 
@@ -12,22 +13,11 @@ fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, serde_json::E
 }
 
 fn verity() -> Verity {
-    Verity {
-        root_digest: "ab".repeat(32),
-        salt: String::new(),
-        algorithm: "sha256".into(),
-        data_block_size: 4096,
-        hash_block_size: 4096,
-        data_blocks: 16,
-        hash_start_block: 16,
-    }
+    Verity::new("ab".repeat(32), 16)
 }
 
 fn format() -> Format {
-    Format {
-        filesystem: "ext4".into(),
-        overwrite: Overwrite::Blank,
-    }
+    Format::new("ext4")
 }
 
 #[test]
@@ -41,11 +31,7 @@ fn what_is_at_its_default_is_left_out() {
         to_value(MountOptions::read_only()).unwrap(),
         json!({"options": ["ro"]})
     );
-    let overlay = Overlay {
-        layers: vec!["/l".into()],
-        scratch: None,
-        target: "/t".into(),
-    };
+    let overlay = Overlay::new(["/l"], "/t");
     assert_eq!(
         to_value(&overlay).unwrap(),
         json!({"layers": ["/l"], "target": "/t"})
@@ -97,4 +83,43 @@ fn a_reader_refuses_what_it_does_not_know() {
     read::<Overlay>(overlay).unwrap();
     read::<MountOptions>(json!({"verity": to_value(verity()).unwrap(), "options": ["ro"]}))
         .unwrap();
+}
+
+#[test]
+fn i06_every_flag_is_parsed_by_its_name_and_excludes_its_opposite() {
+    let opposites = [
+        "suid",
+        "dev",
+        "exec",
+        "relatime",
+        "diratime",
+        "atime",
+        "symfollow",
+        "async",
+        "",
+        "nolazytime",
+    ];
+    for (flag, opposite) in MountFlag::all().iter().zip(opposites) {
+        let built = |options: &[&str]| MountOptions::builder().options(options.to_vec()).build();
+        let options = built(&[flag.name()]).unwrap();
+        assert_eq!(options.flags().iter().collect::<Vec<_>>(), [*flag]);
+        assert!(
+            options.data().is_empty(),
+            "{flag:?} is not the filesystem's"
+        );
+        if !opposite.is_empty() {
+            assert!(built(&[opposite]).unwrap() == MountOptions::default());
+            let refused = built(&[flag.name(), opposite]).unwrap_err();
+            assert!(
+                matches!(refused, InvalidOptions::Contradiction(..)),
+                "{refused}"
+            );
+        }
+    }
+    let of_superblock = |flag: &&MountFlag| flag.is_of_superblock();
+    let of_superblock: Vec<_> = MountFlag::all().iter().filter(of_superblock).collect();
+    assert_eq!(
+        of_superblock,
+        [&MountFlag::Sync, &MountFlag::DirSync, &MountFlag::LazyTime]
+    );
 }

@@ -25,11 +25,10 @@ async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
         fs::write(root.join(name).join("name"), name).unwrap();
     }
     fs::write(root.join("base/only"), "base").unwrap();
-    let overlay = Overlay {
-        layers: vec![root.join("top"), root.join("base")],
-        scratch: None,
-        target: root.join("made/tree"),
-    };
+    let overlay = Overlay::new(
+        [root.join("top"), root.join("base")],
+        root.join("made/tree"),
+    );
     let guest = agent.guest().await;
     guest.combine(&overlay).await.unwrap();
     let read = |name: &str| fs::read_to_string(overlay.target.join(name)).unwrap();
@@ -66,11 +65,7 @@ async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
         let agent = Serving::agent_in(dir);
         let layer = agent.path("root/layer");
         fs::create_dir_all(&layer).unwrap();
-        let overlay = Overlay {
-            layers: vec![layer],
-            scratch: None,
-            target: agent.path("root/made/tree"),
-        };
+        let overlay = Overlay::new([layer], agent.path("root/made/tree"));
         let guest = agent.guest().await;
         guest.combine(&overlay).await.unwrap();
         dir = agent.end(with).1;
@@ -124,11 +119,7 @@ async fn root_targets_outside_of_the_roots_are_refused_and_nothing_is_made() {
         let mounted = guest
             .mount(&device, target, &MountOptions::read_only())
             .await;
-        let overlay = Overlay {
-            layers: vec![layer.clone()],
-            scratch: None,
-            target: target.clone(),
-        };
+        let overlay = Overlay::new([&layer], &target);
         for refused in [mounted, guest.combine(&overlay).await] {
             let kind = refused.unwrap_err().kind();
             assert!(

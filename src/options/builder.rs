@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+use super::flags::decides;
 use super::{
     Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions, Propagation,
     Verity,
@@ -121,7 +122,7 @@ impl MountOptionsBuilder {
             flags: words
                 .chosen
                 .values()
-                .filter_map(|word| flag_named(word))
+                .filter_map(|word| MountFlag::from_name(word))
                 .collect(),
             data: words.data.into_values().collect(),
             propagation: words
@@ -170,7 +171,7 @@ impl MountOptionsBuilder {
 /// The words that were said, by what they decide.
 #[derive(Default)]
 struct Words {
-    /// One word for each question that the kernel asks, such as `access`: `ro`.
+    /// One word for each thing that the kernel decides for every filesystem, such as `access`: `ro`.
     chosen: BTreeMap<&'static str, String>,
     /// The filesystem's own options by name, so that they are sorted and none is there twice.
     data: BTreeMap<String, String>,
@@ -192,8 +193,8 @@ impl Words {
             let reason = "the mount of a device is always a new one";
             return Err(InvalidOptions::Inapplicable(option.to_owned(), reason));
         }
-        match question(option) {
-            Some(question) => put(&mut self.chosen, question, option),
+        match decides(option) {
+            Some(decided) => put(&mut self.chosen, decided, option),
             None if option == "defaults" => Ok(()),
             None => {
                 let name = option.split('=').next().unwrap_or(option).to_owned();
@@ -217,30 +218,6 @@ fn put<K: Ord>(
         option.to_owned(),
         answer.clone(),
     ))
-}
-
-/// What an option decides, if the kernel decides it for every filesystem. Options for one question
-/// exclude each other.
-fn question(option: &str) -> Option<&'static str> {
-    Some(match option {
-        "ro" | "rw" => "access",
-        "suid" | "nosuid" => "suid",
-        "dev" | "nodev" => "dev",
-        "exec" | "noexec" => "exec",
-        "atime" | "noatime" | "relatime" | "strictatime" => "atime",
-        "diratime" | "nodiratime" => "diratime",
-        "symfollow" | "nosymfollow" => "symfollow",
-        "sync" | "async" => "sync",
-        "dirsync" => "dirsync",
-        "lazytime" | "nolazytime" => "lazytime",
-        "silent" | "loud" => "silent",
-        _ if Propagation::from_name(option).is_some() => "propagation",
-        _ => return None,
-    })
-}
-
-fn flag_named(word: &str) -> Option<MountFlag> {
-    MountFlag::ALL.into_iter().find(|flag| flag.name() == word)
 }
 
 /// A filesystem's name ends up in a request to the kernel and in log lines.

@@ -4,70 +4,106 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A flag that the kernel knows for every filesystem, by its name in mount(8).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[repr(u8)]
-pub enum MountFlag {
+/// Makes everything that is said of flags from one table: a flag, its name in mount(8), the name that
+/// unsets it (or none), what it decides (options that decide the same exclude each other), and whether it
+/// belongs to each mount or to the superblock.
+macro_rules! mount_flags {
+    ($($(#[$doc:meta])* $flag:ident: $name:literal / $opposite:expr, $decides:literal, $level:ident;)*) => {
+        /// A flag that the kernel knows for every filesystem, by its name in mount(8).
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(rename_all = "lowercase")]
+        #[repr(u8)]
+        #[non_exhaustive]
+        pub enum MountFlag {
+            $($(#[$doc])* $flag,)*
+        }
+
+        /// In the order of the flags.
+        const TABLE: &[Row] = &[$(Row {
+            flag: MountFlag::$flag,
+            name: $name,
+            opposite: $opposite,
+            decides: $decides,
+            level: Level::$level,
+        },)*];
+
+        impl MountFlag {
+            /// Every flag, in canonical order.
+            pub const fn all() -> &'static [MountFlag] {
+                &[$(MountFlag::$flag,)*]
+            }
+        }
+    };
+}
+
+mount_flags! {
     /// Ignore set-user-id bits.
-    NoSuid,
+    NoSuid: "nosuid" / Some("suid"), "suid", Mount;
     /// Ignore device nodes.
-    NoDev,
+    NoDev: "nodev" / Some("dev"), "dev", Mount;
     /// Refuse to run programs.
-    NoExec,
+    NoExec: "noexec" / Some("exec"), "exec", Mount;
     /// Never update access times.
-    NoAtime,
+    NoAtime: "noatime" / Some("atime"), "atime", Mount;
     /// Never update access times of directories.
-    NoDirAtime,
+    NoDirAtime: "nodiratime" / Some("diratime"), "diratime", Mount;
     /// Update access times at each access.
-    StrictAtime,
+    StrictAtime: "strictatime" / Some("relatime"), "atime", Mount;
     /// Never follow symbolic links.
-    NoSymFollow,
+    NoSymFollow: "nosymfollow" / Some("symfollow"), "symfollow", Mount;
     /// Write everything at once.
-    Sync,
+    Sync: "sync" / Some("async"), "sync", Superblock;
     /// Write changes of directories at once.
-    DirSync,
+    DirSync: "dirsync" / None, "dirsync", Superblock;
     /// Keep changes of time stamps in memory for a while.
-    LazyTime,
+    LazyTime: "lazytime" / Some("nolazytime"), "lazytime", Superblock;
+}
+
+struct Row {
+    flag: MountFlag,
+    name: &'static str,
+    opposite: Option<&'static str>,
+    decides: &'static str,
+    level: Level,
+}
+
+#[derive(PartialEq)]
+enum Level {
+    Mount,
+    Superblock,
 }
 
 impl MountFlag {
-    /// Every flag, in canonical order.
-    pub const ALL: [MountFlag; 10] = [
-        MountFlag::NoSuid,
-        MountFlag::NoDev,
-        MountFlag::NoExec,
-        MountFlag::NoAtime,
-        MountFlag::NoDirAtime,
-        MountFlag::StrictAtime,
-        MountFlag::NoSymFollow,
-        MountFlag::Sync,
-        MountFlag::DirSync,
-        MountFlag::LazyTime,
-    ];
-
     /// Its name in mount(8).
     pub fn name(self) -> &'static str {
-        match self {
-            MountFlag::NoSuid => "nosuid",
-            MountFlag::NoDev => "nodev",
-            MountFlag::NoExec => "noexec",
-            MountFlag::NoAtime => "noatime",
-            MountFlag::NoDirAtime => "nodiratime",
-            MountFlag::StrictAtime => "strictatime",
-            MountFlag::NoSymFollow => "nosymfollow",
-            MountFlag::Sync => "sync",
-            MountFlag::DirSync => "dirsync",
-            MountFlag::LazyTime => "lazytime",
-        }
+        self.row().name
     }
 
     /// Whether it belongs to the filesystem, and so is shared by all mounts of a device.
     pub fn is_of_superblock(self) -> bool {
-        matches!(
-            self,
-            MountFlag::Sync | MountFlag::DirSync | MountFlag::LazyTime
-        )
+        self.row().level == Level::Superblock
+    }
+
+    fn row(self) -> &'static Row {
+        &TABLE[self as usize]
+    }
+
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        Some(TABLE.iter().find(|row| row.name == name)?.flag)
+    }
+}
+
+/// What an option decides, if the kernel decides it for every filesystem. Options that decide the same
+/// exclude each other.
+pub(super) fn decides(option: &str) -> Option<&'static str> {
+    let row = TABLE
+        .iter()
+        .find(|row| row.name == option || row.opposite == Some(option));
+    match (row, option) {
+        (Some(row), _) => Some(row.decides),
+        (None, "ro" | "rw") => Some("access"),
+        (None, "silent" | "loud") => Some("silent"),
+        _ => Propagation::from_name(option).map(|_| "propagation"),
     }
 }
 
@@ -83,9 +119,8 @@ impl MountFlags {
 
     /// The flags in the set, in canonical order.
     pub fn iter(self) -> impl Iterator<Item = MountFlag> {
-        MountFlag::ALL
-            .into_iter()
-            .filter(move |flag| self.contains(*flag))
+        let all = MountFlag::all().iter().copied();
+        all.filter(move |flag| self.contains(*flag))
     }
 
     /// Those that belong to the filesystem.
@@ -118,6 +153,7 @@ impl fmt::Debug for MountFlags {
 
 /// Whether mounts below a target appear in other mount namespaces, and theirs below it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Propagation {
     /// Which way mounts spread.
     pub mode: PropagationMode,

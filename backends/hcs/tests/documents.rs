@@ -9,7 +9,7 @@ use std::path::Path;
 
 use blockmount::{
     Disk, Encryption, ErrorKind, Expose, Format, LayerCombiner, MountOptions, Mounter, Overlay,
-    Overwrite, Unplugger,
+    Unplugger,
 };
 use blockmount_bridge::gcs::messages::{CombinedLayers, ModificationRequest, Resource};
 use blockmount_hcs::documents::*;
@@ -151,10 +151,7 @@ async fn requests_for_a_linux_guest_byte_for_byte() {
     let inlined = |request: &str| format!(r#"{{"GuestRequest":{request}}}"#);
     let locator = |text: &str| text.parse().unwrap();
     let built = |options: blockmount::MountOptionsBuilder| options.build().unwrap();
-    let formatted = Format {
-        filesystem: "xfs".to_owned(),
-        overwrite: Overwrite::Blank,
-    };
+    let formatted = Format::new("xfs");
     let mounts = [
         (
             "scsi:0/0",
@@ -233,11 +230,11 @@ async fn requests_for_a_linux_guest_byte_for_byte() {
         let unplug = document(&model, guest.unplug(&locator(device))).await;
         assert_eq!(unplug, inlined(&request));
     }
-    let overlay = Overlay {
-        layers: vec!["/run/layers/p0".into(), "/run/mounts/scsi/m1".into()],
-        scratch: Some("/run/gcs/c/abc/scratch/abc".into()),
-        target: "/run/gcs/c/abc/rootfs".into(),
-    };
+    let overlay = Overlay::new(
+        ["/run/layers/p0", "/run/mounts/scsi/m1"],
+        "/run/gcs/c/abc/rootfs",
+    )
+    .with_scratch("/run/gcs/c/abc/scratch/abc");
     assert_eq!(
         document(&model, guest.combine(&overlay)).await,
         inlined(

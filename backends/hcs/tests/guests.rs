@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use blockmount::{
     Disk, ErrorKind, Format, LayerCombiner, Manager, MountOptions, MountRequest, Mounter, Overlay,
-    Overwrite, Transport, Unplugger,
+    Transport, Unplugger,
 };
 use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::CONTROLLER_GUIDS;
@@ -27,10 +27,7 @@ async fn windows_guests_mount_by_path_and_lun() {
     let model = Model::new(GuestOs::Windows).await;
     for system in model.ways().await {
         let guest = guest(&system, GuestOs::Windows).await;
-        let refs = Format {
-            filesystem: "ReFS".to_owned(),
-            overwrite: Overwrite::Everything,
-        };
+        let refs = Format::new("ReFS").overwriting_everything();
         let scratch = MountOptions::builder().format(refs).build().unwrap();
         let (m0, m1) = (
             Path::new(r"c:\mounts\scsi\m0"),
@@ -60,11 +57,7 @@ async fn windows_guests_mount_by_path_and_lun() {
             ]
         );
 
-        let overlay = Overlay {
-            layers: vec![m0.into()],
-            scratch: None,
-            target: m1.into(),
-        };
+        let overlay = Overlay::new([m0], m1);
         let refused = [
             guest
                 .mount(&"scsi:1/0".parse().unwrap(), m0, &MountOptions::default())

@@ -16,7 +16,7 @@
 //! #[async_trait]
 //! impl Resolver for Pmem {
 //!     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-//!         Ok(BlockDevice { path: format!("/dev/pmem{}", device.address()).into(), range: None })
+//!         Ok(BlockDevice::new(format!("/dev/pmem{}", device.address())))
 //!     }
 //! }
 //!

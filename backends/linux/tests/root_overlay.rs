@@ -28,11 +28,9 @@ fn layers(room: &Room, count: usize) -> Vec<PathBuf> {
 }
 
 fn overlay(layers: Vec<PathBuf>, scratch: Option<PathBuf>, target: PathBuf) -> Overlay {
-    Overlay {
-        layers,
-        scratch,
-        target,
-    }
+    let mut overlay = Overlay::new(layers, target);
+    overlay.scratch = scratch;
+    overlay
 }
 
 #[tokio::test]

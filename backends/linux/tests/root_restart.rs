@@ -272,11 +272,7 @@ fn partition(number: u32) -> MountOptions {
 }
 
 fn overlay(room: &Path, target: &str) -> Overlay {
-    Overlay {
-        layers: vec![room.join("a/b/two")],
-        scratch: Some(room.join("scratch")),
-        target: room.join(target),
-    }
+    Overlay::new([room.join("a/b/two")], room.join(target)).with_scratch(room.join("scratch"))
 }
 
 /// What an overlay has left in its scratch stays, and is removed here: both or neither directory.

@@ -216,10 +216,7 @@ async fn root_what_this_guest_does_not_do_yet_is_refused_untouched() {
     let device = Loop::new(&Image::Ext4.copy(room.path()));
     room.settle();
     let guest = on_linux((u32::MAX, 0));
-    let format = blockmount::Format {
-        filesystem: "ext4".into(),
-        overwrite: blockmount::Overwrite::Everything,
-    };
+    let format = blockmount::Format::new("ext4").overwriting_everything();
     let cases = [
         MountOptions::builder().encryption(blockmount::Encryption::Ephemeral),
         MountOptions::builder().format(format),

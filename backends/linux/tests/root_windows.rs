@@ -24,10 +24,7 @@ struct Part(PathBuf, Range<u64>);
 #[async_trait]
 impl Resolver for Part {
     async fn resolve(&self, _: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-        Ok(BlockDevice {
-            path: self.0.clone(),
-            range: Some(self.1.clone()),
-        })
+        Ok(BlockDevice::new(&self.0).with_range(self.1.clone()))
     }
 }
 

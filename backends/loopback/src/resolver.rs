@@ -40,10 +40,7 @@ impl Resolver for LoopTransport {
             return Err(BackendError::not_found(message));
         };
         blocking(move || match find(number, &binding) {
-            Ok(Some(_)) => Ok(BlockDevice {
-                path: node(number),
-                range: None,
-            }),
+            Ok(Some(_)) => Ok(BlockDevice::new(node(number))),
             Ok(None) => {
                 let path = node(number);
                 Err(BackendError::not_found(format!(
@@ -134,7 +131,7 @@ fn resolve(number: u32) -> Result<BlockDevice, BackendError> {
         .status()
         .map_err(|error| failed("ask about", number, error))?
     {
-        Some(_) => Ok(BlockDevice { path, range: None }),
+        Some(_) => Ok(BlockDevice::new(path)),
         None => Err(BackendError::not_found(format!(
             "{} is bound to nothing",
             path.display()

@@ -157,10 +157,9 @@ fn mount_disk(disk: MappedVirtualDisk) -> Result<Work, Refusal> {
         } else {
             Overwrite::Blank
         };
-        options = options.format(Format {
-            filesystem: disk.filesystem,
-            overwrite,
-        });
+        let mut format = Format::new(disk.filesystem);
+        format.overwrite = overwrite;
+        options = options.format(format);
     } else if !disk.filesystem.is_empty() {
         options = options.filesystem(disk.filesystem);
     }
@@ -196,15 +195,10 @@ fn mount_vpmem(disk: VpmemDevice) -> Result<Work, Refusal> {
 fn combine(layers: CombinedLayers) -> Result<Work, Refusal> {
     let target = named(layers.container_root_path, "CombinedLayers")?;
     let scratch = Some(layers.scratch_path).filter(|path| !path.is_empty());
-    Ok(Work::Combine(Overlay {
-        layers: layers
-            .layers
-            .into_iter()
-            .map(|layer| layer.path.into())
-            .collect(),
-        scratch: scratch.map(PathBuf::from),
-        target,
-    }))
+    let paths = layers.layers.into_iter().map(|layer| layer.path);
+    let mut overlay = Overlay::new(paths, target);
+    overlay.scratch = scratch.map(PathBuf::from);
+    Ok(Work::Combine(overlay))
 }
 
 fn named(path: String, resource: &str) -> Result<PathBuf, BackendError> {
@@ -257,15 +251,12 @@ fn verity(
         return refuse("a size that is not a number of blocks");
     }
     let data_blocks = size / u64::from(block);
-    Ok(Some(Verity {
-        root_digest: info.root_digest,
-        salt: info.salt,
-        algorithm: info.algorithm,
-        data_block_size: block,
-        hash_block_size: block,
-        data_blocks,
-        hash_start_block: data_blocks + u64::from(info.super_block),
-    }))
+    let mut verity = Verity::new(info.root_digest, data_blocks);
+    verity.salt = info.salt;
+    verity.algorithm = info.algorithm;
+    (verity.data_block_size, verity.hash_block_size) = (block, block);
+    verity.hash_start_block += u64::from(info.super_block);
+    Ok(Some(verity))
 }
 
 /// Why a request is not done.

@@ -293,6 +293,7 @@ fn windows_disk(
         Some(Format {
             filesystem,
             overwrite: Overwrite::Everything,
+            ..
         }) => filesystem.eq_ignore_ascii_case("refs"),
         Some(_) => false,
     };

@@ -97,11 +97,7 @@ async fn every_option_crosses_the_bridge_between_our_ends() {
         Asked::Unplug(disk.into()),
     ];
     assert_eq!(recorder.take(), expected);
-    let overlay = Overlay {
-        layers: vec!["/a:b,c".into(), "/<&>".into()],
-        scratch: Some("/s".into()),
-        target: "/t".into(),
-    };
+    let overlay = Overlay::new(["/a:b,c", "/<&>"], "/t").with_scratch("/s");
     guest.combine(&overlay).await.unwrap();
     assert_eq!(
         guest.unmount("/t".as_ref()).await.unwrap_err().kind(),
@@ -293,11 +289,7 @@ async fn a_windows_guest_gets_its_own_words_and_no_more() {
     }
     // It notices by itself, and is not asked.
     guest.unplug(&device).await.unwrap();
-    let overlay = Overlay {
-        layers: vec![r"c:\a".into()],
-        scratch: None,
-        target: r"c:\t".into(),
-    };
+    let overlay = Overlay::new([r"c:\a"], r"c:\t");
     assert_eq!(
         guest.combine(&overlay).await.unwrap_err().kind(),
         ErrorKind::Unsuitable
@@ -318,11 +310,7 @@ async fn a_layer_that_would_be_misread_is_not_sent() {
     let (connection, mut peer) = host_and_peer(documented(), Deadlines::default()).await;
     let guest = BridgeGuest::new(connection);
     for layer in ["/a:b", "/a,b"] {
-        let overlay = Overlay {
-            layers: vec![layer.into()],
-            scratch: None,
-            target: "/t".into(),
-        };
+        let overlay = Overlay::new([layer], "/t");
         assert_eq!(
             guest.combine(&overlay).await.unwrap_err().kind(),
             ErrorKind::Unsuitable

@@ -69,11 +69,7 @@ async fn a_foreign_host_is_understood() {
         Asked::Unplug("scsi:0/0".into()),
         mount("vpmem:1@4096+8192", "/p", MountOptions::read_only()),
         Asked::Unmount("/p".into()),
-        Asked::Combine(Overlay {
-            layers: vec!["/a".into(), "/b".into()],
-            scratch: Some("/s".into()),
-            target: "/r".into(),
-        }),
+        Asked::Combine(Overlay::new(["/a", "/b"], "/r").with_scratch("/s")),
         Asked::Separate("/r".into()),
     ];
     assert_eq!(done, expected);

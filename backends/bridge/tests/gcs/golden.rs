@@ -345,17 +345,14 @@ async fn sent(
 
 #[tokio::test]
 async fn the_contracts_send_the_documents() {
-    use blockmount::{Encryption, Expose, Format, LayerCombiner, Overwrite, Unplugger};
+    use blockmount::{Encryption, Expose, Format, LayerCombiner, Unplugger};
     let documents: Vec<&str> = documents()
         .into_iter()
         .map(|(document, _)| document)
         .collect();
     let options = |builder: blockmount::MountOptionsBuilder| builder.build().unwrap();
     let builder = MountOptions::builder;
-    let xfs = Format {
-        filesystem: "xfs".into(),
-        overwrite: Overwrite::Blank,
-    };
+    let xfs = Format::new("xfs");
     for (document, device, target, options) in [
         (
             documents[0],
@@ -412,11 +409,11 @@ async fn the_contracts_send_the_documents() {
     })
     .await;
     assert_eq!(body, documents[7]);
-    let overlay = Overlay {
-        layers: vec!["/run/layers/p0".into(), "/run/mounts/scsi/m1".into()],
-        scratch: Some("/run/gcs/c/abc/scratch/abc".into()),
-        target: "/run/gcs/c/abc/rootfs".into(),
-    };
+    let overlay = Overlay::new(
+        ["/run/layers/p0", "/run/mounts/scsi/m1"],
+        "/run/gcs/c/abc/rootfs",
+    )
+    .with_scratch("/run/gcs/c/abc/scratch/abc");
     let body = sent(documented(), async |guest| guest.combine(&overlay).await).await;
     assert_eq!(body, documents[11].replace(r#""ContainerID":"abc","#, ""));
     let device: DeviceLocator = "scsi:0/1".parse().unwrap();

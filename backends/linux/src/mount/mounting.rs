@@ -147,21 +147,53 @@ impl Request {
     }
 }
 
+/// Each flag with its bit of a mount (fsmount(2)) and its bit of mount(2). What belongs to the filesystem has
+/// no bit of a mount: see `Context::flags`.
+const KERNEL_BITS: [(MountFlag, MountAttrFlags, sys_mount::MountFlags); 10] = {
+    use MountFlag::*;
+    use sys_mount::MountFlags as Flags;
+    type Attributes = MountAttrFlags;
+    [
+        (NoSuid, Attributes::MOUNT_ATTR_NOSUID, Flags::NOSUID),
+        (NoDev, Attributes::MOUNT_ATTR_NODEV, Flags::NODEV),
+        (NoExec, Attributes::MOUNT_ATTR_NOEXEC, Flags::NOEXEC),
+        (NoAtime, Attributes::MOUNT_ATTR_NOATIME, Flags::NOATIME),
+        (
+            NoDirAtime,
+            Attributes::MOUNT_ATTR_NODIRATIME,
+            Flags::NODIRATIME,
+        ),
+        (
+            StrictAtime,
+            Attributes::MOUNT_ATTR_STRICTATIME,
+            Flags::STRICTATIME,
+        ),
+        (
+            NoSymFollow,
+            Attributes::MOUNT_ATTR_NOSYMFOLLOW,
+            Flags::NOSYMFOLLOW,
+        ),
+        (Sync, Attributes::empty(), Flags::SYNCHRONOUS),
+        (DirSync, Attributes::empty(), Flags::DIRSYNC),
+        (LazyTime, Attributes::empty(), Flags::LAZYTIME),
+    ]
+};
+
+// A flag that the table lacks does not compile.
+const _: () = {
+    assert!(KERNEL_BITS.len() == MountFlag::all().len());
+    let mut row = 0;
+    while row < KERNEL_BITS.len() {
+        assert!(KERNEL_BITS[row].0 as u8 == MountFlag::all()[row] as u8);
+        row += 1;
+    }
+};
+
 fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
-    for flag in flags.iter() {
-        attributes |= match flag {
-            MountFlag::NoSuid => MountAttrFlags::MOUNT_ATTR_NOSUID,
-            MountFlag::NoDev => MountAttrFlags::MOUNT_ATTR_NODEV,
-            MountFlag::NoExec => MountAttrFlags::MOUNT_ATTR_NOEXEC,
-            MountFlag::NoAtime => MountAttrFlags::MOUNT_ATTR_NOATIME,
-            MountFlag::NoDirAtime => MountAttrFlags::MOUNT_ATTR_NODIRATIME,
-            MountFlag::StrictAtime => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
-            MountFlag::NoSymFollow => MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW,
-            // Of the filesystem: see `Context::flags`.
-            MountFlag::Sync | MountFlag::DirSync | MountFlag::LazyTime => MountAttrFlags::empty(),
-        };
+    for (_, bit, _) in KERNEL_BITS.iter().filter(|row| flags.contains(row.0)) {
+        attributes |= *bit;
     }
     attributes
 }
@@ -169,19 +201,8 @@ fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
 fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags {
     let mut all = sys_mount::MountFlags::empty();
     all.set(sys_mount::MountFlags::RDONLY, read_only);
-    for flag in flags.iter() {
-        all |= match flag {
-            MountFlag::NoSuid => sys_mount::MountFlags::NOSUID,
-            MountFlag::NoDev => sys_mount::MountFlags::NODEV,
-            MountFlag::NoExec => sys_mount::MountFlags::NOEXEC,
-            MountFlag::NoAtime => sys_mount::MountFlags::NOATIME,
-            MountFlag::NoDirAtime => sys_mount::MountFlags::NODIRATIME,
-            MountFlag::StrictAtime => sys_mount::MountFlags::STRICTATIME,
-            MountFlag::NoSymFollow => sys_mount::MountFlags::NOSYMFOLLOW,
-            MountFlag::Sync => sys_mount::MountFlags::SYNCHRONOUS,
-            MountFlag::DirSync => sys_mount::MountFlags::DIRSYNC,
-            MountFlag::LazyTime => sys_mount::MountFlags::LAZYTIME,
-        };
+    for (_, _, bit) in KERNEL_BITS.iter().filter(|row| flags.contains(row.0)) {
+        all |= *bit;
     }
     all
 }

@@ -32,10 +32,7 @@ pub(crate) struct ByPath;
 #[async_trait]
 impl Resolver for ByPath {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-        Ok(BlockDevice {
-            path: device.address().into(),
-            range: None,
-        })
+        Ok(BlockDevice::new(device.address()))
     }
 }
 

@@ -129,7 +129,7 @@ impl Resolver for ScsiResolver {
             early => early,
         };
         let path = found.map_err(|error| named(device, error))?;
-        Ok(BlockDevice { path, range: None })
+        Ok(BlockDevice::new(path))
     }
 }
 

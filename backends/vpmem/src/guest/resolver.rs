@@ -150,7 +150,6 @@ impl Place {
             return Err(BackendError::invalid(message).into());
         }
         disk.open()?;
-        let path = disk.node().to_owned();
-        Ok(BlockDevice { path, range })
+        Ok(BlockDevice::new(disk.node()).with_range(range))
     }
 }

@@ -183,15 +183,13 @@ impl From<&Verity> for VerityTarget {
 
 impl From<VerityTarget> for Verity {
     fn from(target: VerityTarget) -> Self {
-        Verity {
-            root_digest: target.root_digest,
-            salt: target.salt,
-            algorithm: target.algorithm,
-            data_block_size: target.data_block_size,
-            hash_block_size: target.hash_block_size,
-            data_blocks: target.data_blocks,
-            hash_start_block: target.hash_start_block,
-        }
+        let mut verity = Verity::new(target.root_digest, target.data_blocks);
+        verity.salt = target.salt;
+        verity.algorithm = target.algorithm;
+        verity.data_block_size = target.data_block_size;
+        verity.hash_block_size = target.hash_block_size;
+        verity.hash_start_block = target.hash_start_block;
+        verity
     }
 }
 

@@ -80,20 +80,14 @@ pub(crate) fn options(
 }
 
 pub(crate) fn verity() -> Verity {
-    Verity {
-        root_digest: "ab".repeat(32),
-        salt: "00".into(),
-        algorithm: "sha256".into(),
-        data_block_size: 4096,
-        hash_block_size: 4096,
-        data_blocks: 256,
-        hash_start_block: 257,
-    }
+    let mut verity = Verity::new("ab".repeat(32), 256);
+    verity.salt = "00".into();
+    verity.hash_start_block = 257;
+    verity
 }
 
 pub(crate) fn format(filesystem: &str, overwrite: Overwrite) -> Format {
-    Format {
-        filesystem: filesystem.into(),
-        overwrite,
-    }
+    let mut format = Format::new(filesystem);
+    format.overwrite = overwrite;
+    format
 }
