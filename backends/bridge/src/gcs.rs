@@ -26,11 +26,7 @@
 //!
 //! // The host: the guest's contracts, as if it were here.
 //! let guest = BridgeGuest::new(GuestConnection::connect(host_end).await?);
-//! let overlay = Overlay {
-//!     layers: vec!["/run/layer".into()],
-//!     scratch: None,
-//!     target: "/run/rootfs".into(),
-//! };
+//! let overlay = Overlay::new(["/run/layer"], "/run/rootfs");
 //! guest.combine(&overlay).await?;
 //! assert!(vm.left().contains(&"/run/rootfs overlays 1 layers".to_owned()));
 //! guest.separate(&overlay.target).await?;
