@@ -130,10 +130,7 @@ mod tests {
         async fn resolve(&self, _: &DeviceLocator) -> Result<BlockDevice, BackendError> {
             match self.0 {
                 "" => Err(BackendError::not_found("gone")),
-                path => Ok(BlockDevice {
-                    path: path.into(),
-                    range: Some(0..1),
-                }),
+                path => Ok(BlockDevice::new(path).with_range(0..1)),
             }
         }
     }
