@@ -1,5 +1,6 @@
 //! Finds block devices: sysfs, the kernel's events.
 
+pub mod node;
 pub mod source;
 pub mod sysfs;
 pub mod uevent;

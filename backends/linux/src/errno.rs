@@ -33,30 +33,53 @@ fn kind(cause: &io::Error) -> ErrorKind {
     }
 }
 
-/// How often what is busy is tried again: at first soon, because most users are about to leave.
-const FIRST_RETRY: Duration = Duration::from_millis(1);
-const LONGEST_RETRY: Duration = Duration::from_millis(50);
-
-/// Tries until it is not `Busy`, or until the deadline.
+/// The pauses between attempts at something that is busy: from 1 ms, doubling up to 50 ms, until a deadline.
 ///
-/// Much that is busy is so for a moment: a process that is being started has copies of all open
-/// descriptors, one that ends has not closed them yet, a daemon looks at each new device. The
-/// kernel announces no end of it.
+/// Most users of a device are about to close it: a process that is being started has copies of all open
+/// descriptors, one that ends has not closed them yet, udev looks at each new device. The kernel sends no event
+/// when it becomes free.
+#[derive(Debug)]
+pub struct Backoff {
+    next: Duration,
+    deadline: Instant,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(1);
+    const LONGEST: Duration = Duration::from_millis(50);
+
+    /// Starts with the shortest pause.
+    pub fn until(deadline: Instant) -> Self {
+        Backoff {
+            next: Self::FIRST,
+            deadline,
+        }
+    }
+
+    /// The next pause; nothing if the deadline has passed.
+    pub fn pause(&mut self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let pause = self.next.min(left);
+        self.next = (self.next * 2).min(Self::LONGEST);
+        (!left.is_zero()).then_some(pause)
+    }
+}
+
+/// Repeats an attempt that is `Busy` until `timeout` has passed, with the pauses of [`Backoff`].
 pub(crate) async fn retry_while_busy<T, F>(timeout: Duration, attempt: F) -> Result<T, BackendError>
 where
     T: Send + 'static,
     F: Fn() -> Result<T, BackendError> + Clone + Send + 'static,
 {
-    let deadline = Instant::now() + timeout;
-    let mut pause = FIRST_RETRY;
+    let mut backoff = Backoff::until(Instant::now() + timeout);
     loop {
         let done = blocking(attempt.clone()).await;
-        let left = deadline.saturating_duration_since(Instant::now());
         match done {
-            Err(error) if error.kind() == ErrorKind::Busy && !left.is_zero() => {}
+            Err(error) if error.kind() == ErrorKind::Busy => match backoff.pause() {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => return Err(error),
+            },
             done => return done,
         }
-        tokio::time::sleep(pause.min(left)).await;
-        pause = (pause * 2).min(LONGEST_RETRY);
     }
 }

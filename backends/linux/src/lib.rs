@@ -82,7 +82,8 @@ mod undo;
 
 pub use builder::LinuxGuestBuilder;
 pub use device::mapper;
-pub use discover::{source, sysfs, uevent};
+pub use discover::{node, source, sysfs, uevent};
+pub use errno::Backoff;
 pub use filesystem::probe;
 pub use guest::LinuxGuest;
 pub use mount::mountinfo;

@@ -1,27 +1,26 @@
 //! Binding a source to a free loop device, all or nothing.
 
-use std::fs::OpenOptions;
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
 use blockmount_linux::source::Source;
 use rustix::io::Errno;
 
-use crate::device::{Binding, Device, Status, bound_numbers, failed, is, is_absent, node};
+use crate::device::{
+    Device, Status, bound_numbers, failed, is, is_absent, numbers, unbind, usual_node,
+};
 use crate::ioctl;
 
-/// How often a free device may be taken by somebody else before we have it. Each lost race means that
-/// another bound one, so there are about as many as devices bound at that moment on this machine.
-const RACES: u32 = 256;
+/// How many devices a call tries that other processes bind or claim before it can.
+const ATTEMPTS: usize = 256;
 
-/// After this many lost races a device of our own is made: an unbound one that somebody keeps
-/// claimed would be offered again and again.
-const RACES_FOR_FREE: u32 = 64;
-
-/// What a device is to be like.
+/// How a device is to be bound.
 #[derive(Debug, Clone)]
 pub(crate) struct LoopConfig {
     pub(crate) read_only: bool,
@@ -37,30 +36,67 @@ pub(crate) struct Bound {
     pub(crate) status: Status,
 }
 
-/// Binds the source to a device that is free.
+/// Binds the source to a free device.
 pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, BackendError> {
     let control = open_control()?;
-    for race in 0..RACES {
-        let next = if race < RACES_FOR_FREE {
-            ioctl::get_free(&control)
-        } else {
-            ioctl::add(&control)
-        };
-        let number = next.map_err(|error| refused("get a free loop device", error))?;
-        match configure(number, source, wanted) {
+    let mut tried = BTreeSet::new();
+    while tried.len() < ATTEMPTS {
+        let free = FreeDevice::reserve(&control, &tried)
+            .map_err(|error| loop_error("get a free loop device", error))?;
+        match configure(free.0, source, wanted) {
             Ok(bound) => return Ok(bound),
-            Err(error) if is(&error, Errno::BUSY) || is_absent(&error) => {
-                std::thread::sleep(Duration::from_millis(u64::from(race > 8)));
+            // Another process has bound, claimed or removed it meanwhile.
+            Err(error) if is(&error, Errno::BUSY) || is_absent(&error) => tried.insert(free.0),
+            Err(error) => {
+                let path = usual_node(free.0);
+                return Err(loop_error(&format!("bind {}", path.display()), error));
             }
-            Err(error) => return Err(refused(&format!("bind {}", node(number).display()), error)),
-        }
+        };
     }
     Err(BackendError::busy(format!(
-        "lost {RACES} races for a free loop device; try again"
+        "{ATTEMPTS} free loop devices were bound or claimed by other processes first; try again"
     )))
 }
 
-fn open_control() -> Result<std::fs::File, BackendError> {
+/// The numbers of the devices that calls of this process are about to bind. Held only to look up and to change it.
+static RESERVED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+fn reserved() -> MutexGuard<'static, BTreeSet<u32>> {
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An unbound device that no other call of this process tries to bind, until it is dropped.
+///
+/// `LOOP_CTL_GET_FREE` would answer the same number to all calls at once; those that lose the race for it would make
+/// new devices although others are free, and the kernel keeps every device that was ever made.
+struct FreeDevice(u32);
+
+impl FreeDevice {
+    /// Reserves a device outside of `tried`; makes a new one only if none is free.
+    fn reserve(control: &File, tried: &BTreeSet<u32>) -> io::Result<Self> {
+        let is_free = |(number, is_bound): &(u32, bool)| !is_bound && !tried.contains(number);
+        loop {
+            let mut free = numbers()?.into_iter().filter(is_free);
+            // `insert` tells whether the number was not reserved yet.
+            if let Some((number, _)) = free.find(|(number, _)| reserved().insert(*number)) {
+                return Ok(FreeDevice(number));
+            }
+            let new = ioctl::add(control)?;
+            // Otherwise another call has found the new device first.
+            if reserved().insert(new) {
+                return Ok(FreeDevice(new));
+            }
+        }
+    }
+}
+
+impl Drop for FreeDevice {
+    fn drop(&mut self) {
+        reserved().remove(&self.0);
+    }
+}
+
+fn open_control() -> Result<File, BackendError> {
     let path = Path::new("/dev/loop-control");
     let opened = OpenOptions::new().read(true).write(true).open(path);
     opened.map_err(|error| match is_absent(&error) {
@@ -68,7 +104,7 @@ fn open_control() -> Result<std::fs::File, BackendError> {
             "there are no loop devices here: /dev/loop-control is missing; load the module loop",
         )
         .with_source(error),
-        false => refused("open /dev/loop-control", error),
+        false => loop_error("open /dev/loop-control", error),
     })
 }
 
@@ -104,8 +140,8 @@ fn configure(number: u32, source: &Source, wanted: &LoopConfig) -> io::Result<Bo
     Ok(Bound { device, status })
 }
 
-/// Sorts an error about loop devices by what the caller can do.
-fn refused(tried: &str, error: io::Error) -> BackendError {
+/// Classifies an error about loop devices.
+fn loop_error(tried: &str, error: io::Error) -> BackendError {
     let classified = match Errno::from_io_error(&error) {
         Some(Errno::ACCESS | Errno::PERM) => BackendError::other(format!(
             "cannot {tried}: loop devices need root (CAP_SYS_ADMIN); run as root, for example with sudo"
@@ -118,7 +154,7 @@ fn refused(tried: &str, error: io::Error) -> BackendError {
     classified.with_source(error)
 }
 
-/// A device of this process, as others must respect it.
+/// A device that this process has bound already.
 #[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) number: u32,
@@ -127,9 +163,8 @@ pub(crate) struct Claim {
 
 /// Refuses a device whose source another loop device has as well, unless both only read.
 ///
-/// Two writers, or a writer beside a reader, go through different page caches and destroy a
-/// filesystem. It is called after binding, so that of two who bind at once at least one sees the other.
-/// `ours` are devices of this process, which need not be opened to know them.
+/// Two writers, or a writer beside a reader, use different page caches and destroy a filesystem. This runs after
+/// binding, so that of two callers that bind at once at least one finds the other. `ours` need not be opened.
 pub(crate) fn refuse_conflict(
     bound: &Bound,
     source: &Source,
@@ -152,7 +187,7 @@ pub(crate) fn refuse_conflict(
             };
             return Err(BackendError::conflict(format!(
                 "{} is already bound {access} to the same disk; detach it first",
-                node(other).display()
+                usual_node(other).display()
             )));
         }
     }
@@ -175,19 +210,10 @@ fn status_of(number: u32) -> io::Result<Option<Status>> {
     }
 }
 
-/// The binding that a device should have.
-impl Bound {
-    pub(crate) fn binding(&self) -> &Binding {
-        &self.status.binding
-    }
-}
-
-/// Unbinds what was bound for nothing. What others keep open for a moment goes when they close it.
-pub(crate) fn undo(bound: Bound, patience: Duration) {
-    let binding = bound.binding().clone();
-    if let Err((_, error)) =
-        crate::device::unbind(bound.device, &binding, Instant::now() + patience)
-    {
-        tracing::warn!(%error, "a loop device that was bound for nothing goes when it is closed");
+/// Unbinds a device after all. One that others keep open longer is unbound when they close it.
+pub(crate) fn undo(bound: Bound, timeout: Duration) {
+    let deadline = Instant::now() + timeout;
+    if let Err((_, error)) = unbind(bound.device, &bound.status.binding, deadline) {
+        tracing::warn!(%error, "a loop device stays bound until its other users close it");
     }
 }

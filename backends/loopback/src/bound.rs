@@ -1,4 +1,4 @@
-//! Every bound loop device of this machine, for those who clean up.
+//! All bound loop devices of this machine, for cleaning up.
 
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use blockmount::BackendError;
 
 use crate::device::{self, Binding, Device, failed, is_absent};
 
-/// A loop device that is bound, whoever bound it.
+/// A bound loop device of any process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BoundLoop {
     number: u32,
@@ -23,9 +23,9 @@ impl BoundLoop {
         self.number
     }
 
-    /// The device node.
+    /// The usual device node, which may be missing in a container's `/dev`.
     pub fn node(&self) -> PathBuf {
-        device::node(self.number)
+        device::usual_node(self.number)
     }
 
     /// What the kernel keeps with it (`lo_file_name`): the mark of the transport, or the start of a path.
@@ -43,8 +43,7 @@ impl BoundLoop {
         self.read_only
     }
 
-    /// Unbinds the device, unless it has been unbound, or bound anew by somebody else, since it was
-    /// listed; waits up to `timeout` for others to close it. Blocks.
+    /// Unbinds the device, unless it has been unbound or bound again since it was listed; waits up to `timeout` for others to close it. Blocks.
     ///
     /// # Errors
     ///

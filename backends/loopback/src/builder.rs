@@ -1,4 +1,4 @@
-//! How a [`LoopTransport`] is to be.
+//! The settings of a [`LoopTransport`].
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use blockmount::slots::{Policy, Slots};
 use crate::device::MARK_MAX;
 use crate::transport::LoopTransport;
 
-/// Makes a [`LoopTransport`] that is not as the default.
+/// Makes a [`LoopTransport`] with other settings than the defaults.
 #[derive(Debug, Clone)]
 pub struct LoopTransportBuilder {
     max_devices: u16,
     settings: Settings,
 }
 
-/// What a transport does alike with all its devices.
+/// The settings that all devices of a transport share.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) mark: Option<String>,
@@ -38,7 +38,7 @@ impl Default for LoopTransportBuilder {
 }
 
 impl LoopTransportBuilder {
-    /// The most devices at once, from 1 to 16,384.
+    /// The most devices at once, from 1 to 16,384; 256 by default.
     #[must_use]
     pub fn max_devices(mut self, count: u16) -> Self {
         self.max_devices = count;
@@ -46,22 +46,22 @@ impl LoopTransportBuilder {
     }
 
     /// A text that the kernel keeps with each device (`lo_file_name`), at most 63 bytes, by which
-    /// [`bound_loops`](crate::bound_loops) tells whose it is. Without one, the kernel keeps the source's path.
+    /// [`bound_loops`](crate::bound_loops) finds it. Without one, the kernel keeps the source's path.
     #[must_use]
     pub fn mark(mut self, mark: impl Into<String>) -> Self {
         self.settings.mark = Some(mark.into());
         self
     }
 
-    /// Whether devices go around the page cache of the file beneath, so that nothing is cached twice.
-    /// A file that cannot do it is attached without.
+    /// Whether devices use direct I/O on the file beneath, so that nothing is cached twice; on by default. A file
+    /// that does not support it is attached without.
     #[must_use]
     pub fn direct_io(mut self, wanted: bool) -> Self {
         self.settings.direct_io = wanted;
         self
     }
 
-    /// How long a detach waits for others to close the device before it answers `Busy`.
+    /// How long a detach waits for other users to close the device before it answers `Busy`; 5 seconds by default.
     #[must_use]
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.settings.busy_timeout = timeout;

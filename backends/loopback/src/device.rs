@@ -2,13 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use blockmount::BackendError;
 use blockmount_linux::device::{DeviceNumber, in_use};
 use blockmount_linux::source::Inode;
+use blockmount_linux::sysfs::numbered;
+use blockmount_linux::{Backoff, node};
 use rustix::io::Errno;
 
 use crate::ioctl;
@@ -16,8 +17,7 @@ use crate::ioctl;
 /// The most bytes of a mark: the kernel keeps 64 with the zero at the end (`LO_NAME_SIZE`).
 pub(crate) const MARK_MAX: usize = 63;
 
-/// What a loop device was bound to, and by whom: enough to tell a device from a later one with the
-/// same number.
+/// What a loop device was bound to, and its mark: enough to tell it from a later device with the same number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Binding {
     pub(crate) inode: Inode,
@@ -43,31 +43,21 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Opens a device by its number, and proves that the node is that device.
-    ///
-    /// Opened for reading only: a kernel that guards mounted devices would refuse to mount a device
-    /// which somebody has open for writing.
+    /// Opens a device by its number, for reading only: a kernel with `BLK_DEV_WRITE_MOUNTED` off refuses to mount
+    /// a device that is open for writing.
     pub(crate) fn open(number: u32) -> io::Result<Self> {
         Self::open_with(number, false)
     }
 
-    /// The same, for writing, which binding a device read-write needs.
+    /// Opens a device for writing, which is needed to bind it read-write.
     pub(crate) fn open_for_writing(number: u32) -> io::Result<Self> {
         Self::open_with(number, true)
     }
 
     fn open_with(number: u32, write: bool) -> io::Result<Self> {
-        let expected = device_number(number)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .open(node(number))?;
-        let metadata = file.metadata()?;
-        let found = DeviceNumber::from_rdev(metadata.rdev());
-        if !metadata.file_type().is_block_device() || found != expected {
-            let text = format!("{} is not loop device {number}", node(number).display());
-            return Err(io::Error::new(io::ErrorKind::NotFound, text));
-        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(write);
+        let file = node::open(&name(number), device_number(number)?, &options)?;
         Ok(Device { number, file })
     }
 
@@ -100,18 +90,17 @@ impl Device {
         }))
     }
 
-    /// Whether it is bound as it was when we knew it.
+    /// Whether it still has this binding.
     fn is_bound_as(&self, binding: &Binding) -> io::Result<bool> {
         Ok(self
             .status()?
             .is_some_and(|status| status.binding == *binding))
     }
 
-    /// Unbinds the device if nobody else has it open, and says whether it will be gone once this
-    /// handle is closed.
+    /// Unbinds the device if no one else has it open, and says whether it will be unbound once this handle is closed.
     ///
-    /// The kernel decides it in one step: as the only opener we get an unbinding that nobody can
-    /// open any more; with others, the device stays bound until the last of them closes it.
+    /// The kernel decides this in one step: for the only opener it starts the unbinding, and refuses to open the
+    /// device from then on; with other openers the device stays bound until the last of them closes it.
     fn clear(&self) -> io::Result<bool> {
         match ioctl::clear(&self.file) {
             Err(error) if is(&error, Errno::NXIO) => return Ok(true),
@@ -121,14 +110,13 @@ impl Device {
     }
 }
 
-/// Unbinds a device, unless it is no longer bound as we knew it, and proves that it is gone.
+/// Unbinds a device, unless it no longer has this binding, and proves that it is unbound.
 ///
-/// Waits until `deadline` for others to close it (there is no event for that), as whoever looks at new
-/// devices opens each for a moment.
+/// Waits until `deadline` for others to close it: udev, for example, opens each new device for a moment.
 ///
 /// # Errors
 ///
-/// `Busy` with the users that can be named; the handle comes back, if it is still ours to hold.
+/// `Busy` with the users that can be named. The handle comes back, if it is still open.
 pub(crate) fn unbind(
     device: Device,
     binding: &Binding,
@@ -139,27 +127,29 @@ pub(crate) fn unbind(
     loop {
         match device.is_bound_as(binding) {
             Ok(true) => {}
-            // Unbound by force, or bound anew by somebody else: in neither case ours.
+            // Unbound by force, or bound again by another process: not ours in either case.
             Ok(false) => return Ok(()),
             Err(error) => return Err((Some(device), failed("ask about", number, error))),
         }
+        // Before it is unbound: afterwards the number may be another process's, with a node of its own.
+        node::remove(&name(number));
         match device.clear() {
             Ok(true) => break,
             Ok(false) => {}
             Err(error) => return Err((Some(device), failed("unbind", number, error))),
         }
-        if !backoff.wait() {
-            return Err((Some(device), in_use(&node(number))));
+        match backoff.pause() {
+            Some(pause) => std::thread::sleep(pause),
+            None => return Err((Some(device), busy(number))),
         }
     }
     drop(device);
     prove_unbound(number, binding, &mut backoff).map_err(|error| (None, error))
 }
 
-/// Proves that a device is no longer bound as we knew it.
+/// Proves that a device no longer has this binding.
 ///
-/// Closing the last handle unbinds at once, except in kernels that leave it to a worker (5.14 and
-/// thereabouts), which are given until the deadline.
+/// Closing the last handle unbinds at once, except in kernels around 5.14, which leave it to a worker.
 fn prove_unbound(
     number: u32,
     binding: &Binding,
@@ -168,14 +158,16 @@ fn prove_unbound(
     loop {
         match find(number, binding) {
             Ok(None) => return Ok(()),
-            Ok(Some(_)) if backoff.wait() => {}
-            Ok(Some(_)) => return Err(in_use(&node(number))),
+            Ok(Some(_)) => match backoff.pause() {
+                Some(pause) => std::thread::sleep(pause),
+                None => return Err(busy(number)),
+            },
             Err(error) => return Err(failed("ask about", number, error)),
         }
     }
 }
 
-/// The device, opened, if it is bound as we knew it.
+/// Opens the device if it still has this binding.
 pub(crate) fn find(number: u32, binding: &Binding) -> io::Result<Option<Device>> {
     if !backing_file(number).exists() {
         return Ok(None);
@@ -188,43 +180,28 @@ pub(crate) fn find(number: u32, binding: &Binding) -> io::Result<Option<Device>>
 }
 
 pub(crate) fn failed(verb: &str, number: u32, error: io::Error) -> BackendError {
-    BackendError::other(format!("cannot {verb} {}", node(number).display())).with_source(error)
+    BackendError::other(format!("cannot {verb} {}", usual_node(number).display()))
+        .with_source(error)
 }
 
-/// Short waits that grow from 1 to 50 ms, until a deadline.
-struct Backoff {
-    next: Duration,
-    deadline: Instant,
+/// The error `Busy`, with the users that can be found.
+fn busy(number: u32) -> BackendError {
+    in_use(&node(number).unwrap_or_else(|_| usual_node(number)))
 }
 
-impl Backoff {
-    fn until(deadline: Instant) -> Self {
-        Backoff {
-            next: Duration::from_millis(1),
-            deadline,
-        }
-    }
-
-    /// Waits; false if the deadline has passed.
-    fn wait(&mut self) -> bool {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return false;
-        }
-        std::thread::sleep(self.next.min(left));
-        self.next = (self.next * 2).min(Duration::from_millis(50));
-        true
-    }
+/// The kernel's name for a device.
+fn name(number: u32) -> String {
+    format!("loop{number}")
 }
 
-/// The device node.
-pub(crate) fn node(number: u32) -> PathBuf {
-    PathBuf::from(format!("/dev/loop{number}"))
+/// The node in `/dev`, which may be missing in a container.
+pub(crate) fn usual_node(number: u32) -> PathBuf {
+    Path::new("/dev").join(name(number))
 }
 
-/// The device in sysfs.
-fn sysfs(number: u32) -> PathBuf {
-    PathBuf::from(format!("/sys/block/loop{number}"))
+/// A node that is there: the one in `/dev`, or one of our own, which stays until the device is unbound.
+pub(crate) fn node(number: u32) -> io::Result<PathBuf> {
+    node::ensure(&name(number), device_number(number)?)
 }
 
 /// The attribute that is there exactly while the device is bound.
@@ -232,24 +209,34 @@ pub(crate) fn backing_file(number: u32) -> PathBuf {
     sysfs(number).join("loop/backing_file")
 }
 
-/// Its number, from sysfs.
+/// The device in sysfs.
+fn sysfs(number: u32) -> PathBuf {
+    Path::new("/sys/block").join(name(number))
+}
+
 fn device_number(number: u32) -> io::Result<DeviceNumber> {
     let text = std::fs::read_to_string(sysfs(number).join("dev"))?;
     text.parse().map_err(io::Error::other)
 }
 
+/// The numbers of all loop devices of this machine, in order; the flag says which are bound.
+pub(crate) fn numbers() -> io::Result<Vec<(u32, bool)>> {
+    let found = numbered(Path::new("/sys/block"), "loop").map_err(io::Error::other)?;
+    let mut found: Vec<_> = found
+        .into_iter()
+        .map(|(_, number)| (number, backing_file(number).exists()))
+        .collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
 /// The numbers of all loop devices that are bound now, in order.
 pub(crate) fn bound_numbers() -> io::Result<Vec<u32>> {
-    let mut numbers = Vec::new();
-    for entry in Path::new("/sys/block").read_dir()? {
-        let name = entry?.file_name();
-        let number = name
-            .to_str()
-            .and_then(|name| name.strip_prefix("loop")?.parse().ok());
-        numbers.extend(number.filter(|number| backing_file(*number).exists()));
-    }
-    numbers.sort_unstable();
-    Ok(numbers)
+    let found = numbers()?;
+    Ok(found
+        .into_iter()
+        .filter_map(|(number, is_bound)| is_bound.then_some(number))
+        .collect())
 }
 
 pub(crate) fn is(error: &io::Error, errno: Errno) -> bool {

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use linux_raw_sys::loop_device::{
     LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LOOP_CLR_FD,
-    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64,
+    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_GET_STATUS64,
 };
 pub(crate) use linux_raw_sys::loop_device::{loop_config, loop_info64};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
@@ -60,12 +60,6 @@ unsafe impl<const OPCODE: u32, T> Ioctl for Structured<'_, OPCODE, T> {
     unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
         Ok(())
     }
-}
-
-/// The number of an unbound loop device; the kernel makes one if there is none.
-pub(crate) fn get_free(control: impl AsFd) -> io::Result<u32> {
-    // SAFETY: LOOP_CTL_GET_FREE takes no argument.
-    Ok(unsafe { ioctl(control, Plain::<LOOP_CTL_GET_FREE>(0)) }?)
 }
 
 /// Makes a new loop device with a number of the kernel's choice.

@@ -13,7 +13,8 @@
 //! let transport = LoopTransport::builder().max_devices(64).mark("example").build()?;
 //! let layer = Disk::virtual_disk("/images/base.erofs").read_only();
 //!
-//! let locator = transport.attach(&layer).await?; // needs root
+//! let id = transport.identify(&layer).await?;
+//! let locator = transport.attach(&layer, &id).await?; // needs root
 //! let device = LoopResolver.resolve(&locator).await?;
 //! println!("{locator} is {}", device.path.display()); // loop:7 is /dev/loop7
 //! transport.detach(&layer).await?;
@@ -26,14 +27,20 @@
 //! Image files as virtual disks and block devices as physical disks; extensible disks are `Unsuitable`. A
 //! source has at least one sector of 512 bytes, and whole sectors: the kernel would hide the rest, which
 //! is how a truncated image looks. A file that another loop device has too, in any process, is a
-//! `Conflict` unless both are read-only, because each device has a cache of its own. A block device is claimed
-//! while it is attached read-write, so that nobody mounts it meanwhile.
+//! `Conflict` unless both are read-only, because each device has a page cache of its own. A block device is claimed
+//! (`O_EXCL`) while it is attached read-write, so that it cannot be mounted meanwhile.
 //!
-//! # What is left if the process dies
+//! # Nodes, and the kernel's table
 //!
-//! Nothing that is not mounted: each device is bound to be cleared when it is closed, and this process has
-//! it open. Mounted devices stay until they are unmounted. They carry the transport's mark, by which
-//! [`bound_loops`] finds them.
+//! A container's `/dev` is often a copy without the nodes of later devices. A device without a node gets one in
+//! `/dev/blockmount`, which is removed when the device is unbound. The kernel keeps every loop device that was ever made,
+//! so a new one is made only if no device is free, also when many disks are attached at once.
+//!
+//! # After a crash
+//!
+//! Only mounted devices stay: each device is bound with `LO_FLAGS_AUTOCLEAR`, so the kernel unbinds it when the last
+//! handle is closed. A mounted one stays until it is unmounted, and has the transport's mark, by which
+//! [`bound_loops`] finds it.
 //!
 //! # Errors
 //!
@@ -42,10 +49,10 @@
 //! | `NotFound` | no such file or device; a locator whose device is not bound |
 //! | `Invalid` | not a file of the disk's kind, empty, cut short, not writable but asked for read-write |
 //! | `Conflict` | another loop device has the same file; the file was replaced under the same name |
-//! | `Full` | the transport has as many devices as it may |
-//! | `Busy` | a device that somebody has mounted or open; detach again when it is free |
+//! | `Full` | the transport has reached `max_devices` |
+//! | `Busy` | a device that is mounted or open elsewhere; detach again when it is free |
 //! | `Unsuitable` | an extensible disk; no loop devices in this kernel, or one older than 5.8 |
-//! | `Other` | not root, and what else the system says |
+//! | `Other` | not root; other errors of the system |
 #![cfg(target_os = "linux")]
 
 mod bind;

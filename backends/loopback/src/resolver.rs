@@ -1,4 +1,4 @@
-//! From `loop:7` to `/dev/loop7`, and letting go of it.
+//! Finds the device node of `loop:7`, and unplugs the device.
 
 use std::time::Duration;
 
@@ -9,14 +9,17 @@ use blockmount::{
 use blockmount_linux::device::let_go;
 
 use crate::SCHEME;
-use crate::device::{Device, failed, find, is_absent, node};
+use crate::device::{Device, failed, find, is_absent, node, usual_node};
 use crate::transport::LoopTransport;
 
 /// Finds the loop device behind a locator of any [`LoopTransport`].
 ///
-/// There is nothing to wait for: the device is there before its locator is. It is enough where a
-/// locator is not used for longer than its disk is attached, as the managers see to. A transport is
-/// itself a resolver, which also tells its own devices from later ones with the same number.
+/// It does not wait, since the device is there before its locator is. It is enough where a locator is not used after
+/// its disk was detached, which the managers guarantee. A [`LoopTransport`] is itself a resolver, which also tells
+/// its own devices from later ones with the same number.
+///
+/// Where `/dev` has no node for the device, as in many containers, it makes one below `/dev/blockmount`, which the
+/// detach removes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LoopResolver;
 
@@ -40,33 +43,28 @@ impl Resolver for LoopTransport {
             return Err(BackendError::not_found(message));
         };
         blocking(move || match find(number, &binding) {
-            Ok(Some(_)) => Ok(BlockDevice::new(node(number))),
-            Ok(None) => {
-                let path = node(number);
-                Err(BackendError::not_found(format!(
-                    "{} is no longer bound by us",
-                    path.display()
-                )))
-            }
+            Ok(Some(_)) => block_device(number),
+            Ok(None) => Err(BackendError::not_found(format!(
+                "{} is no longer bound as this transport bound it",
+                usual_node(number).display()
+            ))),
             Err(error) => Err(failed("ask about", number, error)),
         })
         .await
     }
 }
 
-/// Makes this machine let go of a loop device, for the managers; the device stays bound until it is
-/// detached.
+/// Unplugs a loop device, which stays bound until it is detached.
 ///
-/// Proves that nobody has the device mounted, mapped or claimed, and writes back what is cached, down to
-/// the file beneath. Somebody who claims it only for a moment is waited for, up to
-/// [`with_timeout`](Self::with_timeout).
+/// Proves that the device is not mounted, mapped or claimed, and writes back what is cached, down to the file
+/// beneath. Waits up to [`with_timeout`](Self::with_timeout) for users that hold it only for a moment.
 #[derive(Debug, Clone, Copy)]
 pub struct LoopUnplugger {
     timeout: Duration,
 }
 
 impl LoopUnplugger {
-    /// Waits this long for others, in place of one second, before it answers `Busy`.
+    /// Waits this long for other users before it answers `Busy`; the default is one second.
     pub fn with_timeout(timeout: Duration) -> Self {
         LoopUnplugger { timeout }
     }
@@ -83,12 +81,13 @@ impl Default for LoopUnplugger {
 impl Unplugger for LoopUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let number = number_of(device)?;
-        if !blocking(move || is_there(number)).await? {
-            return Ok(());
-        }
-        match let_go(&node(number), self.timeout).await {
+        let node = match blocking(move || resolve(number)).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            found => found?.path,
+        };
+        match let_go(&node, self.timeout).await {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            // Unbound meanwhile: there is nothing to write back to.
+            // Unbound meanwhile: there is nothing to write back.
             Err(error) if error.kind() != ErrorKind::Busy => {
                 let is_bound = blocking(move || is_bound(number)).await;
                 if is_bound.unwrap_or(true) {
@@ -109,43 +108,30 @@ fn number_of(device: &DeviceLocator) -> Result<u32, BackendError> {
             "{device} is not a loop device"
         )));
     }
-    match device.address().parse::<u32>() {
-        Ok(number) if number.to_string() == device.address() => Ok(number),
-        _ => Err(BackendError::invalid(format!(
-            "{device} is not the locator of a loop device, such as loop:7"
-        ))),
-    }
+    let number = DeviceLocator::number(device.address());
+    number
+        .and_then(|number| u32::try_from(number).ok())
+        .ok_or_else(|| {
+            BackendError::invalid(format!(
+                "{device} is not the locator of a loop device, such as loop:7"
+            ))
+        })
 }
 
 fn resolve(number: u32) -> Result<BlockDevice, BackendError> {
-    let path = node(number);
-    let device = match Device::open(number) {
-        Ok(device) => device,
-        Err(error) if is_absent(&error) => {
-            let message = format!("there is no loop device {}", path.display());
-            return Err(BackendError::not_found(message).with_source(error));
-        }
-        Err(error) => return Err(failed("open", number, error)),
-    };
-    match device
-        .status()
-        .map_err(|error| failed("ask about", number, error))?
-    {
-        Some(_) => Ok(BlockDevice::new(path)),
-        None => Err(BackendError::not_found(format!(
-            "{} is bound to nothing",
-            path.display()
-        ))),
+    if is_bound(number)? {
+        return block_device(number);
     }
+    let path = usual_node(number);
+    Err(BackendError::not_found(format!(
+        "there is no loop device {}, or it is bound to nothing",
+        path.display()
+    )))
 }
 
-/// Whether there is such a loop device, bound or not.
-fn is_there(number: u32) -> Result<bool, BackendError> {
-    match Device::open(number) {
-        Ok(_) => Ok(true),
-        Err(error) if is_absent(&error) => Ok(false),
-        Err(error) => Err(failed("open", number, error)),
-    }
+fn block_device(number: u32) -> Result<BlockDevice, BackendError> {
+    let path = node(number).map_err(|error| failed("find the node of", number, error))?;
+    Ok(BlockDevice::new(path))
 }
 
 fn is_bound(number: u32) -> Result<bool, BackendError> {

@@ -22,10 +22,10 @@ pub const SCHEME: &str = "loop";
 /// Attaches disks as loop devices of this machine.
 ///
 /// A disk under several names is one disk: files are told apart by device and inode number. A file that
-/// another loop device of this machine has, whoever made it, is refused unless both only read.
+/// another loop device of this machine has, of any process, is refused unless both are read-only.
 ///
-/// Devices live as long as the transport: when it is dropped, or its process dies, the kernel unbinds
-/// each device as soon as nobody has it mounted or open.
+/// When the transport is dropped, or its process dies, the kernel unbinds each device as soon as it is neither
+/// mounted nor open.
 ///
 /// Clones share the devices. All blocking calls run on tokio's blocking threads.
 #[derive(Debug, Clone)]
@@ -35,7 +35,7 @@ pub struct LoopTransport(Arc<Inner>);
 struct Inner {
     settings: Settings,
     slots: Slots,
-    /// Held for look-ups and changes only, never across a system call. Nothing panics under it.
+    /// Held for look-ups and changes only, never across a system call.
     table: Mutex<HashMap<Disk, Record>>,
 }
 
@@ -45,14 +45,14 @@ struct Record {
     slot: Occupied,
     number: u32,
     status: Status,
-    /// Open while the disk is attached, since closing it is what unbinds it. None while a detach works
-    /// with it, or if one could not tell whether the device is gone.
+    /// Open while the disk is attached: closing it unbinds it. None during a detach, and after one that could not tell
+    /// whether the device is unbound.
     device: Option<Device>,
 }
 
 impl LoopTransport {
-    /// Starts from the default: 256 devices (as many as Hyper-V's SCSI has), no mark, direct I/O where it is
-    /// possible, 5 seconds for a detach.
+    /// Starts from the defaults: 256 devices (as many as Hyper-V's SCSI has), no mark, direct I/O where possible,
+    /// 5 seconds for a detach.
     pub fn builder() -> LoopTransportBuilder {
         LoopTransportBuilder::default()
     }
@@ -76,7 +76,7 @@ impl LoopTransport {
         map
     }
 
-    /// What the device of this number was bound to, if it is one of ours.
+    /// What this transport bound the device of this number to.
     pub(crate) fn binding_of(&self, number: u32) -> Option<Binding> {
         let table = self.0.table();
         let record = table.values().find(|record| record.number == number)?;
@@ -127,11 +127,11 @@ impl Transport for LoopTransport {
     ///
     /// A call that is dropped leaves nothing: the device's only handle is dropped with its result.
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        self.0.refuse_twice(disk)?;
+        self.0.ensure_not_attached(disk)?;
         let slot = self.0.slots.reserve().ok_or_else(|| self.0.full())?;
         let (inner, on_thread) = (Arc::clone(&self.0), (disk.clone(), id.clone()));
         let fresh = blocking(move || inner.bind(&on_thread.0, &on_thread.1, slot)).await?;
-        // No await from here on: what is in the table is what the caller learns of.
+        // No await from here on, so that the caller learns of each device in the table.
         self.0.insert(disk, fresh)
     }
 
@@ -145,7 +145,7 @@ impl Transport for LoopTransport {
     }
 }
 
-/// A device that nobody knows of yet. Dropped, it is unbound first, then its slot is given back.
+/// A device that is not in the table yet. Fields drop in order: the device is unbound before its slot is free.
 struct Fresh {
     bound: Bound,
     slot: Reservation,
@@ -163,8 +163,8 @@ impl Inner {
         ))
     }
 
-    /// The managers attach a disk once; that it is here means that the path has got another file.
-    fn refuse_twice(&self, disk: &Disk) -> Result<(), BackendError> {
+    /// The managers attach a disk once; a second attach means that the path names another file now.
+    fn ensure_not_attached(&self, disk: &Disk) -> Result<(), BackendError> {
         match self.table().get(disk) {
             None => Ok(()),
             Some(record) => Err(BackendError::conflict(format!(
@@ -236,7 +236,7 @@ impl Inner {
     }
 
     fn unbind(&self, disk: &Disk) -> Result<(), BackendError> {
-        let Some((number, binding, handle)) = self.borrow(disk) else {
+        let Some((number, binding, handle)) = self.take_handle(disk) else {
             return Ok(());
         };
         let outcome = self.unbind_device(number, &binding, handle);
@@ -261,8 +261,8 @@ impl Inner {
         }
     }
 
-    /// Takes the handle out of the table to work with it; the record stays.
-    fn borrow(&self, disk: &Disk) -> Option<(u32, Binding, Option<Device>)> {
+    /// Takes the handle out of the table; the record stays.
+    fn take_handle(&self, disk: &Disk) -> Option<(u32, Binding, Option<Device>)> {
         let mut table = self.table();
         let record = table.get_mut(disk)?;
         Some((
@@ -280,7 +280,7 @@ impl Inner {
     ) -> Result<(), (Option<Device>, BackendError)> {
         let handle = match handle {
             Some(device) => Some(device),
-            // An earlier detach has let go of it, so the number may be somebody else's by now.
+            // An earlier detach has closed it, so the number may belong to another process now.
             None => device::find(number, binding)
                 .map_err(|error| (None, device::failed("look for", number, error)))?,
         };
@@ -308,8 +308,8 @@ mod tests {
 
     use super::*;
 
-    /// As after a detach that let go of the device and could not tell whether it was gone, while
-    /// the number went to somebody else.
+    /// As after a detach that closed the device and could not tell whether it was unbound, while the number
+    /// went to another process.
     #[tokio::test]
     async fn root_a_number_that_others_have_by_now_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
