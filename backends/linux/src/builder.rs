@@ -7,33 +7,40 @@ use std::time::Duration;
 use blockmount::{BackendError, Resolver, Unplugger};
 
 use crate::errno::{blocking, retry_while_busy};
-use crate::guest::{Inner, LinuxGuest};
+use crate::guest::{Config, LinuxGuest};
 use crate::kernel::Kernel;
 use crate::transports::Transports;
 use crate::undo::journal::Journal;
+use crate::undo::ledger::Ledger;
 use crate::undo::recovery;
 
 /// Configures a [`LinuxGuest`].
 #[derive(Debug, Clone)]
 pub struct LinuxGuestBuilder {
-    pub(crate) transports: Transports,
-    pub(crate) busy_timeout: Duration,
-    pub(crate) device_deadline: Duration,
-    pub(crate) allowed: Vec<PathBuf>,
-    pub(crate) overlay_mark: String,
-    pub(crate) kernel: Kernel,
+    config: Config,
+    at_journal_change: Option<fn()>,
 }
 
 impl Default for LinuxGuestBuilder {
     fn default() -> Self {
         LinuxGuestBuilder {
-            transports: Transports::new(),
-            busy_timeout: Duration::from_secs(1),
-            device_deadline: Duration::from_secs(10),
-            allowed: Vec::new(),
-            overlay_mark: "blockmount".to_owned(),
-            kernel: Kernel::default(),
+            config: Config {
+                transports: Transports::new(),
+                busy_timeout: Duration::from_secs(1),
+                device_timeout: Duration::from_secs(10),
+                allowed: Vec::new(),
+                overlay_mark: "blockmount".to_owned(),
+                kernel: Kernel::default(),
+            },
+            at_journal_change: None,
         }
+    }
+}
+
+impl LinuxGuest {
+    /// Starts from the defaults: no transports, every target that is not the system's.
+    pub fn builder() -> LinuxGuestBuilder {
+        LinuxGuestBuilder::default()
     }
 }
 
@@ -41,37 +48,37 @@ impl LinuxGuestBuilder {
     /// The transports whose devices can be mounted and unplugged.
     #[must_use]
     pub fn transports(mut self, transports: Transports) -> Self {
-        self.transports = transports;
+        self.config.transports = transports;
         self
     }
 
     /// Adds the resolver of one transport.
     #[must_use]
     pub fn resolver(mut self, scheme: impl Into<String>, resolver: Arc<dyn Resolver>) -> Self {
-        self.transports = self.transports.with(scheme, resolver);
+        self.config.transports = self.config.transports.with(scheme, resolver);
         self
     }
 
     /// Adds the unplugger of one transport.
     #[must_use]
     pub fn unplugger(mut self, scheme: impl Into<String>, unplugger: Arc<dyn Unplugger>) -> Self {
-        self.transports = self.transports.with_unplugger(scheme, unplugger);
+        self.config.transports = self.config.transports.with_unplugger(scheme, unplugger);
         self
     }
 
     /// How long a mount or unmount of what is in use is tried again before it is `Busy`; one second by
     /// default.
     #[must_use]
-    pub fn busy_timeout(mut self, deadline: Duration) -> Self {
-        self.busy_timeout = deadline;
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.config.busy_timeout = timeout;
         self
     }
 
     /// How long a resolved device may take to become ready, and a partition to appear; ten seconds
     /// by default. How long a device may take to be found is up to its resolver.
     #[must_use]
-    pub fn device_deadline(mut self, deadline: Duration) -> Self {
-        self.device_deadline = deadline;
+    pub fn device_timeout(mut self, timeout: Duration) -> Self {
+        self.config.device_timeout = timeout;
         self
     }
 
@@ -82,7 +89,9 @@ impl LinuxGuestBuilder {
         mut self,
         roots: impl IntoIterator<Item = P>,
     ) -> Self {
-        self.allowed.extend(roots.into_iter().map(Into::into));
+        self.config
+            .allowed
+            .extend(roots.into_iter().map(Into::into));
         self
     }
 
@@ -90,7 +99,7 @@ impl LinuxGuestBuilder {
     /// tell them; `blockmount` by default.
     #[must_use]
     pub fn overlay_mark(mut self, mark: impl Into<String>) -> Self {
-        self.overlay_mark = mark.into();
+        self.config.overlay_mark = mark.into();
         self
     }
 
@@ -98,13 +107,21 @@ impl LinuxGuestBuilder {
     #[doc(hidden)]
     #[must_use]
     pub fn as_on_linux(mut self, major: u32, minor: u32) -> Self {
-        self.kernel = Kernel::version(major, minor);
+        self.config.kernel = Kernel::version(major, minor);
+        self
+    }
+
+    /// Calls this before and after each change of the journal. For tests that kill the process there.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_journal_change(mut self, hook: fn()) -> Self {
+        self.at_journal_change = Some(hook);
         self
     }
 
     /// The guest. Nothing is touched before it is asked for something.
     pub fn build(self) -> LinuxGuest {
-        LinuxGuest(Arc::new(Inner::new(self, None)))
+        LinuxGuest::new(self.config, Ledger::default())
     }
 
     /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
@@ -130,14 +147,13 @@ impl LinuxGuestBuilder {
     ///
     /// What is begun is finished, and the journal is let go afterwards.
     pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
-        let (config, directory) = (self, directory.into());
-        let open = move || Journal::open(&directory);
+        let (config, hook, directory) = (self.config, self.at_journal_change, directory.into());
+        let open = move || Journal::open(&directory, hook);
         let journal = retry_while_busy(config.busy_timeout, open).await?;
-        blocking(move || {
-            let inner = Inner::new(config, Some(journal.clone()));
-            recovery::recover(&inner, &journal)?;
-            Ok(LinuxGuest(Arc::new(inner)))
-        })
-        .await
+        let kernel = config.kernel;
+        let (ledger, left) = blocking(move || recovery::recover(journal, kernel)).await?;
+        let guest = LinuxGuest::new(config, ledger);
+        guest.undo_left(left).await;
+        Ok(guest)
     }
 }

@@ -1,14 +1,18 @@
-//! Block devices: waiting for them, their partitions, and proving that nobody uses them.
+//! Block devices: opening them, proving that nobody uses them, and the device stack: from what a resolver found to what is
+//! mounted.
 
 pub(crate) mod dax;
+pub(crate) mod dm_linear;
+pub(crate) mod free;
 pub mod mapper;
-mod open;
-pub(crate) mod part;
+pub(crate) mod node;
+pub(crate) mod number;
+pub(crate) mod partition;
 pub(crate) mod partitions;
-pub(crate) mod windows;
+pub(crate) mod stack;
+pub(crate) mod subrange;
 
-pub use open::{
-    DeviceNumber, await_open, await_partition, flush, hold_free, in_use, let_go,
-    logical_block_size, open, partitions, prove_free, size,
-};
-pub(crate) use open::{node, node_named_in, read_ahead};
+pub use free::{flush, hold_free, in_use, let_go, prove_free};
+pub use node::{await_open, logical_block_size, open, size};
+pub use number::DeviceNumber;
+pub use partitions::{await_partition, partitions};

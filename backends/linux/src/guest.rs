@@ -1,62 +1,79 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Propagation, Resolver, Unplugger,
+    Overlay, Resolver, Unplugger,
 };
 
-use crate::builder::LinuxGuestBuilder;
-use crate::device::dax;
-use crate::device::part;
-use crate::device::partitions::{Added, Partitions};
-use crate::device::windows::{WindowUse, Windows};
-use crate::device::{self, DeviceNumber};
+use crate::device::number::DeviceNumber;
+use crate::device::stack::{self, Timeouts};
+use crate::device::{dax, node};
 use crate::errno::{blocking, errno_error, retry_while_busy};
 use crate::filesystem::preflight::{choose_filesystem, explained, refuse_unsupported};
 use crate::filesystem::probe::probe;
 use crate::kernel::Kernel;
 use crate::mount::mounting::{self, Request};
-use crate::mount::overlay;
-use crate::mount::places::{PlaceUse, Places};
-use crate::mount::target::Target;
+use crate::mount::target::{MountPoint, Target};
+use crate::mount::{directory, overlay, unmount};
 use crate::transports::Transports;
-use crate::undo::journal::{Intent, Journal, Placed};
-use crate::undo::ledger::{Claim, Devices, Entry, Ledger, Scratches};
+use crate::turns::Turns;
+use crate::undo::ledger::{Ledger, UndoList};
+use crate::undo::locks::Key;
+use crate::undo::step::{DeviceUse, Identity, MountStep, Undo};
+use crate::undo::teardown;
 
 /// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`] and [`Unplugger`] of a Linux guest.
 ///
 /// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
 /// mounted when the last clone is dropped stays mounted. A guest that may be killed and started
-/// again keeps a journal as well: see [`LinuxGuestBuilder::journal`].
+/// again keeps a journal as well: see [`LinuxGuestBuilder::journal`](crate::LinuxGuestBuilder::journal).
 ///
 /// All methods must be called in a runtime of tokio that has I/O and time. Calls for different
-/// targets run in parallel. A call that is dropped half-way has done nothing or everything: the
-/// part that changes something runs to its end.
+/// targets run in parallel. Calls for one target run one after the other, in the order in which they were first polled.
+/// A call that is dropped runs to its end, and the next one for the target waits for it.
 #[derive(Debug, Clone)]
-pub struct LinuxGuest(pub(crate) Arc<Inner>);
+pub struct LinuxGuest(Arc<Inner>);
+
+/// How a guest does its work.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) transports: Transports,
+    pub(crate) busy_timeout: Duration,
+    pub(crate) device_timeout: Duration,
+    pub(crate) allowed: Vec<PathBuf>,
+    pub(crate) overlay_mark: String,
+    pub(crate) kernel: Kernel,
+}
 
 #[derive(Debug)]
-pub(crate) struct Inner {
-    config: LinuxGuestBuilder,
-    pub(crate) journal: Option<Arc<Journal>>,
-    pub(crate) ledger: Ledger,
-    places: Arc<Places>,
-    pub(crate) devices: Arc<Devices>,
-    pub(crate) partitions: Arc<Partitions>,
-    pub(crate) scratches: Arc<Scratches>,
-    pub(crate) windows: Arc<Windows>,
+struct Inner {
+    config: Config,
+    ledger: Arc<Ledger>,
+    turns: Turns,
 }
 
 impl LinuxGuest {
-    /// Starts from the defaults: no resolvers, every target that is not the system's.
-    pub fn builder() -> LinuxGuestBuilder {
-        LinuxGuestBuilder::default()
+    pub(crate) fn new(config: Config, ledger: Ledger) -> Self {
+        LinuxGuest(Arc::new(Inner {
+            config,
+            ledger: Arc::new(ledger),
+            turns: Turns::default(),
+        }))
+    }
+
+    /// Undoes what an earlier process has left half done.
+    pub(crate) async fn undo_left(&self, targets: Vec<Target>) {
+        for target in targets {
+            if let Err(error) = self.0.undo(&target).await {
+                let path = target.path().display();
+                tracing::error!(%path, %error, "cannot undo a mount of an earlier process");
+            }
+        }
     }
 
     /// The transports of its devices.
@@ -83,11 +100,20 @@ impl Mounter for LinuxGuest {
         target: &Path,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        self.0.clone().mount(device, target, options).await
+        refuse_unsupported(options)?;
+        let target = Target::parse(target, &self.0.config.allowed)?;
+        let (inner, device, options) = (self.0.clone(), device.clone(), options.clone());
+        let path = target.path().to_owned();
+        let call = async move { inner.mount(&device, &target, &options).await };
+        self.0.turns.run(&path, call).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
-        self.0.clone().unmount(target).await
+        // What was mounted before the configuration was narrowed must be unmountable still.
+        let target = Target::parse(target, &[])?;
+        let (inner, path) = (self.0.clone(), target.path().to_owned());
+        let call = async move { inner.unmount(&target).await };
+        self.0.turns.run(&path, call).await
     }
 }
 
@@ -95,14 +121,15 @@ impl Mounter for LinuxGuest {
 #[deny(clippy::missing_trait_methods)]
 impl LayerCombiner for LinuxGuest {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        let inner = self.0.clone();
-        let target = Target::parse(&overlay.target, &inner.config.allowed)?;
-        let overlay = overlay.clone();
-        blocking(move || overlay::combine(&inner, &overlay, &target)).await
+        let target = Target::parse(&overlay.target, &self.0.config.allowed)?;
+        let (inner, overlay) = (self.0.clone(), overlay.clone());
+        let path = target.path().to_owned();
+        let call = async move { inner.combine(&target, overlay).await };
+        self.0.turns.run(&path, call).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        self.0.clone().unmount(target).await
+        Mounter::unmount(self, target).await
     }
 }
 
@@ -115,257 +142,198 @@ impl Unplugger for LinuxGuest {
 }
 
 impl Inner {
-    pub(crate) fn new(config: LinuxGuestBuilder, journal: Option<Arc<Journal>>) -> Self {
-        Inner {
-            config,
-            places: Arc::new(Places::new(journal.clone())),
-            partitions: Arc::new(Partitions::new(journal.clone())),
-            journal,
-            ledger: Ledger::default(),
-            devices: Arc::default(),
-            scratches: Arc::default(),
-            windows: Arc::default(),
-        }
-    }
-
     async fn mount(
-        self: Arc<Self>,
+        &self,
         device: &DeviceLocator,
-        target: &Path,
+        target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        refuse_unsupported(options)?;
-        let target = Target::parse(target, &self.config.allowed)?;
         let early = target.clone();
         // A bad target should not cost a wait for the device.
         blocking(move || early.check_free()).await?;
         let found = self.config.transports.resolve(device).await?;
-        let done = self.clone().mount_found(found, &target, options).await;
-        done.map_err(|error| match self.windows.owes(target.path()) {
-            false => error,
-            true => BackendError::uncertain(format!(
-                "{}, and the device made for it is in use",
-                error.message()
-            )),
-        })
+        self.begin(target).await?;
+        let done = self.mount_found(found, target, options).await;
+        self.end(target, done).await
     }
 
     async fn mount_found(
-        self: Arc<Self>,
+        &self,
         found: BlockDevice,
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        let deadline = Instant::now() + self.config.device_deadline;
-        let mut partition = None;
-        let mut node = found.path;
-        let mut open = device::await_open(&node, deadline).await?;
-        let mut window = None;
-        let number = options.partition();
-        if let Some(mut range) = found.range {
-            // The kernel makes no partitions of a window: one is a smaller window.
-            if let Some(number) = number {
-                let at = node.clone();
-                range = blocking(move || part::partition(&at, &open, range, number)).await?;
+        let timeouts = Timeouts {
+            ready: self.config.device_timeout,
+            busy: self.config.busy_timeout,
+        };
+        let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
+        let (device, options) = (Arc::new(device), options.clone());
+        let kernel = self.config.kernel;
+        let attempt = move |list: &UndoList<'_>| mount_once(list, &device.node, &options, kernel);
+        self.attempt(target, attempt).await
+    }
+
+    async fn combine(&self, target: &Target, overlay: Overlay) -> Result<(), BackendError> {
+        let early = target.clone();
+        blocking(move || early.check_free()).await?;
+        self.begin(target).await?;
+        let (mark, kernel) = (self.config.overlay_mark.clone(), self.config.kernel);
+        let (ledger, at) = (self.ledger.clone(), target.clone());
+        let combine = move || overlay::combine(&ledger.list(&at), &overlay, &mark, kernel);
+        let done = blocking(combine).await;
+        self.end(target, done).await
+    }
+
+    /// Takes a target, and undoes what an earlier call for it has left.
+    async fn begin(&self, target: &Target) -> Result<(), BackendError> {
+        let (ledger, target, kernel) = (self.ledger.clone(), target.clone(), self.config.kernel);
+        blocking(move || {
+            let list = ledger.list(&target);
+            if !list.is_in_use() {
+                teardown::undo(&list, 0, kernel)?;
             }
-            let mapped = self.map(node, range, target).await?;
-            open = device::await_open(mapped.node(), deadline).await?;
-            node = mapped.node().to_owned();
-            window = Some(mapped);
-        } else if let Some(number) = number {
-            (node, partition) = self.partitions.find(&open, number, deadline).await?;
-            open = device::await_open(&node, deadline).await?;
-        }
-        let (inner, options, target) = (self.clone(), options.clone(), target.clone());
-        let (below, open) = ((partition, window), Arc::new(open));
+            list.begin()
+        })
+        .await
+    }
+
+    /// Tries a part of a mount until it is not busy. A failed attempt undoes its own steps.
+    async fn attempt(
+        &self,
+        target: &Target,
+        attempt: impl Fn(&UndoList<'_>) -> Result<(), BackendError> + Clone + Send + 'static,
+    ) -> Result<(), BackendError> {
+        let (ledger, target, kernel) = (self.ledger.clone(), target.clone(), self.config.kernel);
         let attempt = move || {
-            // As long as somebody has it open, the kernel keeps what was read of it: once for all of this.
-            let _kept = &open;
-            inner.mount_device(&node, below.clone(), &target, &options)
+            let list = ledger.list(&target);
+            let first = list.steps().len();
+            attempt(&list).map_err(|error| match teardown::undo(&list, first, kernel) {
+                Ok(()) => error,
+                Err(left) => uncertain(&error, &left),
+            })
         };
         retry_while_busy(self.config.busy_timeout, attempt).await
     }
 
-    async fn map(
-        self: &Arc<Self>,
-        node: PathBuf,
-        range: Range<u64>,
+    /// Undoes what was made of a mount that has failed, and says so if it cannot be undone.
+    async fn end(
+        &self,
         target: &Target,
-    ) -> Result<Arc<WindowUse>, BackendError> {
-        let (inner, target, at) = (self.clone(), target.clone(), node.clone());
-        let attempt = move || {
-            let (node, range) = (&node, range.clone());
-            inner.windows.map(node, range, target.path()).map(Arc::new)
-        };
-        match retry_while_busy(self.config.busy_timeout, attempt).await {
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                blocking(move || {
-                    let users = device::in_use(&at);
-                    let message = format!("{}: {}", error.message(), users.message());
-                    Err(BackendError::busy(message).with_source(error))
-                })
-                .await
-            }
-            done => done,
-        }
-    }
-
-    fn mount_device(
-        &self,
-        node: &Path,
-        (partition, window): (Option<Arc<Added>>, Option<Arc<WindowUse>>),
-        target: &Target,
-        options: &MountOptions,
+        done: Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        let mut open = device::open(node)?.ok_or_else(|| {
-            BackendError::not_found(format!("device {} has vanished", node.display()))
-        })?;
-        let number = DeviceNumber::of(&open)?;
-        let place = self.places.enter(target)?;
-        device::read_ahead(&open);
-        let found = probe(&mut open)
-            .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
-        let filesystem = choose_filesystem(node, &found, options.filesystem())?;
-        drop(open);
-        let is_dax = dax::is_asked(options);
-        let mut request = Request::new(&filesystem, node, options);
-        let kernel = self.config.kernel;
-        let intent = Intent {
-            journal: self.journal.as_ref(),
-            target: target.path(),
-            device: Some((number, options)),
-            partition: partition.as_ref().map(|added| added.id()),
-            scratch: None,
-        };
-        let (Placed { mount, note }, claim) = self.devices.claim(number, options, |only| {
-            request.exclusive = only;
-            self.mount_one(&mut request, &place, options.propagation(), &intent)
-                .map_err(|error| {
-                    if is_dax {
-                        dax::explained(error, node)
-                    } else {
-                        error
-                    }
-                })
-                .map_err(|error| explained(error, node))
-        })?;
-        let entry = Entry {
-            mount,
-            note,
-            place,
-            claim: Claim::Device(claim),
-            partition,
-            window,
-        };
-        self.record(entry, options.propagation(), kernel)?;
-        if is_dax {
-            self.prove_dax(target)?;
-        }
-        Ok(())
-    }
-
-    /// Takes a mount back that was to be without the page cache, and is not.
-    fn prove_dax(&self, target: &Target) -> Result<(), BackendError> {
-        let found = dax::of_mount(target.path());
-        tracing::info!(target = %target.path().display(), ?found, "mounted with dax=always");
-        if found.is_some_and(|found| found.option || found.is_on()) {
-            return Ok(());
-        }
-        let path = target.path().display();
-        let message = format!("the filesystem at {path} does without dax=always");
-        Err(self.take_back(target, BackendError::unsuitable(message)))
-    }
-
-    fn mount_one(
-        &self,
-        request: &mut Request,
-        place: &PlaceUse,
-        propagation: Option<Propagation>,
-        intent: &Intent<'_>,
-    ) -> Result<Placed, BackendError> {
-        let kernel = self.config.kernel;
-        let detached = match request.build(kernel) {
-            // Where the one driver for the whole family does not answer to the older names.
-            Err(error)
-                if error.kind() == ErrorKind::Unsuitable
-                    && matches!(&*request.filesystem, "ext2" | "ext3") =>
-            {
-                request.filesystem = "ext4".to_owned();
-                request.build(kernel)?
-            }
-            built => built?,
-        };
-        let at = place.prepare()?;
-        match detached {
-            Some(mount) => mounting::attach(&mount, &at, propagation, kernel, intent),
-            None => {
-                let expected = || request.expected();
-                mounting::in_one_step(at, kernel, intent, expected, |at| request.mount_at(at))
-            }
-        }
-    }
-
-    /// Enters a mount into the ledger, and sets what can be set only in its place.
-    pub(crate) fn record(
-        &self,
-        entry: Entry,
-        propagation: Option<Propagation>,
-        kernel: Kernel,
-    ) -> Result<(), BackendError> {
-        let target = entry.place.target().clone();
-        self.ledger.insert(entry);
-        let Some(propagation) = propagation else {
-            return Ok(());
-        };
-        let done = target.find().and_then(|place| match place {
-            Some(place) => mounting::propagate(&place.into_path_at(), propagation, kernel),
-            None => Err(BackendError::other(format!(
-                "{} has vanished",
-                target.path().display()
-            ))),
-        });
-        done.map_err(|error| self.take_back(&target, error))
-    }
-
-    /// Unmounts what must not stay, and says so if it does.
-    fn take_back(&self, target: &Target, error: BackendError) -> BackendError {
-        match self.ledger.unmount(target, self.config.kernel) {
+        let Err(error) = done else { return Ok(()) };
+        Err(match self.undo(target).await {
             Ok(()) => error,
-            Err(left) => {
-                BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
-            }
-        }
+            Err(left) => uncertain(&error, &left),
+        })
     }
 
-    async fn unmount(self: Arc<Self>, target: &Path) -> Result<(), BackendError> {
-        // What was mounted before the configuration was narrowed must be unmountable still.
-        let target = Target::parse(target, &[])?;
-        let (inner, at, kernel) = (self.clone(), target.clone(), self.config.kernel);
-        let attempt = move || {
-            inner.ledger.unmount(&at, kernel)?;
-            inner.windows.settle(at.path())
-        };
+    async fn unmount(&self, target: &Target) -> Result<(), BackendError> {
+        let (ledger, at) = (self.ledger.clone(), target.clone());
+        blocking(move || match ledger.list(&at).is_in_use() {
+            true => Ok(()),
+            false => unmount::refuse_foreign(&at),
+        })
+        .await?;
+        self.undo(target).await
+    }
+
+    /// Undoes what is on the list of a target, for as long as a step may be busy.
+    async fn undo(&self, target: &Target) -> Result<(), BackendError> {
+        let (ledger, at, kernel) = (self.ledger.clone(), target.clone(), self.config.kernel);
+        let attempt = move || teardown::undo_all(&ledger.list(&at), kernel);
         match retry_while_busy(self.config.busy_timeout, attempt).await {
             Err(error) if error.kind() == ErrorKind::Busy => {
-                blocking(move || {
-                    let error = self.windows.name_users(target.path(), error);
-                    Err(self.ledger.name_users(target.path(), error))
-                })
-                .await
+                let (ledger, at) = (self.ledger.clone(), target.clone());
+                blocking(move || Err(teardown::name_users(&ledger.list(&at), error))).await
             }
             done => done,
         }
     }
+}
 
-    pub(crate) fn kernel(&self) -> Kernel {
-        self.config.kernel
+fn uncertain(error: &BackendError, left: &BackendError) -> BackendError {
+    BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
+}
+
+/// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
+fn mount_once(
+    list: &UndoList<'_>,
+    node: &Path,
+    options: &MountOptions,
+    kernel: Kernel,
+) -> Result<(), BackendError> {
+    let mut open = node::open(node)?.ok_or_else(|| {
+        BackendError::not_found(format!("device {} has vanished", node.display()))
+    })?;
+    let number = DeviceNumber::of(&open)?;
+    node::read_ahead(&open);
+    let found = probe(&mut open)
+        .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
+    let filesystem = choose_filesystem(node, &found, options.filesystem())?;
+    drop(open);
+    let _held = list.hold(Key::Device(number))?;
+    let others = list.mounts_of(number);
+    if !others.iter().all(|other| other.is_compatible_with(options)) {
+        return Err(BackendError::conflict(format!(
+            "block device {number} is mounted already with options that exclude these"
+        )));
     }
-
-    pub(crate) fn overlay_mark(&self) -> &str {
-        &self.config.overlay_mark
+    let mut request = Request::new(&filesystem, node, options);
+    request.exclusive = others.is_empty();
+    let device = DeviceUse {
+        number,
+        options: options.clone(),
+    };
+    let step = |mount| {
+        Undo::Unmount(Box::new(MountStep {
+            mount,
+            device: Some(device.clone()),
+            scratch: None,
+        }))
+    };
+    let is_dax = dax::is_asked(options);
+    mount_request(list, &mut request, options, kernel, step)
+        .map_err(|error| match is_dax {
+            true => dax::explained(error, node),
+            false => error,
+        })
+        .map_err(|error| explained(error, node))?;
+    if let Some(propagation) = options.propagation() {
+        mounting::propagate(list.target(), propagation, kernel)?;
     }
+    match is_dax {
+        true => dax::prove(list.target().path()),
+        false => Ok(()),
+    }
+}
 
-    pub(crate) fn places(&self) -> &Arc<Places> {
-        &self.places
+fn mount_request(
+    list: &UndoList<'_>,
+    request: &mut Request,
+    options: &MountOptions,
+    kernel: Kernel,
+    step: impl Fn(Identity) -> Undo,
+) -> Result<(), BackendError> {
+    let detached = match request.build(kernel) {
+        // Where the one driver for the whole family does not answer to the older names.
+        Err(error)
+            if error.kind() == ErrorKind::Unsuitable
+                && matches!(&*request.filesystem, "ext2" | "ext3") =>
+        {
+            request.filesystem = "ext4".to_owned();
+            request.build(kernel)?
+        }
+        built => built?,
+    };
+    let at = directory::prepare(list)?;
+    match detached {
+        Some(mount) => mounting::attach(&mount, &at, options.propagation(), kernel, list, step),
+        None => {
+            let expected = request.expected();
+            let make = |at: &MountPoint| request.mount_at(at);
+            mounting::in_one_step(at, kernel, list, step, expected, make)
+        }
     }
 }

@@ -78,6 +78,7 @@ mod kernel;
 mod mount;
 mod sys;
 mod transports;
+mod turns;
 mod undo;
 
 pub use builder::LinuxGuestBuilder;

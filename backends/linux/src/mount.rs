@@ -1,9 +1,11 @@
 //! Mounts a device or an overlay at a target.
 
+pub(crate) mod directory;
 pub(crate) mod fscontext;
+pub(crate) mod mount_id;
 pub mod mountinfo;
 pub(crate) mod mounting;
 pub(crate) mod overlay;
-pub(crate) mod places;
 pub(crate) mod target;
+pub(crate) mod unmount;
 pub(crate) mod users;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger};
 
-use crate::device::{self, mapper};
+use crate::device::{free, mapper};
 
 /// How long a device may be busy for a moment before it counts as in use.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -91,7 +91,7 @@ impl Unplugger for Transports {
         let free = async {
             let found = self.resolve(device).await?;
             match found.range {
-                None => device::let_go(&found.path, DEFAULT_TIMEOUT).await,
+                None => free::let_go(&found.path, DEFAULT_TIMEOUT).await,
                 Some(range) => mapper::let_go_range(&found.path, range, DEFAULT_TIMEOUT).await,
             }
         };

@@ -50,7 +50,7 @@ async fn root_a_missing_partition_costs_no_wait_and_the_others_are_named() {
         let device = Loop::new(&image.copy(room.path()));
         kit::run("partx", &["-a", device.node().to_str().unwrap()]);
         room.settle();
-        let guest = builder().device_deadline(Duration::from_secs(60)).build();
+        let guest = builder().device_timeout(Duration::from_secs(60)).build();
         let started = Instant::now();
         let result: Result<(), BackendError> = guest
             .mount(&device.locator(), &room.at("x/mnt"), &partition(7))

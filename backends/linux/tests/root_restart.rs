@@ -10,9 +10,11 @@ mod kit;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::num::NonZeroU32;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
@@ -23,6 +25,8 @@ use tempfile::TempDir;
 
 /// How the child is told what to do; without it, the child's test does nothing.
 const ORDERS: &str = "BLOCKMOUNT_TEST_ORDERS";
+/// At which change of the journal a child kills itself.
+const KILLED_AT: &str = "BLOCKMOUNT_TEST_KILLED_AT";
 /// Rounds of the test that kills at random.
 const ROUNDS: u32 = 200;
 
@@ -88,7 +92,27 @@ impl Site {
     }
 
     /// Starts a process that works as on this kernel.
-    fn start(&self, work: &str, (major, minor): (u32, u32)) -> Killable {
+    fn start(&self, work: &str, kernel: (u32, u32)) -> Killable {
+        let mut child = self.command(work, kernel).spawn().unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        while !said.ends_with("ready\n") {
+            said.clear();
+            assert_ne!(lines.read_line(&mut said).unwrap(), 0, "the child failed");
+        }
+        Killable(child)
+    }
+
+    /// Runs a process that mounts and unmounts everything, and is killed at a change of its journal. True if it has
+    /// ended before.
+    fn killed_at(&self, change: u32, kernel: (u32, u32)) -> bool {
+        let mut command = self.command("once", kernel);
+        let status = command.env(KILLED_AT, change.to_string()).status().unwrap();
+        assert!(status.success() || status.signal() == Some(9), "{status}");
+        status.success()
+    }
+
+    fn command(&self, work: &str, (major, minor): (u32, u32)) -> Command {
         let node = |device: &Loop| device.node().to_str().unwrap().to_owned();
         let orders = [
             work.to_owned(),
@@ -98,20 +122,13 @@ impl Site {
             node(&self.disk),
             format!("{major}.{minor}"),
         ];
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["a_child", "--exact", "--ignored", "--nocapture"])
             .env(ORDERS, orders.join("\n"))
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = String::new();
-        let mut lines = BufReader::new(child.stdout.take().unwrap());
-        while !said.ends_with("ready\n") {
-            said.clear();
-            assert_ne!(lines.read_line(&mut said).unwrap(), 0, "the child failed");
-        }
-        Killable(child)
+            .stdout(Stdio::piped());
+        command
     }
 
     /// How long it takes here to mount and unmount the layers, and the partitions.
@@ -187,6 +204,7 @@ async fn a_child() {
     let (major, minor) = kernel.split_once('.').unwrap();
     let guest = builder()
         .as_on_linux(major.parse().unwrap(), minor.parse().unwrap())
+        .at_journal_change(killed_at_a_change)
         .journal(Path::new(room).join("journal"))
         .await
         .unwrap();
@@ -196,6 +214,18 @@ async fn a_child() {
         room: room.into(),
         devices: [locator(ext4), locator(erofs), locator(disk)],
     };
+    if work == "once" {
+        let (one, two) = (options(&["noatime"]), options(&["ro"]));
+        tokio::join!(
+            worker.mount(&worker.devices[0], "a/b/one", &one),
+            worker.mount(&worker.devices[1], "a/b/two", &two),
+        );
+        let overlay = overlay(&worker.room, "a/c/overlay");
+        worker.guest.combine(&overlay).await.unwrap();
+        worker.partitions_up().await;
+        worker.down().await;
+        return;
+    }
     if let "layers" | "partitions" = work {
         say_ready();
         // Ends by a signal; or by itself, if the parent is gone.
@@ -458,8 +488,8 @@ async fn root_what_others_mounted_in_between_is_not_touched() {
         for name in TARGETS {
             guest.unmount(&site.room.at(name)).await.unwrap();
         }
-        // The directory that was in use by others is ours, and on record.
-        assert!(site.room.at("p/q").exists() && !site.room.at("a").exists());
+        // The directory that was in use by others was ours, and on record.
+        assert!(!site.room.at("p").exists() && !site.room.at("a").exists());
         drop(guest);
         drop(site.restart(kernel).await);
         clear_scratch(&site.room);
@@ -474,7 +504,7 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
     let target = "a/b/one";
     let is_of_target = |path: &PathBuf| {
         let text = fs::read_to_string(path).unwrap();
-        text.contains("\"mount\"") && text.contains(&format!("{target}\""))
+        text.contains(&format!("{target}\",\"steps\""))
     };
     let damaged = site.records().into_iter().find(is_of_target).unwrap();
     let intact = fs::read_to_string(&damaged).unwrap();
@@ -484,7 +514,7 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
     put("900.json", "");
     put(
         "901.json",
-        &intact.replace("\"version\":1", "\"version\":7"),
+        &intact.replace("\"version\":2", "\"version\":7"),
     );
     put("902.json", &intact.replace("mnt:[", "mnt:[1"));
     put("903.json", &intact.replace(target, "../../etc"));
@@ -529,8 +559,8 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
             .any(|path| path.ends_with("910.json") || path.ends_with("909.json"))
     );
     guest.unmount(&site.room.at("x")).await.unwrap();
-    // The directory of the mount that was not ours any more was in use until now.
-    assert!(site.room.at("a/b/one").exists());
+    // The directory of the mount that was not ours any more is on no list, and was in use until now.
+    fs::remove_dir(site.room.at("a/b/one")).unwrap();
     drop(guest);
     drop(site.restart(KERNELS[4]).await);
     assert!(!site.room.at("a").exists());
@@ -550,11 +580,11 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
         let mounts = site.room.mounts();
         for path in site.records() {
             let text = fs::read_to_string(&path).unwrap();
-            let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
-            let Some(on_record) = record["record"].get_mut("mount") else {
-                continue;
-            };
-            let target = on_record["target"].as_str().unwrap().to_owned();
+            let mut whole: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let record = &mut whole["record"];
+            let target = record["target"].as_str().unwrap().to_owned();
+            let steps = record["steps"].as_array_mut().unwrap();
+            let on_record = &mut steps.last_mut().unwrap()["unmount"];
             let line = mounts.iter().find(|m| m.mount_point == Path::new(&target));
             let line = line.unwrap();
             let is_overlay = line.filesystem == "overlay";
@@ -570,7 +600,7 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
                 "source": source,
                 "options": given.collect::<Vec<_>>(),
             }});
-            fs::write(&path, record.to_string()).unwrap();
+            fs::write(&path, whole.to_string()).unwrap();
         }
         let at = |name: &str| site.room.at(name);
         run("umount", &[at("p/r").to_str().unwrap()]);
@@ -663,4 +693,97 @@ async fn root_a_full_journal_refuses_mounts_and_leaves_nothing() {
         run("umount", &[path]);
         site.assert_clean();
     }
+}
+
+/// At how many changes of the journal the child that kills itself there has been.
+static CHANGES: AtomicU32 = AtomicU32::new(0);
+
+/// Kills this process at the change that the orders name.
+fn killed_at_a_change() {
+    let at = std::env::var(KILLED_AT).unwrap_or_default();
+    if Ok(CHANGES.fetch_add(1, Ordering::Relaxed)) == at.parse() {
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+            .unwrap();
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+/// Kills before and after each change of the journal, of mounts that share what is missing on their way: two at once,
+/// a partition, and an overlay with a scratch.
+#[tokio::test]
+async fn root_x09_killed_at_each_change_of_the_journal_it_leaves_nothing() {
+    for kernel in [KERNELS[0], KERNELS[5]] {
+        let site = Site::new();
+        let mut at = 0;
+        loop {
+            let ended = site.killed_at(at, kernel);
+            let guest = site.restart(kernel).await;
+            for name in TARGETS {
+                let done = guest.unmount(&site.room.at(name)).await;
+                done.unwrap_or_else(|error| panic!("change {at}: {name}: {error}"));
+            }
+            drop(guest);
+            clear_scratch(&site.room);
+            assert_eq!(site.records(), [] as [PathBuf; 0], "change {at}");
+            site.assert_clean();
+            if ended {
+                break;
+            }
+            at += 1;
+        }
+        assert!(at > 60, "it had only {at} changes to be killed at");
+    }
+}
+
+/// Two records about one directory, of which the last one, or the first one, is true.
+#[tokio::test]
+async fn root_x09_any_record_that_fits_is_believed() {
+    let site = Site::new();
+    let write = |name: &str, text: String| {
+        fs::write(site.journal().join(name), text).unwrap();
+    };
+    let envelope = {
+        let guest = site.restart(KERNELS[5]).await;
+        mount(&guest, &site.ext4, &site.room.at("x/a"), &[])
+            .await
+            .unwrap();
+        let text = fs::read_to_string(&site.records()[0]).unwrap();
+        guest.unmount(&site.room.at("x/a")).await.unwrap();
+        text
+    };
+    for order in [["1.json", "2.json"], ["2.json", "1.json"]] {
+        fs::create_dir(site.room.at("x")).unwrap();
+        fs::create_dir(site.room.at("x/.staged")).unwrap();
+        let directory = fs::metadata(site.room.at("x")).unwrap();
+        let staged = fs::metadata(site.room.at("x/.staged")).unwrap();
+        fs::rename(site.room.at("x/.staged"), site.room.at(".staged")).unwrap();
+        let records = [("x/a", &directory, ".other"), ("x/b", &staged, ".staged")];
+        for (name, (target, meta, staged)) in order.iter().zip(records) {
+            let mut whole: serde_json::Value = serde_json::from_str(&envelope).unwrap();
+            whole["record"]["target"] = site.room.at(target).to_str().unwrap().into();
+            whole["record"]["steps"] = serde_json::json!([{ "remove-directory": {
+                "path": site.room.at("x"),
+                "staged": staged,
+                "id": { "device": meta.dev(), "inode": meta.ino() },
+            }}]);
+            write(name, whole.to_string());
+        }
+        drop(site.restart(KERNELS[5]).await);
+        assert_eq!(site.records(), [] as [PathBuf; 0]);
+        site.assert_clean();
+    }
+}
+
+/// What an agent of an earlier version has written is not guessed at.
+#[tokio::test]
+async fn root_a_journal_of_an_earlier_version_is_set_aside() {
+    let mut site = Site::new();
+    let old = r#"{"version":1,"origin":"x mnt:[1]","record":{"directory":{"path":"/run/x","staged":".x"}}}"#;
+    fs::write(site.journal().join("5.json"), old).unwrap();
+    drop(site.restart(KERNELS[5]).await);
+    assert_eq!(site.records(), [site.journal().join("5.aside")]);
+    site.room.settle();
+    site.assert_clean();
 }

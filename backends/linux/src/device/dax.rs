@@ -7,7 +7,7 @@ use std::path::Path;
 use blockmount::{BackendError, ErrorKind, MountOptions};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 
-use crate::device::DeviceNumber;
+use crate::device::number::DeviceNumber;
 use crate::discover::sysfs;
 use crate::mount::mountinfo;
 
@@ -70,6 +70,22 @@ pub(crate) fn of_mount(target: &Path) -> Option<Dax> {
         .any(|name| mount.has_option(name));
     let files = any_file(target);
     Some(Dax { option, files })
+}
+
+/// Proves that a mount which was asked to be so is so. Blocks.
+///
+/// # Errors
+///
+/// `Unsuitable` if it is not.
+pub(crate) fn prove(target: &Path) -> Result<(), BackendError> {
+    let found = of_mount(target);
+    tracing::info!(target = %target.display(), ?found, "mounted with dax=always");
+    if found.is_some_and(|found| found.option || found.is_on()) {
+        return Ok(());
+    }
+    let path = target.display();
+    let message = format!("the filesystem at {path} does without dax=always");
+    Err(BackendError::unsuitable(message))
 }
 
 fn any_file(root: &Path) -> Option<bool> {

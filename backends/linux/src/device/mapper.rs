@@ -1,4 +1,4 @@
-//! Devices made of ranges of others (device-mapper), as far as windows need them.
+//! Devices made of ranges of others (device-mapper).
 //!
 //! No daemon is involved: the kernel makes the node, `/dev/dm-N`, and what is made here bears a mark in name
 //! and UUID by which whoever cleans up can tell it.
@@ -12,7 +12,8 @@ use std::time::Duration;
 use blockmount::BackendError;
 use rustix::io::Errno;
 
-use crate::device::{self, DeviceNumber};
+use crate::device::number::DeviceNumber;
+use crate::device::{free, node};
 use crate::discover::sysfs::{names, text};
 use crate::errno::{errno_error, retry_while_busy};
 
@@ -20,7 +21,8 @@ mod ioctl;
 mod wire;
 
 use ioctl::Command;
-pub use wire::Target;
+pub(crate) use wire::SECTOR;
+pub use wire::{Mapped, Target};
 use wire::{READ_ONLY, Reply, Request, STATUS_TABLE};
 
 /// What the names of our devices start with.
@@ -34,17 +36,6 @@ const CONTROL: &str = "/dev/mapper/control";
 /// Room for an answer, in bytes, at first and at most: a table of a thousand ranges takes 80 KiB.
 const ROOM: usize = 16 << 10;
 const MOST_ROOM: usize = 16 << 20;
-/// The unit of tables, in bytes.
-pub(crate) const SECTOR: u64 = 512;
-
-/// A mapped device, as the kernel lists it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mapped {
-    /// Its name.
-    pub name: String,
-    /// Its number.
-    pub number: DeviceNumber,
-}
 
 /// The kernel's device-mapper. All calls block, for milliseconds.
 #[derive(Debug)]
@@ -103,7 +94,7 @@ impl DeviceMapper {
     ///
     /// `Invalid` for a bad name or range, `Conflict` if the name or the UUID is taken, `Busy` if somebody else
     /// has the device beneath to himself, `Uncertain` if a device was begun and cannot be taken back.
-    pub fn create_window(
+    pub fn create_linear(
         &self,
         name: &str,
         uuid: &str,
@@ -178,6 +169,19 @@ impl DeviceMapper {
         Ok(reply.names())
     }
 
+    /// The number of the device of a name. Nothing if there is none.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn find(&self, name: &str) -> Result<Option<DeviceNumber>, BackendError> {
+        let all = self.list()?;
+        Ok(all
+            .into_iter()
+            .find(|mapped| mapped.name == name)
+            .map(|mapped| mapped.number))
+    }
+
     /// What a device is made of. Nothing if there is none of that name.
     ///
     /// # Errors
@@ -229,7 +233,7 @@ pub async fn let_go_range(
 ) -> Result<(), BackendError> {
     let number = {
         let path = path.to_owned();
-        crate::errno::blocking(move || match device::open(&path)? {
+        crate::errno::blocking(move || match node::open(&path)? {
             Some(open) => DeviceNumber::of(&open),
             None => {
                 let message = format!("device {} is not there", path.display());
@@ -254,7 +258,7 @@ pub async fn let_go_range(
     };
     match retry_while_busy(timeout, attempt).await? {
         true => Ok(()),
-        false => device::let_go(path, timeout).await,
+        false => free::let_go(path, timeout).await,
     }
 }
 

@@ -8,7 +8,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
 use rustix::fs::OFlags;
 
-use crate::device::{self, DeviceNumber};
+use crate::device::node;
+use crate::device::number::DeviceNumber;
 
 /// The size of a sector, in bytes: the smallest disk, and the unit of every size (the kernel's
 /// `SECTOR_SIZE`).
@@ -160,7 +161,7 @@ pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     let path = disk.source().display();
     // Unlike the metadata, the end of the file also knows the size of a block device.
     let size =
-        device::size(&source.file).map_err(|error| no_source(disk, "find the size of", error))?;
+        node::size(&source.file).map_err(|error| no_source(disk, "find the size of", error))?;
     let advice = match size {
         0 => {
             return Err(BackendError::invalid(format!(

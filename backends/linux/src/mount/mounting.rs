@@ -1,30 +1,26 @@
-//! Making a mount: built detached and then moved into place, or in one step where the kernel is
+//! Making a mount: built detached and then moved to its target, or in one step where the kernel is
 //! old.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, MountFlag, MountFlags, MountOptions, Propagation, PropagationMode};
-use rustix::fs::{AtFlags, StatxFlags, fstat, fstatfs, statx};
 use rustix::io::Errno;
-use rustix::mount::{
-    self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
-};
-use serde::{Deserialize, Serialize};
+use rustix::mount::{self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags};
 
+use crate::device::free;
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
 use crate::mount::fscontext::Context;
-use crate::mount::mountinfo::MountInfo;
-use crate::mount::target::{self, PathAt, Place};
-use crate::undo::journal::{Identity, Intent, Placed, strike};
-use crate::{device, sys};
+use crate::mount::mount_id::MountId;
+use crate::mount::target::{MountPoint, Target};
+use crate::sys;
+use crate::undo::ledger::UndoList;
+use crate::undo::step::{Identity, Undo};
 
 /// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
 pub(crate) const LONGEST_DATA: usize = 4095;
-/// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
-const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A filesystem of a device, and how to mount it.
 #[derive(Debug)]
@@ -102,8 +98,8 @@ impl Request {
         }
     }
 
-    /// The same in one step, at a place. (`mount(2)`)
-    pub(crate) fn mount_at(&self, place: &Place) -> Result<(), BackendError> {
+    /// The same in one step. (`mount(2)`)
+    pub(crate) fn mount_at(&self, at: &MountPoint) -> Result<(), BackendError> {
         if self.exclusive {
             self.prove_exclusive()?;
         }
@@ -117,7 +113,7 @@ impl Request {
             BackendError::invalid("an option of the filesystem has a NUL byte").with_source(error)
         })?;
         let flags = flags(self.read_only, self.flags);
-        let at = path_of(place.directory());
+        let at = path_of(at.directory());
         sys_mount::mount(
             &self.source,
             &at,
@@ -143,7 +139,7 @@ impl Request {
     /// Where the kernel cannot say whether a filesystem is mounted already, nobody may hold the
     /// device.
     fn prove_exclusive(&self) -> Result<(), BackendError> {
-        device::prove_free(&self.source).map(drop)
+        free::prove_free(&self.source).map(drop)
     }
 }
 
@@ -212,63 +208,42 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
-/// Moves a detached mount into place, on record before it is seen. After an error it is gone.
+/// Moves a detached mount into place, on the undo list before it is seen. After an error it is gone.
 pub(crate) fn attach(
     detached: &OwnedFd,
-    place: &Place,
+    at: &MountPoint,
     propagation: Option<Propagation>,
     kernel: Kernel,
-    intent: &Intent<'_>,
-) -> Result<Placed, BackendError> {
+    list: &UndoList<'_>,
+    step: impl Fn(Identity) -> Undo,
+) -> Result<(), BackendError> {
     propagate_detached(detached, propagation, kernel)?;
-    let mount = MountId::of(detached, kernel)?;
-    let note = intent.note(|| Identity::Known(mount))?;
+    list.add(step(Identity::Known(MountId::of(detached, kernel)?)))?;
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    match sys_mount::move_mount(detached, "", place.directory(), "", empty) {
-        Ok(()) => Ok(Placed { mount, note }),
-        Err(errno) => {
-            strike(note);
-            let target = intent.target.display();
-            Err(errno_error(
-                format!("cannot move the mount to {target}"),
-                errno,
-            ))
-        }
-    }
+    sys_mount::move_mount(detached, "", at.directory(), "", empty).map_err(|errno| {
+        list.retain(|step| !matches!(step, Undo::Unmount(_)));
+        let target = list.target().path().display();
+        errno_error(format!("cannot move the mount to {target}"), errno)
+    })
 }
 
-/// Makes a mount in its place, with what the kernel's table will say of it on record before. After
-/// an error it is gone.
+/// Makes a mount in its place, with what the kernel's table will say of it on the undo list before. After an error
+/// of `make` it is not there.
 pub(crate) fn in_one_step(
-    place: Place,
+    at: MountPoint,
     kernel: Kernel,
-    intent: &Intent<'_>,
-    expected: impl FnOnce() -> Identity,
-    make: impl FnOnce(&Place) -> Result<(), BackendError>,
-) -> Result<Placed, BackendError> {
-    let note = intent.note(expected)?;
-    if let Err(error) = make(&place) {
-        strike(note);
-        return Err(error);
-    }
-    let way = place.into_path_at();
-    let identified = way
+    list: &UndoList<'_>,
+    step: impl Fn(Identity) -> Undo,
+    expected: Identity,
+    make: impl FnOnce(&MountPoint) -> Result<(), BackendError>,
+) -> Result<(), BackendError> {
+    list.add(step(expected))?;
+    make(&at).inspect_err(|_| list.retain(|step| !matches!(step, Undo::Unmount(_))))?;
+    let mount = at
+        .into_path_at()
         .open()
-        .map_err(|errno| errno_error("cannot open the new mount", errno))
-        .and_then(|mount| MountId::of(&mount, kernel))
-        .and_then(|mount| intent.identified(note.as_ref(), mount).map(|()| mount));
-    match identified {
-        Ok(mount) => Ok(Placed { mount, note }),
-        Err(error) => {
-            match unmount(&way) {
-                Ok(()) => strike(note),
-                Err(errno) => {
-                    tracing::error!(%errno, "cannot take back a mount that cannot be identified");
-                }
-            }
-            Err(error)
-        }
-    }
+        .map_err(|errno| errno_error("cannot open the new mount", errno))?;
+    list.amend(step(Identity::Known(MountId::of(&mount, kernel)?)))
 }
 
 /// Sets the propagation of a mount that is still detached, as far as it would stay that way.
@@ -293,14 +268,17 @@ fn propagate_detached(
 
 /// Sets the propagation of a mount in its place.
 pub(crate) fn propagate(
-    way: &PathAt,
+    target: &Target,
     propagation: Propagation,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
     let what = || format!("cannot make the mount {propagation}");
-    let mount = way.open().map_err(|errno| errno_error(what(), errno))?;
+    let mount = target
+        .find()?
+        .ok_or_else(|| BackendError::other(format!("{} has vanished", target.path().display())))?;
+    let mount = mount.directory();
     let done = if kernel.set_attributes {
-        sys::set_propagation(&mount, propagation)
+        sys::set_propagation(mount, propagation)
     } else {
         Err(Errno::NOSYS)
     };
@@ -314,85 +292,5 @@ pub(crate) fn propagate(
         PropagationMode::Unbindable => MountPropagationFlags::UNBINDABLE,
     };
     flags.set(MountPropagationFlags::REC, propagation.recursive);
-    sys_mount::mount_change(path_of(&mount), flags).map_err(|errno| errno_error(what(), errno))
-}
-
-/// Unmounts what is on top at the end of a way. Never lazily: a lazy unmount hides who still uses
-/// it.
-pub(crate) fn unmount(way: &PathAt) -> rustix::io::Result<()> {
-    sys_mount::unmount(way.path(), UnmountFlags::NOFOLLOW)
-}
-
-/// A mount by identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct MountId {
-    /// Its number in `mountinfo`, which another mount may get as soon as this one is gone.
-    reused: u64,
-    /// Its number for ever, where the kernel has those.
-    unique: Option<u64>,
-    /// What else tells it from whatever got its number: the filesystem's device and kind.
-    device: u64,
-    kind: i64,
-}
-
-impl MountId {
-    /// The mount that an open file is on.
-    pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
-        let reused = target::mount_id(fd)?;
-        let unique = kernel.unique_ids.then(|| unique_id(fd)).flatten();
-        let trouble = |errno| errno_error("cannot look at a mount", errno);
-        let device = fstat(fd).map_err(trouble)?.st_dev;
-        // The type of the field differs between machines.
-        let kind = fstatfs(fd).map_err(trouble)?.f_type as i64;
-        Ok(MountId {
-            reused,
-            unique,
-            device,
-            kind,
-        })
-    }
-
-    /// Its number as of now.
-    pub(crate) fn number(&self) -> u64 {
-        self.reused
-    }
-
-    /// Whether it is the mount in a line of the kernel's table.
-    pub(crate) fn is(&self, line: &MountInfo) -> bool {
-        let (major, minor) = line.device;
-        // Each subvolume of a btrfs has a device number of its own, and the table shows the whole's.
-        let is_device =
-            rustix::fs::makedev(major, minor) == self.device || line.filesystem == "btrfs";
-        line.id == self.reused && is_device
-    }
-}
-
-fn unique_id(fd: impl AsFd) -> Option<u64> {
-    let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
-    (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::mount::mountinfo;
-
-    use super::*;
-
-    #[test]
-    fn is_the_line_of_its_number_and_device() {
-        let mount = |device| MountId {
-            reused: 40,
-            unique: None,
-            device,
-            kind: 0,
-        };
-        let is = |mount: MountId, line: &str| mount.is(&mountinfo::parse(line.as_bytes())[0]);
-        let (ext4, other) = (rustix::fs::makedev(7, 3), rustix::fs::makedev(0, 61));
-        let line = "40 1 7:3 / /mnt rw - ext4 /dev/loop3 rw";
-        assert!(is(mount(ext4), line) && !is(mount(other), line));
-        assert!(!is(mount(ext4), &line.replace("40", "41")));
-        let line = "40 1 0:60 / /mnt rw - btrfs /dev/loop3 rw";
-        assert!(is(mount(other), line) && !is(mount(other), &line.replace("40", "41")));
-    }
+    sys_mount::mount_change(path_of(mount), flags).map_err(|errno| errno_error(what(), errno))
 }

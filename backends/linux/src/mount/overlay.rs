@@ -13,26 +13,26 @@ use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
 use crate::errno::errno_error;
-use crate::guest::Inner;
 use crate::kernel::Kernel;
+use crate::mount::directory::{self, readable};
 use crate::mount::fscontext::Context;
 use crate::mount::mounting::{self, LONGEST_DATA, path_of};
-use crate::mount::places::PlaceUse;
-use crate::mount::target::{Place, Target};
-use crate::undo::journal::{Identity, Intent, Placed};
-use crate::undo::ledger::{Claim, Entry, ScratchClaim};
+use crate::mount::target::MountPoint;
+use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
+use crate::undo::step::{DirectoryStep, Identity, MountStep, Undo};
 
 use scratch::Scratch;
-pub(crate) use scratch::remove_left;
 
 /// The kernel's limit (`OVL_MAX_STACK`).
 const MOST_LAYERS: usize = 500;
 
-/// Makes an overlay. Blocks.
+/// Makes an overlay. Blocks. What was made of it until an error is on the undo list.
 pub(crate) fn combine(
-    guest: &Inner,
+    list: &UndoList<'_>,
     overlay: &Overlay,
-    target: &Target,
+    mark: &str,
+    kernel: Kernel,
 ) -> Result<(), BackendError> {
     if overlay.layers.is_empty() || overlay.layers.len() > MOST_LAYERS {
         let message = format!(
@@ -41,47 +41,49 @@ pub(crate) fn combine(
         );
         return Err(BackendError::invalid(message));
     }
-    target.check_free()?;
+    list.target().check_free()?;
     let layers: Vec<OwnedFd> = overlay
         .layers
         .iter()
         .map(|layer| open_tree(layer, "layer"))
         .collect::<Result<_, _>>()?;
-    let place = guest.places().enter(target)?;
+    let directory = overlay.scratch.as_deref().map(scratch::open).transpose()?;
+    let held = directory
+        .as_ref()
+        .map(|open| list.hold(Key::Scratch(open.id)));
+    let _held = held.transpose()?;
     let root = fstat(&layers[0])
         .map_err(|errno| errno_error("cannot look at the topmost layer", errno))?;
-    let mut scratch = match &overlay.scratch {
-        Some(path) => Some(Scratch::prepare(guest, path, &root, target)?),
-        None => None,
-    };
+    let scratch = directory
+        .map(|directory| Scratch::prepare(list, directory, &root))
+        .transpose()?;
     let stack = Stack {
         layers: &layers,
         scratch: scratch.as_ref(),
-        mark: guest.overlay_mark(),
+        mark,
     };
-    let Placed { mount, note } = put(guest, &stack, &place)?;
-    let claim = scratch.as_mut().and_then(Scratch::keep);
-    let entry = Entry {
-        mount,
-        note,
-        place,
-        claim: Claim::Scratch(claim),
-        partition: None,
-        window: None,
-    };
-    guest.record(entry, None, guest.kernel())
+    put(list, &stack, kernel)?;
+    // What was made in the scratch stays, now that there is the overlay.
+    list.retain(|step| {
+        !matches!(
+            step,
+            Undo::RemoveDirectory(DirectoryStep { scratch: true, .. })
+        )
+    });
+    list.save_or_warn();
+    Ok(())
 }
 
-fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<Placed, BackendError> {
-    let scratch = stack.scratch.and_then(|scratch| scratch.claim.as_ref());
-    let intent = Intent {
-        journal: guest.journal.as_ref(),
-        target: place.target().path(),
-        device: None,
-        partition: None,
-        scratch: scratch.map(ScratchClaim::directory),
+fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), BackendError> {
+    let scratch = stack.scratch.map(|scratch| scratch.id);
+    let step = |mount| {
+        Undo::Unmount(Box::new(MountStep {
+            mount,
+            device: None,
+            scratch,
+        }))
     };
-    let at = place.prepare()?;
+    let at = directory::prepare(list)?;
     // An overlay that nobody can write to wants two layers. The target is an empty directory, and
     // stays one: the overlay covers it.
     let empty = match stack.is_lonely() {
@@ -92,15 +94,13 @@ fn put(guest: &Inner, stack: &Stack<'_>, place: &PlaceUse) -> Result<Placed, Bac
         false => None,
     };
     let lowers: Vec<&OwnedFd> = stack.layers.iter().chain(&empty).collect();
-    let kernel = guest.kernel();
     match stack.build(&lowers, kernel)? {
-        Some(mount) => mounting::attach(&mount, &at, None, kernel, &intent),
+        Some(mount) => mounting::attach(&mount, &at, None, kernel, list, step),
         None => {
             let options = stack.options(&lowers)?;
-            let expected = || stack.expected(&options);
-            mounting::in_one_step(at, kernel, &intent, expected, |at| {
-                stack.mount_at(&options, at)
-            })
+            let expected = stack.expected(&options);
+            let make = |at: &MountPoint| stack.mount_at(&options, at);
+            mounting::in_one_step(at, kernel, list, step, expected, make)
         }
     }
 }
@@ -235,9 +235,9 @@ impl Stack<'_> {
     }
 
     /// The same in one step. (`mount(2)`)
-    fn mount_at(&self, options: &str, place: &Place) -> Result<(), BackendError> {
+    fn mount_at(&self, options: &str, at: &MountPoint) -> Result<(), BackendError> {
         let data = CString::new(options).expect("numbers and option names have no NUL");
-        let at = path_of(place.directory());
+        let at = path_of(at.directory());
         let mut flags = sys_mount::MountFlags::empty();
         flags.set(sys_mount::MountFlags::RDONLY, self.scratch.is_none());
         let mark = self.mark;
@@ -287,15 +287,4 @@ fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty())
         .map_err(|errno| errno_error(format!("cannot open {what} {}", path.display()), errno))
-}
-
-/// Opens a directory below another one, through no symbolic link. Kernels before 6.15 want layers
-/// open for reading.
-fn readable(directory: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
-    openat(
-        directory,
-        name,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
 }

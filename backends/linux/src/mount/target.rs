@@ -4,7 +4,6 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use blockmount::BackendError;
 use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat};
@@ -12,7 +11,6 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::errno::errno_error;
-use crate::undo::journal::{self, Journal, Made, Wanted};
 
 /// The kernel's `PATH_MAX` without the NUL, in bytes.
 const LONGEST: usize = 4095;
@@ -122,76 +120,57 @@ impl Target {
 
     /// Looks at the target without changing anything: it must be free to be mounted on, or missing.
     pub(crate) fn check_free(&self) -> Result<(), BackendError> {
-        match self.walk(&mut |_, _, _| Ok(false))? {
+        match self.find()? {
             None => Ok(()),
-            Some(place) => place.check_free(self.path()),
+            Some(found) => found.check_free(self.path()),
         }
     }
 
     /// Finds the target as it is; nothing if it does not exist.
-    pub(crate) fn find(&self) -> Result<Option<Place>, BackendError> {
-        self.walk(&mut |_, _, _| Ok(false))
+    pub(crate) fn find(&self) -> Result<Option<MountPoint>, BackendError> {
+        self.walk(&mut |parent, name, path| open_below(parent, name, path))
     }
 
-    /// Finds the target, makes what is missing (mode 0700) and reports each directory made to
-    /// `made`, then checks that it is free.
-    pub(crate) fn prepare(
-        &self,
-        journal: Option<&Arc<Journal>>,
-        made: &mut dyn FnMut(&Path, Made),
-    ) -> Result<Place, BackendError> {
-        let place = self.walk(&mut |parent, name, path| {
-            let wanted = Wanted {
-                name,
-                mode: Mode::RWXU,
-                path,
-                scratch_of: None,
-            };
-            if let Some(directory) = journal::make_directory(journal, parent, &wanted)? {
-                made(path, directory);
-            }
-            Ok(true)
-        })?;
-        let place = place.ok_or_else(|| {
-            BackendError::other(format!(
-                "{} was removed while it was prepared",
-                self.path.display()
-            ))
-        })?;
-        place.check_free(self.path())?;
-        Ok(place)
-    }
-
-    /// Goes down from the root, one component at a time, through no symbolic link. At one that is
-    /// missing, `make` says whether it is there now.
-    fn walk(
-        &self,
-        make: &mut dyn FnMut(&OwnedFd, &OsStr, &Path) -> Result<bool, BackendError>,
-    ) -> Result<Option<Place>, BackendError> {
+    /// Goes down from the root, one component at a time, through no symbolic link. `open` opens each, and may make it;
+    /// one that is missing ends the walk.
+    pub(crate) fn walk(&self, open: &mut Open<'_>) -> Result<Option<MountPoint>, BackendError> {
         let mut at = PathBuf::from("/");
         let mut directory =
-            open_below(CWD, OsStr::new("/")).map_err(|errno| unreachable_component(&at, errno))?;
-        let mut place = None;
+            open_path(CWD, OsStr::new("/")).map_err(|errno| unreachable_component(&at, errno))?;
+        let mut found = None;
         for name in self.path.iter().skip(1) {
             at.push(name);
-            let below = match open_below(&directory, name) {
-                Err(Errno::NOENT) if make(&directory, name, &at)? => open_below(&directory, name),
-                Err(Errno::NOENT) => return Ok(None),
-                opened => opened,
+            let Some(below) = open(&directory, name, &at)? else {
+                return Ok(None);
             };
-            let below = below.map_err(|errno| unreachable_component(&at, errno))?;
             check_directory(&below, &at, self.path())?;
             let next = below
                 .try_clone()
                 .map_err(|error| errno_error("cannot keep a directory open", error))?;
             let parent = std::mem::replace(&mut directory, next);
-            place = Some(Place {
+            found = Some(MountPoint {
                 parent,
                 name: name.to_owned(),
                 directory: below,
             });
         }
-        Ok(place)
+        Ok(found)
+    }
+}
+
+/// Opens a component of a path in its directory; nothing if it is missing.
+type Open<'a> = dyn FnMut(&OwnedFd, &OsStr, &Path) -> Result<Option<OwnedFd>, BackendError> + 'a;
+
+/// Opens what has a name in a directory, not following a link; nothing if it is missing.
+pub(crate) fn open_below(
+    directory: &OwnedFd,
+    name: &OsStr,
+    path: &Path,
+) -> Result<Option<OwnedFd>, BackendError> {
+    match open_path(directory, name) {
+        Ok(below) => Ok(Some(below)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(errno) => Err(unreachable_component(path, errno)),
     }
 }
 
@@ -213,7 +192,7 @@ fn check_directory(fd: &OwnedFd, at: &Path, target: &Path) -> Result<(), Backend
     )))
 }
 
-fn open_below(directory: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+fn open_path(directory: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
     openat(
         directory,
         name,
@@ -228,13 +207,13 @@ fn stat_below(directory: impl AsFd, name: &OsStr) -> rustix::io::Result<Stat> {
 
 /// A directory as it was found, whatever its path leads to later.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct MountPoint {
     parent: OwnedFd,
     name: OsString,
     directory: OwnedFd,
 }
 
-impl Place {
+impl MountPoint {
     /// The directory itself; as long as it is open, a mount there is in use.
     pub(crate) fn directory(&self) -> &OwnedFd {
         &self.directory
@@ -264,7 +243,7 @@ impl Place {
         Ok(mount_id(&self.parent)? != self.mount_id()?)
     }
 
-    fn check_free(&self, path: &Path) -> Result<(), BackendError> {
+    pub(crate) fn check_free(&self, path: &Path) -> Result<(), BackendError> {
         let taken = |why| {
             Err(BackendError::conflict(format!(
                 "cannot mount at {}: {why}",
@@ -311,7 +290,7 @@ impl PathAt {
 
     /// What is there now, on top of whatever is mounted.
     pub(crate) fn open(&self) -> rustix::io::Result<OwnedFd> {
-        open_below(&self.parent, &self.name)
+        open_path(&self.parent, &self.name)
     }
 
     /// Which file is there now, on top of whatever is mounted.

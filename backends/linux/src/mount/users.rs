@@ -6,7 +6,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::device::{self, DeviceNumber};
+use crate::device::number::DeviceNumber;
+use crate::device::partitions::partitions;
 use crate::mount::mountinfo::{self, MountInfo};
 
 /// Longer lists help nobody.
@@ -61,7 +62,7 @@ pub(crate) fn holders_of_disk(disk: DeviceNumber) -> Vec<String> {
 /// descriptors. A single one of our own does not count: it is the one that we are about to close.
 pub(crate) fn openers_of(path: &Path) -> Vec<String> {
     let mut nodes = vec![path.to_owned()];
-    let partitions = DeviceNumber::at(path).and_then(device::partitions);
+    let partitions = DeviceNumber::at(path).and_then(partitions);
     nodes.extend(partitions.unwrap_or_default().into_values());
     let opens = |directory: &Path| {
         let descriptors = fs::read_dir(directory.join("fd"));

@@ -1,19 +1,16 @@
-//! What there is to undo, written down where a process that is started again finds it.
+//! The undo lists, written down where a process that is started again finds them.
 //!
-//! A directory with one small file for each thing. It lives in memory beside the mounts it is about
+//! A directory with one small file for each target. It lives in memory beside the mounts it is about
 //! (`/run`), so nothing is synchronised to a medium: whatever loses the files loses the mounts as
 //! well. What is read is trusted to be our own, and not to be intact.
 //!
-//! A mount writes one file and its unmounting removes it: 20 and 10 µs of about 250 and 110 in a
-//! tmpfs. Each directory that is made costs two writes and a rename, 30 µs.
-
-mod intent;
-mod record;
+//! A mount writes its file once, and once more for each partition or range and twice for each directory that is made
+//! for it; unmounting removes the file. A write takes about 20 µs in a tmpfs, a removal 10.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -22,19 +19,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockmount::BackendError;
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, fstat, mkdirat,
-    openat, renameat, renameat_with, statat, unlinkat,
+    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, flock, fstat, openat, renameat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
 use crate::errno::errno_error;
-use crate::mount::target::FileId;
-
-pub(crate) use intent::{Intent, Placed};
-pub(crate) use record::{
-    DeviceUse, DirectoryRecord, Identity, MountRecord, PartitionId, PartitionRecord, Record,
-    RecordedPath,
-};
+use crate::undo::record::{self, Record};
 
 /// More than the longest target, source and options together could take, in bytes.
 const LONGEST_RECORD: u64 = 1 << 20;
@@ -50,9 +41,11 @@ pub(crate) struct Journal {
     /// What makes the first names of directories unlike those of any other process.
     nonce: String,
     next: AtomicU64,
+    /// Called before and after each change of the journal, for tests that kill the process there.
+    at_change: Option<fn()>,
 }
 
-/// A record that is there. It stays when this is dropped: only what is undone is struck.
+/// A record that is there, or will be with the first write. It stays when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Note {
     journal: Arc<Journal>,
@@ -65,7 +58,7 @@ impl Journal {
     /// # Errors
     ///
     /// `Busy` if a process has it open; `Invalid` if others could write to it.
-    pub(crate) fn open(path: &Path) -> Result<Arc<Self>, BackendError> {
+    pub(crate) fn open(path: &Path, at_change: Option<fn()>) -> Result<Arc<Self>, BackendError> {
         let what = || format!("cannot open the journal {}", path.display());
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
         made.map_err(|error| {
@@ -99,6 +92,7 @@ impl Journal {
             origin,
             nonce: nonce.trim().to_owned(),
             next: AtomicU64::new(1),
+            at_change,
         }))
     }
 
@@ -168,23 +162,36 @@ impl Journal {
         record::decode(&bytes, &self.origin)
     }
 
-    /// Writes a new record. Blocks.
-    pub(crate) fn note(self: &Arc<Self>, record: &Record) -> Result<Note, BackendError> {
-        let note = self.blank();
-        note.rewrite(record)?;
-        Ok(note)
-    }
-
     /// A record with a number of its own, on which nothing is written yet.
-    fn blank(self: &Arc<Self>) -> Note {
+    pub(crate) fn blank(self: &Arc<Self>) -> Note {
         Note {
             journal: self.clone(),
-            number: self.next.fetch_add(1, Ordering::Relaxed),
+            number: self.number(),
         }
     }
 
+    fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A name for a directory that no other process uses, and that this one uses once.
+    pub(crate) fn staged_name(&self) -> String {
+        format!(".blockmount-{}-{}", self.nonce, self.number())
+    }
+
+    fn change<T>(&self, change: impl FnOnce() -> T) -> T {
+        if let Some(hook) = self.at_change {
+            hook();
+        }
+        let done = change();
+        if let Some(hook) = self.at_change {
+            hook();
+        }
+        done
+    }
+
     fn unlink(&self, name: &OsStr) {
-        match unlinkat(&self.directory, name, AtFlags::empty()) {
+        match self.change(|| unlinkat(&self.directory, name, AtFlags::empty())) {
             Ok(()) | Err(Errno::NOENT) => {}
             // One record too many is harmless: what it is about is found to be gone.
             Err(errno) => {
@@ -192,127 +199,13 @@ impl Journal {
             }
         }
     }
-
-    /// Makes a directory whose identity is on record before it has its name.
-    fn make_directory(
-        self: &Arc<Self>,
-        parent: &OwnedFd,
-        wanted: &Wanted<'_>,
-    ) -> Result<Option<Made>, BackendError> {
-        let note = self.blank();
-        let mut record = DirectoryRecord {
-            path: wanted.path.into(),
-            // Of many who make one directory at once, each has a first name of its own.
-            staged: format!(".blockmount-{}-{}", self.nonce, note.number),
-            id: None,
-            scratch_of: wanted.scratch_of.map(RecordedPath::from),
-        };
-        note.rewrite(&Record::Directory(record.clone()))?;
-        let made = stage(parent, wanted, &note, &mut record);
-        match made {
-            Ok(Some(id)) => {
-                let note = Some(note);
-                Ok(Some(Made { id, note }))
-            }
-            other => {
-                let _gone_already = unlinkat(parent, &record.staged, AtFlags::REMOVEDIR);
-                note.done();
-                other.map(|_| None)
-            }
-        }
-    }
-}
-
-/// A directory that is to be made.
-pub(crate) struct Wanted<'a> {
-    /// Its name below its parent.
-    pub(crate) name: &'a OsStr,
-    pub(crate) mode: Mode,
-    pub(crate) path: &'a Path,
-    /// See [`DirectoryRecord::scratch_of`].
-    pub(crate) scratch_of: Option<&'a Path>,
-}
-
-/// A directory that was made.
-#[derive(Debug)]
-pub(crate) struct Made {
-    pub(crate) id: FileId,
-    pub(crate) note: Option<Note>,
-}
-
-/// Makes a directory; nothing if there is one of that name already.
-pub(crate) fn make_directory(
-    journal: Option<&Arc<Journal>>,
-    parent: &OwnedFd,
-    wanted: &Wanted<'_>,
-) -> Result<Option<Made>, BackendError> {
-    match journal {
-        Some(journal) => journal.make_directory(parent, wanted),
-        None => Ok(make_plainly(parent, wanted)?.map(|id| Made { id, note: None })),
-    }
-}
-
-fn make_plainly(parent: &OwnedFd, wanted: &Wanted<'_>) -> Result<Option<FileId>, BackendError> {
-    match mkdirat(parent, wanted.name, wanted.mode) {
-        Ok(()) => {}
-        // Somebody else was faster; then it is theirs.
-        Err(Errno::EXIST) => return Ok(None),
-        Err(errno) => return Err(wanted.trouble(errno)),
-    }
-    let id = id_below(parent, wanted.name).map_err(|errno| wanted.trouble(errno))?;
-    Ok(Some(id))
-}
-
-fn stage(
-    parent: &OwnedFd,
-    wanted: &Wanted<'_>,
-    note: &Note,
-    record: &mut DirectoryRecord,
-) -> Result<Option<FileId>, BackendError> {
-    let trouble = |errno| wanted.trouble(errno);
-    mkdirat(parent, &record.staged, wanted.mode).map_err(trouble)?;
-    let id = id_below(parent, OsStr::new(&record.staged)).map_err(trouble)?;
-    record.id = Some(id);
-    note.rewrite(&Record::Directory(record.clone()))?;
-    let flags = RenameFlags::NOREPLACE;
-    match renameat_with(parent, &record.staged, parent, wanted.name, flags) {
-        Ok(()) => return Ok(Some(id)),
-        Err(Errno::EXIST) => return Ok(None),
-        // Not every filesystem can rename without replacing.
-        Err(Errno::INVAL | Errno::NOSYS) => {}
-        Err(errno) => return Err(trouble(errno)),
-    }
-    // Killed between the next two steps, we leave an empty directory that is on no record.
-    let Some(id) = make_plainly(parent, wanted)? else {
-        return Ok(None);
-    };
-    record.id = Some(id);
-    if let Err(error) = note.rewrite(&Record::Directory(record.clone())) {
-        let _we_have_an_error_already = unlinkat(parent, wanted.name, AtFlags::REMOVEDIR);
-        return Err(error);
-    }
-    let _left_for_recovery = unlinkat(parent, &record.staged, AtFlags::REMOVEDIR);
-    Ok(Some(id))
-}
-
-impl Wanted<'_> {
-    fn trouble(&self, errno: Errno) -> BackendError {
-        errno_error(
-            format!("cannot make directory {}", self.path.display()),
-            errno,
-        )
-    }
-}
-
-fn id_below(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<FileId> {
-    statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| FileId::of(&stat))
 }
 
 impl Note {
-    /// Replaces the record, at once or not at all. Blocks.
-    pub(crate) fn rewrite(&self, record: &Record) -> Result<(), BackendError> {
-        let directory = &self.journal.directory;
-        let bytes = record::encode(record, &self.journal.origin);
+    /// Writes or replaces the record, at once or not at all. Blocks.
+    pub(crate) fn write(&self, record: &Record) -> Result<(), BackendError> {
+        let (journal, directory) = (&self.journal, &self.journal.directory);
+        let bytes = record::encode(record, &journal.origin);
         let new = format!("{}.new", self.number);
         let write = || {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
@@ -321,19 +214,14 @@ impl Note {
             renameat(directory, &new, directory, name_of(self.number))?;
             Ok::<(), io::Error>(())
         };
-        write().map_err(|error| {
-            self.journal.unlink(OsStr::new(&new));
-            errno_error(
-                format!(
-                    "cannot write to the journal {}",
-                    self.journal.path.display()
-                ),
-                error,
-            )
+        journal.change(write).map_err(|error| {
+            journal.unlink(OsStr::new(&new));
+            let path = journal.path.display();
+            errno_error(format!("cannot write to the journal {path}"), error)
         })
     }
 
-    /// Strikes the record: what it is about is undone, or was never done.
+    /// Removes the record: all of it is undone, or was never done.
     pub(crate) fn done(self) {
         self.journal.unlink(OsStr::new(&name_of(self.number)));
     }
@@ -350,13 +238,6 @@ impl Note {
         if let Err(errno) = renameat(&journal.directory, &name, &journal.directory, &aside) {
             tracing::error!(name, %errno, "cannot set the record aside");
         }
-    }
-}
-
-/// Strikes a record, if there is one: without a journal, there is none.
-pub(crate) fn strike(note: Option<Note>) {
-    if let Some(note) = note {
-        note.done();
     }
 }
 

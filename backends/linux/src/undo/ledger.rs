@@ -1,319 +1,344 @@
-//! What was mounted, and what there is to undo.
+//! The undo lists of all targets, in memory and in the journal.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockmount::{BackendError, MountOptions};
-use rustix::io::Errno;
 
-use crate::device::DeviceNumber;
-use crate::device::partitions::Added;
-use crate::device::windows::WindowUse;
-use crate::errno::errno_error;
-use crate::kernel::Kernel;
-use crate::mount::mounting::{self, MountId};
-use crate::mount::places::PlaceUse;
-use crate::mount::target::{FileId, PathAt, Target};
-use crate::mount::{mountinfo, users};
-use crate::undo::journal::{Note, strike};
+use crate::device::number::DeviceNumber;
+use crate::mount::target::{FileId, Target};
+use crate::undo::journal::{Journal, Note};
+use crate::undo::locks::{Held, Key, Locks};
+use crate::undo::record::Record;
+use crate::undo::step::{MountStep, Undo};
 
 /// What there is to undo, by target.
 ///
-/// The lock is held for look-ups only, never across a system call.
+/// A thing that several targets share (a directory, a partition, a byte range) is a step of each of their lists, and
+/// is undone with the last of them: the lists are the only count. Whoever puts such a step on a list, or undoes
+/// it, holds the lock of the thing.
 #[derive(Debug, Default)]
-pub(crate) struct Ledger(Mutex<HashMap<PathBuf, Entry>>);
-
-/// One mount. Dropping it, which is right only when it is unmounted, removes the directories that
-/// were made for it and gives up the device.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) mount: MountId,
-    /// What is on record about it; struck as soon as it is unmounted.
-    pub(crate) note: Option<Note>,
-    pub(crate) place: PlaceUse,
-    #[expect(dead_code, reason = "held for what dropping it does")]
-    pub(crate) claim: Claim,
-    #[expect(dead_code, reason = "held for what dropping it does")]
-    pub(crate) partition: Option<Arc<Added>>,
-    /// Goes after the partition of it.
-    #[expect(dead_code, reason = "held for what dropping it does")]
-    pub(crate) window: Option<Arc<WindowUse>>,
+pub(crate) struct Ledger {
+    journal: Option<Arc<Journal>>,
+    /// Held across a write to the journal, which is in memory, so that both say the same.
+    lists: Mutex<HashMap<PathBuf, List>>,
+    locks: Locks,
 }
 
-/// What a mount keeps others from mounting otherwise.
-#[derive(Debug)]
-#[expect(dead_code, reason = "held for what dropping it does")]
-pub(crate) enum Claim {
-    /// A device, with the options it is mounted with.
-    Device(DeviceClaim),
-    /// The scratch of an overlay, if it has one.
-    Scratch(Option<ScratchClaim>),
+/// In the order in which the steps were made.
+#[derive(Debug, Default)]
+struct List {
+    steps: Vec<Undo>,
+    note: Option<Note>,
+    /// Whether the journal has all steps. It may have more: they are found to be undone.
+    saved: bool,
+    /// Whether nothing is mounted any more, and what is on the list could not be undone: such as a directory with
+    /// somebody else's files. Who shares it may undo it.
+    left: bool,
 }
 
-/// What is at a target now.
-pub(crate) enum Now {
-    /// Our mount, on top; the way to it.
-    Ours(PathAt),
-    /// Our mount, below something of others.
-    Covered,
-    /// Something of others instead.
-    Replaced,
-    /// Nothing of ours, and nothing of others.
-    Gone,
-}
-
-impl Ledger {
-    fn entries(&self) -> MutexGuard<'_, HashMap<PathBuf, Entry>> {
-        // A change is one insertion or removal: a panic leaves nothing half done.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn insert(&self, entry: Entry) {
-        self.entries()
-            .insert(entry.place.target().path().to_owned(), entry);
-    }
-
-    /// Whether there is a mount of ours at a target.
-    pub(crate) fn has(&self, target: &Path) -> bool {
-        self.entries().contains_key(target)
-    }
-
-    /// One attempt to unmount what is in the ledger for a target. Blocks.
-    pub(crate) fn unmount(&self, target: &Target, kernel: Kernel) -> Result<(), BackendError> {
-        let mount = self.entries().get(target.path()).map(|entry| entry.mount);
-        let Some(mount) = mount else {
-            return not_ours(target);
+impl List {
+    /// Puts the steps on record; without a journal, there is none.
+    fn save(&mut self, target: &Path, journal: Option<&Arc<Journal>>) -> Result<(), BackendError> {
+        let Some(journal) = journal.filter(|_| !self.saved) else {
+            return Ok(());
         };
-        match now(target, mount, kernel)? {
-            Now::Covered => return Err(foreign(target, "something over it")),
-            Now::Replaced => return Err(foreign(target, "something else in its place")),
-            Now::Gone => {}
-            Now::Ours(way) => match mounting::unmount(&way) {
-                Ok(()) => {}
-                Err(Errno::BUSY) => return Err(busy(target.path())),
-                Err(errno) => {
-                    return Err(errno_error(
-                        format!("cannot unmount {}", target.path().display()),
-                        errno,
-                    ));
-                }
-            },
-        }
-        // The directories are removed where the lock is not held.
-        let done = self.entries().remove(target.path());
-        if let Some(mut entry) = done {
-            strike(entry.note.take());
-        }
+        let record = Record {
+            target: target.into(),
+            steps: self.steps.clone(),
+        };
+        self.note
+            .get_or_insert_with(|| journal.blank())
+            .write(&record)?;
+        self.saved = true;
         Ok(())
     }
 
-    /// The same error with the names of those who use the mount: they cost a walk through `/proc`.
-    pub(crate) fn name_users(&self, target: &Path, error: BackendError) -> BackendError {
-        let Some(mount) = self.entries().get(target).map(|entry| entry.mount) else {
-            return error;
+    fn replace_last(&mut self, step: Undo) {
+        self.steps.pop();
+        self.steps.push(step);
+        self.saved = false;
+    }
+
+    fn strike(self) {
+        if let Some(note) = self.note {
+            note.done();
+        }
+    }
+}
+
+impl Ledger {
+    pub(crate) fn new(journal: Option<Arc<Journal>>) -> Self {
+        Ledger {
+            journal,
+            ..Ledger::default()
+        }
+    }
+
+    /// The list of a target, whether or not there is anything on it.
+    pub(crate) fn list<'a>(&'a self, target: &'a Target) -> UndoList<'a> {
+        UndoList {
+            ledger: self,
+            target,
+        }
+    }
+
+    /// Takes over the list that an earlier process has left for a target, as one of which nothing is in use.
+    /// Gives the note back if the target has a list already.
+    pub(crate) fn adopt(&self, target: &Target, note: Note, steps: Vec<Undo>) -> Result<(), Note> {
+        let mut lists = self.lists();
+        if lists.contains_key(target.path()) {
+            return Err(note);
+        }
+        let list = List {
+            steps,
+            note: Some(note),
+            saved: true,
+            left: true,
         };
-        let users = users::of_mount(target, mount.number());
-        match users.is_empty() {
-            true => BackendError::busy(format!(
-                "{} by somebody who cannot be seen from here",
-                error.message()
-            )),
-            false => BackendError::busy(format!("{} by {}", error.message(), users.join(", "))),
-        }
+        lists.insert(target.path().to_owned(), list);
+        Ok(())
+    }
+
+    fn lists(&self) -> MutexGuard<'_, HashMap<PathBuf, List>> {
+        // Every change under the lock is one insertion or removal: a panic leaves nothing half done.
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn busy(target: &Path) -> BackendError {
-    BackendError::busy(format!("cannot unmount {}: it is in use", target.display()))
+/// The undo list of one target.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UndoList<'a> {
+    ledger: &'a Ledger,
+    target: &'a Target,
 }
 
-/// A target that we did not mount is unmounted, unless somebody else did.
-fn not_ours(target: &Target) -> Result<(), BackendError> {
-    let Some(place) = target.find()? else {
-        return Ok(());
-    };
-    if place.is_mount_point()? {
-        let message = format!(
-            "cannot unmount {}: somebody else mounted it",
-            target.path().display()
-        );
-        return Err(BackendError::conflict(message));
-    }
-    Ok(())
-}
-
-fn foreign(target: &Target, what: &str) -> BackendError {
-    let path = target.path().display();
-    BackendError::conflict(format!(
-        "cannot unmount {path}: somebody else mounted {what}"
-    ))
-}
-
-/// Looks for a mount at a target.
-pub(crate) fn now(target: &Target, mount: MountId, kernel: Kernel) -> Result<Now, BackendError> {
-    let place = target.find()?;
-    let is_mount_point = match &place {
-        Some(place) => place.is_mount_point()?,
-        None => false,
-    };
-    if let Some(place) = place.filter(|_| is_mount_point)
-        && MountId::of(place.directory(), kernel)? == mount
-    {
-        return Ok(Now::Ours(place.into_path_at()));
-    }
-    let table =
-        mountinfo::read().map_err(|error| errno_error("cannot read the table of mounts", error))?;
-    let is_covered = mountinfo::at(&table, target.path())
-        .iter()
-        .any(|line| mount.is(line));
-    Ok(match (is_covered, is_mount_point) {
-        (true, _) => Now::Covered,
-        (false, true) => Now::Replaced,
-        (false, false) => Now::Gone,
-    })
-}
-
-/// Which devices we have mounted how: the kernel gives all mounts of a device one superblock.
-#[derive(Debug, Default)]
-pub(crate) struct Devices(Mutex<HashMap<DeviceNumber, Arc<Mounted>>>);
-
-/// The mounts of one device. The lock is held while one more is made, because how it is made
-/// depends on them; it keeps up nobody but the same device.
-type Mounted = Mutex<Vec<MountOptions>>;
-
-/// One mount of a device; dropping it is the end of it.
-#[derive(Debug)]
-pub(crate) struct DeviceClaim {
-    devices: Arc<Devices>,
-    device: DeviceNumber,
-    options: MountOptions,
-}
-
-impl Devices {
-    /// Claims a device for one more mount and makes it; `make` is told whether it is the only one.
-    pub(crate) fn claim<T>(
-        self: &Arc<Self>,
-        device: DeviceNumber,
-        options: &MountOptions,
-        make: impl FnOnce(bool) -> Result<T, BackendError>,
-    ) -> Result<(T, DeviceClaim), BackendError> {
-        let mounted = self.map().entry(device).or_default().clone();
-        let made = {
-            let mut mounted = mounted.lock().unwrap_or_else(PoisonError::into_inner);
-            let made = match mounted
-                .iter()
-                .all(|other| other.is_compatible_with(options))
-            {
-                true => make(mounted.is_empty()),
-                false => Err(BackendError::conflict(format!(
-                    "block device {}:{} is mounted already with options that exclude these",
-                    device.major, device.minor,
-                ))),
-            };
-            if made.is_ok() {
-                mounted.push(options.clone());
-            }
-            made
-        };
-        drop(mounted);
-        match made {
-            Ok(made) => Ok((
-                made,
-                DeviceClaim {
-                    devices: self.clone(),
-                    device,
-                    options: options.clone(),
-                },
-            )),
-            Err(error) => {
-                self.forget_unused();
-                Err(error)
-            }
-        }
+impl<'a> UndoList<'a> {
+    pub(crate) fn target(&self) -> &'a Target {
+        self.target
     }
 
-    /// Claims a device for a mount that an earlier process has made.
-    pub(crate) fn adopt(
-        self: &Arc<Self>,
-        device: DeviceNumber,
-        options: &MountOptions,
-    ) -> DeviceClaim {
-        let mounted = self.map().entry(device).or_default().clone();
-        let mut mounted = mounted.lock().unwrap_or_else(PoisonError::into_inner);
-        mounted.push(options.clone());
-        DeviceClaim {
-            devices: self.clone(),
-            device,
-            options: options.clone(),
-        }
+    /// Locks a thing that other targets may share.
+    pub(crate) fn hold(&self, key: Key) -> Result<Held<'a>, BackendError> {
+        self.ledger.locks.hold(key)
     }
 
-    fn map(&self) -> MutexGuard<'_, HashMap<DeviceNumber, Arc<Mounted>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Who works on a device has a handle of its own, taken under this lock.
-    fn forget_unused(&self) {
-        self.map().retain(|_, mounted| {
-            let is_idle = Arc::strong_count(mounted) == 1;
-            !is_idle || mounted.try_lock().is_ok_and(|mounted| !mounted.is_empty())
+    /// Takes the target, so that steps can be added.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if it has a mount, or one that could not be undone.
+    pub(crate) fn begin(&self) -> Result<(), BackendError> {
+        let path = self.target.path();
+        let mut lists = self.ledger.lists();
+        let list = lists.entry(path.to_owned()).or_insert(List {
+            left: true,
+            ..List::default()
         });
-    }
-}
-
-impl Drop for DeviceClaim {
-    fn drop(&mut self) {
-        let mounted = self.devices.map().get(&self.device).cloned();
-        if let Some(mounted) = mounted {
-            let mut mounted = mounted.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = mounted.iter().position(|options| *options == self.options) {
-                mounted.swap_remove(at);
-            }
+        if !list.left {
+            let message = format!("cannot mount at {}: it is in use already", path.display());
+            return Err(BackendError::conflict(message));
         }
-        self.devices.forget_unused();
+        list.left = false;
+        Ok(())
     }
-}
 
-/// Which scratch directories are in use: two overlays that write to one destroy each other's.
-#[derive(Debug, Default)]
-pub(crate) struct Scratches(Mutex<Vec<FileId>>);
+    /// Whether the target is taken: something is mounted there, is being mounted, or could not be unmounted.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.get(|list| !list.left).unwrap_or(false)
+    }
 
-/// The use of a scratch directory.
-#[derive(Debug)]
-pub(crate) struct ScratchClaim {
-    scratches: Arc<Scratches>,
-    directory: FileId,
-}
+    /// The steps, in the order in which they were made.
+    pub(crate) fn steps(&self) -> Vec<Undo> {
+        self.get(|list| list.steps.clone()).unwrap_or_default()
+    }
 
-impl Scratches {
-    /// Claims a scratch directory; nothing if another overlay has it.
-    pub(crate) fn claim(self: &Arc<Self>, directory: FileId) -> Option<ScratchClaim> {
-        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if used.contains(&directory) {
-            return None;
-        }
-        used.push(directory);
-        Some(ScratchClaim {
-            scratches: self.clone(),
-            directory,
+    fn get<T>(&self, look: impl FnOnce(&List) -> T) -> Option<T> {
+        self.ledger.lists().get(self.target.path()).map(look)
+    }
+
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut List) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        let mut lists = self.ledger.lists();
+        change(lists.entry(self.target.path().to_owned()).or_default())
+    }
+
+    fn save(&self, list: &mut List) -> Result<(), BackendError> {
+        list.save(self.target.path(), self.ledger.journal.as_ref())
+    }
+
+    /// Adds a step that is about to be made, on record first.
+    pub(crate) fn add(&self, step: Undo) -> Result<(), BackendError> {
+        self.change(|list| {
+            list.steps.push(step);
+            list.saved = false;
+            self.save(list).inspect_err(|_| drop(list.steps.pop()))
         })
     }
-}
 
-impl ScratchClaim {
-    pub(crate) fn directory(&self) -> FileId {
-        self.directory
+    /// Replaces the last step by what is known of it now, and puts it on record.
+    pub(crate) fn amend(&self, step: Undo) -> Result<(), BackendError> {
+        self.change(|list| {
+            list.replace_last(step);
+            self.save(list)
+        })
     }
-}
 
-impl Drop for ScratchClaim {
-    fn drop(&mut self) {
-        let mut used = self
-            .scratches
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        used.retain(|directory| *directory != self.directory);
+    /// Replaces the last step; the journal learns of it with the next write.
+    pub(crate) fn replace_last(&self, step: Undo) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+            list.replace_last(step);
+        }
+    }
+
+    /// Drops the steps that are not wanted any more, undone or not. The journal learns of it with the next write.
+    pub(crate) fn retain(&self, is_wanted: impl Fn(&Undo) -> bool) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+            let before = list.steps.len();
+            list.steps.retain(is_wanted);
+            list.saved &= before == list.steps.len();
+        }
+    }
+
+    /// Shares a thing that is on any list: its step is added to this one, and returned. It is on record with the next
+    /// write, and before the other list gives it up.
+    pub(crate) fn join(&self, is_it: impl Fn(&Undo) -> bool) -> Option<Undo> {
+        let mut lists = self.ledger.lists();
+        let step = lists
+            .values()
+            .find_map(|list| list.steps.iter().find(|step| is_it(step)))?
+            .clone();
+        let list = lists.entry(self.target.path().to_owned()).or_default();
+        if !list.steps.iter().any(|own| own.is_same(&step)) {
+            list.steps.push(step.clone());
+            list.saved = false;
+        }
+        Some(step)
+    }
+
+    /// Drops a step if another target in use needs it, and says so.
+    pub(crate) fn hand_over(&self, step: &Undo) -> Result<bool, BackendError> {
+        self.leave_to(step, |other| !other.left)
+    }
+
+    fn leave_to(
+        &self,
+        step: &Undo,
+        can_take: impl Fn(&List) -> bool,
+    ) -> Result<bool, BackendError> {
+        let mut lists = self.ledger.lists();
+        let own = self.target.path().as_os_str();
+        let other = lists.iter_mut().find(|(path, other)| {
+            let has_it = || other.steps.iter().any(|other| other.is_same(step));
+            path.as_os_str() != own && can_take(other) && has_it()
+        });
+        let Some((path, other)) = other else {
+            return Ok(false);
+        };
+        other.save(path, self.ledger.journal.as_ref())?;
+        drop(lists);
+        self.retain(|own| !own.is_same(step));
+        Ok(true)
+    }
+
+    /// Drops a step that is undone, also from the lists of what is left.
+    pub(crate) fn undone(&self, step: &Undo) {
+        self.retain(|own| own != step);
+        let mut struck = Vec::new();
+        let mut lists = self.ledger.lists();
+        lists.retain(|_, list| {
+            if list.left {
+                let before = list.steps.len();
+                list.steps.retain(|other| !other.is_same(step));
+                list.saved &= before == list.steps.len();
+            }
+            let is_over = list.left && list.steps.is_empty();
+            if is_over {
+                struck.push(std::mem::take(list));
+            }
+            !is_over
+        });
+        drop(lists);
+        struck.into_iter().for_each(List::strike);
+    }
+
+    /// The end of an attempt that has undone what it could: a list without steps is struck. A step that stays is
+    /// on one list.
+    pub(crate) fn end(&self) {
+        for step in self.steps() {
+            if let Err(error) = self.leave_to(&step, |_| true) {
+                tracing::debug!(%error, "a step stays on two lists");
+            }
+        }
+        let mut lists = self.ledger.lists();
+        let is_over = lists.get_mut(self.target.path()).is_some_and(|list| {
+            list.left = true;
+            list.steps.is_empty()
+        });
+        let over = is_over.then(|| lists.remove(self.target.path())).flatten();
+        drop(lists);
+        match over {
+            Some(list) => list.strike(),
+            None => self.save_or_warn(),
+        }
+    }
+
+    /// Puts on record what is left; if that fails, the record has more steps than there are.
+    pub(crate) fn save_or_warn(&self) {
+        let mut lists = self.ledger.lists();
+        let list = lists.get_mut(self.target.path());
+        if let Some(Err(error)) = list.map(|list| self.save(list)) {
+            let path = self.target.path().display();
+            tracing::warn!(%path, %error, "a record is less exact than it could be");
+        }
+    }
+
+    /// Takes the target for a mount of an earlier process that is there still.
+    pub(crate) fn keep(&self) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+            list.left = false;
+        }
+        self.save_or_warn();
+    }
+
+    /// Takes the record of a list out of use, for people to look at.
+    pub(crate) fn set_aside(&self, why: &str) {
+        let list = self.ledger.lists().remove(self.target.path());
+        if let Some(note) = list.and_then(|list| list.note) {
+            note.set_aside(why);
+        }
+    }
+
+    /// How the other mounts of a device are mounted.
+    pub(crate) fn mounts_of(&self, device: DeviceNumber) -> Vec<MountOptions> {
+        let options = |step: &MountStep| {
+            let used = step.device.as_ref()?;
+            (used.number == device).then(|| used.options.clone())
+        };
+        self.mounts(options)
+    }
+
+    /// Whether an overlay has this scratch directory.
+    pub(crate) fn has_scratch(&self, directory: FileId) -> bool {
+        let is = |step: &MountStep| (step.scratch == Some(directory)).then_some(());
+        !self.mounts(is).is_empty()
+    }
+
+    fn mounts<T>(&self, look: impl Fn(&MountStep) -> Option<T>) -> Vec<T> {
+        let lists = self.ledger.lists();
+        let steps = lists.values().flat_map(|list| &list.steps);
+        let found = steps.filter_map(|step| match step {
+            Undo::Unmount(mount) => look(mount),
+            _ => None,
+        });
+        found.collect()
+    }
+
+    /// A first name for a directory, if there is a journal to put it on record.
+    pub(crate) fn staged_name(&self) -> Option<String> {
+        self.ledger.journal.as_ref().map(|j| j.staged_name())
     }
 }

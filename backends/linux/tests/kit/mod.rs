@@ -40,7 +40,7 @@ pub(crate) fn builder() -> LinuxGuestBuilder {
     LinuxGuest::builder()
         .resolver("test", Arc::new(ByPath))
         .busy_timeout(Duration::from_millis(100))
-        .device_deadline(Duration::from_millis(500))
+        .device_timeout(Duration::from_millis(500))
 }
 
 pub(crate) fn guest() -> LinuxGuest {

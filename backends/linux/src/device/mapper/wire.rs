@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use blockmount::BackendError;
 
-use super::{Mapped, SECTOR};
-use crate::device::DeviceNumber;
+use crate::device::number::DeviceNumber;
+
+/// The unit of tables, in bytes.
+pub(crate) const SECTOR: u64 = 512;
 
 /// The length of `struct dm_ioctl`, in bytes.
 pub(super) const HEADER: usize = 312;
@@ -32,6 +34,15 @@ const SPEC: usize = 40;
 const SPEC_LENGTH: usize = 8;
 const SPEC_NEXT: usize = 20;
 const SPEC_KIND: usize = 24;
+
+/// A mapped device, as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapped {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub number: DeviceNumber,
+}
 
 /// One part of a mapped device.
 #[derive(Debug, Clone, PartialEq, Eq)]

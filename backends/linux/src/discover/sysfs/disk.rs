@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind, blocking};
 
-use crate::device::{self, DeviceNumber, node_named_in};
+use crate::device::free;
+use crate::device::node::{self, node_named_in};
+use crate::device::number::DeviceNumber;
 use crate::discover::sysfs::{attribute, bytes, names, text};
 use crate::discover::uevent::{self, NotReady, Probe};
 
@@ -108,10 +110,10 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// As for [`device::open`].
+    /// As for [`crate::device::open()`].
     pub fn open(&self) -> Probe<File> {
         let node = self.node.display();
-        let open = device::open(&self.node)?
+        let open = node::open(&self.node)?
             .ok_or_else(|| NotReady::not_found(format!("device {node} is not ready")))?;
         let (number, wanted) = (DeviceNumber::of(&open)?, self.number);
         if number != wanted {
@@ -132,9 +134,9 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// As for [`device::hold_free`]; `Other` if it is there and cannot be opened.
+    /// As for [`crate::device::hold_free`]; `Other` if it is there and cannot be opened.
     pub async fn hold(&self, timeout: Duration) -> Result<Option<File>, BackendError> {
-        let held = device::hold_free(&self.node, timeout).await;
+        let held = free::hold_free(&self.node, timeout).await;
         let disk = self.clone();
         blocking(move || match held {
             Err(error) if error.kind() == ErrorKind::NotFound => match disk.is_there()? {

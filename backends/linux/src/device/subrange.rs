@@ -1,4 +1,4 @@
-//! Partitions of a part of a device, which the kernel does not look for.
+//! Partitions of a byte range of a device, which the kernel does not look for.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,23 +11,23 @@ use blockmount::BackendError;
 use crate::errno::errno_error;
 use crate::filesystem::probe::{Content, probe};
 
-/// The bytes of a partition on a device, where the partition table is in a part of the device. Blocks.
+/// The bytes of a partition on a device, where the partition table is in a range of the device. Blocks.
 ///
 /// # Errors
 ///
-/// `NotFound` if there is no table, or no such partition in it; `Invalid` if the partition is not inside the part.
+/// `NotFound` if there is no table, or no such partition in it; `Invalid` if the partition is not inside the range.
 pub(crate) fn partition(
     path: &Path,
     open: &File,
-    part: Range<u64>,
+    range: Range<u64>,
     number: NonZeroU32,
 ) -> Result<Range<u64>, BackendError> {
     let node = path.display();
-    let Range { start, end } = part;
-    let found = probe(&mut Part {
+    let Range { start, end } = range;
+    let found = probe(&mut Subrange {
         open,
         at: start,
-        part,
+        range,
     })
     .map_err(|error| {
         errno_error(
@@ -64,17 +64,17 @@ pub(crate) fn partition(
     }
 }
 
-/// A part of a device, read as if it were one.
-struct Part<'a> {
+/// A range of a device, read as if it were one.
+struct Subrange<'a> {
     open: &'a File,
-    part: Range<u64>,
+    range: Range<u64>,
     /// Where it reads next, from the start of the device.
     at: u64,
 }
 
-impl Read for Part<'_> {
+impl Read for Subrange<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.part.end.saturating_sub(self.at)).unwrap_or(usize::MAX);
+        let left = usize::try_from(self.range.end.saturating_sub(self.at)).unwrap_or(usize::MAX);
         let length = buffer.len().min(left);
         self.open.seek(SeekFrom::Start(self.at))?;
         let read = self.open.read(&mut buffer[..length])?;
@@ -83,9 +83,9 @@ impl Read for Part<'_> {
     }
 }
 
-impl Seek for Part<'_> {
+impl Seek for Subrange<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let Range { start, end } = self.part;
+        let Range { start, end } = self.range;
         let to = match to {
             SeekFrom::Start(offset) => start.checked_add(offset),
             SeekFrom::End(offset) => end.checked_add_signed(offset),
@@ -113,16 +113,16 @@ mod tests {
         table
     }
 
-    fn find(part: Range<u64>, number: u32) -> Result<Range<u64>, BackendError> {
+    fn find(range: Range<u64>, number: u32) -> Result<Range<u64>, BackendError> {
         let mut file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.seek(SeekFrom::Start(4096)).unwrap();
         file.write_all(&table()).unwrap();
-        partition(Path::new("x"), &file, part, number.try_into().unwrap())
+        partition(Path::new("x"), &file, range, number.try_into().unwrap())
     }
 
     #[test]
-    fn a_partition_is_a_part_of_the_part() {
+    fn a_partition_is_a_range_in_the_range() {
         let (start, end) = (4096 + 8 * 512, 4096 + 24 * 512);
         assert_eq!(find(4096..1 << 19, 1).unwrap(), start..end);
         assert_eq!(find(4096..end, 1).unwrap(), start..end);
@@ -141,7 +141,7 @@ mod tests {
                 .message()
                 .contains("no partition table")
         );
-        // The table is in the part, and its partition goes beyond.
+        // The table is in the range, and its partition goes beyond.
         assert!(find(4096..4096 + 23 * 512, 1).is_err());
     }
 
@@ -149,16 +149,16 @@ mod tests {
     fn reading_and_seeking_stay_inside() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(100).unwrap();
-        let mut part = Part {
+        let mut subrange = Subrange {
             open: &file,
-            part: 10..30,
+            range: 10..30,
             at: 10,
         };
-        assert_eq!(part.seek(SeekFrom::End(0)).unwrap(), 20);
-        assert_eq!(part.read(&mut [0; 8]).unwrap(), 0);
-        assert_eq!(part.seek(SeekFrom::Start(15)).unwrap(), 15);
-        assert_eq!(part.read(&mut [0; 8]).unwrap(), 5);
-        assert!(part.seek(SeekFrom::End(-21)).is_err());
-        assert!(part.seek(SeekFrom::Start(u64::MAX)).is_err());
+        assert_eq!(subrange.seek(SeekFrom::End(0)).unwrap(), 20);
+        assert_eq!(subrange.read(&mut [0; 8]).unwrap(), 0);
+        assert_eq!(subrange.seek(SeekFrom::Start(15)).unwrap(), 15);
+        assert_eq!(subrange.read(&mut [0; 8]).unwrap(), 5);
+        assert!(subrange.seek(SeekFrom::End(-21)).is_err());
+        assert!(subrange.seek(SeekFrom::Start(u64::MAX)).is_err());
     }
 }

@@ -1,0 +1,129 @@
+//! Byte ranges of devices as devices of their own: each is made once, for all who mount it.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use blockmount::BackendError;
+
+use crate::device::mapper::{DeviceMapper, NAME_MARK, SECTOR, UUID_MARK};
+use crate::device::node;
+use crate::device::number::DeviceNumber;
+use crate::device::partition::sequence;
+use crate::errno::errno_error;
+use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
+use crate::undo::step::{RangeStep, Undo};
+
+impl RangeStep {
+    /// Long enough to tell all ranges apart, and short enough for the kernel: at most 85 bytes.
+    fn suffix(&self) -> String {
+        let DeviceNumber { major, minor } = self.backing;
+        let size = self.end - self.start;
+        format!("range-{major}.{minor}-{}-{size}", self.start)
+    }
+
+    fn name(&self) -> String {
+        format!("{NAME_MARK}{}", self.suffix())
+    }
+}
+
+/// Makes a device of a byte range, or takes the one that there is for it, and names its node. Blocks.
+///
+/// # Errors
+///
+/// `Invalid` if the device has no such range, `Conflict` if somebody else has made a device of that name; `Busy`
+/// and others as they come.
+pub(crate) fn open(
+    list: &UndoList<'_>,
+    path: &Path,
+    range: Range<u64>,
+) -> Result<PathBuf, BackendError> {
+    let open = node::open(path)?.ok_or_else(|| {
+        BackendError::not_found(format!("device {} has vanished", path.display()))
+    })?;
+    let range = validate(path, &open, range)?;
+    let _held = list.hold(Key::Range(range.clone()))?;
+    let mapper = DeviceMapper::open()?;
+    let (name, step) = (range.name(), Undo::RemoveRange(range.clone()));
+    let is_made = mapper.find(&name)?;
+    let number = match is_made.filter(|_| list.join(|other| *other == step).is_some()) {
+        Some(number) => number,
+        None => {
+            if is_made.is_some() {
+                let message = format!("cannot make mapped device {name}: there is one already");
+                return Err(BackendError::conflict(message));
+            }
+            list.add(step)?;
+            let uuid = format!("{UUID_MARK}{}", range.suffix());
+            mapper.create_linear(&name, &uuid, range.backing, range.start..range.end)?
+        }
+    };
+    node::of(number)
+        .ok_or_else(|| BackendError::not_found(format!("mapped block device {number} has no node")))
+}
+
+/// Removes the device of a range. Blocks.
+///
+/// # Errors
+///
+/// `Busy` while somebody uses it.
+pub(crate) fn undo(range: &RangeStep) -> Result<(), BackendError> {
+    DeviceMapper::open()?.remove(&range.name()).map(drop)
+}
+
+/// The node of the device of a range. Blocks.
+pub(crate) fn node(range: &RangeStep) -> Option<PathBuf> {
+    let number = DeviceMapper::open().ok()?.find(&range.name()).ok()??;
+    node::of(number)
+}
+
+/// Whether a device has such a range, which may come from anybody.
+fn validate(path: &Path, open: &File, range: Range<u64>) -> Result<RangeStep, BackendError> {
+    let node = path.display();
+    let trouble = |error| errno_error(format!("cannot ask {node} for its size"), error);
+    let size = node::size(open).map_err(trouble)?;
+    let block = u64::from(node::logical_block_size(open).map_err(trouble)?).max(SECTOR);
+    let Range { start, end } = range;
+    let refused = |why: String| {
+        let message = format!("bytes {start} to {end} are no part of device {node}: {why}");
+        Err(BackendError::invalid(message))
+    };
+    if start >= end {
+        return refused("there are none".to_owned());
+    }
+    if end > size {
+        return refused(format!("it has {size} bytes"));
+    }
+    if !start.is_multiple_of(block) || !end.is_multiple_of(block) {
+        return refused(format!("they are not whole blocks of {block} bytes"));
+    }
+    let backing = DeviceNumber::of(open)?;
+    Ok(RangeStep {
+        backing,
+        sequence: sequence(backing),
+        start,
+        end,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn g14_the_longest_name_of_a_range_fits_and_tells_it() {
+        let range = |major, minor, start, end| RangeStep {
+            backing: DeviceNumber { major, minor },
+            sequence: None,
+            start,
+            end,
+        };
+        let longest = range(u32::MAX, u32::MAX, 0, u64::MAX).name();
+        assert!(longest.len() + 20 <= 127, "{longest}");
+        assert_eq!(
+            range(259, 1, 4096, 12_288).name(),
+            "blockmount-range-259.1-4096-8192"
+        );
+    }
+}

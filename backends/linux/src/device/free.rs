@@ -1,0 +1,126 @@
+//! Proving that nobody uses a device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use blockmount::{BackendError, ErrorKind};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::device::node::is_absent;
+use crate::device::number::DeviceNumber;
+use crate::errno::{blocking, errno_error, retry_while_busy};
+use crate::mount::users;
+
+/// Proves that nobody uses a device: no filesystem, no device stacked on it, no exclusive user,
+/// also in other mount namespaces and after a lazy unmount. Blocks.
+///
+/// As long as the answer is kept, the device is held exclusively and nobody can start to use it.
+///
+/// # Errors
+///
+/// `Busy`, naming who uses it; `NotFound` if it is not there.
+pub fn prove_free(path: &Path) -> Result<File, BackendError> {
+    claim(path)?.ok_or_else(|| busy(path, &users::of_device_at(path)))
+}
+
+/// Holds a device exclusively, or answers `None` if somebody uses it.
+fn claim(path: &Path) -> Result<Option<File>, BackendError> {
+    let flags = OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path);
+    match opened {
+        Ok(held) => {
+            let is_free = users::holders_of_disk(DeviceNumber::of(&held)?).is_empty();
+            Ok(is_free.then_some(held))
+        }
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => Ok(None),
+        Err(error) if is_absent(&error) => Err(BackendError::not_found(format!(
+            "device {} is not there",
+            path.display()
+        ))
+        .with_source(error)),
+        Err(error) => Err(errno_error(
+            format!("cannot hold device {}", path.display()),
+            error,
+        )),
+    }
+}
+
+/// The error `Busy` of a device that somebody uses, with the users that can be found: mounts in
+/// whatever mount namespace, devices stacked on it or on a partition, swap; or else the processes
+/// that have it open, apart from a single handle of this process, which the caller may have. Blocks.
+pub fn in_use(path: &Path) -> BackendError {
+    let mut users = users::of_device_at(path);
+    if users.is_empty() {
+        users = users::openers_of(path);
+    }
+    busy(path, &users)
+}
+
+/// The same error with the names of those who use a device. Blocks.
+pub(crate) fn name_users(path: &Path, error: BackendError) -> BackendError {
+    let message = format!("{}: {}", error.message(), in_use(path).message());
+    BackendError::busy(message).with_source(error)
+}
+
+fn busy(path: &Path, users: &[String]) -> BackendError {
+    let by = if users.is_empty() {
+        "somebody who cannot be seen from here".into()
+    } else {
+        users.join(", ")
+    };
+    BackendError::busy(format!("device {} is in use by {by}", path.display()))
+}
+
+/// Writes what is cached of a device to it. Blocks.
+///
+/// # Errors
+///
+/// The system's: an error means that data may be lost.
+pub fn flush(device: &File) -> io::Result<()> {
+    device.sync_all()
+}
+
+/// What every guest does before a device is taken out: proves it free, for which it tries as long as
+/// `timeout` lasts, then flushes it.
+///
+/// # Errors
+///
+/// As for [`prove_free`] and [`flush`]; `Busy` as [`in_use`] tells it.
+pub async fn let_go(path: &Path, timeout: Duration) -> Result<(), BackendError> {
+    hold_free(path, timeout).await.map(drop)
+}
+
+/// The same as [`let_go`], and keeps holding the device exclusively: as long as the answer lives,
+/// nobody can start to use it.
+///
+/// # Errors
+///
+/// As for [`let_go`].
+pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendError> {
+    let path = path.to_owned();
+    let attempt = {
+        let path = path.clone();
+        move || match claim(&path)? {
+            // Who uses it is searched for once, when the timeout is over.
+            None => Err(busy(&path, &[])),
+            Some(held) => match flush(&held) {
+                Ok(()) => Ok(held),
+                Err(error) => Err(errno_error(
+                    format!("cannot flush device {}", path.display()),
+                    error,
+                )),
+            },
+        }
+    };
+    match retry_while_busy(timeout, attempt).await {
+        Err(error) if error.kind() == ErrorKind::Busy => blocking(move || Err(in_use(&path))).await,
+        done => done,
+    }
+}

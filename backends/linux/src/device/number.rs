@@ -1,0 +1,91 @@
+//! Block devices by number.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use blockmount::BackendError;
+use serde::{Deserialize, Serialize};
+
+use crate::errno::errno_error;
+
+/// A block device by its numbers: the same whatever its node is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DeviceNumber {
+    /// The driver's number.
+    pub major: u32,
+    /// The device's number with that driver.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// The device behind an open node.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` if it is no block device.
+    pub fn of(device: &File) -> Result<Self, BackendError> {
+        let meta = device
+            .metadata()
+            .map_err(|error| errno_error("cannot look at the open device", error))?;
+        if !meta.file_type().is_block_device() {
+            return Err(BackendError::invalid("the open file is not a block device"));
+        }
+        Ok(Self::from_rdev(meta.rdev()))
+    }
+
+    /// The device behind a node, which is not opened. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` if it is no block device; others as they come.
+    pub(crate) fn at(node: &Path) -> Result<Self, BackendError> {
+        let meta = fs::metadata(node)
+            .map_err(|error| errno_error(format!("cannot look at {}", node.display()), error))?;
+        if !meta.file_type().is_block_device() {
+            let message = format!("{} is not a block device", node.display());
+            return Err(BackendError::invalid(message));
+        }
+        Ok(Self::from_rdev(meta.rdev()))
+    }
+
+    /// From what `stat` calls `st_rdev`.
+    pub fn from_rdev(rdev: u64) -> Self {
+        DeviceNumber {
+            major: rustix::fs::major(rdev),
+            minor: rustix::fs::minor(rdev),
+        }
+    }
+
+    /// Its directory in sysfs.
+    pub fn sysfs(self) -> PathBuf {
+        format!("/sys/dev/block/{self}").into()
+    }
+}
+
+/// As the kernel writes it: `7:3`.
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// Reads what the kernel writes, such as the attribute `dev` in sysfs with its line feed.
+impl FromStr for DeviceNumber {
+    type Err = BackendError;
+
+    fn from_str(text: &str) -> Result<Self, BackendError> {
+        let parse = || {
+            let (major, minor) = text.trim_end().split_once(':')?;
+            Some(DeviceNumber {
+                major: major.parse().ok()?,
+                minor: minor.parse().ok()?,
+            })
+        };
+        parse().ok_or_else(|| {
+            BackendError::invalid(format!("{text:?} is no device number, such as 7:3"))
+        })
+    }
+}

@@ -1,0 +1,332 @@
+//! The directories that are made for mounts, so that exactly those are removed.
+//!
+//! They are shared: `/x` may have been made for `/x/a` and be on the way to `/x/b`. Each directory of ours on the way to a
+//! target is on the target's undo list.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use blockmount::BackendError;
+use rustix::fs::{
+    AtFlags, Mode, OFlags, RenameFlags, fstat, mkdirat, openat, renameat_with, statat, unlinkat,
+};
+use rustix::io::Errno;
+
+use crate::errno::errno_error;
+use crate::mount::target::{FileId, MountPoint, Target, open_below};
+use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
+use crate::undo::step::{DirectoryStep, Undo};
+
+/// Goes to the target of a list, makes what is missing (mode 0700), and checks that it is free.
+pub(crate) fn prepare(list: &UndoList<'_>) -> Result<MountPoint, BackendError> {
+    let target = list.target();
+    let found = target.walk(&mut |parent, name, path| {
+        let _held = list.hold(Key::Directory(path.to_owned()))?;
+        if let Some(there) = open_below(parent, name, path)? {
+            join(list, &there, path)?;
+            return Ok(Some(there));
+        }
+        let wanted = Wanted {
+            parent,
+            name,
+            path,
+            mode: Mode::RWXU,
+            scratch: false,
+        };
+        make(list, &wanted)?;
+        open_below(parent, name, path)
+    })?;
+    let found = found.ok_or_else(|| {
+        let path = target.path().display();
+        BackendError::other(format!("{path} was removed while it was prepared"))
+    })?;
+    found.check_free(target.path())?;
+    Ok(found)
+}
+
+/// Shares a directory, if it was made for a mount.
+fn join(list: &UndoList<'_>, there: &OwnedFd, path: &Path) -> Result<(), BackendError> {
+    let stat = fstat(there)
+        .map_err(|errno| errno_error(format!("cannot look at {}", path.display()), errno))?;
+    let id = FileId::of(&stat);
+    let is_it = |step: &Undo| matches!(step, Undo::RemoveDirectory(made) if made.id == Some(id) && made.path.is(path));
+    list.join(is_it);
+    Ok(())
+}
+
+/// A directory that is to be made.
+#[derive(Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) parent: &'a OwnedFd,
+    /// Its name below its parent.
+    pub(crate) name: &'a OsStr,
+    pub(crate) path: &'a Path,
+    pub(crate) mode: Mode,
+    /// See [`DirectoryStep::scratch`].
+    pub(crate) scratch: bool,
+}
+
+impl Wanted<'_> {
+    fn trouble(&self, errno: Errno) -> BackendError {
+        let path = self.path.display();
+        errno_error(format!("cannot make directory {path}"), errno)
+    }
+
+    fn step(&self, staged: Option<&str>, id: Option<FileId>) -> Undo {
+        Undo::RemoveDirectory(DirectoryStep {
+            path: self.path.into(),
+            staged: staged.map(str::to_owned),
+            id,
+            scratch: self.scratch,
+        })
+    }
+
+    fn make_as(&self, name: &OsStr) -> rustix::io::Result<FileId> {
+        mkdirat(self.parent, name, self.mode)?;
+        id_below(self.parent, name)
+    }
+}
+
+/// Makes a directory and puts it on a list; false if there is something of that name already.
+pub(crate) fn make(list: &UndoList<'_>, wanted: &Wanted<'_>) -> Result<bool, BackendError> {
+    let trouble = |errno| wanted.trouble(errno);
+    let Some(staged) = list.staged_name() else {
+        return match wanted.make_as(wanted.name) {
+            Ok(id) => list.add(wanted.step(None, Some(id))).map(|()| true),
+            // Somebody else was faster; then it is theirs.
+            Err(Errno::EXIST) => Ok(false),
+            Err(errno) => Err(trouble(errno)),
+        };
+    };
+    list.add(wanted.step(Some(&staged), None))?;
+    let mut id = wanted.make_as(OsStr::new(&staged)).map_err(trouble)?;
+    list.amend(wanted.step(Some(&staged), Some(id)))?;
+    let flags = RenameFlags::NOREPLACE;
+    let renamed = match renameat_with(wanted.parent, &*staged, wanted.parent, wanted.name, flags) {
+        // Not every filesystem can rename without replacing. Killed before the identity is on record, we leave an
+        // empty directory.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            let made = wanted.make_as(wanted.name);
+            if let Ok(made) = made {
+                id = made;
+                list.amend(wanted.step(Some(&staged), Some(id)))?;
+            }
+            made.and_then(|_| unlinkat(wanted.parent, &*staged, AtFlags::REMOVEDIR))
+        }
+        renamed => renamed,
+    };
+    match renamed {
+        Ok(()) => {
+            list.replace_last(wanted.step(None, Some(id)));
+            Ok(true)
+        }
+        Err(Errno::EXIST) => {
+            unlinkat(wanted.parent, &*staged, AtFlags::REMOVEDIR).map_err(trouble)?;
+            let given_up = wanted.step(Some(&staged), Some(id));
+            list.retain(|step| *step != given_up);
+            Ok(false)
+        }
+        Err(errno) => Err(trouble(errno)),
+    }
+}
+
+fn id_below(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<FileId> {
+    statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| FileId::of(&stat))
+}
+
+/// Removes an empty directory, and says whether that is settled. One that somebody else has put something into
+/// stays: it is theirs as well.
+pub(crate) fn undo(step: &DirectoryStep) -> bool {
+    let path = &step.path.0;
+    if let Some(staged) = &step.staged {
+        remove_staged(&path.with_file_name(staged));
+    }
+    let find = || Target::made(path).and_then(|target| target.find());
+    let (Some(id), Ok(Some(found))) = (step.id, find()) else {
+        return true;
+    };
+    if step.scratch && found.id() == Ok(id) {
+        empty_of_kernels(found.directory());
+    }
+    match found.into_path_at().remove(id) {
+        Ok(()) | Err(Errno::NOENT) => true,
+        // Another one; or what somebody has mounted on ours.
+        Err(Errno::EXIST) => {
+            let is_covered = |found: MountPoint| found.is_mount_point().unwrap_or(false);
+            !find().is_ok_and(|found| found.is_some_and(is_covered))
+        }
+        // What somebody has written to a scratch is not ours to remove.
+        Err(Errno::NOTEMPTY) if step.scratch => true,
+        Err(Errno::NOTEMPTY | Errno::BUSY) => false,
+        Err(errno) => {
+            tracing::warn!(path = %path.display(), %errno, "cannot remove a directory made for a mount");
+            false
+        }
+    }
+}
+
+/// Removes a directory that has not got its name. Nobody else makes one of that name.
+fn remove_staged(path: &Path) {
+    let found = Target::made(path).and_then(|target| target.find());
+    let Ok(Some(found)) = found else { return };
+    let at = found.into_path_at();
+    if let Err(errno) = at.id().and_then(|id| at.remove(id)) {
+        tracing::warn!(path = %path.display(), %errno, "cannot remove a directory made for a mount");
+    }
+}
+
+/// Removes from a directory of a scratch what the kernel made in it before there was no overlay
+/// after all.
+fn empty_of_kernels(directory: &OwnedFd) {
+    for name in ["work", "index"] {
+        // There is most often none; and if one stays, so does the directory.
+        let _none_is_fine = unlinkat(directory, name, AtFlags::REMOVEDIR);
+    }
+}
+
+/// Opens a directory below another one, through no symbolic link. Kernels before 6.15 want the layers of an overlay
+/// open for reading.
+pub(crate) fn readable(directory: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    openat(
+        directory,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::Arc;
+
+    use blockmount::ErrorKind;
+
+    use super::*;
+    use crate::kernel::Kernel;
+    use crate::undo::journal::Journal;
+    use crate::undo::ledger::Ledger;
+    use crate::undo::teardown;
+
+    fn target(path: PathBuf) -> Target {
+        Target::parse(&path, &[]).unwrap()
+    }
+
+    fn make_ready(ledger: &Ledger, path: PathBuf) -> Target {
+        let target = target(path);
+        let list = ledger.list(&target);
+        list.begin().unwrap();
+        prepare(&list).unwrap();
+        target
+    }
+
+    fn leave(ledger: &Ledger, target: &Target) {
+        teardown::undo_all(&ledger.list(target), Kernel::default()).unwrap();
+    }
+
+    #[test]
+    fn many_who_come_at_once_share_what_is_missing_with_a_journal() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&dir.path().join("journal"), None).unwrap();
+        for round in 0..50 {
+            let round = dir.path().join(round.to_string());
+            let ledger = Ledger::new(Some(journal.clone()));
+            std::thread::scope(|scope| {
+                for n in 0..4 {
+                    let (ledger, path) = (&ledger, round.join(format!("x/{n}")));
+                    scope.spawn(move || leave(ledger, &make_ready(ledger, path)));
+                }
+            });
+            assert!(!round.exists());
+        }
+        assert!(journal.read().unwrap().is_empty());
+    }
+
+    #[test]
+    fn of_many_who_leave_at_once_somebody_removes_what_they_shared() {
+        for _ in 0..200 {
+            let dir = tempfile::tempdir().unwrap();
+            let ledger = Ledger::default();
+            let ready = |n| make_ready(&ledger, dir.path().join(format!("x/y/{n}")));
+            let users = [0, 1, 2, 3].map(ready);
+            std::thread::scope(|scope| {
+                for user in users {
+                    let ledger = &ledger;
+                    scope.spawn(move || leave(ledger, &user));
+                }
+            });
+            assert!(!dir.path().join("x").exists());
+        }
+    }
+
+    #[test]
+    fn the_last_user_removes_what_the_first_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::default();
+        let one = make_ready(&ledger, dir.path().join("x/y/one"));
+        let two = make_ready(&ledger, dir.path().join("x/two"));
+        leave(&ledger, &one);
+        assert!(!dir.path().join("x/y").exists() && dir.path().join("x/two").exists());
+        leave(&ledger, &two);
+        assert!(!dir.path().join("x").exists() && dir.path().exists());
+        assert!(ledger.list(&one).steps().is_empty() && ledger.list(&two).steps().is_empty());
+    }
+
+    #[test]
+    fn what_was_there_and_what_others_use_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&dir.path().join("journal"), None).unwrap();
+        let ledger = Ledger::new(Some(journal.clone()));
+        std::fs::create_dir(dir.path().join("old")).unwrap();
+        let old = make_ready(&ledger, dir.path().join("old"));
+        let new = make_ready(&ledger, dir.path().join("new/x"));
+        std::fs::write(dir.path().join("new/theirs"), "").unwrap();
+        leave(&ledger, &old);
+        leave(&ledger, &new);
+        assert!(dir.path().join("old").exists() && dir.path().join("new/theirs").exists());
+        assert!(!dir.path().join("new/x").exists());
+        let y = make_ready(&ledger, dir.path().join("new/y"));
+        leave(&ledger, &y);
+        assert_eq!(journal.read().unwrap().len(), 1);
+        std::fs::remove_file(dir.path().join("new/theirs")).unwrap();
+        let y = make_ready(&ledger, dir.path().join("new/y"));
+        leave(&ledger, &y);
+        assert!(!dir.path().join("new").exists());
+        assert!(journal.read().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_target_has_one_user_and_a_replaced_directory_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::default();
+        let one = make_ready(&ledger, dir.path().join("x"));
+        let error = ledger.list(&one).begin().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        std::fs::rename(dir.path().join("x"), dir.path().join("moved")).unwrap();
+        std::fs::create_dir(dir.path().join("x")).unwrap();
+        leave(&ledger, &one);
+        assert!(dir.path().join("x").exists() && dir.path().join("moved").exists());
+    }
+
+    #[test]
+    fn many_at_once_leave_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Arc::new(Ledger::default());
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (ledger, dir) = (&ledger, dir.path());
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        leave(
+                            ledger,
+                            &make_ready(ledger, dir.join(format!("a/b/{thread}"))),
+                        );
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

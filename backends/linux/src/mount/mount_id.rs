@@ -1,0 +1,89 @@
+//! Mounts by identity.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use blockmount::BackendError;
+use rustix::fs::{AtFlags, StatxFlags, fstat, fstatfs, statx};
+use serde::{Deserialize, Serialize};
+
+use crate::errno::errno_error;
+use crate::kernel::Kernel;
+use crate::mount::mountinfo::MountInfo;
+use crate::mount::target;
+
+/// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
+const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// A mount by identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MountId {
+    /// Its number in `mountinfo`, which another mount may get as soon as this one is gone.
+    reused: u64,
+    /// Its number for ever, where the kernel has those.
+    unique: Option<u64>,
+    /// What else tells it from whatever got its number: the filesystem's device and kind.
+    device: u64,
+    kind: i64,
+}
+
+impl MountId {
+    /// The mount that an open file is on.
+    pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
+        let reused = target::mount_id(fd)?;
+        let unique = kernel.unique_ids.then(|| unique_id(fd)).flatten();
+        let trouble = |errno| errno_error("cannot look at a mount", errno);
+        let device = fstat(fd).map_err(trouble)?.st_dev;
+        // The type of the field differs between machines.
+        let kind = fstatfs(fd).map_err(trouble)?.f_type as i64;
+        Ok(MountId {
+            reused,
+            unique,
+            device,
+            kind,
+        })
+    }
+
+    /// Its number as of now.
+    pub(crate) fn number(&self) -> u64 {
+        self.reused
+    }
+
+    /// Whether it is the mount in a line of the kernel's table.
+    pub(crate) fn is(&self, line: &MountInfo) -> bool {
+        let (major, minor) = line.device;
+        // Each subvolume of a btrfs has a device number of its own, and the table shows the whole's.
+        let is_device =
+            rustix::fs::makedev(major, minor) == self.device || line.filesystem == "btrfs";
+        line.id == self.reused && is_device
+    }
+}
+
+fn unique_id(fd: impl AsFd) -> Option<u64> {
+    let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
+    (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::mount::mountinfo;
+
+    use super::*;
+
+    #[test]
+    fn is_the_line_of_its_number_and_device() {
+        let mount = |device| MountId {
+            reused: 40,
+            unique: None,
+            device,
+            kind: 0,
+        };
+        let is = |mount: MountId, line: &str| mount.is(&mountinfo::parse(line.as_bytes())[0]);
+        let (ext4, other) = (rustix::fs::makedev(7, 3), rustix::fs::makedev(0, 61));
+        let line = "40 1 7:3 / /mnt rw - ext4 /dev/loop3 rw";
+        assert!(is(mount(ext4), line) && !is(mount(other), line));
+        assert!(!is(mount(ext4), &line.replace("40", "41")));
+        let line = "40 1 0:60 / /mnt rw - btrfs /dev/loop3 rw";
+        assert!(is(mount(other), line) && !is(mount(other), &line.replace("40", "41")));
+    }
+}

@@ -1,0 +1,91 @@
+//! One lock for each thing that several targets may share.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use blockmount::BackendError;
+
+use crate::device::number::DeviceNumber;
+use crate::mount::target::FileId;
+use crate::undo::step::{DirectoryStep, RangeStep, Undo};
+
+/// Making or removing such a thing takes milliseconds, and mounting a device whose log is replayed seconds: whoever
+/// waits longer has a dead filesystem or device.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A thing that several targets may share.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Key {
+    /// A device with a filesystem: how it is mounted depends on its other mounts.
+    Device(DeviceNumber),
+    /// The scratch directory of an overlay, which has one user.
+    Scratch(FileId),
+    Directory(PathBuf),
+    Partition(DeviceNumber, u32),
+    Range(RangeStep),
+}
+
+impl Key {
+    /// What is locked while a step is undone. A mount belongs to one target.
+    pub(crate) fn of(step: &Undo) -> Option<Key> {
+        match step {
+            Undo::Unmount(_) => None,
+            Undo::RemoveRange(range) => Some(Key::Range(range.clone())),
+            Undo::DeletePartition(step) => Some(Key::Partition(step.disk, step.number)),
+            Undo::RemoveDirectory(DirectoryStep { path, .. }) => {
+                Some(Key::Directory(path.0.clone()))
+            }
+        }
+    }
+}
+
+/// The locks that are held now.
+#[derive(Debug, Default)]
+pub(crate) struct Locks {
+    held: Mutex<HashSet<Key>>,
+    freed: Condvar,
+}
+
+/// A lock that is held until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Held<'a> {
+    locks: &'a Locks,
+    key: Key,
+}
+
+impl Locks {
+    /// Waits for a lock, for 30 seconds at most. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if it was not free in time.
+    pub(crate) fn hold(&self, key: Key) -> Result<Held<'_>, BackendError> {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut held, waited) = self
+            .freed
+            .wait_timeout_while(held, TIMEOUT, |held| held.contains(&key))
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(BackendError::busy(
+                "another target's call has been working on the same device or directory for 30 seconds",
+            ));
+        }
+        held.insert(key.clone());
+        Ok(Held { locks: self, key })
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut held = self
+            .locks
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        held.remove(&self.key);
+        drop(held);
+        self.locks.freed.notify_all();
+    }
+}

@@ -1,0 +1,153 @@
+//! The undo list of one target as the bytes of a file.
+
+use serde::{Deserialize, Serialize};
+
+use crate::undo::step::{RecordedPath, Undo};
+
+/// The version of the records. Those of another version could be misread, and are set aside: version 1 had a
+/// record for each thing and not for each target.
+const VERSION: u32 = 2;
+
+/// What there is to undo for a target, in the order in which it was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    pub(crate) target: RecordedPath,
+    pub(crate) steps: Vec<Undo>,
+}
+
+/// What is in a file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope<R, O> {
+    version: u32,
+    origin: O,
+    record: R,
+}
+
+/// The text of a record that is made in `origin`: a boot and a table of mounts.
+pub(crate) fn encode(record: &Record, origin: &str) -> Vec<u8> {
+    let envelope = Envelope {
+        version: VERSION,
+        origin,
+        record,
+    };
+    serde_json::to_vec(&envelope).expect("records are plain data with string keys")
+}
+
+/// Reads a record; the error says why it cannot be used here.
+pub(crate) fn decode(bytes: &[u8], origin: &str) -> Result<Record, String> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let damaged = |error: serde_json::Error| format!("it is damaged: {error}");
+    let Version { version } = serde_json::from_slice(bytes).map_err(damaged)?;
+    if version != VERSION {
+        return Err(format!("it is of version {version}, not {VERSION}"));
+    }
+    let found: Envelope<Record, String> = serde_json::from_slice(bytes).map_err(damaged)?;
+    if found.origin != origin {
+        return Err("it is about another boot or another namespace of mounts".to_owned());
+    }
+    Ok(found.record)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    use blockmount::MountOptions;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::number::DeviceNumber;
+    use crate::undo::step::{
+        DeviceUse, DirectoryStep, Identity, MountStep, PartitionStep, RangeStep,
+    };
+
+    /// A list with a step of each kind.
+    fn record(path: &[u8]) -> Record {
+        let disk = DeviceNumber { major: 7, minor: 3 };
+        let path = RecordedPath::from(Path::new(OsStr::from_bytes(path)));
+        Record {
+            target: path.clone(),
+            steps: vec![
+                Undo::RemoveRange(RangeStep {
+                    backing: disk,
+                    sequence: Some(3),
+                    start: 512,
+                    end: 1024,
+                }),
+                Undo::DeletePartition(PartitionStep {
+                    disk,
+                    number: 2,
+                    sequence: None,
+                    start: 512,
+                    size: 512,
+                }),
+                Undo::RemoveDirectory(DirectoryStep {
+                    path,
+                    staged: Some(".staged".to_owned()),
+                    id: None,
+                    scratch: true,
+                }),
+                Undo::Unmount(Box::new(MountStep {
+                    mount: Identity::Expected {
+                        filesystem: "ext4".to_owned(),
+                        source: Path::new("/dev/loop3").into(),
+                        options: vec!["data=ordered".to_owned()],
+                    },
+                    device: Some(DeviceUse {
+                        number: disk,
+                        options: MountOptions::read_only(),
+                    }),
+                    scratch: None,
+                })),
+            ],
+        }
+    }
+
+    #[test]
+    fn reads_what_it_writes() {
+        for record in [record(b"/run/a"), record(b"/run/\xff\n")] {
+            assert_eq!(decode(&encode(&record, "here"), "here"), Ok(record));
+        }
+    }
+
+    #[test]
+    fn refuses_what_it_could_misread() {
+        let text = String::from_utf8(encode(&record(b"/run/x"), "here")).unwrap();
+        let refused = |text: &str| decode(text.as_bytes(), "here").unwrap_err();
+        assert!(refused(&text.replace("here", "there")).contains("another boot"));
+        for other in ["1", "3"] {
+            let text = text.replace("\"version\":2", &format!("\"version\":{other}"));
+            assert!(refused(&text).contains(&format!("version {other}, not 2")));
+        }
+        let more = text.replace("\"mount\"", "\"mapping\":\"dm\",\"mount\"");
+        assert!(refused(&more).contains("mapping"));
+        assert!(refused(&text.replace("remove-range", "close-crypt")).contains("close-crypt"));
+        for cut in 0..text.len() {
+            assert!(refused(&text[..cut]).contains("damaged"));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode(&bytes, "here");
+        }
+
+        #[test]
+        fn never_panics_on_damage(at in any::<prop::sample::Index>(), byte: u8, cut in any::<prop::sample::Index>()) {
+            let mut bytes = encode(&record(b"/run/x"), "here");
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let _ = decode(&bytes, "here");
+            bytes.truncate(cut.index(bytes.len()));
+            let _ = decode(&bytes, "here");
+        }
+    }
+}

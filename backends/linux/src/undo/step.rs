@@ -1,0 +1,172 @@
+//! The steps by which a mount is undone, as they are kept in memory and in the journal.
+//!
+//! A new kind of layer is one variant of [`Undo`], one builder that puts it on the list before it makes something,
+//! and one function that undoes it, called by [`teardown`](crate::undo::teardown). A variant has all that is needed
+//! to prove that what is there is what was made, because a step may be undone by a later process.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use blockmount::MountOptions;
+use serde::{Deserialize, Serialize};
+
+use crate::device::number::DeviceNumber;
+use crate::mount::mount_id::MountId;
+use crate::mount::target::FileId;
+
+/// One thing to undo. Undoing what is not there, or is not the same any more, changes nothing and succeeds.
+///
+/// Unknown fields are refused when a record is read: a step that is not known cannot be undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Undo {
+    /// Unmount what is mounted at the target. Boxed because it is several times the size of the others.
+    Unmount(Box<MountStep>),
+    /// Remove the device that was made of a byte range.
+    RemoveRange(RangeStep),
+    /// Make the kernel forget a partition that it does not know by itself.
+    DeletePartition(PartitionStep),
+    /// Remove a directory that was made for a mount.
+    RemoveDirectory(DirectoryStep),
+}
+
+/// A mount, and what it keeps others from doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MountStep {
+    pub(crate) mount: Identity,
+    /// The device that is mounted, and how.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) device: Option<DeviceUse>,
+    /// The scratch directory of an overlay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) scratch: Option<FileId>,
+}
+
+/// Which mount it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub(crate) enum Identity {
+    /// The one with these numbers. A mount that is built detached has them before it is visible.
+    Known(MountId),
+    /// What `mount(2)` is about to make visible, as the kernel's table will show it; it has no
+    /// numbers before.
+    Expected {
+        filesystem: String,
+        source: RecordedPath,
+        /// Options that its filesystem was given, each of which the table shows.
+        options: Vec<String>,
+    },
+}
+
+/// A device that is in use, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DeviceUse {
+    pub(crate) number: DeviceNumber,
+    pub(crate) options: MountOptions,
+}
+
+/// A byte range of a device. The name of the device that is made of it follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RangeStep {
+    pub(crate) backing: DeviceNumber,
+    /// Tells the device from a later one with the same number: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+    /// In bytes.
+    pub(crate) start: u64,
+    /// In bytes.
+    pub(crate) end: u64,
+}
+
+/// A partition, with what tells it from one of a disk that got the same number later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PartitionStep {
+    pub(crate) disk: DeviceNumber,
+    pub(crate) number: u32,
+    /// The sequence number of the disk, which no other one gets: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+    /// In bytes.
+    pub(crate) start: u64,
+    /// In bytes.
+    pub(crate) size: u64,
+}
+
+/// A directory. With a journal, it is made under a name that nobody else uses and then renamed, so that its
+/// identity is on record before it can be taken for somebody else's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DirectoryStep {
+    pub(crate) path: RecordedPath,
+    /// The name that it has at first, in the same directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) staged: Option<String>,
+    /// Nothing until it is made under its first name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<FileId>,
+    /// Whether it is a part of the scratch of an overlay: it stays once there is the overlay.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) scratch: bool,
+}
+
+impl Undo {
+    /// Whether two steps are about the same thing, which several targets share.
+    pub(crate) fn is_same(&self, other: &Undo) -> bool {
+        match (self, other) {
+            (Undo::RemoveDirectory(one), Undo::RemoveDirectory(other)) => {
+                one.id.is_some() && one.id == other.id && one.path.is(&other.path.0)
+            }
+            (Undo::DeletePartition(one), Undo::DeletePartition(other)) => one == other,
+            (Undo::RemoveRange(one), Undo::RemoveRange(other)) => one == other,
+            _ => false,
+        }
+    }
+}
+
+/// A path of any bytes: text if it is text, else its bytes as numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Spelled", from = "Spelled")]
+pub(crate) struct RecordedPath(pub(crate) PathBuf);
+
+impl RecordedPath {
+    /// Compares bytes, which is several times as fast as comparing paths by component.
+    pub(crate) fn is(&self, path: &Path) -> bool {
+        self.0.as_os_str() == path.as_os_str()
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Spelled {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl From<&Path> for RecordedPath {
+    fn from(path: &Path) -> Self {
+        RecordedPath(path.to_owned())
+    }
+}
+
+impl From<RecordedPath> for Spelled {
+    fn from(RecordedPath(path): RecordedPath) -> Self {
+        match path.to_str() {
+            Some(text) => Spelled::Text(text.to_owned()),
+            None => Spelled::Bytes(path.as_os_str().as_bytes().to_owned()),
+        }
+    }
+}
+
+impl From<Spelled> for RecordedPath {
+    fn from(spelled: Spelled) -> Self {
+        RecordedPath(match spelled {
+            Spelled::Text(text) => text.into(),
+            Spelled::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
+}

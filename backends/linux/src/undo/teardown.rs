@@ -1,0 +1,73 @@
+//! Undoes what is on a target's list, the last step first.
+
+use blockmount::BackendError;
+
+use crate::device::{dm_linear, free, partition};
+use crate::kernel::Kernel;
+use crate::mount::{directory, unmount, users};
+use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
+use crate::undo::step::{Identity, Undo};
+
+/// One attempt to undo all that was made for a target. Blocks.
+///
+/// # Errors
+///
+/// `Busy` if a step is busy: it is the last on the list then, and the next attempt starts with it. `Conflict` if
+/// somebody else mounted something over the mount or in its place.
+pub(crate) fn undo_all(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
+    undo(list, 0, kernel)?;
+    list.end();
+    Ok(())
+}
+
+/// One attempt to undo all steps of a list but the first ones. What cannot be undone for now without keeping up the
+/// rest stays on the list. Blocks.
+pub(crate) fn undo(list: &UndoList<'_>, first: usize, kernel: Kernel) -> Result<(), BackendError> {
+    for step in list.steps().into_iter().skip(first).rev() {
+        let done = undo_step(list, &step, kernel);
+        done.inspect_err(|_| list.save_or_warn())?;
+    }
+    Ok(())
+}
+
+fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), BackendError> {
+    let _held = Key::of(step).map(|key| list.hold(key)).transpose()?;
+    if list.hand_over(step)? {
+        return Ok(());
+    }
+    match step {
+        Undo::Unmount(mount) => unmount::undo(list.target(), mount, kernel)?,
+        Undo::RemoveRange(range) => dm_linear::undo(range)?,
+        Undo::DeletePartition(step) => partition::undo(step)?,
+        // One that somebody else has put something into stays on the list, without keeping up the rest.
+        Undo::RemoveDirectory(step) if !directory::undo(step) => return Ok(()),
+        Undo::RemoveDirectory(_) => {}
+    }
+    list.undone(step);
+    Ok(())
+}
+
+/// The error `Busy` with the names of those who use what is to be undone next. They cost a walk through `/proc`.
+pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendError {
+    let node = match list.steps().pop() {
+        Some(Undo::Unmount(step)) => {
+            let Identity::Known(mount) = step.mount else {
+                return error;
+            };
+            let users = users::of_mount(list.target().path(), mount.number());
+            let users = match users.is_empty() {
+                true => "somebody who cannot be seen from here".to_owned(),
+                false => users.join(", "),
+            };
+            return BackendError::busy(format!("{} by {users}", error.message()));
+        }
+        Some(Undo::RemoveRange(range)) => dm_linear::node(&range),
+        Some(Undo::DeletePartition(step)) => partition::node(&step),
+        Some(Undo::RemoveDirectory(_)) | None => None,
+    };
+    match node {
+        Some(node) => free::name_users(&node, error),
+        None => error,
+    }
+}
