@@ -1,14 +1,22 @@
 //! The contracts between the managers and the backends.
 //!
-//! They have two sides. **The managers** never run two calls for one key (a disk, a locator, a target) at
-//! once, and let every call finish: no future of a backend is dropped half-way while its
-//! runtime lives, but for [`Transport::identify`], which changes nothing. **A backend**, in exchange, gives three promises that the managers build on:
+//! They have two sides. **The managers** never run two calls for one key (a disk, a locator, a target)
+//! at once: they make them one after the other, in the order in which they were asked, and let every
+//! call finish. No future of a backend is dropped half-way while its runtime lives, but for
+//! [`Transport::identify`], which changes nothing. **A backend**, in exchange, gives four promises that
+//! the managers build on:
 //!
 //! - *Set-up is all or nothing.* After an error, nothing of it is left; where a backend cannot know
 //!   (a time-out, a lost connection), it answers [`ErrorKind::Uncertain`] and the managers tear down
 //!   before they try again.
 //! - *Tear-down can be repeated.* Tearing down what is absent succeeds, and after any error the same
 //!   call may be made again.
+//! - *Calls for one key take effect in the order in which they were made*, also when the answer to one
+//!   was lost. A backend behind a line (a connection, a queue, a thread) may have given up on a mount, or
+//!   its future was dropped, while the other end is still at work. The unmount that follows then waits
+//!   for that work or cancels it: once the unmount has succeeded, the late mount must not. The same is
+//!   true of attach and detach of a disk, combine and separate of a target, and unplug and a later attach
+//!   at the same locator.
 //! - *Every wait ends.* A backend bounds its own waits and never panics, whatever it is given. (A
 //!   panic is caught and counts as `Uncertain`.)
 //!

@@ -93,6 +93,7 @@ mod backend;
 mod check;
 pub mod conformance;
 mod fake;
+mod faults;
 mod gate;
 mod log;
 mod names;

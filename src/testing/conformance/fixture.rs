@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use crate::testing::VmStep;
 use crate::{Disk, MountOptions, Transport, Unplugger};
 
 /// Lists what a backend has set up, for the suite to compare before and after a call.
@@ -42,6 +43,67 @@ impl<F: Fn() -> Vec<String> + Send + Sync + 'static> Snapshot for F {
     }
 }
 
+/// How a fixture can make a call end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The answer is lost: the backend cannot know whether the call had its effect. Make the
+    /// hypervisor or the guest silent, or break the connection to it.
+    Uncertain {
+        /// Whether it had.
+        happens: bool,
+    },
+    /// The device, mount or overlay is in use. Hold it open, for example.
+    Busy,
+    /// The call takes no effect before [`Faults::clear`]: what the backend asks is slow. The suite
+    /// gives the call up meanwhile, and makes the next one for the same key.
+    Held,
+    /// The VM has ended. This is the last fault of a suite, which needs the VM for nothing more
+    /// than tear-downs afterwards.
+    Gone,
+}
+
+/// Makes calls fail on purpose, for a fixture.
+///
+/// ```
+/// use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+/// use std::sync::Arc;
+///
+/// use blockmount::testing::VmStep;
+/// use blockmount::testing::conformance::{Fault, Faults};
+///
+/// /// A hypervisor in memory, which looks at these before it answers.
+/// #[derive(Clone, Default)]
+/// struct Switches {
+///     /// The next device is added, but nobody is told.
+///     silent_add: Arc<AtomicBool>,
+/// }
+///
+/// #[async_trait::async_trait]
+/// impl Faults for Switches {
+///     async fn inject(&self, step: VmStep, fault: Fault) -> bool {
+///         let known = (step, fault) == (VmStep::Attach, Fault::Uncertain { happens: true });
+///         self.silent_add.store(known, Relaxed);
+///         known
+///     }
+///
+///     async fn clear(&self) {
+///         self.silent_add.store(false, Relaxed);
+///     }
+/// }
+/// ```
+#[async_trait]
+pub trait Faults: Send + Sync + 'static {
+    /// Makes the next call of `step` end in `fault`, and says whether this fixture can do that. If it
+    /// cannot, it changes nothing, and the suite reports the checks that need the fault as
+    /// [not run](super::Passed::not_run).
+    async fn inject(&self, step: VmStep, fault: Fault) -> bool;
+
+    /// Ends every fault, also one that no call has met: what is held goes on, what is busy is free.
+    /// What has ended with [`Fault::Gone`] stays so.
+    async fn clear(&self);
+}
+
 /// Removes the file behind a disk from the host.
 pub(super) type RemoveSource = Box<dyn Fn(&Disk) + Send + Sync>;
 
@@ -53,6 +115,7 @@ pub struct TransportFixture {
     pub(super) aliases: Vec<Disk>,
     pub(super) capacity: Option<usize>,
     pub(super) remove_source: Option<RemoveSource>,
+    pub(super) faults: Option<Box<dyn Faults>>,
 }
 
 impl TransportFixture {
@@ -74,6 +137,7 @@ impl TransportFixture {
             aliases: Vec::new(),
             capacity: None,
             remove_source: None,
+            faults: None,
         }
     }
 
@@ -99,6 +163,14 @@ impl TransportFixture {
         self.remove_source = Some(Box::new(remove));
         self
     }
+
+    /// Makes calls fail on purpose. Without it, the checks of the state after `Uncertain`, `Busy` and
+    /// `Gone`, and of the order of calls, are not run.
+    #[must_use]
+    pub fn faults(mut self, faults: impl Faults) -> Self {
+        self.faults = Some(Box::new(faults));
+        self
+    }
 }
 
 /// What the suites of the guest's contracts work on.
@@ -111,6 +183,7 @@ pub struct GuestFixture {
     pub(super) options: MountOptions,
     pub(super) blank: Option<Disk>,
     pub(super) scratch: Option<Disk>,
+    pub(super) faults: Option<Box<dyn Faults>>,
 }
 
 impl GuestFixture {
@@ -138,6 +211,7 @@ impl GuestFixture {
             options: MountOptions::read_only(),
             blank: None,
             scratch: None,
+            faults: None,
         }
     }
 
@@ -160,6 +234,14 @@ impl GuestFixture {
     #[must_use]
     pub fn scratch(mut self, disk: Disk) -> Self {
         self.scratch = Some(disk);
+        self
+    }
+
+    /// Makes calls fail on purpose. Without it, the checks of the state after `Uncertain`, `Busy` and
+    /// `Gone`, and of the order of calls, are not run.
+    #[must_use]
+    pub fn faults(mut self, faults: impl Faults) -> Self {
+        self.faults = Some(Box::new(faults));
         self
     }
 

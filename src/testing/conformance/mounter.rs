@@ -1,12 +1,40 @@
 //! The checks of a mounter.
 
 use std::num::NonZeroU32;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::GuestFixture;
-use super::checks::{Checks, Passed, attached, foreign, hostile, impossible_targets};
+use super::check::contract;
+use super::faults::{Pair, PairChecks};
+use super::fixture::{Fault, GuestFixture};
+use super::hostile::{foreign, hostile, impossible_targets};
+use super::run::{Held, Run};
+use super::{Broken, Passed};
 use crate::ErrorKind::{Conflict, Invalid, NotFound, Unsuitable};
-use crate::{DeviceLocator, MountOptions, MountOptionsBuilder, Mounter};
+use crate::testing::VmStep;
+use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter};
+
+contract! { "mounter" ATTACHABLE REMOVABLE {
+    UNMOUNT_ABSENT = "unmounting what was never mounted succeeds";
+    MOUNT = "an attached device can be mounted";
+    MOUNT_SHOWS = "mounting shows in the tables";
+    UNMOUNT = "unmounting leaves nothing";
+    UNMOUNT_TWICE = "unmounting twice succeeds";
+    TAKEN = "a taken target is a conflict and its mount stays as it was";
+    NO_PARTITION = "a partition that is not there is not found and leaves nothing";
+    FOREIGN = "a device of another transport is unsuitable or not found and leaves nothing";
+    NONSENSE = "an address that makes no sense is invalid or not found and leaves nothing";
+    TARGET = "a target that cannot be is refused and leaves nothing";
+    UNMOUNT_TARGET = "unmounting a target that cannot be changes nothing";
+    BLANK = "a filesystem that is not there is not found and leaves nothing";
+    BLANK_REMOVABLE = "a device that could not be mounted can be taken out";
+    NO_DEVICE = "a device that is not there is not found and leaves nothing";
+    UNANSWERED = "a mount without an answer is uncertain or leaves nothing";
+    DOUBT = "unmounting after a mount in doubt succeeds and leaves nothing";
+    BUSY = "a mount that is busy stays as it was";
+    REPEAT = "an unmount that failed can be repeated and leaves nothing";
+    LATE = "a mount that was given up has no effect after the unmount";
+    GONE = "an unmount after the end of the VM is done or gone, and leaves nothing";
+}}
 
 /// Runs a [`Mounter`] through its checks:
 ///
@@ -18,211 +46,204 @@ use crate::{DeviceLocator, MountOptions, MountOptionsBuilder, Mounter};
 /// - a device, a partition or a filesystem that is not there is `NotFound`; another transport is
 ///   `Unsuitable` or `NotFound`; an address or a target that makes no sense fails: each leaves nothing
 /// - unmount of a target that makes no sense changes nothing
+/// - with faults: an unmount after a mount in doubt leaves nothing; after `Busy` the mount is as before,
+///   and after any error the unmount can be repeated; a mount that was given up has no effect after the
+///   unmount that follows it; after the end of the VM an unmount is done
 ///
 /// # Panics
 ///
 /// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn mounter(mounter: &dyn Mounter, fixture: &GuestFixture) -> Passed {
-    let mut checks = Checks::of("mounter", &*fixture.snapshot);
-    let before = checks.tables().await;
-    let disks = fixture.two_disks();
-    let locators = attached(&mut checks, &*fixture.transport, disks).await;
-
-    round_trip(&mut checks, mounter, fixture, &locators[0]).await;
-    taken(&mut checks, mounter, fixture, &locators).await;
-    refused(&mut checks, mounter, fixture, &locators[0]).await;
-    if let Some(blank) = &fixture.blank {
-        let devices = attached(
-            &mut checks,
-            &*fixture.transport,
-            std::slice::from_ref(blank),
-        )
-        .await;
-        let target = fixture.directory.join("blank");
-        let check = "a filesystem that is not there is not found and leaves nothing";
-        let mount = mounter.mount(&devices[0], &target, &fixture.options);
-        checks
-            .fails(check, &[NotFound], format!("mount of {blank}"), mount)
-            .await;
-        let check = "a device that could not be mounted can be taken out";
-        let unplug = fixture.unplugger.unplug(&devices[0]);
-        checks
-            .succeeds(check, format!("unplug of {blank}"), unplug)
-            .await;
-        checks
-            .succeeds(
-                check,
-                format!("detach of {blank}"),
-                fixture.transport.detach(blank),
-            )
-            .await;
+    match try_mounter(mounter, fixture).await {
+        Ok(passed) => passed,
+        Err(broken) => panic!("{broken}"),
     }
+}
 
-    fixture
-        .take_out(&mut checks, disks, &locators, &before)
-        .await;
-    let check = "a device that is not there is not found and leaves nothing";
+/// As [`mounter()`], without the panic.
+///
+/// # Errors
+///
+/// The first check that does not hold.
+///
+/// # Panics
+///
+/// If the fixture has too few disks.
+pub async fn try_mounter(mounter: &dyn Mounter, fixture: &GuestFixture) -> Result<Passed, Broken> {
+    let mut run = Run::of(&CONTRACT, &*fixture.snapshot, fixture.faults.as_deref());
+    let before = run.tables().await;
+    let disks = fixture.two_disks();
+    let locators = run.attached(&*fixture.transport, disks).await?;
+    let suite = Suite { mounter, fixture };
+
+    suite.round_trip(&mut run, &locators[0]).await?;
+    suite.taken(&mut run, &locators).await?;
+    suite.refused(&mut run, &locators[0]).await?;
+    suite.impossible(&mut run, &locators[0]).await?;
+    if let Some(blank) = &fixture.blank {
+        suite.blank(&mut run, blank).await?;
+    }
+    suite.after_faults(&mut run, &locators[0]).await?;
+
+    run.take_out(fixture, disks, &locators).await?;
     let target = fixture.directory.join("absent");
     let mount = mounter.mount(&locators[0], &target, &fixture.options);
-    checks
-        .fails(
-            check,
-            &[NotFound],
-            format!("mount of {}", locators[0]),
-            mount,
-        )
-        .await;
-    checks.passed()
+    let what = format!("mount of {}", locators[0]);
+    run.fails(NO_DEVICE, &[NotFound], what, mount).await?;
+    suite.gone(&mut run, &disks[0]).await?;
+    run.end(&before).await
 }
 
-/// Mounts a device where it must work.
-pub(super) async fn mount(
-    checks: &mut Checks<'_>,
-    mounter: &dyn Mounter,
-    device: &DeviceLocator,
-    target: &Path,
-    options: &MountOptions,
-) {
-    let before = checks.tables().await;
-    let what = format!("mount of {device} at {}", target.display());
-    let mount = mounter.mount(device, target, options);
-    checks
-        .succeeds("an attached device can be mounted", &what, mount)
-        .await;
-    checks
-        .changed("mounting shows in the tables", &what, &before)
-        .await;
+struct Suite<'a> {
+    mounter: &'a dyn Mounter,
+    fixture: &'a GuestFixture,
 }
 
-/// Unmounts a target where it must work, back to the tables from before the mount.
-pub(super) async fn unmount(
-    checks: &mut Checks<'_>,
-    mounter: &dyn Mounter,
-    target: &Path,
-    before: &[String],
-) {
-    let what = format!("unmount of {}", target.display());
-    let check = "unmounting leaves nothing";
-    checks.succeeds(check, &what, mounter.unmount(target)).await;
-    checks.unchanged(check, &what, before).await;
-    let check = "unmounting twice succeeds";
-    checks
-        .succeeds(check, format!("second {what}"), mounter.unmount(target))
-        .await;
-    checks
-        .unchanged(check, format!("second {what}"), before)
-        .await;
-}
-
-async fn round_trip(
-    checks: &mut Checks<'_>,
-    mounter: &dyn Mounter,
-    fixture: &GuestFixture,
-    device: &DeviceLocator,
-) {
-    let before = checks.tables().await;
-    let target = fixture.directory.join("one");
-    let check = "unmounting what was never mounted succeeds";
-    let what = format!("unmount of {}", target.display());
-    checks
-        .succeeds(check, &what, mounter.unmount(&target))
-        .await;
-    checks.unchanged(check, &what, &before).await;
-    // The second round is the check that a target can be mounted again.
-    for _ in 0..2 {
-        mount(checks, mounter, device, &target, &fixture.options).await;
-        unmount(checks, mounter, &target, &before).await;
+impl Suite<'_> {
+    fn target(&self, name: &str) -> PathBuf {
+        self.fixture.directory.join(name)
     }
-    let deep = fixture.directory.join("made/for/it");
-    mount(checks, mounter, device, &deep, &fixture.options).await;
-    unmount(checks, mounter, &deep, &before).await;
-}
 
-async fn taken(
-    checks: &mut Checks<'_>,
-    mounter: &dyn Mounter,
-    fixture: &GuestFixture,
-    devices: &[DeviceLocator],
-) {
-    let before = checks.tables().await;
-    let (one, other) = (
-        fixture.directory.join("one"),
-        fixture.directory.join("other"),
-    );
-    mount(checks, mounter, &devices[0], &one, &fixture.options).await;
-    let with_one = checks.tables().await;
-    for device in [&devices[1], &devices[0]] {
-        let check = "a taken target is a conflict and its mount stays as it was";
-        let what = format!("mount of {device} at a taken target");
-        let mount = mounter.mount(device, &one, &fixture.options);
-        checks.fails(check, &[Conflict], what, mount).await;
+    async fn mount(&self, run: &mut Run<'_>, device: &DeviceLocator, target: &Path) -> Held {
+        let before = run.tables().await;
+        let what = format!("mount of {device} at {}", target.display());
+        let mount = self.mounter.mount(device, target, &self.fixture.options);
+        run.succeeds(MOUNT, &what, mount).await?;
+        run.changed(MOUNT_SHOWS, &what, &before).await
     }
-    mount(checks, mounter, &devices[1], &other, &fixture.options).await;
-    unmount(checks, mounter, &other, &with_one).await;
-    unmount(checks, mounter, &one, &before).await;
-}
 
-async fn refused(
-    checks: &mut Checks<'_>,
-    mounter: &dyn Mounter,
-    fixture: &GuestFixture,
-    device: &DeviceLocator,
-) {
-    let target = fixture.directory.join("refused");
-    let partition = NonZeroU32::new(99).expect("99 is not zero");
-    let options = MountOptionsBuilder::from(fixture.options.clone())
-        .partition(partition)
-        .build();
-    let options = options.expect("a partition contradicts nothing");
-    let check = "a partition that is not there is not found and leaves nothing";
-    let what = format!("mount of partition {partition} of {device}");
-    checks
-        .fails(
-            check,
-            &[NotFound],
-            what,
-            mounter.mount(device, &target, &options),
-        )
-        .await;
-
-    let options = &fixture.options;
-    let check = "a device of another transport is unsuitable or not found and leaves nothing";
-    let other = foreign();
-    let mount = mounter.mount(&other, &target, options);
-    checks
-        .fails(
-            check,
-            &[Unsuitable, NotFound],
-            format!("mount of {other}"),
-            mount,
-        )
-        .await;
-    for locator in hostile(device.transport()) {
-        let check = "an address that makes no sense is invalid or not found and leaves nothing";
-        let mount = mounter.mount(&locator, &target, options);
-        checks
-            .fails(
-                check,
-                &[Invalid, NotFound],
-                format!("mount of {locator}"),
-                mount,
-            )
-            .await;
+    /// Unmounts a target, back to the tables from before the mount.
+    async fn unmount(&self, run: &mut Run<'_>, target: &Path, before: &[String]) -> Held {
+        let what = format!("unmount of {}", target.display());
+        for check in [UNMOUNT, UNMOUNT_TWICE] {
+            run.succeeds(check, &what, self.mounter.unmount(target))
+                .await?;
+            run.unchanged(check, &what, before).await?;
+        }
+        Ok(())
     }
-    for target in impossible_targets() {
-        let shown: String = target.display().to_string().chars().take(40).collect();
-        let check = "a target that cannot be is refused and leaves nothing";
-        let what = format!("mount at {shown:?}");
-        checks
-            .fails(check, &[], what, mounter.mount(device, &target, options))
-            .await;
-        let check = "unmounting a target that cannot be changes nothing";
-        checks
-            .harmless(
-                check,
-                format!("unmount of {shown:?}"),
-                mounter.unmount(&target),
-            )
-            .await;
+
+    async fn round_trip(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {
+        let before = run.tables().await;
+        let target = self.target("one");
+        let what = format!("unmount of {}", target.display());
+        run.succeeds(UNMOUNT_ABSENT, &what, self.mounter.unmount(&target))
+            .await?;
+        run.unchanged(UNMOUNT_ABSENT, &what, &before).await?;
+        // The second round is the check that a target can be mounted again.
+        for target in [&target, &target, &self.target("made/for/it")] {
+            self.mount(run, device, target).await?;
+            self.unmount(run, target, &before).await?;
+        }
+        Ok(())
+    }
+
+    async fn taken(&self, run: &mut Run<'_>, devices: &[DeviceLocator]) -> Held {
+        let before = run.tables().await;
+        let (one, other) = (self.target("one"), self.target("other"));
+        self.mount(run, &devices[0], &one).await?;
+        let with_one = run.tables().await;
+        for device in [&devices[1], &devices[0]] {
+            let what = format!("mount of {device} at a taken target");
+            let mount = self.mounter.mount(device, &one, &self.fixture.options);
+            run.fails(TAKEN, &[Conflict], what, mount).await?;
+        }
+        self.mount(run, &devices[1], &other).await?;
+        self.unmount(run, &other, &with_one).await?;
+        self.unmount(run, &one, &before).await
+    }
+
+    async fn refused(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {
+        let target = self.target("refused");
+        let partition = NonZeroU32::new(99).expect("99 is not zero");
+        let options = MountOptionsBuilder::from(self.fixture.options.clone())
+            .partition(partition)
+            .build()
+            .expect("a partition contradicts nothing");
+        let what = format!("mount of partition {partition} of {device}");
+        let mount = self.mounter.mount(device, &target, &options);
+        run.fails(NO_PARTITION, &[NotFound], what, mount).await?;
+
+        let options = &self.fixture.options;
+        let other = foreign();
+        let mount = self.mounter.mount(&other, &target, options);
+        let what = format!("mount of {other}");
+        run.fails(FOREIGN, &[Unsuitable, NotFound], what, mount)
+            .await?;
+        for locator in hostile(device.transport()) {
+            let mount = self.mounter.mount(&locator, &target, options);
+            let what = format!("mount of {locator}");
+            run.fails(NONSENSE, &[Invalid, NotFound], what, mount)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn impossible(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {
+        for target in impossible_targets() {
+            let shown: String = target.display().to_string().chars().take(40).collect();
+            let mount = self.mounter.mount(device, &target, &self.fixture.options);
+            run.fails(TARGET, &[], format!("mount at {shown:?}"), mount)
+                .await?;
+            let unmount = self.mounter.unmount(&target);
+            let what = format!("unmount of {shown:?}");
+            run.harmless(UNMOUNT_TARGET, what, unmount).await?;
+        }
+        Ok(())
+    }
+
+    async fn blank(&self, run: &mut Run<'_>, blank: &Disk) -> Held {
+        let Suite { mounter, fixture } = self;
+        let disks = std::slice::from_ref(blank);
+        let devices = run.attached(&*fixture.transport, disks).await?;
+        let target = self.target("blank");
+        let mount = mounter.mount(&devices[0], &target, &fixture.options);
+        run.fails(BLANK, &[NotFound], format!("mount of {blank}"), mount)
+            .await?;
+        let unplug = fixture.unplugger.unplug(&devices[0]);
+        run.succeeds(BLANK_REMOVABLE, format!("unplug of {blank}"), unplug)
+            .await?;
+        let detach = fixture.transport.detach(blank);
+        run.succeeds(BLANK_REMOVABLE, format!("detach of {blank}"), detach)
+            .await
+    }
+
+    async fn after_faults(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {
+        let Suite { mounter, fixture } = *self;
+        let target = &self.target("faults");
+        let pair = Pair {
+            up: (VmStep::Mount, &|| {
+                mounter.mount(device, target, &fixture.options)
+            }),
+            down: (VmStep::Unmount, &|| mounter.unmount(target)),
+            checks: PairChecks {
+                up: MOUNT,
+                unanswered: UNANSWERED,
+                doubt: DOUBT,
+                busy: BUSY,
+                repeat: REPEAT,
+                late: LATE,
+            },
+        };
+        pair.check(run).await
+    }
+
+    async fn gone(&self, run: &mut Run<'_>, disk: &Disk) -> Held {
+        let Suite { mounter, fixture } = self;
+        let disks = std::slice::from_ref(disk);
+        let locators = run.attached(&*fixture.transport, disks).await?;
+        let with_device = run.tables().await;
+        let target = self.target("gone");
+        self.mount(run, &locators[0], &target).await?;
+        if !run.inject(VmStep::Unmount, Fault::Gone).await {
+            self.unmount(run, &target, &with_device).await?;
+            return run.take_out(fixture, disks, &locators).await;
+        }
+        for _ in 0..2 {
+            run.done_or_gone(GONE, "unmount", mounter.unmount(&target))
+                .await?;
+        }
+        run.clear().await;
+        run.take_out_of_ended(fixture, disks, &locators).await
     }
 }

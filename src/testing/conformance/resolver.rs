@@ -1,9 +1,24 @@
 //! The checks of a resolver.
 
-use super::GuestFixture;
-use super::checks::{Checks, Passed, attached, foreign, hostile};
+use super::check::contract;
+use super::fixture::GuestFixture;
+use super::hostile::{foreign, hostile};
+use super::run::Run;
+use super::{Broken, Passed};
 use crate::ErrorKind::{Invalid, NotFound, Unsuitable};
 use crate::Resolver;
+
+contract! { "resolver" ATTACHABLE REMOVABLE {
+    RESOLVE = "an attached device can be resolved";
+    ABSOLUTE = "a device is at an absolute path";
+    RANGE = "a range is not empty";
+    ONE_PLACE = "a device resolves to one place";
+    TWO_PLACES = "two devices resolve to two places";
+    HARMLESS = "resolving changes nothing";
+    FOREIGN = "a locator of another transport is unsuitable";
+    NONSENSE = "an address that makes no sense is invalid or not found";
+    REMOVED = "a device that was taken out is not found";
+}}
 
 /// Runs a [`Resolver`] through its checks:
 ///
@@ -18,76 +33,69 @@ use crate::Resolver;
 ///
 /// At the first check that does not hold, and if the fixture has too few disks.
 pub async fn resolver(resolver: &dyn Resolver, fixture: &GuestFixture) -> Passed {
-    let mut checks = Checks::of("resolver", &*fixture.snapshot);
-    let before = checks.tables().await;
+    match try_resolver(resolver, fixture).await {
+        Ok(passed) => passed,
+        Err(broken) => panic!("{broken}"),
+    }
+}
+
+/// As [`resolver()`], without the panic.
+///
+/// # Errors
+///
+/// The first check that does not hold.
+///
+/// # Panics
+///
+/// If the fixture has too few disks.
+pub async fn try_resolver(
+    resolver: &dyn Resolver,
+    fixture: &GuestFixture,
+) -> Result<Passed, Broken> {
+    let mut run = Run::of(&CONTRACT, &*fixture.snapshot, fixture.faults.as_deref());
+    let before = run.tables().await;
     let disks = fixture.two_disks();
-    let locators = attached(&mut checks, &*fixture.transport, disks).await;
-    let with_devices = checks.tables().await;
+    let locators = run.attached(&*fixture.transport, disks).await?;
+    let with_devices = run.tables().await;
 
     let mut devices = Vec::new();
     for locator in &locators {
         let what = format!("resolve of {locator}");
-        let check = "an attached device can be resolved";
-        let device = checks
-            .succeeds(check, &what, resolver.resolve(locator))
-            .await;
-        let again = checks
-            .succeeds(check, &what, resolver.resolve(locator))
-            .await;
+        let device = run
+            .succeeds(RESOLVE, &what, resolver.resolve(locator))
+            .await?;
+        let again = run
+            .succeeds(RESOLVE, &what, resolver.resolve(locator))
+            .await?;
         let said = format!("{what} answered {device:?}");
-        checks.holds(
-            "a device is at an absolute path",
-            device.path.has_root(),
-            &said,
-        );
-        let sensible = device
-            .range
-            .as_ref()
-            .is_none_or(|range| range.start < range.end);
-        checks.holds("a range is not empty", sensible, &said);
-        checks.holds(
-            "a device resolves to one place",
+        run.holds(ABSOLUTE, device.path.has_root(), &said)?;
+        let range = device.range.as_ref();
+        run.holds(RANGE, range.is_none_or(|range| !range.is_empty()), &said)?;
+        run.holds(
+            ONE_PLACE,
             device == again,
             format!("{said}, then {again:?}"),
-        );
+        )?;
         devices.push(device);
     }
-    let check = "two devices resolve to two places";
-    checks.holds(
-        check,
-        devices[0] != devices[1],
-        format!("both are {:?}", devices[0]),
-    );
-    checks
-        .unchanged("resolving changes nothing", "resolve", &with_devices)
-        .await;
+    let said = format!("both are {:?}", devices[0]);
+    run.holds(TWO_PLACES, devices[0] != devices[1], said)?;
+    run.unchanged(HARMLESS, "resolve", &with_devices).await?;
 
-    let check = "a locator of another transport is unsuitable";
     let other = foreign();
     let what = format!("resolve of {other}");
-    checks
-        .fails(check, &[Unsuitable], what, resolver.resolve(&other))
-        .await;
+    run.fails(FOREIGN, &[Unsuitable], what, resolver.resolve(&other))
+        .await?;
     for locator in hostile(locators[0].transport()) {
-        let check = "an address that makes no sense is invalid or not found";
         let what = format!("resolve of {locator}");
-        checks
-            .fails(
-                check,
-                &[Invalid, NotFound],
-                what,
-                resolver.resolve(&locator),
-            )
-            .await;
+        let call = resolver.resolve(&locator);
+        run.fails(NONSENSE, &[Invalid, NotFound], what, call)
+            .await?;
     }
 
-    fixture
-        .take_out(&mut checks, disks, &locators, &before)
-        .await;
-    let check = "a device that was taken out is not found";
+    run.take_out(fixture, disks, &locators).await?;
     let what = format!("resolve of {}", locators[0]);
-    checks
-        .fails(check, &[NotFound], what, resolver.resolve(&locators[0]))
-        .await;
-    checks.passed()
+    let call = resolver.resolve(&locators[0]);
+    run.fails(REMOVED, &[NotFound], what, call).await?;
+    run.end(&before).await
 }

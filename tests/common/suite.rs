@@ -1,0 +1,43 @@
+//! Fixtures for the conformance suite over a fake VM.
+
+use blockmount::testing::FakeVm;
+use blockmount::testing::conformance::{Faults, GuestFixture, Snapshot, TransportFixture};
+use blockmount::{Disk, Transport};
+
+pub(crate) const CAPACITY: u32 = 3;
+
+pub(crate) fn disk(name: &str) -> Disk {
+    Disk::virtual_disk(format!("/images/{name}"))
+}
+
+pub(crate) fn transport_fixture(
+    vm: &FakeVm,
+    faults: impl Faults,
+    snapshot: impl Snapshot,
+) -> TransportFixture {
+    vm.alias("/links/a", "/images/a");
+    vm.remove_source("/images/missing");
+    let host = vm.clone();
+    TransportFixture::new(["a", "b", "c", "d"].map(disk), disk("missing"), snapshot)
+        .aliases(["/links/a", "images/a", "/images/../images/./a"].map(Disk::virtual_disk))
+        .capacity(CAPACITY as usize)
+        .remove_source(move |disk| host.remove_source(disk.source()))
+        .faults(faults)
+}
+
+pub(crate) fn guest_fixture(
+    vm: &FakeVm,
+    transport: impl Transport,
+    faults: impl Faults,
+    snapshot: impl Snapshot,
+) -> GuestFixture {
+    GuestFixture::new(
+        transport,
+        vm.clone(),
+        ["a", "b"].map(disk),
+        "/run/suite",
+        snapshot,
+    )
+    .scratch(disk("scratch"))
+    .faults(faults)
+}

@@ -1,0 +1,215 @@
+//! Mounters that are wrong.
+
+use std::future::pending;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use async_trait::async_trait;
+use blockmount::testing::FakeVm;
+use blockmount::testing::conformance::try_mounter;
+use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter};
+
+use super::{Everywhere, HIDDEN, Mutant, OF_GUESTS, Outcome, Tried, panics, suite, wrong};
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Bug {
+    None,
+    Panics,
+    Hangs,
+    CannotUnmountTheAbsent,
+    CannotMount,
+    MountsNothing,
+    UnmountsNothing,
+    CannotUnmountTwice,
+    TakesTakenTargets,
+    HidesThatAPartitionIsMissing,
+    HidesThatATransportIsAnother,
+    HidesThatAnAddressIsInvalid,
+    LeavesImpossibleTargets,
+    LeavesATraceOfImpossibleTargets,
+    HidesThatADiskIsBlank,
+    HoldsBlankDisks,
+    HidesThatADeviceIsMissing,
+    HidesThatItIsInDoubt,
+    ForgetsMountsInDoubt,
+    UnmountsWhatIsBusy,
+    CannotRepeatAnUnmount,
+    MountsLate,
+    FailsInAnEndedVm,
+}
+
+use Bug::*;
+
+const MUTANTS: [(Bug, &str); 22] = [
+    (Panics, "a backend never panics"),
+    (Hangs, "every call ends"),
+    (
+        CannotUnmountTheAbsent,
+        "unmounting what was never mounted succeeds",
+    ),
+    (CannotMount, "an attached device can be mounted"),
+    (MountsNothing, "mounting shows in the tables"),
+    (UnmountsNothing, "unmounting leaves nothing"),
+    (CannotUnmountTwice, "unmounting twice succeeds"),
+    (
+        TakesTakenTargets,
+        "a taken target is a conflict and its mount stays as it was",
+    ),
+    (
+        HidesThatAPartitionIsMissing,
+        "a partition that is not there is not found and leaves nothing",
+    ),
+    (
+        HidesThatATransportIsAnother,
+        "a device of another transport is unsuitable or not found and leaves nothing",
+    ),
+    (
+        HidesThatAnAddressIsInvalid,
+        "an address that makes no sense is invalid or not found and leaves nothing",
+    ),
+    (
+        LeavesImpossibleTargets,
+        "a target that cannot be is refused and leaves nothing",
+    ),
+    (
+        LeavesATraceOfImpossibleTargets,
+        "unmounting a target that cannot be changes nothing",
+    ),
+    (
+        HidesThatADiskIsBlank,
+        "a filesystem that is not there is not found and leaves nothing",
+    ),
+    (
+        HoldsBlankDisks,
+        "a device that could not be mounted can be taken out",
+    ),
+    (
+        HidesThatADeviceIsMissing,
+        "a device that is not there is not found and leaves nothing",
+    ),
+    (
+        HidesThatItIsInDoubt,
+        "a mount without an answer is uncertain or leaves nothing",
+    ),
+    (
+        ForgetsMountsInDoubt,
+        "unmounting after a mount in doubt succeeds and leaves nothing",
+    ),
+    (UnmountsWhatIsBusy, "a mount that is busy stays as it was"),
+    (
+        CannotRepeatAnUnmount,
+        "an unmount that failed can be repeated and leaves nothing",
+    ),
+    (
+        MountsLate,
+        "a mount that was given up has no effect after the unmount",
+    ),
+    (
+        FailsInAnEndedVm,
+        "an unmount after the end of the VM is done or gone, and leaves nothing",
+    ),
+];
+
+pub(super) fn try_all() -> Vec<Tried> {
+    super::try_all(&MUTANTS, &OF_GUESTS, Bug::None, run)
+}
+
+async fn run(bug: Bug, everywhere: Everywhere, looks: Arc<AtomicUsize>, from: usize) -> Outcome {
+    let mutant = Mutant::new(FakeVm::new(), bug);
+    let fixture = super::guest_fixture(&mutant.vm, &mutant.memory, everywhere, &looks, from);
+    try_mounter(&mutant, &fixture.blank(suite::disk("blank"))).await
+}
+
+impl Mutant<Bug> {
+    /// The fake VM has no blank disks.
+    fn is_blank(&self, device: &DeviceLocator) -> bool {
+        self.vm.locator_of(&suite::disk("blank")).as_ref() == Some(device)
+    }
+}
+
+/// What a correct mounter says of a blank disk.
+fn blank() -> Result<(), BackendError> {
+    Err(BackendError::not_found("no filesystem"))
+}
+
+fn is_possible(target: &Path) -> bool {
+    target.starts_with("/run/suite")
+}
+
+#[async_trait]
+impl Mounter for Mutant<Bug> {
+    async fn mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let Mutant { vm, bug, memory } = self;
+        match bug {
+            Panics => panics(),
+            Hangs => pending().await,
+            CannotMount => return wrong(),
+            MountsNothing => return Ok(()),
+            TakesTakenTargets => vm.unmount(target).await?,
+            HidesThatADiskIsBlank if self.is_blank(device) => return wrong(),
+            HoldsBlankDisks if self.is_blank(device) => {
+                vm.mount(device, Path::new(HIDDEN), options).await?;
+                return blank();
+            }
+            MountsLate if !self.is_blank(device) => {
+                let (vm, device) = (vm.clone(), device.clone());
+                let (target, options) = (target.to_owned(), options.clone());
+                let late = async move { vm.mount(&device, &target, &options).await };
+                return tokio::spawn(late).await.unwrap();
+            }
+            _ if self.is_blank(device) => return blank(),
+            _ => {}
+        }
+        let mounted = vm.mount(device, target, options).await;
+        let kind = mounted.as_ref().err().map(BackendError::kind);
+        let numbered = device.address().parse::<u8>().is_ok();
+        match (bug, kind) {
+            (CannotUnmountTwice | CannotUnmountTheAbsent, Option::None) => {
+                memory.see(&target.display());
+            }
+            (HidesThatAPartitionIsMissing, Some(_)) if options.partition().is_some() => {
+                return wrong();
+            }
+            (HidesThatATransportIsAnother, Some(ErrorKind::Unsuitable)) => return wrong(),
+            (HidesThatAnAddressIsInvalid, Some(ErrorKind::Invalid)) if !numbered => return wrong(),
+            (LeavesImpossibleTargets, Some(_)) if !is_possible(target) => memory.leave(),
+            (HidesThatADeviceIsMissing, Some(_)) if target.ends_with("absent") => return wrong(),
+            (HidesThatItIsInDoubt, Some(ErrorKind::Uncertain)) => return wrong(),
+            (ForgetsMountsInDoubt, Some(ErrorKind::Uncertain)) => memory.spoil(),
+            (ForgetsMountsInDoubt, Option::None) => memory.mend(),
+            _ => {}
+        }
+        mounted
+    }
+
+    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        let Mutant { vm, bug, memory } = self;
+        let absent = vm.device_at(target).is_none();
+        let seen = memory.has_seen(&target.display());
+        match bug {
+            Panics => panics(),
+            CannotUnmountTheAbsent if !seen => return wrong(),
+            UnmountsNothing => return Ok(()),
+            CannotUnmountTwice if absent && seen => return wrong(),
+            LeavesATraceOfImpossibleTargets if !is_possible(target) => memory.leave(),
+            ForgetsMountsInDoubt if memory.is_spoilt() => return Ok(()),
+            CannotRepeatAnUnmount if memory.is_spoilt() => return wrong(),
+            _ => {}
+        }
+        let unmounted = vm.unmount(target).await;
+        let kind = unmounted.as_ref().err().map(BackendError::kind);
+        match (bug, kind) {
+            (UnmountsWhatIsBusy, Some(ErrorKind::Busy)) => vm.unmount(target).await?,
+            (CannotRepeatAnUnmount, Some(_)) => memory.spoil(),
+            (FailsInAnEndedVm, Some(ErrorKind::Gone)) => return wrong(),
+            _ => {}
+        }
+        unmounted
+    }
+}
