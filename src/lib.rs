@@ -86,6 +86,7 @@ mod manager;
 mod mount;
 mod options;
 mod pci;
+pub mod placement;
 mod release;
 pub mod slots;
 mod stack;

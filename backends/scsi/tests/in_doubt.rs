@@ -8,13 +8,13 @@ mod common;
 use blockmount::testing::AttachIdentified as _;
 use std::sync::Arc;
 
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::{ErrorKind, Transport};
 use common::{Answer, Event, Scsi, Vm, address, disk, entry, scsi};
 
 /// One disk is in doubt at 0/0, the bus is full but for 0/1.
 async fn only_detach_frees(vm: &Vm, scsi: &Scsi) {
-    let in_doubt = entry("0/0", SlotState::Quarantined, Some(disk(0)));
+    let in_doubt = entry("0/0", SlotUse::Quarantined, Some(disk(0)));
     assert_eq!(scsi.slot_map(), std::slice::from_ref(&in_doubt));
     assert_eq!(vm.present(), [address("0/0")]);
     assert_eq!(
@@ -126,7 +126,7 @@ async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
         task.await.unwrap_err();
         assert_eq!(
             scsi.slot_map(),
-            [entry("0/0", SlotState::Quarantined, Some(disk(0)))]
+            [entry("0/0", SlotUse::Quarantined, Some(disk(0)))]
         );
         assert_eq!(
             scsi.attach_identified(&disk(1)).await.unwrap_err().kind(),
@@ -152,7 +152,7 @@ async fn a_disk_is_not_detached_while_it_is_being_attached() {
     );
     assert_eq!(
         scsi.slot_map(),
-        [entry("0/0", SlotState::Occupied, Some(disk(0)))]
+        [entry("0/0", SlotUse::Occupied, Some(disk(0)))]
     );
     vm.proceed.notify_one();
     attach.await.unwrap().unwrap();

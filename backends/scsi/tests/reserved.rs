@@ -2,7 +2,7 @@
 
 mod common;
 
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, Transport};
 use blockmount_scsi::{Geometry, InvalidReserved, ScsiAddress, ScsiTransport};
@@ -33,7 +33,7 @@ async fn o09_reserved_slots_are_never_detached() {
     };
     assert_eq!(vm.log().len(), 28);
     assert!(!vm.log().iter().any(touched));
-    let pinned = |text| entry(text, SlotState::Pinned, None);
+    let pinned = |text| entry(text, SlotUse::Pinned, None);
     assert_eq!(scsi.slot_map(), [pinned("0/0"), pinned("1/5")]);
 }
 
@@ -89,5 +89,5 @@ async fn n10_a_reserved_slot_is_occupied_from_the_start() {
         scsi.detach(&disk(round)).await.unwrap();
     }
     assert_eq!(vm.log().len(), 20);
-    assert_eq!(scsi.slot_map(), [entry("0/0", SlotState::Pinned, None)]);
+    assert_eq!(scsi.slot_map(), [entry("0/0", SlotUse::Pinned, None)]);
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, Transport};
 use common::{Answer, Event, address, disk, entry, scsi};
@@ -17,7 +17,7 @@ async fn o21_detach_of_a_disk_never_attached() {
     assert_eq!(vm.log(), [Event::Attach(address("0/0"), disk(1))]);
     assert_eq!(
         scsi.slot_map(),
-        [entry("0/0", SlotState::Occupied, Some(disk(1)))]
+        [entry("0/0", SlotUse::Occupied, Some(disk(1)))]
     );
 }
 

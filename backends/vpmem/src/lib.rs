@@ -81,8 +81,8 @@
 //! | `address.rs` | device numbers, byte ranges, and their locators `vpmem:2`, `vpmem:2@4194304+1052672` |
 //! | `geometry.rs` | how many devices there are, and how large |
 //! | `host/attacher.rs` | what a hypervisor has to do |
-//! | `host/transport.rs` | the calls that attach and detach, and what becomes of a place after each |
-//! | `host/places.rs` | which disk is on which device or range |
+//! | `host/transport.rs` | which disk is on which device or range |
+//! | `host/devices.rs` | which devices and ranges are free |
 //! | `host/packing.rs` | which pages of a device belong to which disk |
 //! | `guest/` | finding and unplugging a device in a Linux guest |
 //!
@@ -107,6 +107,5 @@ pub use guest::{PmemId, VpmemResolver, VpmemUnplugger};
 pub use host::testing;
 #[cfg(feature = "host")]
 pub use host::{
-    Attacher, InvalidReserved, MAX_MAPPINGS, Mode, PackedRange, Packing, SlotEntry, SlotUse,
-    VpmemTransport,
+    Attacher, InvalidReserved, MAX_MAPPINGS, Mode, PackedRange, Packing, SlotEntry, VpmemTransport,
 };

@@ -109,7 +109,7 @@ async fn v10_the_1025th_disk_goes_to_the_next_device() {
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
-        "none of the 2 VPMEM devices has room for 1048576 bytes (0 reserved, 2048 disks mapped, \
+        "none of the 2 VPMEM devices has 1048576 bytes free in one piece (0 reserved, 2048 disks mapped, \
          at most 1024 on a device, 3221225472 bytes free on the emptiest); \
          release a disk, or use another transport"
     );

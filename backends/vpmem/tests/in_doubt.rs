@@ -5,9 +5,9 @@
 
 mod common;
 
+use blockmount::placement::SlotUse;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{ErrorKind, Transport};
-use blockmount_vpmem::SlotUse;
 use common::{Answer, Event, MODES, Vm, Vpmem, address, disk, entry, occupied, room_for_two};
 
 /// One disk is in doubt at the first place, and only the second is free.

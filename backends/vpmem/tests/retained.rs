@@ -8,8 +8,9 @@ mod common;
 use blockmount::testing::AttachIdentified as _;
 use std::sync::Arc;
 
+use blockmount::placement::SlotUse;
 use blockmount::{Disk, ErrorKind, MountOptions, MountRequest, Transport};
-use blockmount_vpmem::{Mode, SlotUse};
+use blockmount_vpmem::Mode;
 use common::guest::Guest;
 use common::{Answer, Event, GIB, MIB, Vm, Vpmem, address, disk, entry, occupied, vpmem};
 

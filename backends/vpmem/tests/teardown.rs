@@ -2,9 +2,10 @@
 
 mod common;
 
+use blockmount::placement::SlotUse;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, Transport};
-use blockmount_vpmem::{InvalidReserved, Mode, PAGE, SlotUse, VpmemTransport};
+use blockmount_vpmem::{InvalidReserved, Mode, PAGE, VpmemTransport};
 use common::{
     Answer, Event, GIB, MIB, MODES, Question, Vm, address, device, disk, entry, occupied,
     room_for_two, vpmem,

@@ -144,7 +144,7 @@ impl QemuGuest {
         let on_scsi = self.scsi.slot_map().into_iter().map(|entry| SlotReport {
             slot: entry.address.to_string(),
             device: QemuScsi::name(entry.address),
-            ..slot(entry.state, entry.disk)
+            ..slot(entry.usage, entry.disk)
         });
         on_vpmem.chain(on_scsi).collect()
     }

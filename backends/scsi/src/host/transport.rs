@@ -1,12 +1,11 @@
-//! Which disk is at which address.
+//! The SCSI controllers of a VM as a transport.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use blockmount::slots::{Occupied, Policy, Slot, SlotError, SlotState, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use blockmount::placement::{self, Placement};
+use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
 use thiserror::Error;
 
 use crate::{Attacher, Geometry, ScsiAddress};
@@ -22,24 +21,12 @@ use crate::{Attacher, Geometry, ScsiAddress};
 pub struct ScsiTransport<A> {
     attacher: A,
     geometry: Geometry,
-    reserved: usize,
     slots: Slots,
-    /// By the disk as it was given. Never locked across a call of the attacher.
-    disks: Mutex<HashMap<Disk, Place>>,
+    placement: Placement<(Occupied, ScsiAddress)>,
 }
 
-/// A disk that is at an address, or may be.
-struct Place {
-    slot: Occupied,
-    /// Whether the attacher is working on it.
-    busy: bool,
-}
-
-impl Place {
-    fn address(&self) -> ScsiAddress {
-        address_of(self.slot.slot())
-    }
-}
+/// A line of [`ScsiTransport::slot_map`].
+pub type SlotEntry = placement::SlotEntry<ScsiAddress>;
 
 fn slot_of(address: ScsiAddress) -> Slot {
     Slot {
@@ -52,17 +39,6 @@ fn address_of(slot: Slot) -> ScsiAddress {
     let limits = "a table of slots is no larger than the addresses that there are";
     let controller = u64::from(slot.group).try_into().expect(limits);
     ScsiAddress::new(controller, u64::from(slot.index).try_into().expect(limits))
-}
-
-/// A line of [`ScsiTransport::slot_map`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SlotEntry {
-    /// The address.
-    pub address: ScsiAddress,
-    /// What it is used for. Quarantined: whether the disk is there is not known.
-    pub state: SlotState,
-    /// The disk; none at a reserved address.
-    pub disk: Option<Disk>,
 }
 
 /// Why a transport cannot be made with these reserved addresses.
@@ -97,13 +73,11 @@ impl<A: Attacher> ScsiTransport<A> {
                 _ => InvalidReserved::OutOfRange(*address, geometry),
             })?;
         }
-        let disks = Mutex::default();
         Ok(ScsiTransport {
             attacher,
             geometry,
-            reserved: reserved.len(),
             slots,
-            disks,
+            placement: Placement::new("SCSI address", reserved.iter().copied()),
         })
     }
 
@@ -112,66 +86,15 @@ impl<A: Attacher> ScsiTransport<A> {
         self.geometry
     }
 
-    /// All addresses that are not free, in order. While disks come and go, a disk may be missing
-    /// from its line for a moment.
+    /// All addresses that are not free, in order.
     pub fn slot_map(&self) -> Vec<SlotEntry> {
-        let taken = self.slots.taken();
-        let disks = self.disks();
-        let at: HashMap<_, _> = disks
-            .iter()
-            .map(|(disk, place)| (place.address(), disk))
-            .collect();
-        let line = |(slot, state)| {
-            let address = address_of(slot);
-            SlotEntry {
-                address,
-                state,
-                disk: at.get(&address).copied().cloned(),
-            }
-        };
-        taken.into_iter().map(line).collect()
+        self.placement.slot_map()
     }
 
-    /// Finds a place for a disk, and enters it there before the attacher hears of it: from then on
-    /// the place is only freed by somebody who knows that the disk is not there.
-    fn place(&self, disk: &Disk) -> Result<Call<'_, A>, BackendError> {
-        let mut disks = self.disks();
-        if let Some(place) = disks.get(disk) {
-            let at = place.address();
-            let message = format!("disk {disk} is or may be at {at} already; detach it first");
-            return Err(BackendError::conflict(message));
-        }
-        let slot = self.slots.reserve().ok_or_else(|| self.full())?.fill();
-        let place = Place { slot, busy: true };
-        let address = place.address();
-        disks.insert(disk.clone(), place);
-        Ok(Call {
-            transport: self,
-            disk: disk.clone(),
-            address,
-            outcome: Outcome::InDoubt,
-        })
-    }
-
-    /// Finds a disk that is to be detached.
-    fn find(&self, disk: &Disk) -> Result<Option<Call<'_, A>>, BackendError> {
-        let mut disks = self.disks();
-        let Some(place) = disks.get_mut(disk) else {
-            return Ok(None);
-        };
-        let address = place.address();
-        if place.busy {
-            let message =
-                format!("disk {disk} is being attached or detached at {address}; wait for that");
-            return Err(BackendError::busy(message));
-        }
-        place.busy = true;
-        Ok(Some(Call {
-            transport: self,
-            disk: disk.clone(),
-            address,
-            outcome: Outcome::InDoubt,
-        }))
+    fn allocate(&self) -> Option<(Occupied, ScsiAddress)> {
+        let slot = self.slots.reserve()?;
+        let address = address_of(slot.slot());
+        Some((slot.fill(), address))
     }
 
     fn full(&self) -> BackendError {
@@ -180,44 +103,8 @@ impl<A: Attacher> ScsiTransport<A> {
              release a disk, or use another transport",
             self.geometry.capacity(),
             self.geometry,
-            self.reserved,
+            self.placement.reserved(),
         ))
-    }
-
-    fn disks(&self) -> MutexGuard<'_, HashMap<Disk, Place>> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A call of the attacher for one disk. It is made before the call and settled when it is dropped, so
-/// that a future which is dropped and a panic leave the truth: the place is in doubt.
-struct Call<'a, A: Attacher> {
-    transport: &'a ScsiTransport<A>,
-    disk: Disk,
-    address: ScsiAddress,
-    outcome: Outcome,
-}
-
-#[derive(Clone, Copy)]
-enum Outcome {
-    Present,
-    Absent,
-    InDoubt,
-}
-
-impl<A: Attacher> Drop for Call<'_, A> {
-    fn drop(&mut self) {
-        let mut disks = self.transport.disks();
-        if let Outcome::Absent = self.outcome {
-            if let Some(place) = disks.remove(&self.disk) {
-                place.slot.vacate();
-            }
-        } else if let Some(place) = disks.get_mut(&self.disk) {
-            place.busy = false;
-            if let Outcome::InDoubt = self.outcome {
-                place.slot.quarantine();
-            }
-        }
     }
 }
 
@@ -230,34 +117,27 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
 
     /// If this future is dropped, the disk keeps its address until it is detached.
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        let mut call = self.place(disk)?;
-        let result = self.attacher.attach(call.address, disk, id).await;
-        call.outcome = match &result {
-            Ok(()) => Outcome::Present,
-            Err(error) if error.kind() == ErrorKind::Uncertain => Outcome::InDoubt,
-            Err(_) => Outcome::Absent,
-        };
-        result.map(|()| call.address.into())
+        let call = self.placement.attach(disk, || self.allocate())?;
+        let call = call.ok_or_else(|| self.full())?;
+        let address = call.address();
+        call.attached(self.attacher.attach(address, disk, id).await)?;
+        Ok(address.into())
     }
 
     /// If this future is dropped, the disk keeps its address, and can be detached again.
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
-        let Some(mut call) = self.find(disk)? else {
+        let Some(call) = self.placement.detach(disk)? else {
             return Ok(());
         };
-        let result = self.attacher.detach(call.address).await;
-        let gone = |error: &BackendError| error.kind() == ErrorKind::Gone;
-        if result.is_ok() || result.as_ref().is_err_and(gone) {
-            call.outcome = Outcome::Absent;
-        }
-        result
+        let answer = self.attacher.detach(call.address()).await;
+        call.detached(answer)
     }
 }
 
 impl<A> fmt::Debug for ScsiTransport<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ScsiTransport")
-            .field("slots", &self.slots)
+            .field("placement", &self.placement)
             .finish_non_exhaustive()
     }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport, SlotEntry};
 use tokio::sync::Notify;
@@ -156,10 +156,10 @@ pub(crate) fn disk(number: usize) -> Disk {
     Disk::virtual_disk(format!("/images/{number}.vhdx"))
 }
 
-pub(crate) fn entry(text: &str, state: SlotState, disk: Option<Disk>) -> SlotEntry {
+pub(crate) fn entry(text: &str, usage: SlotUse, disk: Option<Disk>) -> SlotEntry {
     SlotEntry {
         address: address(text),
-        state,
+        usage,
         disk,
     }
 }

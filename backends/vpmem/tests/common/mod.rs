@@ -14,9 +14,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
+use blockmount::placement::SlotUse;
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{
-    Attacher, ByteRange, DeviceNumber, Geometry, Mode, PAGE, SlotEntry, SlotUse, VpmemAddress,
+    Attacher, ByteRange, DeviceNumber, Geometry, Mode, PAGE, SlotEntry, VpmemAddress,
     VpmemTransport,
 };
 use tokio::sync::Notify;
