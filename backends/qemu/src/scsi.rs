@@ -126,7 +126,7 @@ impl QemuScsi {
     /// What the disk at an address is called in QEMU, and by its serial number in the guest: `bm-scsi-0-3`. Never
     /// longer than 20 characters, where some drivers cut a serial number.
     pub fn name(address: ScsiAddress) -> String {
-        format!("{PREFIX}{}-{}", address.controller, address.lun)
+        address.serial()
     }
 
     /// What of ours QEMU has: `device bm-scsi-0-3`, `node bm-scsi-0-3` and so on, in order. None after the

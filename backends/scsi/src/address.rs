@@ -10,6 +10,8 @@ use thiserror::Error;
 /// The transport of SCSI locators, as in `scsi:0/3`.
 pub const SCHEME: &str = "scsi";
 
+const SERIAL_PREFIX: &str = "bm-scsi-";
+
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($repr:ty) below $limit:expr, $what:literal) => {
         $(#[$doc])*
@@ -59,7 +61,7 @@ number! {
     Lun(u16) below slots::MAX_PER_GROUP, "LUN"
 }
 
-/// A place for a disk: a controller and a LUN on it.
+/// Where a disk is: a controller and a LUN on it.
 ///
 /// ```
 /// use blockmount::DeviceLocator;
@@ -80,9 +82,25 @@ pub struct ScsiAddress {
 }
 
 impl ScsiAddress {
-    /// A place on a controller.
+    /// A LUN of a controller.
     pub const fn new(controller: Controller, lun: Lun) -> Self {
         ScsiAddress { controller, lun }
+    }
+
+    /// The serial number of the disk at this address: `bm-scsi-0-3`. A hypervisor that can choose serial numbers
+    /// gives the disk this one, and the guest refuses a disk with that of another address.
+    ///
+    /// It has at most 16 characters: some drivers cut a serial number after 20.
+    pub fn serial(self) -> String {
+        format!("{SERIAL_PREFIX}{}-{}", self.controller, self.lun)
+    }
+
+    /// The address whose [`serial`](Self::serial) number this is, if it is of that form.
+    pub fn from_serial(serial: &str) -> Option<Self> {
+        let (controller, lun) = serial.strip_prefix(SERIAL_PREFIX)?.split_once('-')?;
+        let controller = DeviceLocator::number(controller)?.try_into().ok()?;
+        let lun = DeviceLocator::number(lun)?.try_into().ok()?;
+        Some(ScsiAddress { controller, lun })
     }
 }
 

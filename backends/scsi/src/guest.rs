@@ -1,4 +1,4 @@
-//! The guest's side: from `scsi:0/3` to `/dev/sdb`, and letting go of it.
+//! The guest's side: from `scsi:0/3` to `/dev/sdb`, and unplugging it.
 
 mod controller;
 mod identity;
@@ -6,6 +6,5 @@ mod resolver;
 mod unplugger;
 
 pub use controller::ControllerId;
-pub use identity::Identity;
 pub use resolver::ScsiResolver;
 pub use unplugger::ScsiUnplugger;

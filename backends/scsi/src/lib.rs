@@ -74,7 +74,7 @@ mod host;
 pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};
 pub use geometry::{Geometry, InvalidGeometry};
 #[cfg(all(feature = "guest", target_os = "linux"))]
-pub use guest::{ControllerId, Identity, ScsiResolver, ScsiUnplugger};
+pub use guest::{ControllerId, ScsiResolver, ScsiUnplugger};
 #[cfg(feature = "testing")]
 pub use host::testing;
 #[cfg(feature = "host")]

@@ -94,3 +94,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_serial_number_names_one_address() {
+    for (text, serial) in [("0/3", "bm-scsi-0-3"), ("63/16383", "bm-scsi-63-16383")] {
+        let address: ScsiAddress = text.parse().unwrap();
+        assert_eq!(address.serial(), serial);
+        assert_eq!(ScsiAddress::from_serial(serial), Some(address));
+    }
+    for other in [
+        "",
+        "bm-scsi-",
+        "bm-scsi-0",
+        "bm-scsi-0-",
+        "bm-scsi-00-3",
+        "bm-scsi-64-0",
+        "bm-scsi-0-3 ",
+        "0-3",
+    ] {
+        assert_eq!(ScsiAddress::from_serial(other), None, "{other:?}");
+    }
+}

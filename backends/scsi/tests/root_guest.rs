@@ -1,4 +1,4 @@
-//! Finding disks and letting go of them, over a made-up tree of devices whose disks are real loop devices. What
+//! Finding and unplugging disks, over a made-up tree of devices whose disks are real loop devices. What
 //! a real kernel does with the real tree is seen in a virtual machine.
 #![cfg(target_os = "linux")]
 #![allow(
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, DeviceLocator, ErrorKind, Resolver, Unplugger};
 use blockmount_linux::device;
-use blockmount_scsi::{ControllerId, Identity, ScsiResolver, ScsiUnplugger};
+use blockmount_scsi::{ControllerId, ScsiResolver, ScsiUnplugger};
 use sysfs::{Loop, Tree};
 
 const FIRST: &str = "0000:00:10.0";
@@ -179,68 +179,37 @@ async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     assert!(started.elapsed() < timeout);
 }
 
+/// Page 0x80 of a disk's vital product data.
+fn serial_page(serial: &str) -> Vec<u8> {
+    let length = u8::try_from(serial.len()).unwrap();
+    [&[0, 0x80, 0, length], serial.as_bytes()].concat()
+}
+
 #[tokio::test]
-async fn root_a_disk_must_be_the_one_that_is_expected() {
+async fn root_a_disk_with_the_serial_number_of_another_address_is_never_mounted() {
     let tree = Tree::new();
     let disk = Loop::new();
     tree.host(FIRST, 3);
     tree.disk("3:0:0:5", &disk);
-    tree.write("bus/scsi/devices/3:0:0:5/vpd_pg80", b"\0\x80\0\x07layer-7");
-    tree.write("bus/scsi/devices/3:0:0:5/wwid", "naa.5000c500a1b2c3d4\n");
+    let (page, at) = ("bus/scsi/devices/3:0:0:5/vpd_pg80", locator("scsi:0/5"));
     let resolver = resolver(&tree);
-    let address = "0/5".parse().unwrap();
-    let right = Identity {
-        size: Some(Loop::SIZE),
-        serial: Some("layer-7".into()),
-        wwid: Some("naa.5000c500a1b2c3d4".into()),
-    };
-    resolver.expect(address, right.clone());
-    resolver.resolve(&locator("scsi:0/5")).await.unwrap();
-    let wrong = [
-        (
-            Identity {
-                size: Some(Loop::SIZE - 512),
-                ..right.clone()
-            },
-            "its size is 1048576 and not 1048064",
-        ),
-        (
-            Identity {
-                serial: Some("layer-8".into()),
-                ..right.clone()
-            },
-            "its serial number is layer-7 and not layer-8",
-        ),
-        (
-            Identity {
-                wwid: Some("naa.6".into()),
-                ..right.clone()
-            },
-            "its world-wide name is naa.5000c500a1b2c3d4 and not naa.6",
-        ),
-    ];
-    for (identity, why) in wrong {
-        resolver.expect(address, identity);
-        let message = refused(
-            resolver.resolve(&locator("scsi:0/5")).await,
-            ErrorKind::Conflict,
-        );
-        assert!(message.ends_with(why), "{message}");
+    // Its own, one that the hypervisor has chosen, and none.
+    for serial in ["bm-scsi-0-5", "6002248000", "bm-scsi-0-05", ""] {
+        tree.write(page, serial_page(serial));
+        assert_eq!(resolver.resolve(&at).await.unwrap().path, disk.node());
     }
-    resolver.forget(address);
-    resolver.resolve(&locator("scsi:0/5")).await.unwrap();
-    // The old disk is there still when the new one is waited for.
-    resolver.expect(
-        address,
-        Identity {
-            serial: Some("layer-8".into()),
-            ..Identity::default()
-        },
-    );
-    let patient = resolver.clone().with_timeout(Duration::from_secs(20));
-    let waiting = tokio::spawn(async move { patient.resolve(&locator("scsi:0/5")).await });
+    for serial in ["bm-scsi-0-6", "bm-scsi-1-5"] {
+        tree.write(page, serial_page(serial));
+        let message = refused(resolver.resolve(&at).await, ErrorKind::Conflict);
+        let why = format!("its serial number is {serial} and not bm-scsi-0-5");
+        assert!(message.ends_with(&why), "{message}");
+    }
+    // The disk before it is there still when the new one is waited for.
+    let resolver = resolver.with_timeout(Duration::from_secs(20));
+    let waiting = tokio::spawn(async move { resolver.resolve(&at).await });
     tokio::time::sleep(Duration::from_millis(100)).await;
-    tree.write("bus/scsi/devices/3:0:0:5/vpd_pg80", b"\0\x80\0\x07layer-8");
+    assert!(!waiting.is_finished());
+    tree.write(page, serial_page("bm-scsi-0-5"));
     waiting.await.unwrap().unwrap();
 }
 
@@ -259,23 +228,23 @@ async fn root_g21_a_disk_is_proven_free_deleted_and_awaited() {
     assert_eq!(tree.read(delete), "", "what is in use stays as it was");
     drop(used);
 
-    // A kernel that does not let go in time.
+    // A kernel that does not remove it in time.
     let message = refused(unplugger(&tree).unplug(&at).await, ErrorKind::Uncertain);
     assert!(message.contains("3:0:0:5 is there still"), "{message}");
     assert_eq!(tree.read(delete), "1");
     device::prove_free(disk.node()).unwrap();
 
-    let patient = unplugger(&tree).with_removal_deadline(Duration::from_secs(20));
+    let with_long_wait = unplugger(&tree).with_removal_deadline(Duration::from_secs(20));
     let waiting = {
-        let (patient, at) = (patient.clone(), at.clone());
-        tokio::spawn(async move { patient.unplug(&at).await })
+        let (with_long_wait, at) = (with_long_wait.clone(), at.clone());
+        tokio::spawn(async move { with_long_wait.unplug(&at).await })
     };
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!waiting.is_finished());
     tree.remove("bus/scsi/devices/3:0:0:5");
     waiting.await.unwrap().unwrap();
     for _ in 0..2 {
-        patient.unplug(&at).await.unwrap();
+        with_long_wait.unplug(&at).await.unwrap();
     }
 }
 

@@ -1,53 +1,25 @@
-//! Whether the disk at an address is the one that is meant.
+//! Whether the disk at an address is the one that the host put there.
 
-use std::fmt::Display;
 use std::path::Path;
 
 use blockmount::BackendError;
-use blockmount_linux::sysfs::{self, Disk};
+use blockmount_linux::sysfs;
 use blockmount_linux::uevent::{NotReady, Probe};
 
-/// What is known of a disk besides its address. Nothing by default, and then any disk will do.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
-    /// Its size in bytes.
-    pub size: Option<u64>,
-    /// Its serial number (page 0x80 of the vital product data), without blanks around it.
-    pub serial: Option<String>,
-    /// Its world-wide name as Linux shows it (from page 0x83), such as `naa.5000c500a1b2c3d4`.
-    pub wwid: Option<String>,
-}
+use crate::ScsiAddress;
 
-impl Identity {
-    /// Compares with the disk at an address, whose device has this directory. A disk that differs may be
-    /// one that is about to be replaced.
-    pub(super) fn check(&self, device: &Path, disk: &Disk) -> Probe<()> {
-        differs("size", self.size.as_ref(), Some(disk.size()).as_ref())?;
-        if let Some(expected) = &self.serial {
-            let page = sysfs::bytes(device, "vpd_pg80")?;
-            let serial = page.and_then(|page| serial(&page));
-            differs("serial number", Some(expected), serial.as_ref())?;
-        }
-        if let Some(expected) = &self.wwid {
-            let wwid = sysfs::text(device, "wwid")?;
-            differs("world-wide name", Some(expected), wwid.as_ref())?;
-        }
-        Ok(())
+/// Refuses the disk with this directory if its serial number is [that](ScsiAddress::serial) of another address; it may
+/// be about to be replaced. A serial number of any other form proves nothing: Hyper-V chooses its own.
+pub(super) fn check(address: ScsiAddress, device: &Path) -> Probe<()> {
+    let page = sysfs::bytes(device, "vpd_pg80")?;
+    let serial = page.and_then(|page| serial(&page)).unwrap_or_default();
+    match ScsiAddress::from_serial(&serial) {
+        Some(other) if other != address => Err(NotReady::NotYet(BackendError::conflict(format!(
+            "another disk is there: its serial number is {serial} and not {}",
+            address.serial()
+        )))),
+        _ => Ok(()),
     }
-}
-
-fn differs<T: PartialEq + Display>(
-    what: &str,
-    expected: Option<&T>,
-    found: Option<&T>,
-) -> Probe<()> {
-    let Some(expected) = expected.filter(|expected| found != Some(expected)) else {
-        return Ok(());
-    };
-    let found = found.map_or("none".to_owned(), ToString::to_string);
-    Err(NotReady::NotYet(BackendError::conflict(format!(
-        "another disk is there: its {what} is {found} and not {expected}"
-    ))))
 }
 
 /// The bytes before the serial number in page 0x80: the kind of device, the number of the page, and two

@@ -1,8 +1,7 @@
 //! Finding a disk by its controller and LUN.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -11,7 +10,7 @@ use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, wait_for};
 
 use super::controller::{self, ControllerId, shown};
-use super::identity::Identity;
+use super::identity;
 use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
@@ -21,22 +20,21 @@ const RUNNING: &str = "running";
 
 /// Finds the disk behind a locator such as `scsi:0/3` in a Linux guest.
 ///
-/// The number of the controller is a place in a list of [`ControllerId`]s. From the identity of the
+/// The number of the controller is an index in a list of [`ControllerId`]s. From the identity of the
 /// controller it finds the SCSI host, from there the LUN, and from there the block device: nothing is
 /// guessed by name or order. What is not there yet is awaited, by the events of the kernel. A disk is
-/// found when it takes commands, its node can be opened and is that disk, and it is the one that is
-/// [expected](Self::expect), if there is one.
+/// found when it takes commands and its node can be opened and is that disk. A disk with the
+/// [serial number](ScsiAddress::serial) of another address is never taken: `Conflict`, unless it is replaced in time.
 ///
 /// Resolving changes nothing, with one exception: when half of the timeout is over, the kernel is asked
 /// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost.
 ///
-/// Cloning is cheap; clones share what is expected.
+/// Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct ScsiResolver {
     controllers: Arc<[ControllerId]>,
     timeout: Duration,
     sysfs: PathBuf,
-    expected: Arc<Mutex<HashMap<ScsiAddress, Identity>>>,
 }
 
 impl ScsiResolver {
@@ -46,7 +44,6 @@ impl ScsiResolver {
             controllers: controllers.into_iter().collect(),
             timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
-            expected: Arc::default(),
         }
     }
 
@@ -70,23 +67,7 @@ impl ScsiResolver {
         self
     }
 
-    /// From now on takes only this disk for the one at an address, in place of the one that was expected
-    /// there.
-    pub fn expect(&self, address: ScsiAddress, identity: Identity) {
-        self.with_expected(|expected| expected.insert(address, identity));
-    }
-
-    /// From now on takes any disk at an address.
-    pub fn forget(&self, address: ScsiAddress) {
-        self.with_expected(|expected| expected.remove(&address));
-    }
-
-    fn with_expected<T>(&self, work: impl FnOnce(&mut HashMap<ScsiAddress, Identity>) -> T) -> T {
-        // Held for one look-up or change, which a panic cannot leave half done.
-        work(&mut self.expected.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    pub(super) fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
+    pub(super) fn lookup(&self, device: &DeviceLocator) -> Result<Lookup, BackendError> {
         let address = ScsiAddress::try_from(device)?;
         let number = usize::from(address.controller.get());
         let controller = self.controllers.get(number).ok_or_else(|| {
@@ -95,9 +76,9 @@ impl ScsiResolver {
                 "{device} is on controller {number}, but this guest knows {count} controllers, from 0"
             ))
         })?;
-        Ok(Place {
+        Ok(Lookup {
             controller: *controller,
-            lun: address.lun,
+            address,
             sysfs: self.sysfs.clone(),
         })
     }
@@ -107,24 +88,21 @@ impl ScsiResolver {
 #[deny(clippy::missing_trait_methods)]
 impl Resolver for ScsiResolver {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-        let place = self.place(device)?;
-        let address = ScsiAddress::try_from(device)?;
-        let identity = self.with_expected(|expected| expected.get(&address).cloned());
-        let identity = identity.unwrap_or_default();
+        let lookup = self.lookup(device)?;
         let deadline = Instant::now() + self.timeout;
-        let look = {
-            let place = place.clone();
-            move || place.look(&identity)
+        let probe = {
+            let lookup = lookup.clone();
+            move || lookup.disk()
         };
-        let concerns = controller::concerns(address.lun);
+        let concerns = controller::concerns(lookup.lun());
         let half = Instant::now() + self.timeout / 2;
-        let early = wait_for(half, concerns.clone(), look.clone()).await;
+        let early = wait_for(half, concerns.clone(), probe.clone()).await;
         let found = match early {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
                 if error.kind() == ErrorKind::NotFound {
-                    place.scan(deadline);
+                    lookup.scan(deadline);
                 }
-                wait_for(deadline, concerns, look).await
+                wait_for(deadline, concerns, probe).await
             }
             early => early,
         };
@@ -139,15 +117,15 @@ fn named(device: &DeviceLocator, error: BackendError) -> BackendError {
     BackendError::new(error.kind(), message).with_source(error)
 }
 
-/// Where a disk is looked for.
+/// Which disk is looked for.
 #[derive(Debug, Clone)]
-pub(super) struct Place {
+pub(super) struct Lookup {
     controller: ControllerId,
-    lun: Lun,
+    address: ScsiAddress,
     sysfs: PathBuf,
 }
 
-impl Place {
+impl Lookup {
     /// The directory of the device, which is there.
     pub(super) fn device(&self) -> Probe<PathBuf> {
         let host = self.controller.host(&self.sysfs)?;
@@ -155,14 +133,14 @@ impl Place {
         if device.exists() {
             return Ok(device);
         }
-        let (lun, controller) = (self.lun, self.controller);
+        let (lun, controller) = (self.address.lun, self.controller);
         Err(NotReady::not_found(format!(
             "there is no LUN {lun} on SCSI host {host}, which is the {controller}"
         )))
     }
 
     pub(super) fn lun(&self) -> Lun {
-        self.lun
+        self.address.lun
     }
 
     pub(super) fn sysfs(&self) -> &Path {
@@ -170,7 +148,7 @@ impl Place {
     }
 
     /// The node of the disk, once it is ready and the one that is meant.
-    fn look(&self, identity: &Identity) -> Probe<PathBuf> {
+    fn disk(&self) -> Probe<PathBuf> {
         let device = self.device()?;
         let at = device.display();
         let state = sysfs::text(&device, "state")?.unwrap_or_else(|| "unknown".to_owned());
@@ -179,7 +157,7 @@ impl Place {
             return Err(NotReady::not_found(message));
         }
         let disk = Disk::below(&device)?;
-        identity.check(&device, &disk)?;
+        identity::check(self.address, &device)?;
         disk.open()?;
         Ok(disk.node().to_owned())
     }
@@ -191,8 +169,8 @@ impl Place {
             return;
         };
         let directory = self.sysfs.join(format!("class/scsi_host/host{host}"));
-        let value = format!("0 0 {}", shown(self.lun));
-        tracing::warn!(host, lun = %self.lun, "no disk was announced, having the kernel look for it");
+        let value = format!("0 0 {}", shown(self.lun()));
+        tracing::warn!(host, lun = %self.lun(), "no disk was announced, having the kernel look for it");
         tokio::spawn(async move {
             let done = sysfs::command_by(deadline, &directory, "scan", value, ()).await;
             if let Err(error) = done {

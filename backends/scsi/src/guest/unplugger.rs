@@ -1,4 +1,4 @@
-//! Letting go of a disk before the hypervisor takes it out.
+//! Unplugging a disk before the hypervisor takes it out.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,16 +9,16 @@ use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 
 use super::controller::concerns;
-use super::resolver::{Place, ScsiResolver};
+use super::resolver::{Lookup, ScsiResolver};
 
 /// How long a disk may be busy for a moment before it counts as in use.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the kernel may take to let go of a disk. It takes 40 ms, unless a disk no longer answers.
+/// How long the kernel may take to remove a disk. It takes 40 ms, unless a disk no longer answers.
 const REMOVAL: Duration = Duration::from_secs(10);
 
-/// Makes a Linux guest let go of the disks that a [`ScsiResolver`] finds.
+/// Unplugs the disks that a [`ScsiResolver`] finds in a Linux guest.
 ///
-/// Linux lets go of a disk in use without a word, and its users get errors then. So the disk is first
+/// Linux removes a disk in use without an error, and its users get I/O errors then. So the disk is first
 /// proven free, in all namespaces, and held so that it stays free; what is cached is written to it; and
 /// only then it is taken from the guest. A disk in use is `Busy`, and stays as it was. A disk that is not
 /// there is a success.
@@ -30,7 +30,7 @@ pub struct ScsiUnplugger {
 }
 
 impl ScsiUnplugger {
-    /// Lets go of the disks that this resolver finds.
+    /// Unplugs the disks that this resolver finds.
     pub fn new(resolver: ScsiResolver) -> Self {
         ScsiUnplugger {
             resolver,
@@ -39,14 +39,14 @@ impl ScsiUnplugger {
         }
     }
 
-    /// Waits this long for whoever uses a disk for a moment, in place of one second.
+    /// Waits this long for a disk that is busy, instead of one second.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Waits this long for the kernel to let go of a disk, in place of ten seconds.
+    /// Waits this long for the kernel to remove a disk, in place of ten seconds.
     #[must_use]
     pub fn with_removal_deadline(mut self, removal: Duration) -> Self {
         self.removal = removal;
@@ -65,9 +65,9 @@ struct UnplugTarget {
 #[deny(clippy::missing_trait_methods)]
 impl Unplugger for ScsiUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        let place = self.resolver.place(device)?;
-        let (root, lun) = (place.sysfs().to_owned(), place.lun());
-        let Some(UnplugTarget { device: at, disk }) = blocking(move || doomed(&place)).await?
+        let lookup = self.resolver.lookup(device)?;
+        let (root, lun) = (lookup.sysfs().to_owned(), lookup.lun());
+        let Some(UnplugTarget { device: at, disk }) = blocking(move || target(&lookup)).await?
         else {
             return Ok(());
         };
@@ -84,15 +84,15 @@ impl Unplugger for ScsiUnplugger {
         wait_for(deadline, concerns(lun), look)
             .await
             .map_err(|left| {
-                let message = format!("the kernel does not let go of {device}: {}", left.message());
+                let message = format!("the kernel does not remove {device}: {}", left.message());
                 BackendError::uncertain(message).with_source(left)
             })
     }
 }
 
 /// What there is to unplug, if anything.
-fn doomed(place: &Place) -> Result<Option<UnplugTarget>, BackendError> {
-    let Some(device) = present(place.device())? else {
+fn target(lookup: &Lookup) -> Result<Option<UnplugTarget>, BackendError> {
+    let Some(device) = present(lookup.device())? else {
         return Ok(None);
     };
     let disk = present(Disk::below(&device))?;
