@@ -72,9 +72,10 @@ pub(crate) async fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     }
 }
 
-/// Proves that a disk still is the one that was identified.
+/// Proves that a disk still is the one that was identified. Call it right before the request is sent.
 ///
-/// The service opens the file by its path, so this is as late as it can be seen.
+/// The service takes no handle and opens the file by its path, so a file that is replaced between this and the service's
+/// own look is not noticed. A directory that only trusted users can write to is what protects from that.
 pub(crate) async fn prove(disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
     let now = identify(disk).await?;
     if now == *id {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 pub use self::devices::{Devices, Scsi, VirtualPMemController};
-pub use self::path::{CONTROLLER_GUIDS, InvalidPath, Place, ResourcePath};
+pub use self::path::{CONTROLLER_GUIDS, DiskAddress, InvalidPath, ResourcePath};
 pub use self::properties::{GuestConnectionInfo, Properties, PropertyQuery};
 
 pub(crate) use self::properties::ErrorDocument;
@@ -222,7 +222,7 @@ struct Outer {
 }
 
 impl ModifySettingRequest {
-    /// A request to put something at a place.
+    /// A request to add a disk.
     pub fn add(path: ResourcePath, settings: Settings) -> Self {
         ModifySettingRequest {
             resource_path: Some(path),
@@ -232,7 +232,7 @@ impl ModifySettingRequest {
         }
     }
 
-    /// A request to empty a place.
+    /// A request to remove a disk.
     pub fn remove(path: ResourcePath) -> Self {
         ModifySettingRequest {
             resource_path: Some(path),
@@ -281,10 +281,10 @@ impl ModifySettingRequest {
             ),
         };
         let settings = match (&resource_path, settings) {
-            (Some(path), Some(settings)) => Some(match path.place() {
-                Place::Scsi(_) => Settings::Attachment(decode_value(settings)?),
-                Place::VpmemDevice(_) => Settings::VpmemDevice(decode_value(settings)?),
-                Place::VpmemMapping { .. } => Settings::VpmemMapping(decode_value(settings)?),
+            (Some(path), Some(settings)) => Some(match path.address() {
+                DiskAddress::Scsi(_) => Settings::Attachment(decode_value(settings)?),
+                DiskAddress::VpmemDevice(_) => Settings::VpmemDevice(decode_value(settings)?),
+                DiskAddress::VpmemMapping { .. } => Settings::VpmemMapping(decode_value(settings)?),
             }),
             _ => None,
         };

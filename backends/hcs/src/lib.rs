@@ -77,13 +77,15 @@
 //!
 //! ```text
 //! ScsiTransport ── ScsiAttacher  ─┐                                  ┌─ HcsSystem ── computecore.dll ~~~ the service
-//! VPMEM         ── VpmemAttacher ─┼─ Vm (kinds, doubts) ── ComputeSystem
+//! VPMEM         ── VpmemAttacher ─┼─ Vm (error kinds, in doubt) ── ComputeSystem
 //! HcsGuest      ── HcsChannel    ─┘                                  └─ your own
 //!  (the bridge's ledger and requests)
 //! ```
 //!
 //! - **Access is the caller's business.** No attacher grants it; `grant_vm_access` and `grant_vm_group_access` are functions
 //!   that a program calls, once for each file.
+//! - **The service opens disks by their paths.** A disk is identified again right before its document is sent; a file that is
+//!   replaced after that is attached unnoticed.
 //! - **What a guest cannot mount is not attached.** The agent of a Windows guest knows only SCSI controller 0 and no VPMEM.
 //!   [`ScsiAttacher::geometry`] keeps the transport to that, and an attacher refuses anything else before it asks the service.
 //! - **No path ends a document early.** Documents are written from types, by one encoder; what is no Unicode or has a NUL in it
@@ -97,16 +99,16 @@
 //! | knows no such VM, or says that it has ended; the handle was closed | `Gone` |
 //! | does not answer within the deadline, answers with a time-out or a lost connection | `Uncertain`, or `Gone` if its properties say that the VM has ended |
 //! | says that the VM is in no state for it (paused) | `Busy`, or `Gone` likewise |
-//! | has something at the place already | `Conflict` |
-//! | has nothing at the place | success, where it was to be emptied |
+//! | has a disk at the address already | `Conflict` |
+//! | has nothing at the address | success, where it was to be removed |
 //! | does not find the file | `NotFound` |
 //! | lets a guest fail to set something up and does not say why | `Uncertain` |
 //! | says anything else | by its number ([`Hresult::kind`](blockmount_bridge::gcs::Hresult::kind)), else `Other` |
 //!
-//! After `Uncertain` the place is in doubt: the transport uses it for nothing else, and before it is emptied the service
+//! After `Uncertain` the address is in doubt: the transport uses it for nothing else, and before the disk is removed the service
 //! is asked whether the VM lives at all, so that a VM that hangs costs no long deadline for each of its disks. Numbers are compared by
-//! their 32 bits, with either prefix that the service has for its own. A disk that comes to a place after its time-out, when the place
-//! has been emptied, is noticed by the next one there, and taken out.
+//! their 32 bits, with either prefix that the service has for its own. A disk that is added after its time-out, when its address
+//! is free again, is noticed by the next one there, and removed.
 //!
 //! | file | concern |
 //! |---|---|

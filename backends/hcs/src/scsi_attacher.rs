@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, Disk, DiskId};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
-use crate::documents::{Attachment, Place, Settings};
+use crate::documents::{Attachment, DiskAddress, Settings};
 use crate::vm::Vm;
 use crate::{ComputeSystem, GuestOs, disk};
 
@@ -65,13 +65,13 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
                  which do not have address {address}"
             )));
         }
-        disk::prove(disk, id).await?;
         let attachment = Attachment::of(&disk::absolute(disk)?)?;
         let settings = Settings::Attachment(attachment);
-        self.vm.add(Place::Scsi(address), settings).await
+        disk::prove(disk, id).await?;
+        self.vm.add(DiskAddress::Scsi(address), settings).await
     }
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
-        self.vm.remove(Place::Scsi(address)).await
+        self.vm.remove(DiskAddress::Scsi(address)).await
     }
 }

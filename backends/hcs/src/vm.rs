@@ -8,7 +8,7 @@ use blockmount_bridge::gcs::Hresult;
 use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType};
 use tracing::trace;
 
-use crate::documents::{ModifySettingRequest, Place, PropertyQuery, ResourcePath, Settings};
+use crate::documents::{DiskAddress, ModifySettingRequest, PropertyQuery, ResourcePath, Settings};
 use crate::{ComputeSystem, HcsError};
 
 /// The VM, or what was known of it, is no more.
@@ -30,25 +30,25 @@ const DOUBTFUL: [Hresult; 6] = [
     Hresult::SERVICE_DISCONNECT,
 ];
 
-/// A VM, and the places in it that are in doubt.
+/// A VM, and which of its addresses are in doubt.
 pub(crate) struct Vm<S> {
     system: S,
-    /// What is not known of places. Never locked across an await.
+    /// What is not known of addresses. Never locked across an await.
     doubts: Mutex<HashMap<ResourcePath, Doubt>>,
 }
 
-/// What is not known of a place.
+/// What is not known of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Doubt {
     /// Whether the last request has come to effect.
     Now,
-    /// Whether an earlier one may still do so: it was not answered, and then nothing was at the place. It was cancelled, but
+    /// Whether an earlier one may still do so: it was not answered, and then nothing was there. It was cancelled, but
     /// whether the service had only been late is not for us to know.
     Later,
 }
 
-/// What an error means.
-enum Verdict {
+/// The kind of an error.
+enum Class {
     /// Exactly this.
     Is(ErrorKind),
     /// Gone if the VM has ended, else this.
@@ -63,10 +63,14 @@ impl<S: ComputeSystem> Vm<S> {
         }
     }
 
-    /// Puts something at a place.
-    pub(crate) async fn add(&self, place: Place, settings: Settings) -> Result<(), BackendError> {
-        let path = ResourcePath::try_from(place)?;
-        let what = format!("add a disk at {place}");
+    /// Adds a disk.
+    pub(crate) async fn add(
+        &self,
+        address: DiskAddress,
+        settings: Settings,
+    ) -> Result<(), BackendError> {
+        let path = ResourcePath::try_from(address)?;
+        let what = format!("add a disk at {address}");
         let request = ModifySettingRequest::add(path, settings);
         let before = self.doubts().insert(path, Doubt::Now);
         let mut outcome = self.modify(&request, &what, ErrorKind::Other).await;
@@ -74,7 +78,7 @@ impl<S: ComputeSystem> Vm<S> {
             && error.kind() == ErrorKind::Conflict
             && before == Some(Doubt::Later)
         {
-            // What is there is what came late. It has to be taken out, or nothing would ever fit here again.
+            // The disk there came late. It must be removed, or no other disk could ever be added here.
             let message = format!("cannot {what}: an earlier disk has come after its time-out");
             outcome = Err(BackendError::uncertain(message).with_source(error.clone()));
         }
@@ -84,27 +88,27 @@ impl<S: ComputeSystem> Vm<S> {
             Err(error) if error.kind() == ErrorKind::Gone => None,
             Err(_) => before,
         };
-        self.settle(path, after);
+        self.record(path, after);
         outcome
     }
 
-    /// Empties a place, whatever is at it. If nothing is, that is a success.
-    pub(crate) async fn remove(&self, place: Place) -> Result<(), BackendError> {
-        let path = ResourcePath::try_from(place)?;
-        let what = format!("remove the disk at {place}");
+    /// Removes the disk at an address, whichever it is. If there is none, that is a success.
+    pub(crate) async fn remove(&self, address: DiskAddress) -> Result<(), BackendError> {
+        let path = ResourcePath::try_from(address)?;
+        let what = format!("remove the disk at {address}");
         let before = self.doubts().get(&path).copied();
         if before == Some(Doubt::Now) {
-            // The last request for this place was not answered. A VM that has ended needs no other, and one that
+            // The last request for this address was not answered. A VM that has ended needs no other, and one that
             // cannot even be asked about would not answer it either.
             if let Err(error) = self.must_live(&what).await {
                 if error.kind() == ErrorKind::Gone {
-                    self.settle(path, None);
+                    self.record(path, None);
                 }
                 return Err(error);
             }
         }
         let request = ModifySettingRequest::remove(path);
-        self.settle(path, Some(Doubt::Now));
+        self.record(path, Some(Doubt::Now));
         let outcome = self.modify(&request, &what, ErrorKind::Other).await;
         let (outcome, after) = match outcome {
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -114,7 +118,7 @@ impl<S: ComputeSystem> Vm<S> {
             Err(error) if error.kind() != ErrorKind::Gone => (Err(error), before),
             outcome => (outcome, None),
         };
-        self.settle(path, after);
+        self.record(path, after);
         outcome
     }
 
@@ -145,15 +149,15 @@ impl<S: ComputeSystem> Vm<S> {
         trace!(document = request.to_json(), ?outcome, "modified");
         match outcome {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.judge(what, error, otherwise).await),
+            Err(error) => Err(self.classify(what, error, otherwise).await),
         }
     }
 
     /// Makes an error of what the service says; where that leaves open whether the VM still lives, asks.
-    async fn judge(&self, what: &str, error: HcsError, otherwise: ErrorKind) -> BackendError {
-        let kind = match verdict(&error, otherwise) {
-            Verdict::Is(kind) => kind,
-            Verdict::UnlessEnded(kind) => match self.has_ended().await {
+    async fn classify(&self, what: &str, error: HcsError, otherwise: ErrorKind) -> BackendError {
+        let kind = match class_of(&error, otherwise) {
+            Class::Is(kind) => kind,
+            Class::UnlessEnded(kind) => match self.has_ended().await {
                 Ok(true) => ErrorKind::Gone,
                 // Whether it has is unknown too.
                 Ok(false) | Err(_) => kind,
@@ -179,14 +183,14 @@ impl<S: ComputeSystem> Vm<S> {
     async fn has_ended(&self) -> Result<bool, HcsError> {
         match self.system.properties(&PropertyQuery::basic()).await {
             Ok(properties) => Ok(properties.has_ended()),
-            Err(error) => match verdict(&error, ErrorKind::Other) {
-                Verdict::Is(ErrorKind::Gone) => Ok(true),
+            Err(error) => match class_of(&error, ErrorKind::Other) {
+                Class::Is(ErrorKind::Gone) => Ok(true),
                 _ => Err(error),
             },
         }
     }
 
-    fn settle(&self, path: ResourcePath, doubt: Option<Doubt>) {
+    fn record(&self, path: ResourcePath, doubt: Option<Doubt>) {
         match doubt {
             Some(doubt) => self.doubts().insert(path, doubt),
             None => self.doubts().remove(&path),
@@ -200,23 +204,23 @@ impl<S: ComputeSystem> Vm<S> {
 }
 
 /// What an error means; `otherwise` where its number says nothing.
-fn verdict(error: &HcsError, otherwise: ErrorKind) -> Verdict {
+fn class_of(error: &HcsError, otherwise: ErrorKind) -> Class {
     let HcsError::Failed { result, .. } = error else {
         return match error {
-            HcsError::Unsendable(_) => Verdict::Is(ErrorKind::Invalid),
-            _ => Verdict::UnlessEnded(ErrorKind::Uncertain),
+            HcsError::Unsendable(_) => Class::Is(ErrorKind::Invalid),
+            _ => Class::UnlessEnded(ErrorKind::Uncertain),
         };
     };
     let is_one_of = |numbers: &[Hresult]| numbers.iter().any(|number| number.is(*result));
     if is_one_of(&GONE) {
-        Verdict::Is(ErrorKind::Gone)
+        Class::Is(ErrorKind::Gone)
     } else if is_one_of(&DOUBTFUL) {
-        Verdict::UnlessEnded(ErrorKind::Uncertain)
+        Class::UnlessEnded(ErrorKind::Uncertain)
     } else if result.is(Hresult::INVALID_STATE) {
         // It is paused, saved or not yet started; nothing has changed, and it may work later.
-        Verdict::UnlessEnded(ErrorKind::Busy)
+        Class::UnlessEnded(ErrorKind::Busy)
     } else {
-        Verdict::Is(result.kind().unwrap_or(otherwise))
+        Class::Is(result.kind().unwrap_or(otherwise))
     }
 }
 
@@ -227,7 +231,7 @@ fn advice(error: &HcsError) -> &'static str {
             "; grant the VM access to its file"
         }
         HcsError::Failed { result, .. } if result.is(Hresult::ALREADY_EXISTS) => {
-            "; if it was there when the VM was made, reserve its place"
+            "; if it was there when the VM was made, reserve its address"
         }
         _ => "",
     }
@@ -235,7 +239,7 @@ fn advice(error: &HcsError) -> &'static str {
 
 /// What the service says of a VM, as an error of a backend.
 pub(crate) fn cannot_ask(what: &str, error: HcsError) -> BackendError {
-    let (Verdict::Is(kind) | Verdict::UnlessEnded(kind)) = verdict(&error, ErrorKind::Other);
+    let (Class::Is(kind) | Class::UnlessEnded(kind)) = class_of(&error, ErrorKind::Other);
     // Asking changes nothing, so there is nothing to be uncertain about.
     let kind = match kind {
         ErrorKind::Uncertain => ErrorKind::Other,

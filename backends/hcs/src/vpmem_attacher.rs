@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, Disk, DiskId};
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber};
 
-use crate::documents::{Place, Settings, VirtualPMemDevice, VirtualPMemMapping};
+use crate::documents::{DiskAddress, Settings, VirtualPMemDevice, VirtualPMemMapping};
 use crate::vm::Vm;
 use crate::{ComputeSystem, GuestOs, disk};
 
@@ -62,13 +62,15 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
         disk: &Disk,
         id: &DiskId,
     ) -> Result<(), BackendError> {
-        disk::prove(disk, id).await?;
         let settings = Settings::VpmemDevice(VirtualPMemDevice::of(&self.fit(disk)?)?);
-        self.vm.add(Place::VpmemDevice(device), settings).await
+        disk::prove(disk, id).await?;
+        self.vm
+            .add(DiskAddress::VpmemDevice(device), settings)
+            .await
     }
 
     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
-        self.vm.remove(Place::VpmemDevice(device)).await
+        self.vm.remove(DiskAddress::VpmemDevice(device)).await
     }
 
     async fn map(
@@ -78,8 +80,8 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
         disk: &Disk,
         id: &DiskId,
     ) -> Result<(), BackendError> {
-        disk::prove(disk, id).await?;
         let settings = Settings::VpmemMapping(VirtualPMemMapping::of(&self.fit(disk)?)?);
+        disk::prove(disk, id).await?;
         self.vm.add(mapping(device, range), settings).await
     }
 
@@ -88,7 +90,7 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
     }
 }
 
-fn mapping(device: DeviceNumber, range: ByteRange) -> Place {
+fn mapping(device: DeviceNumber, range: ByteRange) -> DiskAddress {
     let offset = range.offset();
-    Place::VpmemMapping { device, offset }
+    DiskAddress::VpmemMapping { device, offset }
 }

@@ -331,7 +331,7 @@ fn what_is_no_document_is_refused() {
         );
     }
     let odd = r#"{"resourcepath":"VirtualMachine/Devices/VirtualPMem/Devices/1","x":1,"REQUESTTYPE":"Remove"}"#;
-    let path = ResourcePath::try_from(Place::VpmemDevice(device(1))).unwrap();
+    let path = ResourcePath::try_from(DiskAddress::VpmemDevice(device(1))).unwrap();
     assert_eq!(
         ModifySettingRequest::from_json(odd).unwrap(),
         ModifySettingRequest::remove(path)
@@ -410,9 +410,9 @@ proptest! {
     #[test]
     fn any_path_reads_back(path in "\\PC{1,64}|[\"\\\\{}\u{0}-\u{1f}]{1,16}", lun in 0u64..64) {
         let lun = lun.try_into().unwrap();
-        let place = Place::Scsi(blockmount_scsi::ScsiAddress::new(3u64.try_into().unwrap(), lun));
+        let address = DiskAddress::Scsi(blockmount_scsi::ScsiAddress::new(3u64.try_into().unwrap(), lun));
         let attachment = Attachment { path: path.clone(), ..Attachment::default() };
-        let at = ResourcePath::try_from(place).unwrap();
+        let at = ResourcePath::try_from(address).unwrap();
         let request = ModifySettingRequest::add(at, Settings::Attachment(attachment));
         let document = request.to_json();
         prop_assert!(!document.contains(['\n', '\0']));

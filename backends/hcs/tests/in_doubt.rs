@@ -8,7 +8,7 @@ use blockmount_scsi::testing::AttachIdentified as _;
 use blockmount_vpmem::testing::AttachIdentified as _;
 use std::sync::Arc;
 
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::{Disk, ErrorKind, Transport};
 use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
@@ -23,10 +23,10 @@ fn transport(system: Arc<dyn ComputeSystem>, luns: u16) -> Scsi {
     ScsiTransport::new(attacher, Geometry::new(1, luns).unwrap(), &[]).unwrap()
 }
 
-fn states(scsi: &Scsi) -> Vec<SlotState> {
+fn states(scsi: &Scsi) -> Vec<SlotUse> {
     scsi.slot_map()
         .into_iter()
-        .map(|entry| entry.state)
+        .map(|entry| entry.usage)
         .collect()
 }
 
@@ -41,7 +41,7 @@ async fn o15_a_time_out_quarantines_the_slot_and_a_detach_frees_it() {
             model.next(Answer::Silent { happens });
             let error = scsi.attach_identified(&disk).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
-            assert_eq!(states(&scsi), [SlotState::Quarantined]);
+            assert_eq!(states(&scsi), [SlotUse::Quarantined]);
             assert_eq!(model.left().is_empty(), !happens);
             let full = scsi.attach_identified(&other).await.unwrap_err();
             assert_eq!(full.kind(), ErrorKind::Full);
@@ -96,7 +96,7 @@ async fn a_detachment_in_doubt_is_repeated() {
             model.next(Answer::Silent { happens });
             let error = scsi.detach(&disk).await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
-            assert_eq!(states(&scsi), [SlotState::Quarantined]);
+            assert_eq!(states(&scsi), [SlotUse::Quarantined]);
             scsi.detach(&disk).await.unwrap();
             assert_eq!(states(&scsi), []);
             assert_eq!(model.left(), [""; 0]);

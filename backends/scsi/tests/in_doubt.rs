@@ -1,4 +1,4 @@
-//! Nobody knows whether the disk is there: its address must not be given to another.
+//! It is not known whether the disk is there: its address must not be given to another.
 
 // A panic is the failure message, in helpers too.
 #![allow(clippy::unwrap_used)]

@@ -95,7 +95,7 @@ impl fmt::Display for ByteRange {
     }
 }
 
-/// A place for a disk: a device, or a range of one.
+/// Where a disk is: a device, or a range of one.
 ///
 /// ```
 /// use blockmount::DeviceLocator;

@@ -12,18 +12,18 @@
 //! use blockmount::{BackendError, Disk, DiskId, Transport};
 //! use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, Mode, VpmemTransport};
 //!
-//! type Place = (DeviceNumber, Option<ByteRange>);
+//! type Key = (DeviceNumber, Option<ByteRange>);
 //!
 //! #[derive(Default)]
-//! struct InMemory(Mutex<BTreeMap<Place, Disk>>);
+//! struct InMemory(Mutex<BTreeMap<Key, Disk>>);
 //!
 //! impl InMemory {
-//!     fn put(&self, place: Place, disk: &Disk) -> Result<(), BackendError> {
-//!         self.0.lock().unwrap().insert(place, disk.clone());
+//!     fn put(&self, key: Key, disk: &Disk) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().insert(key, disk.clone());
 //!         Ok(())
 //!     }
-//!     fn take(&self, place: Place) -> Result<(), BackendError> {
-//!         self.0.lock().unwrap().remove(&place);
+//!     fn take(&self, key: Key) -> Result<(), BackendError> {
+//!         self.0.lock().unwrap().remove(&key);
 //!         Ok(())
 //!     }
 //! }
@@ -71,10 +71,10 @@
 //! # What an implementor of [`Attacher`] must do
 //!
 //! Put the disk on the device, or map it to the range, that it is told, so that the guest can only read it; allow
-//! calls for different places at once, also on one device; answer `Uncertain` whenever it
+//! calls for different addresses at once, also on one device; answer `Uncertain` whenever it
 //! cannot prove what has happened; and answer `Unsuitable` for a device that it can never take out.
-//! What it gets in exchange is in the documentation of the trait: one call at a time for a place, and no
-//! place twice.
+//! What it gets in exchange is in the documentation of the trait: one call at a time for an address, and no
+//! address twice.
 //!
 //! | file | concern |
 //! |---|---|

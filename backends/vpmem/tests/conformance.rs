@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use blockmount::testing::conformance::{self, Snapshot, TransportFixture};
 use blockmount::{Disk, Transport};
-use common::{MODES, Vm, Vpmem, disk, room_for_two};
+use common::{MODES, Vm, Vpmem, disk, two_addresses};
 
 /// What the VM has, and what the transport takes for taken.
 fn snapshot(vm: &Arc<Vm>, vpmem: &Arc<Vpmem>) -> impl Snapshot + use<> {
@@ -24,7 +24,7 @@ fn snapshot(vm: &Arc<Vm>, vpmem: &Arc<Vpmem>) -> impl Snapshot + use<> {
 #[tokio::test]
 async fn both_modes_keep_the_laws_of_transports() {
     for mode in MODES {
-        let (vm, vpmem, _) = room_for_two(mode);
+        let (vm, vpmem, _) = two_addresses(mode);
         let link = Disk::virtual_disk("/links/0.vhd").read_only();
         vm.link(&link, &disk(0));
         let fixture = TransportFixture::new(

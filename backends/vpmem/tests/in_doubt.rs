@@ -1,4 +1,4 @@
-//! Nobody knows whether the disk is there: its place must not be given to another.
+//! It is not known whether the disk is there: its address must not be given to another.
 
 // A panic is the failure message, in helpers too.
 #![allow(clippy::unwrap_used)]
@@ -8,9 +8,9 @@ mod common;
 use blockmount::placement::SlotUse;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{ErrorKind, Transport};
-use common::{Answer, Event, MODES, Vm, Vpmem, address, disk, entry, occupied, room_for_two};
+use common::{Answer, Event, MODES, Vm, Vpmem, address, disk, entry, occupied, two_addresses};
 
-/// One disk is in doubt at the first place, and only the second is free.
+/// One disk is in doubt at the first address, and only the second is free.
 async fn only_detach_frees(vm: &Vm, vpmem: &Vpmem, [at, second]: [&str; 2]) {
     let in_doubt = entry(at, SlotUse::Quarantined, Some(disk(0)));
     assert_eq!(vpmem.slot_map(), std::slice::from_ref(&in_doubt));
@@ -46,34 +46,34 @@ async fn only_detach_frees(vm: &Vm, vpmem: &Vpmem, [at, second]: [&str; 2]) {
 }
 
 #[tokio::test]
-async fn a_place_in_doubt_is_quarantined() {
+async fn an_address_in_doubt_is_quarantined() {
     for mode in MODES {
-        let (vm, vpmem, places) = room_for_two(mode);
+        let (vm, vpmem, addresses) = two_addresses(mode);
         vm.next(Answer::DoneButUncertain);
         let error = vpmem.attach_identified(&disk(0)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Uncertain);
-        only_detach_frees(&vm, &vpmem, places).await;
+        only_detach_frees(&vm, &vpmem, addresses).await;
     }
 }
 
 #[tokio::test]
 async fn a_panic_of_the_attacher_quarantines() {
     for mode in MODES {
-        let (vm, vpmem, places) = room_for_two(mode);
+        let (vm, vpmem, addresses) = two_addresses(mode);
         vm.next(Answer::DoneButPanics);
         let task = tokio::spawn({
             let vpmem = vpmem.clone();
             async move { vpmem.attach_identified(&disk(0)).await }
         });
         assert!(task.await.unwrap_err().is_panic());
-        only_detach_frees(&vm, &vpmem, places).await;
+        only_detach_frees(&vm, &vpmem, addresses).await;
     }
 }
 
 #[tokio::test]
 async fn a_dropped_attachment_quarantines() {
     for mode in MODES {
-        let (vm, vpmem, places) = room_for_two(mode);
+        let (vm, vpmem, addresses) = two_addresses(mode);
         vm.next(Answer::DoneButSilent);
         let disk = disk(0);
         tokio::select! {
@@ -81,7 +81,7 @@ async fn a_dropped_attachment_quarantines() {
             _ = vpmem.attach_identified(&disk) => unreachable!("the attacher is silent"),
             () = vm.entered.notified() => {}
         }
-        only_detach_frees(&vm, &vpmem, places).await;
+        only_detach_frees(&vm, &vpmem, addresses).await;
     }
 }
 
@@ -89,7 +89,7 @@ async fn a_dropped_attachment_quarantines() {
 async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
     for mode in MODES {
         for answer in [Answer::DoneButSilent, Answer::DoneButPanics] {
-            let (vm, vpmem, [at, _]) = room_for_two(mode);
+            let (vm, vpmem, [at, _]) = two_addresses(mode);
             vpmem.attach_identified(&disk(0)).await.unwrap();
             // The attachment has left its mark.
             vm.entered.notified().await;
@@ -116,7 +116,7 @@ async fn a_dropped_or_panicked_detachment_quarantines_and_can_be_repeated() {
 #[tokio::test]
 async fn a_disk_is_not_detached_while_it_is_being_attached() {
     for mode in MODES {
-        let (vm, vpmem, [at, _]) = room_for_two(mode);
+        let (vm, vpmem, [at, _]) = two_addresses(mode);
         vm.next(Answer::Wait);
         let attach = tokio::spawn({
             let vpmem = vpmem.clone();

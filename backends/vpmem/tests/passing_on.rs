@@ -14,7 +14,7 @@ use blockmount::{
 };
 use blockmount_scsi::{Geometry, ScsiAddress, ScsiTransport};
 use common::guest::{Guest, Log};
-use common::{Answer, GIB, MIB, MODES, Vm, Vpmem, disk, room_for_two};
+use common::{Answer, GIB, MIB, MODES, Vm, Vpmem, disk, two_addresses};
 
 #[derive(Default)]
 struct ScsiBus(Mutex<BTreeMap<ScsiAddress, Disk>>);
@@ -52,7 +52,7 @@ struct Both {
 
 /// Two disks fit on VPMEM, four on SCSI.
 fn both(mode: blockmount_vpmem::Mode) -> Both {
-    let (vm, vpmem, _) = room_for_two(mode);
+    let (vm, vpmem, _) = two_addresses(mode);
     let bus = Arc::new(ScsiBus::default());
     let scsi = ScsiTransport::new(bus.clone(), Geometry::new(1, 4).unwrap(), &[]).unwrap();
     let guest = Guest::default();

@@ -48,7 +48,7 @@ async fn a_device_that_cannot_be_unplugged_is_offered_to_the_same_disk() {
 }
 
 #[tokio::test]
-async fn a_parked_device_is_never_given_to_another_disk() {
+async fn a_retained_device_is_never_given_to_another_disk() {
     let (vm, vpmem) = fixed(2);
     for number in 0..2 {
         vpmem.attach_identified(&disk(number)).await.unwrap();
@@ -65,8 +65,8 @@ async fn a_parked_device_is_never_given_to_another_disk() {
         "vpmem:1"
     );
     assert_eq!(vpmem.slot_map(), [retained("0", 0), occupied("1", 1)]);
-    let places = [address("0"), address("1")];
-    assert_eq!(vm.present(), places);
+    let addresses = [address("0"), address("1")];
+    assert_eq!(vm.present(), addresses);
 }
 
 #[tokio::test]
@@ -98,7 +98,7 @@ async fn the_same_disk_is_the_same_file_and_not_the_same_name() {
 }
 
 #[tokio::test]
-async fn an_attachment_in_doubt_that_turns_out_fixed_is_parked() {
+async fn an_attachment_in_doubt_that_turns_out_fixed_is_retained() {
     let (vm, vpmem) = fixed(1);
     vm.next(Answer::DoneButUncertain);
     vpmem.attach_identified(&disk(0)).await.unwrap_err();
@@ -114,7 +114,7 @@ async fn an_attachment_in_doubt_that_turns_out_fixed_is_parked() {
 }
 
 #[tokio::test]
-async fn a_parked_device_is_free_when_the_vm_is_gone() {
+async fn a_retained_device_is_free_when_the_vm_is_gone() {
     let (vm, vpmem) = fixed(1);
     vpmem.attach_identified(&disk(0)).await.unwrap();
     vpmem.detach(&disk(0)).await.unwrap();

@@ -1,4 +1,4 @@
-//! Finding persistent memory and letting go of it, over a made-up tree of devices whose disks are real loop
+//! Finding persistent memory and unplugging it, over a made-up tree of devices whose disks are real loop
 //! devices. What a real kernel does with the real tree is seen in a virtual machine.
 #![cfg(target_os = "linux")]
 #![allow(
@@ -229,17 +229,17 @@ async fn root_virtio_pmem_is_proven_free_ejected_from_its_own_slot_and_awaited()
         assert_eq!(tree.read("bus/pci/slots/0/power"), "", "another slot");
     }
     let resolver = ready(VpmemResolver::ports([BRIDGE.parse().unwrap()]), &tree);
-    let patient = unplugger(&resolver).with_removal_deadline(Duration::from_secs(20));
+    let with_long_wait = unplugger(&resolver).with_removal_deadline(Duration::from_secs(20));
     let waiting = {
-        let (patient, at) = (patient.clone(), at.clone());
-        tokio::spawn(async move { patient.unplug(&at).await })
+        let (with_long_wait, at) = (with_long_wait.clone(), at.clone());
+        tokio::spawn(async move { with_long_wait.unplug(&at).await })
     };
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!waiting.is_finished());
     take_out(&tree);
     waiting.await.unwrap().unwrap();
     for at in ["vpmem:0", "vpmem:0@0+4096"] {
-        patient.unplug(&locator(at)).await.unwrap();
+        with_long_wait.unplug(&locator(at)).await.unwrap();
     }
 }
 

@@ -9,7 +9,7 @@ mod common;
 use blockmount::{Disk, ErrorKind, MountOptions, MountRequest};
 use blockmount_vpmem::Mode;
 use common::guest::Guest;
-use common::{Answer, Event, GIB, MODES, address, disk, room_for_two, vpmem};
+use common::{Answer, Event, GIB, MODES, address, disk, two_addresses, vpmem};
 
 fn request() -> MountRequest {
     MountRequest::new(MountOptions::read_only())
@@ -18,7 +18,7 @@ fn request() -> MountRequest {
 #[tokio::test]
 async fn v01_a_disk_that_the_guest_has_let_go_of_is_mounted_again() {
     for mode in MODES {
-        let (vm, vpmem, [at, _]) = room_for_two(mode);
+        let (vm, vpmem, [at, _]) = two_addresses(mode);
         let at = format!("vpmem:{at}");
         let guest = Guest::default();
         let (manager, log) = guest.manager(vec![vpmem.clone()]);
@@ -44,7 +44,7 @@ async fn v01_a_disk_that_the_guest_has_let_go_of_is_mounted_again() {
 #[tokio::test]
 async fn v02_a_release_takes_nobody_elses_share() {
     for mode in MODES {
-        let (vm, vpmem, _) = room_for_two(mode);
+        let (vm, vpmem, _) = two_addresses(mode);
         let guest = Guest::default();
         let (manager, _) = guest.manager(vec![vpmem.clone()]);
         let one = manager.add(&disk(0), &request()).await.unwrap();

@@ -8,13 +8,13 @@ use blockmount::{Disk, ErrorKind, Transport};
 use blockmount_vpmem::{InvalidReserved, Mode, PAGE, VpmemTransport};
 use common::{
     Answer, Event, GIB, MIB, MODES, Question, Vm, address, device, disk, entry, occupied,
-    room_for_two, vpmem,
+    two_addresses, vpmem,
 };
 
 #[tokio::test]
 async fn v06_a_late_detach_never_reaches_the_next_disk_in_the_place() {
     for mode in MODES {
-        let (vm, vpmem, [at, _]) = room_for_two(mode);
+        let (vm, vpmem, [at, _]) = two_addresses(mode);
         vpmem.attach_identified(&disk(0)).await.unwrap();
         vpmem.detach(&disk(0)).await.unwrap();
         vpmem.attach_identified(&disk(1)).await.unwrap();
@@ -34,7 +34,7 @@ async fn v07_a_step_that_fails_is_the_answer_and_the_last_step() {
         ErrorKind::Other,
     ];
     for mode in MODES {
-        let (vm, vpmem, _) = room_for_two(mode);
+        let (vm, vpmem, _) = two_addresses(mode);
         for kind in kinds {
             for question in [Question::Identify, Question::Size] {
                 vm.refuse(question, kind);
@@ -58,7 +58,7 @@ async fn v07_a_step_that_fails_is_the_answer_and_the_last_step() {
 #[tokio::test]
 async fn detaching_a_disk_that_was_never_attached_changes_nothing() {
     for mode in MODES {
-        let (vm, vpmem, [at, _]) = room_for_two(mode);
+        let (vm, vpmem, [at, _]) = two_addresses(mode);
         vpmem.detach(&disk(0)).await.unwrap();
         vpmem.attach_identified(&disk(1)).await.unwrap();
         vpmem.detach(&disk(0)).await.unwrap();
@@ -74,7 +74,7 @@ async fn detaching_a_disk_that_was_never_attached_changes_nothing() {
 #[tokio::test]
 async fn with_the_vm_gone_the_place_is_free() {
     for mode in MODES {
-        let (vm, vpmem, _) = room_for_two(mode);
+        let (vm, vpmem, _) = two_addresses(mode);
         vpmem.attach_identified(&disk(0)).await.unwrap();
         vm.next(Answer::Fail(ErrorKind::Gone));
         let error = vpmem.detach(&disk(0)).await.unwrap_err();

@@ -9,12 +9,12 @@ use blockmount_vpmem::{DeviceNumber, PAGE};
 use serde::{Deserialize, Serialize};
 
 use super::path::{ATTACHMENTS, SCSI, VPMEM};
-use super::{Attachment, CONTROLLER_GUIDS, Place, ResourcePath, VirtualPMemDevice};
+use super::{Attachment, CONTROLLER_GUIDS, DiskAddress, ResourcePath, VirtualPMemDevice};
 
 /// The controllers of a VM with what is on them from the start, for the `Devices` of the document that makes the VM.
 ///
 /// What is here must also be reserved with the transport ([`reserved_scsi`](Self::reserved_scsi),
-/// [`reserved_vpmem`](Self::reserved_vpmem)), which else gives the place to another disk. The usual ones are the root image of a
+/// [`reserved_vpmem`](Self::reserved_vpmem)), which else gives the address to another disk. The usual ones are the root image of a
 /// Linux guest and the scratch of a Windows guest, both at SCSI address 0/0.
 ///
 /// ```
@@ -93,7 +93,7 @@ impl Devices {
     ///
     /// `Unsuitable` if no VM has such an address, `Conflict` if it is taken, `Invalid` as for [`Attachment::of`].
     pub fn scsi_disk(mut self, address: ScsiAddress, disk: &Disk) -> Result<Self, BackendError> {
-        let place = ResourcePath::try_from(Place::Scsi(address))?.place();
+        let at = ResourcePath::try_from(DiskAddress::Scsi(address))?.address();
         let attachment = Attachment::of(disk)?;
         let guid = CONTROLLER_GUIDS[usize::from(address.controller.get())];
         let controller = self.scsi.entry(guid.to_owned()).or_default();
@@ -101,7 +101,7 @@ impl Devices {
             &mut controller.attachments,
             address.lun.to_string(),
             attachment,
-            place,
+            at,
         )?;
         Ok(self)
     }
@@ -137,8 +137,11 @@ impl Devices {
     /// `Conflict` if the device is taken, `Unsuitable` and `Invalid` as for [`VirtualPMemDevice::of`].
     pub fn vpmem_disk(mut self, device: DeviceNumber, disk: &Disk) -> Result<Self, BackendError> {
         let controller = self.virtual_pmem.get_or_insert_default();
-        let (place, entry) = (Place::VpmemDevice(device), VirtualPMemDevice::of(disk)?);
-        insert(&mut controller.devices, device.to_string(), entry, place)?;
+        let (address, entry) = (
+            DiskAddress::VpmemDevice(device),
+            VirtualPMemDevice::of(disk)?,
+        );
+        insert(&mut controller.devices, device.to_string(), entry, address)?;
         Ok(self)
     }
 
@@ -149,8 +152,8 @@ impl Devices {
             luns.map(move |lun| format!("{SCSI}{guid}{ATTACHMENTS}{lun}"))
         });
         let mut taken: Vec<ScsiAddress> = paths
-            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.place() {
-                Place::Scsi(address) => Some(address),
+            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.address() {
+                DiskAddress::Scsi(address) => Some(address),
                 _ => None,
             })
             .collect();
@@ -166,8 +169,8 @@ impl Devices {
             .flat_map(|pmem| pmem.devices.keys());
         let paths = numbers.map(|number| format!("{VPMEM}{number}"));
         let mut taken: Vec<DeviceNumber> = paths
-            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.place() {
-                Place::VpmemDevice(device) => Some(device),
+            .filter_map(|path| match path.parse::<ResourcePath>().ok()?.address() {
+                DiskAddress::VpmemDevice(device) => Some(device),
                 _ => None,
             })
             .collect();
@@ -185,11 +188,11 @@ fn insert<T>(
     taken: &mut BTreeMap<String, T>,
     key: String,
     value: T,
-    place: Place,
+    address: DiskAddress,
 ) -> Result<(), BackendError> {
     if taken.contains_key(&key) {
         return Err(BackendError::conflict(format!(
-            "there is a disk at {place} already"
+            "there is a disk at {address} already"
         )));
     }
     taken.insert(key, value);

@@ -24,10 +24,10 @@ pub(super) const ATTACHMENTS: &str = "/Attachments/";
 pub(super) const VPMEM: &str = "VirtualMachine/Devices/VirtualPMem/Devices/";
 const MAPPINGS: &str = "/Mappings/";
 
-/// A place for a disk in a VM of Hyper-V.
+/// Where a disk is in a VM of Hyper-V.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Place {
+pub enum DiskAddress {
     /// A LUN of a SCSI controller.
     Scsi(ScsiAddress),
     /// A VPMEM device.
@@ -41,43 +41,43 @@ pub enum Place {
     },
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for DiskAddress {
     /// For messages: `SCSI address 0/3`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::Scsi(address) => write!(f, "SCSI address {address}"),
-            Place::VpmemDevice(device) => write!(f, "VPMEM device {device}"),
-            Place::VpmemMapping { device, offset } => {
+            DiskAddress::Scsi(address) => write!(f, "SCSI address {address}"),
+            DiskAddress::VpmemDevice(device) => write!(f, "VPMEM device {device}"),
+            DiskAddress::VpmemMapping { device, offset } => {
                 write!(f, "offset {offset} of VPMEM device {device}")
             }
         }
     }
 }
 
-/// A place for a disk, as documents name it. There is one of it in every VM of Hyper-V.
+/// The path of a [`DiskAddress`] in documents. It is the same in every VM of Hyper-V.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ResourcePath(Place);
+pub struct ResourcePath(DiskAddress);
 
 impl ResourcePath {
-    /// The place.
-    pub fn place(&self) -> Place {
+    /// The address.
+    pub fn address(&self) -> DiskAddress {
         self.0
     }
 }
 
-impl TryFrom<Place> for ResourcePath {
+impl TryFrom<DiskAddress> for ResourcePath {
     type Error = BackendError;
 
-    /// Fails with `Unsuitable` if no VM of Hyper-V has such a place: it has 4 controllers of 64 LUNs.
-    fn try_from(place: Place) -> Result<Self, BackendError> {
-        match place {
-            Place::Scsi(address) if !Geometry::HYPER_V.contains(address) => {
+    /// Fails with `Unsuitable` if no VM of Hyper-V has such an address: it has 4 controllers of 64 LUNs.
+    fn try_from(address: DiskAddress) -> Result<Self, BackendError> {
+        match address {
+            DiskAddress::Scsi(address) if !Geometry::HYPER_V.contains(address) => {
                 Err(BackendError::unsuitable(format!(
                     "Hyper-V has no SCSI address {address}, only {} controllers and LUNs",
                     Geometry::HYPER_V
                 )))
             }
-            _ => Ok(ResourcePath(place)),
+            _ => Ok(ResourcePath(address)),
         }
     }
 }
@@ -85,21 +85,21 @@ impl TryFrom<Place> for ResourcePath {
 impl fmt::Display for ResourcePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Place::Scsi(ScsiAddress { controller, lun }) => {
+            DiskAddress::Scsi(ScsiAddress { controller, lun }) => {
                 let guid = CONTROLLER_GUIDS[usize::from(controller.get())];
                 write!(f, "{SCSI}{guid}{ATTACHMENTS}{lun}")
             }
-            Place::VpmemDevice(device) => write!(f, "{VPMEM}{device}"),
-            Place::VpmemMapping { device, offset } => {
+            DiskAddress::VpmemDevice(device) => write!(f, "{VPMEM}{device}"),
+            DiskAddress::VpmemMapping { device, offset } => {
                 write!(f, "{VPMEM}{device}{MAPPINGS}{offset}")
             }
         }
     }
 }
 
-/// Why a text is not the path of a disk's place.
+/// Why a text is not the path of a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("{0:?} is not the path of a place for a disk")]
+#[error("{0:?} is not the path of a disk")]
 pub struct InvalidPath(String);
 
 impl FromStr for ResourcePath {
@@ -119,20 +119,20 @@ fn parse(text: &str) -> Option<ResourcePath> {
             .position(|known| known.eq_ignore_ascii_case(guid))?;
         let controller = u64::try_from(controller).ok()?.try_into().ok()?;
         let address = ScsiAddress::new(controller, decimal(lun)?.try_into().ok()?);
-        return Place::Scsi(address).try_into().ok();
+        return DiskAddress::Scsi(address).try_into().ok();
     }
     let rest = text.strip_prefix(VPMEM)?;
     let Some((device, offset)) = rest.split_once(MAPPINGS) else {
-        return Some(ResourcePath(Place::VpmemDevice(
+        return Some(ResourcePath(DiskAddress::VpmemDevice(
             decimal(rest)?.try_into().ok()?,
         )));
     };
     let device = decimal(device)?.try_into().ok()?;
     let offset = decimal(offset)?;
-    Some(ResourcePath(Place::VpmemMapping { device, offset }))
+    Some(ResourcePath(DiskAddress::VpmemMapping { device, offset }))
 }
 
-/// Each number has one spelling, so that two paths of one place are equal.
+/// Each number has one spelling, so that two paths of one address are equal.
 fn decimal(text: &str) -> Option<u64> {
     let number: u64 = text.parse().ok()?;
     (number.to_string() == text).then_some(number)

@@ -52,7 +52,7 @@ unsafe impl Sync for System {}
 impl System {
     pub(super) fn open(id: &Wide) -> Result<Self, HcsError> {
         let mut handle = null_mut();
-        // SAFETY: the id ends with a NUL and outlives the call, which writes a handle to a place that is ours.
+        // SAFETY: the id ends with a NUL and outlives the call, which writes a handle to memory that is ours.
         let result = unsafe { HcsOpenComputeSystem(id.0.as_ptr(), GENERIC_ALL, &mut handle) };
         match Hresult::from(result) {
             result if failed(result) || handle.is_null() => Err(HcsError::failed(result, None)),
@@ -110,7 +110,7 @@ impl Operation {
         let handle = unsafe { HcsCreateOperation(without_provenance(number), Some(completed)) };
         if handle.is_null() {
             waiting().remove(&number);
-            let message = "the host compute service has no room for another operation";
+            let message = "the host compute service cannot make another operation";
             return Err(HcsError::Unsendable(message.to_owned()));
         }
         Ok((Operation { handle, number }, done))
@@ -137,7 +137,7 @@ impl Operation {
     /// The result of an operation that is done: its document, or why it has failed.
     pub(super) fn result(&self) -> Result<Option<String>, HcsError> {
         let mut document = null_mut();
-        // SAFETY: the handle is open, and the call writes a string to a place that is ours.
+        // SAFETY: the handle is open, and the call writes a string to memory that is ours.
         let result = unsafe { HcsGetOperationResult(self.handle, &mut document) };
         let document = LocalString(document).read();
         match Hresult::from(result) {

@@ -39,7 +39,7 @@ pub(crate) fn file_id(path: &Path) -> io::Result<DiskId> {
 fn number(file: &File) -> Option<FILE_ID_INFO> {
     let mut info = FILE_ID_INFO::default();
     let size = u32::try_from(size_of::<FILE_ID_INFO>()).ok()?;
-    // SAFETY: the handle is open, and the call writes at most `size` bytes to a place of that size, for which any bytes are a value.
+    // SAFETY: the handle is open, and the call writes at most `size` bytes to memory of that size, for which any bytes are a value.
     let done = unsafe {
         let info = (&raw mut info).cast();
         GetFileInformationByHandleEx(file.as_raw_handle(), FileIdInfo, info, size)

@@ -1,4 +1,4 @@
-//! A VM of Hyper-V in memory: a service that keeps disks in places and passes requests on to an agent, which is
+//! A VM of Hyper-V in memory: a service that keeps disks and passes requests on to an agent, which is
 //! a guest of ours over a fake VM.
 #![allow(dead_code, clippy::unwrap_used)] // each test file uses a part; a panic is a failure message
 
@@ -21,8 +21,8 @@ use blockmount::{
 use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType, Resource};
 use blockmount_bridge::gcs::{GuestConnection, GuestServer, Hresult};
 use blockmount_hcs::documents::{
-    GuestConnectionInfo, ModifySettingRequest, Place, Properties, PropertyQuery, ResourcePath,
-    Settings,
+    DiskAddress, GuestConnectionInfo, ModifySettingRequest, Properties, PropertyQuery,
+    ResourcePath, Settings,
 };
 use blockmount_hcs::{ComputeSystem, GuestOs, HcsError};
 use blockmount_scsi::ScsiAddress;
@@ -61,7 +61,7 @@ pub(crate) enum Reply {
 pub(crate) struct Model(Arc<Shared>);
 
 struct Shared {
-    places: Places,
+    devices: Devices,
     guest_os: GuestOs,
     /// None: another process has the connection to the guest.
     agent: Option<GuestConnection>,
@@ -86,7 +86,7 @@ pub(crate) const WAYS: usize = if cfg!(windows) { 2 } else { 1 };
 
 /// What is at which place, and the fake VM that has it.
 #[derive(Clone, Default)]
-struct Places {
+struct Devices {
     vm: FakeVm,
     taken: Arc<Mutex<BTreeMap<String, (Disk, DeviceLocator)>>>,
 }
@@ -97,22 +97,22 @@ impl Model {
     }
 
     pub(crate) async fn new(guest_os: GuestOs) -> Self {
-        let places = Places::default();
+        let devices = Devices::default();
         let (host_end, guest_end) = tokio::io::duplex(1 << 16);
-        let server = GuestServer::new(Agent(places.clone()));
+        let server = GuestServer::new(Agent(devices.clone()));
         tokio::spawn(async move { server.serve(guest_end).await });
         let agent = GuestConnection::connect(host_end).await.unwrap();
-        Self::with_agent(guest_os, places, Some(agent))
+        Self::with_agent(guest_os, devices, Some(agent))
     }
 
     /// A VM whose agent is connected to somebody else.
     pub(crate) fn without_agent() -> Self {
-        Self::with_agent(GuestOs::Linux, Places::default(), None)
+        Self::with_agent(GuestOs::Linux, Devices::default(), None)
     }
 
-    fn with_agent(guest_os: GuestOs, places: Places, agent: Option<GuestConnection>) -> Self {
+    fn with_agent(guest_os: GuestOs, devices: Devices, agent: Option<GuestConnection>) -> Self {
         Model(Arc::new(Shared {
-            places,
+            devices,
             guest_os,
             agent,
             state: Mutex::default(),
@@ -160,8 +160,8 @@ impl Model {
     /// The VM ends, and all in it.
     pub(crate) fn end(&self) {
         self.state().ended = true;
-        self.0.places.vm.kill();
-        self.0.places.taken().clear();
+        self.0.devices.vm.kill();
+        self.0.devices.taken().clear();
     }
 
     /// It has ended by the time somebody asks.
@@ -170,15 +170,15 @@ impl Model {
     }
 
     pub(crate) fn left(&self) -> Vec<String> {
-        let taken = self.0.places.taken().clone();
-        let places = taken
+        let taken = self.0.devices.taken().clone();
+        let devices = taken
             .into_iter()
-            .map(|(place, (disk, _))| format!("{place} {disk}"));
+            .map(|(path, (disk, _))| format!("{path} {disk}"));
         let mounts = self.state().windows_mounts.clone().into_iter();
         let mounts = mounts.map(|(path, lun)| format!("{path} mounts LUN {lun}"));
-        places
+        devices
             .chain(mounts)
-            .chain(self.0.places.vm.left())
+            .chain(self.0.devices.vm.left())
             .collect()
     }
 
@@ -277,8 +277,8 @@ impl Model {
         }
         let path = request.resource_path.unwrap().to_string();
         match (request.request_type, request.settings) {
-            (Some(RequestType::Add), Some(settings)) => self.0.places.put(path, settings).await,
-            (Some(RequestType::Remove), None) => self.0.places.take(&path).await,
+            (Some(RequestType::Add), Some(settings)) => self.0.devices.put(path, settings).await,
+            (Some(RequestType::Remove), None) => self.0.devices.take(&path).await,
             _ => Err(failed(Hresult::INVALID_ARGUMENT, "neither add nor remove")),
         }
     }
@@ -338,7 +338,7 @@ impl ComputeSystem for Model {
     }
 }
 
-impl Places {
+impl Devices {
     fn taken(&self) -> MutexGuard<'_, BTreeMap<String, (Disk, DeviceLocator)>> {
         self.taken.lock().unwrap()
     }
@@ -376,20 +376,20 @@ impl Places {
 
     /// The device of the fake VM that is at an address.
     fn device(&self, locator: &DeviceLocator) -> Result<DeviceLocator, BackendError> {
-        let place = match locator.transport() {
+        let address = match locator.transport() {
             blockmount_vpmem::SCHEME => {
                 let VpmemAddress { device, range } = locator.try_into()?;
                 match range {
-                    None => Place::VpmemDevice(device),
-                    Some(range) => Place::VpmemMapping {
+                    None => DiskAddress::VpmemDevice(device),
+                    Some(range) => DiskAddress::VpmemMapping {
                         device,
                         offset: range.offset(),
                     },
                 }
             }
-            _ => Place::Scsi(ScsiAddress::try_from(locator)?),
+            _ => DiskAddress::Scsi(ScsiAddress::try_from(locator)?),
         };
-        let path = ResourcePath::try_from(place)?.to_string();
+        let path = ResourcePath::try_from(address)?.to_string();
         let absent = || DeviceLocator::new("fake", 4_000_000).unwrap();
         let device = self.taken().get(&path).map(|(_, device)| device.clone());
         Ok(device.unwrap_or_else(absent))
@@ -397,7 +397,7 @@ impl Places {
 }
 
 /// The agent in the guest.
-struct Agent(Places);
+struct Agent(Devices);
 
 #[async_trait]
 impl Unplugger for Agent {

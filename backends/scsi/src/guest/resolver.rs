@@ -52,7 +52,7 @@ impl ScsiResolver {
         ScsiResolver::new(ControllerId::HYPER_V)
     }
 
-    /// Waits this long for a disk to appear, in place of ten seconds.
+    /// Waits this long for a disk to appear, instead of ten seconds.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -129,7 +129,7 @@ impl Lookup {
     /// The directory of the device, which is there.
     pub(super) fn device(&self) -> Probe<PathBuf> {
         let host = self.controller.host(&self.sysfs)?;
-        let device = controller::device(&self.sysfs, host, self.lun);
+        let device = controller::device(&self.sysfs, host, self.lun());
         if device.exists() {
             return Ok(device);
         }

@@ -46,7 +46,7 @@ impl ScsiUnplugger {
         self
     }
 
-    /// Waits this long for the kernel to remove a disk, in place of ten seconds.
+    /// Waits this long for the kernel to remove a disk, instead of ten seconds.
     #[must_use]
     pub fn with_removal_deadline(mut self, removal: Duration) -> Self {
         self.removal = removal;

@@ -68,7 +68,7 @@ impl VpmemResolver {
         self
     }
 
-    /// Waits this long for a device to appear, in place of ten seconds.
+    /// Waits this long for a device to appear, instead of ten seconds.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -83,7 +83,7 @@ impl VpmemResolver {
         self
     }
 
-    pub(super) fn place(&self, device: &DeviceLocator) -> Result<Place, BackendError> {
+    pub(super) fn lookup(&self, device: &DeviceLocator) -> Result<Lookup, BackendError> {
         let VpmemAddress {
             device: number,
             range,
@@ -95,7 +95,7 @@ impl VpmemResolver {
             ))
         })?;
         let root = self.sysfs.clone();
-        Ok(Place { id, root, range })
+        Ok(Lookup { id, root, range })
     }
 }
 
@@ -112,9 +112,9 @@ impl fmt::Debug for VpmemResolver {
 #[deny(clippy::missing_trait_methods)]
 impl Resolver for VpmemResolver {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
-        let place = self.place(device)?;
+        let lookup = self.lookup(device)?;
         let deadline = Instant::now() + self.timeout;
-        let found = wait_for(deadline, is_pmem, move || place.look()).await;
+        let found = wait_for(deadline, is_pmem, move || lookup.device()).await;
         found.map_err(|error| {
             let message = format!("cannot find {device}: {}", error.message());
             BackendError::new(error.kind(), message).with_source(error)
@@ -128,16 +128,16 @@ fn is_pmem(path: &[u8]) -> bool {
     names.any(|name| name.starts_with(b"ndbus") || name.starts_with(b"virtio"))
 }
 
-/// Where a disk is looked for.
+/// Which disk is looked for.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Lookup {
     pub(super) id: PmemId,
     pub(super) root: PathBuf,
     pub(super) range: Option<ByteRange>,
 }
 
-impl Place {
-    fn look(&self) -> Probe<BlockDevice> {
+impl Lookup {
+    fn device(&self) -> Probe<BlockDevice> {
         let disk = self.id.disk(&self.root)?;
         let range: Option<Range<u64>> = self.range.map(Range::from);
         if let Some(end) = range

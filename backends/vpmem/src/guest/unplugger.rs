@@ -1,4 +1,4 @@
-//! Letting go of persistent memory before the hypervisor takes it out.
+//! Unplugging persistent memory before the hypervisor takes it out.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,17 +10,17 @@ use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 
 use super::pmem::{PmemId, pci_of};
-use super::resolver::{Place, VpmemResolver};
+use super::resolver::{Lookup, VpmemResolver};
 
 /// How long a device may be busy for a moment before it counts as in use.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the kernel may take to eject a device.
 const REMOVAL: Duration = Duration::from_secs(10);
 
-/// Makes a Linux guest let go of the persistent memory that a [`VpmemResolver`] finds.
+/// Unplugs the persistent memory that a [`VpmemResolver`] finds in a Linux guest.
 ///
 /// A device is proven free, in all namespaces, and held so that it stays free. One in a PCI slot for hot-plug
-/// is then ejected, because that is how its hypervisor gets it back; any other stays, because an NVDIMM
+/// is then ejected, because its hypervisor waits for that; any other stays, because an NVDIMM
 /// cannot be taken out. Of a device that holds many disks only the range that is meant is proven free.
 /// What is in use is `Busy`, and stays as it was. What is not there is a success.
 #[derive(Debug, Clone)]
@@ -31,7 +31,7 @@ pub struct VpmemUnplugger {
 }
 
 impl VpmemUnplugger {
-    /// Lets go of the devices that this resolver finds.
+    /// Unplugs the devices that this resolver finds.
     pub fn new(resolver: VpmemResolver) -> Self {
         VpmemUnplugger {
             resolver,
@@ -40,14 +40,14 @@ impl VpmemUnplugger {
         }
     }
 
-    /// Waits this long for whoever uses a device for a moment, in place of one second.
+    /// Waits this long for a device that is busy, instead of one second.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Waits this long for the kernel to eject a device, in place of ten seconds.
+    /// Waits this long for the kernel to eject a device, instead of ten seconds.
     #[must_use]
     pub fn with_removal_deadline(mut self, removal: Duration) -> Self {
         self.removal = removal;
@@ -88,9 +88,8 @@ struct Slot {
 #[deny(clippy::missing_trait_methods)]
 impl Unplugger for VpmemUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        let place = self.resolver.place(device)?;
-        let Place { id, root, range } = place;
-        let (disk, slot) = blocking(move || doomed(id, &root)).await?;
+        let Lookup { id, root, range } = self.resolver.lookup(device)?;
+        let (disk, slot) = blocking(move || target(id, &root)).await?;
         let Some(range) = range else {
             return self.eject(device, disk, slot).await;
         };
@@ -108,8 +107,8 @@ impl Unplugger for VpmemUnplugger {
     }
 }
 
-/// What there is to let go of, and the slot that it can be ejected from.
-fn doomed(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), BackendError> {
+/// What there is to unplug, and the slot that it can be ejected from.
+fn target(id: PmemId, root: &Path) -> Result<(Option<Disk>, Option<Slot>), BackendError> {
     let disk = present(id.disk(root))?;
     let known = id.pci_device(root)?.map(|(address, _)| address);
     let address = known.or_else(|| pci_of(disk.as_ref()?.directory()));

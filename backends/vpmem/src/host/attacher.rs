@@ -17,11 +17,11 @@ use crate::{ByteRange, DeviceNumber};
 /// The two sides of the contract, besides the one of all backends (bounded waits, no panics):
 ///
 /// - *The transport chooses device and range.* The implementor may rely on
-///   them being free as far as anybody knows: what is in doubt is not used for anything but tear-down. In
+///   them being free: what is in doubt is not used for anything but tear-down. In
 ///   exchange the disk is put there and nowhere else, because the guest finds it by number and offset.
 /// - *One call at a time* for one whole device, and for one range. The implementor must allow all others
 ///   at once, also for ranges of the same device. No lock is held during a call.
-/// - *The answer decides about the place.* It is given to another disk right after `attach` or `map` has
+/// - *The answer decides about the address.* It is given to another disk right after `attach` or `map` has
 ///   failed with anything but `Uncertain`, or after `detach` or `unmap` has succeeded or failed with `Gone`.
 /// - *What cannot be unplugged stays.* A hypervisor that cannot take a device out answers `detach` with
 ///   `Unsuitable`: the device then keeps its number and its disk, and is offered again when the same

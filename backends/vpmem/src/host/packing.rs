@@ -1,4 +1,4 @@
-//! Many disks on one device: which of its pages belong to whom.
+//! Many disks on one device: which of its pages belong to which disk.
 //!
 //! # Which allocator, and why
 //!
@@ -22,7 +22,7 @@
 //! faster where nobody waits, ends at 2^32 pages, and has had no release for two years.
 //!
 //! None of them knows who owns a range: releasing twice, or a range that has a new owner by now, panics or
-//! frees what is in use. That part is here.
+//! frees what is in use. [`PackedRange`] prevents that.
 
 use std::fmt;
 use std::ops::Range;
@@ -37,14 +37,14 @@ pub const MAX_MAPPINGS: usize = 1024;
 
 /// The ranges of one device. Clones share them.
 ///
-/// A range belongs to exactly one [`PackedRange`], which can be moved and not copied: there is no way to
-/// release it twice, nor to release what has a new owner.
+/// A range belongs to exactly one [`PackedRange`], which can be moved and not copied: it cannot be
+/// released twice, nor after it has a new owner.
 ///
 /// ```
 /// use blockmount_vpmem::{Geometry, Packing};
 ///
 /// let device = Packing::new(Geometry::default());
-/// let layer = device.reserve((1 << 20) + 512).ok_or("no room")?;
+/// let layer = device.reserve((1 << 20) + 512).ok_or("the device is full")?;
 /// assert_eq!(layer.range().size(), (1 << 20) + 4096); // whole pages, and not one more
 /// layer.vacate();
 /// assert!(device.is_empty());
@@ -55,7 +55,7 @@ pub const MAX_MAPPINGS: usize = 1024;
 /// # let device = blockmount_vpmem::Packing::new(blockmount_vpmem::Geometry::default());
 /// let layer = device.reserve(4096).unwrap();
 /// layer.vacate();
-/// layer.vacate(); // does not compile: it is not ours any more
+/// layer.vacate(); // does not compile: it was moved
 /// ```
 #[derive(Clone)]
 pub struct Packing(Arc<Shared>);
@@ -123,7 +123,7 @@ impl Packing {
     }
 
     fn ranges(&self) -> MutexGuard<'_, Ranges> {
-        // Nobody panics with the lock held.
+        // Nothing panics with the lock held.
         self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -143,9 +143,9 @@ impl fmt::Debug for Packing {
     }
 }
 
-/// A range of a device that is yours.
+/// A range of a device, owned by the holder of this.
 ///
-/// Dropping it does not free the range, since nobody has said that nothing is in it: it is lost, which
+/// Dropping it does not free the range, since it is not known to be empty: it is lost, which
 /// costs less than a range with two disks in it.
 #[must_use = "a range that is dropped is lost; vacate it when nothing is in it"]
 pub struct PackedRange {

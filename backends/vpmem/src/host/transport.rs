@@ -123,7 +123,7 @@ impl<A: Attacher> VpmemTransport<A> {
     }
 
     /// Begins to attach a disk to a free device or range.
-    fn place(&self, disk: &Disk, version: DiskVersion) -> Result<Call<Allocated>, BackendError> {
+    fn begin(&self, disk: &Disk, version: DiskVersion) -> Result<Call<Allocated>, BackendError> {
         let size = version.size;
         let call = self
             .placement
@@ -149,7 +149,7 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
         if let Some(address) = self.placement.reuse(disk, is_same)? {
             return Ok(address.into());
         }
-        let call = self.place(disk, version)?;
+        let call = self.begin(disk, version)?;
         let address @ VpmemAddress { device, range } = call.address();
         call.attached(match range {
             None => self.attacher.attach(device, disk, id).await,

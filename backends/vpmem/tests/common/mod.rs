@@ -299,8 +299,8 @@ pub(crate) fn vpmem(
     (vm, Arc::new(vpmem))
 }
 
-/// Room for exactly two disks, and the two places.
-pub(crate) fn room_for_two(mode: Mode) -> (Arc<Vm>, Arc<Vpmem>, [&'static str; 2]) {
+/// A transport with exactly two addresses, and these.
+pub(crate) fn two_addresses(mode: Mode) -> (Arc<Vm>, Arc<Vpmem>, [&'static str; 2]) {
     match mode {
         Mode::WholeDevices => {
             let (vm, transport) = vpmem(mode, 2, MIB, &[]);

@@ -67,8 +67,8 @@ impl Device for FourWaySplit {
     }
 
     fn take(&mut self, size: u64) -> Option<Region> {
-        let room = self.taken() < MAX_MAPPINGS;
-        room.then(|| self.allocate(size).ok()).flatten()
+        let fits = self.taken() < MAX_MAPPINGS;
+        fits.then(|| self.allocate(size).ok()).flatten()
     }
 
     fn give_back(&mut self, range: Region) {
