@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 9] = [
+const RULE: [(&str, &[&str]); 12] = [
     ("blockmount", &[]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
@@ -42,10 +42,37 @@ const RULE: [(&str, &[&str]); 9] = [
         ],
     ),
     (
-        "blockmount-cli",
+        "blockmount-agent",
         &[
             "blockmount",
             "blockmount-bridge",
+            "blockmount-linux",
+            "blockmount-loopback",
+            "blockmount-scsi",
+            "blockmount-vpmem",
+        ],
+    ),
+    (
+        "blockmount-checker",
+        &["blockmount-agent", "blockmount-linux"],
+    ),
+    // In tests only: no other crate may use it but in its tests.
+    (
+        "blockmount-debug-agent",
+        &[
+            "blockmount-agent",
+            "blockmount-bridge",
+            "blockmount-checker",
+            "blockmount-linux",
+        ],
+    ),
+    (
+        "blockmount-cli",
+        &[
+            "blockmount",
+            "blockmount-agent",
+            "blockmount-bridge",
+            "blockmount-checker",
             "blockmount-linux",
             "blockmount-loopback",
             "blockmount-qemu",

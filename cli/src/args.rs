@@ -7,8 +7,6 @@ use std::path::PathBuf;
 use crate::guest::{GuestKind, TransportKind};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
-use crate::witness::WitnessArgs;
-
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
 #[command(name = "blockmount", version, max_term_width = 100, after_help = EXAMPLES)]
@@ -49,8 +47,9 @@ pub(crate) enum Cmd {
     /// Serve this machine, a guest, to its host: mount and unplug what the host asks for
     #[command(disable_help_flag = true)]
     Agent(AgentArgs),
-    /// Tell the host of this machine, a guest, how it is: for tests and diagnosis
-    Witness(WitnessArgs),
+    /// Tell the host of this guest what is in it, for the demo
+    #[command(hide = true)]
+    Checker(CheckerArgs),
 }
 
 /// What the program `blockmount-agent` reads for itself.
@@ -75,8 +74,15 @@ impl AgentArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct CheckerArgs {
+    /// Directories below which the agent mounts
+    #[arg(value_name = "DIR")]
+    pub(crate) roots: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 #[command(after_help = "\
-Without --layer, sample layers are made from directories of this machine, with the mkfs tools that \
+Without --layer, demo images are made from directories of this machine, with the mkfs tools that \
 are installed (mkfs.erofs, mksquashfs, mkfs.ext4, mkfs.xfs).
 
 Examples:

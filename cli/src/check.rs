@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockmount_checker::tree::{Comparison, Node, Tree, digest_bytes};
 use futures_util::future::join_all;
 
 use crate::failure::Failure;
 use crate::guest::Guest;
 use crate::interrupt::Interrupt;
 use crate::terminal::Progress;
-use crate::tree::{Comparison, Node, Tree, digest_bytes};
 
 /// Everything that was compared so far.
 #[derive(Debug, Default)]

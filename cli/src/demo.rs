@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockmount::{Disk, Manager, MountPoint, MountRequest, Stack, StackRequest};
+use blockmount_checker::tree::Tree;
 
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
@@ -16,11 +17,10 @@ use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
 use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
-use crate::samples::{self, Sample};
 use crate::speed;
 use crate::stacking::{distinct, layer_request};
 use crate::terminal::{Progress, print, print_json, say};
-use crate::tree::Tree;
+use crate::test_images::{TestImage, make};
 
 /// The containers that share the layers.
 const CONTAINERS: [&str; 2] = ["one", "two"];
@@ -91,8 +91,8 @@ async fn job(
     progress: &Progress,
 ) -> Result<Report, Failure> {
     let helper = machine.helper();
-    let samples = match args.layers.0.is_empty() {
-        true => samples::make(machine.work_dir(), helper, interrupt, progress).await?,
+    let test_images = match args.layers.0.is_empty() {
+        true => make(machine.work_dir(), helper, interrupt, progress).await?,
         false => given(&distinct(&args.layers.0), helper, interrupt, progress).await?,
     };
     progress.stage("making scratch disks");
@@ -107,9 +107,12 @@ async fn job(
     let start = Instant::now();
     progress.stage(format!(
         "adding {} layers, twice, all at once",
-        samples.len()
+        test_images.len()
     ));
-    let layers: Vec<Layer> = samples.iter().map(|sample| sample.layer.clone()).collect();
+    let layers: Vec<Layer> = test_images
+        .iter()
+        .map(|image| image.layer.clone())
+        .collect();
     let requests = [0, 1].map(|index| {
         let target = machine.own_target(CONTAINERS[index]);
         request(&target, &layers, &scratches[index])
@@ -127,7 +130,7 @@ async fn job(
         stacks,
         start,
     };
-    let checked = scene.check(samples, interrupt, progress).await?;
+    let checked = scene.check(test_images, interrupt, progress).await?;
     let mut report = scene.report(checked).await?;
     progress.stage("releasing both containers");
     for stack in scene.stacks {
@@ -171,8 +174,8 @@ async fn given(
     manager: &Manager,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Vec<Sample>, Failure> {
-    let mut samples = Vec::new();
+) -> Result<Vec<TestImage>, Failure> {
+    let mut test_images = Vec::new();
     for layer in layers {
         interrupt.check()?;
         progress.stage(format!("reading {}", layer.image.display()));
@@ -180,16 +183,16 @@ async fn given(
         let mount = manager.add(&disk, &layer_request(layer, &[])?).await?;
         let path = mount.path().to_owned();
         let tree = interrupt
-            .blocking(move |stop| Tree::read(&path, stop, || ()))
+            .blocking(move |stop| stop.bound(|stop| Tree::read(&path, stop, || ())))
             .await;
         let released = mount.release().await;
         released.context(|| format!("cannot release {}", layer.image.display()))?;
-        samples.push(Sample {
+        test_images.push(TestImage {
             layer: layer.clone(),
             tree: tree?,
         });
     }
-    Ok(samples)
+    Ok(test_images)
 }
 
 /// Both containers, up.
@@ -211,11 +214,11 @@ impl Scene<'_> {
     /// Compares both containers with the sources, has each write, and compares again.
     async fn check(
         &self,
-        samples: Vec<Sample>,
+        test_images: Vec<TestImage>,
         interrupt: &Interrupt,
         progress: &Progress,
     ) -> Result<Checked, Failure> {
-        let expected = Arc::new(Tree::merged(samples.iter().map(|sample| &sample.tree)));
+        let expected = Arc::new(Tree::merged(test_images.iter().map(|image| &image.tree)));
         let targets = [0, 1].map(|index| self.stacks[index].target().to_owned());
         let guest = self.machine.guest();
 
@@ -232,8 +235,8 @@ impl Scene<'_> {
             .add(check::trees(guest, interrupt, progress, &targets, [&after[0], &after[1]]).await?);
 
         progress.stage("comparing every layer with its source again");
-        for (sample, mount) in samples.into_iter().zip(self.stacks[0].layers()) {
-            let (path, tree) = (mount.path().to_owned(), Arc::new(sample.tree));
+        for (image, mount) in test_images.into_iter().zip(self.stacks[0].layers()) {
+            let (path, tree) = (mount.path().to_owned(), Arc::new(image.tree));
             check.add(check::trees(guest, interrupt, progress, &[path], [&tree]).await?);
         }
         Ok(Checked { check, files })

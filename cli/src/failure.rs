@@ -48,6 +48,11 @@ impl Failure {
         }
     }
 
+    /// An error of the system that says itself what was tried.
+    pub(crate) fn of_io(error: io::Error) -> Self {
+        Failure::new(error.to_string()).because(error)
+    }
+
     #[must_use]
     pub(crate) fn because(mut self, cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.cause = Some(cause.into());
@@ -62,16 +67,6 @@ impl Failure {
 
     pub(crate) fn status(&self) -> u8 {
         self.status
-    }
-
-    /// What and why, on one line: for a log, or for another machine.
-    pub(crate) fn summary(&self) -> String {
-        let mut summary = self.what.clone();
-        for cause in self.causes() {
-            summary.push_str(": ");
-            summary.push_str(&cause);
-        }
-        printable(&summary)
     }
 
     /// What each cause says, the nearest first; a cause that only repeats is left out.

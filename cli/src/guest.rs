@@ -7,15 +7,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockmount_checker::tree::Tree;
 use blockmount_loopback::LoopTransport;
 use clap::ValueEnum;
 
 use crate::failure::{Context, Failure};
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, Stop};
 use crate::kernel;
 use crate::report::SlotReport;
 use crate::terminal::Progress;
-use crate::tree::Tree;
 
 pub(crate) use qemu::{MOUNTS, QemuGuest};
 
@@ -110,7 +110,8 @@ impl Guest {
             return guest.tree(root).await;
         }
         let (root, progress) = (root.to_owned(), progress.clone());
-        let read = move |stop: &_| Tree::read(&root, stop, || progress.step());
+        let read =
+            move |stop: &Stop| stop.bound(|stop| Tree::read(&root, stop, || progress.step()));
         interrupt.blocking(read).await
     }
 

@@ -12,8 +12,8 @@ use walkdir::WalkDir;
 
 use crate::child;
 use crate::failure::{Context, Failure};
+use crate::image_sources::{self, Limits};
 use crate::interrupt::{Interrupt, Stop};
-use crate::sources::{self, Limits};
 
 /// The filesystems of which images can be made, and the tool that does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,7 +181,7 @@ async fn fill(
     let mount = manager.add(&Disk::virtual_disk(image), &request).await?;
     let (from, to) = (content.to_owned(), mount.path().to_owned());
     let copied = interrupt
-        .blocking(move |stop| sources::copy(&from, &to, Path::new(""), Limits::NONE, stop))
+        .blocking(move |stop| image_sources::copy(&from, &to, Path::new(""), Limits::NONE, stop))
         .await;
     mount
         .release()

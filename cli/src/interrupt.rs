@@ -142,6 +142,17 @@ impl Stop {
         self.0.check()
     }
 
+    /// Does work that asks a closure now and then whether to stop.
+    pub(crate) fn bound<T>(
+        &self,
+        work: impl FnOnce(&dyn Fn() -> bool) -> io::Result<T>,
+    ) -> Result<T, Failure> {
+        work(&|| self.check().is_err()).map_err(|error| match self.check() {
+            Err(stopped) if error.kind() == io::ErrorKind::Interrupted => stopped,
+            _ => Failure::of_io(error),
+        })
+    }
+
     /// One that never stops, for tests.
     #[cfg(test)]
     pub(crate) fn never() -> Self {

@@ -7,6 +7,7 @@ mod cleanup;
 mod demo;
 mod failure;
 mod guest;
+mod image_sources;
 mod images;
 mod inspect;
 mod interrupt;
@@ -16,22 +17,20 @@ mod mount;
 mod recorder;
 mod report;
 mod run;
-mod samples;
-mod sources;
 mod speed;
 mod stacking;
 mod terminal;
-mod tree;
-mod witness;
+mod test_images;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
-use blockmount_agent::{Program, standard};
+use blockmount_agent::{Endpoints, Program, standard};
+use blockmount_checker::CheckerServer;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use args::{Cli, Cmd};
+use args::{CheckerArgs, Cli, Cmd};
 use failure::{Context, Failure};
 use interrupt::Interrupt;
 use terminal::say;
@@ -76,9 +75,20 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
             Cmd::Inspect(args) => inspect::run(args),
-            Cmd::Witness(args) => witness::run(args, interrupt).await,
+            Cmd::Checker(args) => check_for_host(args, &interrupt).await,
         }
     })
+}
+
+/// Serves the host of this guest, for the demo: it shows what the agent has done.
+async fn check_for_host(args: CheckerArgs, interrupt: &Interrupt) -> Result<u8, Failure> {
+    let server = CheckerServer::new(args.roots);
+    let ended = async {
+        interrupt.requested().await;
+    };
+    let endpoints = Endpoints::default().or_port(blockmount_checker::PORT);
+    endpoints.serve(server, ended).await?;
+    Ok(0)
 }
 
 /// Whether somebody looks at stderr who likes colours. The console of a guest ends up in a file.

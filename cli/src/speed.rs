@@ -21,7 +21,7 @@ use crate::images;
 use crate::interrupt::Interrupt;
 use crate::report::milliseconds;
 use crate::terminal::Progress;
-use crate::witness::protocol::BareMount;
+use blockmount_checker::protocol::BareMount;
 
 /// The disks of a large stack: each layer of an image with many.
 const MANY: usize = 64;
@@ -213,8 +213,11 @@ async fn mount_bare(
         data: "noload".to_owned(),
         count: 1,
     });
-    let mut witness = guest.witness().lock().await;
-    let times = witness.bare_mount(mounts.collect()).await?;
+    let mut checker = guest.checker().lock().await;
+    let times = checker
+        .bare_mount(mounts.collect())
+        .await
+        .map_err(Failure::of_io)?;
     let mounted = times.iter().flat_map(|times| &times.mounted).max();
     Ok(Duration::from_micros(mounted.copied().unwrap_or_default()))
 }

@@ -17,7 +17,6 @@ fn every_command_has_help_with_examples() {
                 "inspect",
                 "cleanup",
                 "agent",
-                "witness",
                 "Examples:",
                 "Exit status",
             ][..],
@@ -56,10 +55,6 @@ fn every_command_has_help_with_examples() {
                 "/etc/blockmount/agent.args",
                 "Examples:",
             ],
-        ),
-        (
-            &["witness", "--help"],
-            &["--unix", "without any restriction", "Examples:"],
         ),
     ] {
         let answer = run(arguments);
@@ -115,7 +110,6 @@ fn nonsense_is_refused_with_status_2() {
         &["agent", "--vsock", "0xffffffff"],
         &["agent", "--vsock-listen", "many"],
         &["agent", "extra"],
-        &["witness", "--vpmem"],
         &["inspect"],
         &["inspect", "x", "--log", "a=b=c"],
     ] {

@@ -69,13 +69,6 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    /// Adds a Unix socket, which only this user may open.
-    #[must_use]
-    pub fn unix(mut self, path: impl Into<PathBuf>) -> Self {
-        self.unix.push(path.into());
-        self
-    }
-
     /// Takes an argument of a command line, and its value from the parser. `false` if it is none of these.
     ///
     /// # Errors

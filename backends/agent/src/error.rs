@@ -34,8 +34,8 @@ impl<T, E: Into<Box<dyn Error + Send + Sync>>> Context<T> for Result<T, E> {
     }
 }
 
-/// An error with all its causes, on one line.
-pub(crate) fn one_line(error: &(dyn Error + 'static)) -> String {
+/// An error with all its causes, on one line, with control characters escaped.
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -57,7 +57,7 @@ mod vsock;
 pub use agent::{Agent, AgentBuilder, ROOTS};
 pub use args::PORT;
 pub use endpoints::{Endpoints, Service, ServiceError};
-pub use error::AgentError;
+pub use error::{AgentError, one_line};
 pub use init::{ARGUMENTS, PROGRAMS};
 pub use program::{Program, termination};
 pub use transport::{Argument, GuestDevices, GuestTransport};

@@ -1,4 +1,4 @@
-//! A virtual machine of QEMU, and what its witness says.
+//! A virtual machine of QEMU, and what its checker says.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,6 +8,9 @@ use std::time::Duration;
 use blockmount::Disk;
 use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
 use blockmount_bridge::gcs::BridgeGuest;
+use blockmount_checker::Checker;
+use blockmount_checker::protocol::Tables;
+use blockmount_checker::tree::Tree;
 use blockmount_qemu::{
     AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
 };
@@ -18,10 +21,6 @@ use tokio::sync::Mutex;
 use crate::failure::{Context, Failure};
 use crate::guest::TransportKind;
 use crate::report::SlotReport;
-use crate::tree::Tree;
-use crate::witness;
-use crate::witness::client::Witness;
-use crate::witness::protocol::Tables;
 
 /// Where saved states of guests are kept between runs.
 const STATES: &str = "/var/cache/blockmount/states";
@@ -35,7 +34,7 @@ const CONTROLLERS: u8 = 4;
 const MEMORY_PORTS: u8 = 2;
 /// How large each of them is, in bytes. Each GiB costs the guest 16 MiB of its memory.
 const MEMORY_SIZE: u64 = 2 << 30;
-/// How long the witness may take to open its port.
+/// How long the checker may take to open its port.
 const OPENING: Duration = Duration::from_secs(10);
 
 /// A VM that was started for this run.
@@ -46,7 +45,7 @@ pub(crate) struct QemuGuest {
     vpmem: Option<Arc<VpmemTransport<QemuVpmem>>>,
     agent: BridgeGuest<AgentChannel>,
     /// It answers one question after the other.
-    witness: Mutex<Witness<GuestStream>>,
+    checker: Mutex<Checker<GuestStream>>,
     /// What the guest's kernel had before anything was asked of it.
     before: Tables,
 }
@@ -60,7 +59,7 @@ impl QemuGuest {
         let kernel = kernel.map_err(|failure| failure.advise(advice))?;
         let image = GuestImage::builder(kernel)
             .file(ARGUMENTS, agent_arguments())
-            .file(format!("{PROGRAMS}/witness"), witness_program())
+            .file(format!("{PROGRAMS}/checker"), checker_program())
             .build();
         let vm = Vm::builder(image.await.context(what)?)
             .controllers(CONTROLLERS)
@@ -82,14 +81,17 @@ impl QemuGuest {
             }
         };
         let agent = vm.guest(PORT).await.context(what)?;
-        let stream = vm.connect(witness::PORT, OPENING).await.context(what)?;
-        let mut witness = Witness::new(stream);
+        let stream = vm
+            .connect(blockmount_checker::PORT, OPENING)
+            .await
+            .context(what)?;
+        let mut checker = Checker::new(stream);
         Ok(QemuGuest {
-            before: witness.tables().await?,
+            before: checker.tables().await.map_err(Failure::of_io)?,
             scsi: Arc::new(scsi),
             vpmem,
             agent,
-            witness: Mutex::new(witness),
+            checker: Mutex::new(checker),
             vm,
         })
     }
@@ -108,30 +110,50 @@ impl QemuGuest {
         self.vpmem.as_ref()
     }
 
-    /// Its agent, who mounts, unplugs and lays over each other.
+    /// Its agent, which mounts, unplugs and combines layers.
     pub(crate) fn agent(&self) -> &BridgeGuest<AgentChannel> {
         &self.agent
     }
 
-    pub(crate) fn witness(&self) -> &Mutex<Witness<GuestStream>> {
-        &self.witness
+    pub(crate) fn checker(&self) -> &Mutex<Checker<GuestStream>> {
+        &self.checker
     }
 
     /// What its kernel has.
     pub(super) async fn tables(&self) -> Result<Tables, Failure> {
-        self.witness.lock().await.tables().await
+        self.checker
+            .lock()
+            .await
+            .tables()
+            .await
+            .map_err(Failure::of_io)
     }
 
     pub(super) async fn tree(&self, root: &Path) -> Result<Tree, Failure> {
-        self.witness.lock().await.tree(root).await
+        self.checker
+            .lock()
+            .await
+            .tree(root)
+            .await
+            .map_err(Failure::of_io)
     }
 
     pub(super) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
-        self.witness.lock().await.write(path, text).await
+        self.checker
+            .lock()
+            .await
+            .write(path, text)
+            .await
+            .map_err(Failure::of_io)
     }
 
     pub(super) async fn remove(&self, path: &Path) -> Result<(), Failure> {
-        self.witness.lock().await.remove(path).await
+        self.checker
+            .lock()
+            .await
+            .remove(path)
+            .await
+            .map_err(Failure::of_io)
     }
 
     pub(super) fn slots(&self) -> Vec<SlotReport> {
@@ -191,19 +213,15 @@ fn slot(state: impl std::fmt::Debug, disk: Option<Disk>) -> SlotReport {
     }
 }
 
-/// The witness, which this program is too, as the guest's init starts it.
-fn witness_program() -> String {
-    format!("/init\nwitness\n{}\n", roots().join("\n"))
-}
-
-fn roots() -> Vec<String> {
-    let roots = ROOTS.map(|root| ["--root".to_owned(), root.to_owned()]);
-    roots.into_iter().flatten().collect()
+/// The checker, which this program is too, as the guest's init starts it.
+fn checker_program() -> String {
+    format!("/init\nchecker\n{}\n", ROOTS.join("\n"))
 }
 
 /// What the agent of the guest is told, one argument a line.
 fn agent_arguments() -> String {
-    let mut arguments = roots();
+    let roots = ROOTS.map(|root| ["--root".to_owned(), root.to_owned()]);
+    let mut arguments: Vec<String> = roots.into_iter().flatten().collect();
     for number in 0..CONTROLLERS {
         let address = blockmount_qemu::controller_address(number);
         arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);

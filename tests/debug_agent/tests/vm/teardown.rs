@@ -11,8 +11,8 @@ fn hold(path: &Path) -> serde_json::Value {
     json!({ "hold": { "path": path } })
 }
 
-fn let_go(path: &Path) -> serde_json::Value {
-    json!({ "let_go": { "path": path } })
+fn release(path: &Path) -> serde_json::Value {
+    json!({ "release": { "path": path } })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -31,7 +31,7 @@ async fn vm_a_disk_in_use_refuses_its_release_and_stays_usable() {
     let cause = refused.error().cause().message().to_owned();
     assert!(cause.contains("in use by process "), "{cause}");
     rig.assert_content(&file, "used").await;
-    rig.ask(let_go(&file)).await;
+    rig.ask(release(&file)).await;
     refused.retry().await.unwrap();
     rig.end().await;
 }

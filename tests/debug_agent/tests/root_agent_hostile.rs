@@ -1,20 +1,20 @@
-//! Peers that say nonsense, nothing, or too much: none of them stops the agent or a witness.
+//! Peers that say nonsense, nothing, or too much: none of them stops the agent or a debug agent.
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use blockmount::Mounter;
-use common::agent::Serving;
-use common::eventually;
+use blockmount_debug_agent::kit::serving::Serving;
+use blockmount_debug_agent::kit::{eventually, temp};
 use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
+const AGENT: &str = env!("CARGO_BIN_EXE_agent-under-test");
+const DEBUG_AGENT: &str = env!("CARGO_BIN_EXE_blockmount-debug-agent");
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -28,7 +28,7 @@ async fn still_serves(agent: &Serving) {
 
 #[tokio::test]
 async fn root_garbage_ends_a_connection_and_nothing_else() {
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let huge = [1, 11, 16, 16, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0];
     for garbage in [
         &[0; 16][..],
@@ -48,7 +48,7 @@ async fn root_garbage_ends_a_connection_and_nothing_else() {
 
 #[tokio::test]
 async fn root_requests_that_make_no_sense_are_answered_on_the_same_connection() {
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let mut stream = agent.connect().await;
     let mut ask = async |message: u32, body: &[u8]| {
         let size = u32::try_from(16 + body.len()).unwrap();
@@ -97,7 +97,7 @@ async fn root_requests_that_make_no_sense_are_answered_on_the_same_connection() 
 
 #[tokio::test]
 async fn root_many_connections_come_and_go_and_no_descriptor_is_left() {
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let open = || {
         fs::read_dir(format!("/proc/{}/fd", agent.pid()))
             .unwrap()
@@ -119,7 +119,7 @@ async fn root_many_connections_come_and_go_and_no_descriptor_is_left() {
 
 #[tokio::test]
 async fn root_more_connections_than_are_served_at_once_wait_for_their_turn() {
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let mut silent = Vec::new();
     for _ in 0..80 {
         silent.push(agent.connect().await);
@@ -132,7 +132,7 @@ async fn root_more_connections_than_are_served_at_once_wait_for_their_turn() {
 
 #[tokio::test]
 async fn root_a_signal_ends_an_agent_that_has_connections() {
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let mut silent = agent.connect().await;
     let mut begun = agent.connect().await;
     begun.write_all(&[1, 11, 16]).await.unwrap();

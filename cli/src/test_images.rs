@@ -1,23 +1,23 @@
-//! Sample layers, made from real directories of this machine.
+//! Images for the demo, made from real directories of this machine.
 
 use std::fs;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use blockmount::Manager;
+use blockmount_checker::tree::{self, Node, Tree};
 use tokio::task::JoinSet;
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
+use crate::image_sources::{self, Limits};
 use crate::images::{self, Maker};
 use crate::interrupt::{Interrupt, Stop};
-use crate::sources::{self, Limits};
 use crate::terminal::Progress;
-use crate::tree::{self, Node, Tree};
 
 /// A layer, and what is in it.
 #[derive(Debug)]
-pub(crate) struct Sample {
+pub(crate) struct TestImage {
     pub(crate) layer: Layer,
     pub(crate) tree: Tree,
 }
@@ -25,7 +25,7 @@ pub(crate) struct Sample {
 /// There are at least so many whole-disk layers; one with partitions comes on top.
 const MIN_LAYERS: usize = 4;
 
-/// What one sample is made of.
+/// What one image is made of.
 #[derive(Debug, Clone)]
 struct Recipe {
     /// Its place in the stack, from 0 for the topmost.
@@ -36,7 +36,7 @@ struct Recipe {
     work_dir: PathBuf,
 }
 
-/// Makes the sample layers below `work_dir`, the topmost first. They overlap on purpose: each has
+/// Makes the layers below `work_dir`, the topmost first. They overlap on purpose: each has
 /// `layer.txt`, which the topmost must win, and layer K and those below have `common/K`, which layer
 /// K must win.
 pub(crate) async fn make(
@@ -44,7 +44,7 @@ pub(crate) async fn make(
     manager: &Manager,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Vec<Sample>, Failure> {
+) -> Result<Vec<TestImage>, Failure> {
     progress.stage("looking for mkfs tools");
     let (makers, missing) = images::available(interrupt).await?;
     missing
@@ -59,34 +59,34 @@ pub(crate) async fn make(
             .advise(advice));
     }
     let recipes = recipes(work_dir, &makers)?;
-    progress.stage(format!("making {} sample layers", recipes.len()));
+    progress.stage(format!("making {} images", recipes.len()));
     let mut making = JoinSet::new();
     for recipe in recipes {
         let (manager, interrupt) = (manager.clone(), interrupt.clone());
         making.spawn(async move { (recipe.index, recipe.make(&manager, &interrupt).await) });
     }
-    let mut samples = Vec::new();
+    let mut made_images = Vec::new();
     let mut failed = None;
-    // Every maker comes to its end before a failure of one is told: nothing is pulled from under another.
+    // All makers end before the failure of one is returned: none loses its files meanwhile.
     while let Some(made) = making.join_next().await {
-        match made.context(|| "a maker of samples was lost".to_owned())? {
-            (index, Ok(sample)) => samples.push((index, sample)),
+        match made.context(|| "a maker of images was lost".to_owned())? {
+            (index, Ok(image)) => made_images.push((index, image)),
             (_, Err(failure)) => failed = failed.or(Some(failure)),
         }
     }
     if let Some(failure) = failed {
         return Err(failure);
     }
-    samples.sort_by_key(|(index, _)| *index);
-    Ok(samples.into_iter().map(|(_, sample)| sample).collect())
+    made_images.sort_by_key(|(index, _)| *index);
+    Ok(made_images.into_iter().map(|(_, image)| image).collect())
 }
 
 fn recipes(work_dir: &Path, makers: &[Maker]) -> Result<Vec<Recipe>, Failure> {
     let whole = makers.len().max(MIN_LAYERS);
     let of = whole + 1;
-    let sources = sources::choose(of);
+    let sources = image_sources::choose(of);
     if sources.is_empty() {
-        let what = "this machine has no directory with enough files for sample layers";
+        let what = "this machine has no directory with enough files for images";
         return Err(Failure::new(what).advise("give images of your own with --layer"));
     }
     let recipe = |index: usize| Recipe {
@@ -105,7 +105,7 @@ fn recipes(work_dir: &Path, makers: &[Maker]) -> Result<Vec<Recipe>, Failure> {
 }
 
 impl Recipe {
-    async fn make(self, manager: &Manager, interrupt: &Interrupt) -> Result<Sample, Failure> {
+    async fn make(self, manager: &Manager, interrupt: &Interrupt) -> Result<TestImage, Failure> {
         let content = self.path("content");
         let recipe = self.clone();
         let mut tree = interrupt.blocking(move |stop| recipe.gather(stop)).await?;
@@ -133,7 +133,7 @@ impl Recipe {
             })
             .await?;
         let partition = NonZeroU32::new(if self.partitioned { 2 } else { 0 });
-        Ok(Sample {
+        Ok(TestImage {
             layer: Layer {
                 image: written,
                 partition,
@@ -151,7 +151,7 @@ impl Recipe {
     fn gather(&self, stop: &Stop) -> Result<Tree, Failure> {
         let content = self.path("content");
         let name = self.source.strip_prefix("/").unwrap_or(&self.source);
-        let mut tree = sources::copy(&self.source, &content, name, Limits::SAMPLE, stop)?;
+        let mut tree = image_sources::copy(&self.source, &content, name, Limits::LAYER, stop)?;
         let common = (0..=self.index).map(|winner| format!("common/{winner}"));
         for name in common.chain(["layer.txt".to_owned()]) {
             let text = format!("{name} as layer {} has it\n", self.index);

@@ -1,23 +1,28 @@
-//! The witness as an ordinary process, asked in its protocol as it is documented.
+//! The debug agent as an ordinary process, asked in its protocol as it is documented.
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
 use std::time::Duration;
 
-use common::agent::{Serving, ask};
+use blockmount_debug_agent::kit::serving::{Serving, ask};
+use blockmount_debug_agent::kit::temp;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
+const AGENT: &str = env!("CARGO_BIN_EXE_agent-under-test");
+const DEBUG_AGENT: &str = env!("CARGO_BIN_EXE_blockmount-debug-agent");
 const LONG: Duration = Duration::from_secs(60);
 
+fn debug_agent() -> Serving {
+    Serving::start(DEBUG_AGENT, temp(), &["--agent", AGENT])
+}
+
 #[tokio::test]
-async fn root_the_witness_survives_the_agent_and_knows_it() {
-    let witness = Serving::start("witness", &[]);
-    let mut stream = witness.connect().await;
+async fn root_the_debug_agent_survives_the_agent_and_knows_it() {
+    let debug_agent = debug_agent();
+    let mut stream = debug_agent.connect().await;
     assert_eq!(
         ask(&mut stream, json!("agent_pid")).await,
         json!({"pid": null})
@@ -28,7 +33,7 @@ async fn root_the_witness_survives_the_agent_and_knows_it() {
         "{none}"
     );
 
-    let agent = Serving::agent();
+    let agent = Serving::agent(AGENT, temp());
     let pid = json!({"pid": agent.pid()});
     assert_eq!(ask(&mut stream, json!("agent_pid")).await, pid);
     assert_eq!(ask(&mut stream, json!("kill_agent")).await, pid);
@@ -38,18 +43,18 @@ async fn root_the_witness_survives_the_agent_and_knows_it() {
         ask(&mut stream, json!("agent_pid")).await,
         json!({"pid": null})
     );
-    let (answer, dir) = witness.end(Signal::TERM);
+    let (answer, dir) = debug_agent.end(Signal::TERM);
     answer.says(0, &[]);
     assert!(!dir.path().join("socket").exists());
 }
 
 #[tokio::test]
 async fn root_files_tables_and_bare_mounts() {
-    let root = common::temp();
+    let root = temp();
     std::fs::create_dir_all(root.path().join("a/b")).unwrap();
     let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
-    let witness = Serving::start("witness", &["--root", &at("")]);
-    let mut stream = witness.connect().await;
+    let debug_agent = Serving::start(DEBUG_AGENT, temp(), &["--root", &at("")]);
+    let mut stream = debug_agent.connect().await;
     let done = json!("done");
     let write = json!({"write": {"path": at("a/f"), "content": "text"}});
     assert_eq!(ask(&mut stream, write).await, done);
@@ -87,9 +92,9 @@ async fn root_files_tables_and_bare_mounts() {
 
 #[tokio::test]
 async fn root_a_message_that_is_too_long_ends_its_connection_only() {
-    let witness = Serving::start("witness", &[]);
-    let mut other = witness.connect().await;
-    let mut stream = witness.connect().await;
+    let debug_agent = debug_agent();
+    let mut other = debug_agent.connect().await;
+    let mut stream = debug_agent.connect().await;
     stream.write_u32_le((64 << 20) + 1).await.unwrap();
     assert_eq!(
         timeout(LONG, stream.read(&mut [0])).await.unwrap().unwrap(),
@@ -105,8 +110,8 @@ async fn root_a_message_that_is_too_long_ends_its_connection_only() {
 
 #[tokio::test]
 async fn root_this_machine_is_not_turned_off() {
-    let witness = Serving::start("witness", &[]);
-    let mut stream = witness.connect().await;
+    let debug_agent = debug_agent();
+    let mut stream = debug_agent.connect().await;
     let answer = ask(&mut stream, json!("power_off")).await;
     assert!(
         answer["failed"].as_str().unwrap().contains("pid 1"),

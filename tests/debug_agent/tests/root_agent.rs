@@ -2,8 +2,6 @@
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -11,14 +9,31 @@ use std::time::Duration;
 
 use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
 use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
-use common::agent::{Serving, is_mounted};
-use common::{as_nobody, in_kernel, run, temp};
+use blockmount_debug_agent::kit::serving::{Serving, is_mounted};
+use blockmount_debug_agent::kit::{Answer, as_nobody, in_kernel, temp};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
+use tempfile::TempDir;
+
+const AGENT: &str = env!("CARGO_BIN_EXE_agent-under-test");
+
+fn agent() -> Serving {
+    agent_in(temp())
+}
+
+fn agent_in(dir: TempDir) -> Serving {
+    Serving::agent(AGENT, dir)
+}
+
+fn run<const N: usize>(arguments: [&str; N]) -> Answer {
+    let mut command = std::process::Command::new(AGENT);
+    command.args(arguments);
+    blockmount_debug_agent::kit::run(command)
+}
 
 #[tokio::test]
 async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
-    let agent = Serving::agent();
+    let agent = agent();
     let root = agent.path("root");
     for name in ["top", "base"] {
         fs::create_dir_all(root.join(name)).unwrap();
@@ -62,7 +77,7 @@ async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
 async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
     let mut dir = temp();
     for with in [Signal::TERM, Signal::KILL] {
-        let agent = Serving::agent_in(dir);
+        let agent = agent_in(dir);
         let layer = agent.path("root/layer");
         fs::create_dir_all(&layer).unwrap();
         let overlay = Overlay::new([layer], agent.path("root/made/tree"));
@@ -71,7 +86,7 @@ async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
         dir = agent.end(with).1;
         assert!(is_mounted(&overlay.target), "after {with:?}");
 
-        let next = Serving::agent_in(dir);
+        let next = agent_in(dir);
         let stream = next.connect().await;
         guest.connection().reconnect(stream).await.unwrap();
         guest.separate(&overlay.target).await.unwrap();
@@ -82,10 +97,9 @@ async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
 
 #[test]
 fn root_two_agents_do_not_share_a_journal() {
-    let agent = Serving::agent();
+    let agent = agent();
     let (second, journal) = (agent.path("second"), agent.path("journal"));
     let answer = run([
-        "agent",
         "--unix",
         second.to_str().unwrap(),
         "--journal",
@@ -97,7 +111,7 @@ fn root_two_agents_do_not_share_a_journal() {
 
 #[tokio::test]
 async fn root_targets_outside_of_the_roots_are_refused_and_nothing_is_made() {
-    let agent = Serving::agent();
+    let agent = agent();
     let guest = agent.guest().await;
     let device: DeviceLocator = "scsi:0/3".parse().unwrap();
     let root = agent.path("root");
@@ -151,23 +165,23 @@ async fn root_targets_outside_of_the_roots_are_refused_and_nothing_is_made() {
 #[test]
 fn root_the_end_leaves_no_socket_and_a_killed_agent_is_replaced() {
     for with in [Signal::TERM, Signal::INT, Signal::HUP] {
-        let (answer, dir) = Serving::agent().end(with);
+        let (answer, dir) = agent().end(with);
         answer.says(0, &[]);
         let left = fs::read_dir(dir.path()).unwrap().flatten();
         let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
         assert_eq!(left, ["journal"]);
     }
-    let (answer, dir) = Serving::agent().end(Signal::KILL);
+    let (answer, dir) = agent().end(Signal::KILL);
     assert_eq!(answer.code, None);
     assert!(dir.path().join("socket").exists());
-    let (answer, dir) = Serving::agent_in(dir).end(Signal::TERM);
+    let (answer, dir) = agent_in(dir).end(Signal::TERM);
     answer.says(0, &[]);
     assert!(!dir.path().join("socket").exists());
 }
 
 #[test]
 fn root_a_place_that_is_taken_is_refused_and_left_alone() {
-    let agent = Serving::agent();
+    let agent = agent();
     let socket = agent.socket();
     let other = agent.path("other");
     fs::write(&other, "theirs").unwrap();
@@ -175,7 +189,6 @@ fn root_a_place_that_is_taken_is_refused_and_left_alone() {
         let third = agent.path("third");
         let journal = agent.path("journal of the third");
         let answer = run([
-            "agent",
             "--journal",
             journal.to_str().unwrap(),
             "--unix",
@@ -194,11 +207,11 @@ fn root_a_place_that_is_taken_is_refused_and_left_alone() {
 fn root_the_agent_is_for_root() {
     let dir = temp();
     let socket = dir.path().join("socket");
-    let arguments = ["agent", "--unix", socket.to_str().unwrap()];
-    let mut command = as_nobody(dir.path(), arguments);
+    let arguments = ["--unix", socket.to_str().unwrap()];
+    let mut command = as_nobody(AGENT, dir.path(), arguments);
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("sudo blockmount agent"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("sudo blockmount-agent"));
     assert!(!socket.exists());
 }
 
@@ -250,7 +263,7 @@ async fn root_a_serial_line_is_raw_and_garbage_ends_only_a_conversation() {
     let dir = temp();
     let journal = dir.path().join("journal").to_str().unwrap().to_owned();
     let arguments = ["--serial", &path, "--journal", &journal];
-    let agent = Serving::start_in(dir, "agent", &arguments);
+    let agent = Serving::start(AGENT, dir, &arguments);
     for _ in 0..3 {
         negotiate(&line);
         line.write_all(&[0; 16]).unwrap();

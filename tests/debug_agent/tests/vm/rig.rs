@@ -1,4 +1,4 @@
-//! A VM for one test: restored, reached by its agent and its witness, and compared with its first moment at the end.
+//! A VM for one test: restored, reached by its agent and its debug agent, and compared with its first moment at the end.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,8 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Mutex, OnceCell};
 
-use crate::common;
+use blockmount_debug_agent::kit;
+use blockmount_debug_agent::kit::images;
 
 /// Where the agent mounts what nobody asked a path for.
 pub const MOUNTS: &str = "/run/mounts";
@@ -38,7 +39,8 @@ async fn image() -> GuestImage {
         for root in [MOUNTS, "/run/containers"] {
             arguments.extend(["--root".to_owned(), root.to_owned()]);
         }
-        let witness = format!("/init\nwitness\n{}\n", arguments.join("\n"));
+        let roots = arguments.join("\n");
+        let debug_agent = format!("/programs/blockmount-debug-agent\n{roots}\n");
         for number in 0..CONTROLLERS {
             let address = blockmount_qemu::controller_address(number);
             arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
@@ -49,9 +51,10 @@ async fn image() -> GuestImage {
         }
         let kernel = GuestKernel::find().unwrap();
         GuestImage::builder(kernel)
-            .program(env!("CARGO_BIN_EXE_blockmount"))
+            .program(env!("CARGO_BIN_EXE_agent-under-test"))
+            .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
             .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
-            .file("/etc/blockmount/programs/witness", witness)
+            .file("/etc/blockmount/programs/debug-agent", debug_agent)
             .build()
             .await
             .unwrap()
@@ -83,7 +86,7 @@ pub struct Rig {
     pub manager: Manager,
     /// For images, on this machine.
     pub dir: TempDir,
-    witness: Mutex<Option<GuestStream>>,
+    debug_agent: Mutex<Option<GuestStream>>,
     before: State,
 }
 
@@ -104,7 +107,7 @@ impl Rig {
 
     async fn start_with(mode: Option<Mode>) -> Rig {
         let vm = start().await;
-        let dir = common::temp();
+        let dir = kit::temp();
         let attacher = vm.vpmem(MEMORY_SIZE, dir.path()).unwrap();
         let geometry = attacher.geometry();
         let mode_or_other = mode.unwrap_or(Mode::WholeDevices);
@@ -125,7 +128,7 @@ impl Rig {
             .combiner(guest.clone())
             .mount_root(MOUNTS)
             .build();
-        let witness = vm.connect("blockmount.witness", OPENING).await.unwrap();
+        let debug_agent = vm.connect("blockmount.debug", OPENING).await.unwrap();
         let mut rig = Rig {
             vm,
             scsi,
@@ -133,23 +136,23 @@ impl Rig {
             guest,
             manager,
             dir,
-            witness: Mutex::new(Some(witness)),
+            debug_agent: Mutex::new(Some(debug_agent)),
             before: State(BTreeMap::new()),
         };
         rig.before = rig.state().await;
         rig
     }
 
-    /// Asks the witness, and expects an answer.
+    /// Asks the debug agent, and expects an answer.
     pub async fn ask(&self, question: Value) -> Value {
         let answer = self.ask_and_see(question.clone()).await;
         assert!(answer.get("failed").is_none(), "{question}: {answer}");
         answer
     }
 
-    /// Asks the witness, whatever it answers.
+    /// Asks the debug agent, whatever it answers.
     pub async fn ask_and_see(&self, question: Value) -> Value {
-        let mut stream = self.witness.lock().await;
+        let mut stream = self.debug_agent.lock().await;
         let stream = stream.as_mut().unwrap();
         let exchange = async {
             let bytes = serde_json::to_vec(&question).unwrap();
@@ -161,18 +164,18 @@ impl Rig {
             serde_json::from_slice(&answer).unwrap()
         };
         let answered = tokio::time::timeout(Duration::from_secs(60), exchange).await;
-        answered.unwrap_or_else(|_| panic!("the witness does not answer {question}"))
+        answered.unwrap_or_else(|_| panic!("the debug agent does not answer {question}"))
     }
 
-    /// Gives the line to the witness up, for somebody else to have it.
-    pub async fn let_witness_go(&self) {
-        self.witness.lock().await.take();
+    /// Gives the line to the debug agent up, for somebody else to have it.
+    pub async fn release_debug_agent(&self) {
+        self.debug_agent.lock().await.take();
     }
 
-    /// A new line to the witness.
-    pub async fn reconnect_witness(&self) {
-        let stream = self.vm.connect("blockmount.witness", OPENING).await;
-        *self.witness.lock().await = Some(stream.unwrap());
+    /// A new line to the debug agent.
+    pub async fn reconnect_debug_agent(&self) {
+        let stream = self.vm.connect("blockmount.debug", OPENING).await;
+        *self.debug_agent.lock().await = Some(stream.unwrap());
     }
 
     /// The names below a directory of the guest, and the digests of files.
@@ -237,7 +240,7 @@ impl Rig {
         assert!(!self.vm.is_running());
         drop(self);
         // The last clone may be with a task that is about to end.
-        common::eventually("the removal of the VM's files", || !directory.exists());
+        kit::eventually("the removal of the VM's files", || !directory.exists());
     }
 
     /// A path for an image.
@@ -248,14 +251,14 @@ impl Rig {
     /// A read-only disk with an erofs that has one file, `id`, with this text.
     pub fn layer(&self, text: &str) -> Disk {
         let path = self.path(&format!("{text}.erofs"));
-        common::image("erofs", &path, &[("id", text)]);
+        images::image("erofs", &path, &[("id", text)]);
         Disk::virtual_disk(path).read_only()
     }
 
     /// An empty ext4 to write to.
     pub fn scratch(&self, name: &str) -> Disk {
         let path = self.path(name);
-        common::image("ext4", &path, &[]);
+        images::image("ext4", &path, &[]);
         Disk::virtual_disk(path)
     }
 }

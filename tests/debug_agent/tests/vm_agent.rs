@@ -1,25 +1,23 @@
-//! The program as pid 1 of a virtual machine: it comes up, serves, survives, and says why it cannot.
+//! The agent as pid 1 of a virtual machine: it comes up, serves, survives, and says why it cannot.
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockmount::Mounter;
 use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
+use blockmount_debug_agent::kit::LONGEST;
+use blockmount_debug_agent::kit::serving::ask;
 use blockmount_qemu::{GuestImage, GuestImageBuilder, GuestKernel, GuestStream, Vm, VmBuilder};
-use common::LONGEST;
-use common::agent::ask;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// A guest whose `/init` is the program, with these arguments for its agent.
+/// A guest whose `/init` is the agent, with these arguments for its agent.
 fn image(arguments: &str) -> GuestImageBuilder {
     GuestImage::builder(GuestKernel::find().unwrap())
-        .program(env!("CARGO_BIN_EXE_blockmount"))
+        .program(env!("CARGO_BIN_EXE_agent-under-test"))
         .file("/etc/blockmount/agent.args", arguments)
 }
 
@@ -29,7 +27,12 @@ async fn machine(image: GuestImageBuilder) -> VmBuilder {
 
 async fn start() -> Vm {
     let states = Path::new(env!("CARGO_TARGET_TMPDIR")).join("states");
-    let image = image("").file("/etc/blockmount/programs/witness", "/init\nwitness\n");
+    let image = image("")
+        .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
+        .file(
+            "/etc/blockmount/programs/debug-agent",
+            "/programs/blockmount-debug-agent\n",
+        );
     let machine = machine(image).await;
     machine.saved_states(states).start().await.unwrap()
 }
@@ -51,15 +54,15 @@ async fn speak(stream: GuestStream) -> BridgeGuest {
     guest
 }
 
-async fn agent_pid(witness: &mut GuestStream) -> Value {
-    ask(witness, json!("agent_pid")).await["pid"].clone()
+async fn agent_pid(debug_agent: &mut GuestStream) -> Value {
+    ask(debug_agent, json!("agent_pid")).await["pid"].clone()
 }
 
 /// Waits until another agent runs than the one that was there.
-async fn restarted(witness: &mut GuestStream, before: &Value) -> Value {
+async fn restarted(debug_agent: &mut GuestStream, before: &Value) -> Value {
     let deadline = Instant::now() + LONGEST;
     loop {
-        let pid = agent_pid(witness).await;
+        let pid = agent_pid(debug_agent).await;
         if pid.is_number() && pid != *before {
             return pid;
         }
@@ -113,27 +116,27 @@ async fn vm_a_host_that_has_said_nonsense_can_begin_again_on_the_same_port() {
 }
 
 #[tokio::test]
-async fn vm_a_killed_agent_is_started_again_and_the_witness_tells() {
+async fn vm_a_killed_agent_is_started_again_and_the_debug_agent_tells() {
     let vm = start().await;
-    let mut witness = connect(&vm, "witness", 0).await;
-    let first = agent_pid(&mut witness).await;
+    let mut debug_agent = connect(&vm, "debug", 0).await;
+    let first = agent_pid(&mut debug_agent).await;
     let mut lost = connect(&vm, "agent", 0).await;
     assert_eq!(
-        ask(&mut witness, json!("kill_agent")).await,
+        ask(&mut debug_agent, json!("kill_agent")).await,
         json!({"pid": first})
     );
     let read = timeout(LONGEST, lost.read(&mut [0])).await.unwrap();
     assert_eq!(read.unwrap(), 0, "the host sees that the agent has gone");
     drop(lost);
-    let mut last = restarted(&mut witness, &first).await;
+    let mut last = restarted(&mut debug_agent, &first).await;
     drop(speak(connect(&vm, "agent", 1).await).await);
     // One that never lives long is started less and less often, but always again.
     for _ in 0..4 {
         assert_eq!(
-            ask(&mut witness, json!("kill_agent")).await,
+            ask(&mut debug_agent, json!("kill_agent")).await,
             json!({"pid": last})
         );
-        last = restarted(&mut witness, &last).await;
+        last = restarted(&mut debug_agent, &last).await;
     }
     drop(speak(connect(&vm, "agent", 2).await).await);
     assert!(
@@ -145,10 +148,10 @@ async fn vm_a_killed_agent_is_started_again_and_the_witness_tells() {
 }
 
 #[tokio::test]
-async fn vm_the_witness_tells_what_there_is_and_turns_the_machine_off() {
+async fn vm_the_debug_agent_tells_what_there_is_and_turns_the_machine_off() {
     let vm = start().await;
-    let mut witness = connect(&vm, "witness", 0).await;
-    let tables = ask(&mut witness, json!("tables")).await["tables"].clone();
+    let mut debug_agent = connect(&vm, "debug", 0).await;
+    let tables = ask(&mut debug_agent, json!("tables")).await["tables"].clone();
     let mounts = tables["mounts"].as_array().unwrap();
     let points: Vec<&str> = mounts
         .iter()
@@ -158,42 +161,47 @@ async fn vm_the_witness_tells_what_there_is_and_turns_the_machine_off() {
     assert_eq!(tables["scsi_devices"], json!([]));
     let path = "/run/mounts";
     let write = json!({"write": {"path": path, "content": "text"}});
-    assert_eq!(ask(&mut witness, write).await, json!("done"));
+    assert_eq!(ask(&mut debug_agent, write).await, json!("done"));
     assert_eq!(
-        ask(&mut witness, json!({"hold": {"path": path}})).await,
+        ask(&mut debug_agent, json!({"hold": {"path": path}})).await,
         json!("done")
     );
     assert_eq!(
-        ask(&mut witness, json!({"dax": {"path": path}})).await,
+        ask(&mut debug_agent, json!({"dax": {"path": path}})).await,
         json!({"dax": false})
     );
-    let tree = ask(&mut witness, json!({"tree": {"path": "/etc/blockmount"}})).await;
+    let tree = ask(
+        &mut debug_agent,
+        json!({"tree": {"path": "/etc/blockmount"}}),
+    )
+    .await;
     let names = tree["tree"]["nodes"].as_array().unwrap();
     assert_eq!(names[0][0], "agent.args");
     assert_eq!(names[1][0], "modules");
-    assert_eq!(names[3][0], "programs/witness");
+    assert_eq!(names[3][0], "programs/debug-agent");
     let mount = |n: u32| {
         json!({"device": "null", "filesystem": "tmpfs", "target": format!("/run/layers/{n}"),
             "read_only": true, "data": "", "count": 3})
     };
     let request = json!({"bare_mount": {"mounts": [mount(0), mount(1)]}});
-    let times = ask(&mut witness, request).await;
+    let times = ask(&mut debug_agent, request).await;
     assert_eq!(times["bare_mounts"].as_array().unwrap().len(), 2, "{times}");
     assert_eq!(
-        ask(&mut witness, json!("tables")).await["tables"]["mounts"],
+        ask(&mut debug_agent, json!("tables")).await["tables"]["mounts"],
         tables["mounts"]
     );
 
-    assert_eq!(ask(&mut witness, json!("power_off")).await, json!("done"));
+    assert_eq!(
+        ask(&mut debug_agent, json!("power_off")).await,
+        json!("done")
+    );
     timeout(LONGEST, vm.ended()).await.unwrap();
 }
 
 #[tokio::test]
-async fn vm_a_machine_without_a_witness_has_none() {
+async fn vm_a_machine_without_a_debug_agent_has_none() {
     let vm = machine(image("")).await.start().await.unwrap();
-    let refused = vm
-        .connect("blockmount.witness", Duration::from_secs(2))
-        .await;
+    let refused = vm.connect("blockmount.debug", Duration::from_secs(2)).await;
     assert!(refused.is_err());
     drop(speak(connect(&vm, "agent", 0).await).await);
     vm.shut_down().await;

@@ -1,4 +1,4 @@
-//! What is asked of a witness and what it answers: JSON, each message after its length.
+//! What is asked of a checker and what it answers: JSON, each message after its length.
 //!
 //! A message is a length in four bytes, little-endian, and so many bytes of JSON, at most [`LONGEST`].
 //! The host asks, the guest answers, one after the other.
@@ -15,136 +15,154 @@ use tokio::time::timeout;
 use crate::tree::Tree;
 
 /// The longest message, in bytes without its length: the digests of half a million files.
-pub(crate) const LONGEST: u32 = 64 << 20;
+pub const LONGEST: u32 = 64 << 20;
 /// How long the rest of a message may take that was begun.
 const REST: Duration = Duration::from_secs(60);
 
 /// What a host asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub(crate) enum Request {
+pub enum Request {
     /// Every name below a directory, and the digests of all files: [`Response::Tree`].
-    Tree { path: PathBuf },
+    Tree {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Makes a file with this content, in place of the one that is there: [`Response::Done`].
-    Write { path: PathBuf, content: String },
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// All that is in it afterwards.
+        content: String,
+    },
     /// Removes a file or an empty directory: [`Response::Done`].
-    Remove { path: PathBuf },
+    Remove {
+        /// The file or directory.
+        path: PathBuf,
+    },
     /// What the kernel has: [`Response::Tables`].
     Tables,
-    /// Opens a file or directory and keeps it open, so that it is in use: [`Response::Done`].
-    Hold { path: PathBuf },
-    /// Closes what `hold` opened; done as well if it did not: [`Response::Done`].
-    LetGo { path: PathBuf },
-    /// Which process the agent is: [`Response::Pid`], `None` while there is none.
-    AgentPid,
-    /// Kills the agent, and answers when it has ended: [`Response::Pid`], the one that ended.
-    KillAgent,
     /// Mounts and unmounts without the agent: [`Response::BareMounts`], in the order asked for.
-    BareMount { mounts: Vec<BareMount> },
-    /// Whether a file is read past the page cache: [`Response::Dax`].
-    Dax { path: PathBuf },
-    /// Turns the machine off: [`Response::Done`], if there is still time for it.
-    PowerOff,
+    BareMount {
+        /// All at once.
+        mounts: Vec<BareMount>,
+    },
 }
 
 /// One device to mount and unmount as a naive program would. Several are done at once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct BareMount {
+pub struct BareMount {
     /// A SCSI address of the guest (`0:0:0:3`), which is waited for, or the name of a node (`pmem0`), too.
-    pub(crate) device: String,
-    pub(crate) filesystem: String,
-    pub(crate) target: PathBuf,
-    pub(crate) read_only: bool,
+    pub device: String,
+    /// Its name for `mount(2)`.
+    pub filesystem: String,
+    /// A directory, which is made if it is not there and removed afterwards.
+    pub target: PathBuf,
+    /// Whether it is mounted read-only.
+    pub read_only: bool,
     /// Options of the filesystem, as in `mount(2)`; may be empty.
-    pub(crate) data: String,
+    pub data: String,
     /// How often, from 1 to 10,000.
-    pub(crate) count: u32,
+    pub count: u32,
 }
 
 /// What a bare mount cost, in microseconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct BareTimes {
+pub struct BareTimes {
     /// From the request until the device was there.
-    pub(crate) found: u64,
+    pub found: u64,
     /// Each call of `mount(2)`.
-    pub(crate) mount: Vec<u64>,
+    pub mount: Vec<u64>,
     /// From the request until each mount was there.
-    pub(crate) mounted: Vec<u64>,
+    pub mounted: Vec<u64>,
     /// Each call of `umount2(2)`.
-    pub(crate) unmount: Vec<u64>,
+    pub unmount: Vec<u64>,
 }
 
-/// What a witness answers.
+/// What a checker answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Response {
+pub enum Response {
+    /// It was done.
     Done,
+    /// What is below a directory.
     Tree(Tree),
+    /// What the kernel has.
     Tables(Tables),
-    Pid(Option<u32>),
+    /// What each bare mount cost.
     BareMounts(Vec<BareTimes>),
-    Dax(bool),
     /// It could not be done, and why.
     Failed(String),
 }
 
 /// What the kernel of a guest has, each list sorted: two of them are equal if nothing has changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Tables {
+pub struct Tables {
     /// In the kernel's order.
-    pub(crate) mounts: Vec<MountLine>,
-    pub(crate) block_devices: Vec<BlockDevice>,
+    pub mounts: Vec<MountLine>,
+    /// In `/sys/block`.
+    pub block_devices: Vec<BlockDevice>,
     /// `HOST:CHANNEL:TARGET:LUN` of each device in `/sys/bus/scsi/devices`, disk or not.
-    pub(crate) scsi_devices: Vec<String>,
-    pub(crate) dm_devices: Vec<DmDevice>,
-    pub(crate) pmem_devices: Vec<PmemDevice>,
+    pub scsi_devices: Vec<String>,
+    /// Of the device mapper.
+    pub dm_devices: Vec<DmDevice>,
+    /// Disks on persistent memory.
+    pub pmem_devices: Vec<PmemDevice>,
     /// Below the agent's roots, mounts left out.
-    pub(crate) directories: Vec<String>,
+    pub directories: Vec<String>,
 }
 
 /// A mount. Names that are no text are approximated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct MountLine {
-    pub(crate) mount_point: String,
-    pub(crate) filesystem: String,
-    pub(crate) source: String,
+pub struct MountLine {
+    /// Where.
+    pub mount_point: String,
+    /// Its type.
+    pub filesystem: String,
+    /// As the filesystem calls it: mostly the node of a device.
+    pub source: String,
     /// `MAJOR:MINOR`.
-    pub(crate) device: String,
+    pub device: String,
     /// Options of the mount, then those of the filesystem.
-    pub(crate) options: String,
+    pub options: String,
 }
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct BlockDevice {
-    pub(crate) name: String,
+pub struct BlockDevice {
+    /// Of its node.
+    pub name: String,
     /// In bytes.
-    pub(crate) size: u64,
-    pub(crate) read_only: bool,
+    pub size: u64,
+    /// Whether the device refuses writes.
+    pub read_only: bool,
     /// `HOST:CHANNEL:TARGET:LUN`, of a SCSI disk.
-    pub(crate) scsi_address: Option<String>,
+    pub scsi_address: Option<String>,
 }
 
 /// A device of the device mapper.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct DmDevice {
+pub struct DmDevice {
     /// Of its node: `dm-0`.
-    pub(crate) node: String,
-    pub(crate) name: String,
-    pub(crate) uuid: String,
+    pub node: String,
+    /// As the mapper calls it.
+    pub name: String,
+    /// As who made it has set it.
+    pub uuid: String,
 }
 
 /// A persistent memory disk.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct PmemDevice {
-    pub(crate) name: String,
+pub struct PmemDevice {
+    /// Of its node.
+    pub name: String,
     /// The guest address of its region, as sysfs writes it; unknown for some.
-    pub(crate) resource: Option<String>,
+    pub resource: Option<String>,
 }
 
 /// Writes one message. Not cancel safe: the stream makes no sense after half a message.
-pub(crate) async fn send<W: AsyncWrite + Unpin>(
+pub async fn send<W: AsyncWrite + Unpin>(
     stream: &mut W,
     message: &impl Serialize,
 ) -> io::Result<()> {
@@ -166,7 +184,7 @@ pub(crate) async fn send<W: AsyncWrite + Unpin>(
 ///
 /// `InvalidData` for one that is too long, `TimedOut` for one that was begun and not finished within a minute;
 /// the stream makes no sense after either.
-pub(crate) async fn receive<R: AsyncRead + Unpin>(stream: &mut R) -> io::Result<Option<Vec<u8>>> {
+pub async fn receive<R: AsyncRead + Unpin>(stream: &mut R) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 4];
     // The next message may come at any time; one that has begun has to end.
     if stream.read(&mut length[..1]).await? == 0 {
@@ -201,7 +219,7 @@ async fn receive_rest<R: AsyncRead + Unpin>(
 }
 
 /// Reads what a message says.
-pub(crate) fn parse<T: DeserializeOwned>(message: &[u8]) -> io::Result<T> {
+pub fn parse<T: DeserializeOwned>(message: &[u8]) -> io::Result<T> {
     Ok(serde_json::from_slice(message)?)
 }
 

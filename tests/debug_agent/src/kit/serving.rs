@@ -1,9 +1,9 @@
-//! Running the agent and the witness as ordinary processes.
+//! Running an agent as an ordinary process, and asking a debug agent.
 
 use std::ffi::OsStr;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
 use rustix::process::Signal;
@@ -13,24 +13,24 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::{Answer, LONGEST, eventually, finish, program, signal, temp};
+use super::{Answer, LONGEST, eventually, finish, signal, temp};
 
-/// An agent, or a witness, on a socket in a directory of its own. It is ended with the value.
+/// A program that serves on a socket in a directory of its own. It is ended with the value.
+#[derive(Debug)]
 pub struct Serving {
     child: Option<Child>,
+    /// For the socket, and whatever else belongs to it.
     pub dir: TempDir,
 }
 
 impl Serving {
-    /// Starts a command with its socket, and these arguments; waits until it listens.
-    pub fn start(command: &str, arguments: &[&str]) -> Self {
-        Self::start_in(temp(), command, arguments)
-    }
-
-    pub fn start_in<A: AsRef<OsStr>>(dir: TempDir, command: &str, arguments: &[A]) -> Self {
-        let mut program = program([command, "--unix"]);
+    /// Starts a program with its socket, and these arguments; waits until it listens.
+    pub fn start<A: AsRef<OsStr>>(program: &str, dir: TempDir, arguments: &[A]) -> Self {
+        let mut program = Command::new(program);
         program
+            .arg("--unix")
             .arg(dir.path().join("socket"))
+            .stdin(Stdio::null())
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -43,29 +43,28 @@ impl Serving {
     }
 
     /// An agent that mounts below `root` in its directory.
-    pub fn agent() -> Self {
-        let dir = temp();
-        Self::agent_in(dir)
-    }
-
-    pub fn agent_in(dir: TempDir) -> Self {
+    pub fn agent(program: &str, dir: TempDir) -> Self {
         let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
         let (root, journal) = (at("root"), at("journal"));
-        Self::start_in(dir, "agent", &["--root", &root, "--journal", &journal])
+        Self::start(program, dir, &["--root", &root, "--journal", &journal])
     }
 
+    /// Where it listens.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("socket")
     }
 
+    /// A path in its directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
+    /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().unwrap().id()
     }
 
+    /// A new connection to it.
     pub async fn connect(&self) -> UnixStream {
         UnixStream::connect(self.socket()).await.unwrap()
     }
@@ -107,7 +106,7 @@ impl Drop for Serving {
     }
 }
 
-/// Asks a witness once, in its protocol as it is documented: a length in four bytes, and JSON, both ways.
+/// Asks a debug agent once, in its protocol as it is documented: a length in four bytes, and JSON, both ways.
 pub async fn ask<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, request: Value) -> Value {
     let text = request.to_string();
     let length = u32::try_from(text.len()).unwrap().to_le_bytes();

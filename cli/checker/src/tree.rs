@@ -12,17 +12,22 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use walkdir::WalkDir;
 
-use crate::failure::{Context, Failure};
-use crate::interrupt::Stop;
+use crate::Context;
 
 /// The content of a file, as SHA-256.
-pub(crate) type FileDigest = [u8; 32];
+pub type FileDigest = [u8; 32];
+
+/// Asked now and then by work that blocks: whether it is to stop.
+pub type Stop<'a> = &'a dyn Fn() -> bool;
 
 /// One name in a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Node {
+pub enum Node {
+    /// A directory.
     Directory,
+    /// A regular file with this content.
     File(FileDigest),
+    /// A symbolic link to this.
     Link(PathBuf),
     /// A device, socket or pipe; only its being there is compared.
     Special,
@@ -32,7 +37,7 @@ pub(crate) enum Node {
 
 /// Every name of a tree, relative to its root.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Tree {
+pub struct Tree {
     nodes: BTreeMap<PathBuf, Node>,
     /// Directories that hide what layers below have under the same name.
     opaque: BTreeSet<PathBuf>,
@@ -40,26 +45,29 @@ pub(crate) struct Tree {
 
 /// How a tree that was seen differs from what it should be.
 #[derive(Debug, Default)]
-pub(crate) struct Comparison {
+pub struct Comparison {
     /// Regular files whose digest was compared.
-    pub(crate) files: u64,
+    pub files: u64,
     /// One line for each name that is missing, too many, or different.
-    pub(crate) mismatches: Vec<String>,
+    pub mismatches: Vec<String>,
 }
 
 impl Tree {
-    /// Reads all below `root`, calling `seen` once a file.
-    pub(crate) fn read(root: &Path, stop: &Stop, seen: impl Fn()) -> Result<Self, Failure> {
+    /// Reads all below `root`, calling `seen` once a file, unless it is told to stop. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `Interrupted` when it was told to stop, else what could not be read.
+    pub fn read(root: &Path, stop: Stop<'_>, seen: impl Fn()) -> io::Result<Self> {
         let mut tree = Tree::default();
         for entry in WalkDir::new(root).min_depth(1) {
-            stop.check()?;
             let entry = entry.context(|| format!("cannot read the tree at {}", root.display()))?;
             let path = entry.path();
             let name = path
                 .strip_prefix(root)
                 .expect("what is found below a root starts with it");
-            let node =
-                read_node(path, entry.file_type(), stop).map_err(|error| error.context(path))?;
+            let node = read_node(path, entry.file_type(), stop)
+                .context(|| format!("cannot read {}", path.display()))?;
             if node == Node::Directory && is_opaque(path) {
                 tree.opaque.insert(name.to_owned());
             }
@@ -72,7 +80,7 @@ impl Tree {
     }
 
     /// Adds a name, and the directories above it.
-    pub(crate) fn insert(&mut self, name: &Path, node: Node) {
+    pub fn insert(&mut self, name: &Path, node: Node) {
         for directory in name
             .ancestors()
             .skip(1)
@@ -86,7 +94,7 @@ impl Tree {
     }
 
     /// What an overlay of these layers shows, the topmost first.
-    pub(crate) fn merged<'a>(layers: impl DoubleEndedIterator<Item = &'a Tree>) -> Self {
+    pub fn merged<'a>(layers: impl DoubleEndedIterator<Item = &'a Tree>) -> Self {
         let mut merged = Tree::default();
         for layer in layers.rev() {
             for (name, node) in &layer.nodes {
@@ -109,7 +117,7 @@ impl Tree {
     }
 
     /// Removes a name and all below it.
-    pub(crate) fn remove(&mut self, name: &Path) {
+    pub fn remove(&mut self, name: &Path) {
         self.nodes.remove(name);
         // Paths are ordered by component, so that all below a name follows it at once.
         let below = self
@@ -126,7 +134,7 @@ impl Tree {
     }
 
     /// Compares what was seen with this tree.
-    pub(crate) fn compare(&self, seen: &Tree) -> Comparison {
+    pub fn compare(&self, seen: &Tree) -> Comparison {
         let mut comparison = Comparison::default();
         for (name, node) in &seen.nodes {
             let expected = self.nodes.get(name);
@@ -156,7 +164,7 @@ impl Tree {
     }
 
     /// The regular files in it, with their digests.
-    pub(crate) fn files(&self) -> impl DoubleEndedIterator<Item = (&Path, &FileDigest)> {
+    pub fn files(&self) -> impl DoubleEndedIterator<Item = (&Path, &FileDigest)> {
         self.nodes.iter().filter_map(|(name, node)| match node {
             Node::File(digest) => Some((name.as_path(), digest)),
             _ => None,
@@ -164,36 +172,12 @@ impl Tree {
     }
 
     /// Whether a name is in it.
-    #[cfg(test)]
-    pub(crate) fn contains(&self, name: &Path) -> bool {
+    pub fn contains(&self, name: &Path) -> bool {
         self.nodes.contains_key(name)
     }
 }
 
-/// A signal, or what went wrong with a file.
-enum Unread {
-    Stopped(Failure),
-    Io(io::Error),
-}
-
-impl From<io::Error> for Unread {
-    fn from(error: io::Error) -> Self {
-        Unread::Io(error)
-    }
-}
-
-impl Unread {
-    fn context(self, path: &Path) -> Failure {
-        match self {
-            Unread::Stopped(failure) => failure,
-            Unread::Io(error) => {
-                Failure::new(format!("cannot read {}", path.display())).because(error)
-            }
-        }
-    }
-}
-
-fn read_node(path: &Path, kind: FileType, stop: &Stop) -> Result<Node, Unread> {
+fn read_node(path: &Path, kind: FileType, stop: Stop<'_>) -> io::Result<Node> {
     if kind.is_dir() {
         Ok(Node::Directory)
     } else if kind.is_file() {
@@ -231,16 +215,14 @@ fn is_opaque(directory: &Path) -> bool {
 }
 
 /// Digests what a reader gives, and passes it on.
-fn digest(
-    from: &mut impl Read,
-    to: &mut impl io::Write,
-    stop: &Stop,
-) -> Result<FileDigest, Unread> {
+fn digest(from: &mut impl Read, to: &mut impl io::Write, stop: Stop<'_>) -> io::Result<FileDigest> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 128 << 10];
     loop {
         // Sources can be large and slow; a signal does not wait for the end of one.
-        stop.check().map_err(Unread::Stopped)?;
+        if stop() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
         match from.read(&mut buffer)? {
             0 => return Ok(hasher.finalize().into()),
             length => {
@@ -251,14 +233,18 @@ fn digest(
     }
 }
 
-/// Copies a regular file, and digests what was read.
-pub(crate) fn copy_file(from: &Path, to: &Path, stop: &Stop) -> Result<FileDigest, Failure> {
+/// Copies a regular file, and digests what was read. Blocks.
+///
+/// # Errors
+///
+/// As [`Tree::read`], also for what cannot be written.
+pub fn copy_file(from: &Path, to: &Path, stop: Stop<'_>) -> io::Result<FileDigest> {
     let copy = || digest(&mut File::open(from)?, &mut File::create_new(to)?, stop);
-    copy().map_err(|error| error.context(from))
+    copy().context(|| format!("cannot read {}", from.display()))
 }
 
 /// The digest of a file's content.
-pub(crate) fn digest_bytes(bytes: &[u8]) -> FileDigest {
+pub fn digest_bytes(bytes: &[u8]) -> FileDigest {
     Sha256::digest(bytes).into()
 }
 
@@ -336,6 +322,6 @@ mod tests {
             ("d/f", Node::File(digest_bytes(b"content"))),
             ("l", Node::Link("nowhere".into())),
         ]);
-        assert_eq!(Tree::read(root, &Stop::never(), || ()).unwrap(), expected);
+        assert_eq!(Tree::read(root, &|| false, || ()).unwrap(), expected);
     }
 }

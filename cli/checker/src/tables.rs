@@ -7,14 +7,18 @@ use std::path::{Path, PathBuf};
 use blockmount_linux::mountinfo::{self, MountInfo};
 use walkdir::WalkDir;
 
-use super::protocol::{BlockDevice, DmDevice, MountLine, PmemDevice, Tables};
-use crate::failure::{Context, Failure};
+use crate::Context;
+use crate::protocol::{BlockDevice, DmDevice, MountLine, PmemDevice, Tables};
 
 /// The unit of sizes in sysfs, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
 
-/// Reads all tables. Blocks.
-pub(super) fn read(roots: &[PathBuf]) -> Result<Tables, Failure> {
+/// Reads all tables, with the directories below roots. Blocks.
+///
+/// # Errors
+///
+/// If one of them cannot be read.
+pub fn read(roots: &[PathBuf]) -> io::Result<Tables> {
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
     let disks = names(Path::new("/sys/block"))?;
     let dm = disks.iter().filter(|name| name.starts_with("dm-"));
@@ -33,7 +37,7 @@ pub(super) fn read(roots: &[PathBuf]) -> Result<Tables, Failure> {
 }
 
 /// The names in a directory, sorted; none if it is not there.
-fn names(directory: &Path) -> Result<Vec<String>, Failure> {
+fn names(directory: &Path) -> io::Result<Vec<String>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.context(|| format!("cannot read {}", directory.display()))?,
@@ -107,14 +111,14 @@ fn pmem_device(name: &str) -> PmemDevice {
 }
 
 /// `HOST:CHANNEL:TARGET:LUN`; buses, hosts and targets have names of other kinds.
-pub(super) fn is_scsi_address(name: &str) -> bool {
+pub fn is_scsi_address(name: &str) -> bool {
     let mut numbers = name.split(':');
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     numbers.clone().count() == 4 && numbers.all(is_number)
 }
 
 /// The directories below roots that are on the same filesystem as their root.
-fn directories(roots: &[PathBuf]) -> Result<Vec<String>, Failure> {
+fn directories(roots: &[PathBuf]) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for root in roots.iter().filter(|root| root.exists()) {
         let walk = WalkDir::new(root).same_file_system(true);

@@ -9,8 +9,6 @@
     clippy::unwrap_used
 )]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod rig;
 
 mod disks;

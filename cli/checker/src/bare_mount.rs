@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,9 @@ use blockmount_linux::uevent::wait_until;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::task::JoinSet;
 
-use super::protocol::{BareMount, BareTimes};
-use super::tables::is_scsi_address;
-use crate::failure::{Context, Failure};
+use crate::Context;
+use crate::protocol::{BareMount, BareTimes};
+use crate::tables::is_scsi_address;
 
 /// How long a device may take to appear.
 const APPEARS: Duration = Duration::from_secs(20);
@@ -20,13 +21,17 @@ const MOST: u32 = 10_000;
 
 /// Mounts each as soon as its device is there, and answers in their order. Their devices are waited for
 /// together: what is measured is the kernel, and not many who listen to it.
-pub(super) async fn run_all(mounts: Vec<BareMount>) -> Result<Vec<BareTimes>, Failure> {
+///
+/// # Errors
+///
+/// If a device does not appear within 20 seconds, or cannot be mounted or unmounted. Nothing stays mounted.
+pub async fn run_all(mounts: Vec<BareMount>) -> io::Result<Vec<BareTimes>> {
     let start = Instant::now();
     if mounts
         .iter()
         .any(|asked| !(1..=MOST).contains(&asked.count))
     {
-        return Err(Failure::new(format!("a count is from 1 to {MOST}")));
+        return Err(io::Error::other(format!("a count is from 1 to {MOST}")));
     }
     let mut times = vec![BareTimes::default(); mounts.len()];
     let mut missing: Vec<(usize, BareMount)> = mounts.into_iter().enumerate().collect();
@@ -60,10 +65,7 @@ pub(super) async fn run_all(mounts: Vec<BareMount>) -> Result<Vec<BareTimes>, Fa
 type Sorted = (Vec<(usize, BareMount, PathBuf)>, Vec<(usize, BareMount)>);
 
 /// Waits until at least one of the devices is there.
-async fn next_found(
-    missing: Vec<(usize, BareMount)>,
-    deadline: Instant,
-) -> Result<Sorted, Failure> {
+async fn next_found(missing: Vec<(usize, BareMount)>, deadline: Instant) -> io::Result<Sorted> {
     let devices: Vec<String> = missing
         .iter()
         .map(|(_, asked)| asked.device.clone())
@@ -75,9 +77,9 @@ async fn next_found(
             Ok(nodes.iter().any(Option::is_some).then_some(nodes))
         }
     };
-    let Some(nodes) = wait_until(deadline, look).await? else {
+    let Some(nodes) = wait_until(deadline, look).await.map_err(io::Error::other)? else {
         let devices = devices.join(", ");
-        return Err(Failure::new(format!(
+        return Err(io::Error::other(format!(
             "no device {devices} within {APPEARS:?}"
         )));
     };
@@ -106,12 +108,7 @@ fn node(device: &str) -> Option<PathBuf> {
     fs::File::open(&node).is_ok().then_some(node)
 }
 
-fn repeat(
-    asked: &BareMount,
-    node: &Path,
-    start: Instant,
-    found: u64,
-) -> Result<BareTimes, Failure> {
+fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Result<BareTimes> {
     let what = || {
         format!(
             "cannot mount {} at {}",

@@ -7,8 +7,8 @@ use blockmount::{Disk, DiskKind, ErrorKind, MountOptions, MountRequest, StackReq
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::common;
 use crate::rig::{Rig, read_only};
+use blockmount_debug_agent::kit::images;
 
 /// Adds so many layers at once, and asserts that each is at a place of its own with its own content.
 async fn add_many(rig: &Rig, number: usize) -> Vec<blockmount::Mount> {
@@ -81,7 +81,7 @@ async fn vm_every_filesystem_read_only_and_ext4_and_xfs_for_writing() {
     let rig = Rig::start().await;
     for filesystem in ["ext4", "erofs", "squashfs"] {
         let path = rig.path(filesystem);
-        common::image(filesystem, &path, &[("d/file", filesystem)]);
+        images::image(filesystem, &path, &[("d/file", filesystem)]);
         let disk = Disk::virtual_disk(&path).read_only();
         let mount = rig.manager.add(&disk, &read_only()).await.unwrap();
         rig.assert_content(&mount.path().join("d/file"), filesystem)
@@ -128,7 +128,7 @@ async fn vm_every_filesystem_read_only_and_ext4_and_xfs_for_writing() {
 async fn vm_partitions_are_found_by_their_numbers() {
     let rig = Rig::start().await;
     let image = rig.path("disk");
-    common::partitioned(&image, &[("file", "on partition 2")]);
+    images::partitioned(&image, &[("file", "on partition 2")]);
     let disk = Disk::virtual_disk(&image).read_only();
     let partition = |number| {
         let options = MountOptions::builder().read_only().partition(number);
@@ -159,7 +159,7 @@ async fn vm_partitions_are_found_by_their_numbers() {
 async fn vm_qcow2_and_evd_are_what_they_are() {
     let rig = Rig::start().await;
     let (raw, qcow2) = (rig.path("raw"), rig.path("disk.qcow2"));
-    common::image("erofs", &raw, &[("file", "in qcow2")]);
+    images::image("erofs", &raw, &[("file", "in qcow2")]);
     // An image tool rounds up to sectors, which an erofs is anyway.
     let convert = Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", "qcow2"])
@@ -185,7 +185,7 @@ async fn vm_an_overlay_of_40_layers_and_a_scratch() {
     for n in 0..40 {
         let path = rig.path(&format!("{n}.erofs"));
         let own = format!("only-in-{n}");
-        common::image("erofs", &path, &[("id", &own), (&own, "x")]);
+        images::image("erofs", &path, &[("id", &own), (&own, "x")]);
         request = request.layer(Disk::virtual_disk(path).read_only(), read_only());
     }
     let request = request.scratch(rig.scratch("scratch"), MountRequest::default());

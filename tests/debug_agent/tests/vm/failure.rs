@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use blockmount::ErrorKind;
 use futures_util::future::join_all;
 
-use crate::common;
 use crate::rig::{Rig, read_only};
+use blockmount_debug_agent::kit;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_when_qemu_is_killed_every_call_ends_and_nothing_is_owed() {
+async fn vm_when_qemu_is_killed_every_call_ends_and_nothing_is_pending() {
     let rig = Rig::start().await;
     let disks: Vec<_> = (0..24).map(|n| rig.layer(&format!("layer-{n}"))).collect();
     let (held, adding) = disks.split_at(8);
@@ -51,9 +51,9 @@ async fn vm_a_vm_that_is_dropped_is_gone_with_its_files() {
     let directory = rig.vm.directory().to_owned();
     assert!(directory.exists());
     drop(rig);
-    common::eventually("the removal of the VM's files", || !directory.exists());
+    kit::eventually("the removal of the VM's files", || !directory.exists());
     let marker = directory.display().to_string();
-    common::eventually("the end of the process", || {
+    kit::eventually("the end of the process", || {
         let processes = std::fs::read_dir("/proc").unwrap().flatten();
         !processes
             .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
@@ -70,14 +70,14 @@ async fn vm_a_guest_that_answers_garbage_is_given_up_on_and_harms_nobody() {
         .add(&rig.layer("before"), &read_only())
         .await
         .unwrap();
-    // The witness speaks another language: what it says is no frame of the bridge.
-    rig.let_witness_go().await;
+    // The debug agent speaks another language: what it says is no frame of the bridge.
+    rig.release_debug_agent().await;
     let started = Instant::now();
-    let error = AgentChannel::connect(&rig.vm, "blockmount.witness")
+    let error = AgentChannel::connect(&rig.vm, "blockmount.debug")
         .await
         .unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(30), "{error}");
-    rig.reconnect_witness().await;
+    rig.reconnect_debug_agent().await;
     rig.assert_content(&mount.path().join("id"), "before").await;
     mount.release().await.unwrap();
     rig.end().await;

@@ -10,8 +10,8 @@ use blockmount_vpmem::Mode;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::common;
 use crate::rig::{MEMORY_SIZE, Rig, read_only};
+use blockmount_debug_agent::kit::images;
 
 async fn windows(rig: &Rig) -> usize {
     rig.tables().await["dm_devices"].as_array().unwrap().len()
@@ -115,7 +115,7 @@ async fn vm_what_does_not_fit_on_vpmem_goes_to_scsi() {
     // One more than there are devices, one that is too large, and one to write to.
     let mut disks: Vec<Disk> = (0..5).map(|n| rig.layer(&format!("layer-{n}"))).collect();
     let large = rig.path("large");
-    common::image("ext4", &large, &[("id", "large")]);
+    images::image("ext4", &large, &[("id", "large")]);
     std::fs::File::options()
         .append(true)
         .open(&large)
@@ -156,7 +156,7 @@ async fn vm_what_does_not_fit_on_vpmem_goes_to_scsi() {
 async fn vm_a_container_has_layers_on_both() {
     let rig = packed().await;
     let image = rig.path("disk");
-    common::partitioned(&image, &[("from-a-partition", "x")]);
+    images::partitioned(&image, &[("from-a-partition", "x")]);
     let partition = MountOptions::builder()
         .read_only()
         .partition(2.try_into().unwrap());
@@ -295,7 +295,7 @@ async fn vm_a_packed_layer_in_use_refuses_its_release_and_stays_usable() {
     // One range of the device does not keep the others.
     other.release().await.unwrap();
     rig.assert_content(&file, "used").await;
-    rig.ask(json!({ "let_go": { "path": file } })).await;
+    rig.ask(json!({ "release": { "path": file } })).await;
     refused.retry().await.unwrap();
     rig.end().await;
 }

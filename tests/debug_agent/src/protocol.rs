@@ -1,0 +1,75 @@
+//! What is asked of a debug agent and what it answers, in the frames of a checker.
+
+use std::path::PathBuf;
+
+use blockmount_checker::protocol::{Request, Response};
+use serde::{Deserialize, Serialize};
+
+/// What a host asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum DebugRequest {
+    /// What only a debug agent does.
+    Own(OwnRequest),
+    /// What a checker does.
+    Checker(Request),
+}
+
+/// What only a debug agent does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum OwnRequest {
+    /// Opens a file or directory and keeps it open, so that it is in use: [`Response::Done`].
+    Hold {
+        /// What is opened.
+        path: PathBuf,
+    },
+    /// Closes what `hold` opened; done as well if it did not: [`Response::Done`].
+    Release {
+        /// What was opened.
+        path: PathBuf,
+    },
+    /// Which process the agent is: [`OwnResponse::Pid`], `None` while there is none.
+    AgentPid,
+    /// Kills the agent, and answers when it has ended: [`OwnResponse::Pid`], the one that ended.
+    KillAgent,
+    /// Whether a file is read past the page cache: [`OwnResponse::Dax`].
+    Dax {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Turns the machine off: [`Response::Done`], if there is still time for it.
+    PowerOff,
+}
+
+/// What a debug agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum DebugResponse {
+    /// To what only a debug agent does.
+    Own(OwnResponse),
+    /// To everything else, and failures.
+    Checker(Response),
+}
+
+/// What only a debug agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OwnResponse {
+    /// A process.
+    Pid(Option<u32>),
+    /// Whether a file is read past the page cache.
+    Dax(bool),
+}
+
+impl From<Response> for DebugResponse {
+    fn from(response: Response) -> Self {
+        DebugResponse::Checker(response)
+    }
+}
+
+impl From<OwnResponse> for DebugResponse {
+    fn from(response: OwnResponse) -> Self {
+        DebugResponse::Own(response)
+    }
+}
