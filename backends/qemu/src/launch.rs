@@ -29,7 +29,7 @@ pub use builder::{Accelerator, VmBuilder};
 pub use channel::AgentChannel;
 pub use error::VmError;
 pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
-pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES};
+pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES, PROGRAMS};
 pub use kernel::GuestKernel;
 pub use port::GuestStream;
 pub use vm::Vm;

@@ -81,7 +81,7 @@ pub mod vpmem;
 #[cfg(feature = "launch")]
 pub use launch::{
     Accelerator, AgentChannel, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
-    MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, Vm, VmBuilder, VmError,
+    MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder, VmError,
     controller_address, memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};

@@ -85,3 +85,24 @@ async fn a_vm_that_cannot_be_is_refused_before_anything_is_started() {
     let error = vm.controllers(0).start().await.unwrap_err();
     assert!(error.to_string().contains("0 SCSI controllers"), "{error}");
 }
+
+#[tokio::test]
+async fn a_device_and_words_that_a_caller_adds_reach_qemu() {
+    let room = tempfile::tempdir().unwrap();
+    let vm = || async { running("/bin/true").await.directory(room.path()) };
+    let with_device = vm().await.device("no-such-device");
+    let error = told(&with_device.start().await.unwrap_err());
+    assert!(error.contains("no-such-device"), "{error}");
+    let with_words = vm().await.arguments(["-no-such-option"]);
+    let error = told(&with_words.start().await.unwrap_err());
+    assert!(error.contains("no-such-option"), "{error}");
+    let error = told(
+        &vm()
+            .await
+            .machine("no-such-machine")
+            .start()
+            .await
+            .unwrap_err(),
+    );
+    assert!(error.contains("no-such-machine"), "{error}");
+}

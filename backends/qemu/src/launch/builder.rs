@@ -65,12 +65,7 @@ impl VmBuilder {
             image,
             qemu: "qemu-system-x86_64".into(),
             accelerator: Accelerator::Auto,
-            hardware: Hardware {
-                memory: 512,
-                controllers: 4,
-                memory_ports: 0,
-                memory_room: 0,
-            },
+            hardware: Hardware::default(),
             directory: None,
             states: None,
             agent: "blockmount.agent".to_owned(),
@@ -114,6 +109,28 @@ impl VmBuilder {
         // The room is divided at multiples of a GiB, so that each device may need one more.
         let gibibytes = bytes.div_ceil(1 << 30) + 2 * u64::from(devices);
         self.hardware.memory_room = gibibytes << 10;
+        self
+    }
+
+    /// The machine type: `q35`, which is the default, or a version of it such as `pc-q35-7.1`.
+    #[must_use]
+    pub fn machine(mut self, machine: impl Into<String>) -> Self {
+        self.hardware.machine = machine.into();
+        self
+    }
+
+    /// Adds a device, as QEMU's option `-device` takes it: `virtio-rng-pci`. The slots of the PCI bus from 0x18 on are
+    /// free.
+    #[must_use]
+    pub fn device(self, device: impl Into<String>) -> Self {
+        self.arguments(["-device".to_owned(), device.into()])
+    }
+
+    /// Adds words to QEMU's command line. A [saved state](Self::saved_states) depends on them, but not on the content
+    /// of files that they name.
+    #[must_use]
+    pub fn arguments<S: Into<String>>(mut self, words: impl IntoIterator<Item = S>) -> Self {
+        self.hardware.more.extend(words.into_iter().map(Into::into));
         self
     }
 

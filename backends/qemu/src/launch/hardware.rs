@@ -38,11 +38,28 @@ fn on_root_bus(device: u8, function: u8) -> PciAddress {
 /// What a VM has besides a processor: memory, SCSI controllers, ports for persistent memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Hardware {
+    /// A machine of QEMU's of the kind q35.
+    pub(super) machine: String,
     pub(super) memory: u32,
     pub(super) controllers: u8,
     pub(super) memory_ports: u8,
     /// The room for persistent memory, in MiB.
     pub(super) memory_room: u64,
+    /// Further words of the command line.
+    pub(super) more: Vec<String>,
+}
+
+impl Default for Hardware {
+    fn default() -> Self {
+        Hardware {
+            machine: "q35".to_owned(),
+            memory: 512,
+            controllers: 4,
+            memory_ports: 0,
+            memory_room: 0,
+            more: Vec::new(),
+        }
+    }
 }
 
 impl Hardware {
@@ -63,7 +80,10 @@ impl Hardware {
         words.pair(
             "-M",
             // What is off is hardware that the guest would look for and wait for.
-            "q35,nvdimm=on,sata=off,smbus=off,usb=off,vmport=off",
+            format!(
+                "{},nvdimm=on,sata=off,smbus=off,usb=off,vmport=off",
+                self.machine
+            ),
         );
         words.pair("-accel", accelerator);
         words.pair("-cpu", if accelerator == "kvm" { "host" } else { "max" });
@@ -100,6 +120,7 @@ impl Hardware {
                 format!("{device},slot={number},addr={slot:#x}.{function:#x}{several}"),
             );
         }
+        words.0.extend_from_slice(&self.more);
         words.0
     }
 }
@@ -146,6 +167,22 @@ pub(super) fn boot(kernel: &GuestKernel, initramfs: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_caller_adds_is_part_of_the_command_line() {
+        let hardware = Hardware {
+            machine: "pc-q35-7.1".to_owned(),
+            more: vec!["-device".to_owned(), "virtio-rng-pci".to_owned()],
+            ..Hardware::default()
+        };
+        let words = hardware.arguments("tcg");
+        assert!(words.ends_with(&hardware.more), "{words:?}");
+        assert!(
+            words
+                .iter()
+                .any(|word| word.starts_with("pc-q35-7.1,nvdimm=on"))
+        );
+    }
 
     #[test]
     fn everything_has_a_place_of_its_own() {

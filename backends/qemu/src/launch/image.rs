@@ -1,5 +1,6 @@
-//! What a guest boots: a kernel, and a first file system with one program and the modules it needs.
+//! What a guest boots: a kernel, and a first file system with programs and the modules that they need.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,6 +36,9 @@ pub const MODULE_LIST: &str = "/etc/blockmount/modules";
 /// Where the modules themselves are.
 const MODULE_DIRECTORY: &str = "/lib/modules";
 
+/// Where the further programs of a guest are, each under the name of its file: [`GuestImageBuilder::add_program`].
+pub const PROGRAMS: &str = "/programs";
+
 /// What a guest boots. Made once, it serves any number of VMs; cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct GuestImage(Arc<Inner>);
@@ -50,7 +54,8 @@ struct Inner {
 #[derive(Debug)]
 pub struct GuestImageBuilder {
     kernel: GuestKernel,
-    program: Option<PathBuf>,
+    init: Option<PathBuf>,
+    programs: Vec<PathBuf>,
     modules: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
 }
@@ -60,7 +65,8 @@ impl GuestImage {
     pub fn builder(kernel: GuestKernel) -> GuestImageBuilder {
         GuestImageBuilder {
             kernel,
-            program: None,
+            init: None,
+            programs: Vec::new(),
             modules: MODULES.map(str::to_owned).into(),
             files: Vec::new(),
         }
@@ -86,7 +92,15 @@ impl GuestImageBuilder {
     /// the program that is running.
     #[must_use]
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
-        self.program = Some(program.into());
+        self.init = Some(program.into());
+        self
+    }
+
+    /// Adds a further program, an ELF file of this machine, to the directory [`PROGRAMS`], under the name of its file.
+    /// Whether it is started is up to `/init`.
+    #[must_use]
+    pub fn add_program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.programs.push(program.into());
         self
     }
 
@@ -114,14 +128,18 @@ impl GuestImageBuilder {
     ///
     /// Nothing is left when the future is dropped.
     pub async fn build(self) -> Result<GuestImage, VmError> {
-        let program = match self.program {
-            Some(program) => program,
+        let init = match self.init {
+            Some(init) => init,
             None => program::running()?,
         };
-        let program = Program::read(&program).await?;
+        let mut programs = vec![("/init".to_owned(), Program::read(&init).await?)];
+        for path in self.programs {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            programs.push((format!("{PROGRAMS}/{name}"), Program::read(&path).await?));
+        }
         let (kernel, names, files) = (self.kernel, self.modules, self.files);
         let pack = move || {
-            let initramfs = pack(&kernel, &program, &names, &files)?;
+            let initramfs = pack(&kernel, &programs, &names, &files)?;
             let image = std::fs::read(kernel.image()).map_err(|error| {
                 let path = kernel.image().display();
                 VmError::new(format!("cannot read the guest's kernel {path}")).because(error)
@@ -141,7 +159,7 @@ impl GuestImageBuilder {
 
 fn pack(
     kernel: &GuestKernel,
-    program: &Program,
+    programs: &[(String, Program)],
     names: &[String],
     files: &[(String, Vec<u8>)],
 ) -> Result<Vec<u8>, VmError> {
@@ -150,10 +168,20 @@ fn pack(
     for directory in ["/dev", "/proc", "/sys", "/run", "/tmp"] {
         archive.directory(directory).map_err(unfit)?;
     }
-    archive
-        .file("/init", &program.executable, true)
-        .map_err(unfit)?;
-    for (path, content) in &program.libraries {
+    let mut libraries = BTreeMap::new();
+    for (path, program) in programs {
+        archive
+            .file(path, &program.executable, true)
+            .map_err(unfit)?;
+        // Programs share most of them.
+        libraries.extend(
+            program
+                .libraries
+                .iter()
+                .map(|(path, content)| (path, content)),
+        );
+    }
+    for (path, content) in libraries {
         archive.file(path, content, true).map_err(unfit)?;
     }
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -192,5 +220,27 @@ mod tests {
         assert_eq!(one.digest(), two.digest());
         assert_ne!(one.digest(), other.digest());
         assert_eq!(one.initramfs(), two.initramfs());
+    }
+
+    #[tokio::test]
+    async fn further_programs_are_in_a_directory_of_their_own_and_share_libraries() {
+        let kernel = || GuestKernel::find().expect("tests/setup.sh fetches a kernel");
+        let one = GuestImage::builder(kernel()).program("/bin/true").build();
+        let two = GuestImage::builder(kernel())
+            .program("/bin/true")
+            .add_program("/bin/false")
+            .build();
+        let (one, two) = tokio::join!(one, two);
+        let (one, two) = (one.unwrap(), two.unwrap());
+        let count = |image: &GuestImage, text: &str| {
+            let bytes = image.initramfs();
+            let found = bytes
+                .windows(text.len())
+                .filter(|part| *part == text.as_bytes());
+            found.count()
+        };
+        assert_eq!(count(&one, "programs/false\0"), 0);
+        assert_eq!(count(&two, "programs/false\0"), 1);
+        assert_eq!(count(&one, "/libc.so.6\0"), count(&two, "/libc.so.6\0"));
     }
 }
