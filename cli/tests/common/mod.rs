@@ -2,6 +2,7 @@
 // Each test file uses a part, and a panic anywhere here is a failure message.
 #![allow(
     dead_code,
+    unused_imports,
     missing_docs,
     missing_debug_implementations,
     unreachable_pub,

@@ -14,7 +14,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_agent-under-test");
-const DEBUG_AGENT: &str = env!("CARGO_BIN_EXE_blockmount-debug-agent");
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(60);
 
