@@ -132,6 +132,8 @@ impl LinuxGuestBuilder {
     /// undone, and what others have put in the place of its mounts is not touched. A record that
     /// cannot be used is renamed to `*.aside` and reported in the log.
     ///
+    /// A record of another version of this crate is one that cannot be used.
+    ///
     /// The directory is made if it is missing. It should live as long as the mounts do, and be as
     /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
     /// reboot, or that is about another namespace of mounts, all records are set aside.

@@ -209,8 +209,9 @@ impl Inner {
             let list = ledger.list(&target);
             let first = list.steps().len();
             attempt(&list).map_err(|error| match teardown::undo(&list, first, kernel) {
-                Ok(()) => error,
-                Err(left) => uncertain(&error, &left),
+                // Only an attempt of which nothing is left can be repeated.
+                Err(left) if error.kind() == ErrorKind::Busy => uncertain(&error, &left),
+                _ => error,
             })
         };
         retry_while_busy(self.config.busy_timeout, attempt).await

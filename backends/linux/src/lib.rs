@@ -1,5 +1,5 @@
 //! What every Linux guest needs to mount block devices: it finds and awaits them, knows what is on
-//! them, mounts them, lays them over each other, and undoes all of it by the target alone.
+//! them, mounts them, stacks them as an overlay, and undoes all of it by the target alone.
 #![cfg(target_os = "linux")]
 //!
 //! ```no_run
@@ -29,12 +29,12 @@
 //! # }
 //! ```
 //!
-//! | room | what is in it |
+//! | item | what is in it |
 //! |---|---|
 //! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner` and an `Unplugger` |
 //! | [`Transports`] | how devices of each transport are found and unplugged |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
-//! | [`sysfs`] | devices by their place: PCI addresses, VMBus channels, disks |
+//! | [`sysfs`] | devices by address: PCI addresses, VMBus channels, disks |
 //! | [`device`] | opening, partitions, proving that nobody uses a device |
 //! | [`probe`](mod@probe) | what is on a device or in an image |
 //! | [`mapper`] | devices made of ranges of others |
@@ -49,14 +49,18 @@
 //! Directories that are missing on the way to the target are made, and exactly those are removed
 //! again, with `rmdir` only. A target goes through no symbolic link. Unmounting is never lazy.
 //!
-//! # What outlives a kill
+//! # Undoing
 //!
-//! Mounts live in the kernel, and what there is to undo lives in the process that made them. One that
-//! may be killed keeps a journal ([`LinuxGuestBuilder::journal`]): before a mount, a directory or a
-//! partition becomes visible, a file in the journal says what it is and by what identity it can be
-//! told from everything else; when it is undone, the file goes. The next process with that journal
-//! takes over what is there and undoes what was left half done. What it cannot prove to be its own, it
-//! does not touch.
+//! Each target has a list of what there is to undo: directories, a partition or a byte range, the mount. It is undone
+//! from the last step to the first. A step that is busy stays on the list and is reported as `Busy`, and the next
+//! unmount of the target goes on with it. What several targets share is undone with the last of them.
+//!
+//! # After a kill
+//!
+//! Mounts live in the kernel, and the lists live in the process that made them. One that may be killed keeps a
+//! journal ([`LinuxGuestBuilder::journal`]) with a file for each target, which has each step before it is made, with the
+//! identity by which it can be told from everything else. The next process with that journal takes over the mounts
+//! that are there and undoes what was left half done. What it cannot prove to be its own, it does not touch.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), blockmount::BackendError> {

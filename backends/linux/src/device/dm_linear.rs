@@ -86,7 +86,7 @@ fn validate(path: &Path, open: &File, range: Range<u64>) -> Result<RangeStep, Ba
     let block = u64::from(node::logical_block_size(open).map_err(trouble)?).max(SECTOR);
     let Range { start, end } = range;
     let refused = |why: String| {
-        let message = format!("bytes {start} to {end} are no part of device {node}: {why}");
+        let message = format!("bytes {start} to {end} are no range of device {node}: {why}");
         Err(BackendError::invalid(message))
     };
     if start >= end {

@@ -33,9 +33,9 @@ pub const UUID_MARK: &str = "BLKMNT-";
 /// The interface's version that is spoken; kernels speak all older ones of the same first number.
 const MAJOR_VERSION: u32 = 4;
 const CONTROL: &str = "/dev/mapper/control";
-/// Room for an answer, in bytes, at first and at most: a table of a thousand ranges takes 80 KiB.
-const ROOM: usize = 16 << 10;
-const MOST_ROOM: usize = 16 << 20;
+/// Space for an answer, in bytes, at first and at most: a table of a thousand ranges takes 80 KiB.
+const REPLY: usize = 16 << 10;
+const MAX_REPLY: usize = 16 << 20;
 
 /// The kernel's device-mapper. All calls block, for milliseconds.
 #[derive(Debug)]
@@ -73,16 +73,16 @@ impl DeviceMapper {
     }
 
     fn run(&self, command: Command, request: Request) -> Result<Reply, Errno> {
-        let mut room = ROOM;
+        let mut space = REPLY;
         loop {
-            let mut buffer = request.clone().into_buffer(room);
+            let mut buffer = request.clone().into_buffer(space);
             ioctl::run(&self.0, command, &mut buffer)?;
             let reply = Reply::new(buffer);
             if !reply.is_cut() {
                 return Ok(reply);
             }
-            room *= 4;
-            if room > MOST_ROOM {
+            space *= 4;
+            if space > MAX_REPLY {
                 return Err(Errno::NOBUFS);
             }
         }

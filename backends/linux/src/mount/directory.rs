@@ -9,7 +9,8 @@ use std::path::Path;
 
 use blockmount::BackendError;
 use rustix::fs::{
-    AtFlags, Mode, OFlags, RenameFlags, fstat, mkdirat, openat, renameat_with, statat, unlinkat,
+    AtFlags, CWD, Mode, OFlags, RenameFlags, fstat, mkdirat, openat, renameat_with, statat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
@@ -184,6 +185,19 @@ fn empty_of_kernels(directory: &OwnedFd) {
         // There is most often none; and if one stays, so does the directory.
         let _none_is_fine = unlinkat(directory, name, AtFlags::REMOVEDIR);
     }
+}
+
+/// Opens a directory by its path for reading.
+pub(crate) fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {
+    if !path.is_absolute() {
+        return Err(BackendError::invalid(format!(
+            "{what} {} is not an absolute path",
+            path.display()
+        )));
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty())
+        .map_err(|errno| errno_error(format!("cannot open {what} {}", path.display()), errno))
 }
 
 /// Opens a directory below another one, through no symbolic link. Kernels before 6.15 want the layers of an overlay

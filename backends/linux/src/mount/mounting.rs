@@ -93,7 +93,7 @@ impl Request {
         Identity::Expected {
             filesystem: self.filesystem.clone(),
             source: self.source.as_path().into(),
-            // The table spells the options of these filesystems in its own way.
+            // The table spells the options of these filesystems differently.
             options: Vec::new(),
         }
     }

@@ -8,13 +8,13 @@ use std::path::Path;
 
 use blockmount::{BackendError, ErrorKind, MountFlags, Overlay};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
-use crate::mount::directory::{self, readable};
+use crate::mount::directory::{self, open_tree, readable};
 use crate::mount::fscontext::Context;
 use crate::mount::mounting::{self, LONGEST_DATA, path_of};
 use crate::mount::target::MountPoint;
@@ -275,16 +275,4 @@ fn among_descriptors<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, Back
             )),
         }
     })
-}
-
-fn open_tree(path: &Path, what: &str) -> Result<OwnedFd, BackendError> {
-    if !path.is_absolute() {
-        return Err(BackendError::invalid(format!(
-            "{what} {} is not an absolute path",
-            path.display()
-        )));
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    openat(CWD, path, flags, Mode::empty())
-        .map_err(|errno| errno_error(format!("cannot open {what} {}", path.display()), errno))
 }

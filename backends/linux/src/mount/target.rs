@@ -64,7 +64,7 @@ fn refused<T>(path: &Path, why: &str) -> Result<T, BackendError> {
 }
 
 impl Target {
-    /// Judges the text of a path: absolute, below `allowed` if that names any directories,
+    /// Checks the text of a path: absolute, below `allowed` if that names any directories,
     /// not a directory of the system.
     pub(crate) fn parse(path: &Path, allowed: &[PathBuf]) -> Result<Self, BackendError> {
         let names = names(path)?;
@@ -224,8 +224,8 @@ impl MountPoint {
         fstat(&self.directory).map(|stat| FileId::of(&stat))
     }
 
-    /// Lets go of the directory and keeps only the way to it: a path through the open parent,
-    /// which no change of the tree above can lead elsewhere.
+    /// Closes the directory and keeps only a path to it through the open parent, which no change of
+    /// the tree above can lead elsewhere.
     pub(crate) fn into_path_at(self) -> PathAt {
         PathAt {
             parent: self.parent,
@@ -274,7 +274,7 @@ impl MountPoint {
     }
 }
 
-/// The way to a directory through its open parent.
+/// A path to a directory through its open parent.
 #[derive(Debug)]
 pub(crate) struct PathAt {
     parent: OwnedFd,

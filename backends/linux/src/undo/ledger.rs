@@ -61,7 +61,7 @@ impl List {
         self.saved = false;
     }
 
-    fn strike(self) {
+    fn remove_record(self) {
         if let Some(note) = self.note {
             note.done();
         }
@@ -247,7 +247,7 @@ impl<'a> UndoList<'a> {
     /// Drops a step that is undone, also from the lists of what is left.
     pub(crate) fn undone(&self, step: &Undo) {
         self.retain(|own| own != step);
-        let mut struck = Vec::new();
+        let mut over = Vec::new();
         let mut lists = self.ledger.lists();
         lists.retain(|_, list| {
             if list.left {
@@ -257,15 +257,15 @@ impl<'a> UndoList<'a> {
             }
             let is_over = list.left && list.steps.is_empty();
             if is_over {
-                struck.push(std::mem::take(list));
+                over.push(std::mem::take(list));
             }
             !is_over
         });
         drop(lists);
-        struck.into_iter().for_each(List::strike);
+        over.into_iter().for_each(List::remove_record);
     }
 
-    /// The end of an attempt that has undone what it could: a list without steps is struck. A step that stays is
+    /// The end of an attempt that has undone what it could: the record of a list without steps is removed. A step that stays is
     /// on one list.
     pub(crate) fn end(&self) {
         for step in self.steps() {
@@ -281,7 +281,7 @@ impl<'a> UndoList<'a> {
         let over = is_over.then(|| lists.remove(self.target.path())).flatten();
         drop(lists);
         match over {
-            Some(list) => list.strike(),
+            Some(list) => list.remove_record(),
             None => self.save_or_warn(),
         }
     }

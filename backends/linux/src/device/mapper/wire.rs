@@ -44,7 +44,7 @@ pub struct Mapped {
     pub number: DeviceNumber,
 }
 
-/// One part of a mapped device.
+/// One range of a mapped device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// Where it starts in the mapped device, in sectors of 512 bytes.
@@ -146,9 +146,9 @@ impl Request {
         self
     }
 
-    /// The bytes for the kernel, with room for an answer.
-    pub(super) fn into_buffer(mut self, room: usize) -> Vec<u8> {
-        self.0.resize(self.0.len() + room, 0);
+    /// The bytes for the kernel, with space for an answer.
+    pub(super) fn into_buffer(mut self, space: usize) -> Vec<u8> {
+        self.0.resize(self.0.len() + space, 0);
         let length = self.0.len() as u32;
         self.0[LENGTH..][..4].copy_from_slice(&length.to_ne_bytes());
         self.0
@@ -267,7 +267,7 @@ mod tests {
     };
 
     #[test]
-    fn a_window_of_four_mebibytes_is_this_table() {
+    fn a_range_of_four_mebibytes_is_this_table() {
         let target = Target::linear(PMEM, 4_194_304..5_246_976).unwrap();
         assert_eq!((target.start, target.length), (0, 2056));
         assert_eq!(target.parameters, "259:1 8192");

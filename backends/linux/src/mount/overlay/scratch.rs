@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use blockmount::BackendError;
 use rustix::fs::{Gid, Mode, Stat, Uid, fstat};
 
-use super::open_tree;
 use crate::errno::errno_error;
-use crate::mount::directory::{self, Wanted, readable};
+use crate::mount::directory::{self, Wanted, open_tree, readable};
 use crate::mount::mounting::path_of;
 use crate::mount::target::FileId;
 use crate::undo::ledger::UndoList;

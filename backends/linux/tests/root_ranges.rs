@@ -1,4 +1,4 @@
-//! Parts of devices: which are refused, and that nothing is left then. That the good ones are mounted needs a
+//! Byte ranges of devices: which are refused, and that nothing is left then. That the good ones are mounted needs a
 //! kernel with device-mapper.
 #![allow(
     clippy::unwrap_used,
@@ -28,8 +28,8 @@ impl Resolver for Part {
     }
 }
 
-async fn mount(device: &Path, window: Range<u64>, target: &Path) -> Result<(), BackendError> {
-    let part = Part(device.to_owned(), window);
+async fn mount(device: &Path, range: Range<u64>, target: &Path) -> Result<(), BackendError> {
+    let part = Part(device.to_owned(), range);
     let guest = LinuxGuest::builder()
         .resolver("part", Arc::new(part))
         .build();
@@ -39,7 +39,7 @@ async fn mount(device: &Path, window: Range<u64>, target: &Path) -> Result<(), B
 }
 
 #[tokio::test]
-async fn root_a_range_that_is_no_part_of_the_device_is_refused() {
+async fn root_a_range_that_is_no_range_of_the_device_is_refused() {
     let mut room = Room::new();
     let device = Loop::new(&Image::Ext4.copy(room.path()));
     room.settle();
@@ -61,7 +61,7 @@ async fn root_a_range_that_is_no_part_of_the_device_is_refused() {
 }
 
 #[tokio::test]
-async fn root_without_device_mapper_a_window_is_unsuitable() {
+async fn root_without_device_mapper_a_range_is_unsuitable() {
     if DeviceMapper::open().is_ok() {
         return;
     }
