@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dashmap::DashSet;
+use dashmap::mapref::entry::Entry;
+use dashmap::{DashMap, DashSet};
 use foldhash::fast::RandomState;
 use tracing::info_span;
 
@@ -41,20 +42,28 @@ pub struct Attachment {
 }
 
 impl AttachManager {
-    /// A manager that waits for one answer at most five minutes.
+    /// A manager that waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(transport: impl Transport, unplugger: impl Unplugger) -> Self {
-        Self::with_timeout(Box::new(transport), Box::new(unplugger), DEFAULT_TIMEOUT)
+        let unplugger: Box<dyn Unplugger> = Box::new(unplugger);
+        Self::with_timeout(Box::new(transport), Some(unplugger), DEFAULT_TIMEOUT)
+    }
+
+    /// The same for disks that nothing in the guest has to be told of: a detach is the host's alone. The
+    /// caller makes sure that the guest no longer uses a disk before it releases it.
+    pub fn without_unplugger(transport: impl Transport) -> Self {
+        Self::with_timeout(Box::new(transport), None, DEFAULT_TIMEOUT)
     }
 
     pub(crate) fn with_timeout(
         transport: Box<dyn Transport>,
-        unplugger: Box<dyn Unplugger>,
+        unplugger: Option<Box<dyn Unplugger>>,
         timeout: Duration,
     ) -> Self {
         let driver = Attach {
             transport,
             unplugger,
             sources: DashSet::default(),
+            locators: DashMap::default(),
         };
         AttachManager {
             table: Table::new(driver, timeout),
@@ -179,10 +188,14 @@ impl Attachment {
 /// Attaching, as the lease table sees it.
 struct Attach {
     transport: Box<dyn Transport>,
-    unplugger: Box<dyn Unplugger>,
+    /// None if nothing in the guest is to be told.
+    unplugger: Option<Box<dyn Unplugger>>,
     /// The disks that transports have been asked to attach, as they were named: a transport may rely
     /// on never being asked for two that are equal.
     sources: DashSet<Disk, RandomState>,
+    /// The disk at each locator. Transports cannot know of each other's locators, and the guest goes by the
+    /// locator alone.
+    locators: DashMap<DeviceLocator, DiskId, RandomState>,
 }
 
 struct AttachJob {
@@ -213,14 +226,57 @@ impl AttachJob {
 }
 
 impl Attached {
+    /// All who share a disk have asked for the same.
     fn check(&self, asked: &Disk) -> Result<(), Error> {
         let (up, locator) = (&self.disk, &self.locator);
-        if (asked.kind(), asked.is_read_only()) == (up.kind(), up.is_read_only()) {
+        let same_access = (asked.kind(), asked.is_read_only()) == (up.kind(), up.is_read_only());
+        if same_access && asked.options() == up.options() {
             return Ok(());
         }
-        let taken =
-            format!("it is attached as {locator} from {up}; one disk has one access for all");
-        Err(Error::new(Step::Attach, BackendError::conflict(taken)).on_disk(asked))
+        let taken = match same_access {
+            false => format!("from {up}; one disk has one access for all"),
+            true => format!(
+                "with {:?}; one disk has one set of options for all",
+                up.options()
+            ),
+        };
+        let cause = BackendError::conflict(format!("it is attached as {locator} {taken}"));
+        Err(Error::new(Step::Attach, cause).on_disk(asked))
+    }
+}
+
+impl Attach {
+    /// False if another disk is at the locator.
+    fn occupy(&self, locator: &DeviceLocator, id: &DiskId) -> bool {
+        match self.locators.entry(locator.clone()) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(entry) => {
+                entry.insert(id.clone());
+                true
+            }
+        }
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), Error> {
+        let span = info_span!("detach", disk = %disk.source().display());
+        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
+        outcome.map_err(|error| error.on_disk(disk))
+    }
+
+    /// Takes out a disk whose locator is another disk's. The guest was never told of it.
+    async fn undo_second_at(&self, locator: &DeviceLocator, disk: &Disk) -> Error {
+        let cause = match self.detach(disk).await {
+            Ok(()) => BackendError::conflict(
+                "its transport has given it the locator of another disk; the transports of one \
+                 manager must not share locators",
+            ),
+            Err(left) => BackendError::uncertain(
+                "its transport has given it the locator of another disk and cannot detach it",
+            )
+            .with_source(left),
+        };
+        let error = Error::new(Step::Attach, cause);
+        error.on_disk(disk).on_device(locator)
     }
 }
 
@@ -241,6 +297,9 @@ impl Driver for Attach {
         let span = info_span!("attach", disk = %disk.source().display());
         let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
         let locator = locator.map_err(|error| error.on_disk(disk))?;
+        if !self.occupy(&locator, id) {
+            return Err(self.undo_second_at(&locator, disk).await);
+        }
         job.locator = Some(locator.clone());
         Ok(Attached {
             id: id.clone(),
@@ -249,7 +308,7 @@ impl Driver for Attach {
         })
     }
 
-    async fn teardown(&self, _: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+    async fn teardown(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
         let AttachJob {
             disk,
             locator,
@@ -257,17 +316,23 @@ impl Driver for Attach {
             ..
         } = job;
         // Without a locator the attachment was uncertain, and the guest was never told of it.
-        if let (Some(locator), false) = (&*locator, *unplugged) {
+        if let (Some(unplugger), Some(locator), false) = (&self.unplugger, &*locator, *unplugged) {
             let span = info_span!("unplug", disk = %disk.source().display(), %locator);
-            let outcome = call_down(Step::Unplug, span, self.unplugger.unplug(locator)).await;
+            let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
             outcome.map_err(|error| error.on_disk(disk).on_device(locator))?;
             *unplugged = true;
         }
-        let span = info_span!("detach", disk = %disk.source().display());
-        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
+        // Before the detach: the transport may give the locator to the next disk as soon as it answers.
+        if let Some(locator) = locator {
+            self.locators.remove_if(locator, |_, disk| disk == id);
+        }
+        let outcome = self.detach(disk).await;
         outcome.map_err(|error| match locator {
-            Some(locator) => error.on_disk(disk).on_device(locator),
-            None => error.on_disk(disk),
+            Some(locator) => {
+                self.occupy(locator, id);
+                error.on_device(locator)
+            }
+            None => error,
         })
     }
 

@@ -55,6 +55,10 @@ pub trait Transport: Send + Sync + 'static {
     /// `id` is what [`identify`](Self::identify) answered for this request. The path may name another file by now, so the
     /// implementor must prove the id on what it has opened, and attach exactly that.
     ///
+    /// The implementor must honour each of the [options](Disk::options) that are set, or refuse the disk
+    /// ([`DiskOptions::require_only`](crate::DiskOptions::require_only)). The locator must be unique among all
+    /// transports of the manager: one that another disk has is a `Conflict`, and the disk is detached again.
+    ///
     /// The implementor must not hand out a slot again while a device may be in it: after `Uncertain`
     /// the slot stays out of use until [`detach`](Self::detach) of the same disk has succeeded.
     ///
@@ -67,8 +71,9 @@ pub trait Transport: Send + Sync + 'static {
 
     /// Detaches a disk and frees its slot. It is given a disk that equals the one attached.
     ///
-    /// The implementor may rely on the guest having let go of the device, unless the attachment
-    /// itself was `Uncertain`, in which case the guest was never told of it.
+    /// The implementor may rely on the device being unplugged in the guest, with three exceptions, in which the
+    /// guest was never told of it: the attachment was `Uncertain`, its locator was that of another disk, or
+    /// the manager was built without an [`Unplugger`].
     ///
     /// # Errors
     ///

@@ -6,10 +6,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+mod options;
+
+pub use options::{CacheMode, DiskOption, DiskOptions, SectorSize};
+
 /// A disk of the host that can be attached to a VM.
 ///
 /// Two disks with the same [`DiskId`] are one attachment, under whatever name they were asked for;
-/// asking for one of them both read-only and read-write at once is a conflict.
+/// asking for one of them both read-only and read-write at once, or with other [options](DiskOptions), is a
+/// conflict.
 ///
 /// ```
 /// use blockmount::Disk;
@@ -25,10 +30,13 @@ use serde::{Deserialize, Serialize};
 pub struct Disk(Arc<Fields>);
 
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Fields {
     source: Box<Path>,
     kind: DiskKind,
     read_only: bool,
+    #[serde(default, skip_serializing_if = "DiskOptions::is_default")]
+    options: DiskOptions,
 }
 
 /// The kinds of disk that a hypervisor tells apart.
@@ -70,6 +78,7 @@ impl Disk {
             source: source.into_boxed_path(),
             kind,
             read_only: false,
+            options: DiskOptions::default(),
         }))
     }
 
@@ -77,6 +86,13 @@ impl Disk {
     #[must_use]
     pub fn read_only(mut self) -> Self {
         Arc::make_mut(&mut self.0).read_only = true;
+        self
+    }
+
+    /// The same disk, attached with these options.
+    #[must_use]
+    pub fn with_options(mut self, options: DiskOptions) -> Self {
+        Arc::make_mut(&mut self.0).options = options;
         self
     }
 
@@ -94,6 +110,11 @@ impl Disk {
     pub fn is_read_only(&self) -> bool {
         self.0.read_only
     }
+
+    /// How it is attached, apart from that.
+    pub fn options(&self) -> &DiskOptions {
+        &self.0.options
+    }
 }
 
 impl fmt::Debug for Disk {
@@ -102,6 +123,7 @@ impl fmt::Debug for Disk {
             .field("source", &self.source())
             .field("kind", self.kind())
             .field("read_only", &self.is_read_only())
+            .field("options", self.options())
             .finish()
     }
 }

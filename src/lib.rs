@@ -99,7 +99,7 @@ mod transports;
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
 pub use contracts::{BlockDevice, LayerCombiner, Mounter, Overlay, Resolver, Transport, Unplugger};
-pub use disk::{Disk, DiskId, DiskKind};
+pub use disk::{CacheMode, Disk, DiskId, DiskKind, DiskOption, DiskOptions, SectorSize};
 pub use error::{BackendError, Error, ErrorKind, Step};
 pub use locator::{DeviceLocator, InvalidLocator};
 pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};

@@ -14,7 +14,7 @@ use crate::stack::{Combining, combine, release_all};
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::{
-    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, DiskId, Error,
+    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, Error,
     LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Stack, StackRequest, Step,
     Transport, Unplugger,
 };
@@ -43,7 +43,7 @@ pub struct Manager {
 pub struct ManagerBuilder {
     transports: Vec<Box<dyn Transport>>,
     unplugger: Option<Box<dyn Unplugger>>,
-    mounter: Box<dyn Mounter>,
+    mounter: Option<Box<dyn Mounter>>,
     combiner: Box<dyn LayerCombiner>,
     mount_root: PathBuf,
     timeout: Duration,
@@ -73,8 +73,8 @@ impl Manager {
         ManagerBuilder {
             transports: Vec::new(),
             unplugger: None,
-            mounter: Box::new(Missing("mounter")),
-            combiner: Box::new(Missing("combiner")),
+            mounter: None,
+            combiner: Box::new(Missing("a combiner")),
             mount_root: PathBuf::from("/run/mounts/blockmount"),
             timeout: DEFAULT_TIMEOUT,
         }
@@ -205,8 +205,8 @@ impl ManagerBuilder {
         self
     }
 
-    /// Makes the guest let go of devices. A manager without one attaches nothing: it could not take
-    /// it out again.
+    /// Unplugs devices in the guest before the host detaches them. A manager without one only attaches, and
+    /// a detach is the host's alone ([`AttachManager::without_unplugger`]): it refuses to mount.
     pub fn unplugger(mut self, unplugger: impl Unplugger) -> Self {
         self.unplugger = Some(Box::new(unplugger));
         self
@@ -214,7 +214,7 @@ impl ManagerBuilder {
 
     /// Mounts devices in the guest. A manager without one can only attach.
     pub fn mounter(mut self, mounter: impl Mounter) -> Self {
-        self.mounter = Box::new(mounter);
+        self.mounter = Some(Box::new(mounter));
         self
     }
 
@@ -253,12 +253,16 @@ impl ManagerBuilder {
         } else {
             None
         };
-        let transport: Box<dyn Transport> = match (&unplugger, only) {
-            (None, _) => Box::new(Missing("unplugger")),
-            (_, Some(only)) => only,
-            _ => Box::new(Transports::new(transports)),
+        let transport: Box<dyn Transport> = match only {
+            Some(only) => only,
+            None => Box::new(Transports::new(transports)),
         };
-        let unplugger = unplugger.unwrap_or_else(|| Box::new(Missing("unplugger")));
+        let mounter: Box<dyn Mounter> = match (mounter, &unplugger) {
+            (Some(mounter), Some(_)) => mounter,
+            (None, _) => Box::new(Missing("a mounter")),
+            // What is mounted must be unplugged before it is detached.
+            (Some(_), None) => Box::new(Missing("an unplugger")),
+        };
         let claims = Claims::new(mount_root);
         Manager {
             attachments: AttachManager::with_timeout(transport, unplugger, timeout),
@@ -273,29 +277,7 @@ struct Missing(&'static str);
 
 impl Missing {
     fn refuse(&self) -> BackendError {
-        BackendError::unsuitable(format!("the manager was built without a {}", self.0))
-    }
-}
-
-#[async_trait]
-impl Transport for Missing {
-    async fn identify(&self, _: &Disk) -> Result<DiskId, BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn attach(&self, _: &Disk, _: &DiskId) -> Result<DeviceLocator, BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn detach(&self, _: &Disk) -> Result<(), BackendError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Unplugger for Missing {
-    async fn unplug(&self, _: &DeviceLocator) -> Result<(), BackendError> {
-        Err(self.refuse())
+        BackendError::unsuitable(format!("the manager was built without {}", self.0))
     }
 }
 

@@ -278,12 +278,14 @@ struct Mounted {
 }
 
 impl Mounted {
-    /// A mount that does not keep its device attached cannot be shared by who relies on that.
+    /// A caller with an attachment relies on the mount to be of that disk and to keep it attached.
     fn check(&self, attachment: Option<&Attachment>) -> Result<(), Error> {
-        if attachment.is_none() || self.keeps.is_some() {
-            return Ok(());
-        }
-        let taken = "the device is mounted for somebody who attached it without this manager";
+        let taken = match (attachment, &self.keeps) {
+            (None, _) => return Ok(()),
+            (Some(attachment), Some(kept)) if attachment.id() == kept => return Ok(()),
+            (Some(_), Some(_)) => "another disk with this locator is mounted; locators are unique",
+            (Some(_), None) => "the device is mounted for a caller that attached it elsewhere",
+        };
         Err(self.point.error(Step::Mount, BackendError::conflict(taken)))
     }
 }

@@ -191,6 +191,12 @@ impl Slots {
         Some(Reservation(Claim::new(self, slot)))
     }
 
+    /// Reserves the lowest free slot of one group; none if all of them are taken, or there is no such group.
+    pub fn reserve_in(&self, group: u16) -> Option<Reservation> {
+        let slot = self.table().reserve_in(group)?;
+        Some(Reservation(Claim::new(self, slot)))
+    }
+
     /// Reserves a particular slot.
     ///
     /// # Errors

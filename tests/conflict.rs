@@ -3,7 +3,10 @@
 mod common;
 
 use blockmount::testing::{Gate, VmStep};
-use blockmount::{DeviceLocator, Disk, ErrorKind, MountOptions, MountRequest, StackRequest};
+use blockmount::{
+    CacheMode, DeviceLocator, Disk, DiskOption, DiskOptions, ErrorKind, MountOptions, MountRequest,
+    SectorSize, StackRequest,
+};
 use common::{calls, clean, layer, ro, rw, scratch, vm, with};
 
 /// The seed's `TestConflictingGuestPath`.
@@ -344,13 +347,89 @@ async fn a_mount_that_keeps_no_attachment_is_not_shared_with_one_that_does() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn i04_one_disk_has_one_set_of_options() {
+    let (vm, manager) = vm();
+    let direct = DiskOptions::default().direct_io(true);
+    let held = manager
+        .attach(&layer(0).with_options(direct.clone()))
+        .await
+        .unwrap();
+    let same = manager
+        .attach(&layer(0).with_options(direct))
+        .await
+        .unwrap();
+    let others = [
+        DiskOptions::default(),
+        DiskOptions::default().direct_io(false),
+        DiskOptions::default()
+            .direct_io(true)
+            .serial("abc")
+            .unwrap(),
+    ];
+    for other in others {
+        let error = manager
+            .add(&layer(0).with_options(other), &ro())
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        assert!(error.cause().message().contains("options"), "{error:?}");
+    }
+    assert_eq!(vm.calls(VmStep::Attach), 1);
+    drop((held, same));
+    clean(&vm, &manager).await;
+}
+
+#[test]
+fn i04_a_backend_refuses_by_name_what_it_does_not_honour() {
+    let one = std::num::NonZeroU64::MIN;
+    let all = DiskOptions::default()
+        .direct_io(false)
+        .cache(CacheMode::Unsafe)
+        .bytes_per_second(one)
+        .operations_per_second(one)
+        .queues(std::num::NonZeroU16::MIN)
+        .discard(true)
+        .sector_size(SectorSize::B4096)
+        .serial("abc")
+        .unwrap();
+    let every: Vec<DiskOption> = all.set().collect();
+    assert_eq!(every.len(), 8);
+    all.require_only(&every).unwrap();
+    DiskOptions::default().require_only(&[]).unwrap();
+    for missing in &every {
+        let honoured: Vec<_> = every.iter().copied().filter(|one| one != missing).collect();
+        let error = all.require_only(&honoured).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsuitable);
+        assert!(
+            error.message().contains(&format!("here: {missing};")),
+            "{error}"
+        );
+    }
+    let disk = layer(0).with_options(all);
+    let text = serde_json::to_string(&disk).unwrap();
+    assert_eq!(
+        serde_json::from_str::<blockmount::Disk>(&text).unwrap(),
+        disk
+    );
+    let plain = serde_json::to_value(layer(0)).unwrap();
+    assert_eq!(plain.get("options"), None);
+    for serial in ["", "a b", "tab\t", &"x".repeat(37)] {
+        let refused = DiskOptions::default().serial(serial).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_manager_says_what_it_was_built_without() {
     let vm = blockmount::testing::FakeVm::new();
-    let bare = blockmount::Manager::builder().transport(vm.clone()).build();
-    let error = bare.attach(&layer(0)).await.unwrap_err();
+    let never_unplugs = blockmount::Manager::builder()
+        .transport(vm.clone())
+        .mounter(vm.clone())
+        .build();
+    let error = never_unplugs.add(&layer(9), &ro()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsuitable);
     assert!(
-        error.cause().message().contains("without a unplugger"),
+        error.cause().message().contains("without an unplugger"),
         "{error:?}"
     );
     let attacher = blockmount::Manager::builder()

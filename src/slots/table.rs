@@ -41,11 +41,17 @@ impl Table {
             Policy::LowestFirst => self.with_room.trailing_zeros(),
             Policy::Spread => self.next_with_room(),
         };
-        let index = self.free[group as usize].lowest();
-        let slot = Slot {
-            group: group as u16,
-            index,
-        };
+        self.reserve_in(group as u16)
+    }
+
+    /// Takes the lowest slot of a group.
+    pub(super) fn reserve_in(&mut self, group: u16) -> Option<Slot> {
+        let free = self.free.get(usize::from(group))?;
+        if free.is_empty() {
+            return None;
+        }
+        let index = free.lowest();
+        let slot = Slot { group, index };
         self.take(slot, SlotState::Reserved);
         Some(slot)
     }

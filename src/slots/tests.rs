@@ -80,6 +80,24 @@ fn spread_fills_groups_evenly_and_skips_full_ones() {
 }
 
 #[test]
+fn reserves_the_lowest_of_one_group() {
+    for policy in [Policy::LowestFirst, Policy::Spread] {
+        let slots = slots(3, 2, policy);
+        let first = slots.reserve_in(1).unwrap();
+        let second = slots.reserve_in(1).unwrap();
+        assert_eq!((first.slot(), second.slot()), (slot(1, 0), slot(1, 1)));
+        assert!(slots.reserve_in(1).is_none(), "the group is full");
+        assert!(slots.reserve_in(3).is_none(), "there is no such group");
+        drop(first);
+        assert_eq!(
+            slots.reserve_in(1).map(|again| again.slot()),
+            Some(slot(1, 0))
+        );
+        assert_eq!(slots.len(), 1, "the other groups are as they were");
+    }
+}
+
+#[test]
 fn the_largest_table_hands_out_every_slot_once() {
     for policy in [Policy::LowestFirst, Policy::Spread] {
         let slots = slots(MAX_GROUPS, MAX_PER_GROUP, policy);
