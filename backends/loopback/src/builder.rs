@@ -19,7 +19,6 @@ pub struct LoopTransportBuilder {
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) mark: Option<String>,
-    pub(crate) direct_io: bool,
     pub(crate) busy_timeout: Duration,
 }
 
@@ -30,7 +29,6 @@ impl Default for LoopTransportBuilder {
             max_devices: 256,
             settings: Settings {
                 mark: None,
-                direct_io: true,
                 busy_timeout: Duration::from_secs(5),
             },
         }
@@ -50,14 +48,6 @@ impl LoopTransportBuilder {
     #[must_use]
     pub fn mark(mut self, mark: impl Into<String>) -> Self {
         self.settings.mark = Some(mark.into());
-        self
-    }
-
-    /// Whether devices use direct I/O on the file beneath, so that nothing is cached twice; on by default. A file
-    /// that does not support it is attached without.
-    #[must_use]
-    pub fn direct_io(mut self, wanted: bool) -> Self {
-        self.settings.direct_io = wanted;
         self
     }
 

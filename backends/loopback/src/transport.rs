@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use blockmount::slots::{Occupied, Reservation, SlotState, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport, blocking};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, DiskOption, Transport, blocking};
 use blockmount_linux::source;
 
 use crate::bind::{self, Bound, Claim, LoopConfig};
@@ -20,6 +20,10 @@ use crate::device::{self, Binding, Device, MARK_MAX, Status};
 pub const SCHEME: &str = "loop";
 
 /// Attaches disks as loop devices of this machine.
+///
+/// Devices use direct I/O on the file beneath where its filesystem can, so that nothing is cached twice.
+/// [`DiskOptions::direct_io`](blockmount::DiskOptions::direct_io) requires it or turns it off; every other option
+/// is refused.
 ///
 /// A disk under several names is one disk: files are told apart by device and inode number. A file that
 /// another loop device of this machine has, of any process, is refused unless both are read-only.
@@ -176,6 +180,7 @@ impl Inner {
     }
 
     fn bind(&self, disk: &Disk, id: &DiskId, slot: Reservation) -> Result<Fresh, BackendError> {
+        disk.options().require_only(&[DiskOption::DirectIo])?;
         let source = source::open(disk, id)?;
         source::size(disk, &source)?;
         let mark = match &self.settings.mark {
@@ -184,13 +189,20 @@ impl Inner {
         };
         let wanted = LoopConfig {
             read_only: disk.is_read_only(),
-            direct_io: self.settings.direct_io,
+            direct_io: disk.options().is_direct_io() != Some(false),
             mark: mark[..mark.len().min(MARK_MAX)].to_owned(),
         };
         let bound = bind::bind(&source, &wanted)?;
-        if let Err(conflict) = bind::refuse_conflict(&bound, &source, &self.claims()) {
+        let refused = match disk.options().is_direct_io() {
+            Some(true) if !bound.status.direct_io => Err(BackendError::unsuitable(format!(
+                "the filesystem of {} cannot do direct I/O",
+                disk.source().display()
+            ))),
+            _ => bind::refuse_conflict(&bound, &source, &self.claims()),
+        };
+        if let Err(refusal) = refused {
             bind::undo(bound, self.settings.busy_timeout);
-            return Err(conflict);
+            return Err(refusal);
         }
         Ok(Fresh { bound, slot })
     }

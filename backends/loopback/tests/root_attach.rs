@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
-use blockmount::{BackendError, DeviceLocator, Disk, ErrorKind, Resolver, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskOptions, ErrorKind, Resolver, Transport};
 use blockmount_loopback::{LoopResolver, LoopTransport};
 use common::{Bench, run};
 
@@ -145,17 +145,26 @@ async fn root_read_only_is_read_only_down_to_the_kernel() {
 #[tokio::test]
 async fn root_direct_io_is_what_the_kernel_says() {
     let bench = Bench::new();
-    for wanted in [true, false] {
-        let transport = bench.builder().direct_io(wanted).build().unwrap();
-        let disk = Disk::virtual_disk(bench.image("a.img", MIB));
+    let transport = bench.transport();
+    for wanted in [None, Some(true), Some(false)] {
+        let mut options = DiskOptions::default();
+        if let Some(wanted) = wanted {
+            options = options.direct_io(wanted);
+        }
+        let disk = Disk::virtual_disk(bench.image("a.img", MIB)).with_options(options);
         let locator = transport.attach_identified(&disk).await.unwrap();
         let shown = transport.map()[0].direct_io;
         let attribute = format!("/sys/block/loop{}/loop/dio", locator.address());
         assert_eq!(fs::read_to_string(attribute).unwrap().trim() == "1", shown);
-        // Where it was not asked for, it is not there; the filesystem of these images can do it.
-        assert_eq!(shown, wanted);
+        // The filesystem of these images can do it.
+        assert_eq!(shown, wanted != Some(false));
         transport.detach(&disk).await.unwrap();
     }
+    let options = DiskOptions::default().discard(true);
+    let disk = Disk::virtual_disk(bench.image("a.img", MIB)).with_options(options);
+    let refused = transport.attach_identified(&disk).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unsuitable);
+    assert!(transport.map().is_empty());
 }
 
 #[tokio::test]

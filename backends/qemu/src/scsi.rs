@@ -187,6 +187,7 @@ impl Attacher for QemuScsi {
         disk: &Disk,
         id: &DiskId,
     ) -> Result<(), BackendError> {
+        disk.options().require_only(&[])?;
         let plug = self.plug(address).ok_or_else(|| {
             let geometry = self.geometry;
             BackendError::invalid(format!(

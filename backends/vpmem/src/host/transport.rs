@@ -144,6 +144,7 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
 
     /// If this future is dropped, the disk keeps its address until it is detached.
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        disk.options().require_only(&[])?;
         let version = self.examine(disk, id).await?;
         let is_same = |retained: &Allocated| retained.version == version;
         if let Some(address) = self.placement.reuse(disk, is_same)? {
