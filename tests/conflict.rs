@@ -422,9 +422,10 @@ fn i04_a_backend_refuses_by_name_what_it_does_not_honour() {
 #[tokio::test(start_paused = true)]
 async fn a_manager_says_what_it_was_built_without() {
     let vm = blockmount::testing::FakeVm::new();
+    let other = blockmount::testing::FakeVm::new();
     let never_unplugs = blockmount::Manager::builder()
-        .transport(vm.clone())
-        .mounter(vm.clone())
+        .transport(other.clone())
+        .mounter(other.clone())
         .build();
     let error = never_unplugs.add(&layer(9), &ro()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsuitable);
@@ -432,6 +433,8 @@ async fn a_manager_says_what_it_was_built_without() {
         error.cause().message().contains("without an unplugger"),
         "{error:?}"
     );
+    assert_eq!(other.calls(VmStep::Mount), 0);
+    other.assert_empty();
     let attacher = blockmount::Manager::builder()
         .transport(vm.clone())
         .unplugger(vm.clone())
