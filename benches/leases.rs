@@ -3,7 +3,7 @@
 //!
 //! The backends here do nothing, or wait a millisecond for each step. The baselines:
 //!
-//! - "seed scan": how the package that this project started from shares a disk. One table under one lock,
+//! - "hcsshim scan": how hcsshim's SCSI package shares a disk. One table under one lock,
 //!   walked from end to end, with a full comparison of the configuration at each entry.
 //! - "floor": the steps of one disk one after the other, with nobody in between.
 //!
@@ -143,14 +143,14 @@ fn timed<F: Future<Output = ()>>(
     })
 }
 
-/// The seed's table: what it does to share a disk that is attached, or to attach one.
+/// hcsshim's table: what it does to share a disk that is attached, or to attach one.
 #[derive(Default)]
-struct SeedScan(Mutex<Vec<Option<(Disk, usize)>>>);
+struct HcsshimScan(Mutex<Vec<Option<(Disk, usize)>>>);
 
-impl SeedScan {
+impl HcsshimScan {
     fn with(count: usize) -> Self {
         let taken = (0..count).map(|number| Some((disk(number), 1)));
-        SeedScan(Mutex::new(taken.chain([None]).collect()))
+        HcsshimScan(Mutex::new(taken.chain([None]).collect()))
     }
 
     fn take(&self, disk: &Disk) -> usize {
@@ -206,12 +206,12 @@ fn joining(criterion: &mut Criterion) {
         drop(mounts);
         runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
 
-        let seed = SeedScan::with(count);
+        let scan = HcsshimScan::with(count);
         let name = BenchmarkId::from_parameter(format!("{count}_seed_scan"));
         group.sample_size(20).bench_function(name, |bencher| {
             bencher.iter(|| {
                 turn = (turn + 1) % LAYERS;
-                seed.give_back(black_box(seed.take(&shared[turn])));
+                scan.give_back(black_box(scan.take(&shared[turn])));
             });
         });
         group.sample_size(100);
@@ -245,10 +245,10 @@ fn first_and_last(criterion: &mut Criterion) {
         drop(mounts);
         runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
 
-        let seed = SeedScan::with(count);
+        let scan = HcsshimScan::with(count);
         let name = format!("{count}_seed_scan");
         group.sample_size(20).bench_function(name, |bencher| {
-            bencher.iter(|| seed.give_back(black_box(seed.take(&new))));
+            bencher.iter(|| scan.give_back(black_box(scan.take(&new))));
         });
         group.sample_size(100);
     }

@@ -1,6 +1,6 @@
 //! Taking a slot and giving it back: at any size, occupancy and policy, from one thread and from two.
 //!
-//! The baseline, "seed scan", is how the package that this project started from keeps its slots: a
+//! The baseline, "hcsshim scan", is how hcsshim's SCSI package keeps its slots: a
 //! nested table under one lock, walked from end to end for each request. At every slot that is taken it compares the whole
 //! configuration (it might be the disk that is asked for), and it remembers the first free one.
 //! It finds equal disks on the way, which here is the lease table's work: see the bench of
@@ -31,7 +31,7 @@ const POLICIES: [(&str, Policy); 2] = [
 const THREADS: [usize; 2] = [1, 2];
 const BASELINE: &str = "seed_scan";
 
-/// What the seed compares at each slot.
+/// What hcsshim compares at each slot.
 #[derive(Clone, PartialEq, Eq)]
 struct Config {
     path: String,
@@ -52,9 +52,9 @@ impl Config {
     }
 }
 
-struct SeedScan(Mutex<Vec<Vec<Option<Config>>>>);
+struct HcsshimScan(Mutex<Vec<Vec<Option<Config>>>>);
 
-impl SeedScan {
+impl HcsshimScan {
     /// Takes the first free slot, unless the same disk has one.
     fn attach(&self, config: Config) -> Option<(usize, usize)> {
         let mut table = self.0.lock().unwrap();
@@ -159,18 +159,18 @@ fn baseline(group: &mut BenchmarkGroup<'_, WallTime>, size: (u16, u16), occupanc
                 .map(|index| config(group * per_group + index))
                 .collect()
         });
-        let seed = SeedScan(Mutex::new(table.collect()));
+        let scan = HcsshimScan(Mutex::new(table.collect()));
         group.bench_with_input(
             BenchmarkId::from_parameter(name(size, occupancy, threads)),
-            &seed,
-            |bencher, seed| {
+            &scan,
+            |bencher, scan| {
                 bencher.iter_custom(|rounds| {
                     timed(threads, rounds, |thread| {
                         let mut config = Some(Config::number(groups * per_group + thread));
                         // The configuration goes back and forth: no allocation is counted against it.
                         move || {
-                            let slot = seed.attach(config.take().unwrap()).unwrap();
-                            config = black_box(seed.detach(slot));
+                            let slot = scan.attach(config.take().unwrap()).unwrap();
+                            config = black_box(scan.detach(slot));
                         }
                     })
                 });

@@ -1,4 +1,4 @@
-//! Attachments: disks that are visible to the VM, shared by everybody who asks for the same.
+//! Attachments: disks that are visible to the VM, shared by all callers that request the same.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,14 +17,14 @@ use crate::{
     Transport, Unplugger,
 };
 
-/// Attaches each disk once, shares it between all who ask, and detaches it with the last.
+/// Attaches each disk once, shares it between all callers that request it, and detaches it with the last.
 ///
 /// Two requests are for the same disk if the transport says so ([`Transport::identify`]), whatever
 /// names they use. The same disk read-only and read-write at once is a `Conflict`; so is another disk
 /// under the name of one that is attached (an image that was replaced).
 ///
-/// On the way out the guest lets go first ([`Unplugger::unplug`]), then the host detaches. A step that
-/// failed is where the next attempt begins.
+/// Tear-down unplugs the device in the guest ([`Unplugger::unplug`]), then detaches it on the host. The next
+/// attempt begins at the step that failed.
 ///
 /// Cloning is cheap, and clones are the same manager.
 #[derive(Clone)]
@@ -36,7 +36,7 @@ pub struct AttachManager {
 ///
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
-#[must_use = "dropping an attachment releases it in the background, where nobody sees the error"]
+#[must_use = "dropping an attachment releases it in the background, where an error is only logged"]
 pub struct Attachment {
     lease: Lease<Attach>,
 }
@@ -74,14 +74,14 @@ impl AttachManager {
     ///
     /// # Errors
     ///
-    /// What the transport answers, by [kind](crate::ErrorKind); everybody who waited for one attempt gets
+    /// What the transport answers, by [kind](crate::ErrorKind); all callers that waited for one attempt get
     /// its outcome. After an error nothing is attached for this caller; what is `Uncertain`
     /// has been torn down, or is before the disk is attached again.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future gives up the wait. An attachment that is under way is finished and, if
-    /// nobody else waits for it, taken back in the background.
+    /// Dropping the future gives up the wait. An attachment that is under way is finished and, unless
+    /// another caller waits for it, torn down in the background.
     ///
     /// # Panics
     ///
@@ -91,7 +91,7 @@ impl AttachManager {
         self.attach_identified(id, disk).await
     }
 
-    /// Asked for every request, also for disks that are up: no span, no task, no timer unless it waits.
+    /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
     pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
         let identify = catch_panic(self.table.driver().transport.identify(disk));
         let id = within(self.table.timeout(), identify).await;
@@ -117,13 +117,13 @@ impl AttachManager {
         Ok(Attachment { lease })
     }
 
-    /// Where a disk seems to be attached as it is asked for; nothing keeps it there.
+    /// Where a disk is attached with the access and options of `disk`, if it is; nothing keeps it there.
     pub(crate) fn peek(&self, id: &DiskId, disk: &Disk) -> Option<DeviceLocator> {
         self.table
             .peek(id, |up| up.check(disk).is_ok().then(|| up.locator.clone()))?
     }
 
-    /// Tears down whatever is owed: failed releases, dropped leases, uncertain attachments.
+    /// Retries all pending tear-downs: failed releases, dropped leases, uncertain attachments.
     ///
     /// Every attachment that was released or dropped, and every [`attach`](Self::attach) that was given
     /// up, before this is called, is down when it returns, or reported.
@@ -159,15 +159,14 @@ impl Attachment {
         &self.lease.resource().id
     }
 
-    /// The disk, under the name by which it was first asked for.
+    /// The disk, as the first caller named it.
     pub fn disk(&self) -> &Disk {
         &self.lease.resource().disk
     }
 
-    /// Gives this share back. With the last one the guest lets go of the device and the host detaches
-    /// it.
+    /// Releases this share. The last release unplugs the device in the guest and detaches it on the host.
     ///
-    /// The share counts as given back when this returns; the future waits for the tear-down.
+    /// The share counts as released when this returns; the future waits for the tear-down.
     ///
     /// # Errors
     ///
@@ -190,8 +189,8 @@ struct Attach {
     transport: Box<dyn Transport>,
     /// None if nothing in the guest is to be told.
     unplugger: Option<Box<dyn Unplugger>>,
-    /// The disks that transports have been asked to attach, as they were named: a transport may rely
-    /// on never being asked for two that are equal.
+    /// The disks that are being attached or are attached, as they were named: a transport may rely on
+    /// never being given two that are equal.
     sources: DashSet<Disk, RandomState>,
     /// The disk at each locator. Transports cannot know of each other's locators, and the guest goes by the
     /// locator alone.
@@ -204,7 +203,7 @@ struct AttachJob {
     listed: bool,
     /// Known once the attachment has succeeded.
     locator: Option<DeviceLocator>,
-    /// The guest has let go.
+    /// The guest has unplugged the device.
     unplugged: bool,
 }
 
@@ -226,11 +225,11 @@ impl AttachJob {
 }
 
 impl Attached {
-    /// All who share a disk have asked for the same.
-    fn check(&self, asked: &Disk) -> Result<(), Error> {
+    /// All leases of a disk have the same access and options.
+    fn check(&self, wanted: &Disk) -> Result<(), Error> {
         let (up, locator) = (&self.disk, &self.locator);
-        let same_access = (asked.kind(), asked.is_read_only()) == (up.kind(), up.is_read_only());
-        if same_access && asked.options() == up.options() {
+        let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
+        if same_access && wanted.options() == up.options() {
             return Ok(());
         }
         let taken = match same_access {
@@ -241,7 +240,7 @@ impl Attached {
             ),
         };
         let cause = BackendError::conflict(format!("it is attached as {locator} {taken}"));
-        Err(Error::new(Step::Attach, cause).on_disk(asked))
+        Err(Error::new(Step::Attach, cause).on_disk(wanted))
     }
 }
 
@@ -343,8 +342,8 @@ impl Driver for Attach {
         nothing_to_release()
     }
 
-    fn check(&self, up: &Attached, asked: &AttachJob) -> Result<(), Error> {
-        up.check(&asked.disk)
+    fn check(&self, up: &Attached, wanted: &AttachJob) -> Result<(), Error> {
+        up.check(&wanted.disk)
     }
 
     fn error(&self, _: &DiskId, up: Option<&Attached>, cause: BackendError) -> Error {

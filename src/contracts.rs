@@ -42,7 +42,7 @@ pub trait Transport: Send + Sync + 'static {
     /// The implementor must give equal ids to whatever names the same disk (a relative path, a link, a
     /// hard link), different ids to different disks, and must change nothing. It is
     /// called for every request, also for disks that are attached, and its future is dropped when the
-    /// caller gives up.
+    /// caller is cancelled.
     ///
     /// # Errors
     ///
@@ -82,15 +82,15 @@ pub trait Transport: Send + Sync + 'static {
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError>;
 }
 
-/// Makes the guest let go of a device before the host detaches it. Guest side.
+/// Removes a device from the guest before the host detaches it. Guest side.
 #[async_trait]
 pub trait Unplugger: Send + Sync + 'static {
-    /// Proves that nobody in the guest uses the device, writes back what is cached and removes it from
-    /// the guest. A device that is not there is unplugged.
+    /// Proves that the device is not in use in the guest, writes back what is cached and removes it from
+    /// the guest. Unplugging a device that is not there succeeds.
     ///
     /// # Errors
     ///
-    /// `Busy` if somebody uses the device, which then stays as it was.
+    /// `Busy` if the device is in use; it then stays as it was.
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError>;
 }
 
@@ -157,12 +157,12 @@ pub trait Mounter: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Busy` if somebody uses the mount, which then stays as it was. `Conflict` if what is at the
+    /// `Busy` if the mount is in use; it then stays as it was. `Conflict` if what is at the
     /// target was not mounted by this implementor.
     async fn unmount(&self, target: &Path) -> Result<(), BackendError>;
 }
 
-/// Lays mounted layers over each other. Guest side, or the host's end of a line to it.
+/// Stacks mounted layers as an overlay. Guest side, or the host's end of a line to it.
 #[async_trait]
 pub trait LayerCombiner: Send + Sync + 'static {
     /// Makes the layers appear as one tree at the target.

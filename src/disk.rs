@@ -12,8 +12,8 @@ pub use options::{CacheMode, DiskOption, DiskOptions, SectorSize};
 
 /// A disk of the host that can be attached to a VM.
 ///
-/// Two disks with the same [`DiskId`] are one attachment, under whatever name they were asked for;
-/// asking for one of them both read-only and read-write at once, or with other [options](DiskOptions), is a
+/// Two disks with the same [`DiskId`] are one attachment, whatever their names;
+/// requesting one of them both read-only and read-write at once, or with other [options](DiskOptions), is a
 /// conflict.
 ///
 /// ```
@@ -142,8 +142,8 @@ impl fmt::Display for Disk {
 
 /// What a disk is, whatever it is called: two names of one file have one id.
 ///
-/// Made by [`Transport::identify`](crate::Transport::identify), because only who attaches a disk
-/// knows what can be told apart. Cloning is cheap.
+/// Made by [`Transport::identify`](crate::Transport::identify), because only the backend that attaches a
+/// disk knows what can be told apart. Cloning is cheap.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct DiskId(Identity);
 

@@ -20,7 +20,7 @@ pub enum ErrorKind {
     Uncertain,
     /// The VM or the guest is gone. Tear-down counts as done; nothing can be set up any more.
     Gone,
-    /// In use. A release may be retried when the user of the device has let go.
+    /// In use. A release may be retried once the device is no longer in use.
     Busy,
     /// No slot is free. Release something, or use another transport.
     Full,
@@ -52,10 +52,10 @@ impl fmt::Display for ErrorKind {
     }
 }
 
-/// What a backend answers when it cannot do as asked.
+/// The error of a backend.
 ///
 /// The message says what was tried on what, in lower case and without a full stop. The source is
-/// printed by whoever walks the chain, never inside the message. The fields beside them are for programs.
+/// never repeated inside the message. The fields beside them are for programs.
 ///
 /// It travels: serialised, it keeps its kind, message and fields, and its sources as their messages.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -138,7 +138,7 @@ impl BackendError {
         self.operation.as_deref()
     }
 
-    /// The number of the error where it happened: `errno` of the host or the guest, whoever answered.
+    /// The number of the error where it happened: `errno` of the host or of the guest.
     pub fn errno(&self) -> Option<i32> {
         self.errno
     }
@@ -148,7 +148,7 @@ impl BackendError {
         self.path.as_deref()
     }
 
-    /// A backend must not panic; if it does, nobody knows what it has done.
+    /// A backend must not panic; if it does, what it has done is unknown.
     pub(crate) fn from_panic(panic: Box<dyn Any + Send>) -> Self {
         let said = match panic.downcast_ref::<&str>() {
             Some(text) => text,
@@ -216,13 +216,13 @@ pub enum Step {
     Attach,
     /// Mounting a visible device in the guest.
     Mount,
-    /// Laying mounted layers over each other.
+    /// Stacking mounted layers as an overlay.
     Combine,
     /// Taking an overlay apart.
     Separate,
     /// Unmounting a device in the guest.
     Unmount,
-    /// The guest letting go of a device.
+    /// Removing a device from the guest.
     Unplug,
     /// Taking a disk out of the VM.
     Detach,
@@ -245,8 +245,8 @@ impl fmt::Display for Step {
 
 /// What a manager answers: the step that failed, on which disk, device and path, and why.
 ///
-/// `Display` is one line; the cause is its [`source`](StdError::source). Cloning is cheap: everybody
-/// who waited for one attempt gets its outcome.
+/// `Display` is one line; the cause is its [`source`](StdError::source). Cloning is cheap: all
+/// callers that waited for one attempt get its outcome.
 #[derive(Debug, Clone)]
 pub struct Error(Arc<Inner>);
 

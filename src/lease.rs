@@ -8,27 +8,27 @@
 //!
 //! | state | trigger | next |
 //! |---|---|---|
-//! | `Idle` | raise succeeds | `Up`, 1 lease |
-//! | `Idle` | raise fails | `Gone(error)`, leaves the table; all who queued get the error, unless it is about the request |
-//! | `Idle` | raise is `Uncertain` (or panics) | `Draining`, lowered at once; all who queued get the error |
+//! | `Idle` | setup succeeds | `Up`, 1 lease |
+//! | `Idle` | setup fails | `Gone(error)`, leaves the table; all queued callers get the error, unless it is about the request |
+//! | `Idle` | setup is `Uncertain` (or panics) | `Draining`, torn down at once; all queued callers get the error |
 //! | `Up` | acquire | `Up`, leases + 1 |
-//! | `Up` | a lease comes back, others remain | `Up`, leases - 1 |
-//! | `Up` | the last lease comes back | `Draining`, then lower |
-//! | `Draining` | lower succeeds | `Gone`, leaves the table; the key is free again |
-//! | `Draining` | lower fails | `Draining` at the step that failed; the next acquire, a retry or `drain` lowers first |
+//! | `Up` | a lease is released, others remain | `Up`, leases - 1 |
+//! | `Up` | the last lease is released | `Draining`, then teardown |
+//! | `Draining` | teardown succeeds | `Gone`, leaves the table; the key is free again |
+//! | `Draining` | teardown fails | `Draining` at the step that failed; the next acquire, a retry or `drain` tears down first |
 //!
-//! # Why it holds
+//! # Invariants
 //!
 //! 1. **The task owns the transition, and the lease is born in it.** Set-up and tear-down run in a
-//!    task of their own; callers wait for its answer on a channel. A caller that gives up drops the
-//!    channel and whatever is in it: a lease, whose `Drop` gives it back. There is no cancellation code.
+//!    task of their own; callers wait for its answer on a channel. A caller that is cancelled drops the
+//!    channel and with it the lease in it, whose `Drop` releases it. There is no cancellation code.
 //! 2. **Counting never waits.** The state sits behind a plain mutex that is held for a few
 //!    instructions; only transitions queue, on an async mutex that is the entry's own. A lease that is
-//!    given back is counted on the spot, so whoever looks later sees it.
+//!    released is counted at once, so every later reader sees it.
 //! 3. **Pessimism.** Before a driver is called the state is `Draining`; only success changes that. A
-//!    panic, or a runtime that shuts down in the middle, leaves the truth.
+//!    panic, or a runtime that shuts down in the middle, leaves the state correct.
 //! 4. **An entry lives once**: `Idle`, `Up`, `Gone`. A stale handle can never touch what took its key
-//!    later. Who queued on an entry that went `Gone` shares its error, or looks up a fresh one.
+//!    later. A caller that queued on an entry that went `Gone` gets its error, or looks up a fresh entry.
 //!
 //! No lock and no map guard is held across I/O but the entry's own. Joining what is up spawns nothing.
 
@@ -85,7 +85,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn release_held(&self, job: Self::Job) -> Releasing;
 
     /// Refuses a job that cannot share the resource that is up under its key.
-    fn check(&self, up: &Self::Resource, asked: &Self::Job) -> Result<(), Error>;
+    fn check(&self, up: &Self::Resource, wanted: &Self::Job) -> Result<(), Error>;
 
     /// An error about a resource, which may be up, for when the driver has nothing to say.
     fn error(&self, key: &Self::Key, up: Option<&Self::Resource>, cause: BackendError) -> Error;
@@ -93,7 +93,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
 /// The resources of one kind, by key.
 pub(crate) struct Table<D: Driver> {
-    /// Hashed alike in each run, so that a seed replays a schedule; the keys are the host's own.
+    /// The hasher has no random state, so that a test's seed replays its schedule; no key comes from outside the host.
     entries: DashMap<D::Key, Arc<Entry<D>>, FixedState>,
     driver: D,
     /// How long a caller waits for a task.
@@ -102,7 +102,7 @@ pub(crate) struct Table<D: Driver> {
     runtime: OnceLock<Handle>,
 }
 
-/// Where the answer to one caller goes. A lease that nobody waits for comes back by its `Drop`.
+/// Where the answer to one caller goes. If the caller is gone, the lease is released by its `Drop`.
 type Answer<D> = oneshot::Sender<Result<Lease<D>, Error>>;
 
 impl<D: Driver> Table<D> {
@@ -132,9 +132,9 @@ impl<D: Driver> Table<D> {
         Some(check(lease.resource()).map(|()| lease))
     }
 
-    /// Looks at a resource that was up a moment ago, and may be on its way down.
-    pub(crate) fn peek<T>(&self, key: &D::Key, look: impl FnOnce(&D::Resource) -> T) -> Option<T> {
-        self.entries.get(key)?.resource.get().map(look)
+    /// Reads a resource that was up a moment ago, and may be on its way down.
+    pub(crate) fn peek<T>(&self, key: &D::Key, read: impl FnOnce(&D::Resource) -> T) -> Option<T> {
+        self.entries.get(key)?.resource.get().map(read)
     }
 
     fn join_entry(self: &Arc<Self>, entry: Arc<Entry<D>>) -> Option<Lease<D>> {
@@ -147,8 +147,8 @@ impl<D: Driver> Table<D> {
 
     /// Shares the resource under `key`, and sets it up first if need be.
     ///
-    /// Dropping the future gives up the wait, not the work: what is under way is finished, and a lease
-    /// that nobody waits for is given back.
+    /// Dropping the future ends the wait, not the work: what is under way is finished, and its lease is
+    /// released.
     pub(crate) async fn acquire(
         self: &Arc<Self>,
         key: D::Key,
@@ -158,11 +158,11 @@ impl<D: Driver> Table<D> {
         self.runtime.get_or_init(|| runtime.clone());
         // The entry is in the table before the task runs, so that a `drain` from now on sees it.
         let entry = self.entry(&key);
-        let asked = PendingRequest::new(job);
+        let request = PendingRequest::new(job);
         let (answer, outcome) = oneshot::channel();
-        let task = Arc::clone(self).run(entry, asked.clone(), answer);
+        let task = Arc::clone(self).run(entry, request.clone(), answer);
         runtime.spawn(task.in_current_span());
-        let _on_giving_up = CancelOnDrop(asked);
+        let _on_cancellation = CancelOnDrop(request);
         let cause = match timeout(self.timeout, outcome).await {
             Ok(Ok(outcome)) => return outcome,
             Ok(Err(_)) => interrupted(),
@@ -171,36 +171,37 @@ impl<D: Driver> Table<D> {
         Err(self.driver.error(&key, None, cause))
     }
 
-    /// Answers one caller: queues for the key, looks, and does what it takes.
+    /// Answers one caller: queues for the key, reads the state, and sets up, shares or tears down accordingly.
     async fn run(
         self: Arc<Self>,
         mut entry: Arc<Entry<D>>,
-        asked: PendingRequest<D::Job>,
+        request: PendingRequest<D::Job>,
         answer: Answer<D>,
     ) {
         loop {
             let queued_at = Some(entry.attempts());
             let mut job = entry.job.lock().await;
-            let refusal = match entry.look(queued_at) {
-                Phase::Idle => match asked.take() {
-                    Some(asked) => {
-                        *job = Some(asked);
+            let refusal = match entry.phase(queued_at) {
+                Phase::Idle => match request.take() {
+                    Some(wanted) => {
+                        *job = Some(wanted);
                         return self.setup(&entry, job, answer).await;
                     }
-                    // Given up before its turn: there is nothing to begin.
+                    // Cancelled before its turn: there is nothing to begin.
                     None => return self.remove(&entry, None),
                 },
                 Phase::Up => match self.join_entry(Arc::clone(&entry)) {
-                    // The last lease came back since we looked.
+                    // The last lease was released since the state was read.
                     None => continue,
-                    Some(lease) => match asked.look(|job| self.driver.check(lease.resource(), job))
-                    {
-                        Some(Ok(())) => return self.hand_over(lease, &asked, answer).await,
-                        Some(Err(refusal)) => refusal,
-                        None => return,
-                    },
+                    Some(lease) => {
+                        match request.peek(|job| self.driver.check(lease.resource(), job)) {
+                            Some(Ok(())) => return self.hand_over(lease, &request, answer).await,
+                            Some(Err(refusal)) => refusal,
+                            None => return,
+                        }
+                    }
                 },
-                Phase::Draining if asked.is_taken_back() => return,
+                Phase::Draining if request.is_cancelled() => return,
                 Phase::Draining => match self.teardown(&entry, &mut job).await {
                     Err(error) => error,
                     Ok(rest) => {
@@ -217,8 +218,10 @@ impl<D: Driver> Table<D> {
                     continue;
                 }
             };
-            // Counted back while the entry is ours, as everywhere.
-            let unused = asked.take().map(|asked| self.driver.release_held(asked));
+            // Released while this task holds the entry, as everywhere.
+            let unused = request
+                .take()
+                .map(|unused| self.driver.release_held(unused));
             drop(job);
             if let Some(rest) = unused {
                 log_failure(rest.await);
@@ -230,7 +233,7 @@ impl<D: Driver> Table<D> {
     /// Answers with a share of what is up. The caller holds the entry's job.
     async fn hand_over(&self, lease: Lease<D>, unused: &PendingRequest<D::Job>, answer: Answer<D>) {
         if let Some(unused) = unused.take() {
-            // What is up holds what it needs, so nothing here is anybody's last lease.
+            // The resource holds leases of its own, so none of these is the last.
             log_failure(self.driver.release_held(unused).await);
         }
         drop(answer.send(Ok(lease)));
@@ -251,13 +254,13 @@ impl<D: Driver> Table<D> {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
                 entry.set(State::Up(1));
-                // Sent while we hold the job: a lease that nobody waits for is counted back before
-                // anybody else looks.
+                // Sent while this task holds the job: if the caller is gone, the lease is counted back before
+                // another task reads the state.
                 return drop(answer.send(Ok(Lease::new(self, Arc::clone(entry)))));
             }
             Err(error) => error,
         };
-        // Nobody holds what is uncertain, so nobody else would ever lower it.
+        // An uncertain resource has no lease whose release would tear it down.
         let uncertain = error.kind() == ErrorKind::Uncertain;
         if uncertain
             && self
@@ -272,8 +275,8 @@ impl<D: Driver> Table<D> {
             });
             drop(job);
         } else {
-            // An error about the request is its asker's own: who queued may have asked for something
-            // else, and tries for itself.
+            // An error about the request concerns this caller alone: a queued caller may have requested
+            // something else, and tries for itself.
             let about_request = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid);
             let rest = self.retire(entry, &mut job, (!about_request).then(|| error.clone()));
             drop(job);
@@ -282,8 +285,8 @@ impl<D: Driver> Table<D> {
         drop(answer.send(Err(error)));
     }
 
-    /// Tears down what an entry owes. What it held is counted back by then; the future that it
-    /// answers with waits for what that tears down.
+    /// Tears an entry down. The leases that it held are counted back by then; the returned future waits for
+    /// what that tears down.
     async fn teardown(
         &self,
         entry: &Arc<Entry<D>>,
@@ -309,7 +312,7 @@ impl<D: Driver> Table<D> {
         job: &mut JobGuard<'_, D>,
         outcome: Option<Error>,
     ) -> Releasing {
-        // Counted back before the entry goes: who sees no entry here finds nothing held there either.
+        // Counted back before the entry leaves the table: a caller that finds no entry finds no leases of it either.
         let rest = self.driver.release_held(job.take().expect(JOB_GIVEN));
         self.remove(entry, outcome);
         rest
@@ -321,15 +324,15 @@ impl<D: Driver> Table<D> {
         entry.set(State::Gone(outcome));
     }
 
-    /// Pays what an entry owes, unless that is done. What it held has its own tear-down under way by
-    /// then, and its own errors: the answer is what waits for that.
+    /// Retries the pending tear-down of an entry, unless it is done. The leases that it held are released by
+    /// then; the returned future waits for what that tears down, and has its errors.
     async fn retry(
         self: Arc<Self>,
         entry: Arc<Entry<D>>,
         queued_at: Option<usize>,
     ) -> Result<Releasing, ReleaseError> {
         let mut job = entry.job.lock().await;
-        let outcome = match entry.look(queued_at) {
+        let outcome = match entry.phase(queued_at) {
             Phase::Draining => self.teardown(&entry, &mut job).await,
             Phase::Failed(error) => Err(error),
             Phase::Idle | Phase::Up | Phase::Gone(_) => Ok(nothing_to_release()),
@@ -339,34 +342,34 @@ impl<D: Driver> Table<D> {
             .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
     }
 
-    /// Tears down everything that is owed, all at once, and waits for what is under way. Answers with
-    /// what is still owed.
+    /// Runs all pending tear-downs at once, and waits for those under way. Returns the errors of those that
+    /// are still pending.
     pub(crate) async fn drain(self: &Arc<Self>) -> Vec<Error> {
         self.runtime.get_or_init(Handle::current);
-        let owing = self
+        let pending = self
             .snapshot()
             .into_iter()
             .filter(|entry| !entry.is_settled());
         // An attempt that is under way may have begun before the cause of its failure was gone.
-        let owed = owing.map(|entry| PendingTeardown::new(self, &entry).forced());
-        let payments: Vec<_> = owed.map(PendingTeardown::start).collect();
+        let pending = pending.map(|entry| PendingTeardown::new(self, &entry).forced());
+        let running: Vec<_> = pending.map(PendingTeardown::start).collect();
         let mut failed = Vec::new();
-        for payment in payments {
-            if let Err(error) = payment.wait().await {
+        for teardown in running {
+            if let Err(error) = teardown.wait().await {
                 failed.extend(error.into_errors());
             }
         }
         failed
     }
 
-    /// Looks at each resource that is up.
-    pub(crate) fn up<T>(&self, mut look: impl FnMut(&D::Resource) -> T) -> Vec<T> {
+    /// Reads each resource that is up.
+    pub(crate) fn up<T>(&self, mut read: impl FnMut(&D::Resource) -> T) -> Vec<T> {
         let up = self.snapshot().into_iter().filter(|entry| entry.is_up());
-        up.filter_map(|entry| entry.resource.get().map(&mut look))
+        up.filter_map(|entry| entry.resource.get().map(&mut read))
             .collect()
     }
 
-    /// The entries as they are now, so that no map guard is held while they are looked at.
+    /// The entries as they are now, so that no map guard is held while they are read.
     fn snapshot(&self) -> Vec<Arc<Entry<D>>> {
         self.entries
             .iter()
@@ -405,7 +408,7 @@ fn work<J>(job: &mut Option<J>) -> &mut J {
     job.as_mut().expect(JOB_GIVEN)
 }
 
-/// For when nobody is left to tell.
+/// For when no caller waits for the error.
 fn log_failure(outcome: Result<(), ReleaseError>) {
     if let Err(error) = outcome {
         error.log();

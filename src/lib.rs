@@ -43,18 +43,18 @@
 //! - [`AttachManager`] attaches each disk once and shares the [`Attachment`].
 //! - [`BlockMountManager`] mounts each device once for each set of [`MountOptions`] and shares the
 //!   [`Mount`]. It knows no transport: a device is an opaque [`DeviceLocator`].
-//! - [`Manager`] puts the two in a row, and lays layers over each other as a [`Stack`].
+//! - [`Manager`] puts the two in a row, and stacks layers as an overlay ([`Stack`]).
 //!
 //! Under all three is one lease table, which shares, counts and serialises. Each set-up and tear-down
-//! runs in a task of its own; callers only wait for it, so a caller that gives up at any moment breaks
-//! nothing. The last lease that comes back tears down: unmount, then unplug, then detach. A
-//! step that fails is owed: it is retried before anybody is given the same disk, path or slot again.
+//! runs in a task of its own; callers only wait for it, so a caller can be cancelled at any moment. The last release
+//! tears down: unmount, then unplug, then detach. A tear-down that fails is pending: it is retried
+//! before the same disk is attached or the same device mounted again, and its path and slot stay taken until then.
 //!
 //! # Errors
 //!
 //! Every error has a [kind](ErrorKind), by what the caller can do next, and names the step, the disk, the
 //! device and the path. A release that fails answers with a [`ReleaseError`], which can be retried;
-//! [`Manager::drain`] pays whatever is owed. A handle that is dropped is released in the
+//! [`Manager::drain`] retries all pending tear-downs. A handle that is dropped is released in the
 //! background.
 //!
 //! # Backends
@@ -71,8 +71,8 @@
 //!
 //! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`]) are small,
 //! and each says what the implementor must do and what it may rely on. With the feature
-//! `testing` there is a conformance suite that every backend must pass, and a VM in memory with faults to
-//! order.
+//! `testing` there is a conformance suite that every backend must pass, and a VM in memory with faults on
+//! demand.
 
 mod attach;
 mod blocking;

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 
 use crate::lease::Table;
-use crate::mount::writable;
+use crate::mount::ensure_writable;
 use crate::stack::{Combining, combine, release_all};
 use crate::target::Claims;
 use crate::transports::Transports;
@@ -23,8 +23,8 @@ use crate::{
 /// of Hyper-V's guests waits for a reply. Backends bound their waits themselves, and well below this.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Disks in, mounts out: attaches a disk to the VM, mounts it in the guest, shares both between all who
-/// ask for the same, and takes it out again exactly once, whatever fails on the way.
+/// Disks in, mounts out: attaches a disk to the VM, mounts it in the guest, shares both between all callers
+/// that request the same, and takes it out again exactly once, whatever fails on the way.
 ///
 /// It is thin: an [`AttachManager`] and a [`BlockMountManager`] in a row, and overlays on top. Cloning is
 /// cheap, and clones are the same manager.
@@ -54,9 +54,9 @@ pub struct ManagerBuilder {
 #[must_use = "what failed is still there"]
 #[non_exhaustive]
 pub struct Drained {
-    /// The tear-downs that failed once more, and are still owed.
+    /// The errors of the tear-downs that failed once more, and are still pending.
     pub failed: Vec<Error>,
-    /// How many attachments, mounts and stacks are up, because somebody holds them.
+    /// How many attachments, mounts and stacks are up, because callers hold them.
     pub in_use: usize,
 }
 
@@ -113,7 +113,7 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
-        writable(disk, request)?;
+        ensure_writable(disk, request)?;
         let id = self.attachments.identify(disk).await?;
         if let Some(locator) = self.attachments.peek(&id, disk)
             && let Some(mount) = self.mounts.join(&id, locator, request)
@@ -124,13 +124,13 @@ impl Manager {
         self.mounts.mount(attachment, request).await
     }
 
-    /// Adds all layers of a stack at once, and lays them over each other: all or nothing.
+    /// Adds all layers of a stack at once, and stacks them as an overlay: all or nothing.
     ///
     /// # Errors
     ///
     /// The error of the topmost layer that failed, or that of the overlay (`Conflict` if the target is taken). After
     /// an error nothing is left for this caller; what could not be torn down is logged and
-    /// owed until the next [`drain`](Self::drain).
+    /// pending until the next [`drain`](Self::drain).
     ///
     /// # Cancel safety
     ///
@@ -145,7 +145,7 @@ impl Manager {
             let cause = BackendError::invalid("a stack needs at least one layer");
             return Err(Error::new(Step::Combine, cause).on_path(request.target()));
         }
-        // All in this one future: whoever drops it gives up all of them on the spot.
+        // All in this one future: dropping it cancels all of them at once.
         let adding = request.disks().map(|(disk, mount)| self.add(disk, mount));
         let (mut mounts, mut first_error) = (Vec::new(), None);
         for added in join_all(adding).await {
@@ -173,7 +173,7 @@ impl Manager {
         &self.mounts
     }
 
-    /// Tears down whatever is owed: failed releases, dropped handles, uncertain set-ups.
+    /// Retries all pending tear-downs: failed releases, dropped handles, uncertain set-ups.
     ///
     /// Everything that was released, dropped or given up before this is called is down when it
     /// returns, or reported. What others hold stays.
@@ -186,7 +186,7 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn drain(&self) -> Drained {
-        // From the top down: each step lets go of what the next one tears down.
+        // From the top down: each step releases what the next one tears down.
         let mut failed = self.stacks.drain().await;
         let mut in_use = self.stacks.up(|_| ()).len();
         for drained in [self.mounts.drain().await, self.attachments.drain().await] {
@@ -218,7 +218,7 @@ impl ManagerBuilder {
         self
     }
 
-    /// Lays layers over each other. A manager without one makes no stacks.
+    /// Stacks layers as an overlay. A manager without one makes no stacks.
     pub fn combiner(mut self, combiner: impl LayerCombiner) -> Self {
         self.combiner = Box::new(combiner);
         self

@@ -1,4 +1,4 @@
-//! Mounts: devices that are mounted in the guest, shared by everybody who asks for the same.
+//! Mounts: devices that are mounted in the guest, shared by all callers that request the same.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,13 @@ use crate::{
     MountRequest, Mounter, ReleaseError, Step,
 };
 
-/// Mounts each device once for each set of options, shares the mount between all who ask, and unmounts
-/// with the last.
+/// Mounts each device once for each set of options, shares the mount between all callers that request it,
+/// and unmounts with the last.
 ///
 /// It knows no transport: a device is a [`DeviceLocator`], and whether the [`Mounter`] works on this
 /// machine or sends the request to a guest makes no difference.
 ///
-/// Two requests with equal locator and options are one mount, wherever the first one asked for it: the
+/// Two requests with equal locator and options are one mount, wherever the first one requested it: the
 /// second caller gets the first one's path. A path that is taken, or that lies above or below one
 /// that is, is a `Conflict`; so are options that the device cannot have beside those it is mounted with
 /// ([`MountOptions::is_compatible_with`]).
@@ -38,7 +38,7 @@ pub struct BlockMountManager {
 ///
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
-#[must_use = "dropping a mount releases it in the background, where nobody sees the error"]
+#[must_use = "dropping a mount releases it in the background, where an error is only logged"]
 pub struct Mount {
     lease: Lease<Mounting>,
 }
@@ -63,8 +63,8 @@ impl MountPoint {
 }
 
 impl BlockMountManager {
-    /// A manager that makes up paths below `root` (an absolute path in the guest) where none is asked
-    /// for, and waits for one answer at most five minutes.
+    /// A manager that makes up paths below `root` (an absolute path in the guest) where none is
+    /// requested, and waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(mounter: impl Mounter, root: impl Into<PathBuf>) -> Self {
         Self::with_claims(Box::new(mounter), Claims::new(root.into()), DEFAULT_TIMEOUT)
     }
@@ -93,8 +93,8 @@ impl BlockMountManager {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future gives up the wait. A mount that is under way is finished and, if nobody
-    /// else waits for it, taken back in the background, and the attachment with it.
+    /// Dropping the future gives up the wait. A mount that is under way is finished and,
+    /// unless another caller waits for it, torn down in the background, and the attachment with it.
     ///
     /// # Panics
     ///
@@ -108,7 +108,7 @@ impl BlockMountManager {
         self.acquire(locator, Some(attachment), request).await
     }
 
-    /// Mounts a device that somebody else has attached and keeps so, or shares the mount if there is
+    /// Mounts a device that is attached without this manager and stays so, or shares the mount if there is
     /// one.
     ///
     /// # Errors
@@ -137,7 +137,7 @@ impl BlockMountManager {
         request: &MountRequest,
     ) -> Result<Mount, Error> {
         if let Some(attachment) = &attachment {
-            writable(attachment.disk(), request)?;
+            ensure_writable(attachment.disk(), request)?;
         }
         let options = request.options().clone();
         let key = Key { locator, options };
@@ -168,11 +168,11 @@ impl BlockMountManager {
             .table
             .join(&Key { locator, options }, |_| Ok(()))?
             .ok()?;
-        // The device may have changed hands since its locator was looked up; its mount tells.
+        // Another disk may have this locator by now; the mount says which disk it is of.
         (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { lease })
     }
 
-    /// Tears down whatever is owed: failed releases, dropped leases, uncertain mounts, and the
+    /// Retries all pending tear-downs: failed releases, dropped leases, uncertain mounts, and the
     /// attachments under them.
     ///
     /// Every mount that was released or dropped, and every [`mount`](Self::mount) that was given up,
@@ -205,7 +205,7 @@ impl BlockMountManager {
 }
 
 impl Mount {
-    /// The path in the guest. Another one than was asked for, if the mount was there already.
+    /// The path in the guest. It differs from the requested one if the mount was there already.
     pub fn path(&self) -> &Path {
         self.point().path()
     }
@@ -220,14 +220,14 @@ impl Mount {
         &self.lease.resource().point
     }
 
-    /// Gives this share back. With the last one the device is unmounted, and its attachment released.
+    /// Releases this share. The last release unmounts the device and releases its attachment.
     ///
-    /// The share counts as given back when this returns; the future waits for the tear-down.
+    /// The share counts as released when this returns; the future waits for the tear-down.
     ///
     /// # Errors
     ///
     /// The step that failed; see [`ReleaseError`] for how to go on. A mount that is `Busy` stays
-    /// mounted and usable for whoever uses it.
+    /// mounted and usable.
     ///
     /// # Cancel safety
     ///
@@ -242,7 +242,7 @@ impl Mount {
 }
 
 /// Refuses to mount for writing what the VM cannot write to.
-pub(crate) fn writable(disk: &Disk, request: &MountRequest) -> Result<(), Error> {
+pub(crate) fn ensure_writable(disk: &Disk, request: &MountRequest) -> Result<(), Error> {
     if request.options().is_read_only() || !disk.is_read_only() {
         return Ok(());
     }
@@ -273,7 +273,7 @@ struct MountJob {
 
 struct Mounted {
     point: MountPoint,
-    /// The disk that the entry keeps attached, unless somebody else does.
+    /// The disk that the entry keeps attached; none if it was attached without this manager.
     keeps: Option<DiskId>,
 }
 
@@ -360,8 +360,8 @@ impl Driver for Mounting {
         }
     }
 
-    fn check(&self, up: &Mounted, asked: &MountJob) -> Result<(), Error> {
-        up.check(asked.attachment.as_ref())
+    fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {
+        up.check(wanted.attachment.as_ref())
     }
 
     fn error(&self, key: &Key, up: Option<&Mounted>, cause: BackendError) -> Error {

@@ -222,17 +222,17 @@ impl MountOptions {
         &self.0.fields.data
     }
 
-    /// Whether mounts below the target appear elsewhere, if that was asked for.
+    /// Whether mounts below the target appear elsewhere, if that was requested.
     pub fn propagation(&self) -> Option<Propagation> {
         self.0.fields.propagation
     }
 
-    /// The integrity check to lay over the device.
+    /// The integrity check of the device.
     pub fn verity(&self) -> Option<&Verity> {
         self.0.fields.verity.as_deref()
     }
 
-    /// The encryption to lay over the device.
+    /// The encryption of the device.
     pub fn encryption(&self) -> Option<Encryption> {
         self.0.fields.encryption
     }

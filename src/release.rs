@@ -9,20 +9,20 @@ use tracing::error;
 
 use crate::{Error, ErrorKind};
 
-/// A tear-down that is still owed by some table.
+/// A tear-down that is still pending in a table.
 pub(crate) trait PendingRelease: Send + Sync {
     /// Tries it once more.
     fn retry(self: Box<Self>) -> Releasing;
 }
 
-/// A release under way. Dropping it gives up the wait, not the tear-down.
+/// A release under way. Dropping it ends the wait, not the tear-down.
 pub(crate) type Releasing = Pin<Box<dyn Future<Output = Result<(), ReleaseError>> + Send>>;
 
 /// A release whose tear-down failed.
 ///
-/// The lease is given back all the same: the caller has nothing left to leak. What is owed stays with
-/// the manager, at the step that failed, and is done by [`retry`](Self::retry), by
-/// [`Manager::drain`](crate::Manager::drain), or before anybody is given the same disk again.
+/// The lease is released all the same: the caller has nothing left to leak. The tear-down stays pending in the
+/// manager, at the step that failed. [`retry`](Self::retry), [`Manager::drain`](crate::Manager::drain) and the
+/// next request for the same disk or mount retry it.
 #[must_use = "retry it, or drain the manager before it goes"]
 pub struct ReleaseError {
     first: Error,
@@ -30,7 +30,7 @@ pub struct ReleaseError {
     pending: Vec<Box<dyn PendingRelease>>,
 }
 
-/// For what holds nothing.
+/// For a job that holds no leases.
 pub(crate) fn nothing_to_release() -> Releasing {
     Box::pin(std::future::ready(Ok(())))
 }
@@ -49,8 +49,8 @@ impl ReleaseError {
         &self.first
     }
 
-    /// What a caller can do about the first thing that went wrong: for `Busy`, retry when the user of
-    /// the device has let go.
+    /// What a caller can do about the first thing that went wrong: for `Busy`, retry once the device is
+    /// no longer in use.
     pub fn kind(&self) -> ErrorKind {
         self.first.kind()
     }
@@ -64,12 +64,12 @@ impl ReleaseError {
     ///
     /// # Errors
     ///
-    /// What is still owed.
+    /// What is still pending.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future gives up the wait; the tear-down that is under way goes on, and
-    /// [`Manager::drain`](crate::Manager::drain) does what it leaves.
+    /// Dropping the future ends the wait; the tear-down that is under way goes on, and
+    /// [`Manager::drain`](crate::Manager::drain) retries what it leaves.
     pub async fn retry(self) -> Result<(), ReleaseError> {
         let mut outcome = Ok(());
         for pending in self.pending {
@@ -82,10 +82,10 @@ impl ReleaseError {
         std::iter::once(self.first).chain(self.others)
     }
 
-    /// For when nobody is left to tell.
+    /// For when no caller waits for the error.
     pub(crate) fn log(&self) {
         for failed in self.errors() {
-            error!(error = %failed, cause = %failed.cause(), "release failed; it is owed until the next drain");
+            error!(error = %failed, cause = %failed.cause(), "release failed; it is pending until the next drain");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Slots: numbered places that are handed out, filled, and given back.
 //!
-//! Every transport hands out slots (a controller and a LUN, a device number), and so does whoever
-//! makes up paths. A [`Slots`] table is what they share: `groups` x `per_group` places, each of which is
+//! Every transport hands out slots (a controller and a LUN, a device number), and so do the mount
+//! managers for the paths that they make up. A [`Slots`] table is what they share: `groups` x `per_group` places, each of which is
 //! [free, reserved, occupied, quarantined or pinned](SlotState).
 //!
 //! ```
@@ -30,12 +30,12 @@
 //! Taking a slot must cost the same in an empty table of 256 and in a table of 1,048,576 with one place
 //! left, so nothing may be scanned. The free slots of a group are a tree of 64-bit words: a bit
 //! for each slot, above it a bit for each word that has any, above that one more level
-//! (4 x 64 x 64 slots); one more word says which groups have room. The lowest free slot is four
-//! `trailing_zeros` away, and "the next group with room" is a rotation of that word. A free list would be as
+//! (4 x 64 x 64 slots); one more word says which groups have free slots. The lowest free slot is four
+//! `trailing_zeros` away, and "the next group with a free slot" is a rotation of that word. A free list would be as
 //! fast, but it does not know which slot is lowest, nor can it give out a slot that is asked for.
 //!
 //! The tree is under one mutex, which is held for a few nanoseconds, never across a call to anybody
-//! else, and only for these words. It is `parking_lot`'s because that one spins with timeout before it
+//! else, and only for these words. It is `parking_lot`'s because that one spins for a while before it
 //! sleeps: with a wait this short, two threads at once cost half of what they do with the standard one.
 //! Doing without a lock would need a retry loop over four levels, and could no longer promise the
 //! lowest slot, nor that "none is free" was ever true.
@@ -85,9 +85,9 @@ impl fmt::Display for Slot {
 #[repr(u8)]
 #[non_exhaustive]
 pub enum SlotState {
-    /// Nothing is in it, and nobody has it.
+    /// Nothing is in it, and no token holds it.
     Free,
-    /// Somebody has it and has put nothing in it yet.
+    /// A [`Reservation`] holds it; nothing is in it yet.
     Reserved,
     /// Something is in it, or is about to be.
     Occupied,
@@ -115,7 +115,7 @@ impl fmt::Display for SlotState {
 pub enum Policy {
     /// The lowest: all of group 0, then group 1. For numbers that should stay small.
     LowestFirst,
-    /// The lowest of the next group that has room, in turn, so that work on several slots at once
+    /// The lowest of the next group with a free slot, in turn, so that work on several slots at once
     /// does not queue on one controller.
     Spread,
 }
@@ -294,7 +294,7 @@ impl fmt::Debug for Slots {
     }
 }
 
-/// The one who has a slot, and what becomes of the slot when it is gone.
+/// The holder of a slot, and what becomes of the slot when it is dropped.
 struct Claim {
     slots: Slots,
     slot: Slot,
@@ -346,7 +346,7 @@ impl Reservation {
 
 /// A slot that is yours and in which something may be.
 ///
-/// Dropping it leaves the slot quarantined for good, since nobody has said that it is empty.
+/// Dropping it leaves the slot quarantined for good, since it may not be empty.
 #[must_use = "an occupied slot that is dropped is lost; vacate it when it is empty"]
 pub struct Occupied(Claim);
 

@@ -83,11 +83,11 @@ impl StackRequest {
     }
 }
 
-/// The layers of a container, mounted and laid over each other.
+/// The layers of a container, mounted and stacked as an overlay.
 ///
 /// It owns its mounts. [`release`](Self::release) takes it apart in reverse order; dropping it does so
 /// in the background, where an error can only be logged.
-#[must_use = "dropping a stack releases it in the background, where nobody sees the error"]
+#[must_use = "dropping a stack releases it in the background, where an error is only logged"]
 pub struct Stack {
     lease: Lease<Combining>,
 }
@@ -247,7 +247,7 @@ impl Driver for Combining {
     }
 }
 
-/// Gives back all mounts at once, and reports all that goes wrong.
+/// Releases all mounts at once, and reports all errors.
 pub(crate) fn release_all(mounts: impl IntoIterator<Item = Mount>) -> Releasing {
     let releases: Vec<_> = mounts.into_iter().map(Mount::releasing).collect();
     Box::pin(async move {

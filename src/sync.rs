@@ -1,6 +1,6 @@
 //! The primitives under the lease table.
 //!
-//! The unit tests of this crate replace them with shuttle's, which decides who runs when and so walks
+//! The unit tests of this crate replace them with shuttle's, which decides which task runs when and so walks
 //! through the interleavings (`src/lease/interleavings.rs`). Everything else, the integration tests too,
 //! runs on the real ones.
 

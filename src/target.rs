@@ -147,7 +147,7 @@ impl Claims {
         }
     }
 
-    /// The first path of ours that nobody has asked for by name.
+    /// The first made-up path that is not taken by name.
     fn make_up(
         &self,
         live: &Live,
@@ -175,7 +175,7 @@ impl Claims {
         }
     }
 
-    /// Held for a few look-ups, never across a call to anybody else.
+    /// Held for a few look-ups, never across a call of other code.
     fn live(&self) -> MutexGuard<'_, Live> {
         self.0.live.lock()
     }
@@ -301,7 +301,7 @@ mod tests {
         assert_eq!(
             &**live.target(),
             Path::new("C:\\Mounts\\x"),
-            "the guest gets what was asked for"
+            "the guest gets the path as it was requested"
         );
         for target in ["c:\\mounts\\X", "c:\\mounts/x\\below", "c:\\MOUNTS"] {
             let taken = claims.mount(&device, &options, Some(Path::new(target)));

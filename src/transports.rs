@@ -9,7 +9,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
 /// Transports of one VM, tried in order. One that answers `Unsuitable` or `Full` passes the disk on.
 pub(crate) struct Transports {
     in_order: Vec<Box<dyn Transport>>,
-    /// Which transport has been asked to attach a disk and has not refused it.
+    /// The transport that was called to attach a disk and has not refused it.
     taken_by: DashMap<Disk, usize>,
 }
 
@@ -27,7 +27,7 @@ fn passes_on(error: &BackendError) -> bool {
     matches!(error.kind(), ErrorKind::Unsuitable | ErrorKind::Full)
 }
 
-/// What to answer when nobody takes a disk: everything that was said.
+/// The error when no transport takes a disk, with all refusals.
 fn refused_by_all(refusals: &[BackendError]) -> BackendError {
     let full = refusals
         .iter()
@@ -47,7 +47,7 @@ fn refused_by_all(refusals: &[BackendError]) -> BackendError {
 
 #[async_trait]
 impl Transport for Transports {
-    /// The transports of one VM sit on one host, so the first that knows the kind of disk speaks for
+    /// The transports of one VM sit on one host, so the first that knows the kind of disk answers for
     /// all.
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
         let mut refusals = Vec::new();
@@ -63,7 +63,7 @@ impl Transport for Transports {
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let mut refusals = Vec::new();
         for (index, transport) in self.in_order.iter().enumerate() {
-            // Noted before it is asked: a call that never comes back must be followed by a detach.
+            // Recorded before the call: one that never returns must be followed by a detach.
             self.taken_by.insert(disk.clone(), index);
             match transport.attach(disk, id).await {
                 Err(error) if passes_on(&error) => {

@@ -86,7 +86,7 @@ async fn o18_cleaning_up_has_its_own_time() {
     vm.gate_next(VmStep::Detach, 1, Gate::Slow(Duration::from_secs(20)));
     let hurried = tokio::time::timeout(Duration::from_secs(5), manager.add(&layer(0), &ro())).await;
     assert!(hurried.is_err());
-    // Nobody holds the mount when it comes up, so it goes down again, in its own time.
+    // No caller holds the mount when it comes up, so it is torn down again in the background.
     clean(&vm, &manager).await;
     assert_eq!(calls(&vm, WAY_IN_AND_OUT), [1, 1, 1, 1, 1]);
 }
@@ -151,7 +151,7 @@ fn a_mount_dropped_outside_of_the_runtime_is_released_in_it() {
     runtime.block_on(clean(&vm, &manager));
 }
 
-/// A runtime that ends in the middle of a call leaves the truth behind it.
+/// A runtime that ends in the middle of a call leaves the state as it was.
 #[test]
 fn a_runtime_that_ends_leaves_its_debts_to_the_next() {
     let (vm, manager) = vm();

@@ -9,7 +9,7 @@ use blockmount::{
 };
 use common::{calls, clean, layer, ro, rw, scratch, vm, with};
 
-/// The seed's `TestConflictingGuestPath`.
+/// hcsshim's `TestConflictingGuestPath`.
 #[tokio::test(start_paused = true)]
 async fn another_disk_at_a_taken_path_is_refused_and_detached() {
     let (vm, manager) = vm();
@@ -287,7 +287,7 @@ async fn a_target_need_not_be_text() {
     clean(&vm, &manager).await;
 }
 
-/// A refusal is for who asked: whoever queued behind it may have asked for something else.
+/// A refusal is for one request: those that queued behind it may be for something else.
 #[tokio::test(start_paused = true)]
 async fn a_conflict_of_one_caller_is_not_that_of_the_next() {
     let (vm, manager) = vm();

@@ -36,7 +36,7 @@ fn slow(vm: &FakeVm) {
     }
 }
 
-/// In the seed the fix for waiters of a failed attachment dereferenced nil (history 1 and 2).
+/// In hcsshim's SCSI package the fix for waiters of a failed attachment dereferenced nil (history 1 and 2).
 #[tokio::test(start_paused = true)]
 async fn waiters_get_the_one_outcome() {
     for (step, attaches) in [
@@ -98,7 +98,7 @@ async fn o15_what_is_in_doubt_is_detached_before_its_slot_is_used() {
         assert_eq!(calls(&vm, [VmStep::Attach, VmStep::Detach]), [1, 1]);
         // The detach failed too, so the slot stays out of use: others get another one.
         let other = manager.attach(&layer(1)).await.unwrap();
-        // Whoever asks for the disk again has it detached first.
+        // The next request for the disk detaches it first.
         let again = manager.attach(&layer(0)).await.unwrap();
         assert_eq!(calls(&vm, [VmStep::Attach, VmStep::Detach]), [3, 2]);
         assert_ne!(other.locator(), again.locator());

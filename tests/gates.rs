@@ -213,7 +213,7 @@ fn every_pair_of_gates_at_two_steps() {
     }
 }
 
-/// Whoever gives up, at whatever moment, has nothing left once a drain is over that began at once.
+/// A caller that is cancelled at any moment has nothing left once a drain is over that began at once.
 #[test]
 fn a_drain_right_after_giving_up_leaves_nothing() {
     for at in 0..24 {
@@ -280,7 +280,7 @@ async fn one_outcome(step: VmStep, gate: Gate, kind: ErrorKind) {
         1,
         "{step} {gate:?} is tried once for all who wait for it"
     );
-    // Nobody who asks now gets an old error.
+    // No new request gets an old error.
     let again = soon(
         "again",
         manager.add(&disk(0, true), &request(&["ro"], None)),
@@ -334,12 +334,12 @@ fn all_who_wait_for_one_tear_down_get_its_outcome() {
             for asker in askers {
                 let outcome = soon("an asker", asker).await.unwrap();
                 match step {
-                    // The disk is still attached for the mount that is owed, so it can be shared.
+                    // The disk is still attached for the mount whose tear-down is pending, so it can be shared.
                     VmStep::Unmount => outcome.unwrap(),
                     _ => assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Busy),
                 }
             }
-            assert_eq!(vm.calls(step), 1, "nobody who waited tries once more");
+            assert_eq!(vm.calls(step), 1, "no waiting caller tries once more");
             soon("the retry", error.retry()).await.unwrap();
             assert_eq!(vm.calls(step), 2);
             vm.assert_empty();
@@ -380,7 +380,7 @@ fn a_timeout() {
             );
             vm.open_gates();
             clean(&vm, &manager).await;
-            // Nobody has asked again.
+            // No caller has asked again.
             let expected = if step == VmStep::Combine { 1 } else { hanging };
             assert_eq!(vm.calls(step), expected, "{step}");
         });
@@ -416,7 +416,7 @@ fn patience_with_a_tear_down() {
             );
             assert_eq!(began.elapsed(), DEFAULT_TIMEOUT, "{step}");
             let retried = soon("the retry", error.retry()).await;
-            let retried = retried.expect_err(&format!("the {step} is still owed"));
+            let retried = retried.expect_err(&format!("the {step} is still pending"));
             assert_eq!(began.elapsed(), 2 * DEFAULT_TIMEOUT, "{step}");
             vm.open_gates();
             soon("the second retry", retried.retry()).await.unwrap();
@@ -477,7 +477,7 @@ fn an_identify_ends_with_its_caller_and_nothing_begins() {
     });
 }
 
-/// A mount whose detach hangs is unmounted; what its release owes is the attachment.
+/// A mount whose detach hangs is unmounted; what its release leaves pending is the attachment.
 #[test]
 fn a_release_that_hangs_below_is_retried_below() {
     on_paused_clock(async {

@@ -14,7 +14,7 @@ const UP_AND_DOWN: [VmStep; 5] = [
     VmStep::Detach,
 ];
 
-/// The seed's `TestAddAddRemoveRemove`.
+/// hcsshim's `TestAddAddRemoveRemove`.
 #[tokio::test(start_paused = true)]
 async fn the_same_disk_twice_is_one_attachment_until_the_second_release() {
     let (vm, manager) = vm();
@@ -30,7 +30,7 @@ async fn the_same_disk_twice_is_one_attachment_until_the_second_release() {
     clean(&vm, &manager).await;
 }
 
-/// The seed's `TestGuestPath`.
+/// hcsshim's `TestGuestPath`.
 #[tokio::test(start_paused = true)]
 async fn who_asks_later_gets_the_path_of_who_asked_first() {
     let (vm, manager) = vm();
@@ -172,7 +172,7 @@ async fn a_full_transport_passes_the_disk_on() {
     large.assert_empty();
 }
 
-/// Joining what is up needs nobody: no call, and no answer from a VM that is busy elsewhere.
+/// Sharing what is up needs no call and no answer from a VM that is busy elsewhere.
 #[tokio::test(start_paused = true)]
 async fn o14_other_disks_do_not_wait() {
     let (vm, manager) = over(blockmount::testing::FakeVm::new());

@@ -167,7 +167,7 @@ async fn a_tree_may_lie_inside_its_own_scratch_disk() {
         .scratch_directory("scratch/1");
     let stack = manager.stack(&request).await.unwrap();
     stack.release().await.unwrap();
-    // But inside a layer there is no room for it.
+    // But inside a layer it is refused.
     let inside = StackRequest::new("/l/rootfs").layer(layer(0), ro().at("/l"));
     let error = manager.stack(&inside).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);

@@ -25,7 +25,7 @@ async fn o03_a_failed_release_is_retried_at_the_step_that_failed() {
     again.retry().await.unwrap();
     assert_eq!(calls(&vm, DOWN), [1, 1, 3]);
     clean(&vm, &manager).await;
-    assert_eq!(calls(&vm, DOWN), [1, 1, 3], "nothing is owed any more");
+    assert_eq!(calls(&vm, DOWN), [1, 1, 3], "nothing is pending any more");
 }
 
 #[tokio::test(start_paused = true)]
@@ -34,14 +34,14 @@ async fn o04_a_half_detached_disk_is_not_handed_out() {
     let mount = manager.add(&layer(0), &ro()).await.unwrap();
     vm.gate_next(VmStep::Detach, 1, Gate::Err(ErrorKind::Other));
     let failed = mount.release().await.unwrap_err();
-    // The guest has let go of it: it must be detached and attached anew.
+    // The guest has unplugged it: it must be detached and attached anew.
     let mount = manager.add(&layer(0), &ro()).await.unwrap();
     assert_eq!(
         calls(&vm, [VmStep::Attach, VmStep::Detach, VmStep::Mount]),
         [2, 2, 2]
     );
     assert!(vm.device_at(mount.path()).is_some());
-    // The old pending was paid by that; to retry it now takes nothing from anybody.
+    // That has done the pending tear-down; to retry it now changes nothing.
     failed.retry().await.unwrap();
     assert!(vm.device_at(mount.path()).is_some());
     mount.release().await.unwrap();
@@ -69,8 +69,8 @@ async fn n12_an_ejected_disk_is_attached_again() {
     clean(&vm, &manager).await;
 }
 
-/// An unmount that is not owed cannot be asked for: there is no call for it, only the handle that is
-/// consumed. What the seed took by path is here what nobody else can name.
+/// An unmount without a mount cannot be requested: there is no call for it, only the handle that is
+/// consumed. hcsshim's SCSI package takes a path here, which any caller can name.
 #[tokio::test(start_paused = true)]
 async fn o05_o06_a_release_concerns_its_own_mount_alone() {
     let (vm, manager) = vm();
@@ -202,7 +202,10 @@ async fn o24_a_stale_debt_never_touches_what_took_its_place() {
     let old = manager.add(&layer(0), &ro().at("/a")).await.unwrap();
     vm.gate_next(VmStep::Unmount, 1, Gate::Err(ErrorKind::Busy));
     let pending = old.release().await.unwrap_err();
-    assert!(manager.drain().await.is_clean(), "somebody else pays");
+    assert!(
+        manager.drain().await.is_clean(),
+        "the other release tears down"
+    );
     // Another disk takes the only slot and the path.
     let new = manager.add(&layer(1), &ro().at("/a")).await.unwrap();
     pending.retry().await.unwrap();
@@ -272,7 +275,7 @@ async fn n06_a_retry_takes_no_share_of_somebody_else() {
     clean(&vm, &manager).await;
 }
 
-/// A handle is consumed by its release, so it cannot be released twice; a paid pending can be retried.
+/// A handle is consumed by its release, so it cannot be released twice; a pending tear-down that is done can be retried.
 #[tokio::test(start_paused = true)]
 async fn n15_a_release_that_was_completed_elsewhere_is_complete() {
     let (vm, manager) = vm();

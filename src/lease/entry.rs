@@ -17,35 +17,35 @@ pub(super) struct Entry<D: Driver> {
 }
 
 pub(super) enum State {
-    /// Nothing has been asked of the driver yet.
+    /// The driver has not been called yet.
     Idle,
     /// The resource is up, and this many leases keep it so.
     Up(usize),
     /// The resource may or may not be up; `teardown` must succeed before anything else.
     Draining {
-        /// How often that has been tried in vain.
+        /// How many attempts have failed.
         attempts: usize,
-        /// What came of it last, for those who waited for it.
+        /// The last error, for the tasks that waited for that attempt.
         error: Option<Error>,
     },
-    /// This entry has left the table; the error is the outcome for everybody who queued on it.
+    /// This entry has left the table; the error is the outcome for every task that queued on it.
     Gone(Option<Error>),
 }
 
-/// What a task finds when its turn has come.
+/// The state of an entry, as a task finds it on its turn.
 pub(super) enum Phase {
     Idle,
     Up,
     Draining,
-    /// What the task waited for has failed, and this is what came of it.
+    /// The attempt that the task waited for has failed.
     Failed(Error),
     Gone(Option<Error>),
 }
 
 impl<D: Driver> Entry<D> {
-    /// `queued_at`: the attempts that had been made when the task began to wait. Whoever waited for
-    /// somebody else's attempt gets its outcome, in place of one more attempt each.
-    pub(super) fn look(&self, queued_at: Option<usize>) -> Phase {
+    /// `queued_at`: the attempts that had been made when the task began to wait. A task that waited for
+    /// another's attempt gets its outcome, in place of one more attempt each.
+    pub(super) fn phase(&self, queued_at: Option<usize>) -> Phase {
         match &*lock(&self.state) {
             State::Idle => Phase::Idle,
             State::Up(_) => Phase::Up,
@@ -60,7 +60,7 @@ impl<D: Driver> Entry<D> {
         }
     }
 
-    /// Up, and nobody is at work who might give a lease to a caller that has gone.
+    /// Up, and no task is at work that might hand a lease to a caller that was cancelled.
     pub(super) fn is_settled(&self) -> bool {
         self.job.try_lock().is_ok_and(|_at_rest| self.is_up())
     }

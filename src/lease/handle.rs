@@ -1,4 +1,4 @@
-//! What callers hold of the table: a share of what is up, or a tear-down that is owed.
+//! What callers hold of the table: a share of what is up, or a pending tear-down.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::{Driver, Table, interrupted};
 use crate::release::{PendingRelease, ReleaseError, Releasing};
 use crate::sync::{Handle, lock, oneshot, timeout};
 
-/// One caller's share of a resource that is up; its `Drop` gives it back.
+/// One caller's share of a resource that is up; its `Drop` releases it.
 pub(crate) struct Lease<D: Driver>(Option<Share<D>>);
 
 struct Share<D: Driver> {
@@ -30,14 +30,14 @@ impl<D: Driver> Lease<D> {
         resource.expect("set before the first lease was born")
     }
 
-    /// Gives the lease back. It is counted back when this returns; the future waits for the
-    /// tear-down if it was the last, and dropping it gives up that wait, not the tear-down.
+    /// Releases the lease. It is counted back when this returns; the future waits for the tear-down if
+    /// it was the last, and dropping it ends that wait, not the tear-down.
     pub(crate) fn release(mut self) -> Releasing {
-        let owed = self.0.take().and_then(Share::give_back);
-        let payment = owed.map(PendingTeardown::start);
+        let pending = self.0.take().and_then(Share::give_back);
+        let teardown = pending.map(PendingTeardown::start);
         Box::pin(async move {
-            match payment {
-                Some(payment) => payment.wait().await,
+            match teardown {
+                Some(teardown) => teardown.wait().await,
                 None => Ok(()),
             }
         })
@@ -46,15 +46,15 @@ impl<D: Driver> Lease<D> {
 
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
-        if let Some(owed) = self.0.take().and_then(Share::give_back) {
-            // Nobody waits: the task logs what goes wrong.
-            drop(owed.start());
+        if let Some(pending) = self.0.take().and_then(Share::give_back) {
+            // Without a caller that waits, the task logs its error.
+            drop(pending.start());
         }
     }
 }
 
 impl<D: Driver> Share<D> {
-    /// Counts the share back; answers with what is owed if it was the last.
+    /// Counts the share back; returns the tear-down to run if it was the last.
     fn give_back(self) -> Option<PendingTeardown<D>> {
         match &mut *lock(&self.entry.state) {
             State::Up(leases) if *leases > 1 => {
@@ -73,16 +73,16 @@ impl<D: Driver> Share<D> {
     }
 }
 
-/// A tear-down that one entry owes.
+/// The pending tear-down of one entry.
 pub(super) struct PendingTeardown<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
-    /// The attempts made so far, to share the outcome of those under way; `None` to insist.
+    /// The attempts made so far, to share the outcome of those under way; `None` to make an attempt in any case.
     queued_at: Option<usize>,
 }
 
 /// A tear-down under way in a task of its own.
-pub(super) struct Payment<D: Driver> {
+pub(super) struct RunningTeardown<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
     outcome: oneshot::Receiver<Result<Releasing, ReleaseError>>,
@@ -98,7 +98,7 @@ impl<D: Driver> PendingTeardown<D> {
         }
     }
 
-    /// The same, to be paid by attempts of one's own, whatever comes of those under way.
+    /// The same with an attempt of its own, whatever the outcome of those under way.
     pub(super) fn forced(self) -> Self {
         PendingTeardown {
             queued_at: None,
@@ -110,27 +110,27 @@ impl<D: Driver> PendingTeardown<D> {
         Box::new(self)
     }
 
-    /// Begins to pay, in a task of its own.
-    pub(super) fn start(self) -> Payment<D> {
+    /// Starts it in a task of its own.
+    pub(super) fn start(self) -> RunningTeardown<D> {
         let PendingTeardown {
             table,
             entry,
             queued_at,
         } = self;
         let (answer, outcome) = oneshot::channel();
-        let payment = Arc::clone(&table).retry(Arc::clone(&entry), queued_at);
+        let teardown = Arc::clone(&table).retry(Arc::clone(&entry), queued_at);
         let task = async move {
-            // Where nobody waits, the layer below logs its own errors.
-            if let Err(Err(unheard)) = answer.send(payment.await) {
+            // Without a caller that waits, the layer below logs its own errors.
+            if let Err(Err(unheard)) = answer.send(teardown.await) {
                 unheard.log();
             }
         };
         let here = Handle::try_current().ok();
         match here.as_ref().or(table.runtime.get()) {
             Some(runtime) => drop(runtime.spawn(task.in_current_span())),
-            None => error!("no runtime to release in; it is owed until the next drain"),
+            None => error!("no runtime to release in; it is pending until the next drain"),
         }
-        Payment {
+        RunningTeardown {
             table,
             entry,
             outcome,
@@ -138,9 +138,9 @@ impl<D: Driver> PendingTeardown<D> {
     }
 }
 
-impl<D: Driver> Payment<D> {
+impl<D: Driver> RunningTeardown<D> {
     pub(super) async fn wait(self) -> Result<(), ReleaseError> {
-        let Payment {
+        let RunningTeardown {
             table,
             entry,
             outcome,

@@ -16,7 +16,7 @@ use crate::Step;
 /// Interleavings of each kind for each test.
 const SCHEDULES: usize = 20_000;
 
-/// A backend that gives way in the middle of each call, and knows when it is misused.
+/// A backend that yields in the middle of each call, and panics when the order of calls is wrong.
 struct Fake {
     faulty: bool,
     resources: StdMutex<HashMap<u8, Status>>,
@@ -24,11 +24,11 @@ struct Fake {
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Status {
-    Raising,
+    SettingUp,
     Up,
-    /// A set-up whose outcome nobody knows.
+    /// A set-up whose outcome is unknown.
     Doubtful,
-    Lowering,
+    TearingDown,
     Down,
 }
 
@@ -74,28 +74,32 @@ impl Driver for Fake {
     type Resource = u8;
 
     async fn setup(&self, _: &u8, job: &mut Work) -> Result<u8, Error> {
-        self.change(job.key, &[Status::Down], Status::Raising);
+        self.change(job.key, &[Status::Down], Status::SettingUp);
         yield_now().await;
         if self.goes_wrong() {
             if thread_rng().r#gen() {
-                self.change(job.key, &[Status::Raising], Status::Doubtful);
+                self.change(job.key, &[Status::SettingUp], Status::Doubtful);
                 return Err(failure(ErrorKind::Uncertain));
             }
-            self.change(job.key, &[Status::Raising], Status::Down);
+            self.change(job.key, &[Status::SettingUp], Status::Down);
             return Err(failure(ErrorKind::Other));
         }
-        self.change(job.key, &[Status::Raising], Status::Up);
+        self.change(job.key, &[Status::SettingUp], Status::Up);
         Ok(job.key)
     }
 
     async fn teardown(&self, _: &u8, job: &mut Work) -> Result<(), Error> {
-        self.change(job.key, &[Status::Up, Status::Doubtful], Status::Lowering);
+        self.change(
+            job.key,
+            &[Status::Up, Status::Doubtful],
+            Status::TearingDown,
+        );
         yield_now().await;
         if self.goes_wrong() {
-            self.change(job.key, &[Status::Lowering], Status::Up);
+            self.change(job.key, &[Status::TearingDown], Status::Up);
             return Err(failure(ErrorKind::Busy));
         }
-        self.change(job.key, &[Status::Lowering], Status::Down);
+        self.change(job.key, &[Status::TearingDown], Status::Down);
         Ok(())
     }
 
@@ -103,8 +107,8 @@ impl Driver for Fake {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn check(&self, up: &u8, asked: &Work) -> Result<(), Error> {
-        assert_eq!(*up, asked.key, "a lease is for the key that was asked for");
+    fn check(&self, up: &u8, wanted: &Work) -> Result<(), Error> {
+        assert_eq!(*up, wanted.key, "a lease is for the key that was requested");
         Ok(())
     }
 
@@ -125,8 +129,8 @@ fn table(faulty: bool) -> Leases {
     )
 }
 
-/// Polls a future a few times and gives it up.
-async fn impatiently<F: Future>(future: F, polls: usize) -> Option<F::Output> {
+/// Polls a future a few times and drops it.
+async fn poll_then_drop<F: Future>(future: F, polls: usize) -> Option<F::Output> {
     let mut future = pin!(future);
     for _ in 0..polls {
         let ready = poll_fn(|context| match future.as_mut().poll(context) {
@@ -152,28 +156,28 @@ async fn hold(table: &Leases, lease: &Lease<Fake>) {
     );
 }
 
-/// One caller: asks, holds, and gives back, in one of the ways in which callers do.
+/// One caller: acquires, holds and releases, in one of the ways in which callers do.
 async fn caller(table: Leases, key: u8) {
-    let timeout = thread_rng().gen_range(0..8usize);
+    let polls = thread_rng().gen_range(0..8usize);
     let lease = match table.join(&key, |_| Ok(())) {
         Some(joined) => Some(joined),
-        None if timeout < 4 => impatiently(table.acquire(key, Work { key }), timeout).await,
+        None if polls < 4 => poll_then_drop(table.acquire(key, Work { key }), polls).await,
         None => Some(table.acquire(key, Work { key }).await),
     };
     let Some(Ok(lease)) = lease else { return };
     hold(&table, &lease).await;
     match thread_rng().gen_range(0..4u8) {
         0 => drop(lease),
-        1 => drop(impatiently(lease.release(), 1).await),
+        1 => drop(poll_then_drop(lease.release(), 1).await),
         _ => {
             if let Err(error) = lease.release().await {
-                let _still_owed = error.retry().await;
+                let _still_pending = error.retry().await;
             }
         }
     }
 }
 
-/// Drains until nothing is owed: each failure is one call in four, so this ends.
+/// Drains until nothing is pending: each failure is one call in four, so this ends.
 async fn drain(table: &Leases) {
     while !table.drain().await.is_empty() {}
     assert_eq!(
@@ -181,7 +185,7 @@ async fn drain(table: &Leases) {
         Vec::<u8>::new(),
         "nothing is left after a clean drain"
     );
-    // A caller that gave up before its task had run leaves an idle entry, until the task sees that.
+    // A caller that was cancelled before its task had run leaves an idle entry, until the task sees that.
     while !table.entries.is_empty() {
         yield_now().await;
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::sync::{Mutex, lock};
 
-/// What one caller asks for, until a task takes it up or the caller takes it back. It may hold leases,
-/// so it must not wait in a queue for somebody who has gone.
+/// What one caller requests, until a task takes it or the caller cancels it. It may hold leases, so it must
+/// not stay in a queue after its caller is gone.
 pub(super) struct PendingRequest<J>(Arc<Mutex<Option<J>>>);
 
 impl<J> PendingRequest<J> {
@@ -17,11 +17,11 @@ impl<J> PendingRequest<J> {
         lock(&self.0).take()
     }
 
-    pub(super) fn look<T>(&self, look: impl FnOnce(&J) -> T) -> Option<T> {
-        lock(&self.0).as_ref().map(look)
+    pub(super) fn peek<T>(&self, read: impl FnOnce(&J) -> T) -> Option<T> {
+        lock(&self.0).as_ref().map(read)
     }
 
-    pub(super) fn is_taken_back(&self) -> bool {
+    pub(super) fn is_cancelled(&self) -> bool {
         lock(&self.0).is_none()
     }
 }
@@ -32,12 +32,12 @@ impl<J> Clone for PendingRequest<J> {
     }
 }
 
-/// Takes back what a caller asked for when the caller gives up; its leases come back by their `Drop`.
+/// Drops a request when its caller is cancelled; the leases in it are released by their `Drop`.
 pub(super) struct CancelOnDrop<J>(pub(super) PendingRequest<J>);
 
 impl<J> Drop for CancelOnDrop<J> {
     fn drop(&mut self) {
-        let taken_back = self.0.take();
-        drop(taken_back);
+        let cancelled = self.0.take();
+        drop(cancelled);
     }
 }

@@ -11,7 +11,7 @@ use super::{
     Verity,
 };
 
-/// Collects what a caller says about a mount; [`build`](Self::build) makes sense of it.
+/// Collects the options of a mount; [`build`](Self::build) checks them and brings them into canonical form.
 ///
 /// It is also how [`MountOptions`] travel: what is at its default is left out, and a field that the
 /// reader does not know is an error. An older agent refuses a newer option in place of ignoring it.
@@ -70,14 +70,14 @@ impl MountOptionsBuilder {
         self
     }
 
-    /// Lays an integrity check over the device.
+    /// Checks the device's integrity with dm-verity.
     #[must_use]
     pub fn verity(mut self, verity: Verity) -> Self {
         self.verity = Some(verity);
         self
     }
 
-    /// Lays encryption over the device.
+    /// Encrypts what is written to the device.
     #[must_use]
     pub fn encryption(mut self, encryption: Encryption) -> Self {
         self.encryption = Some(encryption);

@@ -12,7 +12,7 @@ pub(super) struct Table {
     states: Box<[SlotState]>,
     free: Box<[Bitmap]>,
     /// A bit for each group that has a free slot.
-    with_room: u64,
+    with_free: u64,
     /// Where [`Policy::Spread`] looks first.
     next_group: u32,
     taken: usize,
@@ -26,7 +26,7 @@ impl Table {
             policy,
             states: vec![SlotState::Free; capacity].into(),
             free: (0..groups).map(|_| Bitmap::full(per_group)).collect(),
-            with_room: u64::MAX >> (MAX_GROUPS - groups),
+            with_free: u64::MAX >> (MAX_GROUPS - groups),
             next_group: 0,
             taken: 0,
         }
@@ -34,12 +34,12 @@ impl Table {
 
     /// Takes the slot that the policy prefers.
     pub(super) fn reserve(&mut self) -> Option<Slot> {
-        if self.with_room == 0 {
+        if self.with_free == 0 {
             return None;
         }
         let group = match self.policy {
-            Policy::LowestFirst => self.with_room.trailing_zeros(),
-            Policy::Spread => self.next_with_room(),
+            Policy::LowestFirst => self.with_free.trailing_zeros(),
+            Policy::Spread => self.next_with_free(),
         };
         self.reserve_in(group as u16)
     }
@@ -57,9 +57,9 @@ impl Table {
     }
 
     /// The groups are a ring of 64, most of which may not exist: those are never in the set.
-    fn next_with_room(&mut self) -> u32 {
+    fn next_with_free(&mut self) -> u32 {
         let ahead = self
-            .with_room
+            .with_free
             .rotate_right(self.next_group)
             .trailing_zeros();
         let group = (self.next_group + ahead) % u64::BITS;
@@ -72,7 +72,7 @@ impl Table {
         let group = &mut self.free[usize::from(slot.group)];
         group.remove(slot.index);
         if group.is_empty() {
-            self.with_room &= !(1 << slot.group);
+            self.with_free &= !(1 << slot.group);
         }
         self.taken += 1;
         self.set(slot, state);
@@ -82,7 +82,7 @@ impl Table {
     pub(super) fn give_back(&mut self, slot: Slot) {
         self.set(slot, SlotState::Free);
         self.free[usize::from(slot.group)].insert(slot.index);
-        self.with_room |= 1 << slot.group;
+        self.with_free |= 1 << slot.group;
         self.taken -= 1;
     }
 

@@ -18,7 +18,7 @@ pub(crate) enum Has {
     Stack(usize),
 }
 
-/// A tear-down that is owed, by what has it and which one of its kind it was.
+/// A pending tear-down, by what has it and which one of its kind it was.
 #[derive(Debug, Clone)]
 pub(crate) enum PendingRelease {
     Attachment(usize, u64),
@@ -33,7 +33,7 @@ pub(crate) struct Attached {
     pub(crate) leases: usize,
     /// Whether it is in a slot, or has one kept for it.
     pub(crate) slot: bool,
-    pub(crate) owes: bool,
+    pub(crate) pending: bool,
     pub(crate) unplugged: bool,
 }
 
@@ -42,7 +42,7 @@ pub(crate) struct Mounted {
     pub(crate) id: u64,
     pub(crate) path: Option<&'static str>,
     pub(crate) leases: usize,
-    pub(crate) owes: bool,
+    pub(crate) pending: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -50,7 +50,7 @@ pub(crate) struct Combined {
     pub(crate) id: u64,
     /// The scratch first.
     pub(crate) mounts: Vec<MountKey>,
-    pub(crate) owes: bool,
+    pub(crate) pending: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -66,7 +66,7 @@ pub(crate) struct Model {
     pub(crate) said: Said,
 }
 
-/// What went wrong in a tear-down, and what is owed for it.
+/// What went wrong in a tear-down, and what is pending for it.
 pub(crate) type Failed = Vec<(ErrorKind, PendingRelease)>;
 
 impl Model {
@@ -84,7 +84,7 @@ impl Model {
         let disk = name % DISKS;
         self.call(VmStep::Identify)?;
         match self.attached.get_mut(&disk) {
-            Some(up) if !up.owes => {
+            Some(up) if !up.pending => {
                 if up.read_only != read_only {
                     return Err(ErrorKind::Conflict);
                 }
@@ -101,7 +101,7 @@ impl Model {
             read_only,
             leases: 1,
             slot,
-            owes: false,
+            pending: false,
             unplugged: false,
         };
         match self.call(VmStep::Attach) {
@@ -112,7 +112,7 @@ impl Model {
                 self.attached.insert(
                     disk,
                     Attached {
-                        owes: true,
+                        pending: true,
                         unplugged: true,
                         ..up
                     },
@@ -141,7 +141,7 @@ impl Model {
         if up.leases > 0 {
             return Vec::new();
         }
-        up.owes = true;
+        up.pending = true;
         let pending = PendingRelease::Attachment(disk, up.id);
         self.retry(&pending)
     }
@@ -160,9 +160,9 @@ impl Model {
         let key = (disk, options);
         let mounted = self.mount(key, target);
         if let Err(kind) = mounted {
-            // An uncertain mount that is owed keeps its attachment.
+            // An uncertain mount whose tear-down is pending keeps its attachment.
             match self.mounted.get_mut(&key) {
-                Some(owing) if owing.leases == 1 => owing.leases = 0,
+                Some(left) if left.leases == 1 => left.leases = 0,
                 _ => drop(self.give_attachment(disk)),
             }
             return Err(kind);
@@ -173,7 +173,7 @@ impl Model {
     /// Mounts what is attached; on success it is the mount that holds the attachment.
     fn mount(&mut self, key: MountKey, target: Option<usize>) -> Result<(), ErrorKind> {
         match self.mounted.get_mut(&key) {
-            Some(up) if !up.owes => {
+            Some(up) if !up.pending => {
                 up.leases += 1;
                 self.give_attachment(key.0);
                 return Ok(());
@@ -194,7 +194,7 @@ impl Model {
             id,
             path,
             leases: 1,
-            owes: false,
+            pending: false,
         };
         self.calls[VmStep::Mount as usize] += 1;
         let fault =
@@ -205,7 +205,13 @@ impl Model {
         {
             Ok(()) => drop(self.mounted.insert(key, up)),
             Err(ErrorKind::Uncertain) => {
-                self.mounted.insert(key, Mounted { owes: true, ..up });
+                self.mounted.insert(
+                    key,
+                    Mounted {
+                        pending: true,
+                        ..up
+                    },
+                );
                 if self.call(VmStep::Unmount).is_ok() {
                     self.mounted.remove(&key);
                 }
@@ -251,7 +257,7 @@ impl Model {
         if up.leases > 0 {
             return Vec::new();
         }
-        up.owes = true;
+        up.pending = true;
         let pending = PendingRelease::Mount(key, up.id);
         self.retry(&pending)
     }
@@ -283,7 +289,7 @@ impl Model {
         let (held, before) = (mounts.clone(), self.tree_id(tree));
         self.combine(mounts, scratch.is_some(), tree)
             .map_err(|kind| {
-                // An uncertain overlay that is owed keeps its mounts.
+                // An uncertain overlay whose tear-down is pending keeps its mounts.
                 if self.tree_id(tree).is_none_or(|id| Some(id) == before) {
                     held.into_iter()
                         .for_each(|mount| drop(self.give_mount(mount)));
@@ -303,7 +309,7 @@ impl Model {
         tree: usize,
     ) -> Result<(), ErrorKind> {
         match self.trees.get(&tree) {
-            Some(up) if !up.owes => return Err(ErrorKind::Conflict),
+            Some(up) if !up.pending => return Err(ErrorKind::Conflict),
             Some(_) => drop(self.lower_tree(tree)?),
             None => {}
         }
@@ -321,7 +327,7 @@ impl Model {
                     Combined {
                         id,
                         mounts,
-                        owes: true,
+                        pending: true,
                     },
                 );
                 Err(ErrorKind::Uncertain)
@@ -333,7 +339,7 @@ impl Model {
                     Combined {
                         id,
                         mounts,
-                        owes: false,
+                        pending: false,
                     },
                 );
                 Ok(())
@@ -351,7 +357,7 @@ impl Model {
             .collect())
     }
 
-    /// Tears down what is owed, unless that is done.
+    /// Tears down what is pending, unless that is done.
     pub(crate) fn retry(&mut self, pending: &PendingRelease) -> Failed {
         let outcome = match pending {
             PendingRelease::Attachment(disk, id)
@@ -380,7 +386,7 @@ impl Model {
             Has::Mount(key) => self.give_mount(*key),
             Has::Stack(tree) => {
                 let up = self.trees.get_mut(tree).unwrap();
-                up.owes = true;
+                up.pending = true;
                 let pending = PendingRelease::Tree(*tree, up.id);
                 self.retry(&pending)
             }

@@ -10,31 +10,31 @@ use crate::{ALIAS, Act, DISKS, Kinds, OPTIONS, SLOTS, Said, TARGETS, TREES, sort
 
 impl Model {
     pub(crate) fn owed_trees(&self) -> Vec<PendingRelease> {
-        let owing = self.trees.iter().filter(|(_, tree)| tree.owes);
-        owing
-            .map(|(tree, owing)| PendingRelease::Tree(*tree, owing.id))
+        let pending = self.trees.iter().filter(|(_, tree)| tree.pending);
+        pending
+            .map(|(tree, left)| PendingRelease::Tree(*tree, left.id))
             .collect()
     }
 
     pub(crate) fn owed_mounts(&self) -> Vec<PendingRelease> {
-        let owing = self.mounted.iter().filter(|(_, mount)| mount.owes);
-        owing
-            .map(|(key, owing)| PendingRelease::Mount(*key, owing.id))
+        let pending = self.mounted.iter().filter(|(_, mount)| mount.pending);
+        pending
+            .map(|(key, left)| PendingRelease::Mount(*key, left.id))
             .collect()
     }
 
     pub(crate) fn owed_attachments(&self) -> Vec<PendingRelease> {
-        let owing = self.attached.iter().filter(|(_, disk)| disk.owes);
-        owing
-            .map(|(disk, owing)| PendingRelease::Attachment(*disk, owing.id))
+        let pending = self.attached.iter().filter(|(_, disk)| disk.pending);
+        pending
+            .map(|(disk, left)| PendingRelease::Attachment(*disk, left.id))
             .collect()
     }
 
     pub(crate) fn in_use(&self) -> [usize; 3] {
         [
-            self.attached.values().filter(|disk| !disk.owes).count(),
-            self.mounted.values().filter(|mount| !mount.owes).count(),
-            self.trees.values().filter(|tree| !tree.owes).count(),
+            self.attached.values().filter(|disk| !disk.pending).count(),
+            self.mounted.values().filter(|mount| !mount.pending).count(),
+            self.trees.values().filter(|tree| !tree.pending).count(),
         ]
     }
 
