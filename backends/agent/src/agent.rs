@@ -1,10 +1,11 @@
 //! The agent itself: what is served to a host, over whatever stream.
 
+use std::io;
 use std::path::PathBuf;
 
-use blockmount_bridge::gcs::GuestServer;
+use blockmount_bridge::{GuestServer, gcs};
 use blockmount_linux::{LinuxGuest, Transports};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use crate::error::Context;
 use crate::{AgentError, GuestTransport, Service, ServiceError};
@@ -16,7 +17,11 @@ pub const ROOTS: [&str; 4] = ["/run/mounts", "/run/gcs", "/run/layers", "/run/bl
 ///
 /// What is mounted stays mounted when an agent ends. There is one agent in a guest at a time: the journal is locked.
 #[derive(Debug, Clone)]
-pub struct Agent(GuestServer<LinuxGuest>);
+pub struct Agent {
+    server: GuestServer,
+    /// For hosts of Hyper-V. The engine keeps the order of calls for one target over both.
+    gcs: gcs::GuestServer,
+}
 
 impl Agent {
     /// An agent that knows no transport yet.
@@ -26,11 +31,23 @@ impl Agent {
 }
 
 impl Service for Agent {
-    async fn serve<S>(&self, stream: S) -> Result<(), ServiceError>
+    /// Serves a host of ours, or one of Hyper-V: its first bytes tell which.
+    async fn serve<S>(&self, mut stream: S) -> Result<(), ServiceError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        Ok(self.0.serve(stream).await?)
+        let mut first = [0; 4];
+        match stream.read_exact(&mut first).await {
+            // The host has said nothing that could be answered.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            read => read?,
+        };
+        let (reader, writer) = tokio::io::split(stream);
+        let whole = tokio::io::join((&first[..]).chain(reader), writer);
+        match gcs::is_begun_by(first) {
+            true => Ok(self.gcs.serve(whole).await?),
+            false => Ok(self.server.serve(whole).await?),
+        }
     }
 }
 
@@ -107,6 +124,9 @@ impl AgentBuilder {
             .journal(&self.journal)
             .await
             .context(|| format!("cannot use the journal in {}", self.journal.display()))?;
-        Ok(Agent(GuestServer::new(engine)))
+        Ok(Agent {
+            server: GuestServer::new(engine.clone()),
+            gcs: gcs::GuestServer::new(engine),
+        })
     }
 }

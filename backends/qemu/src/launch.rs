@@ -26,7 +26,7 @@ mod spawn;
 mod vm;
 
 pub use builder::{Accelerator, VmBuilder};
-pub use channel::AgentChannel;
+pub use channel::{AgentChannel, AgentPort};
 pub use error::VmError;
 pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
 pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES, PROGRAMS};

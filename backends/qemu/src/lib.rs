@@ -80,7 +80,7 @@ pub mod vpmem;
 
 #[cfg(feature = "launch")]
 pub use launch::{
-    Accelerator, AgentChannel, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
+    Accelerator, AgentChannel, AgentPort, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
     MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder, VmError,
     controller_address, memory_port_address,
 };

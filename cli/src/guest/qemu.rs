@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockmount::Disk;
 use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
-use blockmount_bridge::gcs::BridgeGuest;
+use blockmount_bridge::BridgeGuest;
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
 use blockmount_checker::tree::Tree;

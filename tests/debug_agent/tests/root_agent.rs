@@ -8,7 +8,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
-use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
 use blockmount_debug_agent::kit::serving::{Serving, is_mounted};
 use blockmount_debug_agent::kit::{Answer, as_nobody, in_kernel, temp};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -54,9 +53,9 @@ async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
 
     // A host that comes back finds what it has made, whoever serves it then.
     for _ in 0..20 {
-        guest.connection().close();
+        guest.channel().close();
         let stream = agent.connect().await;
-        guest.connection().reconnect(stream).await.unwrap();
+        guest.channel().reconnect(stream).await.unwrap();
     }
     let used = fs::File::open(overlay.target.join("name")).unwrap();
     let busy = guest.separate(&overlay.target).await.unwrap_err();
@@ -88,7 +87,7 @@ async fn root_what_a_killed_or_ended_agent_has_mounted_is_undone_by_the_next() {
 
         let next = agent_in(dir);
         let stream = next.connect().await;
-        guest.connection().reconnect(stream).await.unwrap();
+        guest.channel().reconnect(stream).await.unwrap();
         guest.separate(&overlay.target).await.unwrap();
         assert!(!is_mounted(&overlay.target) && !next.path("root/made").exists());
         dir = next.end(Signal::TERM).1;
@@ -228,22 +227,20 @@ fn serial_line() -> (fs::File, String) {
 
 /// Asks for a version over a line, until the agent answers: it may still be throwing away what came before.
 fn negotiate(mut line: &fs::File) {
-    let payload = br#"{"MinimumVersion":4,"MaximumVersion":4}"#.to_vec();
-    let frame = Frame {
-        message: MessageType::NEGOTIATE,
-        id: 7,
-        payload,
-    };
+    let hello = br#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#;
+    let size = u32::try_from(12 + hello.len()).unwrap();
+    let frame = [&size.to_le_bytes()[..], &7_u64.to_le_bytes(), hello].concat();
     for _ in 0..20 {
-        line.write_all(&frame.encode().unwrap()).unwrap();
-        let mut decoder = Decoder::default();
+        line.write_all(&frame).unwrap();
+        let mut answer = Vec::new();
         while has_input(line) {
             let mut bytes = [0; 4096];
             let length = line.read(&mut bytes).unwrap();
-            decoder.push(&bytes[..length]);
-            if let Some(Decoded::Frame(answer)) = decoder.next().unwrap() {
-                let body = String::from_utf8(answer.payload).unwrap();
-                assert!(answer.id == 7 && body.contains(r#""Version":4"#), "{body}");
+            answer.extend(&bytes[..length]);
+            let body = answer.get(12..).unwrap_or_default();
+            if let Ok(body) = serde_json::from_slice::<serde_json::Value>(body) {
+                assert_eq!(answer[4..12], 7_u64.to_le_bytes());
+                assert_eq!(body["Chosen"]["version"], 1, "{body}");
                 return;
             }
         }

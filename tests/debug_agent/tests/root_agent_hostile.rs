@@ -49,48 +49,36 @@ async fn root_garbage_ends_a_connection_and_nothing_else() {
 async fn root_requests_that_make_no_sense_are_answered_on_the_same_connection() {
     let agent = Serving::agent(AGENT, temp());
     let mut stream = agent.connect().await;
-    let mut ask = async |message: u32, body: &[u8]| {
-        let size = u32::try_from(16 + body.len()).unwrap();
-        let mut frame = [message.to_le_bytes(), size.to_le_bytes()].concat();
-        frame.extend(9_u64.to_le_bytes());
-        frame.extend(body);
+    let mut ask = async |body: &[u8]| {
+        let size = u32::try_from(12 + body.len()).unwrap();
+        let frame = [&size.to_le_bytes()[..], &9_u64.to_le_bytes(), body].concat();
         stream.write_all(&frame).await.unwrap();
-        let mut header = [0; 16];
+        let mut header = [0; 12];
         timeout(LONG, stream.read_exact(&mut header))
             .await
             .unwrap()
             .unwrap();
-        let size = u32::from_le_bytes(header[4..8].try_into().unwrap());
-        let mut body = vec![0; size as usize - 16];
+        let size = u32::from_le_bytes(header[..4].try_into().unwrap());
+        let mut body = vec![0; size as usize - 12];
         stream.read_exact(&mut body).await.unwrap();
         serde_json::from_slice::<serde_json::Value>(&body).unwrap()
     };
-    let (negotiate, modify) = (0x1010_0b01, 0x1010_0a01);
-    assert_ne!(
-        ask(modify, b"{}").await["Result"],
-        0,
-        "before the negotiation"
-    );
-    assert_eq!(
-        ask(negotiate, br#"{"MinimumVersion":4,"MaximumVersion":4}"#).await["Version"],
-        4
-    );
+    let unmount = br#"{"Unmount":{"target":"/run/mounts/nothing"}}"#;
+    assert_eq!(ask(unmount).await, "HelloFirst", "before the hello");
+    let hello = br#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#;
+    assert_eq!(ask(hello).await["Chosen"]["version"], 1);
     for body in [
         &b""[..],
         b"{",
         b"null",
-        br#"{"Request":{"RequestType":"Add","ResourceType":"MappedVirtualDisk"}}"#,
-        br#"{"Request":{"RequestType":"Fly","ResourceType":"MappedVirtualDisk","Settings":{}}}"#,
+        br#"{"Mount":{"target":"/run/mounts/nothing"}}"#,
+        br#"{"Fly":{"target":"/run/mounts/nothing"}}"#,
         b"\xff\xfe",
     ] {
-        let answer = ask(modify, body).await;
-        assert_ne!(answer["Result"], 0, "{body:?}: {answer}");
+        let answer = ask(body).await;
+        assert!(answer["Error"]["kind"].is_string(), "{body:?}: {answer}");
     }
-    assert_ne!(
-        ask(0x1010_ff01, b"{}").await["Result"],
-        0,
-        "an unknown message"
-    );
+    assert_eq!(ask(unmount).await, "Ok");
     still_serves(&agent).await;
 }
 

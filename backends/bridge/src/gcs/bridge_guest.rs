@@ -10,17 +10,18 @@ use blockmount::{
     Unplugger,
 };
 
-use crate::gcs::GuestConnection;
+use crate::gcs::connection::GuestConnection;
 use crate::gcs::device::Device;
 use crate::gcs::host_requests::{self, guest_path};
 use crate::gcs::messages::{Capabilities, ModificationRequest, Resource};
+use crate::{Dialer, RedialingChannel};
 
-/// Who carries requests to the agent of a guest: a [`GuestConnection`] of our own, or a hypervisor that has
-/// the connection to itself.
+/// What carries requests to the agent of a guest: a [`GuestConnection`] of our own, one that reconnects, or a hypervisor
+/// that has the connection to itself.
 ///
 /// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest
 /// may have done it, because after any other error of an [`Add`](crate::gcs::messages::RequestType::Add) the target is used
-/// again at once. `Gone` means that the guest, or the way to it, is no more.
+/// again at once. `Gone` means that the VM has ended; a line that is lost is `Uncertain`.
 #[async_trait]
 pub trait GuestChannel: Send + Sync + 'static {
     /// What the guest has said it can do. Asked before each request, so it must be at hand.
@@ -32,6 +33,18 @@ pub trait GuestChannel: Send + Sync + 'static {
     ///
     /// What the guest says, by kind, or why nobody knows what it has done.
     async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError>;
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<D: Dialer> GuestChannel for RedialingChannel<D, GuestConnection> {
+    fn capabilities(&self) -> Arc<Capabilities> {
+        self.connection().capabilities()
+    }
+
+    async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
+        self.request(request).await
+    }
 }
 
 #[async_trait]
@@ -49,21 +62,20 @@ impl GuestChannel for GuestConnection {
 /// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`] and
 /// [`LayerCombiner`]. The channel is a [`GuestConnection`] unless said otherwise.
 ///
-/// | | Linux guest of ours | Linux guest that knows only the protocol | Windows guest |
-/// |---|---|---|---|
-/// | SCSI disks | controllers 0 to 63, LUNs 0 to 255 | controllers 0 to 3 | controller 0 |
-/// | VPMEM devices | read-only | read-only, ext4, no options | no |
-/// | access, filesystem, partition, encryption, block device | yes | yes | access only, and that is the disk's |
-/// | propagation | yes | yes | no |
-/// | mount flags, options of the filesystem, verity | yes | no | no |
-/// | format | blank only, or everything | over everything, or encrypted | ReFS over everything |
-/// | overlays | yes | yes | no |
+/// | | Linux guest | Windows guest |
+/// |---|---|---|
+/// | SCSI disks | controllers 0 to 3, LUNs 0 to 255 | controller 0 |
+/// | VPMEM devices | read-only, ext4, no options | no |
+/// | access, filesystem, partition, encryption, block device | yes | access only, and that is the disk's |
+/// | propagation | yes | no |
+/// | mount flags, options of the filesystem, verity | no | no |
+/// | format | over everything, or encrypted | ReFS over everything |
+/// | overlays | yes | no |
 ///
 /// What a guest cannot do, or would silently not do, is `Unsuitable` before anything is sent.
 ///
 /// The protocol wants a mount described again to undo it, so a ledger keeps what was sent until it is
-/// undone. What could not be undone because the connection was gone is undone before its target is used
-/// again. Clones share the ledger and the channel.
+/// undone, or the VM has ended. Clones share the ledger and the channel.
 #[derive(Debug)]
 pub struct BridgeGuest<C = GuestConnection> {
     channel: Arc<C>,
@@ -82,18 +94,10 @@ impl<C> Clone for BridgeGuest<C> {
 
 /// What undoes the mount or overlay at a target. Never locked across an await.
 #[derive(Debug, Default)]
-struct Ledger(Mutex<HashMap<PathBuf, Entry>>);
-
-#[derive(Debug, Clone)]
-struct Entry {
-    undo: Resource,
-    /// Whether its owner counts it as undone, because the connection was gone. The guest may live
-    /// on behind a connection that comes back, and have it still.
-    owed: bool,
-}
+struct Ledger(Mutex<HashMap<PathBuf, Resource>>);
 
 impl Ledger {
-    fn entries(&self) -> MutexGuard<'_, HashMap<PathBuf, Entry>> {
+    fn entries(&self) -> MutexGuard<'_, HashMap<PathBuf, Resource>> {
         // Nothing under the lock panics half-way through a change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -109,24 +113,12 @@ impl Ledger {
             );
             return Err(BackendError::conflict(message));
         }
-        entries.insert(target.to_owned(), Entry { undo, owed: false });
+        entries.insert(target.to_owned(), undo);
         Ok(())
     }
 
     fn get(&self, target: &Path) -> Option<Resource> {
-        self.entries().get(target).map(|entry| entry.undo.clone())
-    }
-
-    fn owed(&self, target: &Path) -> Option<Resource> {
-        let entries = self.entries();
-        let entry = entries.get(target).filter(|entry| entry.owed);
-        entry.map(|entry| entry.undo.clone())
-    }
-
-    fn owe(&self, target: &Path) {
-        if let Some(entry) = self.entries().get_mut(target) {
-            entry.owed = true;
-        }
+        self.entries().get(target).cloned()
     }
 
     fn strike(&self, target: &Path) {
@@ -138,13 +130,6 @@ fn is_overlay(resource: &Resource) -> bool {
     matches!(resource, Resource::CombinedLayers(_))
 }
 
-impl BridgeGuest {
-    /// The connection, to reconnect it or to listen.
-    pub fn connection(&self) -> &GuestConnection {
-        &self.channel
-    }
-}
-
 impl<C: GuestChannel> BridgeGuest<C> {
     /// The guest at the other end of a channel.
     pub fn new(channel: C) -> Self {
@@ -154,15 +139,17 @@ impl<C: GuestChannel> BridgeGuest<C> {
         }
     }
 
+    /// The channel.
+    pub fn channel(&self) -> &C {
+        &self.channel
+    }
+
     async fn set_up(
         &self,
         target: &Path,
         add: Resource,
         undo: Resource,
     ) -> Result<(), BackendError> {
-        if let Some(owed) = self.ledger.owed(target) {
-            self.tear_down(target, owed).await?;
-        }
         self.ledger.book(target, undo)?;
         let outcome = self.channel.modify(ModificationRequest::add(add)).await;
         if let Err(error) = &outcome
@@ -175,10 +162,9 @@ impl<C: GuestChannel> BridgeGuest<C> {
 
     async fn tear_down(&self, target: &Path, undo: Resource) -> Result<(), BackendError> {
         let outcome = self.channel.modify(ModificationRequest::remove(undo)).await;
-        match &outcome {
-            Ok(()) => self.ledger.strike(target),
-            Err(error) if error.kind() == ErrorKind::Gone => self.ledger.owe(target),
-            Err(_) => {}
+        let ended = |error: &BackendError| error.kind() == ErrorKind::Gone;
+        if outcome.as_ref().err().is_none_or(ended) {
+            self.ledger.strike(target);
         }
         outcome
     }
@@ -200,7 +186,6 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
-        let guest = self.channel.capabilities();
         let undo = match self.ledger.get(target) {
             Some(undo) if is_overlay(&undo) => {
                 let message = format!(
@@ -210,8 +195,6 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
                 return Err(BackendError::conflict(message));
             }
             Some(undo) => undo,
-            // Another host may have mounted there before this one, and a guest of ours knows.
-            None if guest.has_additions() => host_requests::unmount(guest_path(target, &guest)?),
             None => return Ok(()),
         };
         self.tear_down(target, undo).await
@@ -243,14 +226,12 @@ impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        let guest = self.channel.capabilities();
         let undo = match self.ledger.get(target) {
             Some(undo) if !is_overlay(&undo) => {
                 let message = format!("{} is the mount of a device, no overlay", target.display());
                 return Err(BackendError::conflict(message));
             }
             Some(undo) => undo,
-            None if guest.has_additions() => host_requests::separate(guest_path(target, &guest)?),
             None => return Ok(()),
         };
         self.tear_down(target, undo).await

@@ -1,7 +1,6 @@
-//! The host's end of the bridge.
+//! The host's end of GCS.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind};
@@ -9,15 +8,18 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::broadcast;
+use tracing::debug;
 
-use crate::gcs::Hresult;
-use crate::gcs::link::Link;
+use crate::frames::{Found, FrameReader};
+use crate::gcs::hresult::Hresult;
 use crate::gcs::messages::{
-    Capabilities, CreateRequest, ErrorRecord, ModificationRequest, ModifySettings, NULL_ID,
-    NegotiateRequest, NegotiateResponse, Notification, PROTOCOL_VERSION, RequestBase, RequestType,
-    ResponseBase, Writer, decode, encode,
+    Capabilities, CreateRequest, ModificationRequest, ModifySettings, NULL_ID, NegotiateRequest,
+    NegotiateResponse, Notification, PROTOCOL_VERSION, RequestBase, RequestType, ResponseBase,
+    Writer, decode, encode,
 };
-use crate::gcs::wire::{Frame, MessageType};
+use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
+use crate::line::{Deadlines, Failure, Line, Reconnect};
+use crate::multiplexer::{Answers, Multiplexer};
 
 /// How many notifications are kept for a listener that does not take them; then the oldest go.
 const NOTIFICATIONS: usize = 256;
@@ -26,34 +28,15 @@ const NOTIFICATIONS: usize = 256;
 /// has done nothing then: it is another process than the one that was connected to, on the same stream.
 const UNKNOWN_PEER: &str = "bridge: function not supported";
 
-/// How long the host waits for its guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Deadlines {
-    /// For the answer to one request, from the moment it is made. When it has passed only this call
-    /// fails, with `Uncertain`. Default: 90 seconds, which is longer than a guest of ours takes to give up.
-    pub call: Duration,
-    /// For each step of the negotiation. Default: 10 seconds.
-    pub negotiation: Duration,
-    /// For the rest of a message that was begun; then the connection is lost. Default: 30 seconds.
-    pub frame: Duration,
-}
-
-impl Default for Deadlines {
-    fn default() -> Self {
-        Deadlines {
-            call: Duration::from_secs(90),
-            negotiation: Duration::from_secs(10),
-            frame: Duration::from_secs(30),
-        }
-    }
-}
+/// The type of an answer, and its body or why that cannot be read.
+type Answer = (MessageType, Result<Vec<u8>, String>);
 
 /// A connection to the agent of a guest, over any stream of bytes.
 ///
 /// Any number of requests are under way at once, and each is answered when the guest has done it. One
-/// that is answered with garbage, too late or never fails alone. When the stream is lost, requests that
-/// were sent fail with `Uncertain`, and everything later with `Gone` at once until
-/// [`reconnect`](Self::reconnect).
+/// that is answered with garbage, too late or never fails alone. When the stream is lost, requests fail with
+/// `Uncertain`, those under way and later ones, until [`reconnect`](Self::reconnect). A
+/// [`RedialingChannel`](crate::RedialingChannel) reconnects by itself.
 ///
 /// Cloning is cheap; clones are the same connection. The stream is closed when the last is dropped.
 #[derive(Debug, Clone)]
@@ -62,17 +45,8 @@ pub struct GuestConnection(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     deadlines: Deadlines,
-    /// Counts on over reconnections: an answer to an old request is never one to a new.
-    next_id: AtomicU64,
     notifications: broadcast::Sender<Notification>,
-    /// Locked to be copied or replaced, never across I/O.
-    current: Mutex<Current>,
-}
-
-#[derive(Debug, Default)]
-struct Current {
-    link: Option<Arc<Link>>,
-    capabilities: Arc<Capabilities>,
+    line: Line<Answer, Capabilities>,
 }
 
 impl GuestConnection {
@@ -99,9 +73,8 @@ impl GuestConnection {
     {
         let connection = GuestConnection(Arc::new(Shared {
             deadlines,
-            next_id: AtomicU64::new(0),
             notifications: broadcast::Sender::new(NOTIFICATIONS),
-            current: Mutex::default(),
+            line: Line::new(),
         }));
         connection.reconnect(stream).await?;
         Ok(connection)
@@ -112,7 +85,7 @@ impl GuestConnection {
     ///
     /// # Errors
     ///
-    /// `Gone` if the guest does not answer, `Unsuitable` if there is no common version. The connection is then as
+    /// `Uncertain` if the guest does not answer, `Unsuitable` if there is no common version. The connection is then as
     /// it was.
     ///
     /// # Cancel safety
@@ -126,37 +99,30 @@ impl GuestConnection {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let notifications = self.0.notifications.clone();
-        let link = Link::start(stream, self.0.deadlines.frame, notifications);
-        let capabilities = self
-            .negotiate(&link)
-            .await
-            .map_err(|error| match error.kind() {
-                // Negotiating changes nothing, so there is nothing to be uncertain about.
-                ErrorKind::Uncertain | ErrorKind::Busy => {
-                    BackendError::gone("the guest cannot be negotiated with").with_source(error)
-                }
-                _ => error,
-            })?;
-        let (link, capabilities) = (Some(Arc::new(link)), Arc::new(capabilities));
-        let old = std::mem::replace(&mut *self.current(), Current { link, capabilities });
-        if let Some(old) = old.link {
-            old.end("another connection has taken its place");
-        }
+        let Shared {
+            deadlines,
+            notifications,
+            line,
+        } = &*self.0;
+        let (reader, writer) = tokio::io::split(stream);
+        let reader = FrameReader::new(reader, deadlines.frame);
+        let notifications = notifications.clone();
+        let link = Multiplexer::start(writer, line.ids.clone(), |answers| {
+            receive(reader, answers, notifications)
+        });
+        let capabilities = negotiate(&link, deadlines.negotiation).await?;
+        line.replace(link, capabilities);
         Ok(())
     }
 
     /// Closes the connection; as if it were lost.
     pub fn close(&self) {
-        let link = self.current().link.take();
-        if let Some(link) = link {
-            link.end("the connection was closed");
-        }
+        self.0.line.close();
     }
 
     /// What the guest has said it can do.
     pub fn capabilities(&self) -> Arc<Capabilities> {
-        self.current().capabilities.clone()
+        self.0.line.agreed()
     }
 
     /// What the guest says unasked, from now on and over reconnections. Who does not listen for long
@@ -169,8 +135,8 @@ impl GuestConnection {
     ///
     /// # Errors
     ///
-    /// `Gone` if there is no connection, or no longer to the agent that it was made to. `Uncertain` if the guest may have done it: it has not answered in
-    /// time, or with garbage, or the connection was lost, or it has failed to [add](RequestType::Add) something and
+    /// `Uncertain` if the guest may have done it: it has not answered in time, or with garbage, or there is no
+    /// connection, or it has failed to [add](RequestType::Add) something and
     /// not said what is left of it. `Busy` if it does not even read requests; this one was not sent then. `Invalid` if
     /// the request does not fit in 64 KiB. Otherwise what the guest says.
     ///
@@ -191,22 +157,36 @@ impl GuestConnection {
         request: ModificationRequest,
         deadline: Duration,
     ) -> Result<(), BackendError> {
+        Ok(self.attempt(request, deadline).await?)
+    }
+}
+
+impl Reconnect for GuestConnection {
+    type Request = ModificationRequest;
+
+    fn may_repeat(request: &ModificationRequest) -> bool {
+        request.request_type == RequestType::Remove
+    }
+
+    fn deadlines(&self) -> Deadlines {
+        self.0.deadlines
+    }
+
+    async fn attempt(
+        &self,
+        request: ModificationRequest,
+        deadline: Duration,
+    ) -> Result<(), Failure> {
         let adds = request.request_type == RequestType::Add;
         let what = format!(
             "{} of {}",
             request.request_type.name(),
             request.resource.name()
         );
-        let link = self.current().link.clone();
-        let link = link.ok_or_else(|| {
-            BackendError::gone(format!(
-                "cannot ask the guest for {what}: there is no connection"
-            ))
-        })?;
+        let link = self.0.line.link(&what)?;
         let body = ModifySettings::from(request);
-        let answer: ResponseBase = self
-            .exchange(&link, &what, MessageType::MODIFY_SETTINGS, &body, deadline)
-            .await?;
+        let message = MessageType::MODIFY_SETTINGS;
+        let answer: ResponseBase = exchange(&link, &what, message, &body, deadline).await?;
         if answer.result.is_ok() {
             return Ok(());
         }
@@ -215,104 +195,138 @@ impl GuestConnection {
         {
             let why = "the agent was started anew, and knows nothing of this connection";
             link.end(why);
-            return Err(BackendError::gone(format!(
-                "cannot ask the guest for {what}: {why}"
-            )));
+            return Err(Failure::not_sent(&what, why));
         }
-        Err(failure(&what, answer, adds))
+        Err(failure(&what, answer, adds).into())
     }
 
-    async fn negotiate(&self, link: &Link) -> Result<Capabilities, BackendError> {
-        let deadline = self.0.deadlines.negotiation;
-        let what = "negotiation";
-        let request = NegotiateRequest::default();
-        let answer: NegotiateResponse = self
-            .exchange(link, what, MessageType::NEGOTIATE, &request, deadline)
-            .await?;
-        if !answer.result.is_ok() {
-            let NegotiateResponse {
-                result,
-                error_message,
-                error_records,
-                ..
-            } = answer;
-            let answer = ResponseBase {
-                result,
-                error_message,
-                error_records,
-                ..ResponseBase::default()
-            };
-            return Err(failure(what, answer, false));
-        }
-        if answer.version != PROTOCOL_VERSION {
-            let message = format!(
-                "the guest speaks version {} of the protocol, this host only {PROTOCOL_VERSION}",
-                answer.version
-            );
-            return Err(BackendError::unsuitable(message));
-        }
-        let capabilities = answer.capabilities;
-        if capabilities.send_host_create_message {
-            let request = CreateRequest::for_vm();
-            self.start_up(link, "create", MessageType::CREATE, &request)
-                .await?;
-            if capabilities.send_host_start_message {
-                let request = RequestBase {
-                    container_id: NULL_ID.into(),
-                    activity_id: NULL_ID.into(),
-                };
-                self.start_up(link, "start", MessageType::START, &request)
-                    .await?;
-            }
-        }
-        Ok(capabilities)
+    async fn open<S>(&self, stream: S) -> Result<(), BackendError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        self.reconnect(stream).await
     }
 
-    /// Sends one of the messages that a Windows guest waits for before all others.
-    async fn start_up<B: Serialize>(
-        &self,
-        link: &Link,
-        what: &str,
-        message: MessageType,
-        body: &B,
-    ) -> Result<(), BackendError> {
-        let deadline = self.0.deadlines.negotiation;
-        let answer: ResponseBase = self.exchange(link, what, message, body, deadline).await?;
-        match answer.result {
-            // Done on an earlier connection.
-            Hresult::OK | Hresult::SYSTEM_ALREADY_EXISTS => Ok(()),
-            _ => Err(failure(what, answer, false)),
-        }
+    fn hang_up(&self) {
+        self.close();
     }
+}
 
-    async fn exchange<B: Serialize, A: DeserializeOwned>(
-        &self,
-        link: &Link,
-        what: &str,
-        message: MessageType,
-        body: &B,
-        deadline: Duration,
-    ) -> Result<A, BackendError> {
-        let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
-        let frame = Frame {
-            message,
-            id,
-            payload: encode(body, Writer::Host),
+/// Delivers answers and notifications until the stream ends, and returns the reason.
+async fn receive<R: AsyncRead + Unpin>(
+    mut reader: FrameReader<R, GcsHeader>,
+    answers: Answers<Answer>,
+    notifications: broadcast::Sender<Notification>,
+) -> String {
+    loop {
+        let (GcsHeader { message, id }, body) = match reader.next_or_reason().await {
+            Ok(Found::Frame(header, body)) => (header, Ok(body)),
+            Ok(Found::Oversize(header, size)) => (
+                header,
+                Err(format!("has {size} bytes, over the limit of 64 KiB")),
+            ),
+            Err(reason) => return reason,
         };
-        let answer = link.ask(what, frame, deadline).await?;
-        decode(&answer).map_err(|error| {
-            let message = format!("the guest's answer to {what} cannot be read");
-            BackendError::uncertain(message).with_source(error)
-        })
+        match (message.role(), body) {
+            (Role::Response, body) => answers.deliver(id, (message, body)),
+            (Role::Notification, Ok(body)) => notify(&body, &notifications),
+            (role, _) => debug!(%message, id, ?role, "ignored a message of the guest"),
+        }
     }
+}
 
-    fn current(&self) -> MutexGuard<'_, Current> {
-        // Nothing under the lock panics.
-        self.0
-            .current
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+fn notify(body: &[u8], notifications: &broadcast::Sender<Notification>) {
+    match decode::<Notification>(body) {
+        // There may be no listener.
+        Ok(notification) => drop(notifications.send(notification)),
+        Err(error) => debug!(%error, "ignored a notification that cannot be read"),
     }
+}
+
+async fn negotiate(
+    link: &Multiplexer<Answer>,
+    deadline: Duration,
+) -> Result<Capabilities, BackendError> {
+    let what = "negotiation";
+    let request = NegotiateRequest::default();
+    let answer: NegotiateResponse =
+        exchange(link, what, MessageType::NEGOTIATE, &request, deadline).await?;
+    if !answer.result.is_ok() {
+        let answer = ResponseBase {
+            result: answer.result,
+            error_message: answer.error_message,
+            error_records: answer.error_records,
+            ..ResponseBase::default()
+        };
+        return Err(failure(what, answer, false));
+    }
+    if answer.version != PROTOCOL_VERSION {
+        let message = format!(
+            "the guest speaks version {} of the protocol, this host only {PROTOCOL_VERSION}",
+            answer.version
+        );
+        return Err(BackendError::unsuitable(message));
+    }
+    let capabilities = answer.capabilities;
+    if capabilities.send_host_create_message {
+        let request = CreateRequest::for_vm();
+        start_up(link, "create", MessageType::CREATE, &request, deadline).await?;
+        if capabilities.send_host_start_message {
+            let request = RequestBase {
+                container_id: NULL_ID.into(),
+                activity_id: NULL_ID.into(),
+            };
+            start_up(link, "start", MessageType::START, &request, deadline).await?;
+        }
+    }
+    Ok(capabilities)
+}
+
+/// Sends one of the messages that a Windows guest waits for before all others.
+async fn start_up<B: Serialize>(
+    link: &Multiplexer<Answer>,
+    what: &str,
+    message: MessageType,
+    body: &B,
+    deadline: Duration,
+) -> Result<(), BackendError> {
+    let answer: ResponseBase = exchange(link, what, message, body, deadline).await?;
+    match answer.result {
+        // Done on an earlier connection.
+        Hresult::OK | Hresult::SYSTEM_ALREADY_EXISTS => Ok(()),
+        _ => Err(failure(what, answer, false)),
+    }
+}
+
+async fn exchange<B: Serialize, A: DeserializeOwned>(
+    link: &Multiplexer<Answer>,
+    what: &str,
+    message: MessageType,
+    body: &B,
+    deadline: Duration,
+) -> Result<A, Failure> {
+    let unanswered = |why| Failure::unanswered(what, deadline, why);
+    let call = link.begin().map_err(unanswered)?;
+    let frame = Frame {
+        message,
+        id: call.id(),
+        payload: encode(body, Writer::Host),
+    };
+    let bytes = frame.encode().map_err(|error| {
+        let message = format!("cannot ask the guest for the {what}: the request is too long");
+        BackendError::invalid(message).with_source(error)
+    })?;
+    let (kind, answer) = call.exchange(bytes, deadline).await.map_err(unanswered)?;
+    let garbled = |how: String| {
+        let message = format!("the guest's answer to the {what} {how}");
+        Failure::Failed(BackendError::uncertain(message))
+    };
+    let expected = message.response();
+    if kind != expected {
+        return Err(garbled(format!("is of type {kind} in place of {expected}")));
+    }
+    let answer = answer.map_err(garbled)?;
+    decode(&answer).map_err(|error| garbled(format!("cannot be read: {error}")))
 }
 
 /// What an answer that is not success means.
@@ -323,18 +337,16 @@ fn failure(what: &str, answer: ResponseBase, adds: bool) -> BackendError {
         error_records,
         ..
     } = answer;
-    let named = error_records.iter().find_map(ErrorRecord::kind);
-    let numbers = std::iter::once(result).chain(error_records.iter().map(|record| record.result));
-    let kind = named
-        .or_else(|| numbers.into_iter().find_map(Hresult::kind))
-        .unwrap_or(
-            // A guest that only has a text for us may have left half of it behind.
-            if adds {
-                ErrorKind::Uncertain
-            } else {
-                ErrorKind::Other
-            },
-        );
+    let mut numbers =
+        std::iter::once(result).chain(error_records.iter().map(|record| record.result));
+    let kind = numbers.find_map(Hresult::kind).unwrap_or(
+        // A guest that only has a text for us may have left half of it behind.
+        if adds {
+            ErrorKind::Uncertain
+        } else {
+            ErrorKind::Other
+        },
+    );
     let said = error_records
         .into_iter()
         .map(|record| record.message)

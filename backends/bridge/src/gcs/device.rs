@@ -1,12 +1,10 @@
-//! Devices as the protocol addresses them.
+//! Devices as GCS addresses them.
 
 use blockmount::{BackendError, DeviceLocator};
 use blockmount_scsi::ScsiAddress;
+use blockmount_vpmem::{ByteRange, VpmemAddress};
 
 use crate::gcs::messages::{MappingInfo, ScsiDevice};
-
-/// The transport of persistent memory devices: `vpmem:2`, `vpmem:2@4194304+1052672`.
-const VPMEM: &str = "vpmem";
 
 /// A device that a message can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,17 +21,21 @@ impl TryFrom<&DeviceLocator> for Device {
 
     fn try_from(locator: &DeviceLocator) -> Result<Self, BackendError> {
         match locator.transport() {
-            VPMEM => vpmem(locator.address()).ok_or_else(|| {
-                BackendError::invalid(format!(
-                    "{locator} is not the locator of a VPMEM device; one has the form \
-                     vpmem:device or vpmem:device@offset+size"
-                ))
-            }),
+            blockmount_vpmem::SCHEME => {
+                let VpmemAddress { device, range } = VpmemAddress::try_from(locator)?;
+                Ok(Device::Vpmem {
+                    number: device.get().into(),
+                    mapping: range.map(|range| MappingInfo {
+                        device_offset_in_bytes: range.offset(),
+                        device_size_in_bytes: range.size(),
+                    }),
+                })
+            }
             blockmount_scsi::SCHEME => {
                 let ScsiAddress { controller, lun } = ScsiAddress::try_from(locator)?;
                 let lun = u8::try_from(lun.get()).map_err(|_| {
                     let message =
-                        format!("{locator} is beyond LUN 255, the last that the bridge can name");
+                        format!("{locator} is beyond LUN 255, the last that GCS can name");
                     BackendError::unsuitable(message)
                 })?;
                 Ok(Device::Scsi(ScsiDevice {
@@ -42,7 +44,7 @@ impl TryFrom<&DeviceLocator> for Device {
                 }))
             }
             _ => Err(BackendError::unsuitable(format!(
-                "the bridge has no message for {locator}, only for SCSI and VPMEM devices"
+                "GCS has no message for {locator}, only for SCSI and VPMEM devices"
             ))),
         }
     }
@@ -68,47 +70,17 @@ impl TryFrom<Device> for DeviceLocator {
                 Ok(address.into())
             }
             Device::Vpmem { number, mapping } => {
-                let address = match mapping {
-                    None => number.to_string(),
-                    Some(MappingInfo {
-                        device_offset_in_bytes,
-                        device_size_in_bytes,
-                    }) => {
-                        format!("{number}@{device_offset_in_bytes}+{device_size_in_bytes}")
-                    }
+                let range = mapping.map(|mapping| {
+                    ByteRange::new(mapping.device_offset_in_bytes, mapping.device_size_in_bytes)
+                });
+                let address = VpmemAddress {
+                    device: u64::from(number).try_into()?,
+                    range: range.transpose()?,
                 };
-                DeviceLocator::new(VPMEM, address)
-                    .map_err(|error| BackendError::invalid(error.to_string()))
+                Ok(address.into())
             }
         }
     }
-}
-
-/// Reads `2` or `2@4194304+1052672`, each number in its one spelling.
-fn vpmem(address: &str) -> Option<Device> {
-    fn number<T: std::str::FromStr + ToString>(text: &str) -> Option<T> {
-        text.parse()
-            .ok()
-            .filter(|number: &T| number.to_string() == text)
-    }
-    let Some((device, range)) = address.split_once('@') else {
-        return Some(Device::Vpmem {
-            number: number(address)?,
-            mapping: None,
-        });
-    };
-    let (offset, size) = range.split_once('+')?;
-    let mapping = MappingInfo {
-        device_offset_in_bytes: number(offset)?,
-        device_size_in_bytes: number(size).filter(|size| *size > 0)?,
-    };
-    mapping
-        .device_offset_in_bytes
-        .checked_add(mapping.device_size_in_bytes)?;
-    Some(Device::Vpmem {
-        number: number(device)?,
-        mapping: Some(mapping),
-    })
 }
 
 #[cfg(test)]

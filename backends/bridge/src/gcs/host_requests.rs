@@ -6,8 +6,8 @@ use blockmount::{BackendError, Encryption, Expose, Format, MountOptions, Overlay
 
 use crate::gcs::device::Device;
 use crate::gcs::messages::{
-    Capabilities, CombinedLayers, Layer, MappedVirtualDisk, Resource, ScsiDevice, VpmemDevice,
-    WindowsDisk,
+    Capabilities, CombinedLayers, Layer, MappedVirtualDisk, MappingInfo, Resource, ScsiDevice,
+    VpmemDevice, WindowsDisk,
 };
 
 /// How many controllers Hyper-V has, and so how many other guests know; a higher one ends them.
@@ -66,22 +66,22 @@ pub(crate) fn mount(
 ) -> Result<(Resource, Resource), BackendError> {
     match device {
         Device::Scsi(device) if guest.is_windows() => windows_disk(device, path, options),
-        Device::Scsi(device) => linux_disk(device, path, options, guest),
+        Device::Scsi(device) => linux_disk(device, path, options),
         Device::Vpmem { .. } if guest.is_windows() => Err(BackendError::unsuitable(
-            "a Windows guest cannot mount a VPMEM device by the bridge",
+            "a Windows guest cannot mount a VPMEM device by GCS",
         )),
-        Device::Vpmem { .. } => vpmem(device, path, options, guest),
+        Device::Vpmem { number, mapping } => vpmem(number, mapping, path, options),
     }
 }
 
-/// The request that lays layers over each other, and the one that takes them apart.
+/// The request that combines layers, and the one that separates them.
 pub(crate) fn combine(
     overlay: &Overlay,
     guest: &Capabilities,
 ) -> Result<(Resource, Resource), BackendError> {
     if guest.is_windows() {
         return Err(BackendError::unsuitable(
-            "a Windows guest combines no layers by the bridge",
+            "a Windows guest combines no layers by GCS",
         ));
     }
     if overlay.layers.is_empty() {
@@ -92,8 +92,8 @@ pub(crate) fn combine(
     }
     let layer = |path: &Path| {
         let path = guest_path(path, guest)?;
-        // Other guests paste paths into the options of overlayfs as they are.
-        if !guest.has_additions() && path.contains([':', ',', '\\']) {
+        // These guests paste paths into the options of overlayfs as they are.
+        if path.contains([':', ',', '\\']) {
             let message =
                 format!("this guest cannot have a layer at {path:?}: overlayfs would misread it");
             return Err(BackendError::unsuitable(message));
@@ -128,18 +128,10 @@ pub(crate) fn combine(
 }
 
 /// What takes an overlay apart.
-pub(crate) fn separate(container_root_path: String) -> Resource {
+fn separate(container_root_path: String) -> Resource {
     Resource::CombinedLayers(CombinedLayers {
         container_root_path,
         ..CombinedLayers::default()
-    })
-}
-
-/// What unmounts a path in a guest that does not need to be told more.
-pub(crate) fn unmount(mount_path: String) -> Resource {
-    Resource::MappedVirtualDisk(MappedVirtualDisk {
-        mount_path,
-        ..MappedVirtualDisk::default()
     })
 }
 
@@ -150,29 +142,21 @@ pub(crate) fn unplug(
 ) -> Result<Option<Resource>, BackendError> {
     match device {
         Device::Scsi(device) if !guest.is_windows() => {
-            known_controller(device, guest)?;
+            known_controller(device)?;
             Ok(Some(Resource::ScsiDevice(device)))
         }
-        Device::Vpmem { number, mapping } if guest.has_additions() => {
-            Ok(Some(Resource::VpmemDevice(VpmemDevice {
-                device_number: number,
-                mapping_info: mapping,
-                unplug: true,
-                ..VpmemDevice::default()
-            })))
-        }
-        // The protocol has no word for it: Windows notices by itself, and a VPMEM device is let
-        // go with its mount.
+        // The protocol has no message for it: Windows notices by itself, and a VPMEM device is released with its
+        // mount.
         Device::Scsi(_) | Device::Vpmem { .. } => Ok(None),
     }
 }
 
-fn known_controller(device: ScsiDevice, guest: &Capabilities) -> Result<(), BackendError> {
-    if guest.has_additions() || device.controller < CONTROLLERS {
+fn known_controller(device: ScsiDevice) -> Result<(), BackendError> {
+    if device.controller < CONTROLLERS {
         return Ok(());
     }
     let message = format!(
-        "this guest knows SCSI controllers 0 to 3, not {}",
+        "a guest of Hyper-V knows SCSI controllers 0 to 3, not {}",
         device.controller
     );
     Err(BackendError::unsuitable(message))
@@ -182,11 +166,10 @@ fn linux_disk(
     device: ScsiDevice,
     mount_path: String,
     options: &MountOptions,
-    guest: &Capabilities,
 ) -> Result<(Resource, Resource), BackendError> {
-    known_controller(device, guest)?;
+    known_controller(device)?;
     let ScsiDevice { controller, lun } = device;
-    only_known_additions(options, guest)?;
+    refuse_ignored(options)?;
     let encrypted = match options.encryption() {
         None => false,
         Some(Encryption::Ephemeral) => true,
@@ -208,12 +191,6 @@ fn linux_disk(
         options: words(options),
         ensure_filesystem: options.format().is_some(),
         filesystem: filesystem(options),
-        verity: options.verity().map(Into::into),
-        // Only our guests ask; the others do it anyway.
-        overwrite: guest.has_additions()
-            && options
-                .format()
-                .is_some_and(|format| format.overwrite == Overwrite::Everything),
         ..undo.clone()
     };
     Ok((
@@ -222,59 +199,37 @@ fn linux_disk(
     ))
 }
 
+/// Without a word more, a VPMEM device is a read-only ext4, and a message has no word more.
 fn vpmem(
-    device: Device,
+    device_number: u32,
+    mapping_info: Option<MappingInfo>,
     mount_path: String,
     options: &MountOptions,
-    guest: &Capabilities,
 ) -> Result<(Resource, Resource), BackendError> {
-    let Device::Vpmem {
-        number: device_number,
-        mapping: mapping_info,
-    } = device
-    else {
-        return Err(unsuitable("this device"));
-    };
     if !options.is_read_only() {
         return Err(unsuitable("a VPMEM device read-write"));
     }
     if exposes_device(options)? {
         return Err(unsuitable("the block device of a VPMEM device"));
     }
-    if options.partition().is_some() && !guest.has_additions() {
-        return Err(unsuitable("a partition of a VPMEM device in this guest"));
+    if options.partition().is_some() {
+        return Err(unsuitable("a partition of a VPMEM device"));
     }
-    only_known_additions(options, guest)?;
-    let mut words = words(options);
-    let mut filesystem = filesystem(options);
-    // Without a word more, a VPMEM device is a read-only ext4.
-    words.retain(|word| word != "ro");
-    if !guest.has_additions() && !matches!(filesystem.as_str(), "" | "ext4") {
-        return Err(unsuitable(&format!(
-            "{filesystem} on a VPMEM device in this guest"
-        )));
+    refuse_ignored(options)?;
+    let filesystem = filesystem(options);
+    if !matches!(filesystem.as_str(), "" | "ext4") {
+        return Err(unsuitable(&format!("{filesystem} on a VPMEM device")));
     }
-    if !guest.has_additions() && !words.is_empty() {
-        return Err(unsuitable("mount options of a VPMEM device in this guest"));
+    if options.propagation().is_some() {
+        return Err(unsuitable("mount options of a VPMEM device"));
     }
-    if !guest.has_additions() {
-        filesystem.clear();
-    }
-    let undo = VpmemDevice {
+    let device = Resource::VpmemDevice(VpmemDevice {
         device_number,
         mount_path,
         mapping_info,
         ..VpmemDevice::default()
-    };
-    let verity = options.verity().map(Into::into);
-    let device = VpmemDevice {
-        partition: options.partition().map_or(0, |number| number.get().into()),
-        options: words,
-        filesystem,
-        verity,
-        ..undo.clone()
-    };
-    Ok((Resource::VpmemDevice(device), Resource::VpmemDevice(undo)))
+    });
+    Ok((device.clone(), device))
 }
 
 /// A Windows guest takes a path and a LUN, and finds out the rest.
@@ -327,10 +282,7 @@ fn windows_disk(
 }
 
 /// Refuses what the guest would silently not do.
-fn only_known_additions(options: &MountOptions, guest: &Capabilities) -> Result<(), BackendError> {
-    if guest.has_additions() {
-        return Ok(());
-    }
+fn refuse_ignored(options: &MountOptions) -> Result<(), BackendError> {
     if options.verity().is_some() {
         return Err(unsuitable(
             "an integrity check in this guest, which reads it from the disk or not at all",
@@ -360,7 +312,7 @@ fn only_known_additions(options: &MountOptions, guest: &Capabilities) -> Result<
 }
 
 fn unsuitable(what: &str) -> BackendError {
-    BackendError::unsuitable(format!("the bridge cannot ask for {what}"))
+    BackendError::unsuitable(format!("GCS has no message for {what}"))
 }
 
 fn exposes_device(options: &MountOptions) -> Result<bool, BackendError> {

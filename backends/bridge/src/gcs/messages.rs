@@ -1,13 +1,10 @@
 //! The bodies of the messages.
 //!
-//! Names and order of the fields are those of the protocol. A field that is documented as *ours* is unknown
-//! to other peers, and left out when it is not used. Hosts skip what they do not know; a guest is sent such a field
-//! only if it has said in its [`GuestCapabilities`] that it knows it.
+//! Names and order of the fields are those of the protocol.
 
 mod request;
 mod storage;
 
-use blockmount::ErrorKind;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -15,16 +12,13 @@ use crate::gcs::Hresult;
 
 pub use self::request::{ModificationRequest, RequestType, Resource, UnreadableRequest};
 pub use self::storage::{
-    CombinedLayers, Layer, MappedVirtualDisk, MappingInfo, ScsiDevice, VerityInfo, VerityTarget,
-    VpmemDevice, WindowsDisk,
+    CombinedLayers, Layer, MappedVirtualDisk, MappingInfo, ScsiDevice, VerityInfo, VpmemDevice,
+    WindowsDisk,
 };
 pub use crate::gcs::json::{Writer, decode, decode_value, encode, is_zero};
 
 /// The only version of the protocol that there is.
 pub const PROTOCOL_VERSION: u32 = 4;
-
-/// The version of [our own additions](GuestCapabilities::blockmount_version).
-pub const BLOCKMOUNT_VERSION: u32 = 1;
 
 /// The id of the VM itself where a message names a container, and the activity of every message.
 pub const NULL_ID: &str = "00000000-0000-0000-0000-000000000000";
@@ -33,7 +27,7 @@ pub const NULL_ID: &str = "00000000-0000-0000-0000-000000000000";
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct RequestBase {
-    /// Whom it is about; the VM itself is [`NULL_ID`].
+    /// The container that it is about; the VM itself is [`NULL_ID`].
     pub container_id: String,
     /// What it is a part of; the answer repeats it.
     pub activity_id: String,
@@ -103,7 +97,7 @@ pub struct Capabilities {
     /// `Linux` or `Windows`.
     #[serde(skip_serializing_if = "is_zero")]
     pub runtime_os_type: String,
-    /// What the guest says about itself in words of its own.
+    /// What the guest says beyond the protocol.
     pub guest_defined_capabilities: GuestCapabilities,
 }
 
@@ -111,11 +105,6 @@ impl Capabilities {
     /// Whether disks are mounted the Windows way in this guest.
     pub fn is_windows(&self) -> bool {
         self.runtime_os_type.eq_ignore_ascii_case("windows")
-    }
-
-    /// Whether the guest knows our additions.
-    pub fn has_additions(&self) -> bool {
-        self.guest_defined_capabilities.blockmount_version >= BLOCKMOUNT_VERSION
     }
 }
 
@@ -145,10 +134,6 @@ pub struct GuestCapabilities {
     /// Containers that have ended can be forgotten.
     #[serde(skip_serializing_if = "is_zero")]
     pub delete_container_state_supported: bool,
-    /// *Ours.* The guest keeps every mount option that it is sent (or refuses), checks verity, formats only what is
-    /// blank unless told otherwise, unmounts by target alone and says of each error what kind it is.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub blockmount_version: u32,
 }
 
 /// Makes a container, or the VM's own part of a Windows guest.
@@ -201,7 +186,7 @@ impl From<ModificationRequest> for ModifySettings {
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct ReceivedSettings {
-    /// Whom it is about.
+    /// The container that it is about.
     pub container_id: String,
     /// What it is a part of.
     pub activity_id: String,
@@ -246,9 +231,6 @@ pub struct ErrorRecord {
     /// The function.
     #[serde(skip_serializing_if = "is_zero")]
     pub function_name: String,
-    /// *Ours.* The name of an [`ErrorKind`]; see [`kind`](Self::kind).
-    #[serde(skip_serializing_if = "is_zero")]
-    pub kind: String,
 }
 
 impl ErrorRecord {
@@ -262,27 +244,13 @@ impl ErrorRecord {
             ..ErrorRecord::default()
         }
     }
-
-    /// The kind of the error, if the guest has named one that we know.
-    pub fn kind(&self) -> Option<ErrorKind> {
-        ErrorKind::deserialize(Value::from(self.kind.as_str())).ok()
-    }
-
-    /// The same record with the kind of the error.
-    #[must_use]
-    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
-        if let Ok(Value::String(name)) = serde_json::to_value(kind) {
-            self.kind = name;
-        }
-        self
-    }
 }
 
 /// What a guest says unasked.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct Notification {
-    /// Whom it is about.
+    /// The container that it is about.
     pub container_id: String,
     /// What it is a part of.
     pub activity_id: String,

@@ -1,32 +1,27 @@
-//! The guest's end of the bridge.
+//! The guest's end of GCS.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use blockmount::{ErrorKind, LayerCombiner, Mounter, Unplugger};
 use serde::Serialize;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{debug, warn};
 
-use crate::gcs::Hresult;
-use crate::gcs::guest_work::{Refusal, Work};
+use crate::frames::{Found, FrameError, FrameReader};
+use crate::gcs::guest_work::{self, Refusal};
+use crate::gcs::hresult::Hresult;
 use crate::gcs::messages::{
-    BLOCKMOUNT_VERSION, Capabilities, GuestCapabilities, NegotiateRequest, NegotiateResponse,
-    Notification, PROTOCOL_VERSION, ReceivedSettings, RequestBase, ResponseBase, SchemaVersion,
-    Writer, decode, encode,
+    Capabilities, NegotiateRequest, NegotiateResponse, Notification, PROTOCOL_VERSION,
+    ReceivedSettings, RequestBase, ResponseBase, SchemaVersion, Writer, decode, encode,
 };
-use crate::gcs::wire::{Decoded, Frame, FrameError, FrameReader, MessageType, Role};
-use crate::order::Order;
+use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
+use crate::work::{Guest, Session, Worker, send};
 
-/// How many requests are under way at once, unless told otherwise: as many as there are disks on four
-/// controllers of Hyper-V. More wait in the stream.
+/// How many requests of one connection are under way at once, unless told otherwise: as many as there are disks on
+/// four controllers of Hyper-V. More wait in the stream.
 const REQUESTS: usize = 256;
-
-/// How many answers wait for a host that reads slowly; more wait with their requests.
-const ANSWERS: usize = 16;
 
 /// How many notifications wait for a host.
 const NOTIFICATIONS: usize = 256;
@@ -34,21 +29,18 @@ const NOTIFICATIONS: usize = 256;
 /// How long the rest of a message may take that was begun, unless told otherwise.
 const FRAME: Duration = Duration::from_secs(30);
 
-/// Serves a guest to its host: requests in, calls of the guest's contracts, answers out.
-///
-/// Requests are done at once and answered as they end; those for one target or device in the
-/// order in which they came. No request stops the server, whatever is in it. When a connection ends, what
-/// is under way goes on and its answers are dropped; a request over the next connection waits for it where it
-/// must. So one server has to serve all connections of a guest.
+/// Serves a guest to its hosts over GCS, as [`blockmount_bridge::GuestServer`](crate::GuestServer) does over our own
+/// protocol, and with the same limits and order.
 ///
 /// Cloning is cheap; clones are the same server.
-pub struct GuestServer<G>(Arc<Shared<G>>);
+#[derive(Debug, Clone)]
+pub struct GuestServer(Arc<Shared>);
 
-struct Shared<G> {
-    guest: G,
-    frame_deadline: Duration,
-    permits: Arc<Semaphore>,
-    order: Order<crate::gcs::guest_work::Key>,
+#[derive(Debug)]
+struct Shared {
+    worker: Worker,
+    requests: usize,
+    frame_timeout: Duration,
     notifications: Mutex<VecDeque<Notification>>,
     notified: Notify,
 }
@@ -63,42 +55,27 @@ pub struct NotificationsFull;
 /// # Errors
 ///
 /// As for [`GuestServer::serve`].
-pub async fn serve<S, G>(stream: S, guest: G) -> Result<(), FrameError>
+pub async fn serve<S>(stream: S, guest: impl Guest) -> Result<(), FrameError>
 where
     S: AsyncRead + AsyncWrite,
-    G: Mounter + Unplugger + LayerCombiner,
 {
     GuestServer::new(guest).serve(stream).await
 }
 
-impl<G> Clone for GuestServer<G> {
-    fn clone(&self) -> Self {
-        GuestServer(self.0.clone())
-    }
-}
-
-impl<G> fmt::Debug for GuestServer<G> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GuestServer")
-            .field("requests_free", &self.0.permits.available_permits())
-            .finish_non_exhaustive()
-    }
-}
-
-impl<G: Mounter + Unplugger + LayerCombiner> GuestServer<G> {
-    /// A server with the default limits: 256 requests at once, 30 seconds for the rest of a message.
-    pub fn new(guest: G) -> Self {
+impl GuestServer {
+    /// A server with the default limits: 256 requests of each connection at once, 30 seconds for the rest of a
+    /// message.
+    pub fn new(guest: impl Guest) -> Self {
         Self::with_limits(guest, REQUESTS, FRAME)
     }
 
-    /// A server that has at most so many requests under way (at least one), and waits so long for the rest of
-    /// a message that was begun.
-    pub fn with_limits(guest: G, requests: usize, frame_deadline: Duration) -> Self {
+    /// A server that has at most so many requests of one connection under way (at least one), and waits so long for
+    /// the rest of a message that was begun.
+    pub fn with_limits(guest: impl Guest, requests: usize, frame_timeout: Duration) -> Self {
         GuestServer(Arc::new(Shared {
-            guest,
-            frame_deadline,
-            permits: Arc::new(Semaphore::new(requests.clamp(1, Semaphore::MAX_PERMITS))),
-            order: Order::default(),
+            worker: Worker::new(guest),
+            requests,
+            frame_timeout,
             notifications: Mutex::default(),
             notified: Notify::new(),
         }))
@@ -139,17 +116,17 @@ impl<G: Mounter + Unplugger + LayerCombiner> GuestServer<G> {
         S: AsyncRead + AsyncWrite,
     {
         let (reader, writer) = tokio::io::split(stream);
-        let (answers, outgoing) = mpsc::channel(ANSWERS);
+        let (session, outgoing) = self.0.worker.session(self.0.requests);
         let (negotiated, is_negotiated) = watch::channel(false);
-        let reader = FrameReader::new(reader, self.0.frame_deadline);
+        let reader = FrameReader::new(reader, self.0.frame_timeout);
+        let answers = session.answers.clone();
         let connection = Connection {
-            server: self.clone(),
-            answers: answers.clone(),
+            session,
             negotiated,
         };
         tokio::select! {
             outcome = connection.receive(reader) => outcome,
-            outcome = send(writer, outgoing) => outcome,
+            outcome = send(writer, outgoing) => Ok(outcome?),
             () = self.send_notifications(answers, is_negotiated) => Ok(()),
         }
     }
@@ -194,24 +171,23 @@ impl<G: Mounter + Unplugger + LayerCombiner> GuestServer<G> {
 }
 
 /// The reading side of one connection.
-struct Connection<G> {
-    server: GuestServer<G>,
-    answers: mpsc::Sender<Vec<u8>>,
+struct Connection {
+    session: Session,
     /// Whether a version was agreed on; anew on each connection.
     negotiated: watch::Sender<bool>,
 }
 
-impl<G: Mounter + Unplugger + LayerCombiner> Connection<G> {
+impl Connection {
     async fn receive<R: AsyncRead + Unpin>(
         &self,
-        mut reader: FrameReader<R>,
+        mut reader: FrameReader<R, GcsHeader>,
     ) -> Result<(), FrameError> {
-        while let Some(decoded) = reader.next().await? {
-            match decoded {
-                Decoded::Frame(frame) => self.take(frame).await,
-                Decoded::Oversize { message, id, size } => {
+        while let Some(found) = reader.next().await? {
+            match found {
+                Found::Frame(header, payload) => self.take(header, &payload).await,
+                Found::Oversize(GcsHeader { message, id }, size) => {
                     let why = format!("the request has {size} bytes, over the limit of 64 KiB");
-                    let refusal = Refusal::new(Hresult::INVALID_ARGUMENT, ErrorKind::Invalid, why);
+                    let refusal = Refusal::new(Hresult::INVALID_ARGUMENT, why);
                     self.refuse(message, id, String::new(), refusal).await;
                 }
             }
@@ -219,23 +195,18 @@ impl<G: Mounter + Unplugger + LayerCombiner> Connection<G> {
         Ok(())
     }
 
-    async fn take(&self, frame: Frame) {
-        let Frame {
-            message,
-            id,
-            payload,
-        } = frame;
+    async fn take(&self, GcsHeader { message, id }: GcsHeader, payload: &[u8]) {
         let negotiated = *self.negotiated.borrow();
         match message {
-            MessageType::NEGOTIATE if !negotiated => self.negotiate(id, &payload).await,
-            MessageType::MODIFY_SETTINGS if negotiated => self.modify(id, &payload).await,
+            MessageType::NEGOTIATE if !negotiated => self.negotiate(id, payload).await,
+            MessageType::MODIFY_SETTINGS if negotiated => self.modify(id, payload).await,
             _ => {
-                let activity = decode(&payload).map(|base: RequestBase| echo(base.activity_id));
+                let activity = decode(payload).map(|base: RequestBase| echo(base.activity_id));
                 let why = format!(
                     "bridge: function not supported, header type: {}",
                     message.bits()
                 );
-                let refusal = Refusal::new(Hresult::NOT_IMPLEMENTED, ErrorKind::Unsuitable, why);
+                let refusal = Refusal::new(Hresult::NOT_IMPLEMENTED, why);
                 self.refuse(message, id, activity.unwrap_or_default(), refusal)
                     .await;
             }
@@ -259,7 +230,7 @@ impl<G: Mounter + Unplugger + LayerCombiner> Connection<G> {
                 "the host speaks versions {lowest} to {highest} of the protocol, this guest only {PROTOCOL_VERSION}"
             );
             let result = Hresult::UNSUPPORTED_PROTOCOL_VERSION;
-            let refusal = Refusal::new(result, ErrorKind::Unsuitable, why);
+            let refusal = Refusal::new(result, why);
             return self.refuse(message, id, activity, refusal).await;
         }
         let response = NegotiateResponse {
@@ -284,53 +255,28 @@ impl<G: Mounter + Unplugger + LayerCombiner> Connection<G> {
             }
         };
         let activity = echo(settings.activity_id.clone());
-        let work = match Work::read(settings) {
-            Ok(work) => work,
-            Err(refusal) => return self.refuse(message, id, activity, refusal).await,
+        let respond = move |refusal: Option<Refusal>| match refusal {
+            None => ResponseBase {
+                activity_id: activity,
+                ..ResponseBase::default()
+            },
+            Some(refusal) => refusal.into_response(activity),
         };
-        // While none is free nothing is read: the host's requests wait in the stream.
-        let permit = self.server.0.permits.clone().acquire_owned().await;
-        let permit = permit.expect("the semaphore is never closed");
-        self.start(id, activity, work, permit);
-    }
-
-    /// Does the work in a task of its own, which nothing ends half-way.
-    fn start(&self, id: u64, activity: String, work: Work, permit: OwnedSemaphorePermit) {
-        let shared = self.server.0.clone();
-        let answers = self.answers.clone();
-        // Here and not in the task: tasks may start in another order.
-        let mut turn = work.key().map(|key| shared.order.queue(key));
-        tokio::spawn(async move {
-            let done = tokio::spawn(async move {
-                if let Some(turn) = &mut turn {
-                    turn.come().await;
-                }
-                work.run(&shared.guest).await
-            });
-            let refusal = match done.await {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.into()),
-                Err(_) => {
-                    let why = "the guest's backend panicked; nobody knows what it has done";
-                    Some(Refusal::new(Hresult::FAIL, ErrorKind::Uncertain, why))
-                }
-            };
-            let response = match refusal {
-                None => ResponseBase {
-                    activity_id: activity,
-                    ..ResponseBase::default()
-                },
-                Some(refusal) => {
-                    debug!(id, ?refusal, "a request of the host has failed");
-                    refusal.into_response(activity)
-                }
-            };
-            if let Some(bytes) = framed(MessageType::MODIFY_SETTINGS.response(), id, &response) {
-                // Nobody waits for it if the connection has ended.
-                let _ = answers.send(bytes).await;
+        match guest_work::read(settings) {
+            Ok(Some(request)) => {
+                let answer = move |outcome: Result<(), _>| {
+                    let refusal = outcome.err().map(Refusal::from);
+                    framed(message.response(), id, &respond(refusal))
+                };
+                self.session.start(request, answer).await;
             }
-            drop(permit);
-        });
+            // There is nothing to do.
+            Ok(None) => self.answer(message, id, &respond(None)).await,
+            Err(refusal) => {
+                debug!(id, ?refusal, "refused a request of the host");
+                self.answer(message, id, &respond(Some(refusal))).await;
+            }
+        }
     }
 
     async fn refuse(&self, message: MessageType, id: u64, activity: String, refusal: Refusal) {
@@ -345,20 +291,9 @@ impl<G: Mounter + Unplugger + LayerCombiner> Connection<G> {
             return warn!(%message, id, "ignored what is not a request");
         }
         if let Some(bytes) = framed(message.response(), id, body) {
-            let _ = self.answers.send(bytes).await;
+            let _ = self.session.answers.send(bytes).await;
         }
     }
-}
-
-async fn send<W: AsyncWrite + Unpin>(
-    mut writer: W,
-    mut outgoing: mpsc::Receiver<Vec<u8>>,
-) -> Result<(), FrameError> {
-    while let Some(bytes) = outgoing.recv().await {
-        writer.write_all(&bytes).await?;
-        writer.flush().await?;
-    }
-    Ok(())
 }
 
 /// The bytes of a message; none if it is over the limit, as a notification may be.
@@ -386,7 +321,7 @@ fn echo(activity_id: String) -> String {
 
 fn unreadable(error: &serde_json::Error) -> Refusal {
     let why = format!("the request cannot be read: {error}");
-    Refusal::new(Hresult::INVALID_JSON, ErrorKind::Invalid, why)
+    Refusal::new(Hresult::INVALID_JSON, why)
 }
 
 /// What this guest can do, which is disks and layers.
@@ -394,10 +329,6 @@ fn capabilities() -> Capabilities {
     Capabilities {
         supported_schema_versions: vec![SchemaVersion { major: 2, minor: 1 }],
         runtime_os_type: "Linux".to_owned(),
-        guest_defined_capabilities: GuestCapabilities {
-            blockmount_version: BLOCKMOUNT_VERSION,
-            ..GuestCapabilities::default()
-        },
         ..Capabilities::default()
     }
 }

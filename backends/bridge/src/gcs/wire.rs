@@ -1,12 +1,9 @@
 //! Frames: a header of 16 bytes and a JSON body, as the bytes of a stream.
 
 use std::fmt;
-use std::io;
-use std::time::Duration;
 
-use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::time::{Instant, timeout_at};
+pub use crate::frames::FrameError;
+use crate::frames::{self, Found, Header};
 
 /// The size of a header: type, size and id, little-endian.
 pub const HEADER_LEN: usize = 16;
@@ -14,13 +11,6 @@ pub const HEADER_LEN: usize = 16;
 /// The largest frame, header included: 64 KiB. Hosts end the connection on a larger one, and the agent
 /// of Windows has a buffer of this size.
 pub const MAX_FRAME: usize = 0x10000;
-
-/// The largest frame that is skipped in place of ending the connection. One that claims more is
-/// no frame.
-const MAX_SKIP: usize = 16 << 20;
-
-/// How much is read from the stream at once.
-const CHUNK: usize = 8 << 10;
 
 /// The type of a message: its role, its category, its number and its version, in 32 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -136,6 +126,7 @@ impl Frame {
         if length > MAX_FRAME {
             return Err(FrameError::Oversize {
                 size: length as u64,
+                limit: MAX_FRAME,
             });
         }
         let mut bytes = Vec::with_capacity(length);
@@ -147,48 +138,58 @@ impl Frame {
     }
 }
 
+/// The header of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct GcsHeader {
+    pub(crate) message: MessageType,
+    pub(crate) id: u64,
+}
+
+impl Header for GcsHeader {
+    const LENGTH: usize = HEADER_LEN;
+    const LONGEST: usize = MAX_FRAME;
+
+    fn parse(bytes: &[u8]) -> (Self, u64) {
+        let number = |bytes: &[u8]| {
+            let digits = bytes.iter().rev();
+            digits.fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
+        };
+        let message = MessageType::from_bits(number(&bytes[..4]) as u32);
+        let id = number(&bytes[8..]);
+        (GcsHeader { message, id }, number(&bytes[4..8]))
+    }
+}
+
 /// What a [`Decoder`] finds in a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decoded {
     /// A message.
     Frame(Frame),
     /// The header of a message that is too large. Its body is skipped: the connection lives on, and
-    /// whoever waits for this message can be told.
+    /// the caller that waits for this message can be told.
     Oversize {
         /// What it is.
         message: MessageType,
-        /// Whose it is.
+        /// Its id.
         id: u64,
-        /// The size that the header claims.
-        size: u32,
+        /// The size that the header claims, in bytes.
+        size: u64,
     },
 }
 
-/// Why a stream cannot be read as frames any further.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum FrameError {
-    /// A header whose size does not even cover itself: where the next one begins is unknown.
-    #[error("a frame claims a size of {size} bytes, and its header alone has 16")]
-    Undersize {
-        /// The size that the header claims.
-        size: u32,
-    },
-    /// A frame far beyond the limit, which is no frame at all; or one of ours that cannot be sent.
-    #[error("a frame of {size} bytes is over the limit of 64 KiB")]
-    Oversize {
-        /// The size.
-        size: u64,
-    },
-    /// The stream ended inside a frame.
-    #[error("the stream ended inside a frame")]
-    Truncated,
-    /// A frame was begun and not finished.
-    #[error("a frame was begun and not finished within {0:?}")]
-    Stalled(Duration),
-    /// The stream failed.
-    #[error("the stream failed")]
-    Io(#[from] io::Error),
+impl From<Found<GcsHeader>> for Decoded {
+    fn from(found: Found<GcsHeader>) -> Self {
+        match found {
+            Found::Frame(GcsHeader { message, id }, payload) => Decoded::Frame(Frame {
+                message,
+                id,
+                payload,
+            }),
+            Found::Oversize(GcsHeader { message, id }, size) => {
+                Decoded::Oversize { message, id, size }
+            }
+        }
+    }
 }
 
 /// Finds frames in bytes that come in pieces of any size.
@@ -205,26 +206,15 @@ pub enum FrameError {
 ///     decoder.push(&[byte]);
 /// }
 /// assert_eq!(decoder.next()?, Some(Decoded::Frame(frame)));
-/// # Ok::<(), blockmount_bridge::gcs::wire::FrameError>(())
+/// # Ok::<(), blockmount_bridge::FrameError>(())
 /// ```
 #[derive(Debug, Default)]
-pub struct Decoder {
-    buffer: Vec<u8>,
-    /// How many bytes of an oversize frame are still to come.
-    skip: usize,
-}
+pub struct Decoder(frames::Decoder<GcsHeader>);
 
 impl Decoder {
     /// Adds bytes in the order in which they came. Take all frames out before adding more.
     pub fn push(&mut self, bytes: &[u8]) {
-        let skipped = self.skip.min(bytes.len());
-        self.skip -= skipped;
-        self.buffer.extend_from_slice(&bytes[skipped..]);
-    }
-
-    /// Whether a frame was begun and is not complete.
-    pub fn is_mid_frame(&self) -> bool {
-        self.skip > 0 || !self.buffer.is_empty()
+        self.0.push(bytes);
     }
 
     /// The next frame, if it is complete.
@@ -235,87 +225,6 @@ impl Decoder {
     /// apart any more; asking again gives the same.
     #[expect(clippy::should_implement_trait, reason = "more may come after none")]
     pub fn next(&mut self) -> Result<Option<Decoded>, FrameError> {
-        let Some((header, _)) = self.buffer.split_first_chunk::<HEADER_LEN>() else {
-            return Ok(None);
-        };
-        let [t0, t1, t2, t3, s0, s1, s2, s3, id @ ..] = *header;
-        let message = MessageType::from_bits(u32::from_le_bytes([t0, t1, t2, t3]));
-        let claimed = u32::from_le_bytes([s0, s1, s2, s3]);
-        let id = u64::from_le_bytes(id);
-        let size = claimed as usize;
-        if size < HEADER_LEN {
-            return Err(FrameError::Undersize { size: claimed });
-        }
-        if size > MAX_SKIP {
-            let size = claimed.into();
-            return Err(FrameError::Oversize { size });
-        }
-        if size > MAX_FRAME {
-            let here = size.min(self.buffer.len());
-            self.buffer.drain(..here);
-            self.skip = size - here;
-            return Ok(Some(Decoded::Oversize {
-                message,
-                id,
-                size: claimed,
-            }));
-        }
-        if self.buffer.len() < size {
-            return Ok(None);
-        }
-        let payload = self.buffer[HEADER_LEN..size].to_vec();
-        self.buffer.drain(..size);
-        Ok(Some(Decoded::Frame(Frame {
-            message,
-            id,
-            payload,
-        })))
-    }
-}
-
-/// Reads frames from a stream.
-pub(crate) struct FrameReader<R> {
-    stream: R,
-    decoder: Decoder,
-    chunk: Box<[u8]>,
-    /// How long a frame that was begun may take.
-    timeout: Duration,
-    begun: Option<Instant>,
-}
-
-impl<R: AsyncRead + Unpin> FrameReader<R> {
-    pub(crate) fn new(stream: R, timeout: Duration) -> Self {
-        FrameReader {
-            stream,
-            decoder: Decoder::default(),
-            chunk: vec![0; CHUNK].into(),
-            timeout,
-            begun: None,
-        }
-    }
-
-    /// The next frame; none when the stream ends between two frames. A peer may be silent between
-    /// frames for as long as it likes, but not inside of one.
-    pub(crate) async fn next(&mut self) -> Result<Option<Decoded>, FrameError> {
-        loop {
-            if let Some(decoded) = self.decoder.next()? {
-                self.begun = None;
-                return Ok(Some(decoded));
-            }
-            let read = self.stream.read(&mut self.chunk);
-            let length = if self.decoder.is_mid_frame() {
-                let deadline = *self.begun.get_or_insert_with(Instant::now) + self.timeout;
-                let in_time = timeout_at(deadline, read).await;
-                in_time.map_err(|_| FrameError::Stalled(self.timeout))??
-            } else {
-                self.begun = None;
-                read.await?
-            };
-            match length {
-                0 if self.decoder.is_mid_frame() => return Err(FrameError::Truncated),
-                0 => return Ok(None),
-                _ => self.decoder.push(&self.chunk[..length]),
-            }
-        }
+        Ok(self.0.next()?.map(Decoded::from))
     }
 }

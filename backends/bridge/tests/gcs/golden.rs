@@ -52,7 +52,6 @@ fn the_whole_exchange_byte_for_byte() {
                 signal_process_supported: true,
                 dump_stacks_supported: true,
                 delete_container_state_supported: true,
-                blockmount_version: 0,
             },
             ..Capabilities::default()
         },

@@ -2,14 +2,21 @@
 
 use crate::common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
+
 use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount::{Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger};
+use blockmount::{
+    BackendError, Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger,
+};
 use blockmount_bridge::gcs::messages::{ModificationRequest, Resource, ScsiDevice};
 use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::{Dialer, RedialingChannel};
 use common::{LONG, Peer, ScsiVm, bridged, dial, documented, host_and_peer};
-use tokio::io::duplex;
+use tokio::io::{DuplexStream, duplex};
 use tokio::time::{Instant, timeout};
 
 fn unplug() -> ModificationRequest {
@@ -17,7 +24,7 @@ fn unplug() -> ModificationRequest {
 }
 
 #[tokio::test]
-async fn b9_a_request_in_flight_is_uncertain_and_later_ones_are_gone() {
+async fn b9_a_request_in_flight_is_uncertain_and_so_are_later_ones() {
     let (connection, mut peer) = host_and_peer(documented(), Deadlines::default()).await;
     let (outcome, ()) = tokio::join!(connection.modify(unplug()), async {
         peer.receive().await;
@@ -26,7 +33,7 @@ async fn b9_a_request_in_flight_is_uncertain_and_later_ones_are_gone() {
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
     let begun = Instant::now();
     let later = connection.modify(unplug()).await.unwrap_err();
-    assert_eq!(later.kind(), ErrorKind::Gone, "{later}");
+    assert_eq!(later.kind(), ErrorKind::Uncertain, "{later}");
     assert!(begun.elapsed() < Duration::from_secs(1));
 }
 
@@ -51,11 +58,11 @@ async fn b9_a_mount_in_doubt_is_taken_back_over_the_next_connection() {
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
     assert_eq!(
         guest.unplug(&device).await.unwrap_err().kind(),
-        ErrorKind::Gone
+        ErrorKind::Uncertain
     );
 
     guest
-        .connection()
+        .channel()
         .reconnect(dial(&server).stream)
         .await
         .unwrap();
@@ -97,7 +104,7 @@ async fn a_failed_reconnection_leaves_the_connection_as_it_was() {
     drop(guest_end);
     assert_eq!(
         connection.reconnect(host_end).await.unwrap_err().kind(),
-        ErrorKind::Gone
+        ErrorKind::Uncertain
     );
     let (outcome, ()) = tokio::join!(connection.modify(unplug()), async {
         let request = peer.receive().await;
@@ -134,7 +141,7 @@ async fn the_last_owner_closes_the_stream() {
     clone.close();
     assert_eq!(
         clone.modify(unplug()).await.unwrap_err().kind(),
-        ErrorKind::Gone
+        ErrorKind::Uncertain
     );
     assert!(peer.try_receive().await.is_none());
     let (connection, mut peer) = host_and_peer(documented(), Deadlines::default()).await;
@@ -143,23 +150,22 @@ async fn the_last_owner_closes_the_stream() {
 }
 
 #[tokio::test]
-async fn what_was_given_up_with_the_connection_is_undone_before_its_target_is_used_again() {
+async fn f01_what_could_not_be_undone_without_a_connection_keeps_its_target() {
     let vm = ScsiVm(FakeVm::new());
     vm.attach_disks(2).await;
     let (guest, server) = bridged(&vm).await;
     let devices = ["scsi:0/0", "scsi:0/1"].map(|text| text.parse().unwrap());
     let (target, options) = ("/m".as_ref(), MountOptions::read_only());
     guest.mount(&devices[0], target, &options).await.unwrap();
-    guest.connection().close();
-    assert_eq!(
-        guest.unmount(target).await.unwrap_err().kind(),
-        ErrorKind::Gone
-    );
+    guest.channel().close();
+    let error = guest.unmount(target).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain);
     // Still no connection: nothing is forgotten.
     let error = guest.mount(&devices[1], target, &options).await;
-    assert_eq!(error.unwrap_err().kind(), ErrorKind::Gone);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Conflict);
     let stream = dial(&server).stream;
-    guest.connection().reconnect(stream).await.unwrap();
+    guest.channel().reconnect(stream).await.unwrap();
+    guest.unmount(target).await.unwrap();
     guest.mount(&devices[1], target, &options).await.unwrap();
     assert_eq!(vm.0.device_at("/m").unwrap().as_str(), "fake:1");
     guest.unmount(target).await.unwrap();
@@ -167,21 +173,52 @@ async fn what_was_given_up_with_the_connection_is_undone_before_its_target_is_us
     assert_eq!(vm.0.device_at("/m"), None);
 }
 
+/// Dials a server, until the VM ends.
+struct Way(GuestServer, Arc<AtomicBool>);
+
+#[async_trait]
+impl Dialer for Way {
+    type Stream = DuplexStream;
+
+    async fn dial(&self) -> Result<DuplexStream, BackendError> {
+        match self.is_alive().await {
+            true => Ok(dial(&self.0).stream),
+            false => Err(BackendError::other("connection refused")),
+        }
+    }
+
+    async fn is_alive(&self) -> bool {
+        self.1.load(Ordering::SeqCst)
+    }
+}
+
 #[tokio::test]
-async fn a_manager_is_clean_after_its_guest_is_gone() {
+async fn f01_a_manager_is_clean_after_its_vm_has_ended_and_redials_before() {
     let vm = ScsiVm(FakeVm::new());
-    let (guest, _server) = bridged(&vm).await;
+    let alive = Arc::new(AtomicBool::new(true));
+    let way = Way(GuestServer::new(vm.clone()), alive.clone());
+    let connection = GuestConnection::connect(way.dial().await.unwrap());
+    let connection = connection.await.unwrap();
+    let guest = BridgeGuest::new(RedialingChannel::over(way, connection.clone()));
     let manager = Manager::builder()
         .transport(vm.clone())
         .unplugger(guest.clone())
-        .mounter(guest.clone())
+        .mounter(guest)
         .build();
     let request = MountRequest::new(MountOptions::default());
     let mount = manager
         .add(&Disk::virtual_disk("/a.img"), &request)
         .await
         .unwrap();
-    guest.connection().close();
+    connection.close();
+    mount.release().await.unwrap();
+    vm.0.check().unwrap();
+    let mount = manager
+        .add(&Disk::virtual_disk("/a.img"), &request)
+        .await
+        .unwrap();
+    connection.close();
+    alive.store(false, Ordering::SeqCst);
     vm.0.kill_guest();
     mount.release().await.unwrap();
     let error = manager

@@ -116,7 +116,7 @@ async fn a_host_refuses_what_it_cannot_speak() {
             r#"{"Result":3224830220,"ErrorMessage":"no common version"}"#,
             ErrorKind::Unsuitable,
         ),
-        ("garbage", ErrorKind::Gone),
+        ("garbage", ErrorKind::Uncertain),
     ] {
         let (host_end, guest_end) = duplex(1 << 10);
         let mut peer = Peer::new(guest_end);
@@ -131,10 +131,10 @@ async fn a_host_refuses_what_it_cannot_speak() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_never_negotiates_is_gone_in_time() {
+async fn a_guest_that_never_negotiates_is_given_up_in_time() {
     let (host_end, _guest_end) = duplex(1 << 10);
     let error = GuestConnection::connect(host_end).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Gone, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
 }
 
 #[tokio::test]

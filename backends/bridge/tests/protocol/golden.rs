@@ -91,11 +91,7 @@ async fn each_call_has_one_document() {
     let (body, _) = sent(r#""Ok""#, async |guest| guest.unplug(&device).await).await;
     let unplug = r#"{"Unplug":{"locator":"any-scheme:7@4096+8192"}}"#;
     assert_eq!(body.to_string(), unplug);
-    let overlay = Overlay {
-        layers: vec!["/a".into(), "/b".into()],
-        scratch: Some("/s".into()),
-        target: "/t".into(),
-    };
+    let overlay = Overlay::new(["/a", "/b"], "/t").with_scratch("/s");
     let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&overlay).await).await;
     let combine = r#"{"Combine":{"layers":["/a","/b"],"scratch":"/s","target":"/t"}}"#;
     assert_eq!(body.to_string(), combine);
@@ -125,4 +121,15 @@ async fn an_agent_writes_the_same_answers() {
     assert_eq!(peer.ask(2, r#"{"Unmount":{"target":"/m"}}"#).await, "Ok");
     let refused = peer.ask(3, &crate::common::mount(9, "/m")).await;
     assert_eq!(refused["Error"]["kind"], "NotFound", "{refused}");
+}
+
+#[test]
+fn the_first_bytes_tell_the_protocol() {
+    use blockmount_bridge::gcs::is_begun_by;
+    use blockmount_bridge::gcs::wire::MessageType;
+    assert!(is_begun_by(MessageType::NEGOTIATE.bits().to_le_bytes()));
+    let longest = u32::try_from(blockmount_bridge::MAX_FRAME).unwrap();
+    for size in [0, 12, longest, u32::MAX] {
+        assert!(!is_begun_by(size.to_le_bytes()), "{size}");
+    }
 }

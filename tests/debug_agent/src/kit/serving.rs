@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
+use blockmount_bridge::{BridgeGuest, GuestConnection};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;

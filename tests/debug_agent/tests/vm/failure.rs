@@ -63,7 +63,6 @@ async fn vm_a_vm_that_is_dropped_is_gone_with_its_files() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_a_guest_that_answers_garbage_is_given_up_on_and_harms_nobody() {
-    use blockmount_qemu::AgentChannel;
     let rig = Rig::start().await;
     let mount = rig
         .manager
@@ -73,9 +72,7 @@ async fn vm_a_guest_that_answers_garbage_is_given_up_on_and_harms_nobody() {
     // The debug agent speaks another language: what it says is no frame of the bridge.
     rig.release_debug_agent().await;
     let started = Instant::now();
-    let error = AgentChannel::connect(&rig.vm, "blockmount.debug")
-        .await
-        .unwrap_err();
+    let error = rig.vm.guest("blockmount.debug").await.unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(30), "{error}");
     rig.reconnect_debug_agent().await;
     rig.assert_content(&mount.path().join("id"), "before").await;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::{Disk, Manager, MountOptions, MountRequest};
-use blockmount_bridge::gcs::BridgeGuest;
+use blockmount_bridge::BridgeGuest;
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
     Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,

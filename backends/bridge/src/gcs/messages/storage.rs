@@ -1,6 +1,5 @@
 //! The settings of requests about disks.
 
-use blockmount::Verity;
 use serde::{Deserialize, Serialize};
 
 use crate::gcs::json::is_zero;
@@ -42,12 +41,6 @@ pub struct MappedVirtualDisk {
     /// The filesystem.
     #[serde(skip_serializing_if = "is_zero")]
     pub filesystem: String,
-    /// *Ours.* Check the integrity.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub verity: Option<VerityTarget>,
-    /// *Ours.* Make the filesystem also where there is something else.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub overwrite: bool,
 }
 
 /// How a SCSI disk is mounted in a Windows guest. The controller is 0.
@@ -90,21 +83,6 @@ pub struct VpmemDevice {
     /// An older way to ask for an integrity check, which later guests ignore.
     #[serde(skip_serializing_if = "is_zero")]
     pub verity_info: Option<VerityInfo>,
-    /// *Ours.* Mount options by name, such as `dax=always`.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub options: Vec<String>,
-    /// *Ours.* The filesystem.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub filesystem: String,
-    /// *Ours.* Check the integrity.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub verity: Option<VerityTarget>,
-    /// *Ours.* The partition, from 1; all of it if 0.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub partition: u64,
-    /// *Ours.* To remove it means to let go of the device, as with a [`ScsiDevice`]; nothing is mounted any more.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub unplug: bool,
 }
 
 /// A range of a persistent memory device.
@@ -146,58 +124,11 @@ pub struct VerityInfo {
     pub block_size: i64,
 }
 
-/// *Ours.* All that an integrity check needs; as [`blockmount::Verity`].
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default, rename_all = "PascalCase")]
-pub struct VerityTarget {
-    /// The digest of the root, in hexadecimal digits.
-    pub root_digest: String,
-    /// The salt, in hexadecimal digits.
-    pub salt: String,
-    /// The digest algorithm.
-    pub algorithm: String,
-    /// The size of a block of data, in bytes.
-    pub data_block_size: u32,
-    /// The size of a block of hashes, in bytes.
-    pub hash_block_size: u32,
-    /// How many blocks of data there are.
-    pub data_blocks: u64,
-    /// The first block of the hash tree, in blocks of hashes from the start of the device.
-    pub hash_start_block: u64,
-}
-
-impl From<&Verity> for VerityTarget {
-    fn from(verity: &Verity) -> Self {
-        let verity = verity.clone();
-        VerityTarget {
-            root_digest: verity.root_digest,
-            salt: verity.salt,
-            algorithm: verity.algorithm,
-            data_block_size: verity.data_block_size,
-            hash_block_size: verity.hash_block_size,
-            data_blocks: verity.data_blocks,
-            hash_start_block: verity.hash_start_block,
-        }
-    }
-}
-
-impl From<VerityTarget> for Verity {
-    fn from(target: VerityTarget) -> Self {
-        let mut verity = Verity::new(target.root_digest, target.data_blocks);
-        verity.salt = target.salt;
-        verity.algorithm = target.algorithm;
-        verity.data_block_size = target.data_block_size;
-        verity.hash_block_size = target.hash_block_size;
-        verity.hash_start_block = target.hash_start_block;
-        verity
-    }
-}
-
 /// An overlay of mounted layers.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct CombinedLayers {
-    /// Whose it is; only a guest with a policy asks.
+    /// The container that it is for; only a guest with a policy asks.
     #[serde(rename = "ContainerID", skip_serializing_if = "is_zero")]
     pub container_id: String,
     /// Where the tree appears.

@@ -178,14 +178,14 @@ pub(crate) async fn host_and_peer(
 }
 
 /// A host that is written by the test, and a guest over a fake VM.
-pub(crate) async fn peer_and_guest(vm: &ScsiVm) -> (Peer, GuestServer<ScsiVm>) {
+pub(crate) async fn peer_and_guest(vm: &ScsiVm) -> (Peer, GuestServer) {
     let server = GuestServer::new(vm.clone());
     let peer = dial(&server);
     (peer, server)
 }
 
 /// Another connection to a server.
-pub(crate) fn dial(server: &GuestServer<ScsiVm>) -> Peer {
+pub(crate) fn dial(server: &GuestServer) -> Peer {
     let (host_end, guest_end) = duplex(1 << 10);
     let server = server.clone();
     tokio::spawn(async move { server.serve(guest_end).await });
@@ -193,7 +193,7 @@ pub(crate) fn dial(server: &GuestServer<ScsiVm>) -> Peer {
 }
 
 /// Both ends of ours, over a fake VM.
-pub(crate) async fn bridged(vm: &ScsiVm) -> (BridgeGuest, GuestServer<ScsiVm>) {
+pub(crate) async fn bridged(vm: &ScsiVm) -> (BridgeGuest, GuestServer) {
     let server = GuestServer::new(vm.clone());
     let stream = dial(&server).stream;
     let connection = GuestConnection::connect(stream).await.unwrap();
@@ -233,11 +233,8 @@ impl Transport for ScsiVm {
         self.0.identify(disk).await
     }
 
-    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        self.0
-            .attach_identified(disk)
-            .await
-            .map(|fake| Self::scsi(&fake))
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        self.0.attach(disk, id).await.map(|fake| Self::scsi(&fake))
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
