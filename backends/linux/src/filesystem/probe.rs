@@ -1,4 +1,7 @@
-//! What is on a device, by its superblocks and tables: read with distrust, and never guessed.
+//! What is on a device, by its superblocks and tables. An image may be hostile: every field is checked, and nothing
+//! is guessed.
+// Numbers come from the image: an overflow would be a panic, or a wrong size.
+#![deny(clippy::arithmetic_side_effects)]
 
 mod blank;
 mod ext;
@@ -34,11 +37,11 @@ pub enum Content {
     /// Something else that must not be overwritten: swap space, an encrypted volume, a member of an
     /// array.
     Volume(Superblock),
-    /// Signatures of several things that exclude each other, by name.
+    /// Signatures of several filesystems or volumes that exclude each other, by name.
     Ambiguous(Vec<&'static str>),
     /// Proven blank: zeros in each place where anything known keeps a signature.
     Blank,
-    /// Something unknown. Never to be taken for blank.
+    /// Something unknown, which must not be taken for blank.
     Unknown,
 }
 
@@ -80,9 +83,9 @@ pub enum TableKind {
 pub struct Partition {
     /// Its number, from 1.
     pub number: u32,
-    /// Where it starts, in bytes from the start of the disk.
+    /// Where it starts, in bytes from the start of the disk; this may be past the end of the disk.
     pub start: u64,
-    /// Its size in bytes.
+    /// Its size in bytes. `start + size` fits in 64 bits.
     pub size: u64,
     /// Its type: a GUID, or two hexadecimal digits after `0x`.
     pub type_id: String,
@@ -138,8 +141,8 @@ impl fmt::Display for TableKind {
 
 /// Finds out what is on a device or in an image. Reads a few megabytes at most, and blocks.
 ///
-/// No content makes it panic or reserve memory without bound: a superblock counts only if its
-/// fields are consistent, and its checksum is right where it has one.
+/// Never panics, and needs a bounded amount of memory for any content. A superblock counts only if its fields are
+/// consistent and its checksum, if it has one, is right.
 ///
 /// # Errors
 ///
@@ -163,18 +166,13 @@ fn content<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Content> {
     filesystems.extend(others::btrfs(source)?);
     filesystems.extend(others::iso9660(source)?);
     let volumes = others::volumes(source)?;
-    if filesystems.len() + volumes.len() > 1 {
-        return Ok(Content::Ambiguous(
-            filesystems
-                .iter()
-                .chain(&volumes)
-                .map(|found| found.name)
-                .collect(),
-        ));
+    let all = filesystems.iter().chain(&volumes);
+    let names: Vec<_> = all.map(|found| found.name).collect();
+    if names.len() > 1 {
+        return Ok(Content::Ambiguous(names));
     }
     let gpt = gpt::probe(source)?;
-    // Images that boot from discs and from sticks are made of both on purpose, and their partitions
-    // hold the same files.
+    // Hybrid images boot from discs and from USB sticks, and their partitions hold the same files.
     if let (Some(table), true) = (gpt, filesystems.iter().all(|found| found.name == "iso9660")) {
         return Ok(Content::PartitionTable(table));
     }

@@ -1,4 +1,4 @@
-//! Proving that a device is blank.
+//! Proves that a device is blank.
 
 use std::io::{self, Read, Seek};
 
@@ -12,8 +12,7 @@ const EDGE: u64 = 1 << 20;
 const COPIES: [u64; 5] = [64 << 20, 256 << 30, 8193 << 10, 16384 << 11, 32768 << 12];
 const COPY_LENGTH: u64 = 4096;
 
-/// Whether there are only zeros wherever anything known would have left a mark. A device without a
-/// single byte proves nothing.
+/// Whether there are only zeros wherever a known format has a signature. An empty device is not blank.
 pub(super) fn is_blank<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<bool> {
     let size = source.size();
     if size == 0 || !is_zero(source, 0, EDGE)? || !is_zero(source, size.saturating_sub(EDGE), EDGE)?
@@ -34,13 +33,12 @@ fn is_zero<R: Read + Seek>(
     start: u64,
     length: u64,
 ) -> io::Result<bool> {
-    const PIECE: u64 = 64 << 10;
+    const PIECE: usize = 64 << 10;
     let end = source.size().min(start.saturating_add(length));
-    let mut at = start;
-    while at < end {
-        let piece = PIECE.min(end - at);
-        match source.bytes(at, piece as usize)? {
-            Some(bytes) if bytes.0.iter().all(|byte| *byte == 0) => at += piece,
+    for at in (start..end).step_by(PIECE) {
+        let piece = PIECE.min(end.saturating_sub(at) as usize);
+        match source.bytes(at, piece)? {
+            Some(bytes) if bytes.0.iter().all(|byte| *byte == 0) => {}
             _ => return Ok(false),
         }
     }

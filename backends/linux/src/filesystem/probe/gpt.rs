@@ -1,5 +1,4 @@
-//! GUID partition tables. Layout: UEFI specification, chapter 5. The table of contents is small and
-//! its checksums decide, so a table that is damaged is none.
+//! GUID partition tables. Layout: UEFI specification, chapter 5. A table with a wrong checksum does not count.
 
 use std::io::{self, Read, Seek};
 
@@ -8,8 +7,7 @@ use crc::{CRC_32_ISO_HDLC, Crc};
 use super::source::{Bytes, Source};
 use super::{Partition, PartitionTable, TableKind, text};
 
-/// Entries of tables in use are 128 bytes, and there are 128 of them; no tool makes more than a few
-/// times that.
+/// Usual tables have 128 entries of 128 bytes.
 const MOST_ENTRIES: u32 = 1024;
 const ENTRY_SIZES: [u32; 4] = [128, 256, 512, 1024];
 
@@ -32,8 +30,8 @@ fn crc(bytes: &[u8]) -> u32 {
     Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(bytes)
 }
 
-/// The partitions by the header in block 1. The backup at the end is for tools that repair: the
-/// kernel does not use it unasked either.
+/// The partitions by the header in block 1. The backup at the end is for repair tools; the kernel does not use it
+/// without `gpt` on its command line.
 fn table<R: Read + Seek>(
     source: &mut Source<'_, R>,
     block: u64,
@@ -48,7 +46,7 @@ fn table<R: Read + Seek>(
     if count > MOST_ENTRIES || !ENTRY_SIZES.contains(&size) || start < 2 {
         return Ok(None);
     }
-    let length = count as usize * size as usize;
+    let length = count.saturating_mul(size) as usize;
     let Some(entries) = start
         .checked_mul(block)
         .map(|at| source.bytes(at, length))
@@ -89,10 +87,14 @@ fn partition(
     if type_id == [0; 16] || first > last || !usable.contains(&first) || !usable.contains(&last) {
         return None;
     }
+    let (start, end) = (
+        first.checked_mul(block)?,
+        last.checked_add(1)?.checked_mul(block)?,
+    );
     Some(Partition {
         number,
-        start: first.checked_mul(block)?,
-        size: (last - first + 1).checked_mul(block)?,
+        start,
+        size: end.checked_sub(start)?,
         type_id: guid(type_id),
         name: name(entry),
     })
@@ -100,7 +102,7 @@ fn partition(
 
 /// Thirty-six units of UTF-16.
 fn name(entry: &Bytes) -> Option<String> {
-    let units: Vec<u16> = (0..36).map(|index| entry.le16(56 + 2 * index)).collect();
+    let units: Vec<u16> = (56..128).step_by(2).map(|at| entry.le16(at)).collect();
     text(String::from_utf16_lossy(&units).as_bytes())
 }
 

@@ -6,10 +6,10 @@ use super::source::{Bytes, Source};
 use super::{Partition, PartitionTable, TableKind};
 
 const SECTOR: u64 = 512;
-/// The chain is a linked list on a device that may be hostile.
+/// Bounds the chain, which a hostile image may make long.
 const MOST_LOGICAL: u32 = 128;
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
-/// Stands for a GUID partition table. Without a good one, the disk is not ours to judge.
+/// Marks a disk with a GUID partition table; if that table is damaged, the content is unknown.
 const PROTECTIVE: u8 = 0xee;
 
 struct Entry {
@@ -19,17 +19,14 @@ struct Entry {
 }
 
 impl Entry {
-    fn of(record: &Bytes, index: usize) -> Option<Self> {
-        let at = 446 + 16 * index;
-        let (status, kind) = (record.0[at], record.0[at + 4]);
-        let (start, sectors) = (
-            u64::from(record.le32(at + 8)),
-            u64::from(record.le32(at + 12)),
-        );
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let entry = Bytes(bytes.to_vec());
+        let [status] = entry.array(0);
+        let [kind] = entry.array(4);
         matches!(status, 0 | 0x80).then_some(Entry {
             kind,
-            start,
-            sectors,
+            start: entry.le32(8).into(),
+            sectors: entry.le32(12).into(),
         })
     }
 
@@ -40,8 +37,8 @@ impl Entry {
     fn partition(&self, number: u32, base: u64) -> Partition {
         Partition {
             number,
-            start: (base + self.start) * SECTOR,
-            size: self.sectors * SECTOR,
+            start: base.saturating_add(self.start).saturating_mul(SECTOR),
+            size: self.sectors.saturating_mul(SECTOR),
             type_id: format!("0x{:02x}", self.kind),
             name: None,
         }
@@ -84,9 +81,9 @@ fn record<R: Read + Seek>(
     sector: u64,
 ) -> io::Result<Option<Vec<Entry>>> {
     let record = source
-        .bytes(sector * SECTOR, SECTOR as usize)?
+        .bytes(sector.saturating_mul(SECTOR), SECTOR as usize)?
         .filter(|record| record.has(510, b"\x55\xaa"));
-    Ok(record.and_then(|record| (0..4).map(|index| Entry::of(&record, index)).collect()))
+    Ok(record.and_then(|record| record.0[446..510].chunks_exact(16).map(Entry::of).collect()))
 }
 
 /// Each record of the chain has a partition, relative to itself, and the next record, relative
@@ -108,12 +105,13 @@ fn logical<R: Read + Seek>(
         {
             found.push(entry.partition(number, at));
         }
-        match entries
+        let next = entries
             .iter()
             .find(|entry| entry.is_used() && is_link(entry))
-        {
+            .map(|next| extended.start.saturating_add(next.start));
+        match next {
             // A chain that does not go forward may be a ring.
-            Some(next) if extended.start + next.start > at => at = extended.start + next.start,
+            Some(next) if next > at => at = next,
             _ => break,
         }
     }

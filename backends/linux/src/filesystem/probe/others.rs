@@ -1,5 +1,4 @@
-//! What this guest need not mount but must recognise: so that `inspect` can name it, and so that
-//! nothing of it is ever taken for blank.
+//! Filesystems and volumes that are recognised so that `inspect` can name them and they are never taken for blank.
 
 use std::io::{self, Read, Seek};
 
@@ -40,7 +39,7 @@ pub(super) fn iso9660<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
     }
     Ok(Some(Superblock {
         label: text(&descriptor.array::<32>(40)),
-        size_bytes: Some(u64::from(descriptor.le32(80)) * u64::from(block_size)),
+        size_bytes: Some(u64::from(descriptor.le32(80)).saturating_mul(block_size.into())),
         block_size: Some(u32::from(block_size)),
         ..Superblock::named("iso9660")
     }))
@@ -75,7 +74,7 @@ pub(super) fn vfat<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
         name: "vfat",
         label: text(&boot.array::<11>(label)).filter(|label| label != "NO NAME"),
         uuid: (serial != 0).then(|| format!("{:04X}-{:04X}", serial >> 16, serial & 0xffff)),
-        size_bytes: Some(u64::from(sectors) * u64::from(sector)),
+        size_bytes: Some(u64::from(sectors).saturating_mul(sector.into())),
         block_size: Some(u32::from(sector)),
     }))
 }
@@ -108,8 +107,10 @@ fn luks<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
 
 /// The signature ends the first page, whatever that is on the machine that made it.
 fn swap<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
+    const LENGTH: usize = 10;
     for page in [4096u32, 8192, 16384, 65536] {
-        let Some(signature) = source.bytes(u64::from(page) - 10, 10)? else {
+        let at = u64::from(page).saturating_sub(LENGTH as u64);
+        let Some(signature) = source.bytes(at, LENGTH)? else {
             continue;
         };
         if !signature.has(0, b"SWAPSPACE2") && !signature.has(0, b"SWAP-SPACE") {
@@ -121,7 +122,11 @@ fn swap<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
         return Ok(Some(Superblock {
             label: text(&header.array::<16>(28)),
             uuid: uuid(header.array(12)),
-            size_bytes: Some((u64::from(header.le32(4)) + 1) * u64::from(page)),
+            size_bytes: Some(
+                u64::from(header.le32(4))
+                    .saturating_add(1)
+                    .saturating_mul(page.into()),
+            ),
             block_size: Some(page),
             ..Superblock::named("swap")
         }));
@@ -131,8 +136,8 @@ fn swap<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
 
 /// A physical volume of LVM2: a label in one of the first four sectors.
 fn lvm<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
-    for sector in 0..4 {
-        let label = source.bytes(sector * 512, 32)?;
+    for at in [0, 512, 1024, 1536] {
+        let label = source.bytes(at, 32)?;
         if label.is_some_and(|label| label.has(0, b"LABELONE") && label.has(24, b"LVM2 001")) {
             return Ok(Some(Superblock::named("lvm2")));
         }
@@ -144,12 +149,12 @@ fn lvm<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
 fn raid<R: Read + Seek>(source: &mut Source<'_, R>) -> Found {
     const MAGIC: u32 = 0xa92b_4efc;
     let size = source.size();
-    let from_end = |back: u64, align: u64| size.checked_sub(back).map(|at| at & !(align - 1));
+    let from_end = |back: u64, mask: u64| size.checked_sub(back).map(|at| at & mask);
     let places = [
         Some(0),
         Some(4096),
-        from_end(8192, 4096),
-        from_end(65536, 65536),
+        from_end(8192, !0xfff),
+        from_end(65536, !0xffff),
     ];
     for place in places.into_iter().flatten() {
         let block = source.bytes(place, 32)?;

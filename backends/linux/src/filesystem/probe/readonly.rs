@@ -1,4 +1,4 @@
-//! The filesystems of images that nobody writes to: EROFS and SquashFS.
+//! The read-only filesystems: EROFS and SquashFS.
 
 use std::io::{self, Read, Seek};
 
@@ -30,7 +30,7 @@ pub(super) fn erofs<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Op
         name: "erofs",
         label: text(&block.array::<16>(64)),
         uuid: uuid(block.array(48)),
-        size_bytes: (blocks != 0).then(|| u64::from(blocks) * u64::from(block_size)),
+        size_bytes: (blocks != 0).then(|| u64::from(blocks).saturating_mul(block_size.into())),
         block_size: Some(block_size),
     }))
 }
@@ -41,12 +41,12 @@ fn erofs_checksum_fits<R: Read + Seek>(
     block: &Bytes,
     block_size: u32,
 ) -> io::Result<bool> {
-    let length = match block_size as usize {
-        large if large > EROFS_OFFSET as usize => large - EROFS_OFFSET as usize,
-        small => small,
+    let length = match block_size.saturating_sub(EROFS_OFFSET as u32) {
+        0 => block_size,
+        rest => rest,
     };
     // A device that ends within it is truncated, and will be refused for that.
-    let Some(covered) = source.bytes(EROFS_OFFSET, length)? else {
+    let Some(covered) = source.bytes(EROFS_OFFSET, length as usize)? else {
         return Ok(true);
     };
     let crc = Crc::<u32>::new(&CRC_32_ISCSI);

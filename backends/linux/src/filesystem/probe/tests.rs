@@ -96,20 +96,25 @@ fn mbr() -> Vec<u8> {
 }
 
 fn gpt(count: u32) -> Vec<u8> {
+    gpt_with(count, 2000, (40, 49))
+}
+
+/// A table with a partition from one block to another; blocks from 34 to `last_usable` may be used.
+fn gpt_with(count: u32, last_usable: u64, (first, last): (u64, u64)) -> Vec<u8> {
     let mut image = vec![0; 1 << 20];
     let crc = |bytes: &[u8]| Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(bytes);
     let table = 1024;
     put(&mut image, table + 128, &[7; 16]);
-    put(&mut image, table + 128 + 32, &40u64.to_le_bytes());
-    put(&mut image, table + 128 + 40, &49u64.to_le_bytes());
+    put(&mut image, table + 128 + 32, &first.to_le_bytes());
+    put(&mut image, table + 128 + 40, &last.to_le_bytes());
     // The last block before the first: no partition.
     put(&mut image, table + 256, &[7; 16]);
     put(&mut image, table + 256 + 32, &60u64.to_le_bytes());
     let entries = crc(&image[table..table + 128 * count as usize]);
     put(&mut image, 512, b"EFI PART\0\0\x01\0\x5c");
     put(&mut image, 512 + 24, &1u64.to_le_bytes());
-    put(&mut image, 512 + 40, &34u64.to_le_bytes());
-    put(&mut image, 512 + 48, &2000u64.to_le_bytes());
+    put(&mut image, 512 + 40, &34u64.min(first).to_le_bytes());
+    put(&mut image, 512 + 48, &last_usable.to_le_bytes());
     put(&mut image, 512 + 72, &2u64.to_le_bytes());
     put(&mut image, 512 + 80, &count.to_le_bytes());
     put(&mut image, 512 + 84, &128u32.to_le_bytes());
@@ -157,6 +162,72 @@ fn a_gpt_entry_that_makes_no_sense_is_no_partition() {
     let mut damaged = gpt(4);
     damaged[1024 + 128 + 33] = 1;
     assert_eq!(content_of(&damaged), Content::Unknown);
+}
+
+#[test]
+fn x11_a_gpt_partition_whose_end_does_not_fit_in_64_bits_is_no_partition() {
+    let most = u64::MAX / 512;
+    for (first, last, expected) in [
+        (0, u64::MAX, vec![]),
+        (40, u64::MAX, vec![]),
+        (u64::MAX, u64::MAX, vec![]),
+        (1 << 55, (1 << 55) + 1, vec![]),
+        (40, most, vec![]),
+        (40, most - 1, vec![(40 * 512, (most - 40) * 512)]),
+        (most - 1, most - 1, vec![((most - 1) * 512, 512)]),
+    ] {
+        let Content::PartitionTable(table) = content_of(&gpt_with(4, u64::MAX, (first, last)))
+        else {
+            panic!("no table with a partition from {first} to {last}")
+        };
+        let found: Vec<_> = table.partitions.iter().map(|p| (p.start, p.size)).collect();
+        assert_eq!(found, expected, "from {first} to {last}");
+    }
+}
+
+#[test]
+fn x11_sizes_in_superblocks_do_not_overflow() {
+    let largest = |name: &str, fields: &[(usize, usize)]| {
+        let mut samples = samples().into_iter();
+        let (_, mut image) = samples.find(|(sample, _)| *sample == name).unwrap();
+        for (at, length) in fields {
+            image[*at..at + length].fill(0xff);
+        }
+        let found = probe(&mut Cursor::new(&image)).unwrap();
+        assert_eq!(found.content.to_string(), name);
+        let needs = match found.content {
+            Content::Filesystem(found) | Content::Volume(found) => found.size_bytes,
+            other => panic!("{other}"),
+        };
+        needs.unwrap()
+    };
+    let blocks = u64::from(u32::MAX);
+    assert_eq!(largest("ext2", &[(1028, 4)]), blocks * (1024 << 16));
+    assert_eq!(largest("xfs", &[(8, 8)]), u64::MAX);
+    assert_eq!(largest("squashfs", &[(40, 8)]), u64::MAX);
+    assert_eq!(largest("erofs", &[(1024 + 36, 4)]), blocks * 4096);
+    assert_eq!(largest("vfat", &[(19, 2)]), u64::from(u16::MAX) * 512);
+    assert_eq!(largest("swap", &[(1024 + 4, 4)]), (blocks + 1) * 4096);
+}
+
+#[test]
+fn x11_the_farthest_mbr_partitions_do_not_overflow() {
+    let mut image = mbr();
+    // The largest sizes, and a link as far away as there can be.
+    for entry in [446, 462, 200 * 512 + 446, 200 * 512 + 462] {
+        put(&mut image, entry + 12, &[0xff; 4]);
+    }
+    put(&mut image, 200 * 512 + 446 + 8, &[0xff; 4]);
+    put(&mut image, 200 * 512 + 462 + 8, &[0xff; 4]);
+    let Content::PartitionTable(table) = content_of(&image) else {
+        panic!("no table")
+    };
+    let last = table.partitions.last().unwrap();
+    let most = u64::from(u32::MAX) * 512;
+    assert_eq!(
+        (last.number, last.start, last.size),
+        (5, 200 * 512 + most, most)
+    );
 }
 
 #[test]
