@@ -284,3 +284,50 @@ async fn root_the_mark_and_the_look_of_the_root() {
     drop(open);
     guest.separate(&room.at("root")).await.unwrap();
 }
+
+/// A link in the scratch image to a directory outside, in place of each directory that the engine opens or makes.
+#[tokio::test]
+async fn root_x03_a_link_in_the_scratch_leads_nowhere() {
+    for kernel in KERNELS {
+        for link in ["upper", "work", ".", ".."] {
+            for is_relative in [false, true] {
+                let mut room = Room::new();
+                let stack = layers(&room, 1);
+                fs::create_dir_all(room.at("outside/c1")).unwrap();
+                fs::create_dir_all(room.at("image/deep")).unwrap();
+                let scratch = room.at("image/deep/c1");
+                // The scratch itself and its parent are links too, as a hostile image has them.
+                let (at, to) = match link {
+                    "." => (scratch.clone(), "outside/c1"),
+                    ".." => (room.at("image/deep"), "outside"),
+                    name => (scratch.join(name), "outside"),
+                };
+                if link == ".." {
+                    fs::remove_dir(&at).unwrap();
+                } else {
+                    fs::create_dir_all(at.parent().unwrap()).unwrap();
+                }
+                let to = match is_relative {
+                    false => room.at(to),
+                    true => {
+                        let depth = at.strip_prefix(room.path()).unwrap().iter().count() - 1;
+                        Path::new(&"../".repeat(depth)).join(to)
+                    }
+                };
+                std::os::unix::fs::symlink(&to, &at).unwrap();
+                assert!(at.canonicalize().unwrap().starts_with(room.at("outside")));
+                room.settle();
+                let guest = on_linux(kernel);
+                let combined = guest
+                    .combine(&overlay(stack, Some(scratch), room.at("root")))
+                    .await;
+                refused(combined, ErrorKind::Invalid);
+                let outside = fs::read_dir(room.at("outside")).unwrap();
+                let names: Vec<_> = outside.map(|entry| entry.unwrap().file_name()).collect();
+                assert_eq!(names, ["c1"], "{link} on {kernel:?}");
+                assert_eq!(fs::read_dir(room.at("outside/c1")).unwrap().count(), 0);
+                room.assert_clean();
+            }
+        }
+    }
+}

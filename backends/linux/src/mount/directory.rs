@@ -144,7 +144,7 @@ pub(crate) fn undo(step: &DirectoryStep) -> bool {
     if let Some(staged) = &step.staged {
         remove_staged(&path.with_file_name(staged));
     }
-    let find = || Target::made(path).and_then(|target| target.find());
+    let find = || Target::directory(path).and_then(|target| target.find());
     let (Some(id), Ok(Some(found))) = (step.id, find()) else {
         return true;
     };
@@ -170,7 +170,7 @@ pub(crate) fn undo(step: &DirectoryStep) -> bool {
 
 /// Removes a directory that has not got its name. Nobody else makes one of that name.
 fn remove_staged(path: &Path) {
-    let found = Target::made(path).and_then(|target| target.find());
+    let found = Target::directory(path).and_then(|target| target.find());
     let Ok(Some(found)) = found else { return };
     let at = found.into_path_at();
     if let Err(errno) = at.id().and_then(|id| at.remove(id)) {

@@ -86,9 +86,8 @@ impl Target {
         }
     }
 
-    /// A directory that was made on the way to a target. It may have a name that those of the system have, on one
-    /// that had none.
-    pub(crate) fn made(path: &Path) -> Result<Self, BackendError> {
+    /// A directory that is not mounted on itself: one that was made on the way to a target, or a scratch.
+    pub(crate) fn directory(path: &Path) -> Result<Self, BackendError> {
         Self::within(names(path)?, &[])
     }
 

@@ -2,15 +2,14 @@
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use blockmount::BackendError;
-use rustix::fs::{Gid, Mode, Stat, Uid, fstat};
+use rustix::fs::{Gid, Mode, Stat, Uid};
 
 use crate::errno::errno_error;
-use crate::mount::directory::{self, Wanted, open_tree, readable};
-use crate::mount::mounting::path_of;
-use crate::mount::target::FileId;
+use crate::mount::directory::{self, Wanted, readable};
+use crate::mount::target::{FileId, Target};
 use crate::undo::ledger::UndoList;
 
 /// A scratch directory, open.
@@ -22,14 +21,33 @@ pub(super) struct Directory {
     pub(super) id: FileId,
 }
 
-/// Opens a scratch directory.
+/// Opens a scratch directory through no symbolic link. The image on the scratch disk is not trusted: a link in it
+/// could lead anywhere in the guest, and `upper` and `work` would be made there.
 pub(super) fn open(path: &Path) -> Result<Directory, BackendError> {
-    let open = open_tree(path, "scratch")?;
-    let stat = fstat(&open).map_err(|errno| errno_error("cannot look at the scratch", errno))?;
-    let path = std::fs::read_link(path_of(&open))
-        .map_err(|error| errno_error(format!("cannot find scratch {}", path.display()), error))?;
-    let id = FileId::of(&stat);
+    let scratch = Target::directory(&without_parents(path))?;
+    let path = scratch.path().to_owned();
+    let Some(place) = scratch.find()? else {
+        let message = format!("there is no scratch directory {}", path.display());
+        return Err(BackendError::not_found(message));
+    };
+    let open = readable(place.directory(), OsStr::new("."))
+        .map_err(|errno| errno_error(format!("cannot open scratch {}", path.display()), errno))?;
+    let id = place
+        .id()
+        .map_err(|errno| errno_error("cannot look at the scratch", errno))?;
     Ok(Directory { open, path, id })
+}
+
+/// The path without `..`, which is exact as long as no component is a symbolic link.
+fn without_parents(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => drop(plain.pop()),
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 /// A directory for what is written, with what overlay keeps in it.
