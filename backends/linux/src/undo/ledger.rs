@@ -55,6 +55,12 @@ impl List {
         Ok(())
     }
 
+    fn retain(&mut self, is_wanted: impl Fn(&Undo) -> bool) {
+        let before = self.steps.len();
+        self.steps.retain(is_wanted);
+        self.saved &= before == self.steps.len();
+    }
+
     fn replace_last(&mut self, step: Undo) {
         self.steps.pop();
         self.steps.push(step);
@@ -197,9 +203,7 @@ impl<'a> UndoList<'a> {
     /// Drops the steps that are not wanted any more, undone or not. The journal learns of it with the next write.
     pub(crate) fn retain(&self, is_wanted: impl Fn(&Undo) -> bool) {
         if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
-            let before = list.steps.len();
-            list.steps.retain(is_wanted);
-            list.saved &= before == list.steps.len();
+            list.retain(is_wanted);
         }
     }
 
@@ -239,8 +243,9 @@ impl<'a> UndoList<'a> {
             return Ok(false);
         };
         other.save(path, self.ledger.journal.as_ref())?;
-        drop(lists);
-        self.retain(|own| !own.is_same(step));
+        if let Some(list) = lists.get_mut(self.target.path()) {
+            list.retain(|own| !own.is_same(step));
+        }
         Ok(true)
     }
 
@@ -251,9 +256,7 @@ impl<'a> UndoList<'a> {
         let mut lists = self.ledger.lists();
         lists.retain(|_, list| {
             if list.left {
-                let before = list.steps.len();
-                list.steps.retain(|other| !other.is_same(step));
-                list.saved &= before == list.steps.len();
+                list.retain(|other| !other.is_same(step));
             }
             let is_over = list.left && list.steps.is_empty();
             if is_over {
@@ -265,8 +268,8 @@ impl<'a> UndoList<'a> {
         over.into_iter().for_each(List::remove_record);
     }
 
-    /// The end of an attempt that has undone what it could: the record of a list without steps is removed. A step that stays is
-    /// on one list.
+    /// The end of an attempt that has undone what it could: the record of a list without steps is removed. A step
+    /// that stays is on one list.
     pub(crate) fn end(&self) {
         for step in self.steps() {
             if let Err(error) = self.leave_to(&step, |_| true) {

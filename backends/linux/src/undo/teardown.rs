@@ -13,8 +13,8 @@ use crate::undo::step::{Identity, Undo};
 ///
 /// # Errors
 ///
-/// `Busy` if a step is busy: it is the last on the list then, and the next attempt starts with it. `Conflict` if
-/// somebody else mounted something over the mount or in its place.
+/// `Busy` if a step is busy, which the next attempt goes on with. `Conflict` if somebody else mounted something over
+/// the mount or in its place.
 pub(crate) fn undo_all(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
     undo(list, 0, kernel)?;
     list.end();
@@ -48,9 +48,11 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     Ok(())
 }
 
-/// The error `Busy` with the names of those who use what is to be undone next. They cost a walk through `/proc`.
+/// The error `Busy` with the names of those who use what is to be undone next. They cost a walk through `/proc`. A
+/// directory that is in use is no error.
 pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendError {
-    let node = match list.steps().pop() {
+    let is_device = |step: &Undo| !matches!(step, Undo::RemoveDirectory(_));
+    let node = match list.steps().into_iter().rfind(is_device) {
         Some(Undo::Unmount(step)) => {
             let Identity::Known(mount) = step.mount else {
                 return error;
