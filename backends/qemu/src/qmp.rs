@@ -24,10 +24,12 @@
 //! | `lines.rs` | the stream as lines of a bounded length |
 //! | `message.rs` | what a line says |
 //! | `link.rs` | which answer is whose |
+//! | `descriptors.rs` | open files for QEMU |
 //! | `events.rs` | who hears of which event |
 //! | `migration.rs` | the state of a VM in a file |
 //! | `error.rs` | what can go wrong, and what that means for a backend |
 
+mod descriptors;
 mod error;
 mod events;
 mod lines;
@@ -44,6 +46,8 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+pub(crate) use descriptors::Passed;
+use descriptors::{MonitorSocket, PendingDescriptors};
 pub use error::QmpError;
 use error::one_line;
 pub use events::Events;
@@ -94,6 +98,8 @@ struct Shared {
     listeners: Arc<Listeners>,
     deadlines: Deadlines,
     version: Version,
+    /// None if the stream is no Unix socket.
+    descriptors: Option<PendingDescriptors>,
 }
 
 impl Qmp {
@@ -113,7 +119,8 @@ impl Qmp {
         Self::connect_with(stream, Deadlines::default()).await
     }
 
-    /// Takes QEMU's greeting, and enables its commands.
+    /// Takes QEMU's greeting, and enables its commands. Over a [`UnixStream`](tokio::net::UnixStream), the attachers pass
+    /// QEMU open files; over any other stream they can only pass paths.
     ///
     /// # Errors
     ///
@@ -129,6 +136,20 @@ impl Qmp {
     ///
     /// Outside of a tokio runtime.
     pub async fn connect_with<S>(stream: S, deadlines: Deadlines) -> Result<Self, QmpError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        match MonitorSocket::of(stream) {
+            Ok((socket, pending)) => Self::take(socket, Some(pending), deadlines).await,
+            Err(stream) => Self::take(stream, None, deadlines).await,
+        }
+    }
+
+    async fn take<S>(
+        stream: S,
+        descriptors: Option<PendingDescriptors>,
+        deadlines: Deadlines,
+    ) -> Result<Self, QmpError>
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -150,6 +171,7 @@ impl Qmp {
             listeners,
             deadlines,
             version,
+            descriptors,
         }));
         qmp.execute_within("qmp_capabilities", NONE, deadline)
             .await?;
@@ -216,6 +238,10 @@ impl Qmp {
     /// The events of a name, from now on: of what is asked for after this, none is lost.
     pub fn events(&self, name: &str) -> Events {
         self.0.listeners.listen(name)
+    }
+
+    fn pending_descriptors(&self) -> Option<&PendingDescriptors> {
+        self.0.descriptors.as_ref()
     }
 
     /// Waits for the end of the connection, which is that of QEMU, and says how it came.

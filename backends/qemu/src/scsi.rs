@@ -1,7 +1,6 @@
 //! SCSI disks of a running QEMU, by its monitor.
 
 mod image;
-mod plug;
 mod qcow2;
 
 use async_trait::async_trait;
@@ -9,10 +8,11 @@ use blockmount::{BackendError, Disk, DiskId};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 use tokio::time::timeout;
 
+use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
 use crate::source;
 use image::Image;
-use plug::Plug;
+use serde_json::{Value, json};
 
 /// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
 /// 256 under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
@@ -36,7 +36,8 @@ const PREFIX: &str = "bm-scsi-";
 /// let attacher = QemuScsi::new(qmp, ["scsi0", "scsi1"])?;
 /// let geometry = attacher.geometry();
 /// let scsi = ScsiTransport::new(attacher, geometry, &[])?;
-/// scsi.attach(&Disk::virtual_disk("/images/base.erofs").read_only()).await?;
+/// let disk = Disk::virtual_disk("/images/base.erofs").read_only();
+/// scsi.attach(&disk, &scsi.identify(&disk).await?).await?;
 /// # Ok(())
 /// # }
 /// ```
@@ -67,8 +68,11 @@ const PREFIX: &str = "bm-scsi-";
 /// then either done, or taken back, or, if QEMU does not answer that either, `Uncertain`. A detachment goes on from
 /// wherever an earlier one has stopped, whoever it was that went half of the way.
 ///
-/// What is opened is the name of the image, first here and then by QEMU: who may
-/// replace files in its directory decides what the VM gets.
+/// # Which file it is
+///
+/// The image is opened here, and proven to be the one that was identified. Over a Unix socket QEMU is passed what is
+/// open, and opens no path: a file that replaces the image meanwhile is never used. Over any other connection QEMU
+/// opens the path, and the path is proven before and after to name the image.
 #[derive(Debug, Clone)]
 pub struct QemuScsi {
     qmp: Qmp,
@@ -89,16 +93,7 @@ impl QemuScsi {
         controllers: impl IntoIterator<Item: Into<String>>,
     ) -> Result<Self, BackendError> {
         let controllers: Box<[String]> = controllers.into_iter().map(Into::into).collect();
-        for (at, id) in controllers.iter().enumerate() {
-            if !is_id(id) {
-                let message = format!("{id:?} is no id of a controller in QEMU");
-                return Err(BackendError::invalid(message));
-            }
-            if controllers[..at].contains(id) {
-                let message = format!("controller {id} is named twice");
-                return Err(BackendError::invalid(message));
-            }
-        }
+        plug::ensure_ids(&controllers, "controller")?;
         let number = u16::try_from(controllers.len()).unwrap_or(u16::MAX);
         let geometry = Geometry::new(number, LUNS)
             .map_err(|error| BackendError::invalid(error.to_string()))?;
@@ -140,34 +135,36 @@ impl QemuScsi {
     ///
     /// It changes nothing.
     pub async fn left(&self) -> Result<Vec<String>, BackendError> {
-        let tried = "cannot list the disks of the VM";
-        let failed = |error: crate::qmp::QmpError| error.while_trying(tried);
-        let devices = plug::devices(&self.qmp).await.map_err(failed)?;
-        let nodes = plug::nodes(&self.qmp).await.map_err(failed)?;
-        let devices = devices.into_iter().map(|device| ("device", device.name));
-        let nodes = nodes.into_iter().map(|node| ("node", node.name));
-        let mut left: Vec<String> = devices
-            .chain(nodes)
-            .filter(|(_, name)| name.starts_with(PREFIX))
-            .map(|(what, name)| format!("{what} {name}"))
-            .collect();
-        left.sort();
-        Ok(left)
+        plug::left(&self.qmp, Backend::Node, PREFIX).await
     }
 
-    /// None if the VM has no such address.
-    fn plug(&self, address: ScsiAddress) -> Option<Plug<'_>> {
-        if !self.geometry.contains(address) {
-            return None;
-        }
-        let controller = self
-            .controllers
-            .get(usize::from(address.controller.get()))?;
-        Some(Plug {
+    fn plug(&self, address: ScsiAddress) -> Plug<'_> {
+        Plug {
             qmp: &self.qmp,
-            controller,
-            address,
             id: Self::name(address),
+            what: format!("a disk at SCSI address {address}"),
+            backend: Backend::Node,
+            removal: Removal::Host,
+        }
+    }
+
+    /// The arguments of `device_add`; none if the VM has no such address.
+    fn device(&self, address: ScsiAddress) -> Option<Value> {
+        let controller = usize::from(address.controller.get());
+        let controller = self.controllers.get(controller)?;
+        let id = Self::name(address);
+        self.geometry.contains(address).then(|| {
+            json!({
+                "driver": "scsi-hd",
+                "id": id,
+                "bus": format!("{controller}.0"),
+                "channel": 0,
+                "scsi-id": 0,
+                "lun": address.lun.get(),
+                "drive": id,
+                "serial": id,
+                "device_id": id,
+            })
         })
     }
 }
@@ -188,7 +185,7 @@ impl Attacher for QemuScsi {
         id: &DiskId,
     ) -> Result<(), BackendError> {
         disk.options().require_only(&[])?;
-        let plug = self.plug(address).ok_or_else(|| {
+        let device = self.device(address).ok_or_else(|| {
             let geometry = self.geometry;
             BackendError::invalid(format!(
                 "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"
@@ -198,13 +195,16 @@ impl Attacher for QemuScsi {
         let image = self
             .blocking(disk, move || Image::inspect(&inspected, &id, backing))
             .await?;
-        plug.attach(&image).await
+        let name = Self::name(address);
+        let node = |paths: &[String]| image.node(&name, paths);
+        let plug = self.plug(address);
+        plug.attach(image.files(), node, device).await
     }
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
-        match self.plug(address) {
-            Some(plug) => plug.detach().await,
-            // Nothing was ever there.
+        // Where the VM has no such address, nothing was ever there.
+        match self.device(address) {
+            Some(_) => self.plug(address).detach().await,
             None => Ok(()),
         }
     }
@@ -229,10 +229,4 @@ impl QemuScsi {
             ))),
         }
     }
-}
-
-/// Whether QEMU takes it as an id (`id_wellformed`), which it must be to be part of the name of a bus.
-pub(crate) fn is_id(id: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    id.starts_with(|first: char| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
 }

@@ -2,8 +2,11 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
 use rustix::fs::OFlags;
@@ -145,6 +148,58 @@ pub(crate) fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     Err(BackendError::invalid(message))
 }
 
+/// A file for QEMU to open, kept open until it has.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    file: Arc<File>,
+    path: String,
+}
+
+impl OpenFile {
+    /// # Errors
+    ///
+    /// `Invalid` if the path is not UTF-8.
+    pub(crate) fn new(file: File, path: &Path) -> Result<Self, BackendError> {
+        let (file, path) = (Arc::new(file), absolute(path)?);
+        Ok(OpenFile { file, path })
+    }
+
+    /// Absolute: QEMU may run in another directory.
+    pub(crate) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Another descriptor of the open file.
+    pub(crate) fn share(&self) -> Result<OwnedFd, BackendError> {
+        let shared = self.file.try_clone();
+        let shared = shared.map_err(|error| self.cannot("share", error))?;
+        Ok(shared.into())
+    }
+
+    /// Proves that the path still names the open file. A path that is replaced and put back meanwhile is not noticed:
+    /// what has to be proof against that is passed as a descriptor.
+    pub(crate) async fn is_still_at_its_path(&self, timeout: Duration) -> Result<(), BackendError> {
+        let (file, path) = (self.file.clone(), self.path.clone());
+        let look = move || Ok((file.metadata(), std::fs::metadata(path)));
+        let late = |_| BackendError::other(format!("cannot look at {} in time", self.path));
+        let (opened, named) = tokio::time::timeout(timeout, blockmount::blocking(look))
+            .await
+            .map_err(late)??;
+        let opened = opened.map_err(|error| self.cannot("look at", error))?;
+        match named.is_ok_and(|named| id_of(&named) == id_of(&opened)) {
+            true => Ok(()),
+            false => Err(BackendError::conflict(format!(
+                "{} was replaced while QEMU opened it",
+                self.path
+            ))),
+        }
+    }
+
+    fn cannot(&self, verb: &str, error: io::Error) -> BackendError {
+        BackendError::other(format!("cannot {verb} {}", self.path)).with_source(error)
+    }
+}
+
 /// Sorts an error about the source by what the caller can do.
 fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
     let path = disk.source().display();
@@ -174,7 +229,7 @@ fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
 /// # Errors
 ///
 /// `Invalid` if it is not UTF-8.
-pub(crate) fn absolute(path: &Path) -> Result<String, BackendError> {
+fn absolute(path: &Path) -> Result<String, BackendError> {
     let absolute = std::path::absolute(path).map_err(|error| {
         BackendError::other(format!("cannot find out where {} is", path.display()))
             .with_source(error)

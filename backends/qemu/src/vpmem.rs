@@ -2,7 +2,6 @@
 
 mod backing;
 mod packed;
-mod plug;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,11 +18,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::warn;
 
+use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
-use crate::scsi::is_id;
-use crate::source;
+use crate::source::OpenFile;
 use backing::{Image, Private, Wanted};
-use plug::Plug;
 
 /// What the size and the alignment of a device are multiples of, in bytes: 2 MiB, below which Linux makes no
 /// block device of a region (`SUBSECTION_SIZE` of its memory model).
@@ -50,7 +48,8 @@ const SLOWEST_COPY: u64 = 16 << 20;
 /// let attacher = QemuVpmem::virtio(qmp, ["rp0", "rp1"], 4 << 30, "/var/lib/images")?;
 /// let geometry = attacher.geometry();
 /// let vpmem = VpmemTransport::new(attacher, geometry, Mode::Packed, &[])?;
-/// vpmem.attach(&Disk::virtual_disk("/var/lib/images/base.erofs").read_only()).await?;
+/// let disk = Disk::virtual_disk("/var/lib/images/base.erofs").read_only();
+/// vpmem.attach(&disk, &vpmem.identify(&disk).await?).await?;
 /// # Ok(())
 /// # }
 /// ```
@@ -142,16 +141,7 @@ impl QemuVpmem {
         directory: impl Into<PathBuf>,
     ) -> Result<Self, BackendError> {
         let ports: Box<[String]> = ports.into_iter().map(Into::into).collect();
-        for (at, id) in ports.iter().enumerate() {
-            if !is_id(id) {
-                let message = format!("{id:?} is no id of a root port in QEMU");
-                return Err(BackendError::invalid(message));
-            }
-            if ports[..at].contains(id) {
-                let message = format!("root port {id} is named twice");
-                return Err(BackendError::invalid(message));
-            }
-        }
+        plug::ensure_ids(&ports, "root port")?;
         let devices = u16::try_from(ports.len()).unwrap_or(u16::MAX);
         let kind = Kind::VirtioPmem { ports };
         Self::new(qmp, kind, devices, device_size, directory.into())
@@ -212,19 +202,41 @@ impl QemuVpmem {
     ///
     /// `Gone` without a QEMU, `Uncertain` if it does not answer.
     pub async fn left(&self) -> Result<Vec<String>, BackendError> {
-        let everything = plug::everything(&self.0.qmp)
-            .await
-            .map_err(|error| error.while_trying("cannot list the VPMEM devices of the VM"))?;
-        let ours = everything
-            .into_iter()
-            .filter(|(_, name)| name.starts_with(PREFIX));
-        let mut left: Vec<String> = ours.map(|(what, name)| format!("{what} {name}")).collect();
-        left.sort();
-        Ok(left)
+        plug::left(&self.0.qmp, Backend::Memory, PREFIX).await
     }
 
     fn plug(&self, device: DeviceNumber) -> Plug<'_> {
+        Plug {
+            qmp: &self.0.qmp,
+            id: Self::name(device),
+            what: format!("VPMEM device {device}"),
+            backend: Backend::Memory,
+            removal: match self.0.kind {
+                Kind::VirtioPmem { .. } => Removal::Guest,
+                Kind::Nvdimm => Removal::Never,
+            },
+        }
+    }
+
+    /// Plugs a file as a device of so many bytes, which the guest can only read.
+    async fn plug_in(
+        &self,
+        device: DeviceNumber,
+        file: &OpenFile,
+        size: u64,
+    ) -> Result<(), BackendError> {
         let id = Self::name(device);
+        let memory = |paths: &[String]| {
+            json!({
+                "qom-type": "memory-backend-file",
+                "id": id,
+                "mem-path": paths[0],
+                "size": size,
+                "align": ALIGNMENT,
+                "share": true,
+                "readonly": true,
+            })
+        };
         let arguments = match &self.0.kind {
             Kind::VirtioPmem { ports } => json!({
                 "driver": "virtio-pmem-pci",
@@ -241,12 +253,9 @@ impl QemuVpmem {
                 "unarmed": true,
             }),
         };
-        Plug {
-            qmp: &self.0.qmp,
-            id,
-            device: arguments,
-            can_be_ejected: matches!(self.0.kind, Kind::VirtioPmem { .. }),
-        }
+        let plug = self.plug(device);
+        plug.attach(std::slice::from_ref(file), memory, arguments)
+            .await
     }
 
     /// None if the VM has no such device.
@@ -305,7 +314,7 @@ fn used_otherwise(device: DeviceNumber) -> BackendError {
 impl Attacher for QemuVpmem {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
         let looked_at = disk.clone();
-        let identify = move |_: &AtomicBool| source::identify(&looked_at);
+        let identify = move |_: &AtomicBool| backing::identify(&looked_at);
         let identified = self.blocking(&disk.to_string(), 0, identify).await;
         identified.map_err(nothing_done)
     }
@@ -336,10 +345,10 @@ impl Attacher for QemuVpmem {
         let longest = self.0.geometry.device_size();
         let image = self.blocking(&disk.to_string(), longest, prepare).await;
         let image = image.map_err(nothing_done)?;
-        let (path, size) = (image.path().to_owned(), image.size());
+        let (file, size) = (image.file()?, image.size());
         // From here on it stays open, until it is certain that QEMU has it no more.
         *held = Held::Disk(image);
-        let attached = self.plug(device).attach(&path, size).await;
+        let attached = self.plug_in(device, &file, size).await;
         match &attached {
             Ok(()) => held.opened(),
             Err(error) if error.kind() == ErrorKind::Uncertain => {}

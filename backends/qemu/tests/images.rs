@@ -8,11 +8,11 @@ use std::error::Error;
 use std::fs::OpenOptions;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use blockmount::{Disk, ErrorKind};
 use blockmount_qemu::QemuScsi;
-use blockmount_qemu::qmp::Deadlines;
+use blockmount_qemu::qmp::{Deadlines, Qmp};
 use blockmount_scsi::Attacher;
 use common::{IMPATIENT, Qemu, address};
 use serde_json::{Value, json};
@@ -25,15 +25,6 @@ fn node(qemu: &Qemu, name: &str) -> Value {
         .find(|node| node["node-name"] == name)
         .unwrap()
         .clone()
-}
-
-/// How many nodes have a file open.
-fn opened(qemu: &Qemu, file: &Path) -> usize {
-    let nodes = qemu.execute("query-named-block-nodes", json!({"flat": true}));
-    let nodes = nodes.as_array().unwrap().iter();
-    nodes
-        .filter(|node| node["drv"] == "file" && node["file"] == file.to_str().unwrap())
-        .count()
 }
 
 async fn refused(qemu: &Qemu, scsi: &QemuScsi, disk: Disk, kind: ErrorKind, says: &str) {
@@ -134,7 +125,7 @@ async fn an_image_opens_no_other_files() {
         .attach_identified(address("0/0"), &backing)
         .await
         .unwrap();
-    assert_eq!(opened(&qemu, &secret), 1);
+    assert_eq!(qemu.opened(&secret), 1);
     trusting.detach(address("0/0")).await.unwrap();
     assert_eq!(qemu.tables(), before);
 }
@@ -143,7 +134,10 @@ async fn an_image_opens_no_other_files() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_that_is_replaced_in_time_opens_no_backing_file() {
     let mut qemu = Qemu::start(1);
-    let scsi = qemu.scsi_with(IMPATIENT).await;
+    // It is no Unix socket any more, so that QEMU is given paths.
+    let (reader, writer) = qemu.stream().into_split();
+    let qmp = Qmp::connect_with(tokio::io::join(reader, writer), IMPATIENT).await;
+    let scsi = qemu.attacher(qmp.unwrap());
     let secret = qemu.image("secret", 4 << 20);
     let backing = json!({"backing-file": secret, "backing-fmt": "raw"});
     let (image, hostile) = (
@@ -163,7 +157,7 @@ async fn an_image_that_is_replaced_in_time_opens_no_backing_file() {
     assert_eq!(scsi.left().await.unwrap().len(), 2);
     let image = &node(&qemu, "bm-scsi-0-0")["image"];
     assert_eq!(image["backing-filename"], secret.to_str().unwrap());
-    assert_eq!(opened(&qemu, &secret), 0);
+    assert_eq!(qemu.opened(&secret), 0);
     scsi.detach(address("0/0")).await.unwrap();
 }
 

@@ -37,6 +37,8 @@ impl Drop for Loop {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn root_qemu_takes_block_devices_that_nobody_uses() {
     let mut qemu = Qemu::start(1);
+    // A QEMU that is stopped keeps the descriptors that it was passed, and with them the claim of a device.
+    qemu.execute("cont", json!({}));
     let scsi = qemu.scsi().await;
     let before = qemu.tables();
     let image = qemu.image("image", 16 << 20);

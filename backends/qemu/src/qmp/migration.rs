@@ -1,4 +1,4 @@
-//! The state of a whole VM, into a file and out of it again.
+//! The state of a whole VM, into a file.
 //!
 //! QEMU 7.2 can only migrate to a socket or a shell, and says that it has completed before the shell has. So it
 //! gets a socket, and the file is written here: its last byte is known.
@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::fs::File;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::time::timeout;
 
 use super::error::one_line;
@@ -81,43 +81,6 @@ impl Qmp {
         while !self.migration().await?.is_over() {
             changes.next(CALL_OFF).await?;
         }
-        Ok(())
-    }
-
-    /// Loads the state of a VM from a file that [`migrate_to`](Self::migrate_to) has saved, into a QEMU that was
-    /// started with `-incoming defer` and the same devices. Beside the file there is a socket for the time.
-    ///
-    /// # Errors
-    ///
-    /// [`QmpError::Failed`] if the state cannot be read or does not fit, with the reason;
-    /// [`QmpError::TimedOut`] if that takes longer than `deadline`. The VM is of no use then; QEMU may end by
-    /// itself.
-    ///
-    /// # Cancel safety
-    ///
-    /// None: QEMU has half of a state then.
-    pub async fn migrate_from(&self, file: &Path, deadline: Duration) -> Result<(), QmpError> {
-        const COMMAND: &str = "migrate-incoming";
-        let loading = self.load(COMMAND, file);
-        within(COMMAND, deadline, loading).await
-    }
-
-    async fn load(&self, command: &'static str, file: &Path) -> Result<(), QmpError> {
-        let failed =
-            |error: io::Error| failed(command, format!("cannot load {}: {error}", file.display()));
-        let mut saved = File::open(file).await.map_err(failed)?;
-        let socket = Temporary::beside(file, "socket");
-        let mut changes = self.migration_events().await?;
-        self.execute(command, json!({"uri": socket.uri(command)?}))
-            .await?;
-        let send = async {
-            let mut stream = UnixStream::connect(&socket.0).await.map_err(failed)?;
-            let sent = tokio::io::copy(&mut saved, &mut stream).await;
-            // QEMU closes its end when it has seen enough; its own word counts.
-            drop(sent);
-            Ok(())
-        };
-        tokio::try_join!(self.completion(command, &mut changes), send)?;
         Ok(())
     }
 

@@ -1,23 +1,32 @@
 //! What is behind a disk, and what QEMU is told about it.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, Disk, DiskId};
 use serde_json::{Value, json};
 
-use super::qcow2;
-use crate::source::{self, Source, absolute};
+use super::qcow2::{self, Backing, Header};
+use crate::source::{self, OpenFile, Source};
+
+/// How many images a disk may be the difference to, one after the other. A circle ends here.
+const MAX_BACKING_FILES: usize = 64;
 
 /// A disk that was looked at and can be given to QEMU.
 #[derive(Debug)]
 pub(super) struct Image {
-    /// Absolute: QEMU may run in another directory.
-    path: String,
+    /// The image itself, and then what each is the difference to.
+    layers: Vec<Layer>,
+    files: Vec<OpenFile>,
+    read_only: bool,
+}
+
+#[derive(Debug)]
+struct Layer {
     format: Format,
     is_device: bool,
-    read_only: bool,
-    /// Whether the image may have QEMU open what it is the difference to.
-    backing: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,41 +36,83 @@ enum Format {
 }
 
 impl Image {
-    /// Opens the disk as QEMU will, and reads what its format says. Blocks.
-    pub(super) fn inspect(disk: &Disk, id: &DiskId, backing: bool) -> Result<Self, BackendError> {
+    /// Opens the disk as QEMU will, and reads what its format says; the files that it is the difference to are opened
+    /// as well where that is `allowed`. Blocks.
+    pub(super) fn inspect(disk: &Disk, id: &DiskId, allowed: bool) -> Result<Self, BackendError> {
+        let mut image = Image {
+            layers: Vec::new(),
+            files: Vec::new(),
+            read_only: disk.is_read_only(),
+        };
         let source = source::open(disk, id)?;
         let format = format(disk.source());
-        match format {
-            Format::Qcow2 => accept_qcow2(disk, &source, backing)?,
-            Format::Raw => drop(source::size(disk, &source)?),
+        if format == Format::Raw {
+            source::size(disk, &source)?;
         }
-        Ok(Image {
-            path: absolute(disk.source())?,
-            format,
-            is_device: source.is_device,
-            read_only: disk.is_read_only(),
-            backing,
-        })
+        let mut next = image.add(disk.source(), source, format, allowed)?;
+        while let Some((path, format)) = next {
+            if image.layers.len() > MAX_BACKING_FILES {
+                return Err(BackendError::invalid(format!(
+                    "{disk} is the difference to more than {MAX_BACKING_FILES} images"
+                )));
+            }
+            let backing = read_only_disk(&path);
+            let source = source::open(&backing, &source::identify(&backing)?)?;
+            next = image.add(&path, source, format, allowed)?;
+        }
+        Ok(image)
     }
 
-    /// The arguments of `blockdev-add`.
-    pub(super) fn node(&self, name: &str) -> Value {
-        let mut node = json!({
-            "driver": if self.format == Format::Qcow2 { "qcow2" } else { "raw" },
-            "node-name": name,
-            "read-only": self.read_only,
-            "discard": "unmap",
-            "file": {
-                "driver": if self.is_device { "host_device" } else { "file" },
-                "node-name": format!("{name}-file"),
-                "filename": self.path,
-                "read-only": self.read_only,
+    /// Adds an image, and says what it is the difference to.
+    fn add(
+        &mut self,
+        path: &Path,
+        source: Source,
+        format: Format,
+        allowed: bool,
+    ) -> Result<Option<(PathBuf, Format)>, BackendError> {
+        let backing = match format {
+            Format::Qcow2 => accept_qcow2(path, &source.file, allowed)?.backing,
+            Format::Raw => None,
+        };
+        let is_device = source.is_device;
+        self.layers.push(Layer { format, is_device });
+        self.files.push(OpenFile::new(source.file, path)?);
+        backing.map(|backing| locate(path, backing)).transpose()
+    }
+
+    /// What QEMU opens.
+    pub(super) fn files(&self) -> &[OpenFile] {
+        &self.files
+    }
+
+    /// The arguments of `blockdev-add`, with the paths by which QEMU opens the files. All that QEMU opens is named
+    /// here: whatever else a header says, QEMU opens nothing for it.
+    pub(super) fn node(&self, name: &str, paths: &[String]) -> Value {
+        let mut node = Value::Null;
+        for (number, (layer, path)) in self.layers.iter().zip(paths).enumerate().rev() {
+            let read_only = self.read_only || number > 0;
+            let name = match number {
+                0 => name.to_owned(),
+                _ => format!("{name}-b{number}"),
+            };
+            let backing = std::mem::take(&mut node);
+            node = json!({
+                "driver": if layer.format == Format::Qcow2 { "qcow2" } else { "raw" },
+                "node-name": name,
+                "read-only": read_only,
                 "discard": "unmap",
-            },
-        });
-        if self.format == Format::Qcow2 && !self.backing {
-            // Also where the image was replaced since: whatever its header says, QEMU opens nothing for it.
-            node["backing"] = Value::Null;
+                "file": {
+                    "driver": if layer.is_device { "host_device" } else { "file" },
+                    "node-name": format!("{name}-file"),
+                    "filename": path,
+                    "read-only": read_only,
+                    "discard": "unmap",
+                },
+            });
+            if layer.format == Format::Qcow2 {
+                node["backing"] = backing;
+            }
         }
         node
     }
@@ -76,9 +127,46 @@ fn format(path: &Path) -> Format {
     }
 }
 
-fn accept_qcow2(disk: &Disk, source: &Source, backing: bool) -> Result<(), BackendError> {
-    let path = disk.source().display();
-    let header = qcow2::read(&source.file).map_err(|error| {
+fn read_only_disk(path: &Path) -> Disk {
+    let metadata = std::fs::metadata(path);
+    match metadata.is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+        true => Disk::physical_disk(path).read_only(),
+        false => Disk::virtual_disk(path).read_only(),
+    }
+}
+
+/// Where the backing file of an image is, which is named relative to the image, and in which format.
+fn locate(image: &Path, backing: Backing) -> Result<(PathBuf, Format), BackendError> {
+    let unsuitable = |what: String| {
+        let message = format!(
+            "{} has a backing file {what}; flatten it (qemu-img convert)",
+            image.display()
+        );
+        BackendError::unsuitable(message)
+    };
+    // As QEMU has it, a colon before the first slash ends the name of a protocol.
+    let name = String::from_utf8_lossy(&backing.name).into_owned();
+    let first = name.split('/').next().unwrap_or_default();
+    if first.contains(':') {
+        return Err(unsuitable(format!("that is no file: {name:?}")));
+    }
+    let name = PathBuf::from(std::ffi::OsString::from_vec(backing.name));
+    let path = match image.parent() {
+        Some(directory) => directory.join(name),
+        None => name,
+    };
+    let format = match backing.format.as_deref() {
+        None => format(&path),
+        Some("raw") => Format::Raw,
+        Some("qcow2") => Format::Qcow2,
+        Some(other) => return Err(unsuitable(format!("of the format {other:?}"))),
+    };
+    Ok((path, format))
+}
+
+fn accept_qcow2(path: &Path, file: &File, allowed: bool) -> Result<Header, BackendError> {
+    let path = path.display();
+    let header = qcow2::read(file).map_err(|error| {
         BackendError::other(format!("cannot read the header of {path}")).with_source(error)
     })?;
     let Some(header) = header else {
@@ -86,7 +174,7 @@ fn accept_qcow2(disk: &Disk, source: &Source, backing: bool) -> Result<(), Backe
             "{path} is named as a qcow2 image and is none; rename it if it is a raw one"
         )));
     };
-    if header.backing_file && !backing {
+    if header.backing.is_some() && !allowed {
         return Err(BackendError::invalid(format!(
             "{path} has a backing file, and an image is not to make the host open others; \
              flatten it (qemu-img convert), or allow backing files"
@@ -103,7 +191,7 @@ fn accept_qcow2(disk: &Disk, source: &Source, backing: bool) -> Result<(), Backe
             "{path} is encrypted by qcow2, and there is no way to give the key; have the guest decrypt"
         )));
     }
-    Ok(())
+    Ok(header)
 }
 
 #[cfg(test)]
@@ -136,7 +224,8 @@ mod tests {
             Image::inspect(&disk, &source::identify(&disk).unwrap(), true)
         }
         .unwrap();
-        let node = image.node("n");
+        let paths = [image.files()[0].path().to_owned()];
+        let node = image.node("n", &paths);
         assert_eq!(node["driver"], "raw");
         assert_eq!(node["file"]["driver"], "file");
         assert_eq!(node["file"]["filename"], path.to_str().unwrap());

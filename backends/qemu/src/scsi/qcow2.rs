@@ -7,26 +7,44 @@ use std::os::unix::fs::FileExt;
 /// The first four bytes.
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// The length of what is read, in bytes: the header of version 2, and the incompatible features of version 3.
-const LEN: usize = 80;
+/// How much is read, in bytes: the first cluster of the usual size, in which the header is, with its extensions and the
+/// name of the backing file.
+const LEN: usize = 64 << 10;
 
 /// The incompatible feature that the data is in another file.
 const EXTERNAL_DATA: u64 = 1 << 2;
 
+/// The type of the header extension that names the format of the backing file.
+const BACKING_FORMAT: u64 = 0xe279_2aca;
+
+/// The longest name of a backing file, in bytes.
+const MAX_NAME: usize = 1023;
+
+/// The length of the header of version 2; later ones say how long they are.
+const LEN_2: usize = 72;
+
 /// What an image wants from its host besides its own file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
     /// It is the difference to another image.
-    pub(super) backing_file: bool,
+    pub(super) backing: Option<Backing>,
     /// Its data is in another file.
     pub(super) data_file: bool,
     /// It cannot be read without a key.
     pub(super) encrypted: bool,
 }
 
+/// The image that another is the difference to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Backing {
+    pub(super) name: Vec<u8>,
+    /// None if the header does not say.
+    pub(super) format: Option<String>,
+}
+
 /// Reads the header; none if it is no qcow2 image. Blocks.
 pub(super) fn read(file: &File) -> io::Result<Option<Header>> {
-    let mut header = [0; LEN];
+    let mut header = vec![0; LEN];
     let mut length = 0;
     while length < LEN {
         match file.read_at(&mut header[length..], length as u64) {
@@ -43,22 +61,53 @@ fn parse(bytes: &[u8]) -> Option<Header> {
     if !bytes.starts_with(&MAGIC) {
         return None;
     }
-    let version = number(bytes, 4, 4)?;
-    let features = match version {
-        2 => 0,
-        3 => number(bytes, 72, 8)?,
+    let (features, length) = match number(bytes, 4, 4)? {
+        2 => (0, LEN_2),
+        3 => (
+            number(bytes, 72, 8)?,
+            usize::try_from(number(bytes, 100, 4)?).ok()?,
+        ),
         _ => return None,
     };
+    let backing = match usize::try_from(number(bytes, 8, 8)?).ok()? {
+        0 => None,
+        at => {
+            let size = usize::try_from(number(bytes, 16, 4)?).ok()?;
+            let end = at.checked_add(size).filter(|_| size <= MAX_NAME)?;
+            Some(Backing {
+                name: bytes.get(at..end)?.to_vec(),
+                format: backing_format(bytes, length),
+            })
+        }
+    };
     Some(Header {
-        backing_file: number(bytes, 8, 8)? != 0,
+        backing,
         data_file: features & EXTERNAL_DATA != 0,
         encrypted: number(bytes, 32, 4)? != 0,
     })
 }
 
+/// Looks through the extensions, which begin behind the header: each a type, a length, and so many bytes, padded to
+/// eight.
+fn backing_format(bytes: &[u8], mut at: usize) -> Option<String> {
+    loop {
+        let kind = number(bytes, at, 4)?;
+        let length = usize::try_from(number(bytes, at.checked_add(4)?, 4)?).ok()?;
+        let start = at.checked_add(8)?;
+        match kind {
+            0 => return None,
+            BACKING_FORMAT => {
+                let name = bytes.get(start..start.checked_add(length)?)?;
+                return Some(String::from_utf8_lossy(name).into_owned());
+            }
+            _ => at = start.checked_add(length.checked_next_multiple_of(8)?)?,
+        }
+    }
+}
+
 /// A big-endian number, if the header is that long.
 fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
-    let bytes = bytes.get(at..at + length)?;
+    let bytes = bytes.get(at..at.checked_add(length)?)?;
     Some(
         bytes
             .iter()
@@ -73,8 +122,9 @@ mod tests {
     use super::*;
 
     fn header(version: u8, set: &[usize]) -> Vec<u8> {
-        let mut bytes = vec![0; 104];
+        let mut bytes = vec![0; 128];
         bytes[..8].copy_from_slice(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]);
+        bytes[103] = 104;
         for at in set {
             bytes[*at] = 4;
         }
@@ -82,7 +132,7 @@ mod tests {
     }
 
     const PLAIN: Header = Header {
-        backing_file: false,
+        backing: None,
         data_file: false,
         encrypted: false,
     };
@@ -91,13 +141,20 @@ mod tests {
     fn a_header_says_what_else_is_opened() {
         assert_eq!(parse(&header(2, &[])), Some(PLAIN));
         assert_eq!(parse(&header(3, &[])), Some(PLAIN));
-        for at in 8..16 {
-            let backing_file = true;
-            let expected = Header {
-                backing_file,
-                ..PLAIN
-            };
-            assert_eq!(parse(&header(3, &[at])), Some(expected));
+        // A name of four bytes at offset 4, which is the version.
+        let mut with_backing = header(3, &[15, 19]);
+        let backing = |format: Option<&str>| {
+            let format = format.map(str::to_owned);
+            let name = vec![0, 0, 0, 3];
+            let backing = Some(Backing { name, format });
+            Some(Header { backing, ..PLAIN })
+        };
+        assert_eq!(parse(&with_backing), backing(None));
+        with_backing[104..115].copy_from_slice(b"\xe2\x79\x2a\xca\0\0\0\x03raw");
+        assert_eq!(parse(&with_backing), backing(Some("raw")));
+        // A name that is not in the header's cluster is none that QEMU takes.
+        for at in 8..14 {
+            assert_eq!(parse(&header(3, &[at, 19])), None);
         }
         let data_file = true;
         let expected = Header { data_file, ..PLAIN };
@@ -111,7 +168,7 @@ mod tests {
 
     #[test]
     fn what_is_cut_short_or_of_another_version_is_no_image() {
-        for length in 0..80 {
+        for length in 0..104 {
             assert_eq!(parse(&header(3, &[])[..length]), None);
         }
         for version in [0, 1, 4, 255] {
@@ -124,7 +181,7 @@ mod tests {
         fn no_bytes_make_it_panic(
             bytes in prop::collection::vec(any::<u8>(), 0..200),
             version in 0_u8..5,
-            length in 0_usize..104,
+            length in 0_usize..128,
         ) {
             parse(&bytes);
             let known = [&header(version, &[])[..8], &bytes].concat();

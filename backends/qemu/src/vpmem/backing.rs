@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::ALIGNMENT;
-use crate::source::{self, absolute};
+use crate::source::{self, OpenFile};
 
 /// How much is copied before anybody looks whether it is still wanted, in bytes.
 const CHUNK: u64 = 8 << 20;
@@ -39,10 +39,10 @@ impl Drop for Wanted {
 #[derive(Debug)]
 pub(super) struct Image {
     /// Open for as long as the device is there, so that no other file becomes this disk.
-    _source: File,
+    source: File,
     /// If the image itself is not long enough.
     copy: Option<Private>,
-    path: String,
+    path: PathBuf,
     size: u64,
 }
 
@@ -64,17 +64,27 @@ impl Image {
                 .map_err(|error| cannot_copy(disk, error))?;
             Some(copy)
         };
-        let path = absolute(copy.as_ref().map_or(disk.source(), Private::path))?;
         Ok(Image {
-            _source: source,
+            path: copy
+                .as_ref()
+                .map_or(disk.source(), Private::path)
+                .to_owned(),
+            source,
             copy,
-            path,
             size,
         })
     }
 
-    pub(super) fn path(&self) -> &str {
-        &self.path
+    /// What QEMU opens.
+    pub(super) fn file(&self) -> Result<OpenFile, BackendError> {
+        let file = match &self.copy {
+            Some(copy) => copy.file(),
+            None => self.source.try_clone(),
+        };
+        let file = file.map_err(|error| {
+            BackendError::other("cannot share an open image").with_source(error)
+        })?;
+        OpenFile::new(file, &self.path)
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -96,17 +106,22 @@ impl Image {
     }
 }
 
-/// The size of a disk in bytes. Blocks.
-pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
-    open(disk, &source::identify(disk)?).map(|(_, size)| size)
-}
-
-fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
-    let path = disk.source().display();
+/// Says which disk is meant. Blocks.
+pub(super) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     if *disk.kind() != DiskKind::VirtualDisk {
+        let path = disk.source().display();
         let message = format!("{path} is no file, and QEMU maps only files as VPMEM");
         return Err(BackendError::unsuitable(message));
     }
+    source::identify(disk)
+}
+
+/// The size of a disk in bytes. Blocks.
+pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
+    open(disk, &identify(disk)?).map(|(_, size)| size)
+}
+
+fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
     let source = source::open(disk, id)?;
     let size = source::size(disk, &source)?;
     Ok((source.file, size))

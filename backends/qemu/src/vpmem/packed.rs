@@ -10,7 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
 use super::{Held, QemuVpmem, nothing_done, used_otherwise};
-use crate::source::absolute;
+use crate::source::OpenFile;
 
 impl QemuVpmem {
     pub(super) async fn map_range(
@@ -83,7 +83,7 @@ impl QemuVpmem {
             let message = format!("cannot map to VPMEM device {device}: QEMU is gone");
             return Err(BackendError::gone(message));
         }
-        if !*plugged && let Err(error) = self.plug_in(device, file).await {
+        if !*plugged && let Err(error) = self.plug_packed(device, file).await {
             if error.kind() != ErrorKind::Uncertain {
                 *held = Held::Nothing;
             }
@@ -96,17 +96,26 @@ impl QemuVpmem {
     }
 
     /// Plugs a packed device, unless an attempt that was in doubt has done so.
-    async fn plug_in(&self, device: DeviceNumber, file: &mut Private) -> Result<(), BackendError> {
+    async fn plug_packed(
+        &self,
+        device: DeviceNumber,
+        file: &mut Private,
+    ) -> Result<(), BackendError> {
         let plug = self.plug(device);
         let tried = || format!("cannot look for VPMEM device {device}");
         let there = plug.presence().await;
         let there = there.map_err(|error| error.while_trying(tried()))?;
-        if there.memory && !there.device {
+        if there.backend && !there.device {
             plug.detach().await?;
         }
         if !there.device {
-            let path = absolute(file.path())?;
-            plug.attach(&path, self.0.geometry.device_size()).await?;
+            let shared = file.file().map_err(|error| {
+                BackendError::other(format!("cannot share the file of VPMEM device {device}"))
+                    .with_source(error)
+            })?;
+            let shared = OpenFile::new(shared, file.path())?;
+            let size = self.0.geometry.device_size();
+            self.plug_in(device, &shared, size).await?;
         }
         file.forget_name();
         Ok(())

@@ -2,14 +2,16 @@
 // Each test file is a crate and uses some of it; a panic here is a test's failure message.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod hook;
 pub mod lossy;
 pub mod peer;
 pub mod pmem;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -139,6 +141,30 @@ impl Qemu {
     /// What QEMU has, in order: block devices, nodes, and devices with ids.
     pub fn tables(&self) -> Vec<String> {
         self.monitor.lock().unwrap().tables()
+    }
+
+    /// The descriptors that it was passed and has kept. One that is stopped keeps all.
+    pub fn passed(&self) -> Vec<Value> {
+        let sets = self.execute("query-fdsets", json!({}));
+        let sets = sets.as_array().unwrap().iter();
+        sets.flat_map(|set| set["fds"].as_array().unwrap().clone())
+            .collect()
+    }
+
+    /// How many of its descriptors are of this file, without those that it was passed.
+    pub fn opened(&self, path: &Path) -> usize {
+        let wanted = std::fs::metadata(path).unwrap();
+        let passed = self.passed();
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let own = descriptors.map(Result::unwrap).filter(|entry| {
+            let number = entry.file_name().into_string().unwrap();
+            !passed
+                .iter()
+                .any(|passed| passed["fd"].to_string() == number)
+        });
+        own.filter_map(|entry| std::fs::metadata(entry.path()).ok())
+            .filter(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
+            .count()
     }
 
     pub fn signal(&self, signal: &str) {

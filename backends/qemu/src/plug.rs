@@ -1,0 +1,378 @@
+//! One hot-plugged device of a QEMU, made on a block node or on memory: how it comes, how it goes, and what is known
+//! of it when an answer is lost.
+
+use blockmount::{BackendError, ErrorKind};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::warn;
+
+use crate::qmp::{Event, Events, Passed, Qmp, QmpError};
+use crate::source::OpenFile;
+
+/// Where QEMU keeps the devices, and the other objects, that have ids.
+const DEVICES: &str = "/machine/peripheral";
+const OBJECTS: &str = "/objects";
+
+/// What QEMU says when a device does not fit into the address space that `maxmem` leaves for them
+/// (`hw/mem/memory-device.c`). There is no class for it.
+const NO_ADDRESS_SPACE: [&str; 2] = ["not enough space", "could not find position"];
+
+/// A device of a VM, which may or may not be there.
+pub(crate) struct Plug<'a> {
+    pub(crate) qmp: &'a Qmp,
+    /// The id of the device, and of what it is made on.
+    pub(crate) id: String,
+    /// What it is, for errors: `a disk at SCSI address 0/3`.
+    pub(crate) what: String,
+    pub(crate) backend: Backend,
+    pub(crate) removal: Removal,
+}
+
+/// What a device is made on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backend {
+    /// A block node.
+    Node,
+    /// A memory object.
+    Memory,
+}
+
+/// Who takes a device out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Removal {
+    /// QEMU, when it is asked to.
+    Host,
+    /// The guest, which QEMU may refuse to ask.
+    Guest,
+    /// It stays until QEMU ends.
+    Never,
+}
+
+/// How far an attachment came.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Files,
+    Backend,
+    Device,
+}
+
+/// What there is of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Presence {
+    pub(crate) backend: bool,
+    pub(crate) device: bool,
+}
+
+#[derive(Deserialize)]
+struct Node {
+    #[serde(rename = "node-name")]
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Object {
+    name: String,
+}
+
+impl Backend {
+    fn add(self) -> &'static str {
+        match self {
+            Backend::Node => "blockdev-add",
+            Backend::Memory => "object-add",
+        }
+    }
+
+    async fn delete(self, qmp: &Qmp, id: &str) -> Result<Value, QmpError> {
+        match self {
+            Backend::Node => qmp.execute("blockdev-del", json!({"node-name": id})).await,
+            Backend::Memory => qmp.execute("object-del", json!({"id": id})).await,
+        }
+    }
+
+    /// Under which name what is added finds a file that QEMU was passed.
+    fn path_of(self, passed: Passed) -> String {
+        match self {
+            Backend::Node => format!("/dev/fdset/{}", passed.set),
+            // Memory knows no sets of descriptors: QEMU opens its own descriptor once more.
+            Backend::Memory => format!("/proc/self/fd/{}", passed.number),
+        }
+    }
+
+    async fn names(self, qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+        match self {
+            Backend::Node => {
+                let flat = json!({"flat": true});
+                let nodes: Vec<Node> = qmp.query("query-named-block-nodes", flat).await?;
+                Ok(nodes.into_iter().map(|node| node.name).collect())
+            }
+            Backend::Memory => objects(qmp, OBJECTS).await,
+        }
+    }
+
+    fn noun(self) -> &'static str {
+        match self {
+            Backend::Node => "node",
+            Backend::Memory => "memory",
+        }
+    }
+}
+
+impl Plug<'_> {
+    /// Plugs the device: passes QEMU the files, adds what the device is made on, then the device. All or nothing.
+    ///
+    /// `backend` makes the arguments of `blockdev-add` or `object-add` from the paths by which QEMU opens the files.
+    pub(crate) async fn attach(
+        &self,
+        files: &[OpenFile],
+        backend: impl FnOnce(&[String]) -> Value,
+        device: Value,
+    ) -> Result<(), BackendError> {
+        let (mut paths, mut passed) = (Vec::new(), Vec::new());
+        for file in files {
+            let shared = file.share()?;
+            match self.qmp.pass(shared, &self.id).await {
+                Ok(Some(given)) => {
+                    paths.push(self.backend.path_of(given));
+                    passed.push(given);
+                }
+                Ok(None) => paths.push(file.path().to_owned()),
+                Err(failure) => return self.settle(Stage::Files, failure).await,
+            }
+        }
+        let added = self.qmp.execute(self.backend.add(), backend(&paths)).await;
+        if let Err(failure) = added {
+            return self.settle(Stage::Backend, failure).await;
+        }
+        if passed.len() < files.len() {
+            self.prove(files).await?;
+        }
+        let (closed, plugged) = tokio::join!(
+            self.qmp.close_passed(&passed),
+            self.qmp.execute("device_add", device)
+        );
+        if let Err(error) = closed {
+            warn!(%error, id = self.id, "QEMU keeps descriptors until the device is detached");
+        }
+        match plugged {
+            Ok(_) => Ok(()),
+            Err(failure) => self.settle(Stage::Device, failure).await,
+        }
+    }
+
+    /// Proves that QEMU, which was given paths, has opened the files that are meant; closes them if not.
+    async fn prove(&self, files: &[OpenFile]) -> Result<(), BackendError> {
+        let timeout = self.qmp.deadlines().call;
+        for file in files {
+            let Err(replaced) = file.is_still_at_its_path(timeout).await else {
+                continue;
+            };
+            return match self.remove_backend(&mut self.deletions()).await {
+                Ok(()) => Err(replaced),
+                Err(error) => Err(in_doubt(self.tried(), error)),
+            };
+        }
+        Ok(())
+    }
+
+    /// Finds out what a failed attachment has left, and takes it out.
+    async fn settle(&self, stage: Stage, failure: QmpError) -> Result<(), BackendError> {
+        let tried = self.tried();
+        if failure.kind() == ErrorKind::Gone {
+            return Err(failure.while_trying(tried));
+        }
+        if let Err(error) = self.qmp.close_passed_for(&self.id).await {
+            return Err(in_doubt(tried, error));
+        }
+        // It was not sent, and nothing was before.
+        if failure.kind() == ErrorKind::Busy && stage != Stage::Device {
+            return Err(failure.while_trying(tried));
+        }
+        // QEMU does one command after the other: with these answers, the fate of the last is decided.
+        let there = match self.presence().await {
+            Ok(there) => there,
+            Err(error) => return Err(in_doubt(tried, error)),
+        };
+        let was_refused = matches!(failure, QmpError::Refused { .. });
+        let of_earlier = there.device || (there.backend && (was_refused || stage == Stage::Files));
+        match stage {
+            Stage::Device if there.device && !was_refused => return Ok(()),
+            Stage::Files | Stage::Backend if of_earlier => {
+                let message = format!(
+                    "{tried}: something of an earlier attachment is still there; detach it first"
+                );
+                return Err(BackendError::uncertain(message).with_source(failure));
+            }
+            _ => {}
+        }
+        if there.backend
+            && let Err(error) = self.remove_backend(&mut self.deletions()).await
+        {
+            return Err(in_doubt(tried, error));
+        }
+        Err(BackendError::new(self.refusal(&failure), tried).with_source(failure))
+    }
+
+    /// What a failure means when it is certain that nothing is left of the attempt.
+    fn refusal(&self, failure: &QmpError) -> ErrorKind {
+        match failure {
+            QmpError::Refused { desc, .. }
+                if self.backend == Backend::Memory
+                    && NO_ADDRESS_SPACE.iter().any(|said| desc.contains(said)) =>
+            {
+                ErrorKind::Full
+            }
+            _ => match failure.kind() {
+                ErrorKind::Uncertain => ErrorKind::Other,
+                kind => kind,
+            },
+        }
+    }
+
+    /// Takes out what there is of the device, wherever an earlier detachment has stopped.
+    pub(crate) async fn detach(&self) -> Result<(), BackendError> {
+        // Before anything is asked for, so that nothing is missed.
+        let mut deletions = self.deletions();
+        self.remove_device(&mut deletions).await?;
+        self.remove_backend(&mut deletions).await?;
+        let closed = self.qmp.close_passed_for(&self.id).await;
+        closed.map_err(|error| error.while_trying(format!("cannot close the image of {}", self.id)))
+    }
+
+    fn deletions(&self) -> Events {
+        self.qmp.events("DEVICE_DELETED")
+    }
+
+    async fn deleted(&self, deletions: &mut Events) -> Result<(), QmpError> {
+        let is_ours = |event: &Event| event.data["device"] == self.id.as_str();
+        let timeout = self.qmp.deadlines().call;
+        deletions.find(timeout, is_ours).await.map(drop)
+    }
+
+    async fn remove_device(&self, deletions: &mut Events) -> Result<(), BackendError> {
+        let tried = || format!("cannot unplug {}", self.id);
+        let asked = self.qmp.execute("device_del", json!({"id": self.id})).await;
+        let refusal = match asked {
+            Ok(_) => None,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error @ QmpError::Refused { .. }) if self.removal == Removal::Guest => Some(error),
+            Err(error @ QmpError::Refused { .. }) if self.removal == Removal::Never => {
+                let message = format!("{} can never be unplugged from this VM", self.id);
+                return Err(BackendError::unsuitable(message).with_source(error));
+            }
+            Err(error) => return Err(error.while_trying(tried())),
+        };
+        let late = match self.deleted(deletions).await {
+            Ok(()) => return Ok(()),
+            Err(error @ QmpError::Gone { .. }) => return Err(error.while_trying(tried())),
+            Err(error) => error,
+        };
+        // It may have been among the events that were missed, or before the first.
+        match (self.presence().await, refusal) {
+            (Ok(Presence { device: false, .. }), _) => Ok(()),
+            (Ok(_), Some(refusal)) => {
+                let timeout = self.qmp.deadlines().call;
+                let message = format!(
+                    "cannot unplug {}: the guest has not ejected it within {timeout:?}; \
+                     have the guest release it first",
+                    self.id
+                );
+                Err(BackendError::busy(message).with_source(refusal))
+            }
+            (Ok(_), None) => Err(late.while_trying(tried())),
+            (Err(error), _) => Err(error.while_trying(tried())),
+        }
+    }
+
+    async fn remove_backend(&self, deletions: &mut Events) -> Result<(), BackendError> {
+        let tried = || format!("cannot close the image of {}", self.id);
+        let busy = |refusal| BackendError::busy(tried()).with_source(refusal);
+        let refusal = match self.backend.delete(self.qmp, &self.id).await {
+            Ok(_) => return Ok(()),
+            Err(error @ QmpError::Refused { .. }) => error,
+            Err(error) => return Err(error.while_trying(tried())),
+        };
+        match self.presence().await {
+            Ok(Presence { backend: false, .. }) => return Ok(()),
+            Ok(Presence { device: true, .. }) => return Err(busy(refusal)),
+            Ok(_) => {}
+            Err(error) => return Err(error.while_trying(tried())),
+        }
+        // A device that another client has unplugged has lost its id, and holds its backend until it is deleted.
+        if let Err(error @ QmpError::Gone { .. }) = self.deleted(deletions).await {
+            return Err(error.while_trying(tried()));
+        }
+        // Deleted, missed or late: whether the backend can go tells.
+        match self.backend.delete(self.qmp, &self.id).await {
+            Ok(_) => Ok(()),
+            Err(error @ QmpError::Refused { .. }) => Err(busy(error)),
+            Err(error) => Err(error.while_trying(tried())),
+        }
+    }
+
+    pub(crate) async fn presence(&self) -> Result<Presence, QmpError> {
+        let has = |names: Vec<String>| names.contains(&self.id);
+        Ok(Presence {
+            device: has(objects(self.qmp, DEVICES).await?),
+            backend: has(self.backend.names(self.qmp).await?),
+        })
+    }
+
+    fn tried(&self) -> String {
+        format!("cannot attach {}", self.what)
+    }
+}
+
+/// What there is in QEMU whose name begins with a prefix: `device bm-scsi-0-3`, `node bm-scsi-0-3` and so on, in order.
+pub(crate) async fn left(
+    qmp: &Qmp,
+    backend: Backend,
+    prefix: &str,
+) -> Result<Vec<String>, BackendError> {
+    let failed = |error: QmpError| error.while_trying("cannot list the disks of the VM");
+    let devices = objects(qmp, DEVICES).await.map_err(failed)?;
+    let backends = backend.names(qmp).await.map_err(failed)?;
+    let devices = devices.into_iter().map(|name| ("device", name));
+    let backends = backends.into_iter().map(|name| (backend.noun(), name));
+    let ours = devices
+        .chain(backends)
+        .filter(|(_, name)| name.starts_with(prefix));
+    let mut left: Vec<String> = ours.map(|(what, name)| format!("{what} {name}")).collect();
+    left.sort();
+    Ok(left)
+}
+
+async fn objects(qmp: &Qmp, path: &str) -> Result<Vec<String>, QmpError> {
+    let objects: Vec<Object> = qmp.query("qom-list", json!({"path": path})).await?;
+    Ok(objects.into_iter().map(|object| object.name).collect())
+}
+
+/// Refuses ids of a list that are no ids of QEMU's, or named twice; `what` says what they are of.
+pub(crate) fn ensure_ids(ids: &[String], what: &str) -> Result<(), BackendError> {
+    for (at, id) in ids.iter().enumerate() {
+        if !is_id(id) {
+            let message = format!("{id:?} is no id of a {what} in QEMU");
+            return Err(BackendError::invalid(message));
+        }
+        if ids[..at].contains(id) {
+            let message = format!("{what} {id} is named twice");
+            return Err(BackendError::invalid(message));
+        }
+    }
+    Ok(())
+}
+
+/// Whether QEMU takes it as an id (`id_wellformed`), which it must be to be part of the name of a bus.
+fn is_id(id: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    id.starts_with(|first: char| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
+}
+
+/// What is there could not be found out, or not be taken out.
+fn in_doubt(tried: String, error: impl Into<BackendError>) -> BackendError {
+    let error = error.into();
+    match error.kind() {
+        ErrorKind::Gone => BackendError::gone(tried),
+        _ => BackendError::uncertain(tried),
+    }
+    .with_source(error)
+}
