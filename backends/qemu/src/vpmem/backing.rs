@@ -108,12 +108,17 @@ impl Image {
 
 /// Says which disk is meant. Blocks.
 pub(super) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
-    if *disk.kind() != DiskKind::VirtualDisk {
-        let path = disk.source().display();
-        let message = format!("{path} is no file, and QEMU maps only files as VPMEM");
-        return Err(BackendError::unsuitable(message));
-    }
+    ensure_file(disk)?;
     source::identify(disk)
+}
+
+fn ensure_file(disk: &Disk) -> Result<(), BackendError> {
+    if *disk.kind() == DiskKind::VirtualDisk {
+        return Ok(());
+    }
+    let path = disk.source().display();
+    let message = format!("{path} is no file, and QEMU maps only files as VPMEM");
+    Err(BackendError::unsuitable(message))
 }
 
 /// The size of a disk in bytes. Blocks.
@@ -122,6 +127,7 @@ pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
 }
 
 fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
+    ensure_file(disk)?;
     let source = source::open(disk, id)?;
     let size = source::size(disk, &source)?;
     Ok((source.file, size))
