@@ -91,7 +91,7 @@ struct Inner {
     geometry: Geometry,
     directory: PathBuf,
     /// By number. Locked while a device comes or goes, so that of many first mappings one makes it.
-    devices: Box<[tokio::sync::Mutex<Held>]>,
+    devices: Box<[tokio::sync::Mutex<Contents>]>,
     /// Ranges that are being written to, or were. A copy keeps its own locked to its very end, even when
     /// nobody waits for it any more.
     ranges: Mutex<HashMap<VpmemAddress, Arc<tokio::sync::Mutex<()>>>>,
@@ -104,7 +104,7 @@ enum Kind {
 
 /// What is behind a device.
 #[derive(Debug, Default)]
-enum Held {
+enum Contents {
     #[default]
     Nothing,
     Disk(Image),
@@ -115,10 +115,10 @@ enum Held {
     },
 }
 
-impl Held {
+impl Contents {
     /// QEMU has the file open.
     fn opened(&mut self) {
-        if let Held::Disk(image) = self {
+        if let Contents::Disk(image) = self {
             image.opened();
         }
     }
@@ -175,7 +175,7 @@ impl QemuVpmem {
         }
         let geometry = Geometry::new(devices, device_size)
             .map_err(|error| BackendError::invalid(error.to_string()))?;
-        let nothing = || tokio::sync::Mutex::new(Held::Nothing);
+        let nothing = || tokio::sync::Mutex::new(Contents::Nothing);
         Ok(QemuVpmem(Arc::new(Inner {
             qmp,
             kind,
@@ -259,9 +259,12 @@ impl QemuVpmem {
     }
 
     /// None if the VM has no such device.
-    async fn held(&self, device: DeviceNumber) -> Option<tokio::sync::MutexGuard<'_, Held>> {
-        let held = self.0.devices.get(usize::from(device.get()))?;
-        Some(held.lock().await)
+    async fn contents(
+        &self,
+        device: DeviceNumber,
+    ) -> Option<tokio::sync::MutexGuard<'_, Contents>> {
+        let contents = self.0.devices.get(usize::from(device.get()))?;
+        Some(contents.lock().await)
     }
 
     fn no_such(&self, device: DeviceNumber) -> BackendError {
@@ -332,11 +335,11 @@ impl Attacher for QemuVpmem {
         disk: &Disk,
         id: &DiskId,
     ) -> Result<(), BackendError> {
-        let mut held = self
-            .held(device)
+        let mut contents = self
+            .contents(device)
             .await
             .ok_or_else(|| self.no_such(device))?;
-        if !matches!(*held, Held::Nothing) {
+        if !matches!(*contents, Contents::Nothing) {
             return Err(used_otherwise(device));
         }
         let (prepared, id, directory) = (disk.clone(), id.clone(), self.0.directory.clone());
@@ -347,28 +350,28 @@ impl Attacher for QemuVpmem {
         let image = image.map_err(nothing_done)?;
         let (file, size) = (image.file()?, image.size());
         // From here on it stays open, until it is certain that QEMU has it no more.
-        *held = Held::Disk(image);
+        *contents = Contents::Disk(image);
         let attached = self.plug_in(device, &file, size).await;
         match &attached {
-            Ok(()) => held.opened(),
+            Ok(()) => contents.opened(),
             Err(error) if error.kind() == ErrorKind::Uncertain => {}
-            Err(_) => *held = Held::Nothing,
+            Err(_) => *contents = Contents::Nothing,
         }
         attached
     }
 
     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
-        let Some(mut held) = self.held(device).await else {
+        let Some(mut contents) = self.contents(device).await else {
             // Nothing was ever there.
             return Ok(());
         };
-        if let Held::Ranges { .. } = *held {
+        if let Contents::Ranges { .. } = *contents {
             return Err(used_otherwise(device));
         }
         let detached = self.plug(device).detach().await;
         match detached.as_ref().map_err(BackendError::kind) {
             Ok(()) | Err(ErrorKind::Gone) => {
-                if let Held::Disk(image) = std::mem::take(&mut *held) {
+                if let Contents::Disk(image) = std::mem::take(&mut *contents) {
                     let what = format!("the file of VPMEM device {device}");
                     let discard = move |_: &AtomicBool| image.discard();
                     // The device is out all the same.
@@ -378,7 +381,7 @@ impl Attacher for QemuVpmem {
                 }
             }
             // It stays for good.
-            Err(ErrorKind::Unsuitable) => held.opened(),
+            Err(ErrorKind::Unsuitable) => contents.opened(),
             Err(_) => {}
         }
         detached

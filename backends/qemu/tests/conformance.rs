@@ -1,4 +1,4 @@
-//! The laws that every transport must keep, in a real QEMU, and how many disks fit.
+//! The contract of every transport, in a real QEMU, and how many disks fit.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 mod common;
@@ -15,7 +15,7 @@ use common::Qemu;
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn scsi_disks_in_qemu_keep_the_laws_of_a_transport() {
+async fn scsi_disks_in_qemu_keep_the_contract_of_a_transport() {
     let mut qemu = Qemu::start(2);
     let geometry = Geometry::new(2, 2).unwrap();
     let scsi = ScsiTransport::new(qemu.scsi().await, geometry, &[]).unwrap();

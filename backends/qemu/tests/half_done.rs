@@ -1,4 +1,4 @@
-//! Half of the way was gone by somebody else: a detachment goes the rest, an attachment does not build on it.
+//! Another client has attached or detached half of a disk: a detachment goes on from there, an attachment is refused.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use blockmount::{Disk, ErrorKind};
 use blockmount_scsi::Attacher;
 use blockmount_scsi::testing::AttachIdentified as _;
-use common::{IMPATIENT, Qemu, address};
+use common::{Qemu, SHORT_DEADLINES, address};
 use serde_json::{Value, json};
 
 fn id() -> Value {
@@ -61,7 +61,7 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
 async fn an_image_with_another_user_in_qemu_is_busy_until_that_has_gone() {
     let mut qemu = Qemu::start(1);
     let before = qemu.tables();
-    let scsi = qemu.scsi_with(IMPATIENT).await;
+    let scsi = qemu.scsi_with(SHORT_DEADLINES).await;
     let (at, disk) = (address("0/3"), Disk::virtual_disk(qemu.image("a", 4096)));
     scsi.attach_identified(at, &disk).await.unwrap();
     let over_it =

@@ -14,7 +14,7 @@ use blockmount::{Disk, ErrorKind};
 use blockmount_qemu::QemuScsi;
 use blockmount_qemu::qmp::{Deadlines, Qmp};
 use blockmount_scsi::Attacher;
-use common::{IMPATIENT, Qemu, address};
+use common::{Qemu, SHORT_DEADLINES, address};
 use serde_json::{Value, json};
 
 /// What QEMU says of a node.
@@ -136,7 +136,7 @@ async fn an_image_that_is_replaced_in_time_opens_no_backing_file() {
     let mut qemu = Qemu::start(1);
     // It is no Unix socket any more, so that QEMU is given paths.
     let (reader, writer) = qemu.stream().into_split();
-    let qmp = Qmp::connect_with(tokio::io::join(reader, writer), IMPATIENT).await;
+    let qmp = Qmp::connect_with(tokio::io::join(reader, writer), SHORT_DEADLINES).await;
     let scsi = qemu.attacher(qmp.unwrap());
     let secret = qemu.image("secret", 4 << 20);
     let backing = json!({"backing-file": secret, "backing-fmt": "raw"});

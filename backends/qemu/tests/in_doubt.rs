@@ -12,13 +12,13 @@ use blockmount_qemu::QemuScsi;
 use blockmount_qemu::qmp::Qmp;
 use blockmount_scsi::{Attacher, Geometry, ScsiTransport};
 use common::lossy::{Loss, Next, lossy};
-use common::{IMPATIENT, LONG, Qemu, address};
+use common::{LONG, Qemu, SHORT_DEADLINES, address};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 async fn with_losses(qemu: &mut Qemu) -> (QemuScsi, Next) {
     let (stream, next) = lossy(qemu.stream());
-    let qmp = Qmp::connect_with(stream, IMPATIENT).await.unwrap();
+    let qmp = Qmp::connect_with(stream, SHORT_DEADLINES).await.unwrap();
     (qemu.attacher(qmp), next)
 }
 
@@ -117,7 +117,7 @@ async fn a_detachment_whose_answer_is_lost_goes_on_where_it_was() {
 async fn o15_a_stopped_qemu_leaves_slots_in_doubt_until_it_goes_on() {
     let mut qemu = Qemu::start(1);
     let before = qemu.tables();
-    let attacher = qemu.scsi_with(IMPATIENT).await;
+    let attacher = qemu.scsi_with(SHORT_DEADLINES).await;
     let scsi = ScsiTransport::new(attacher, Geometry::new(1, 2).unwrap(), &[]).unwrap();
     let [first, second, third] =
         ["a", "b", "c"].map(|name| Disk::virtual_disk(qemu.image(name, 4096)));
@@ -129,7 +129,7 @@ async fn o15_a_stopped_qemu_leaves_slots_in_doubt_until_it_goes_on() {
     assert_eq!(attached.unwrap_err().kind(), ErrorKind::Uncertain);
     assert_eq!(detached.unwrap_err().kind(), ErrorKind::Uncertain);
     assert!(
-        begun.elapsed() < 4 * IMPATIENT.call,
+        begun.elapsed() < 4 * SHORT_DEADLINES.call,
         "{:?}",
         begun.elapsed()
     );
@@ -150,7 +150,7 @@ async fn o15_a_stopped_qemu_leaves_slots_in_doubt_until_it_goes_on() {
 async fn a_stopped_qemu_holds_no_call_beyond_its_deadlines_however_many_there_are() {
     let mut qemu = Qemu::start(1);
     let before = qemu.tables();
-    let attacher = qemu.scsi_with(IMPATIENT).await;
+    let attacher = qemu.scsi_with(SHORT_DEADLINES).await;
     let disk = Disk::virtual_disk(qemu.image("a", 4096)).read_only();
     qemu.signal("-STOP");
     let mut calls = JoinSet::new();
@@ -170,7 +170,7 @@ async fn a_stopped_qemu_holds_no_call_beyond_its_deadlines_however_many_there_ar
         }
     }
     assert!(
-        begun.elapsed() < 5 * IMPATIENT.call,
+        begun.elapsed() < 5 * SHORT_DEADLINES.call,
         "{:?}",
         begun.elapsed()
     );

@@ -26,7 +26,8 @@ struct Images {
 
 impl Images {
     fn of(image: PathBuf, other: PathBuf) -> Self {
-        let kept = image.with_extension("kept");
+        let name = image.file_name().unwrap().to_str().unwrap();
+        let kept = image.with_file_name(format!("kept-{name}"));
         fs::hard_link(&image, &kept).unwrap();
         Images { image, kept, other }
     }

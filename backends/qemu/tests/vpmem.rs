@@ -19,7 +19,7 @@ use blockmount_vpmem::{
 };
 use common::lossy::{Loss, lossy};
 use common::pmem::{DEVICE, Guest, MIB, Pmem};
-use common::{IMPATIENT, Qemu};
+use common::{Qemu, SHORT_DEADLINES};
 use serde_json::json;
 
 fn device(number: u64) -> DeviceNumber {
@@ -48,7 +48,7 @@ fn shows(guest: &Guest, device: u64, range: ByteRange, length: u64, byte: u8) {
     }
 }
 
-/// A transport whose guest lets go of a device before it is detached.
+/// A transport whose guest ejects a device before it is detached.
 struct WithGuest {
     vpmem: VpmemTransport<QemuVpmem>,
     guest: Guest,
@@ -78,7 +78,7 @@ impl Transport for WithGuest {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whole_devices_keep_the_laws_of_a_transport() {
+async fn whole_devices_keep_the_contract_of_a_transport() {
     let mut pmem = Pmem::start(2);
     let attacher = pmem.virtio().await;
     let guest = pmem.guest.clone();
@@ -108,7 +108,7 @@ async fn whole_devices_keep_the_laws_of_a_transport() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn packed_disks_keep_the_laws_of_a_transport() {
+async fn packed_disks_keep_the_contract_of_a_transport() {
     let mut pmem = Pmem::start(1);
     let attacher = pmem.virtio().await;
     let vpmem = transport(&attacher, Mode::Packed);
@@ -221,7 +221,7 @@ async fn the_guest_cannot_change_a_disk() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_device_that_the_guest_has_not_ejected_is_busy() {
     let mut pmem = Pmem::start(1);
-    let qmp = pmem.qemu.qmp(IMPATIENT).await;
+    let qmp = pmem.qemu.qmp(SHORT_DEADLINES).await;
     let attacher = pmem.virtio_over(qmp);
     let disk = pmem.disk("a", 7, 2 * MIB);
     attacher.attach_identified(device(0), &disk).await.unwrap();
@@ -277,7 +277,7 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
 async fn a_lost_answer_leaves_all_or_nothing() {
     let mut pmem = Pmem::start(3);
     let (stream, loss) = lossy(pmem.qemu.stream());
-    let qmp = blockmount_qemu::Qmp::connect_with(stream, IMPATIENT)
+    let qmp = blockmount_qemu::Qmp::connect_with(stream, SHORT_DEADLINES)
         .await
         .unwrap();
     let attacher = pmem.virtio_over(qmp);
@@ -331,7 +331,7 @@ async fn a_lost_answer_leaves_all_or_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_nvdimm_is_parked_and_offered_to_the_same_disk_again() {
+async fn an_nvdimm_is_retained_and_offered_to_the_same_disk_again() {
     let mut pmem = Pmem::start(0);
     let attacher = pmem.nvdimm().await;
     let error = attacher.detach(device(9)).await;

@@ -14,7 +14,7 @@ use super::saved::States;
 use super::vm::Vm;
 
 /// How long a hypervisor in hardware may take until the guest answers; it takes a second where it works.
-const KVM_PATIENCE: Duration = Duration::from_secs(15);
+const KVM_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Whether this process has seen that no guest comes up on KVM, so that it is tried once.
 static NO_KVM: AtomicBool = AtomicBool::new(false);
@@ -181,7 +181,7 @@ impl VmBuilder {
             return self.start_on(KVM, self.timeout).await;
         }
         if self.accelerator == Accelerator::Auto && self.may_have_kvm() {
-            match self.start_on(KVM, KVM_PATIENCE.min(self.timeout)).await {
+            match self.start_on(KVM, KVM_TIMEOUT.min(self.timeout)).await {
                 Err(error) => tracing::info!(%error, "KVM does not work; going on with emulation"),
                 started => return started,
             }

@@ -9,7 +9,7 @@ use blockmount_vpmem::{ByteRange, DeviceNumber, VpmemAddress};
 use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
-use super::{Held, QemuVpmem, nothing_done, used_otherwise};
+use super::{Contents, QemuVpmem, nothing_done, used_otherwise};
 use crate::source::OpenFile;
 
 impl QemuVpmem {
@@ -39,8 +39,8 @@ impl QemuVpmem {
         device: DeviceNumber,
         range: ByteRange,
     ) -> Result<(), BackendError> {
-        let file = match self.held(device).await.as_deref() {
-            Some(Held::Ranges { file, .. }) => file.file(),
+        let file = match self.contents(device).await.as_deref() {
+            Some(Contents::Ranges { file, .. }) => file.file(),
             // Nothing was ever there.
             _ => return Ok(()),
         };
@@ -62,21 +62,21 @@ impl QemuVpmem {
 
     /// The file of a packed device that QEMU has; made and plugged if it is not there.
     async fn packed(&self, device: DeviceNumber) -> Result<File, BackendError> {
-        let mut held = self
-            .held(device)
+        let mut contents = self
+            .contents(device)
             .await
             .ok_or_else(|| self.no_such(device))?;
-        if let Held::Nothing = *held {
+        if let Contents::Nothing = *contents {
             let (directory, size) = (self.0.directory.clone(), self.0.geometry.device_size());
             let what = format!("the file of VPMEM device {device}");
             let make = move |_: &AtomicBool| Private::make(&directory, size);
             let file = self.blocking(&what, 0, make).await.map_err(nothing_done)?;
-            *held = Held::Ranges {
+            *contents = Contents::Ranges {
                 file,
                 plugged: false,
             };
         }
-        let Held::Ranges { file, plugged } = &mut *held else {
+        let Contents::Ranges { file, plugged } = &mut *contents else {
             return Err(used_otherwise(device));
         };
         if self.0.qmp.is_closed() {
@@ -85,7 +85,7 @@ impl QemuVpmem {
         }
         if !*plugged && let Err(error) = self.plug_packed(device, file).await {
             if error.kind() != ErrorKind::Uncertain {
-                *held = Held::Nothing;
+                *contents = Contents::Nothing;
             }
             return Err(error);
         }
@@ -121,7 +121,7 @@ impl QemuVpmem {
         Ok(())
     }
 
-    /// Locks a range against whoever may still be writing to it.
+    /// Locks a range, to which an earlier copy may still be written.
     async fn lock(&self, address: VpmemAddress) -> Result<OwnedMutexGuard<()>, BackendError> {
         let gate = {
             let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// For tests in which something is not answered.
-pub const IMPATIENT: Deadlines = Deadlines {
+pub const SHORT_DEADLINES: Deadlines = Deadlines {
     call: Duration::from_secs(1),
     greeting: LONG,
 };
