@@ -238,7 +238,7 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        let places: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
+        let positions: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
         self.0 = images
             .map(|image| Layer {
                 image: image.clone(),
@@ -251,7 +251,7 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
             .flatten();
         let said_at = matches.indices_of("partition").into_iter().flatten();
         for (number, at) in numbers.zip(said_at) {
-            let before = places.iter().rposition(|place| *place < at);
+            let before = positions.iter().rposition(|place| *place < at);
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
                 return Err(misplaced(format!(
                     "--partition {number} has no --layer before it"
@@ -300,11 +300,11 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = bytes.ok_or("a scratch disk has at most 16T")?;
     match bytes >= MIN_SCRATCH {
         true => Ok(bytes),
-        false => Err("a scratch disk has at least 4M: its filesystem needs room".to_owned()),
+        false => Err("a scratch disk has at least 4M: its filesystem needs as much".to_owned()),
     }
 }
 
-/// An ext4 of less has no room for a journal and the overlay's directories.
+/// A smaller ext4 cannot hold a journal and the overlay's directories.
 const MIN_SCRATCH: u64 = 4 << 20;
 /// The largest ext4 with blocks of 4 KiB and 32-bit block numbers.
 const MAX_SCRATCH: u64 = 16 << 40;

@@ -1,7 +1,7 @@
 //! Finding and removing what killed runs have left: mounts first, then loop devices, then files.
 //!
 //! Something is ours if it carries the mark of a run, or is mounted from a device that does; it is left
-//! over if nobody holds the lock of that run. Everything else is left alone, and shown where it is in
+//! over if the lock of that run is free. Everything else is left alone, and shown where it is in
 //! the way.
 
 mod remove;

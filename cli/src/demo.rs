@@ -24,7 +24,7 @@ use crate::test_images::{TestImage, make};
 
 /// The containers that share the layers.
 const CONTAINERS: [&str; 2] = ["one", "two"];
-/// Room for what the demo writes; the files are sparse.
+/// Enough for what the demo writes; the files are sparse.
 const SCRATCH_SIZE: u64 = 64 << 20;
 
 /// Runs the demo. `Ok` is the exit status.

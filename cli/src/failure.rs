@@ -197,7 +197,7 @@ fn advice_on_io(kind: io::ErrorKind) -> Option<&'static str> {
     match kind {
         io::ErrorKind::NotFound => Some("check the name"),
         io::ErrorKind::PermissionDenied => Some("run it as a user who may read it, or with sudo"),
-        io::ErrorKind::StorageFull => Some("make room, most of all below /var/tmp"),
+        io::ErrorKind::StorageFull => Some("free some space, most of all below /var/tmp"),
         _ => None,
     }
 }

@@ -158,7 +158,7 @@ fn sparse(image: &Path, size: u64) -> Result<(), Failure> {
         .context(|| format!("cannot make {} with {size} bytes", image.display()))
 }
 
-/// The room that the files of a directory take on a filesystem with blocks of 4 KiB, and how many names
+/// How many bytes the files of a directory take on a filesystem with blocks of 4 KiB, and how many names
 /// there are.
 fn extent(directory: &Path) -> (u64, u64) {
     let sizes = WalkDir::new(directory).into_iter().flatten().map(|entry| {
@@ -190,7 +190,7 @@ async fn fill(
     copied.map(|_| ())
 }
 
-/// Where the partitions of a sample start, as every tool aligns them, and how large the first is.
+/// Where the partitions of an image start, as every tool aligns them, and how large the first is.
 const MIB: u64 = 1 << 20;
 
 /// Wraps an image of a filesystem: a GPT with a small partition 1, and the filesystem on partition 2.

@@ -86,7 +86,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
 
 fn inspect(image: &Path) -> Result<Image, Failure> {
     let what = || format!("cannot inspect {}", image.display());
-    // A pipe that nobody writes to would keep us waiting; the kernel ignores the flag for files.
+    // A pipe without a writer would keep us waiting; the kernel ignores the flag for files.
     let open = File::options()
         .read(true)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed())

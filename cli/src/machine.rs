@@ -24,7 +24,7 @@ pub(crate) struct Machine {
     /// Does the main job; each call that it makes is recorded.
     manager: Manager,
     recorder: Recorder,
-    /// Does on this machine what has to be done before, such as filling a sample; recorded apart.
+    /// Does on this machine what has to be done before, such as filling an image; recorded apart.
     helper: Manager,
     helper_recorder: Recorder,
     targets: Vec<PathBuf>,
@@ -221,11 +221,11 @@ impl Machine {
             if attempts >= ATTEMPTS {
                 return Err(stays(&waiting));
             }
-            interrupt.now(format!("waiting for somebody else: {waiting}"));
+            interrupt.now(format!("waiting for another user: {waiting}"));
             if busy && waiting != said {
                 say(format_args!("waiting: {waiting}"));
                 say(format_args!(
-                    "  until they let go; another signal (Ctrl-C) gives up and leaves it"
+                    "  until they release it; another signal (Ctrl-C) gives up and leaves it"
                 ));
                 said = waiting.clone();
             }
@@ -270,5 +270,5 @@ fn describe(failed: &[blockmount::Error], in_use: usize) -> String {
 fn stays(what: &str) -> Failure {
     Failure::new("not everything could be released")
         .because(what.to_owned())
-        .advise("when nobody uses it any more, run: sudo blockmount cleanup")
+        .advise("when it is no longer in use, run: sudo blockmount cleanup")
 }

@@ -59,7 +59,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
                 ));
             }
             interrupt.now("releasing the stack");
-            // What fails here is owed to the manager; the end of the run does it, or says who is in the way.
+            // What fails here stays pending in the manager; the end of the run retries it, or says who uses it.
             if let Err(error) = stack.release().await {
                 tracing::info!(%error, "the stack could not be released at once");
             }

@@ -80,7 +80,7 @@ pub(crate) struct ContainerReport {
 pub(crate) struct SlotReport {
     /// As the transport numbers it: `3`, or `0/3` for LUN 3 of SCSI controller 0.
     pub(crate) slot: String,
-    /// `occupied`, or `quarantined` while nobody knows what is in it.
+    /// `occupied`, or `quarantined` while it is unknown what is in it.
     pub(crate) state: String,
     pub(crate) device: String,
     pub(crate) read_only: bool,

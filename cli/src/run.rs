@@ -2,7 +2,7 @@
 //! found, and told from what is alive.
 //!
 //! - `/run/blockmount/<id>/` is the run's directory, with a `lock` that is held for as long as the process
-//!   lives. The kernel lets go of it however the process ends, and unlike a process id it
+//!   lives. The kernel releases it however the process ends, and unlike a process id it
 //!   is never given to somebody else.
 //! - Loop devices and overlays carry the [mark](Run::mark) `blockmount:<id>` in the kernel's own tables.
 //! - What neither shows is written to the `journal`, before it is made: the directory for image files,
@@ -40,7 +40,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A run that is alive. [`finish`](Self::finish) removes its directories; dropping it tries to.
 #[derive(Debug)]
 pub(crate) struct Run {
-    places: Places,
+    paths: RunPaths,
     mounts: PathBuf,
     journal: Mutex<File>,
     finished: bool,
@@ -50,7 +50,7 @@ pub(crate) struct Run {
 
 /// Where a run has its files.
 #[derive(Debug, Clone)]
-pub(crate) struct Places {
+pub(crate) struct RunPaths {
     pub(crate) id: String,
     /// The run's directory.
     pub(crate) dir: PathBuf,
@@ -102,9 +102,9 @@ impl Name {
     }
 }
 
-impl Places {
+impl RunPaths {
     pub(crate) fn of(id: &str) -> Self {
-        Places {
+        RunPaths {
             id: id.to_owned(),
             dir: Path::new(RUNS).join(id),
             work: Path::new(WORK).join(format!("blockmount-{id}")),
@@ -113,16 +113,16 @@ impl Places {
 
     /// As a run that is dead has written it down.
     pub(crate) fn recorded(id: &str) -> Self {
-        let mut places = Places::of(id);
-        let noted = places
+        let mut paths = RunPaths::of(id);
+        let noted = paths
             .read_journal()
             .into_iter()
             .find_map(|entry| match entry {
                 Entry::Work(name) => Some(name.into_path()),
                 Entry::Directory(_) => None,
             });
-        places.work = noted.unwrap_or(places.work);
-        places
+        paths.work = noted.unwrap_or(paths.work);
+        paths
     }
 
     /// What loop devices and overlays of the run carry.
@@ -138,7 +138,7 @@ impl Places {
         self.dir.join("journal")
     }
 
-    /// What the journal says. A last line that was cut off was never followed by a deed.
+    /// What the journal says. What a last line that was cut off names was never made.
     pub(crate) fn read_journal(&self) -> Vec<Entry> {
         let text = fs::read_to_string(self.journal()).unwrap_or_default();
         text.lines()
@@ -191,50 +191,50 @@ impl Run {
         let what = || format!("cannot make a directory for this run in {RUNS}");
         let runs = open_runs().context(what)?;
         lock(&runs, FlockOperation::NonBlockingLockShared)?;
-        let places = Places::of(&random_id().context(what)?);
-        make_private(&places.dir).context(what)?;
+        let paths = RunPaths::of(&random_id().context(what)?);
+        make_private(&paths.dir).context(what)?;
         // From here on a failure removes what is there: nothing but empty directories and files of ours.
-        Self::fill(&places).inspect_err(|_| {
-            let _ = places.remove();
+        Self::fill(&paths).inspect_err(|_| {
+            let _ = paths.remove();
         })
     }
 
-    fn fill(places: &Places) -> Result<Run, Failure> {
-        let what = || format!("cannot prepare {}", places.dir.display());
-        let lock_file = create(&places.lock()).context(what)?;
+    fn fill(paths: &RunPaths) -> Result<Run, Failure> {
+        let what = || format!("cannot prepare {}", paths.dir.display());
+        let lock_file = create(&paths.lock()).context(what)?;
         flock(&lock_file, FlockOperation::NonBlockingLockExclusive).context(what)?;
-        let journal = create(&places.journal()).context(what)?;
+        let journal = create(&paths.journal()).context(what)?;
         let run = Run {
-            mounts: places.dir.join("m"),
-            places: places.clone(),
+            mounts: paths.dir.join("m"),
+            paths: paths.clone(),
             journal: Mutex::new(journal),
             finished: false,
             _lock: lock_file,
         };
-        run.note(&Entry::Work(Name::of(&places.work)))?;
-        make_private(&places.work)
-            .context(|| format!("cannot make {} for image files", places.work.display()))?;
+        run.note(&Entry::Work(Name::of(&paths.work)))?;
+        make_private(&paths.work)
+            .context(|| format!("cannot make {} for image files", paths.work.display()))?;
         Ok(run)
     }
 
     /// What loop devices and overlays of this run carry, for all to see.
     pub(crate) fn mark(&self) -> String {
-        self.places.mark()
+        self.paths.mark()
     }
 
-    /// Below this, mounts that nobody asked a path for.
+    /// Below this, mounts without a path of the caller's.
     pub(crate) fn mount_root(&self) -> &Path {
         &self.mounts
     }
 
     /// The run's own directory, for mount points only.
     pub(crate) fn directory(&self) -> &Path {
-        &self.places.dir
+        &self.paths.dir
     }
 
     /// The directory for image files.
     pub(crate) fn work_dir(&self) -> &Path {
-        &self.places.work
+        &self.paths.work
     }
 
     /// Notes a directory outside of the run's own that is going to be made if it is not there, with
@@ -254,7 +254,7 @@ impl Run {
         let what = || {
             format!(
                 "cannot write the journal of this run in {}",
-                self.places.dir.display()
+                self.paths.dir.display()
             )
         };
         let mut line = serde_json::to_string(entry).context(what)?;
@@ -270,14 +270,14 @@ impl Run {
     /// Removes the run's directories. Nothing may be mounted there any more.
     pub(crate) fn finish(mut self) -> Result<(), Failure> {
         self.finished = true;
-        self.places.remove()
+        self.paths.remove()
     }
 }
 
 impl Drop for Run {
     fn drop(&mut self) {
         if !self.finished
-            && let Err(failure) = self.places.remove()
+            && let Err(failure) = self.paths.remove()
         {
             tracing::warn!(%failure, "a clean-up has to remove what is left of this run");
         }
@@ -331,7 +331,7 @@ fn random_id() -> io::Result<String> {
     Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
 }
 
-/// Makes a directory that is nobody else's business.
+/// Makes a directory that only this user can read.
 fn make_private(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
@@ -388,8 +388,8 @@ mod tests {
         let id = dir.file_name().unwrap().to_str().unwrap();
         assert_eq!(id_in(&run.mark()), Some(id));
         assert_eq!(dir.metadata().unwrap().mode() & 0o777, 0o700);
-        assert_eq!(run.places.read_journal(), [Entry::Work(Name::of(&work))]);
-        let other = File::open(run.places.lock()).unwrap();
+        assert_eq!(run.paths.read_journal(), [Entry::Work(Name::of(&work))]);
+        let other = File::open(run.paths.lock()).unwrap();
         assert_eq!(
             flock(&other, FlockOperation::NonBlockingLockExclusive),
             Err(Errno::WOULDBLOCK)
@@ -411,7 +411,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         run.journal_dir(&dir.path().join("a/b")).unwrap();
         run.journal_dir(dir.path()).unwrap();
-        let noted = run.places.read_journal().into_iter().skip(1);
+        let noted = run.paths.read_journal().into_iter().skip(1);
         let expected = ["a", "a/b"].map(|name| Entry::Directory(Name::of(&dir.path().join(name))));
         assert!(noted.eq(expected));
         run.finish().unwrap();

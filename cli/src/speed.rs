@@ -148,23 +148,23 @@ async fn add(manager: &Manager, images: &[PathBuf]) -> Result<Duration, Failure>
 /// Does the same with bare commands and bare mounts.
 async fn floor(guest: &QemuGuest, images: &[PathBuf]) -> Result<Duration, Failure> {
     let controllers = u64::from(guest.scsi().geometry().controllers());
-    let mut places = Vec::new();
+    let mut addresses = Vec::new();
     for (number, image) in (0..).zip(images) {
         let controller = (number % controllers).try_into();
         let lun = (FIRST_LUN + number / controllers).try_into();
         let what = || "cannot address a disk".to_owned();
         let address = ScsiAddress::new(controller.context(what)?, lun.context(what)?);
-        places.push((address, image));
+        addresses.push((address, image));
     }
     let start = Instant::now();
-    let plugged = try_join_all(places.iter().map(|(at, image)| plug(guest, *at, image))).await;
+    let plugged = try_join_all(addresses.iter().map(|(at, image)| plug(guest, *at, image))).await;
     let plugging = start.elapsed();
     let mounted = match plugged {
-        Ok(_) => mount_bare(guest, places.iter().map(|(at, _)| *at)).await,
+        Ok(_) => mount_bare(guest, addresses.iter().map(|(at, _)| *at)).await,
         Err(failure) => Err(failure),
     };
     // Also what a failure has left half-way.
-    for taken_out in join_all(places.iter().map(|(at, _)| take_out(guest, *at))).await {
+    for taken_out in join_all(addresses.iter().map(|(at, _)| take_out(guest, *at))).await {
         taken_out?;
     }
     Ok(plugging + mounted?)
@@ -202,9 +202,9 @@ async fn take_out(guest: &QemuGuest, at: ScsiAddress) -> Result<(), Failure> {
 /// Until the last is mounted, by the guest's clock.
 async fn mount_bare(
     guest: &QemuGuest,
-    places: impl Iterator<Item = ScsiAddress>,
+    addresses: impl Iterator<Item = ScsiAddress>,
 ) -> Result<Duration, Failure> {
-    let mounts = places.map(|at| BareMount {
+    let mounts = addresses.map(|at| BareMount {
         // The controllers are the only SCSI hosts of this VM, and found in the order of their addresses.
         device: format!("{}:0:0:{}", at.controller, at.lun),
         filesystem: "ext4".to_owned(),

@@ -115,7 +115,7 @@ fn root_mount_at_20_moments_of_its_set_up() {
     let layers = ["--layer", &top, "--layer", &base];
     let arguments = [&["mount", "--at", &at, "--scratch", "32M"][..], &layers].concat();
     for n in 1..=20 {
-        // Impatient users press Ctrl-C more than once: that must not leave anything either.
+        // Users press Ctrl-C more than once: that must not leave anything either.
         let child = program(&arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -122,7 +122,7 @@ fn root_a_busy_tree_is_reported_and_waited_for() {
     let mut held = held(layers(&dir));
     let file = fs::File::open(dir.path().join("at/base")).unwrap();
     common::signal(held.pid(), Signal::TERM);
-    let said = held.wait_for("until they let go");
+    let said = held.wait_for("until they release it");
     assert!(
         said.contains(&format!("process {}", std::process::id())),
         "{said}"
@@ -143,7 +143,7 @@ fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
     let mut held = held(layers(&dir));
     let file = fs::File::open(dir.path().join("at/base")).unwrap();
     common::signal(held.pid(), Signal::INT);
-    held.wait_for("until they let go");
+    held.wait_for("until they release it");
     let answer = held.end(Signal::INT);
     answer.says(
         1,

@@ -14,7 +14,7 @@ use tokio::io::unix::AsyncFd;
 /// The moments at which something happened to a descriptor, one by one.
 ///
 /// A virtio port reports a hang-up for as long as its host end is not connected, and the runtime takes a
-/// hang-up for final: whoever waited for such a port by its runtime alone would spin. An epoll instance of
+/// hang-up for final: waiting for such a port by the runtime alone would spin. An epoll instance of
 /// our own, edge triggered, has something to read only when something has happened.
 #[derive(Debug)]
 pub(super) struct Edges(AsyncFd<OwnedFd>);
@@ -25,7 +25,7 @@ impl Edges {
         Self::watch(of, EventFlags::IN | EventFlags::RDHUP)
     }
 
-    /// Watches for room to write. Must be made in a runtime that has I/O enabled.
+    /// Watches for the possibility to write. Must be made in a runtime that has I/O enabled.
     pub(super) fn of_output(of: impl AsFd) -> io::Result<Self> {
         Self::watch(of, EventFlags::OUT)
     }

@@ -115,7 +115,7 @@ impl Endpoints {
         ended: impl Future<Output = ()>,
     ) -> Result<(), AgentError> {
         let mut tasks = JoinSet::new();
-        // What can fail at once comes first: nobody is served yet whom that would interrupt.
+        // What can fail at once comes first: no connection is served yet that a failure would interrupt.
         for path in self.unix {
             let socket = unix::Socket::bind(&path)?;
             tasks.spawn(unix::serve(socket, service.clone()));

@@ -25,7 +25,7 @@ pub(super) struct Port {
     file: File,
     input: Edges,
     output: Edges,
-    /// What was read while nobody conversed yet.
+    /// What was read before the conversation began.
     ahead: Vec<u8>,
     /// Whether the other end of this conversation was ever seen to be there. The driver of virtio ports hands
     /// out what the host has sent before it knows that the host is connected: until then an end of the
@@ -33,12 +33,12 @@ pub(super) struct Port {
     met: bool,
 }
 
-/// Whether somebody is at the other end.
+/// The state of the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OtherEnd {
-    /// Somebody is.
+    /// It is open.
     Connected,
-    /// Nobody is, for now.
+    /// It is closed, for now.
     Absent,
     /// The port itself is gone.
     Removed,
@@ -89,7 +89,7 @@ impl Port {
         }
     }
 
-    /// Waits until somebody is at the other end; `false` when the port is gone. Cancel safe.
+    /// Waits until the other end is open; `false` when the port is gone. Cancel safe.
     pub(super) async fn connected(&mut self) -> io::Result<bool> {
         loop {
             match self.other_end()? {
@@ -193,7 +193,7 @@ mod tests {
 
     use super::*;
 
-    /// A named pipe: like a port, it reads as ended while nobody has the other end, and lives on.
+    /// A named pipe: like a port, it reads as ended while the other end is closed, and lives on.
     fn pipe() -> (tempfile::TempDir, Port) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pipe");
@@ -265,7 +265,7 @@ mod tests {
         };
         let before = used();
         let waited = timeout(Duration::from_millis(500), port.connected()).await;
-        assert!(waited.is_err(), "nobody is there");
+        assert!(waited.is_err(), "the other end is closed");
         assert!(used() - before < Duration::from_millis(250));
         let opened = tokio::task::spawn_blocking(move || {
             let mut host = host(&dir);

@@ -20,7 +20,7 @@ use crate::port::Port;
 /// Every virtio port has a directory here, with its name in it.
 const PORTS: &str = "/sys/class/virtio-ports";
 const SUBSYSTEM: &str = "virtio-ports";
-/// How soon a port is tried again that another process has open: nothing tells when it lets go.
+/// How soon a port is tried again that another process has open: nothing tells when it closes it.
 const BUSY: Duration = Duration::from_millis(500);
 
 /// Serves every port of a name, from the moment it is there until it is gone. Ends only with an error.

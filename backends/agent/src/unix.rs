@@ -22,7 +22,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Listens at a path. A socket that nobody listens on any more is replaced.
+    /// Listens at a path. A socket without a listener is replaced.
     pub(super) fn bind(path: &Path) -> Result<Self, AgentError> {
         let what = || format!("cannot listen on {}", path.display());
         let listener = match bind(path) {
@@ -41,9 +41,9 @@ impl Socket {
     }
 }
 
-/// Whoever may connect may mount: nobody but this user, from the first moment on.
+/// A peer that may connect may mount: only this user may, from the first moment on.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    // The mask is the whole process's. Nobody else makes files yet: all sockets are bound before
+    // The mask is the whole process's. No other file is being made yet: all sockets are bound before
     // anything is served.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let bound = UnixListener::bind(path);
@@ -51,7 +51,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     bound
 }
 
-/// Whether it is a socket, and nobody answers there.
+/// Whether it is a socket without a listener.
 fn is_deserted(path: &Path) -> bool {
     let is_socket = path
         .symlink_metadata()

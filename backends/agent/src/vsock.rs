@@ -45,7 +45,7 @@ pub(super) fn bind(port: u32) -> Result<VsockListener, AgentError> {
         .context(|| format!("cannot listen on vsock port {port}"))
 }
 
-/// Serves the host when it connects, for ever. Nobody but the host is served.
+/// Serves the host when it connects, for ever. Only the host is served.
 pub(super) async fn listen<S: Service>(
     listener: VsockListener,
     service: S,

@@ -18,7 +18,7 @@ use crate::interrupt::Stop;
 /// How long all mounts together are waited for, in case their user is on the way out.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long one loop device is waited for.
-const PATIENCE_FOR_LOOP: Duration = Duration::from_millis(500);
+const LOOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// As many users of a mount as a table can hold.
 const USERS: usize = 4;
 
@@ -41,15 +41,15 @@ pub(crate) fn show(found: &Found) -> Vec<Item> {
         let directories = dead.directories.iter().rev();
         items
             .extend(directories.map(|path| Item::new(dead, What::Directory, path, Outcome::Found)));
-        let places = [&dead.places.work, &dead.places.dir]
+        let paths = [&dead.paths.work, &dead.paths.dir]
             .into_iter()
             .filter(|path| path.exists());
-        items.extend(places.map(|path| Item::new(dead, What::Files, path, Outcome::Found)));
+        items.extend(paths.map(|path| Item::new(dead, What::Files, path, Outcome::Found)));
     }
     items
 }
 
-/// Removes all of it, as far as nobody uses it. A signal ends it between two steps.
+/// Removes all of it that is not in use. A signal ends it between two steps.
 pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
     let mut items: Vec<Item> = found.dead.iter().flat_map(foreign).collect();
     let deadline = Instant::now() + DEFAULT_TIMEOUT;
@@ -62,12 +62,12 @@ pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
         ));
     }
     for dead in &found.dead {
-        // What is still mounted keeps its device for as long; others may let go in a moment.
+        // What is still mounted keeps its device for as long; others may close it in a moment.
         let is_mounted = items.iter().any(|item| item.is_left_of(dead));
         let timeout = if is_mounted {
             Duration::ZERO
         } else {
-            PATIENCE_FOR_LOOP
+            LOOP_TIMEOUT
         };
         for bound in &dead.loops {
             stop.check()?;
@@ -202,7 +202,7 @@ fn remove_files(dead: &Dead, stays: bool, items: &mut Vec<Item>) {
         };
         items.push(Item::new(dead, What::Directory, path, outcome(result)));
     }
-    let there = [&dead.places.work, &dead.places.dir]
+    let there = [&dead.paths.work, &dead.paths.dir]
         .into_iter()
         .filter(|path| path.exists());
     let there: Vec<_> = there.collect();
@@ -212,7 +212,7 @@ fn remove_files(dead: &Dead, stays: bool, items: &mut Vec<Item>) {
     let result = match stays {
         true => Err("what is still there needs it".to_owned()),
         false => dead
-            .places
+            .paths
             .remove()
             .map_err(|failure| failure.to_string().replace('\n', ";")),
     };

@@ -57,7 +57,7 @@ pub(crate) enum Outcome {
 
 impl Item {
     pub(crate) fn new(dead: &Dead, what: What, at: &Path, outcome: Outcome) -> Self {
-        let (run, at) = (dead.places.id.clone(), at.display().to_string());
+        let (run, at) = (dead.paths.id.clone(), at.display().to_string());
         Item {
             run,
             what,
@@ -85,7 +85,7 @@ impl Item {
 
     /// Whether it keeps the files of a run from being removed.
     pub(crate) fn is_left_of(&self, dead: &Dead) -> bool {
-        self.run == dead.places.id && matches!(self.outcome, Outcome::Left(_))
+        self.run == dead.paths.id && matches!(self.outcome, Outcome::Left(_))
     }
 }
 
@@ -118,7 +118,7 @@ impl Report {
         let verdict = match (self.dry_run, self.is_clean()) {
             (true, _) => "nothing was removed; run it without --dry-run to do so",
             (false, true) => "all of it was removed",
-            (false, false) => "some of it is left; when nobody uses it any more, run it again",
+            (false, false) => "some of it is left; when it is no longer in use, run it again",
         };
         format!("{table}\n\n{verdict}{living}")
     }

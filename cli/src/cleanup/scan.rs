@@ -11,7 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::failure::{Context, Failure};
-use crate::run::{self, Entry, Places};
+use crate::run::{self, Entry, RunPaths};
 
 /// What is there.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub(crate) struct Found {
 /// A run that has ended without finishing, and what is left of it.
 #[derive(Debug)]
 pub(crate) struct Dead {
-    pub(crate) places: Places,
+    pub(crate) paths: RunPaths,
     /// In the kernel's order: what stands on another comes after it.
     pub(crate) mounts: Vec<MountInfo>,
     pub(crate) loops: Vec<BoundLoop>,
@@ -74,7 +74,7 @@ fn sort_runs() -> io::Result<(BTreeSet<String>, BTreeSet<String>)> {
         let Some(id) = name.to_str().filter(|name| run::is_id(name)) else {
             continue;
         };
-        match is_alive(&Places::of(id))? {
+        match is_alive(&RunPaths::of(id))? {
             true => living.insert(id.to_owned()),
             false => dead.insert(id.to_owned()),
         };
@@ -83,8 +83,8 @@ fn sort_runs() -> io::Result<(BTreeSet<String>, BTreeSet<String>)> {
 }
 
 /// Whether somebody holds the run's lock. Without a lock, it was killed at its start or its end.
-fn is_alive(places: &Places) -> io::Result<bool> {
-    let file = match File::open(places.lock()) {
+fn is_alive(paths: &RunPaths) -> io::Result<bool> {
+    let file = match File::open(paths.lock()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         file => file?,
     };
@@ -96,8 +96,8 @@ fn is_alive(places: &Places) -> io::Result<bool> {
 }
 
 fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
-    let places = Places::recorded(id);
-    let mark = places.mark();
+    let paths = RunPaths::recorded(id);
+    let mark = paths.mark();
     let (ours, others): (Vec<_>, Vec<_>) = loops
         .iter()
         .cloned()
@@ -107,8 +107,8 @@ fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
     let is_ours = |mount: &MountInfo| mount.source == *mark || devices.contains(&mount.device);
     let by_id: BTreeMap<u64, &MountInfo> = mounts.iter().map(|mount| (mount.id, mount)).collect();
     let is_on_ours = |mount: &MountInfo| {
-        let below = mount.mount_point.starts_with(&places.dir)
-            || mount.mount_point.starts_with(&places.work);
+        let below =
+            mount.mount_point.starts_with(&paths.dir) || mount.mount_point.starts_with(&paths.work);
         below || stands_on(mount, &by_id, is_ours)
     };
     let (ours_mounted, others_mounted): (Vec<_>, Vec<_>) =
@@ -116,13 +116,13 @@ fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
     Dead {
         mounts: ours_mounted,
         loops: ours,
-        directories: noted_directories(&places),
+        directories: noted_directories(&paths),
         foreign_mounts: others_mounted.into_iter().filter(is_on_ours).collect(),
         foreign_loops: others
             .into_iter()
-            .filter(|bound| bound.backing_file().starts_with(&places.work))
+            .filter(|bound| bound.backing_file().starts_with(&paths.work))
             .collect(),
-        places,
+        paths,
     }
 }
 
@@ -165,8 +165,8 @@ fn device_number(directory: &Path) -> Option<(u32, u32)> {
 }
 
 /// The directories that were noted and are there.
-fn noted_directories(places: &Places) -> Vec<PathBuf> {
-    let noted = places
+fn noted_directories(paths: &RunPaths) -> Vec<PathBuf> {
+    let noted = paths
         .read_journal()
         .into_iter()
         .filter_map(|entry| match entry {

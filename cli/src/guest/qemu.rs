@@ -26,7 +26,7 @@ use crate::report::SlotReport;
 const STATES: &str = "/var/cache/blockmount/states";
 /// Below these the agent of such a guest may mount.
 const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
-/// Below this, mounts that nobody asked a path for.
+/// Below this, mounts without a path of the caller's.
 pub(crate) const MOUNTS: &str = "/run/mounts";
 /// How many SCSI controllers it has.
 const CONTROLLERS: u8 = 4;

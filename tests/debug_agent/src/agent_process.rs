@@ -45,7 +45,7 @@ pub(super) async fn kill(program: &Path) -> io::Result<u32> {
     let what = || format!("cannot kill the agent, process {number}");
     let pid = Pid::from_raw(number.cast_signed()).ok_or_else(|| io::Error::other(what()))?;
     let process = pidfd_open(pid, PidfdFlags::NONBLOCK).context(what)?;
-    // The descriptor means the process that was found: nobody has taken its number meanwhile.
+    // The descriptor means the process that was found: its number was not given to another one meanwhile.
     if find(program)? != Some(number) {
         return Err(io::Error::other(format!("{}: it has just ended", what())));
     }

@@ -33,7 +33,7 @@ pub fn run(mut command: Command) -> Answer {
     )
 }
 
-/// A program, run by nobody. It is copied to a directory where nobody may go.
+/// A program, run by the user `nobody`, from a copy that this user can reach.
 pub fn as_nobody<A: AsRef<OsStr>>(
     program: &str,
     dir: &Path,

@@ -31,7 +31,7 @@ fn run<const N: usize>(arguments: [&str; N]) -> Answer {
 }
 
 #[tokio::test]
-async fn root_a_host_lays_layers_over_each_other_through_the_agent() {
+async fn root_a_host_stacks_layers_as_an_overlay_through_the_agent() {
     let agent = agent();
     let root = agent.path("root");
     for name in ["top", "base"] {
@@ -245,7 +245,7 @@ fn negotiate(mut line: &fs::File) {
             }
         }
     }
-    panic!("the agent answers nobody on the line");
+    panic!("the agent does not answer on the line");
 }
 
 fn has_input(line: &fs::File) -> bool {

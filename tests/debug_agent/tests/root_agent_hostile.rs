@@ -129,7 +129,7 @@ async fn root_a_signal_ends_an_agent_that_has_connections() {
     answer.says(0, &[]);
     assert!(
         ending.elapsed() < Duration::from_secs(10),
-        "nobody is waited for"
+        "silent peers are not waited for"
     );
     assert!(!dir.path().join("socket").exists());
     assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);

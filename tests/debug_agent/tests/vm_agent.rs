@@ -37,7 +37,7 @@ async fn start() -> Vm {
     machine.saved_states(states).start().await.unwrap()
 }
 
-/// A port of its own, whose name nobody else has: QEMU wants them to differ while both are there.
+/// A port of its own, whose name is unique: QEMU wants them to differ while both are there.
 async fn connect(vm: &Vm, program: &str, n: u32) -> GuestStream {
     let name = format!("blockmount.{program}.{n}");
     vm.connect(&name, LONGEST).await.unwrap()
@@ -225,5 +225,8 @@ async fn vm_arguments_that_make_no_sense_turn_the_machine_off_and_the_console_sa
         text.contains("--roof") && text.contains("agent.args"),
         "{text}"
     );
-    assert!(started.elapsed() < LONGEST, "nobody waits for it in vain");
+    assert!(
+        started.elapsed() < LONGEST,
+        "its host need not wait for the timeout"
+    );
 }

@@ -57,7 +57,7 @@ pub(super) fn mount_all() {
 /// own: nothing that is logged can get in its way.
 pub(super) fn use_console() {
     let console = rustix::fs::open("/dev/console", OFlags::RDWR | OFlags::NOCTTY, Mode::empty());
-    // Without one there is nobody to complain to.
+    // Without one there is nowhere to complain.
     if let Ok(console) = console {
         let _ = rustix::stdio::dup2_stdin(&console);
         let _ = rustix::stdio::dup2_stdout(&console);

@@ -21,7 +21,7 @@ use tokio::sync::{Mutex, OnceCell};
 use blockmount_debug_agent::kit;
 use blockmount_debug_agent::kit::images;
 
-/// Where the agent mounts what nobody asked a path for.
+/// Where the agent mounts what has no path of the caller's.
 pub const MOUNTS: &str = "/run/mounts";
 const CONTROLLERS: u8 = 4;
 const MEMORY_PORTS: u8 = 4;
