@@ -153,7 +153,7 @@ impl Guest {
         let map = transport.map().into_iter();
         let slot = map.map(|slot| SlotReport {
             slot: slot.slot.to_string(),
-            state: format!("{:?}", slot.state).to_lowercase(),
+            state: format!("{:?}", slot.usage).to_lowercase(),
             device: format!("loop{}", slot.number),
             read_only: slot.read_only,
             direct_io: slot.direct_io,

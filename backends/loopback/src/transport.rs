@@ -1,15 +1,17 @@
 //! The [`Transport`] of loop devices.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::slots::{Occupied, Reservation, SlotState, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, DiskOption, Transport, blocking};
+use blockmount::placement::{Allocation, Call, Outcome, Placement, SlotUse};
+use blockmount::slots::{Occupied, Slots};
+use blockmount::{
+    BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Transport, blocking,
+};
 use blockmount_linux::source;
 
 use crate::bind::{self, Bound, Claim, LoopConfig};
@@ -39,19 +41,39 @@ pub struct LoopTransport(Arc<Inner>);
 struct Inner {
     settings: Settings,
     slots: Slots,
-    /// Held for look-ups and changes only, never across a system call.
-    table: Mutex<HashMap<Disk, Record>>,
+    placement: Placement<LoopAllocation>,
 }
 
-/// An attached disk.
+/// What a disk has: a slot, and a loop device once it is bound.
 #[derive(Debug)]
-struct Record {
+struct LoopAllocation {
     slot: Occupied,
+    attached: Option<Attached>,
+}
+
+/// The loop device of an attached disk.
+#[derive(Debug)]
+struct Attached {
     number: u32,
     status: Status,
-    /// Open while the disk is attached: closing it unbinds it. None during a detach, and after one that could not tell
-    /// whether the device is unbound.
+    /// Open while the disk is attached, since closing it is what unbinds it. None while a detach works
+    /// with it, or if one could not tell whether the device is gone.
     device: Option<Device>,
+}
+
+impl Allocation for LoopAllocation {
+    type Address = String;
+
+    fn address(&self) -> String {
+        match &self.attached {
+            Some(attached) => format!("loop:{}", attached.number),
+            None => format!("slot {}, not bound yet", self.slot.slot().index),
+        }
+    }
+
+    fn vacate(self) {
+        self.slot.vacate();
+    }
 }
 
 impl LoopTransport {
@@ -65,26 +87,26 @@ impl LoopTransport {
         LoopTransport(Arc::new(Inner {
             settings,
             slots,
-            table: Mutex::default(),
+            placement: Placement::new("loop device", []),
         }))
     }
 
     /// The devices of this transport, by slot.
     pub fn map(&self) -> Vec<LoopSlot> {
-        let table = self.0.table();
-        let mut map: Vec<_> = table
-            .iter()
-            .map(|(disk, record)| self.0.entry(disk, record))
-            .collect();
+        let lines = self.0.placement.map_disks(loop_slot);
+        let mut map: Vec<_> = lines.into_iter().flatten().collect();
         map.sort_unstable_by_key(|entry| entry.slot);
         map
     }
 
     /// What this transport bound the device of this number to.
     pub(crate) fn binding_of(&self, number: u32) -> Option<Binding> {
-        let table = self.0.table();
-        let record = table.values().find(|record| record.number == number)?;
-        Some(record.status.binding.clone())
+        let bindings = self.0.placement.map_disks(|_, allocation, _| {
+            let attached = allocation.attached.as_ref();
+            let ours = attached.filter(|attached| attached.number == number)?;
+            Some(ours.status.binding.clone())
+        });
+        bindings.into_iter().flatten().next()
     }
 
     /// How many devices this transport can have at once.
@@ -108,7 +130,7 @@ pub struct LoopSlot {
     /// The slot, from 0.
     pub slot: u16,
     /// `Occupied`, or `Quarantined` if a detach could not tell whether the device is gone.
-    pub state: SlotState,
+    pub usage: SlotUse,
     /// The number of the loop device: 7 for `/dev/loop7`.
     pub number: u32,
     /// The disk as it was asked for.
@@ -131,12 +153,15 @@ impl Transport for LoopTransport {
     ///
     /// A call that is dropped leaves nothing: the device's only handle is dropped with its result.
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        self.0.ensure_not_attached(disk)?;
-        let slot = self.0.slots.reserve().ok_or_else(|| self.0.full())?;
-        let (inner, on_thread) = (Arc::clone(&self.0), (disk.clone(), id.clone()));
-        let fresh = blocking(move || inner.bind(&on_thread.0, &on_thread.1, slot)).await?;
-        // No await from here on, so that the caller learns of each device in the table.
-        self.0.insert(disk, fresh)
+        let inner = Arc::clone(&self.0);
+        let call = inner.placement.attach(disk, || inner.allocate())?;
+        let mut call = call.ok_or_else(|| inner.full())?;
+        // Dropping the device's only handle unbinds it.
+        call.assume(Outcome::Absent);
+        let (disk, id) = (disk.clone(), id.clone());
+        let fresh = blocking(move || inner.bind(&disk, &id, call)).await?;
+        // No await from here on: the caller learns of what is recorded as present.
+        Ok(fresh.keep())
     }
 
     /// # Cancel safety
@@ -149,15 +174,38 @@ impl Transport for LoopTransport {
     }
 }
 
-/// A device that is not in the table yet. Fields drop in order: the device is unbound before its slot is free.
+/// A device that is not yet recorded as attached. Dropped, it is unbound first, then its slot is given back.
 struct Fresh {
     bound: Bound,
-    slot: Reservation,
+    call: Call<LoopAllocation>,
+}
+
+impl Fresh {
+    fn keep(self) -> DeviceLocator {
+        let Bound { device, status } = self.bound;
+        let number = device.number;
+        let device = Some(device);
+        let attached = Attached {
+            number,
+            status,
+            device,
+        };
+        self.call
+            .update(|allocation| allocation.attached = Some(attached));
+        self.call.end(Outcome::Present);
+        let locator = DeviceLocator::new(SCHEME, number).expect("a number is an address");
+        tracing::debug!(%locator, "bound a loop device");
+        locator
+    }
 }
 
 impl Inner {
-    fn table(&self) -> MutexGuard<'_, HashMap<Disk, Record>> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn allocate(&self) -> Option<LoopAllocation> {
+        let slot = self.slots.reserve()?.fill();
+        Some(LoopAllocation {
+            slot,
+            attached: None,
+        })
     }
 
     fn full(&self) -> BackendError {
@@ -167,19 +215,12 @@ impl Inner {
         ))
     }
 
-    /// The managers attach a disk once; a second attach means that the path names another file now.
-    fn ensure_not_attached(&self, disk: &Disk) -> Result<(), BackendError> {
-        match self.table().get(disk) {
-            None => Ok(()),
-            Some(record) => Err(BackendError::conflict(format!(
-                "{} is attached as loop:{}; if the file was replaced, release the one before it first",
-                disk.source().display(),
-                record.number
-            ))),
-        }
-    }
-
-    fn bind(&self, disk: &Disk, id: &DiskId, slot: Reservation) -> Result<Fresh, BackendError> {
+    fn bind(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        call: Call<LoopAllocation>,
+    ) -> Result<Fresh, BackendError> {
         disk.options().require_only(&[DiskOption::DirectIo])?;
         let source = source::open(disk, id)?;
         source::size(disk, &source)?;
@@ -204,84 +245,64 @@ impl Inner {
             bind::undo(bound, self.settings.busy_timeout);
             return Err(refusal);
         }
-        Ok(Fresh { bound, slot })
+        Ok(Fresh { bound, call })
     }
 
     fn claims(&self) -> Vec<Claim> {
-        let table = self.table();
-        let claim = |record: &Record| Claim {
-            number: record.number,
-            status: record.status.clone(),
-        };
-        table
-            .values()
-            .filter(|record| record.device.is_some())
-            .map(claim)
-            .collect()
-    }
-
-    fn insert(&self, disk: &Disk, fresh: Fresh) -> Result<DeviceLocator, BackendError> {
-        let number = fresh.bound.device.number;
-        let locator = DeviceLocator::new(SCHEME, number).expect("a number is an address");
-        match self.table().entry(disk.clone()) {
-            Entry::Vacant(entry) => {
-                let Fresh {
-                    bound: Bound { device, status },
-                    slot,
-                } = fresh;
-                entry.insert(Record {
-                    slot: slot.fill(),
-                    number,
-                    status,
-                    device: Some(device),
-                });
-            }
-            Entry::Occupied(_) => {
-                let path = disk.source().display();
-                return Err(BackendError::conflict(format!(
-                    "{path} was attached twice at once"
-                )));
-            }
-        }
-        tracing::debug!(%disk, %locator, "bound a loop device");
-        Ok(locator)
+        let claims = self.placement.map_disks(|_, allocation, _| {
+            let attached = allocation.attached.as_ref()?;
+            attached.device.as_ref()?;
+            Some(Claim {
+                number: attached.number,
+                status: attached.status.clone(),
+            })
+        });
+        claims.into_iter().flatten().collect()
     }
 
     fn unbind(&self, disk: &Disk) -> Result<(), BackendError> {
-        let Some((number, binding, handle)) = self.take_handle(disk) else {
+        let Some(call) = self.begin_detach(disk)? else {
             return Ok(());
         };
-        let outcome = self.unbind_device(number, &binding, handle);
-        let mut table = self.table();
-        let Entry::Occupied(mut entry) = table.entry(disk.clone()) else {
+        // The handle is taken to work with; the record stays.
+        let attached = call.update(|allocation| {
+            let attached = allocation.attached.as_mut()?;
+            let binding = attached.status.binding.clone();
+            Some((attached.number, binding, attached.device.take()))
+        });
+        let unbound = match attached {
+            Some((number, binding, handle)) => self.unbind_device(number, &binding, handle),
+            None => Ok(()),
+        };
+        let Err((device, error)) = unbound else {
+            call.end(Outcome::Absent);
+            tracing::debug!(%disk, "unbound a loop device");
             return Ok(());
         };
-        match outcome {
-            Ok(()) => {
-                entry.remove().slot.vacate();
-                tracing::debug!(%disk, number, "unbound a loop device");
-                Ok(())
+        let outcome = match device {
+            Some(_) => Outcome::Present,
+            None => Outcome::InDoubt,
+        };
+        call.update(|allocation| {
+            if let Some(attached) = &mut allocation.attached {
+                attached.device = device;
             }
-            Err((device, error)) => {
-                let record = entry.get_mut();
-                if device.is_none() {
-                    record.slot.quarantine();
-                }
-                record.device = device;
-                Err(error)
-            }
-        }
+        });
+        call.end(outcome);
+        Err(error)
     }
 
-    /// Takes the handle out of the table; the record stays.
-    fn take_handle(&self, disk: &Disk) -> Option<(u32, Binding, Option<Device>)> {
-        let mut table = self.table();
-        let record = table.get_mut(disk)?;
-        Some((
-            record.number,
-            record.status.binding.clone(),
-            record.device.take(),
-        ))
+    /// Waits for an earlier detach of the disk whose future was dropped: it goes on by itself.
+    fn begin_detach(&self, disk: &Disk) -> Result<Option<Call<LoopAllocation>>, BackendError> {
+        let deadline = Instant::now() + self.settings.busy_timeout;
+        loop {
+            match self.placement.detach(disk) {
+                Err(busy) if busy.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                begun => return begun,
+            }
+        }
     }
 
     fn unbind_device(
@@ -299,18 +320,18 @@ impl Inner {
         let Some(device) = handle else { return Ok(()) };
         device::unbind(device, binding, Instant::now() + self.settings.busy_timeout)
     }
+}
 
-    fn entry(&self, disk: &Disk, record: &Record) -> LoopSlot {
-        let slot = record.slot.slot();
-        LoopSlot {
-            slot: slot.index,
-            state: self.slots.state(slot).unwrap_or(SlotState::Occupied),
-            number: record.number,
-            source: disk.source().to_owned(),
-            read_only: record.status.read_only,
-            direct_io: record.status.direct_io,
-        }
-    }
+fn loop_slot(disk: &Disk, allocation: &LoopAllocation, usage: SlotUse) -> Option<LoopSlot> {
+    let attached = allocation.attached.as_ref()?;
+    Some(LoopSlot {
+        slot: allocation.slot.slot().index,
+        usage,
+        number: attached.number,
+        source: disk.source().to_owned(),
+        read_only: attached.status.read_only,
+        direct_io: attached.status.direct_io,
+    })
 }
 
 #[cfg(test)]
@@ -336,12 +357,14 @@ mod tests {
         theirs.attach_identified(&their_disk).await.unwrap();
         let number = theirs.map()[0].number;
         for handle in [None, Some(Device::open(number).unwrap())] {
-            if let Some(record) = ours.0.table().get_mut(&our_disk) {
-                record.device = handle;
-                record.number = number;
-                record.slot.quarantine();
-            }
-            assert_eq!(ours.map()[0].state, SlotState::Quarantined);
+            let call = ours.0.placement.detach(&our_disk).unwrap().unwrap();
+            call.update(|allocation| {
+                let attached = allocation.attached.as_mut().unwrap();
+                attached.device = handle;
+                attached.number = number;
+            });
+            call.end(Outcome::InDoubt);
+            assert_eq!(ours.map()[0].usage, SlotUse::Quarantined);
             let locator = DeviceLocator::new(SCHEME, number).unwrap();
             assert_eq!(
                 ours.resolve(&locator).await.unwrap_err().kind(),

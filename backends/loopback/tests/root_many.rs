@@ -7,7 +7,7 @@ use blockmount::testing::AttachIdentified as _;
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 
-use blockmount::slots::SlotState;
+use blockmount::placement::SlotUse;
 use blockmount::{Disk, ErrorKind, Resolver, Transport};
 use blockmount_loopback::LoopResolver;
 use common::Bench;
@@ -48,12 +48,12 @@ async fn root_sixty_four_at_once_are_each_attached_once_and_gone_again() {
     let slots: Vec<_> = transport
         .map()
         .iter()
-        .map(|entry| (entry.slot, entry.state))
+        .map(|entry| (entry.slot, entry.usage))
         .collect();
     assert_eq!(
         slots,
         (0..64)
-            .map(|slot| (slot, SlotState::Occupied))
+            .map(|slot| (slot, SlotUse::Occupied))
             .collect::<Vec<_>>()
     );
 
