@@ -14,7 +14,7 @@ use crate::protocol::Request;
 /// What carries requests to the agent of a guest: a [`GuestConnection`], or one that reconnects.
 ///
 /// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest may have done
-/// it, also when the connection is lost. Only who owns the VM may answer `Gone`, when the VM has ended.
+/// it, also when the connection is lost. Only the owner of the VM may answer `Gone`, when the VM has ended.
 #[async_trait]
 pub trait GuestChannel: Send + Sync + 'static {
     /// Has the guest do something, and returns when it has.

@@ -180,9 +180,8 @@ where
     S: AsyncRead + AsyncWrite + Send + 'static,
 {
     let (reader, writer) = tokio::io::split(stream);
-    Multiplexer::start(writer, ids, |answers| {
-        receive(FrameReader::new(reader, frame), answers)
-    })
+    let receive = |answers| receive(FrameReader::new(reader, frame), answers);
+    Multiplexer::start(writer, ids, receive, |_| {})
 }
 
 /// Delivers answers until the stream ends, and returns the reason.

@@ -23,6 +23,9 @@ const QUEUE: usize = 16;
 /// How long what the peer has said before it closed its end is still read.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
+/// The reason of the end where this side has closed the connection.
+const CLOSED: &str = "the connection was closed";
+
 /// The requests under way over one stream, with answers of type `A`. The stream is closed when it is dropped.
 #[derive(Debug)]
 pub struct Multiplexer<A> {
@@ -75,7 +78,8 @@ struct Request<A> {
 
 impl<A: Send + 'static> Multiplexer<A> {
     /// Takes over a stream: its writing half, and `receive`, which reads the other half until its end, delivers
-    /// answers, and returns the reason of the end. `ids` gives the numbers of the requests.
+    /// answers, and returns the reason of the end. `ids` gives the numbers of the requests. `at_end` is told the reason
+    /// after all requests have ended, also when the multiplexer is dropped.
     ///
     /// # Panics
     ///
@@ -84,6 +88,7 @@ impl<A: Send + 'static> Multiplexer<A> {
         mut writer: W,
         ids: Arc<AtomicU64>,
         receive: impl FnOnce(Answers<A>) -> F,
+        at_end: impl FnOnce(&Arc<str>) + Send + 'static,
     ) -> Self
     where
         W: AsyncWrite + Unpin + Send + 'static,
@@ -96,7 +101,7 @@ impl<A: Send + 'static> Multiplexer<A> {
         });
         let (queue, mut outgoing) = mpsc::channel(QUEUE);
         let receiving = receive(Answers(pending.clone()));
-        let end = EndOnDrop(pending.clone());
+        let end = EndOnDrop(pending.clone(), Some(at_end));
         let task = tokio::spawn(async move {
             let mut receiving = pin!(receiving);
             let reason = tokio::select! {
@@ -213,7 +218,7 @@ impl<A: Send + 'static> Call<'_, A> {
             },
         };
         answer.unwrap_or_else(|| {
-            // The task ended without a word, and nobody knows how far it came.
+            // The task ended without a reason, and how far it came is unknown.
             let reason = self.multiplexer.pending.reason();
             Err(Unanswered::Lost { sent: true, reason })
         })
@@ -227,7 +232,7 @@ impl<A> Drop for Call<'_, A> {
 }
 
 impl<A> Answers<A> {
-    /// Delivers an answer. One that nobody waits for is dropped: its caller has given up, or the peer made up its
+    /// Delivers an answer. One that no request waits for is dropped: its caller has given up, or the peer made up its
     /// number. That is no reason to fail another request.
     pub fn deliver(&self, id: u64, answer: A) {
         let mut requests = self.0.lock();
@@ -244,11 +249,14 @@ impl<A> Answers<A> {
 }
 
 /// Returns the callers also where the task was aborted.
-struct EndOnDrop<A>(Arc<Pending<A>>);
+struct EndOnDrop<A, E: FnOnce(&Arc<str>)>(Arc<Pending<A>>, Option<E>);
 
-impl<A> Drop for EndOnDrop<A> {
+impl<A, E: FnOnce(&Arc<str>)> Drop for EndOnDrop<A, E> {
     fn drop(&mut self) {
-        self.0.end("the connection was closed");
+        self.0.end(CLOSED);
+        if let Some(at_end) = self.1.take() {
+            at_end(&self.0.reason());
+        }
     }
 }
 
@@ -280,7 +288,7 @@ impl<A> Pending<A> {
 
     fn reason(&self) -> Arc<str> {
         let reason = self.ended.borrow().clone();
-        reason.unwrap_or_else(|| "the connection was closed".into())
+        reason.unwrap_or_else(|| CLOSED.into())
     }
 }
 
@@ -303,5 +311,5 @@ async fn send<W: AsyncWrite + Unpin, A>(
             return format!("the connection was lost: {error}");
         }
     }
-    "the connection was closed".to_owned()
+    CLOSED.to_owned()
 }

@@ -31,7 +31,7 @@ pub trait GuestChannel: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// What the guest says, by kind, or why nobody knows what it has done.
+    /// What the guest says, by kind, or why it is not known what it has done.
     async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError>;
 }
 

@@ -24,7 +24,7 @@ use crate::multiplexer::{Answers, Multiplexer};
 /// How many notifications are kept for a listener that does not take them; then the oldest go.
 const NOTIFICATIONS: usize = 256;
 
-/// What a guest answers, whoever has made it, to a request for a change when no version was agreed on with it. It
+/// What every guest answers to a request for a change when no version was agreed on with it. It
 /// has done nothing then: it is another process than the one that was connected to, on the same stream.
 const UNKNOWN_PEER: &str = "bridge: function not supported";
 
@@ -107,9 +107,8 @@ impl GuestConnection {
         let (reader, writer) = tokio::io::split(stream);
         let reader = FrameReader::new(reader, deadlines.frame);
         let notifications = notifications.clone();
-        let link = Multiplexer::start(writer, line.ids.clone(), |answers| {
-            receive(reader, answers, notifications)
-        });
+        let receive = |answers| receive(reader, answers, notifications);
+        let link = Multiplexer::start(writer, line.ids.clone(), receive, |_| {});
         let capabilities = negotiate(&link, deadlines.negotiation).await?;
         line.replace(link, capabilities);
         Ok(())
@@ -125,7 +124,7 @@ impl GuestConnection {
         self.0.line.agreed()
     }
 
-    /// What the guest says unasked, from now on and over reconnections. Who does not listen for long
+    /// What the guest says unasked, from now on and over reconnections. A listener that takes none for long
     /// misses the oldest.
     pub fn notifications(&self) -> broadcast::Receiver<Notification> {
         self.0.notifications.subscribe()

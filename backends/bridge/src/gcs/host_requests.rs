@@ -199,7 +199,7 @@ fn linux_disk(
     ))
 }
 
-/// Without a word more, a VPMEM device is a read-only ext4, and a message has no word more.
+/// A message has no field for more than a read-only ext4 on a VPMEM device.
 fn vpmem(
     device_number: u32,
     mapping_info: Option<MappingInfo>,

@@ -42,7 +42,7 @@ codes! {
     INVALID_HANDLE = 0x8007_0006;
     /// A value that cannot be read.
     INVALID_DATA = 0x8007_000d;
-    /// Somebody else has the file open.
+    /// Another process has the file open.
     SHARING_VIOLATION = 0x8007_0020;
     /// Not supported on this device.
     NOT_SUPPORTED = 0x8007_0032;

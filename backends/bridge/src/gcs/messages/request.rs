@@ -100,7 +100,7 @@ pub enum UnreadableRequest {
     /// There are no settings. The words are those of other guests.
     #[error("the settings of {0} cannot be read: unexpected end of JSON input")]
     NoSettings(String),
-    /// A request type that nobody has defined.
+    /// A request type that is not defined.
     #[error("invalid RequestType '{0}'")]
     RequestType(String),
     /// A type of resource that this crate does not know.
