@@ -99,7 +99,10 @@ const SEPARATOR: char = '#';
 
 /// The descriptors whose commands are not written yet.
 #[derive(Debug, Clone, Default)]
-pub(super) struct PendingDescriptors(Arc<Mutex<Vec<(Arc<str>, OwnedFd)>>>);
+pub(super) struct PendingDescriptors(Arc<Mutex<Vec<Named>>>);
+
+/// A descriptor, and the name by which its command is recognised.
+type Named = (Arc<str>, OwnedFd);
 
 impl PendingDescriptors {
     fn add(&self, file: OwnedFd, owner: &str) -> Pending<'_> {
@@ -110,7 +113,7 @@ impl PendingDescriptors {
         Pending { all: self, name }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<(Arc<str>, OwnedFd)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Named>> {
         // Entries are added and removed; a panic between leaves entries.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,7 +156,7 @@ impl MonitorSocket {
 }
 
 /// Where in a text the first line begins that names a descriptor, and which one that is.
-fn first_named(text: &[u8], pending: &[(Arc<str>, OwnedFd)]) -> Option<(usize, usize)> {
+fn first_named(text: &[u8], pending: &[Named]) -> Option<(usize, usize)> {
     let begins = |name: &str| {
         let quoted = format!("\"{name}\"");
         let mut windows = text.windows(quoted.len());

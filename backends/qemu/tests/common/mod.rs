@@ -157,10 +157,8 @@ impl Qemu {
         let passed = self.passed();
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         let own = descriptors.map(Result::unwrap).filter(|entry| {
-            let number = entry.file_name().into_string().unwrap();
-            !passed
-                .iter()
-                .any(|passed| passed["fd"].to_string() == number)
+            let number: u64 = entry.file_name().to_str().unwrap().parse().unwrap();
+            !passed.iter().any(|passed| passed["fd"] == number)
         });
         own.filter_map(|entry| std::fs::metadata(entry.path()).ok())
             .filter(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
