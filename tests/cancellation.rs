@@ -118,7 +118,7 @@ async fn a_release_that_nobody_waits_for_goes_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_patience_of_a_manager_ends_and_its_work_does_not() {
+async fn the_timeout_of_a_manager_ends_the_wait_and_not_the_work() {
     let vm = blockmount::testing::FakeVm::new();
     let manager = blockmount::Manager::builder()
         .transport(vm.clone())

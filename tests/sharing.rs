@@ -2,8 +2,8 @@
 
 mod common;
 
-use blockmount::testing::{Gate, VmStep};
-use blockmount::{Disk, ErrorKind};
+use blockmount::testing::{FakeVm, Gate, VmStep};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
 use common::{begin, calls, clean, layer, over, ro, rw, scratch, soon, vm, with};
 
 const UP_AND_DOWN: [VmStep; 5] = [
@@ -142,15 +142,32 @@ async fn two_partitions_of_one_disk_are_two_mounts_of_one_attachment() {
     clean(&vm, &manager).await;
 }
 
+/// A VM whose locators are not those of another [`FakeVm`].
+struct SecondScheme(FakeVm);
+
+#[async_trait::async_trait]
+impl Transport for SecondScheme {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        self.0.identify(disk).await
+    }
+
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let locator = self.0.attach(disk, id).await?;
+        Ok(DeviceLocator::new("second", locator.address()).unwrap())
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        self.0.detach(disk).await
+    }
+}
+
 /// The first transport that takes a disk has it; the next one is asked if that is full.
 #[tokio::test(start_paused = true)]
 async fn a_full_transport_passes_the_disk_on() {
-    use blockmount::testing::FakeVm;
     let (small, large) = (FakeVm::with_slots(1), FakeVm::new());
     let manager = blockmount::Manager::builder()
         .transport(small.clone())
-        .transport(large.clone())
-        .unplugger(large.clone())
+        .transport(SecondScheme(large.clone()))
         .build();
     let one = manager.attach(&layer(1)).await.unwrap();
     let two = manager.attach(&layer(2)).await.unwrap();
