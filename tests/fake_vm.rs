@@ -1,6 +1,5 @@
-//! The fake VM tells the truth, keeps its gates, and sees every broken rule.
+//! The fake VM answers correctly, keeps its gates, and sees every broken rule.
 
-use blockmount::testing::AttachIdentified as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,8 +7,8 @@ use blockmount::testing::{
     FakeVm, Gate, Outcome, Phase, Rule, Seed, VmStep, random_delays, random_faults,
 };
 use blockmount::{
-    DeviceLocator, Disk, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Resolver,
-    Transport, Unplugger,
+    DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
+    Resolver, Transport, Unplugger,
 };
 use tokio::time::Instant;
 
@@ -41,7 +40,8 @@ async fn unplug(vm: &FakeVm, device: &str) -> Result<(), ErrorKind> {
 }
 
 async fn attach(vm: &FakeVm, name: &str) -> Result<String, ErrorKind> {
-    vm.attach_identified(&disk(name))
+    let id = DiskId::name(&format!("/images/{name}"));
+    vm.attach(&disk(name), &id)
         .await
         .map(|at| at.to_string())
         .map_err(|error| error.kind())
