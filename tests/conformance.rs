@@ -26,7 +26,7 @@ fn assert_all_run(passed: &Passed, but: &[&str]) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_fake_vm_keeps_the_laws_of_a_transport() {
+async fn the_fake_vm_passes_the_checks_of_a_transport() {
     let vm = FakeVm::with_slots(CAPACITY);
     let fixture = transport_fixture(&vm, vm.clone());
     let passed = conformance::transport(&vm, &fixture).await;
@@ -39,7 +39,7 @@ async fn the_fake_vm_keeps_the_laws_of_a_transport() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_fake_vm_keeps_the_laws_of_a_guest() {
+async fn the_fake_vm_passes_the_checks_of_a_guest() {
     let vm = FakeVm::new();
     let passed = conformance::resolver(&vm, &guest_fixture(&vm)).await;
     assert!(passed.successes >= 8, "{passed}");
@@ -66,7 +66,7 @@ async fn the_fake_vm_keeps_the_laws_of_a_guest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unplugger_without_a_mounter_has_laws_too() {
+async fn an_unplugger_without_a_mounter_has_checks_too() {
     let vm = FakeVm::new();
     let passed = conformance::unplugger(&vm, None, &guest_fixture(&vm)).await;
     assert_all_run(

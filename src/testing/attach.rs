@@ -1,4 +1,4 @@
-//! What tests of transports do all the time.
+//! Identifying and attaching in one call.
 
 use async_trait::async_trait;
 

@@ -1,4 +1,4 @@
-//! The contracts, as the fake VM keeps them.
+//! The contracts, as the fake VM implements them.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Reads from a log whether the callers kept their side of the contracts.
+//! Checks the callers' side of the contracts, from the log of a fake VM.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,8 +13,8 @@ use crate::{DeviceLocator, DiskId, ErrorKind};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Rule {
-    /// No two calls for one key run at once, nor do an unplug or a detach and a mount or an unmount of
-    /// one device.
+    /// No two calls for one key run at once; nor does an unplug or a detach of a device beside a mount
+    /// or an unmount of it.
     OneCallPerKey,
     /// What is set up, or may be, is torn down before it is set up again.
     TearDownBetweenSetUps,
@@ -24,7 +24,7 @@ pub enum Rule {
     UnmountFirst,
     /// A device that the guest has seen is unplugged before it is detached.
     UnplugFirst,
-    /// Every call is let finish, but for an identify, which changes nothing.
+    /// Every call may finish, but for an identify, which changes nothing.
     LetFinish,
 }
 
@@ -86,7 +86,7 @@ pub(super) fn check(log: &[Event]) -> Result<(), Violation> {
 
 type Broken = Result<(), (Rule, String)>;
 
-/// What the caller knows of a disk or a target.
+/// What the caller can know of a disk or a target.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 enum Status {
     /// It was never set up, or that failed.
@@ -245,7 +245,7 @@ impl Reader {
             return Err((Rule::UnmountFirst, said));
         }
         if *step == VmStep::Detach && certain && !device.unplugged && !gone {
-            let said = format!("{step} of {key} ({locator}) began before the guest let go of it");
+            let said = format!("{step} of {key} ({locator}) began before it was unplugged");
             return Err((Rule::UnplugFirst, said));
         }
         device.alone = Some(*step);

@@ -1,4 +1,4 @@
-//! The fake VM: gates in front of the state, and a log of who passed when.
+//! The fake VM: its state, behind gates that tests set, and a log of all calls.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -64,7 +64,7 @@ struct Shared {
 }
 
 pub(super) struct State {
-    pub(super) state: VmState,
+    pub(super) vm: VmState,
     pub(super) gates: Gates,
     /// Raised by whatever lets calls at [`Gate::Never`] go on.
     pub(super) opened: u64,
@@ -88,7 +88,7 @@ impl FakeVm {
     pub fn with_slots(slots: u32) -> Self {
         FakeVm(Arc::new(Shared {
             state: Mutex::new(State {
-                state: VmState::new(slots),
+                vm: VmState::new(slots),
                 gates: Gates::default(),
                 opened: 0,
                 log: Vec::new(),
@@ -148,7 +148,7 @@ impl FakeVm {
 
     fn end(&self, how: impl FnOnce(&mut VmState)) {
         let mut state = self.state();
-        how(&mut state.state);
+        how(&mut state.vm);
         state.opened += 1;
         drop(state);
         self.0.changed.notify_waiters();
@@ -197,10 +197,10 @@ impl FakeVm {
         check::check(&self.state().log)
     }
 
-    /// What the VM holds in state, a line each, sorted: disks in slots, slots kept for a disk whose
+    /// What the VM really holds, one line for each thing, sorted: disks in slots, slots kept for a disk whose
     /// attachment or detachment is in doubt, mounts and overlays.
     pub fn left(&self) -> Vec<String> {
-        self.state().state.left()
+        self.state().vm.left()
     }
 
     /// Panics with the end of the log unless nothing is [left](Self::left).
@@ -213,21 +213,21 @@ impl FakeVm {
         // The lock is released first: a poisoned VM would hide the reason.
         let (left, tail) = {
             let state = self.state();
-            (state.state.left(), tail(&state.log))
+            (state.vm.left(), tail(&state.log))
         };
         assert!(left.is_empty(), "the VM still has {left:#?}\n{tail}");
     }
 
-    /// Where the disk is attached in state, or has a slot that is kept for it.
+    /// Where the disk really is attached, or has a slot that is kept for it.
     pub fn locator_of(&self, disk: &Disk) -> Option<DeviceLocator> {
         let state = self.state();
         let id = state.id(disk);
-        state.state.locator_of(&id)
+        state.vm.locator_of(&id)
     }
 
-    /// The device that is mounted at a target in state.
+    /// The device that really is mounted at a target.
     pub fn device_at(&self, target: impl AsRef<Path>) -> Option<DeviceLocator> {
-        self.state().state.device_at(target.as_ref())
+        self.state().vm.device_at(target.as_ref())
     }
 
     /// Which disk is meant, also where it is missing.
@@ -308,14 +308,14 @@ impl State {
 
     pub(super) fn device_of(&self, key: &Key) -> Option<DeviceLocator> {
         match key {
-            Key::Disk(disk) => self.state.locator_of(disk),
+            Key::Disk(disk) => self.vm.locator_of(disk),
             Key::Device(device) => Some(device.clone()),
-            Key::Target(target) => self.state.device_at(target),
+            Key::Target(target) => self.vm.device_at(target),
         }
     }
 
     pub(super) fn is_gone(&self, step: VmStep) -> bool {
         let host = matches!(step, VmStep::Identify | VmStep::Attach | VmStep::Detach);
-        self.state.host_gone || (self.state.guest_gone && !host)
+        self.vm.host_gone || (self.vm.guest_gone && !host)
     }
 }

@@ -1,4 +1,4 @@
-//! What a test makes of each call to the VM.
+//! What a test decides about each call of the VM.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -109,7 +109,7 @@ pub struct Call<'a> {
     pub step: VmStep,
     /// What it is about.
     pub key: &'a Key,
-    /// The how-manieth call of this step it is, from 1, in the order in which they began.
+    /// Its number among the calls of this step, from 1, in the order in which they began.
     pub nth: usize,
 }
 

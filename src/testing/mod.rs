@@ -2,10 +2,10 @@
 //!
 //! - [`FakeVm`] is a VM in memory that implements every contract. A test decides how its calls end, and
 //!   reads from its log whether the caller kept its side of the contracts.
-//! - [`conformance`] has the checks of each contract, for whoever writes a backend.
+//! - [`conformance`] has the checks of each contract, for the author of a backend.
 //! - [`Seed`], [`random_faults`] and [`random_delays`] make schedules that can be repeated.
 //!
-//! # A backend of your own in an afternoon
+//! # A backend of your own
 //!
 //! Say that your hypervisor has sixteen disk bays. Write the transport, describe in a fixture what
 //! your tests have to work on, and run the suite:
@@ -14,14 +14,34 @@
 //! use std::sync::{Arc, Mutex};
 //!
 //! use async_trait::async_trait;
-//! use blockmount::testing::conformance::{self, TransportFixture};
+//! use blockmount::testing::VmStep;
+//! use blockmount::testing::conformance::{self, Fault, Faults, TransportFixture};
 //! use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
 //!
-//! /// Which disk is in which bay; a real backend asks its hypervisor.
-//! type Bays = Arc<Mutex<[Option<DiskId>; 16]>>;
+//! /// A hypervisor in memory: which disk is in which bay, and whether it leaves the next call without
+//! /// an answer. A real backend has a connection to the hypervisor here.
+//! #[derive(Clone, Default)]
+//! struct Hypervisor(Arc<Mutex<([Option<DiskId>; 16], bool)>>);
+//!
+//! impl Hypervisor {
+//!     fn set(&self, bay: usize, disk: Option<DiskId>) -> Result<(), BackendError> {
+//!         let (bays, silent) = &mut *self.0.lock().unwrap();
+//!         bays[bay] = disk;
+//!         match std::mem::take(silent) {
+//!             true => Err(BackendError::uncertain(format!("no answer about bay {bay} in 5 s"))),
+//!             false => Ok(()),
+//!         }
+//!     }
+//!
+//!     fn list(&self) -> Vec<String> {
+//!         self.0.lock().unwrap().0.iter().flatten().map(DiskId::to_string).collect()
+//!     }
+//! }
 //!
 //! struct BayTransport {
-//!     bays: Bays,
+//!     hypervisor: Hypervisor,
+//!     /// Which disk has which bay, from before the hypervisor hears of it until it is out for certain.
+//!     bays: Mutex<[Option<DiskId>; 16]>,
 //! }
 //!
 //! /// A real backend looks at the file; this one believes all names but one.
@@ -39,37 +59,59 @@
 //!     }
 //!
 //!     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-//!         let id = self.identify(disk).await?;
+//!         if self.identify(disk).await? != *id {
+//!             return Err(BackendError::conflict(format!("disk {disk} is not {id} any more")));
+//!         }
 //!         let mut bays = self.bays.lock().unwrap();
 //!         let Some(bay) = bays.iter().position(Option::is_none) else {
 //!             return Err(BackendError::full(format!("no bay is free for disk {disk}")));
 //!         };
-//!         bays[bay] = Some(id);
+//!         // If the answer is lost, the bay stays the disk's until it is detached.
+//!         bays[bay] = Some(id.clone());
+//!         self.hypervisor.set(bay, Some(id.clone()))?;
 //!         Ok(DeviceLocator::new("bay", bay).expect("a number is an address"))
 //!     }
 //!
 //!     // What is absent is detached, also when its source is gone: this must not identify the disk.
 //!     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
-//!         let id = identity(disk);
-//!         for bay in self.bays.lock().unwrap().iter_mut() {
-//!             bay.take_if(|there| *there == id);
+//!         let id = Some(identity(disk));
+//!         let mut bays = self.bays.lock().unwrap();
+//!         if let Some(bay) = bays.iter().position(|there| *there == id) {
+//!             self.hypervisor.set(bay, None)?;
+//!             bays[bay] = None;
 //!         }
 //!         Ok(())
+//!     }
+//! }
+//!
+//! #[async_trait]
+//! impl Faults for Hypervisor {
+//!     async fn inject(&self, _: VmStep, fault: Fault) -> bool {
+//!         let silent = fault == Fault::Uncertain { happens: true };
+//!         self.0.lock().unwrap().1 = silent;
+//!         silent
+//!     }
+//!
+//!     async fn clear(&self) {
+//!         self.0.lock().unwrap().1 = false;
 //!     }
 //! }
 //!
 //! // In your crate this is a `#[tokio::test]`.
 //! # let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
 //! # runtime.block_on(async {
-//! let bays = Bays::default();
-//! let transport = BayTransport { bays: bays.clone() };
+//! let hypervisor = Hypervisor::default();
+//! let transport = BayTransport { hypervisor: hypervisor.clone(), bays: Mutex::default() };
+//! let (tables, faults) = (hypervisor.clone(), hypervisor);
 //! let fixture = TransportFixture::new(
 //!     (0..17).map(|n| Disk::virtual_disk(format!("/images/{n}.img"))),
 //!     Disk::virtual_disk("/images/missing.img"),
-//!     move || bays.lock().unwrap().iter().flatten().map(DiskId::to_string).collect(),
+//!     move || tables.list(),
 //! )
-//! .capacity(16);
+//! .capacity(16)
+//! .faults(faults);
 //! let passed = conformance::transport(&transport, &fixture).await;
+//! println!("{passed}"); // also names the checks that were not run
 //! assert!(passed.successes > 50);
 //! # });
 //! ```
@@ -80,6 +122,13 @@
 //! ```text
 //! the transport broke the check "detaching what was never attached succeeds":
 //! detach of /images/missing.img (read-write) answered not found: there is no disk ...
+//! ```
+//!
+//! Had `attach` forgotten the disk when the answer was lost, it would be
+//!
+//! ```text
+//! the transport broke the check "detaching after an attach in doubt succeeds and leaves nothing":
+//! detach left ["/images/0.img"] more and [] less in the tables
 //! ```
 //!
 //! # What a program does with your backend

@@ -1,4 +1,4 @@
-//! Names that the fake VM understands: of its devices, of disks and of targets.
+//! The names of devices, disks and targets in the fake VM.
 
 use std::path::{Component, Path, PathBuf};
 

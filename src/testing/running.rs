@@ -1,4 +1,4 @@
-//! The way of one call: its delay, its gate, its effect, and what the log says of it.
+//! One call of the fake VM: its delay, its gate, its effect, and its entries in the log.
 
 use std::panic::resume_unwind;
 use std::time::Duration;
@@ -159,7 +159,7 @@ impl Running<'_> {
         } else if reach == Reach::Lost && self.step != VmStep::Attach {
             Err(BackendError::uncertain(String::new()))
         } else {
-            act(&mut state.state, reach)
+            act(&mut state.vm, reach)
         };
         let happened = reach == Reach::Untold && result.is_ok();
         let gone = result

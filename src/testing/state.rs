@@ -1,4 +1,4 @@
-//! What is so in the VM, whatever a caller has been told.
+//! The actual state of the VM, whatever its callers have been told.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU32;
@@ -12,7 +12,7 @@ use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Over
 /// How many partitions each disk has.
 const PARTITIONS: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
 
-/// How far a call gets.
+/// Whether a call takes effect, and whether its caller learns of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reach {
     /// It happens, and the caller is told.
@@ -311,7 +311,7 @@ impl VmState {
         Ok(())
     }
 
-    /// What the VM still holds, a line each.
+    /// What the VM still holds, one line for each thing.
     pub(super) fn left(&self) -> Vec<String> {
         let mut left: Vec<String> = self.slots.values().map(Slot::to_string).collect();
         left.extend(self.mounts.iter().map(|(target, at)| match &at.what {

@@ -104,6 +104,21 @@ pub trait Faults: Send + Sync + 'static {
     async fn clear(&self);
 }
 
+/// The faults of `F` but for [`Fault::Gone`], for a VM that is needed after the suite.
+#[derive(Debug, Clone)]
+pub struct WithoutGone<F>(pub F);
+
+#[async_trait]
+impl<F: Faults> Faults for WithoutGone<F> {
+    async fn inject(&self, step: VmStep, fault: Fault) -> bool {
+        fault != Fault::Gone && self.0.inject(step, fault).await
+    }
+
+    async fn clear(&self) {
+        self.0.clear().await;
+    }
+}
+
 /// Removes the file behind a disk from the host.
 pub(super) type RemoveSource = Box<dyn Fn(&Disk) + Send + Sync>;
 

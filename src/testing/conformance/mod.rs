@@ -29,7 +29,7 @@ mod unplugger;
 
 pub use check::{Broken, CONTRACTS, Check, Contract, Passed};
 pub use combiner::{combiner, try_combiner};
-pub use fixture::{Fault, Faults, GuestFixture, Snapshot, TransportFixture};
+pub use fixture::{Fault, Faults, GuestFixture, Snapshot, TransportFixture, WithoutGone};
 pub use mounter::{mounter, try_mounter};
 pub use resolver::{resolver, try_resolver};
 pub use transport::{transport, try_transport};

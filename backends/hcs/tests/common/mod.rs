@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::testing::FakeVm;
-use blockmount::testing::conformance::Snapshot;
+use blockmount::testing::VmStep;
+use blockmount::testing::conformance::{Fault, Faults, Snapshot};
 use blockmount::{
     BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Transport,
     Unplugger,
@@ -197,6 +198,11 @@ impl Model {
         self.0.proceed.add_permits(1);
     }
 
+    /// The guest, to make its calls fail.
+    pub(crate) fn fake_vm(&self) -> FakeVm {
+        self.0.devices.vm.clone()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap()
     }
@@ -301,6 +307,24 @@ impl Model {
                 outcome.map_err(|error| failed(error.kind().into(), error.message()))
             }
         }
+    }
+}
+
+/// The faults of the service. It can end only where there is one [way](Model::ways) to it.
+#[async_trait]
+impl Faults for Model {
+    async fn inject(&self, _: VmStep, fault: Fault) -> bool {
+        match fault {
+            Fault::Uncertain { happens } => self.next(Answer::Silent { happens }),
+            Fault::Busy => self.next(Answer::Fail(Hresult::BUSY)),
+            Fault::Gone if WAYS == 1 => self.end(),
+            _ => return false,
+        }
+        true
+    }
+
+    async fn clear(&self) {
+        self.state().next.clear();
     }
 }
 

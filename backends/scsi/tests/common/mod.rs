@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use blockmount::placement::SlotUse;
+use blockmount::testing::VmStep;
+use blockmount::testing::conformance::{Fault, Faults};
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport, SlotEntry};
 use tokio::sync::Notify;
@@ -43,6 +45,20 @@ pub(crate) struct Vm {
     pub(crate) proceed: Notify,
 }
 
+/// The VM's faults, for the conformance suite.
+pub(crate) struct VmFaults(pub(crate) Arc<Vm>);
+
+#[async_trait]
+impl Faults for VmFaults {
+    async fn inject(&self, _: VmStep, fault: Fault) -> bool {
+        self.0.inject(fault)
+    }
+
+    async fn clear(&self) {
+        self.0.clear();
+    }
+}
+
 #[derive(Default)]
 struct State {
     present: BTreeMap<ScsiAddress, Disk>,
@@ -71,6 +87,29 @@ impl Vm {
 
     pub(crate) fn present(&self) -> Vec<ScsiAddress> {
         self.state().present.keys().copied().collect()
+    }
+
+    /// The next call of the transport ends so.
+    pub(crate) fn inject(&self, fault: Fault) -> bool {
+        let answer = match fault {
+            Fault::Uncertain { happens: true } => Answer::DoneButUncertain,
+            Fault::Uncertain { happens: false } => Answer::Fail(ErrorKind::Uncertain),
+            Fault::Busy => Answer::Fail(ErrorKind::Busy),
+            Fault::Held => Answer::Wait,
+            Fault::Gone => {
+                self.state().present.clear();
+                Answer::Fail(ErrorKind::Gone)
+            }
+            _ => return false,
+        };
+        self.next(answer);
+        true
+    }
+
+    /// What waits goes on, and nothing fails any more.
+    pub(crate) fn clear(&self) {
+        self.state().next = None;
+        self.proceed.notify_waiters();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -114,6 +153,7 @@ impl Vm {
 #[async_trait]
 impl Attacher for Vm {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        find(disk)?;
         Ok(DiskId::name(&disk.source().to_string_lossy()))
     }
 
@@ -123,6 +163,7 @@ impl Attacher for Vm {
         disk: &Disk,
         _id: &DiskId,
     ) -> Result<(), BackendError> {
+        find(disk)?;
         let event = Event::Attach(address, disk.clone());
         let put = |state: &mut State| {
             let before = state.present.insert(address, disk.clone());
@@ -146,6 +187,14 @@ pub(crate) fn scsi(controllers: u16, luns: u16, reserved: &[&str]) -> (Arc<Vm>, 
     let geometry = Geometry::new(controllers, luns).unwrap();
     let scsi = ScsiTransport::new(vm.clone(), geometry, &reserved).unwrap();
     (vm, Arc::new(scsi))
+}
+
+/// Only `none.vhdx` is missing.
+fn find(disk: &Disk) -> Result<(), BackendError> {
+    match disk.source().ends_with("none.vhdx") {
+        true => Err(BackendError::not_found(format!("there is no disk {disk}"))),
+        false => Ok(()),
+    }
 }
 
 pub(crate) fn address(text: &str) -> ScsiAddress {

@@ -15,6 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use blockmount::placement::SlotUse;
+use blockmount::testing::VmStep;
+use blockmount::testing::conformance::{Fault, Faults};
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{
     Attacher, ByteRange, DeviceNumber, Geometry, Mode, PAGE, SlotEntry, VpmemAddress,
@@ -62,6 +64,20 @@ pub(crate) struct Vm {
     state: Mutex<State>,
     pub(crate) entered: Notify,
     pub(crate) proceed: Notify,
+}
+
+/// The VM's faults, for the conformance suite.
+pub(crate) struct VmFaults(pub(crate) Arc<Vm>);
+
+#[async_trait]
+impl Faults for VmFaults {
+    async fn inject(&self, _: VmStep, fault: Fault) -> bool {
+        self.0.inject(fault)
+    }
+
+    async fn clear(&self) {
+        self.0.clear();
+    }
 }
 
 #[derive(Default)]
@@ -134,6 +150,29 @@ impl Vm {
     pub(crate) fn disk_at(&self, locator: &str) -> Option<Disk> {
         let place = address(locator.strip_prefix("vpmem:").unwrap());
         self.state().present.get(&place).cloned()
+    }
+
+    /// The next call of the transport ends so.
+    pub(crate) fn inject(&self, fault: Fault) -> bool {
+        let answer = match fault {
+            Fault::Uncertain { happens: true } => Answer::DoneButUncertain,
+            Fault::Uncertain { happens: false } => Answer::Fail(ErrorKind::Uncertain),
+            Fault::Busy => Answer::Fail(ErrorKind::Busy),
+            Fault::Held => Answer::Wait,
+            Fault::Gone => {
+                self.state().present.clear();
+                Answer::Fail(ErrorKind::Gone)
+            }
+            _ => return false,
+        };
+        self.next(answer);
+        true
+    }
+
+    /// What waits goes on, and nothing fails any more.
+    pub(crate) fn clear(&self) {
+        self.state().next = None;
+        self.proceed.notify_waiters();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
