@@ -1,0 +1,98 @@
+//! A backend of one's own: a transport, and the conformance suite over it.
+//!
+//! ```console
+//! $ cargo run --features testing --example own_backend
+//! ```
+//!
+//! The "hypervisor" is a directory in which each attached disk is a link in a file named after its port. What it
+//! shows is what every transport does: identify, reserve, attach, and say what happened.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use blockmount::placement::Placement;
+use blockmount::slots::{Occupied, Policy, Slots};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+
+/// Disks as links in a directory: `port:3` is the link `3`.
+struct Ports {
+    directory: PathBuf,
+    slots: Slots,
+    /// Remembers which disk is at which port, and what is in doubt.
+    placement: Placement<(Occupied, u16)>,
+}
+
+impl Ports {
+    fn new(directory: &Path, ports: u16) -> Result<Self, Box<dyn Error>> {
+        Ok(Ports {
+            directory: directory.to_owned(),
+            slots: Slots::new(1, ports, Policy::LowestFirst)?,
+            placement: Placement::new("port", []),
+        })
+    }
+
+    fn link(&self, port: u16) -> PathBuf {
+        self.directory.join(port.to_string())
+    }
+}
+
+/// What a failed system call means for a caller.
+fn failed(tried: String, error: io::Error) -> BackendError {
+    match error.kind() {
+        io::ErrorKind::NotFound => BackendError::not_found(tried),
+        _ => BackendError::other(tried),
+    }
+    .with_source(error)
+}
+
+#[async_trait]
+impl Transport for Ports {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        disk.options().require_only(&[])?; // refuses what this hypervisor does not know
+        let metadata = std::fs::metadata(disk.source())
+            .map_err(|error| failed(format!("cannot find disk {disk}"), error))?;
+        Ok(DiskId::inode(metadata.dev(), metadata.ino()))
+    }
+
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let call = self.placement.attach(disk, || {
+            let slot = self.slots.reserve()?;
+            let port = slot.slot().index;
+            Some((slot.fill(), port))
+        })?;
+        let call = call.ok_or_else(|| BackendError::full("all ports are taken"))?;
+        let port = call.address();
+        let link = symlink(disk.source(), self.link(port));
+        let linked = link.map_err(|error| failed(format!("cannot attach disk {disk}"), error));
+        // The name may mean another file by now: what was identified is what is attached.
+        let proven = match (linked, self.identify(disk).await) {
+            (Ok(()), Ok(now)) if now == *id => Ok(()),
+            (Ok(()), _) => {
+                std::fs::remove_file(self.link(port)).map_err(|error| {
+                    let tried = format!("cannot take back disk {disk}");
+                    BackendError::uncertain(tried).with_source(error)
+                })?;
+                Err(BackendError::conflict(format!("disk {disk} was replaced")))
+            }
+            (Err(error), _) => Err(error),
+        };
+        call.attached(proven)?;
+        Ok(DeviceLocator::new("port", port).expect("a number is an address"))
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        let Some(call) = self.placement.detach(disk)? else {
+            return Ok(()); // it is not attached
+        };
+        let answer = match std::fs::remove_file(self.link(call.address())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed(format!("cannot detach disk {disk}"), error))
+            }
+            _ => Ok(()),
+        };
+        call.detached(answer)
+    }
+}
