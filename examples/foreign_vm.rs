@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use blockmount::{BackendError, Disk, Manager, MountOptions, MountRequest};
 use blockmount_bridge::{BridgeGuest, Dialer, RedialingChannel};
-use blockmount_qemu::{Qmp, QemuScsi};
+use blockmount_qemu::{QemuScsi, Qmp};
 use blockmount_scsi::ScsiTransport;
 use tokio::net::UnixStream;
 
@@ -77,7 +77,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let layer = Disk::virtual_disk(std::path::absolute(image)?).read_only();
     let request = MountRequest::new(MountOptions::read_only());
     let mount = manager.add(&layer, &request).await?;
-    println!("{} is {} in the guest", mount.locator(), mount.path().display());
+    println!(
+        "{} is {} in the guest",
+        mount.locator(),
+        mount.path().display()
+    );
 
     mount.release().await?;
     assert!(manager.drain().await.is_clean());

@@ -17,7 +17,9 @@ use blockmount_loopback::LoopTransport;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
-    let target = arguments.next().ok_or("usage: local_stack TARGET IMAGE...")?;
+    let target = arguments
+        .next()
+        .ok_or("usage: local_stack TARGET IMAGE...")?;
     let images: Vec<PathBuf> = arguments.collect();
 
     // Host and guest are this machine: one transport, and the Linux engine for everything in the guest.

@@ -1,0 +1,202 @@
+//! The host's half: disks are plugged into ports by QMP.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockmount::placement::Placement;
+use blockmount::slots::{Occupied, Policy, Slots};
+use blockmount::{
+    BackendError, DeviceLocator, Disk, DiskId, DiskKind, ErrorKind, Transport, blocking,
+};
+use blockmount_qemu::{Qmp, QmpError};
+use serde_json::{Value, json};
+
+use crate::SCHEME;
+
+/// How long QEMU may take to take out a disk that its guest has released.
+const REMOVAL: Duration = Duration::from_secs(30);
+
+/// The ports of a VM, as a [`Transport`].
+#[derive(Debug)]
+pub struct VirtioBlkTransport {
+    qmp: Qmp,
+    /// What QEMU calls the ports.
+    ports: Vec<String>,
+    slots: Slots,
+    placement: Placement<(Occupied, u16)>,
+}
+
+impl VirtioBlkTransport {
+    /// A disk for each of these `pcie-root-port`s, by their ids.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` unless there are 1 to 16,384 ports.
+    pub fn new<I: Into<String>>(
+        qmp: Qmp,
+        ports: impl IntoIterator<Item = I>,
+    ) -> Result<Self, BackendError> {
+        let ports: Vec<String> = ports.into_iter().map(Into::into).collect();
+        let invalid = || BackendError::invalid(format!("a VM cannot have {} ports", ports.len()));
+        let count = u16::try_from(ports.len()).map_err(|_| invalid())?;
+        let slots = Slots::new(1, count, Policy::LowestFirst).map_err(|_| invalid())?;
+        let placement = Placement::new("port", []);
+        Ok(VirtioBlkTransport {
+            qmp,
+            ports,
+            slots,
+            placement,
+        })
+    }
+
+    fn id(port: u16) -> String {
+        format!("{SCHEME}-{port}")
+    }
+
+    async fn plug(&self, port: u16, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
+        let name = Self::id(port);
+        let path = std::path::absolute(disk.source()).map_err(|error| {
+            BackendError::other("there is no working directory").with_source(error)
+        })?;
+        let node = json!({
+            "node-name": name, "driver": "raw", "read-only": disk.is_read_only(),
+            "file": { "driver": "file", "filename": path, "read-only": disk.is_read_only() },
+        });
+        if let Err(error) = self.qmp.execute("blockdev-add", node).await {
+            return self.take_back(port, error).await;
+        }
+        // QEMU has the file open now: whatever the name means from here on, this is what it meant.
+        if self.identify(disk).await.ok().as_ref() != Some(id) {
+            self.unplug(port).await.map_err(|error| {
+                BackendError::uncertain(format!("cannot take back {name}")).with_source(error)
+            })?;
+            return Err(BackendError::conflict(format!("disk {disk} was replaced")));
+        }
+        let bus = &self.ports[usize::from(port)];
+        let device = json!({
+            "driver": "virtio-blk-pci", "id": name, "drive": name, "bus": bus, "serial": name,
+            "werror": "report", "rerror": "report",
+        });
+        match self.qmp.execute("device_add", device).await {
+            Ok(_) => Ok(()),
+            Err(error) => self.take_back(port, error).await,
+        }
+    }
+
+    /// Leaves nothing of a plug that failed, or answers `Uncertain`.
+    async fn take_back(&self, port: u16, failure: QmpError) -> Result<(), BackendError> {
+        let tried = format!("cannot plug {}", Self::id(port));
+        match self.unplug(port).await {
+            Ok(()) if failure.kind() == ErrorKind::Uncertain => Err(BackendError::other(tried)),
+            Ok(()) => Err(BackendError::new(failure.kind(), tried)),
+            Err(error) if error.kind() == ErrorKind::Gone => Err(BackendError::gone(tried)),
+            Err(_) => Err(BackendError::uncertain(tried)),
+        }
+        .map_err(|error| error.with_source(failure))
+    }
+
+    /// Takes out whatever is in a port, from whatever half of the way.
+    async fn unplug(&self, port: u16) -> Result<(), BackendError> {
+        let name = Self::id(port);
+        let failed = |error: QmpError| error.while_trying(format!("cannot unplug {name}"));
+        let mut deletions = self.qmp.events("DEVICE_DELETED");
+        if self
+            .lists(
+                "qom-list",
+                json!({ "path": "/machine/peripheral" }),
+                "name",
+                &name,
+            )
+            .await?
+        {
+            let deleted = self.qmp.execute("device_del", json!({ "id": name })).await;
+            match deleted {
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                // A guest that has ejected the disk is done; the event says so.
+                Ok(_) | Err(QmpError::Refused { .. }) => {
+                    let is_ours =
+                        |event: &blockmount_qemu::qmp::Event| event.data["device"] == name.as_str();
+                    deletions.find(REMOVAL, is_ours).await.map_err(failed)?;
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        if self
+            .lists("query-named-block-nodes", Value::Null, "node-name", &name)
+            .await?
+        {
+            let removed = self
+                .qmp
+                .execute("blockdev-del", json!({ "node-name": name }))
+                .await;
+            removed.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Whether an answer of QEMU's has an entry whose `key` is `name`.
+    async fn lists(
+        &self,
+        command: &str,
+        arguments: Value,
+        key: &str,
+        name: &str,
+    ) -> Result<bool, BackendError> {
+        let arguments = match arguments {
+            Value::Null => json!({}),
+            given => given,
+        };
+        let answer = self.qmp.execute(command, arguments).await;
+        let answer = answer.map_err(|error| error.while_trying(format!("cannot {command}")))?;
+        let entries = answer.as_array().into_iter().flatten();
+        Ok(entries.into_iter().any(|entry| entry[key] == name))
+    }
+}
+
+#[async_trait]
+impl Transport for VirtioBlkTransport {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        if *disk.kind() != DiskKind::VirtualDisk {
+            let message =
+                format!("disk {disk} is no image file, which is all that is plugged here");
+            return Err(BackendError::unsuitable(message));
+        }
+        disk.options().require_only(&[])?;
+        let disk = disk.clone();
+        blocking(move || {
+            let found = File::open(disk.source()).and_then(|file| file.metadata());
+            match found {
+                Ok(found) => Ok(DiskId::inode(found.dev(), found.ino())),
+                Err(error) => {
+                    Err(BackendError::not_found(format!("there is no disk {disk}"))
+                        .with_source(error))
+                }
+            }
+        })
+        .await
+    }
+
+    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let call = self.placement.attach(disk, || {
+            let slot = self.slots.reserve()?;
+            let port = slot.slot().index;
+            Some((slot.fill(), port))
+        })?;
+        let full = || BackendError::full(format!("all {} ports are taken", self.ports.len()));
+        let call = call.ok_or_else(full)?;
+        let port = call.address();
+        let plugged = self.plug(port, disk, id).await;
+        call.attached(plugged)?;
+        Ok(DeviceLocator::new(SCHEME, port).expect("a number is an address"))
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        let Some(call) = self.placement.detach(disk)? else {
+            return Ok(());
+        };
+        let unplugged = self.unplug(call.address()).await;
+        call.detached(unplugged)
+    }
+}
