@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::placement::Placement;
 use blockmount::slots::{Occupied, Policy, Slots};
+use blockmount::testing::conformance::{self, TransportFixture};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
 
 /// Disks as links in a directory: `port:3` is the link `3`.
@@ -95,4 +96,38 @@ impl Transport for Ports {
         };
         call.detached(answer)
     }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()?;
+    let directory = std::env::temp_dir().join(format!("own-backend-{}", std::process::id()));
+    let (images, ports) = (directory.join("images"), directory.join("ports"));
+    std::fs::create_dir_all(&images)?;
+    std::fs::create_dir(&ports)?;
+    let mut disks = Vec::new();
+    for number in 0..5 {
+        let image = images.join(number.to_string());
+        std::fs::write(&image, [number])?;
+        disks.push(Disk::virtual_disk(image));
+    }
+
+    // What the suite compares before and after: what is really there, not what the transport believes.
+    let listed = ports.clone();
+    let snapshot = move || {
+        let entries = std::fs::read_dir(&listed).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.file_name().display().to_string())
+            .collect();
+        names.sort();
+        names
+    };
+    let missing = Disk::virtual_disk(images.join("missing"));
+    let transport = Ports::new(&ports, 4)?;
+    let fixture = TransportFixture::new(disks, missing, snapshot).capacity(4);
+    let passed = runtime.block_on(conformance::transport(&transport, &fixture));
+    println!("{passed:?}");
+    std::fs::remove_dir_all(&directory)?;
+    Ok(())
 }
