@@ -73,6 +73,21 @@
 
 pub mod device;
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing {
+    //! What the targets in `fuzz/` call.
+
+    /// Reads bytes as a record of the journal, and what it has written again.
+    pub fn journal_record(bytes: &[u8]) {
+        use crate::undo::record::{decode, encode};
+        if let Ok(record) = decode(bytes, "origin") {
+            let again = decode(&encode(&record, "origin"), "origin");
+            assert_eq!(again.as_ref(), Ok(&record));
+        }
+    }
+}
+
 mod builder;
 mod discover;
 mod errno;

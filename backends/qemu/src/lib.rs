@@ -72,6 +72,12 @@
 //!
 //! Without the feature there are the monitor and the attachers, for a QEMU that another program starts.
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing {
+    //! What the targets in `fuzz/` call.
+    pub use crate::scsi::fuzz_qcow2 as qcow2;
+}
 #[cfg(feature = "launch")]
 mod launch;
 mod plug;

@@ -230,3 +230,9 @@ impl QemuScsi {
         }
     }
 }
+
+/// Reads bytes as the header of an image.
+#[cfg(fuzzing)]
+pub fn fuzz_qcow2(bytes: &[u8]) {
+    let _ = format!("{:?}", qcow2::parse(bytes));
+}

@@ -57,7 +57,7 @@ pub(super) fn read(file: &File) -> io::Result<Option<Header>> {
     Ok(parse(&header[..length]))
 }
 
-fn parse(bytes: &[u8]) -> Option<Header> {
+pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
     if !bytes.starts_with(&MAGIC) {
         return None;
     }
