@@ -5,7 +5,9 @@ use std::path::Path;
 
 /// Runs a target over the files of its corpus, and over each of them cut off and with bytes flipped.
 fn run(name: &str, target: fn(&[u8])) {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("corpus")
+        .join(name);
     let mut count = 0;
     for entry in fs::read_dir(&corpus).expect("each target has a corpus") {
         let bytes = fs::read(entry.unwrap().path()).unwrap();
