@@ -368,6 +368,10 @@ impl<P: Allocation> Call<P> {
 
     /// Looks at the allocation, or changes it: for what is only known during the call. `work` runs with the lock held, and
     /// must not call the placement.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "the record of a busy disk is removed by its call alone"
+    )]
     pub fn update<T>(&self, work: impl FnOnce(&mut P) -> T) -> T {
         let mut table = self.placement.table();
         let record = table.disks.get_mut(&self.disk);

@@ -34,6 +34,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
     }
 
     /// Every name below a directory, with the digests of all files.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
     pub async fn tree(&mut self, path: impl Into<PathBuf>) -> io::Result<Tree> {
         match self.ask(&Request::Tree { path: path.into() }).await? {
             Response::Tree(tree) => Ok(tree),
@@ -42,6 +46,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
     }
 
     /// Makes or replaces a file.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
     pub async fn write(
         &mut self,
         path: impl Into<PathBuf>,
@@ -52,11 +60,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
     }
 
     /// Removes a file or an empty directory.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
     pub async fn remove(&mut self, path: impl Into<PathBuf>) -> io::Result<()> {
         self.done(&Request::Remove { path: path.into() }).await
     }
 
     /// What the guest's kernel has.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
     pub async fn tables(&mut self) -> io::Result<Tables> {
         match self.ask(&Request::Tables).await? {
             Response::Tables(tables) => Ok(tables),
@@ -65,6 +81,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
     }
 
     /// Mounts and unmounts all of these at once, without the agent.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
     pub async fn bare_mount(&mut self, mounts: Vec<BareMount>) -> io::Result<Vec<BareTimes>> {
         let asked = mounts.len();
         match self.ask(&Request::BareMount { mounts }).await? {

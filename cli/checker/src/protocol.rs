@@ -162,6 +162,10 @@ pub struct PmemDevice {
 }
 
 /// Writes one message. Not cancel safe: the stream makes no sense after half a message.
+///
+/// # Errors
+///
+/// Those of the stream.
 pub async fn send<W: AsyncWrite + Unpin>(
     stream: &mut W,
     message: &impl Serialize,
@@ -219,6 +223,10 @@ async fn receive_rest<R: AsyncRead + Unpin>(
 }
 
 /// Reads what a message says.
+///
+/// # Errors
+///
+/// Why it is no such message.
 pub fn parse<T: DeserializeOwned>(message: &[u8]) -> io::Result<T> {
     Ok(serde_json::from_slice(message)?)
 }

@@ -58,6 +58,10 @@ impl Tree {
     /// # Errors
     ///
     /// `Interrupted` when it was told to stop, else what could not be read.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "what is found below a root starts with it"
+    )]
     pub fn read(root: &Path, stop: Stop<'_>, seen: impl Fn()) -> io::Result<Self> {
         let mut tree = Tree::default();
         for entry in WalkDir::new(root).min_depth(1) {

@@ -87,15 +87,13 @@ fn behind(port: &Path) -> Probe<PathBuf> {
 /// The disk behind a port, once it can be opened.
 fn disk(port: &Path) -> Probe<Disk> {
     let device = behind(port)?;
-    for (virtio, _) in sysfs::numbered(&device, "virtio")? {
-        let disk = Disk::below(&virtio)?;
-        disk.open()?;
-        return Ok(disk);
-    }
-    Err(NotReady::not_found(format!(
-        "{} has no driver yet",
-        device.display()
-    )))
+    let drivers = sysfs::numbered(&device, "virtio")?;
+    let (virtio, _) = drivers
+        .first()
+        .ok_or_else(|| NotReady::not_found(format!("{} has no driver yet", device.display())))?;
+    let disk = Disk::below(virtio)?;
+    disk.open()?;
+    Ok(disk)
 }
 
 #[async_trait]

@@ -60,6 +60,10 @@ impl<A: Attacher> ScsiTransport<A> {
     /// # Errors
     ///
     /// [`InvalidReserved`] if one of the reserved addresses does not exist or is there twice.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "a geometry is within the limits of a table"
+    )]
     pub fn new(
         attacher: A,
         geometry: Geometry,
