@@ -61,6 +61,7 @@
 //! | detach | any other error, a panic, a dropped future | in doubt, and the call may be repeated |
 //! | detach | [`Outcome::Retained`] | the disk counts as detached, and its device waits for [`Placement::reuse`] |
 
+mod slot_map;
 #[cfg(test)]
 mod tests;
 
@@ -69,6 +70,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
+
+pub use self::slot_map::{SlotEntry, SlotUse};
 
 use crate::slots::Occupied;
 use crate::{BackendError, Disk, ErrorKind};
@@ -112,42 +115,6 @@ pub enum Outcome {
     /// The disk is there and cannot be taken out of this VM: for the caller it is detached, and its allocation waits for
     /// [`Placement::reuse`].
     Retained,
-}
-
-/// What an address that is not free is used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum SlotUse {
-    /// A disk is there, or is about to be.
-    Occupied,
-    /// Whether the disk is there is not known.
-    Quarantined,
-    /// A disk that was detached is still there, because it cannot be taken out.
-    Retained,
-    /// It is reserved for the VM, and never given to a disk.
-    Pinned,
-}
-
-impl fmt::Display for SlotUse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            SlotUse::Occupied => "occupied",
-            SlotUse::Quarantined => "quarantined",
-            SlotUse::Retained => "retained",
-            SlotUse::Pinned => "pinned",
-        })
-    }
-}
-
-/// A line of [`Placement::slot_map`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SlotEntry<A> {
-    /// The address.
-    pub address: A,
-    /// What it is used for.
-    pub usage: SlotUse,
-    /// The disk; none at a reserved address.
-    pub disk: Option<Disk>,
 }
 
 /// Which disk is attached where, of one transport. Clones share it.
