@@ -30,7 +30,7 @@ pub(crate) fn absolute(disk: &Disk) -> Result<Disk, BackendError> {
     path(disk)?;
     let absolute =
         std::path::absolute(disk.source()).map_err(|error| unreachable(disk.source(), error))?;
-    let named = Disk::virtual_disk(absolute);
+    let named = Disk::virtual_disk(absolute).with_options(disk.options().clone());
     Ok(match disk.is_read_only() {
         true => named.read_only(),
         false => named,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 pub use self::devices::{Devices, Scsi, VirtualPMemController};
-pub use self::path::{CONTROLLER_GUIDS, DiskAddress, InvalidPath, ResourcePath};
+pub use self::path::{DiskAddress, InvalidPath, ResourcePath};
 pub use self::properties::{GuestConnectionInfo, Properties, PropertyQuery};
 
 pub(crate) use self::properties::ErrorDocument;
@@ -97,8 +97,10 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// `Invalid` if its source is empty, has a NUL in it or is not Unicode, or if its provider has no name.
+    /// `Unsuitable` if it has options; `Invalid` if its source is empty, has a NUL in it or is not Unicode, or if its provider
+    /// has no name.
     pub fn of(disk: &Disk) -> Result<Self, BackendError> {
+        disk.options().require_only(&[])?;
         let (kind, provider) = match disk.kind() {
             DiskKind::VirtualDisk => ("VirtualDisk", ""),
             DiskKind::PhysicalDisk => ("PassThru", ""),
@@ -142,8 +144,9 @@ impl VirtualPMemDevice {
     ///
     /// # Errors
     ///
-    /// `Unsuitable` if it is not an image file to be attached read-only, `Invalid` as for [`Attachment::of`].
+    /// `Unsuitable` if it has options, or is not an image file to be attached read-only; `Invalid` as for [`Attachment::of`].
     pub fn of(disk: &Disk) -> Result<Self, BackendError> {
+        disk.options().require_only(&[])?;
         disk::fit_for_vpmem(disk)?;
         let format = if disk::is_vhdx(disk) { "Vhdx" } else { "Vhd1" };
         Ok(VirtualPMemDevice {
@@ -171,8 +174,8 @@ impl VirtualPMemMapping {
     ///
     /// # Errors
     ///
-    /// `Unsuitable` if it is not an image file to be attached read-only, or a VHDX, whose content is not where it is
-    /// in the file; `Invalid` as for [`Attachment::of`].
+    /// `Unsuitable` as for [`VirtualPMemDevice::of`], or if it is a VHDX, whose content is not where it is in the file;
+    /// `Invalid` as for [`Attachment::of`].
     pub fn of(disk: &Disk) -> Result<Self, BackendError> {
         let VirtualPMemDevice {
             host_path,

@@ -65,7 +65,6 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
                  which do not have address {address}"
             )));
         }
-        disk.options().require_only(&[])?;
         let attachment = Attachment::of(&disk::absolute(disk)?)?;
         let settings = Settings::Attachment(attachment);
         disk::prove(disk, id).await?;

@@ -8,15 +8,15 @@ use blockmount_vpmem::testing::AttachIdentified as _;
 use std::path::Path;
 
 use blockmount::{
-    Disk, Encryption, ErrorKind, Expose, Format, LayerCombiner, MountOptions, Mounter, Overlay,
-    Unplugger,
+    Disk, DiskOptions, Encryption, ErrorKind, Expose, Format, LayerCombiner, MountOptions, Mounter,
+    Overlay, Unplugger,
 };
 use blockmount_bridge::gcs::messages::{CombinedLayers, ModificationRequest, Resource};
 use blockmount_hcs::documents::*;
 use blockmount_hcs::{GuestOs, HcsChannel, HcsGuest, ScsiAttacher, VpmemAttacher};
-use blockmount_scsi::Attacher as _;
+use blockmount_scsi::{Attacher as _, HYPER_V_CONTROLLERS};
 use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber};
-use common::{Answer, Model, address};
+use common::{Answer, Images, Model, address};
 use proptest::prelude::*;
 
 fn device(number: u64) -> DeviceNumber {
@@ -35,6 +35,24 @@ async fn document<T, E: std::fmt::Debug>(
     let read = ModifySettingRequest::from_json(&document).unwrap();
     assert_eq!(read.to_json(), document, "it reads back");
     document
+}
+
+/// The document that adds a disk. It is made without an attacher, which looks at the file first.
+fn added(at: DiskAddress, settings: Settings) -> String {
+    let document = ModifySettingRequest::add(at.try_into().unwrap(), settings).to_json();
+    let read = ModifySettingRequest::from_json(&document).unwrap();
+    assert_eq!(read.to_json(), document, "it reads back");
+    document
+}
+
+fn scsi_disk(at: &str, disk: &Disk) -> String {
+    let settings = Settings::Attachment(Attachment::of(disk).unwrap());
+    added(DiskAddress::Scsi(address(at)), settings)
+}
+
+fn vpmem_disk(at: u64, disk: &Disk) -> String {
+    let settings = Settings::VpmemDevice(VirtualPMemDevice::of(disk).unwrap());
+    added(DiskAddress::VpmemDevice(device(at)), settings)
 }
 
 #[tokio::test]
@@ -64,8 +82,7 @@ async fn scsi_attachments_byte_for_byte() {
         ),
     ];
     for (at, disk, expected) in cases {
-        let attach = scsi.attach_identified(address(at), &disk);
-        assert_eq!(document(&model, attach).await, expected);
+        assert_eq!(scsi_disk(at, &disk), expected);
     }
     assert_eq!(
         document(&model, scsi.detach(address("0/0"))).await,
@@ -80,15 +97,20 @@ async fn vpmem_devices_and_mappings_byte_for_byte() {
     let disk = Disk::virtual_disk(r"C:\l\layer.vhd").read_only();
     let range = ByteRange::new(4_194_304, 1_052_672).unwrap();
     assert_eq!(
-        document(&model, vpmem.attach_identified(device(0), &disk)).await,
+        vpmem_disk(0, &disk),
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ReadOnly":true,"ImageFormat":"Vhd1"}}"#
     );
     assert_eq!(
         document(&model, vpmem.detach(device(0))).await,
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Remove"}"#
     );
+    let mapped = DiskAddress::VpmemMapping {
+        device: device(0),
+        offset: range.offset(),
+    };
+    let mapping = Settings::VpmemMapping(VirtualPMemMapping::of(&disk).unwrap());
     assert_eq!(
-        document(&model, vpmem.map_identified(device(0), range, &disk)).await,
+        added(mapped, mapping),
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0/Mappings/4194304","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ImageFormat":"Vhd1"}}"#
     );
     assert_eq!(
@@ -299,7 +321,7 @@ fn controllers_have_the_names_that_guests_look_for() {
     let namespace = uuid::uuid!("d422512d-2bf2-4752-809d-7b82b5fcb1b4");
     let name =
         |number: usize| uuid::Uuid::new_v5(&namespace, number.to_string().as_bytes()).to_string();
-    for (number, guid) in CONTROLLER_GUIDS.iter().enumerate() {
+    for (number, guid) in HYPER_V_CONTROLLERS.iter().enumerate() {
         assert_eq!(*guid, name(number));
     }
     assert_eq!(name(4), "fef0a2b8-6d40-5828-84ae-ad703023977c");
@@ -339,31 +361,47 @@ fn what_is_no_document_is_refused() {
 }
 
 #[tokio::test]
+async fn disk_options_are_refused() {
+    let model = Model::linux().await;
+    let scsi = ScsiAttacher::new(model.clone(), GuestOs::Linux);
+    let vpmem = VpmemAttacher::new(model.clone(), GuestOs::Linux);
+    let options = DiskOptions::default().direct_io(true);
+    let images = Images::new();
+    let disk = images.disk("a.vhd").read_only().with_options(options);
+    let range = ByteRange::new(0, 4096).unwrap();
+    for refused in [
+        scsi.attach_identified(address("0/0"), &disk).await,
+        vpmem.attach_identified(device(0), &disk).await,
+        vpmem.map_identified(device(0), range, &disk).await,
+        Devices::default()
+            .scsi_disk(address("0/0"), &disk)
+            .map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsuitable, "{error}");
+        assert!(error.message().contains("direct I/O"), "{error}");
+    }
+    assert_eq!(model.documents(), [""; 0]);
+}
+
+#[tokio::test]
 async fn paths_are_escaped_or_refused() {
     let model = Model::linux().await;
     let scsi = ScsiAttacher::new(model.clone(), GuestOs::Linux);
     let vpmem = VpmemAttacher::new(model.clone(), GuestOs::Linux);
     let nasty = "C:\\a\"b\\\"}\u{7}\n<&>\u{2028}\u{202e}\u{1f4be}\u{fc}.vhd";
     let disk = Disk::virtual_disk(nasty).read_only();
-    for sent in [
-        document(&model, scsi.attach_identified(address("0/0"), &disk)).await,
-        document(&model, vpmem.attach_identified(device(0), &disk)).await,
-    ] {
+    for sent in [scsi_disk("0/0", &disk), vpmem_disk(0, &disk)] {
         let value: serde_json::Value = serde_json::from_str(&sent).unwrap();
         let settings = &value["Settings"];
         let path = settings.get("Path").or(settings.get("HostPath")).unwrap();
         let path = path.as_str().unwrap();
-        // On Windows a path is made absolute, which keeps its characters.
-        assert!(path.ends_with(&nasty[3..]), "{path:?}");
+        assert_eq!(path, nasty);
         assert_eq!(value.as_object().unwrap().len(), 3, "{sent}");
     }
     let empty_provider = Disk::extensible("", "x");
     let odd_provider = Disk::extensible("a\"b", "x");
-    let sent = document(
-        &model,
-        scsi.attach_identified(address("0/0"), &odd_provider),
-    )
-    .await;
+    let sent = scsi_disk("0/0", &odd_provider);
     assert!(
         sent.contains(r#""ExtensibleVirtualDiskType":"a\"b""#),
         "{sent}"

@@ -13,9 +13,8 @@ use blockmount::{
     Transport, Unplugger,
 };
 use blockmount_bridge::gcs::Hresult;
-use blockmount_hcs::documents::CONTROLLER_GUIDS;
 use blockmount_hcs::{ComputeSystem, GuestOs, HcsChannel, HcsGuest, ScsiAttacher};
-use blockmount_scsi::{Geometry, ScsiTransport};
+use blockmount_scsi::{Geometry, HYPER_V_CONTROLLERS, ScsiTransport};
 use common::{Answer, Images, Model, SHORT, WAYS, address};
 
 async fn guest(system: &Arc<dyn ComputeSystem>, os: GuestOs) -> HcsGuest<Arc<dyn ComputeSystem>> {
@@ -123,7 +122,7 @@ async fn windows_guests_use_controller_0_only() {
         assert!((1..8).contains(&refused), "{refused} of 8");
         let documents = model.documents();
         assert_eq!(documents.len(), 8 - refused, "{documents:?}");
-        let at_0 = |document: &String| document.contains(CONTROLLER_GUIDS[0]);
+        let at_0 = |document: &String| document.contains(HYPER_V_CONTROLLERS[0]);
         assert!(documents.iter().all(at_0), "{documents:?}");
         for disk in &disks {
             scsi.detach(disk).await.unwrap();

@@ -18,9 +18,6 @@ use serde_json::{Value, json};
 /// 256 under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
 pub const LUNS: u16 = 256;
 
-/// What begins the names of everything that is ours in a QEMU.
-const PREFIX: &str = "bm-scsi-";
-
 /// Hot-plugs disks into the virtio-scsi controllers of a QEMU: the [`Attacher`] of its
 /// [`ScsiTransport`](blockmount_scsi::ScsiTransport).
 ///
@@ -135,7 +132,7 @@ impl QemuScsi {
     ///
     /// It changes nothing.
     pub async fn left(&self) -> Result<Vec<String>, BackendError> {
-        plug::left(&self.qmp, Backend::Node, PREFIX).await
+        plug::left(&self.qmp, Backend::Node, ScsiAddress::SERIAL_PREFIX).await
     }
 
     fn plug(&self, address: ScsiAddress) -> Plug<'_> {

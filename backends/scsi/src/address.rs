@@ -10,7 +10,16 @@ use thiserror::Error;
 /// The transport of SCSI locators, as in `scsi:0/3`.
 pub const SCHEME: &str = "scsi";
 
-const SERIAL_PREFIX: &str = "bm-scsi-";
+/// The GUIDs of the SCSI controllers of a VM of Hyper-V, by their number. A guest finds a controller on the VMBus by it.
+///
+/// Source: microsoft/hcsshim, `guestrequest.ScsiControllerGuids`: UUIDs of version 5 of the numbers 0 to 3 as decimal text
+/// in the namespace `d422512d-2bf2-4752-809d-7b82b5fcb1b4`.
+pub const HYPER_V_CONTROLLERS: [&str; 4] = [
+    "df6d0690-79e5-55b6-a5ec-c1e2f77f580a",
+    "0110f83b-de10-5172-a266-78bca56bf50a",
+    "b5d2d8d4-3a75-51bf-945b-3444dc6b8579",
+    "305891a9-b251-5dfe-91a2-c25d9212275b",
+];
 
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($repr:ty) below $limit:expr, $what:literal) => {
@@ -82,6 +91,9 @@ pub struct ScsiAddress {
 }
 
 impl ScsiAddress {
+    /// What every [`serial`](Self::serial) number begins with.
+    pub const SERIAL_PREFIX: &str = "bm-scsi-";
+
     /// A LUN of a controller.
     pub const fn new(controller: Controller, lun: Lun) -> Self {
         ScsiAddress { controller, lun }
@@ -92,12 +104,12 @@ impl ScsiAddress {
     ///
     /// It has at most 16 characters: some drivers cut a serial number after 20.
     pub fn serial(self) -> String {
-        format!("{SERIAL_PREFIX}{}-{}", self.controller, self.lun)
+        format!("{}{}-{}", Self::SERIAL_PREFIX, self.controller, self.lun)
     }
 
     /// The address whose [`serial`](Self::serial) number this is, if it is of that form.
     pub fn from_serial(serial: &str) -> Option<Self> {
-        let (controller, lun) = serial.strip_prefix(SERIAL_PREFIX)?.split_once('-')?;
+        let (controller, lun) = serial.strip_prefix(Self::SERIAL_PREFIX)?.split_once('-')?;
         let controller = DeviceLocator::number(controller)?.try_into().ok()?;
         let lun = DeviceLocator::number(lun)?.try_into().ok()?;
         Some(ScsiAddress { controller, lun })

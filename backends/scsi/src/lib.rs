@@ -71,7 +71,7 @@ mod guest;
 #[cfg(feature = "host")]
 mod host;
 
-pub use address::{Controller, InvalidAddress, Lun, SCHEME, ScsiAddress};
+pub use address::{Controller, HYPER_V_CONTROLLERS, InvalidAddress, Lun, SCHEME, ScsiAddress};
 pub use geometry::{Geometry, InvalidGeometry};
 #[cfg(all(feature = "guest", target_os = "linux"))]
 pub use guest::{ControllerId, ScsiResolver, ScsiUnplugger};

@@ -78,7 +78,7 @@ mod tests {
         let pci = parse_controller("pci:0000:00:10.0").unwrap();
         assert_eq!(pci.to_string(), "controller at PCI address 0000:00:10.0");
         let first = "vmbus:{DF6D0690-79e5-55b6-a5ec-c1e2f77f580a}";
-        assert_eq!(parse_controller(first), Ok(ControllerId::HYPER_V[0]));
+        assert_eq!(parse_controller(first), Ok(ControllerId::hyper_v()[0]));
         for text in [
             "",
             "pci",

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use blockmount::{BackendError, Disk};
 use blockmount_bridge::gcs::messages::is_zero;
-use blockmount_scsi::ScsiAddress;
+use blockmount_scsi::{HYPER_V_CONTROLLERS, ScsiAddress};
 use blockmount_vpmem::{DeviceNumber, PAGE};
 use serde::{Deserialize, Serialize};
 
 use super::path::{ATTACHMENTS, SCSI, VPMEM};
-use super::{Attachment, CONTROLLER_GUIDS, DiskAddress, ResourcePath, VirtualPMemDevice};
+use super::{Attachment, DiskAddress, ResourcePath, VirtualPMemDevice};
 
 /// The controllers of a VM with what is on them from the start, for the `Devices` of the document that makes the VM.
 ///
@@ -33,7 +33,7 @@ use super::{Attachment, CONTROLLER_GUIDS, DiskAddress, ResourcePath, VirtualPMem
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct Devices {
-    /// The SCSI controllers by their [GUIDs](CONTROLLER_GUIDS).
+    /// The SCSI controllers by their [GUIDs](HYPER_V_CONTROLLERS).
     #[serde(skip_serializing_if = "is_zero")]
     pub scsi: BTreeMap<String, Scsi>,
     /// The VPMEM devices.
@@ -75,10 +75,10 @@ impl Devices {
     ///
     /// `Unsuitable` if there are more than 4, which is all that a VM can have.
     pub fn scsi_controllers(mut self, count: usize) -> Result<Self, BackendError> {
-        let guids = CONTROLLER_GUIDS.get(..count).ok_or_else(|| {
+        let guids = HYPER_V_CONTROLLERS.get(..count).ok_or_else(|| {
             BackendError::unsuitable(format!(
                 "a VM of Hyper-V has at most {} SCSI controllers, not {count}",
-                CONTROLLER_GUIDS.len()
+                HYPER_V_CONTROLLERS.len()
             ))
         })?;
         for guid in guids {
@@ -95,7 +95,7 @@ impl Devices {
     pub fn scsi_disk(mut self, address: ScsiAddress, disk: &Disk) -> Result<Self, BackendError> {
         let at = ResourcePath::try_from(DiskAddress::Scsi(address))?.address();
         let attachment = Attachment::of(disk)?;
-        let guid = CONTROLLER_GUIDS[usize::from(address.controller.get())];
+        let guid = HYPER_V_CONTROLLERS[usize::from(address.controller.get())];
         let controller = self.scsi.entry(guid.to_owned()).or_default();
         insert(
             &mut controller.attachments,

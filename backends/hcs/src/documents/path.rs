@@ -4,20 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use blockmount::BackendError;
-use blockmount_scsi::{Geometry, ScsiAddress};
+use blockmount_scsi::{Geometry, HYPER_V_CONTROLLERS, ScsiAddress};
 use blockmount_vpmem::DeviceNumber;
 use thiserror::Error;
-
-/// The names of a VM's SCSI controllers, by their number.
-///
-/// Each is the UUID, version 5, of its number as decimal text in the namespace
-/// `d422512d-2bf2-4752-809d-7b82b5fcb1b4`; a guest finds the controller by it.
-pub const CONTROLLER_GUIDS: [&str; 4] = [
-    "df6d0690-79e5-55b6-a5ec-c1e2f77f580a",
-    "0110f83b-de10-5172-a266-78bca56bf50a",
-    "b5d2d8d4-3a75-51bf-945b-3444dc6b8579",
-    "305891a9-b251-5dfe-91a2-c25d9212275b",
-];
 
 pub(super) const SCSI: &str = "VirtualMachine/Devices/Scsi/";
 pub(super) const ATTACHMENTS: &str = "/Attachments/";
@@ -86,7 +75,7 @@ impl fmt::Display for ResourcePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             DiskAddress::Scsi(ScsiAddress { controller, lun }) => {
-                let guid = CONTROLLER_GUIDS[usize::from(controller.get())];
+                let guid = HYPER_V_CONTROLLERS[usize::from(controller.get())];
                 write!(f, "{SCSI}{guid}{ATTACHMENTS}{lun}")
             }
             DiskAddress::VpmemDevice(device) => write!(f, "{VPMEM}{device}"),
@@ -114,7 +103,7 @@ impl FromStr for ResourcePath {
 fn parse(text: &str) -> Option<ResourcePath> {
     if let Some(rest) = text.strip_prefix(SCSI) {
         let (guid, lun) = rest.split_once(ATTACHMENTS)?;
-        let controller = CONTROLLER_GUIDS
+        let controller = HYPER_V_CONTROLLERS
             .iter()
             .position(|known| known.eq_ignore_ascii_case(guid))?;
         let controller = u64::try_from(controller).ok()?.try_into().ok()?;

@@ -7,7 +7,7 @@ use blockmount::{BackendError, PciAddress};
 use blockmount_linux::sysfs::{self, VmbusId};
 use blockmount_linux::uevent::{NotReady, Probe};
 
-use crate::Lun;
+use crate::{HYPER_V_CONTROLLERS, Lun};
 
 /// A controller as hypervisor and guest both know it.
 ///
@@ -22,16 +22,10 @@ pub enum ControllerId {
 }
 
 impl ControllerId {
-    /// The controllers that the Host Compute Service gives its virtual machines, in their order.
-    ///
-    /// Source: microsoft/hcsshim, `guestrequest.ScsiControllerGuids`: GUIDs of version 5 of the numbers
-    /// 0 to 3 in the namespace `d422512d-2bf2-4752-809d-7b82b5fcb1b4`.
-    pub const HYPER_V: [ControllerId; 4] = [
-        ControllerId::Vmbus(VmbusId::new(0xdf6d0690_79e5_55b6_a5ec_c1e2f77f580a)),
-        ControllerId::Vmbus(VmbusId::new(0x0110f83b_de10_5172_a266_78bca56bf50a)),
-        ControllerId::Vmbus(VmbusId::new(0xb5d2d8d4_3a75_51bf_945b_3444dc6b8579)),
-        ControllerId::Vmbus(VmbusId::new(0x305891a9_b251_5dfe_91a2_c25d9212275b)),
-    ];
+    /// The [controllers](HYPER_V_CONTROLLERS) of a VM of Hyper-V, in their order.
+    pub fn hyper_v() -> [ControllerId; 4] {
+        HYPER_V_CONTROLLERS.map(|guid| ControllerId::Vmbus(guid.parse().expect("it is a GUID")))
+    }
 
     fn directory(self, sysfs: &Path) -> PathBuf {
         match self {
@@ -110,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_four_of_hyper_v() {
-        let printed = ControllerId::HYPER_V.map(|id| id.to_string());
+        let printed = ControllerId::hyper_v().map(|id| id.to_string());
         assert_eq!(
             printed,
             [
@@ -174,7 +168,7 @@ mod tests {
         fs::create_dir_all(device.join("host2")).unwrap();
         assert_eq!(host(pci).unwrap_err().kind(), ErrorKind::Conflict);
 
-        let vmbus = ControllerId::HYPER_V[2];
+        let vmbus = ControllerId::hyper_v()[2];
         let id = "b5d2d8d4-3a75-51bf-945b-3444dc6b8579";
         fs::create_dir_all(dir.path().join("bus/vmbus/devices").join(id).join("host3")).unwrap();
         assert_eq!(host(vmbus).unwrap(), 3);

@@ -49,7 +49,7 @@ impl ScsiResolver {
 
     /// Finds the disks of the four controllers of a virtual machine of Hyper-V.
     pub fn hyper_v() -> Self {
-        ScsiResolver::new(ControllerId::HYPER_V)
+        ScsiResolver::new(ControllerId::hyper_v())
     }
 
     /// Waits this long for a disk to appear, instead of ten seconds.
