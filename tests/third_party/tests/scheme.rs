@@ -1,5 +1,8 @@
 //! Nothing else in the workspace knows the scheme of this transport.
 
+// Helpers of tests unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,8 @@
 //! The transport from end to end: QEMU, the guest's kernel, an agent of its own.
 
+// Helpers of tests unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
