@@ -35,7 +35,8 @@
 //! // The VM has its root disk at 0/0.
 //! let scsi = ScsiTransport::new(attacher, geometry, &["0/0".parse()?])?;
 //! let layer = Disk::extensible("layers", "sha256/ab").read_only();
-//! assert_eq!(scsi.attach(&layer).await?.as_str(), "scsi:0/1");
+//! let locator = scsi.attach(&layer, &scsi.identify(&layer).await?).await?;
+//! assert_eq!(locator.as_str(), "scsi:0/1");
 //! scsi.detach(&layer).await?;
 //! assert_eq!(*system.0.lock().unwrap(), [
 //!     r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/df6d0690-79e5-55b6-a5ec-c1e2f77f580a/Attachments/1","RequestType":"Add","Settings":{"Type":"ExtensibleVirtualDisk","Path":"sha256/ab","ReadOnly":true,"ExtensibleVirtualDiskType":"layers"}}"#,

@@ -20,7 +20,7 @@
 //!     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
 //!         Ok(DiskId::name(&disk.source().to_string_lossy()))
 //!     }
-//!     async fn attach(&self, address: ScsiAddress, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
+//!     async fn attach(&self, address: ScsiAddress, disk: &Disk, _: &DiskId) -> Result<(), BackendError> {
 //!         self.0.lock().unwrap().insert(address, disk.clone());
 //!         Ok(())
 //!     }
@@ -35,7 +35,7 @@
 //! let root: ScsiAddress = "0/0".parse()?; // the VM boots from it
 //! let scsi = ScsiTransport::new(InMemory::default(), Geometry::HYPER_V, &[root])?;
 //! let disk = Disk::virtual_disk("/images/base.vhdx").read_only();
-//! let locator = scsi.attach(&disk).await?;
+//! let locator = scsi.attach(&disk, &scsi.identify(&disk).await?).await?;
 //! assert_eq!(locator.as_str(), "scsi:0/1");
 //! scsi.detach(&disk).await?;
 //! # Ok(())

@@ -36,13 +36,13 @@
 //!     async fn size(&self, _: &Disk) -> Result<u64, BackendError> {
 //!         Ok((5 << 20) + 512)
 //!     }
-//!     async fn attach(&self, device: DeviceNumber, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
+//!     async fn attach(&self, device: DeviceNumber, disk: &Disk, _: &DiskId) -> Result<(), BackendError> {
 //!         self.put((device, None), disk)
 //!     }
 //!     async fn detach(&self, device: DeviceNumber) -> Result<(), BackendError> {
 //!         self.take((device, None))
 //!     }
-//!     async fn map(&self, device: DeviceNumber, range: ByteRange, disk: &Disk) -> Result<(), BackendError> {
+//!     async fn map(&self, device: DeviceNumber, range: ByteRange, disk: &Disk, _: &DiskId) -> Result<(), BackendError> {
 //!         self.put((device, Some(range)), disk)
 //!     }
 //!     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
@@ -55,12 +55,16 @@
 //! let root = DeviceNumber::try_from(0)?; // the VM boots from it
 //! let vpmem = VpmemTransport::new(InMemory::default(), Geometry::default(), Mode::Packed, &[root])?;
 //! let layers = ["/images/base.erofs", "/images/app.erofs"].map(|image| Disk::virtual_disk(image).read_only());
-//! assert_eq!(vpmem.attach(&layers[0]).await?.as_str(), "vpmem:1@0+5246976");
-//! assert_eq!(vpmem.attach(&layers[1]).await?.as_str(), "vpmem:1@5246976+5246976");
+//! for (layer, expected) in layers.iter().zip(["vpmem:1@0+5246976", "vpmem:1@5246976+5246976"]) {
+//!     let locator = vpmem.attach(layer, &vpmem.identify(layer).await?).await?;
+//!     assert_eq!(locator.as_str(), expected);
+//! }
 //! for layer in &layers {
 //!     vpmem.detach(layer).await?;
 //! }
-//! assert!(vpmem.attach(&Disk::virtual_disk("/run/scratch.img")).await.is_err()); // not read-only
+//! let writable = Disk::virtual_disk("/run/scratch.img");
+//! let id = vpmem.identify(&writable).await?;
+//! assert!(vpmem.attach(&writable, &id).await.is_err());
 //! # Ok(())
 //! # }
 //! ```
