@@ -23,12 +23,11 @@ fn device(number: u64) -> DeviceNumber {
     number.try_into().unwrap()
 }
 
-/// Runs a call that the service answers with success without doing it, and gives its document.
+/// The document of a call, which the service refuses.
 async fn document<T, E: std::fmt::Debug>(
     model: &Model,
     call: impl Future<Output = Result<T, E>>,
 ) -> String {
-    // None of the disks is there.
     model.next(Answer::Fail(blockmount_bridge::gcs::Hresult::FAIL));
     call.await.err().expect("the service was told to fail");
     let [document] = model.documents().try_into().expect("one document");
@@ -37,43 +36,27 @@ async fn document<T, E: std::fmt::Debug>(
     document
 }
 
-/// The document that adds a disk. It is made without an attacher, which looks at the file first.
-fn added(at: DiskAddress, settings: Settings) -> String {
-    let document = ModifySettingRequest::add(at.try_into().unwrap(), settings).to_json();
-    let read = ModifySettingRequest::from_json(&document).unwrap();
-    assert_eq!(read.to_json(), document, "it reads back");
-    document
-}
-
-fn scsi_disk(at: &str, disk: &Disk) -> String {
-    let settings = Settings::Attachment(Attachment::of(disk).unwrap());
-    added(DiskAddress::Scsi(address(at)), settings)
-}
-
-fn vpmem_disk(at: u64, disk: &Disk) -> String {
-    let settings = Settings::VpmemDevice(VirtualPMemDevice::of(disk).unwrap());
-    added(DiskAddress::VpmemDevice(device(at)), settings)
-}
-
 #[tokio::test]
 async fn scsi_attachments_byte_for_byte() {
     let model = Model::linux().await;
     let scsi = ScsiAttacher::new(model.clone(), GuestOs::Linux);
+    let images = Images::new();
+    let pass_through = images.disk(r"physical\DRIVE2").source().to_owned();
     let cases = [
         (
             "0/0",
-            Disk::virtual_disk(r"C:\x\sandbox.vhdx"),
-            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/df6d0690-79e5-55b6-a5ec-c1e2f77f580a/Attachments/0","RequestType":"Add","Settings":{"Type":"VirtualDisk","Path":"C:\\x\\sandbox.vhdx"}}"#,
+            images.disk(r"x\sandbox.vhdx"),
+            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/df6d0690-79e5-55b6-a5ec-c1e2f77f580a/Attachments/0","RequestType":"Add","Settings":{"Type":"VirtualDisk","Path":"IMAGES\\x\\sandbox.vhdx"}}"#,
         ),
         (
             "1/63",
-            Disk::virtual_disk(r"C:\layers\1\layer.vhd").read_only(),
-            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/0110f83b-de10-5172-a266-78bca56bf50a/Attachments/63","RequestType":"Add","Settings":{"Type":"VirtualDisk","Path":"C:\\layers\\1\\layer.vhd","ReadOnly":true}}"#,
+            images.disk(r"layers\1\layer.vhd").read_only(),
+            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/0110f83b-de10-5172-a266-78bca56bf50a/Attachments/63","RequestType":"Add","Settings":{"Type":"VirtualDisk","Path":"IMAGES\\layers\\1\\layer.vhd","ReadOnly":true}}"#,
         ),
         (
             "2/3",
-            Disk::physical_disk(r"\\.\PHYSICALDRIVE2"),
-            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/b5d2d8d4-3a75-51bf-945b-3444dc6b8579/Attachments/3","RequestType":"Add","Settings":{"Type":"PassThru","Path":"\\\\.\\PHYSICALDRIVE2"}}"#,
+            Disk::physical_disk(pass_through),
+            r#"{"ResourcePath":"VirtualMachine/Devices/Scsi/b5d2d8d4-3a75-51bf-945b-3444dc6b8579/Attachments/3","RequestType":"Add","Settings":{"Type":"PassThru","Path":"IMAGES\\physical\\DRIVE2"}}"#,
         ),
         (
             "3/1",
@@ -82,7 +65,8 @@ async fn scsi_attachments_byte_for_byte() {
         ),
     ];
     for (at, disk, expected) in cases {
-        assert_eq!(scsi_disk(at, &disk), expected);
+        let attach = scsi.attach_identified(address(at), &disk);
+        assert_eq!(document(&model, attach).await, images.insert(expected));
     }
     assert_eq!(
         document(&model, scsi.detach(address("0/0"))).await,
@@ -94,24 +78,24 @@ async fn scsi_attachments_byte_for_byte() {
 async fn vpmem_devices_and_mappings_byte_for_byte() {
     let model = Model::linux().await;
     let vpmem = VpmemAttacher::new(model.clone(), GuestOs::Linux);
-    let disk = Disk::virtual_disk(r"C:\l\layer.vhd").read_only();
+    let images = Images::new();
+    let disk = images.disk(r"l\layer.vhd").read_only();
     let range = ByteRange::new(4_194_304, 1_052_672).unwrap();
     assert_eq!(
-        vpmem_disk(0, &disk),
-        r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ReadOnly":true,"ImageFormat":"Vhd1"}}"#
+        document(&model, vpmem.attach_identified(device(0), &disk)).await,
+        images.insert(
+            r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Add","Settings":{"HostPath":"IMAGES\\l\\layer.vhd","ReadOnly":true,"ImageFormat":"Vhd1"}}"#
+        )
     );
     assert_eq!(
         document(&model, vpmem.detach(device(0))).await,
         r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0","RequestType":"Remove"}"#
     );
-    let mapped = DiskAddress::VpmemMapping {
-        device: device(0),
-        offset: range.offset(),
-    };
-    let mapping = Settings::VpmemMapping(VirtualPMemMapping::of(&disk).unwrap());
     assert_eq!(
-        added(mapped, mapping),
-        r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0/Mappings/4194304","RequestType":"Add","Settings":{"HostPath":"C:\\l\\layer.vhd","ImageFormat":"Vhd1"}}"#
+        document(&model, vpmem.map_identified(device(0), range, &disk)).await,
+        images.insert(
+            r#"{"ResourcePath":"VirtualMachine/Devices/VirtualPMem/Devices/0/Mappings/4194304","RequestType":"Add","Settings":{"HostPath":"IMAGES\\l\\layer.vhd","ImageFormat":"Vhd1"}}"#
+        )
     );
     assert_eq!(
         document(&model, vpmem.unmap(device(0), range)).await,
@@ -385,27 +369,59 @@ async fn disk_options_are_refused() {
 }
 
 #[tokio::test]
+async fn a_file_that_was_replaced_is_not_attached() {
+    let model = Model::linux().await;
+    let scsi = ScsiAttacher::new(model.clone(), GuestOs::Linux);
+    let vpmem = VpmemAttacher::new(model.clone(), GuestOs::Linux);
+    let images = Images::new();
+    let disk = images.disk("a.vhd").read_only();
+    let id = scsi.identify(&disk).await.unwrap();
+    images.disk("b.vhd");
+    std::fs::rename(images.path("b.vhd"), images.path("a.vhd")).unwrap();
+    let range = ByteRange::new(0, 4096).unwrap();
+    for refused in [
+        scsi.attach(address("0/0"), &disk, &id).await,
+        vpmem.attach(device(0), &disk, &id).await,
+        vpmem.map(device(0), range, &disk, &id).await,
+    ] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    }
+    assert_eq!(model.documents(), [""; 0]);
+}
+
+#[tokio::test]
 async fn paths_are_escaped_or_refused() {
     let model = Model::linux().await;
     let scsi = ScsiAttacher::new(model.clone(), GuestOs::Linux);
     let vpmem = VpmemAttacher::new(model.clone(), GuestOs::Linux);
-    let nasty = "C:\\a\"b\\\"}\u{7}\n<&>\u{2028}\u{202e}\u{1f4be}\u{fc}.vhd";
-    let disk = Disk::virtual_disk(nasty).read_only();
-    for sent in [scsi_disk("0/0", &disk), vpmem_disk(0, &disk)] {
+    let images = Images::new();
+    let disk = images.disk(NASTY_NAME).read_only();
+    // The path of a provider's disk is no file's, so it can have all of the characters on Windows too.
+    let provided = Disk::extensible("a\"b", NASTY);
+    for (disk, sent) in [
+        (
+            &disk,
+            document(&model, scsi.attach_identified(address("0/0"), &disk)).await,
+        ),
+        (
+            &disk,
+            document(&model, vpmem.attach_identified(device(0), &disk)).await,
+        ),
+        (
+            &provided,
+            document(&model, scsi.attach_identified(address("0/0"), &provided)).await,
+        ),
+    ] {
         let value: serde_json::Value = serde_json::from_str(&sent).unwrap();
         let settings = &value["Settings"];
         let path = settings.get("Path").or(settings.get("HostPath")).unwrap();
-        let path = path.as_str().unwrap();
-        assert_eq!(path, nasty);
+        assert_eq!(path.as_str(), disk.source().to_str());
         assert_eq!(value.as_object().unwrap().len(), 3, "{sent}");
+        let provider = sent.contains(r#""ExtensibleVirtualDiskType":"a\"b""#);
+        assert_eq!(provider, *disk == provided, "{sent}");
     }
     let empty_provider = Disk::extensible("", "x");
-    let odd_provider = Disk::extensible("a\"b", "x");
-    let sent = scsi_disk("0/0", &odd_provider);
-    assert!(
-        sent.contains(r#""ExtensibleVirtualDiskType":"a\"b""#),
-        "{sent}"
-    );
     for disk in [
         Disk::virtual_disk(""),
         Disk::virtual_disk("a\0b"),
@@ -430,6 +446,16 @@ async fn paths_are_escaped_or_refused() {
     }
     assert_eq!(model.documents(), [""; 0]);
 }
+
+/// What a document must escape, and what it must leave as it is.
+const NASTY: &str = "C:\\a\"b\\\"}\u{7}\n<&>\u{2028}\u{202e}\u{1f4be}\u{fc}.vhd";
+
+/// As much of it as the name of a file can have.
+const NASTY_NAME: &str = if cfg!(windows) {
+    "a'b'}&\u{2028}\u{202e}\u{1f4be}\u{fc}.vhd"
+} else {
+    NASTY
+};
 
 #[cfg(unix)]
 fn no_unicode() -> Disk {

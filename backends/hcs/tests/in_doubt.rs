@@ -308,14 +308,13 @@ async fn vpmem_attaches_maps_and_takes_out() {
         vpmem.detach(number(0)).await.unwrap();
         model.documents();
         let windows = VpmemAttacher::new(system, GuestOs::Windows);
+        let physical = Disk::physical_disk(images.path("c.VHDX")).read_only();
         let refused = [
             vpmem.map_identified(number(0), first, &vhdx).await,
             vpmem
                 .attach_identified(number(0), &images.disk("rw.vhd"))
                 .await,
-            vpmem
-                .attach_identified(number(0), &Disk::physical_disk("x").read_only())
-                .await,
+            vpmem.attach_identified(number(0), &physical).await,
             vpmem
                 .attach_identified(number(0), &Disk::extensible("p", "x").read_only())
                 .await,
@@ -346,6 +345,12 @@ async fn vpmem_attaches_maps_and_takes_out() {
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-        assert_eq!(model.documents().len(), 1, "all others were refused before");
+        assert_eq!(model.documents(), [""; 0], "all were refused before");
+
+        // The file is removed between the attacher's look at it and the service's.
+        model.next(Answer::Fail(Hresult::FILE_NOT_FOUND));
+        let error = vpmem.attach_identified(number(0), &disk).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert_eq!(model.documents().len(), 1);
     }
 }

@@ -472,9 +472,18 @@ impl Images {
         self.0.path().join(name)
     }
 
+    /// A disk with a file. A backslash in the name separates directories on Windows, and is part of the file's name elsewhere.
     pub(crate) fn disk(&self, name: &str) -> Disk {
-        std::fs::write(self.path(name), name).unwrap();
-        Disk::virtual_disk(self.path(name))
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, name).unwrap();
+        Disk::virtual_disk(path)
+    }
+
+    /// A document with the path of the directory, and what joins a name to it, for `IMAGES\\`.
+    pub(crate) fn insert(&self, document: &str) -> String {
+        let directory = self.path("").to_str().unwrap().replace('\\', r"\\");
+        document.replace(r"IMAGES\\", &directory)
     }
 
     pub(crate) fn disks(&self, count: usize) -> Vec<Disk> {
