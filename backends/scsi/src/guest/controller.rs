@@ -23,6 +23,7 @@ pub enum ControllerId {
 
 impl ControllerId {
     /// The [controllers](HYPER_V_CONTROLLERS) of a VM of Hyper-V, in their order.
+    #[expect(clippy::missing_panics_doc, reason = "the constants are GUIDs")]
     pub fn hyper_v() -> [ControllerId; 4] {
         HYPER_V_CONTROLLERS.map(|guid| ControllerId::Vmbus(guid.parse().expect("it is a GUID")))
     }
