@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use blockmount_linux::uevent::wait_until;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tokio::task::JoinSet;
 
@@ -16,6 +17,9 @@ use crate::tables::is_scsi_address;
 
 /// How long a device may take to appear.
 const APPEARS: Duration = Duration::from_secs(20);
+/// How long a disk that has just appeared may refuse to be read, and how soon it is tried again.
+const READABLE: Duration = Duration::from_secs(1);
+const AGAIN: Duration = Duration::from_millis(1);
 /// The highest count that makes sense.
 const MOST: u32 = 10_000;
 
@@ -131,13 +135,15 @@ fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Res
     let mut mount_all = || {
         for _ in 0..asked.count {
             let before = Instant::now();
-            mount(
-                node,
-                &asked.target,
-                asked.filesystem.as_str(),
-                flags,
-                data.as_c_str(),
-            )
+            mount_readable(|| {
+                mount(
+                    node,
+                    &asked.target,
+                    asked.filesystem.as_str(),
+                    flags,
+                    data.as_c_str(),
+                )
+            })
             .context(what)?;
             times.mount.push(microseconds(before));
             times.mounted.push(microseconds(start));
@@ -154,6 +160,18 @@ fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Res
         let _ = fs::remove_dir(directory);
     }
     done.map(|()| times)
+}
+
+/// Mounts, again for a second while that fails with an I/O error: in a burst of hot-plugs a disk that has just appeared
+/// may refuse its first reads, and a mount of it right then fails.
+fn mount_readable(mount: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
+    let deadline = Instant::now() + READABLE;
+    loop {
+        match mount() {
+            Err(Errno::IO) if Instant::now() < deadline => std::thread::sleep(AGAIN),
+            done => return done,
+        }
+    }
 }
 
 fn microseconds(since: Instant) -> u64 {
