@@ -132,7 +132,7 @@ async fn root_targets_outside_of_the_roots_are_refused_and_nothing_is_made() {
         let mounted = guest
             .mount(&device, target, &MountOptions::read_only())
             .await;
-        let overlay = Overlay::new([&layer], &target);
+        let overlay = Overlay::new([&layer], target);
         for refused in [mounted, guest.combine(&overlay).await] {
             let kind = refused.unwrap_err().kind();
             assert!(
