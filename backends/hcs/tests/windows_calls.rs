@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use blockmount::testing::AttachIdentified as _;
 use blockmount::{Disk, ErrorKind, MountOptions, Mounter, Transport, Unplugger};
 use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::PropertyQuery;
@@ -15,6 +16,7 @@ use blockmount_hcs::{
     ComputeSystem, GuestOs, HcsChannel, HcsError, HcsGuest, HcsSystem, ScsiAttacher,
     grant_vm_access, grant_vm_group_access,
 };
+use blockmount_scsi::testing::AttachIdentified as _;
 use blockmount_scsi::{Attacher, ScsiTransport};
 use common::{Answer, Images, LONG, Model, SHORT, address, stand_in};
 
@@ -30,7 +32,7 @@ async fn one_of_each() {
 
     let images = Images::new();
     let disk = images.disk("layer.vhdx").read_only();
-    let device = transport.attach(&disk).await.unwrap();
+    let device = transport.attach_identified(&disk).await.unwrap();
     let target = Path::new("/run/layer");
     guest
         .mount(&device, target, &MountOptions::read_only())
@@ -54,7 +56,7 @@ async fn a_call_that_takes_its_time_blocks_no_thread_of_the_runtime() {
     model.next(Answer::Wait);
     let attaching = tokio::spawn({
         let attacher = attacher.clone();
-        async move { attacher.attach(address("0/1"), &disk).await }
+        async move { attacher.attach_identified(address("0/1"), &disk).await }
     });
     model.entered().await;
     assert!(!attaching.is_finished());
@@ -174,7 +176,10 @@ async fn a_relative_name_is_made_absolute() {
     let model = Model::linux().await;
     let attacher = ScsiAttacher::new(model.clone(), GuestOs::Linux);
     let disk = Disk::virtual_disk("Cargo.toml");
-    attacher.attach(address("0/1"), &disk).await.unwrap();
+    attacher
+        .attach_identified(address("0/1"), &disk)
+        .await
+        .unwrap();
     let [document] = model.documents().try_into().unwrap();
     assert!(
         document.contains(r#":\\"#) && document.contains(r"\\Cargo.toml"),

@@ -6,7 +6,9 @@ mod common;
 
 use std::time::Instant;
 
+use blockmount::testing::AttachIdentified as _;
 use blockmount::{ErrorKind, Transport};
+use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::documents::PropertyQuery;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher};
 use blockmount_scsi::ScsiTransport;
@@ -24,7 +26,7 @@ async fn a_thousand_attachments_leak_no_handle() {
         let transport = ScsiTransport::new(attacher, geometry, &[]).unwrap();
         for round in 0..125 {
             for disk in &disks {
-                transport.attach(disk).await.unwrap();
+                transport.attach_identified(disk).await.unwrap();
             }
             for disk in &disks {
                 transport.detach(disk).await.unwrap();
@@ -33,13 +35,13 @@ async fn a_thousand_attachments_leak_no_handle() {
             assert_eq!(stand_in::open_handles(), 1, "in round {round}");
         }
         // Neither does what fails, what is never answered, or what nobody waits for any more.
-        std::fs::remove_file(disks[0].source()).unwrap();
-        let error = transport.attach(&disks[0]).await.unwrap_err();
+        model.next(Answer::Fail(Hresult::FILE_NOT_FOUND));
+        let error = transport.attach_identified(&disks[0]).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         model.next(Answer::Wait);
         tokio::select! {
             biased;
-            _ = transport.attach(&disks[1]) => unreachable!("it waits"),
+            _ = transport.attach_identified(&disks[1]) => unreachable!("it waits"),
             () = model.entered() => {}
         }
         model.proceed();
