@@ -33,7 +33,7 @@ pub(crate) fn guest_path(path: &Path, guest: &Capabilities) -> Result<String, Ba
     if text.len() > LONGEST_PATH {
         return refuse("it is longer than 4095 bytes");
     }
-    let separators: &[char] = if guest.is_windows() {
+    let separators: &[char] = if guest.is_windows() || cfg!(windows) {
         &['/', '\\']
     } else {
         &['/']
@@ -51,7 +51,12 @@ pub(crate) fn guest_path(path: &Path, guest: &Capabilities) -> Result<String, Ba
         false => text.starts_with('/') && !text.trim_matches('/').is_empty(),
     };
     if below_root {
-        Ok(text.to_owned())
+        // On a Windows host both separators are one to `Path`; a Linux guest knows only its own.
+        let foreign = cfg!(windows) && !guest.is_windows();
+        Ok(match foreign {
+            true => text.replace('\\', "/"),
+            false => text.to_owned(),
+        })
     } else {
         refuse("it is not below an absolute root")
     }
