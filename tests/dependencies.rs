@@ -1,5 +1,6 @@
 //! The rule of who may depend on whom, read from cargo itself:
-//! `cli -> qemu, hcs -> bridge, loopback -> scsi, vpmem -> linux -> blockmount`, and the core knows no operating system.
+//! `cli -> qemu, hcs -> bridge -> blockmount`, `agent, loopback -> scsi, vpmem (guest halves) -> linux -> blockmount`, and the core
+//! knows no operating system.
 
 // Helpers of tests unwrap as tests do.
 #![allow(clippy::unwrap_used)]
@@ -10,7 +11,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 12] = [
+const RULE: [(&str, &[&str]); 13] = [
     ("blockmount", &[]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
@@ -64,6 +65,17 @@ const RULE: [(&str, &[&str]); 12] = [
             "blockmount-bridge",
             "blockmount-checker",
             "blockmount-linux",
+        ],
+    ),
+    // A test as well: a transport as a stranger would write one.
+    (
+        "third-party-transport",
+        &[
+            "blockmount",
+            "blockmount-agent",
+            "blockmount-debug-agent",
+            "blockmount-linux",
+            "blockmount-qemu",
         ],
     ),
     (
@@ -156,4 +168,55 @@ fn the_core_knows_no_operating_system() {
         .into_iter()
         .collect();
     assert_eq!(core, CORE);
+}
+
+/// All crates that a package is built from with these features.
+fn tree(package: &str, features: &[&str]) -> BTreeSet<String> {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "tree",
+            "--offline",
+            "--edges=normal",
+            "--prefix=none",
+            "--format={p}",
+        ])
+        .args(["--package", package, "--no-default-features"])
+        .args(
+            features
+                .iter()
+                .map(|feature| format!("--features={feature}")),
+        )
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{complaint}");
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let names = lines.lines().filter_map(|line| line.split(' ').next());
+    names.map(str::to_owned).collect()
+}
+
+#[test]
+fn a_host_half_needs_no_linux_engine_and_a_guest_half_no_hypervisor() {
+    for package in ["blockmount-scsi", "blockmount-vpmem"] {
+        let bare = tree(package, &[]);
+        assert!(!bare.contains("blockmount-linux"), "{package}: {bare:?}");
+        let host = tree(package, &["host"]);
+        assert!(!host.contains("blockmount-linux"), "{package}: {host:?}");
+        let guest = tree(package, &["guest"]);
+        assert!(guest.contains("blockmount-linux"), "{package}: {guest:?}");
+    }
+    let agent = tree("blockmount-agent", &["standard"]);
+    for host_side in ["blockmount-qemu", "blockmount-hcs", "clap"] {
+        assert!(!agent.contains(host_side), "{agent:?}");
+    }
+}
+
+#[test]
+fn attaching_to_a_vm_of_others_needs_nothing_that_starts_one() {
+    let attachers = tree("blockmount-qemu", &[]);
+    for launching in ["blockmount-linux", "object", "sha2", "tempfile", "walkdir"] {
+        assert!(!attachers.contains(launching), "{launching}: {attachers:?}");
+    }
+    assert!(tree("blockmount-qemu", &["launch"]).contains("object"));
 }

@@ -388,7 +388,7 @@ fn a_timeout() {
 }
 
 #[test]
-fn patience_with_a_tear_down() {
+fn a_timeout_of_a_tear_down() {
     const DEFAULT_TIMEOUT: Duration = Duration::from_secs(7);
     for step in [
         VmStep::Separate,

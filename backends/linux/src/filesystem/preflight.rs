@@ -1,4 +1,4 @@
-//! Judging a request by what is on the device, and an error by what else is known.
+//! Validating a request by what is on the device, and an error by what else is known.
 
 use std::path::Path;
 
