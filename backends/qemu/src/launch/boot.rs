@@ -98,7 +98,7 @@ impl VmBuilder {
             Ok(qmp) => qmp,
             // That the monitor has ended says less than why QEMU has.
             Err(error) => {
-                let _ = timeout(LAST_WORDS, process.ended()).await;
+                let _ = timeout(LAST_WORDS, process.read_out()).await;
                 return Err(process.explain(cannot(error)));
             }
         };

@@ -83,6 +83,13 @@ impl Process {
         }
     }
 
+    /// Waits until it has ended and all that it printed is read. Cancel safe.
+    pub(super) async fn read_out(&self) {
+        self.ended().await;
+        self.complaints.end().await;
+        self.console.end().await;
+    }
+
     /// Whether it runs still.
     pub(super) fn is_running(&self) -> bool {
         self.ended.borrow().is_none()
@@ -117,17 +124,24 @@ impl Drop for Process {
 }
 
 /// The end of what a process prints; the rest is forgotten. Clones share it.
-#[derive(Clone, Default)]
-pub(super) struct Tail(Arc<Mutex<VecDeque<u8>>>);
+#[derive(Clone)]
+pub(super) struct Tail {
+    kept: Arc<Mutex<VecDeque<u8>>>,
+    /// Closed at the end of the stream.
+    reading: watch::Receiver<()>,
+}
 
 impl Tail {
     /// Reads a pipe until its end, in a task.
     fn of(stream: Option<OwnedFd>) -> io::Result<Self> {
-        let tail = Tail::default();
+        let (at_end, reading) = watch::channel(());
+        let kept = Arc::default();
+        let tail = Tail { kept, reading };
         if let Some(stream) = stream {
             let mut stream = pipe::Receiver::from_owned_fd(stream)?;
             let kept = tail.clone();
             tokio::spawn(async move {
+                let _at_end = at_end;
                 let mut buffer = [0; 4096];
                 while let Ok(length @ 1..) = stream.read(&mut buffer).await {
                     kept.add(&buffer[..length]);
@@ -135,6 +149,11 @@ impl Tail {
             });
         }
         Ok(tail)
+    }
+
+    /// Waits until the stream has ended and is read. Cancel safe.
+    async fn end(&self) {
+        while self.reading.clone().changed().await.is_ok() {}
     }
 
     fn add(&self, bytes: &[u8]) {
@@ -146,7 +165,7 @@ impl Tail {
 
     fn bytes(&self) -> MutexGuard<'_, VecDeque<u8>> {
         // Bytes are added and dropped; a panic between leaves bytes.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All that is kept, without control characters but the line feed: a guest writes what it likes.
@@ -242,7 +261,7 @@ mod tests {
 
     #[test]
     fn the_tail_is_bounded_and_printable() {
-        let tail = Tail::default();
+        let tail = Tail::of(None).unwrap();
         tail.add(&[b'x'; 3 * KEPT]);
         tail.add(b"\x1b[2Jlast\r\n\n");
         assert_eq!(tail.bytes().len(), KEPT);
