@@ -72,7 +72,7 @@ impl Transport for OneLocatorForAll {
 
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let _its_own = self.0.attach(disk, id).await?;
-        Ok("fake:0".parse().unwrap())
+        Ok("fake:0".parse().expect("it is a locator"))
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {

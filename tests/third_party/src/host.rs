@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::placement::Placement;
@@ -127,13 +127,23 @@ impl VirtioBlkTransport {
             .lists("query-named-block-nodes", Value::Null, "node-name", &name)
             .await?
         {
-            let removed = self
-                .qmp
-                .execute("blockdev-del", json!({ "node-name": name }))
-                .await;
-            removed.map_err(failed)?;
+            self.delete_node(&name).await.map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// A device that its guest has ejected holds its node for a moment longer, and nothing announces the end of that.
+    async fn delete_node(&self, name: &str) -> Result<(), QmpError> {
+        let end = Instant::now() + REMOVAL;
+        loop {
+            let arguments = json!({ "node-name": name });
+            match self.qmp.execute("blockdev-del", arguments).await {
+                Err(QmpError::Refused { .. }) if Instant::now() < end => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                outcome => return outcome.map(drop),
+            }
+        }
     }
 
     /// Whether an answer of QEMU's has an entry whose `key` is `name`.

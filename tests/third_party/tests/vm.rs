@@ -11,7 +11,7 @@ use std::time::Duration;
 use blockmount::{Disk, Manager, MountOptions, MountRequest};
 use blockmount_debug_agent::kit;
 use blockmount_debug_agent::kit::images;
-use blockmount_qemu::{Accelerator, GuestImage, GuestKernel, GuestStream, Vm};
+use blockmount_qemu::{Accelerator, GuestImage, GuestKernel, GuestStream, MODULES, Vm};
 use serde_json::{Value, json};
 use third_party_transport::VirtioBlkTransport;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,7 +30,7 @@ async fn start() -> Vm {
     let image = GuestImage::builder(GuestKernel::find().unwrap())
         .program(env!("CARGO_BIN_EXE_third-party-agent"))
         .add_program(env!("CARGO_BIN_EXE_debug-agent"))
-        .modules(["virtio_blk"])
+        .modules(MODULES.into_iter().chain(["virtio_blk"]))
         .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
         .file(
             "/etc/blockmount/programs/debug-agent",

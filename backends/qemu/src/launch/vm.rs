@@ -25,7 +25,7 @@ const ENDING: Duration = Duration::from_secs(5);
 ///
 /// It ends when it is [shut down](Self::shut_down), when the last clone is dropped, and when the process that has started
 /// it ends in whatever way. Its files, which are in one directory, are removed when it is shut down or
-/// dropped; a directory of the caller's ([`VmBuilder::directory`]) is where to look after a kill.
+/// dropped; a directory of the caller's ([`VmBuilder::directory`](super::VmBuilder::directory)) is where to look after a kill.
 ///
 /// Cloning is cheap; clones are the same VM.
 #[derive(Clone)]
