@@ -153,7 +153,7 @@ impl Transport for SecondScheme {
 
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let locator = self.0.attach(disk, id).await?;
-        Ok(DeviceLocator::new("second", locator.address()).unwrap())
+        Ok(DeviceLocator::new("second", locator.address()).expect("an address is visible ASCII"))
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
