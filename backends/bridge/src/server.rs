@@ -11,13 +11,7 @@ use tracing::debug;
 
 use crate::frames::{Found, FrameError, FrameReader};
 use crate::protocol::{Answer, First, Hello, HelloAnswer, Id, Request, SOFTWARE, frame};
-use crate::work::{Guest, Session, Worker, send};
-
-/// How many requests of one connection are under way at once, unless told otherwise. More wait in the stream.
-const REQUESTS: usize = 256;
-
-/// How long the rest of a message may take that was begun, unless told otherwise.
-const FRAME: Duration = Duration::from_secs(30);
+use crate::work::{FRAME, Guest, REQUESTS, Session, Worker, send};
 
 /// Serves a guest to its hosts: requests in, calls of the guest's contracts, answers out.
 ///

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockmount::{BackendError, LayerCombiner, Mounter, Unplugger};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
@@ -10,6 +11,13 @@ use tracing::debug;
 
 use crate::order::Order;
 use crate::protocol::{Key, Request};
+
+/// How many requests of one connection are under way at once, unless told otherwise: as many as there are disks on
+/// four controllers of Hyper-V. More wait in the stream.
+pub(crate) const REQUESTS: usize = 256;
+
+/// How long the rest of a message may take that was begun, unless told otherwise.
+pub(crate) const FRAME: Duration = Duration::from_secs(30);
 
 /// How many answers wait for a host that reads slowly; more wait with their requests.
 const ANSWERS: usize = 16;

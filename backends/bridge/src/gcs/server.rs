@@ -17,17 +17,10 @@ use crate::gcs::messages::{
     ReceivedSettings, RequestBase, ResponseBase, SchemaVersion, Writer, decode, encode,
 };
 use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
-use crate::work::{Guest, Session, Worker, send};
-
-/// How many requests of one connection are under way at once, unless told otherwise: as many as there are disks on
-/// four controllers of Hyper-V. More wait in the stream.
-const REQUESTS: usize = 256;
+use crate::work::{FRAME, Guest, REQUESTS, Session, Worker, send};
 
 /// How many notifications wait for a host.
 const NOTIFICATIONS: usize = 256;
-
-/// How long the rest of a message may take that was begun, unless told otherwise.
-const FRAME: Duration = Duration::from_secs(30);
 
 /// Serves a guest to its hosts over GCS, as [`blockmount_bridge::GuestServer`](crate::GuestServer) does over our own
 /// protocol, and with the same limits and order.
