@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, Manager, Mount, MountOptions, MountRequest, Mounter,
-    Transport, Unplugger,
+    Presence, Transport, Unplugger,
 };
 use criterion::{BenchmarkId, Criterion, SamplingMode};
 use report::{Report, Row, Target};
@@ -70,6 +70,15 @@ impl Transport for Nothing {
         self.step().await;
         Ok(())
     }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -94,6 +103,15 @@ impl Mounter for Nothing {
     async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
         self.step().await;
         Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use blockmount::placement::Placement;
 use blockmount::slots::{Occupied, Policy, Slots};
 use blockmount::testing::conformance::{self, TransportFixture};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 
 /// Disks as links in a directory: `port:3` is the link `3`.
 struct Ports {
@@ -95,6 +95,15 @@ impl Transport for Ports {
             _ => Ok(()),
         };
         call.detached(answer)
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

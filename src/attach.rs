@@ -9,7 +9,7 @@ use dashmap::{DashMap, DashSet};
 use foldhash::fast::RandomState;
 use tracing::info_span;
 
-use crate::call::{call, call_down, catch_panic, within};
+use crate::call::{LostWrites, call, call_down, catch_panic, within};
 use crate::lease::{Driver, Lease, Table};
 use crate::release::{Releasing, nothing_to_release};
 use crate::{
@@ -205,6 +205,7 @@ struct AttachJob {
     locator: Option<DeviceLocator>,
     /// The guest has unplugged the device.
     unplugged: bool,
+    lost: LostWrites,
 }
 
 struct Attached {
@@ -220,6 +221,7 @@ impl AttachJob {
             listed: false,
             locator: None,
             unplugged: false,
+            lost: LostWrites::default(),
         }
     }
 }
@@ -312,27 +314,29 @@ impl Driver for Attach {
             disk,
             locator,
             unplugged,
+            lost,
             ..
         } = job;
         // Without a locator the attachment was uncertain, and the guest was never told of it.
         if let (Some(unplugger), Some(locator), false) = (&self.unplugger, &*locator, *unplugged) {
             let span = info_span!("unplug", disk = %disk.source().display(), %locator);
             let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
-            outcome.map_err(|error| error.on_disk(disk).on_device(locator))?;
+            lost.note(outcome.map_err(|error| error.on_disk(disk).on_device(locator)))?;
             *unplugged = true;
         }
         // Before the detach: the transport may give the locator to the next disk as soon as it answers.
         if let Some(locator) = locator {
             self.locators.remove_if(locator, |_, disk| disk == id);
         }
-        let outcome = self.detach(disk).await;
+        let outcome = lost.note(self.detach(disk).await);
         outcome.map_err(|error| match locator {
             Some(locator) => {
                 self.occupy(locator, id);
                 error.on_device(locator)
             }
             None => error,
-        })
+        })?;
+        lost.report()
     }
 
     fn release_held(&self, job: AttachJob) -> Releasing {

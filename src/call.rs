@@ -36,6 +36,28 @@ pub(crate) async fn call_down(
     }
 }
 
+/// The error of a step that is torn down and has lost writes, until whoever releases is told.
+#[derive(Default)]
+pub(crate) struct LostWrites(Option<Error>);
+
+impl LostWrites {
+    /// The step is down, unless this is another error.
+    pub(crate) fn note(&mut self, outcome: Result<(), Error>) -> Result<(), Error> {
+        match outcome {
+            Err(lost) if lost.kind() == ErrorKind::LostWrites => {
+                self.0.get_or_insert(lost);
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Ends a tear-down that is done.
+    pub(crate) fn report(&mut self) -> Result<(), Error> {
+        self.0.take().map_or(Ok(()), Err)
+    }
+}
+
 /// Waits at most that long. What is ready at once, as most answers are, costs no timer.
 pub(crate) async fn within<T>(timeout: Duration, answer: impl Future<Output = T>) -> Option<T> {
     let mut answer = pin!(answer);

@@ -17,6 +17,8 @@
 //!   for that work or cancels it: once the unmount has succeeded, the late mount must not. The same is
 //!   true of attach and detach of a disk, combine and separate of a target, and unplug and a later attach
 //!   at the same locator.
+//! - *What a restart left is found by asking.* After a manager was restarted, `adopt` says of each thing that its
+//!   [`Journal`](crate::Journal) remembers whether it is there, and makes it the implementor's own again.
 //! - *Every wait ends.* A backend bounds its own waits and never panics, whatever it is given. (A
 //!   panic is caught and counts as `Uncertain`.)
 //!
@@ -33,6 +35,18 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{BackendError, DeviceLocator, Disk, DiskId, MountOptions};
+
+/// What is there of something that a journal remembers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Presence<T = ()> {
+    /// It is there, and from now on as if the implementor's own call had set it up.
+    Present(T),
+    /// It is not there, and nothing is recorded of it.
+    Absent,
+    /// It cannot be told now: the manager tears it down by its key before it uses anything of it.
+    Unknown,
+}
 
 /// Makes disks visible to the VM: SCSI, VPMEM, loop devices. Host side.
 #[async_trait]
@@ -62,6 +76,9 @@ pub trait Transport: Send + Sync + 'static {
     /// The implementor must not hand out a slot again while a device may be in it: after `Uncertain`
     /// the slot stays out of use until [`detach`](Self::detach) of the same disk has succeeded.
     ///
+    /// What the VM has and this manager did not put there is foreign. The implementor must never detach it: it keeps
+    /// that slot out of use, and takes another one for the disk (see [`placement`](crate::placement)).
+    ///
     /// # Errors
     ///
     /// `Full` if no slot is free and `Unsuitable` if the disk does not fit this transport; in both
@@ -78,8 +95,35 @@ pub trait Transport: Send + Sync + 'static {
     /// # Errors
     ///
     /// After any error the disk still has its slot, and the call may be repeated. `Gone` counts as
-    /// done.
+    /// done, and so does `LostWrites`.
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError>;
+
+    /// Says whether a disk that an earlier process attached is there, and takes it over.
+    ///
+    /// It is called at most once for each disk that a journal remembers, by a manager that recovers, before any other
+    /// call for this disk but [`identify`](Self::identify). The implementor must ask the hypervisor (or the kernel), never
+    /// guess, and must change nothing outside of its own tables. `id` is what the disk was identified as when it was attached;
+    /// its file may be gone by now.
+    ///
+    /// `locator` is what the attach answered. Without one the attach was cut off before its answer was written
+    /// down, and the implementor looks for the disk by what the hypervisor shows of it (a node's name, a serial, the
+    /// backing file of a loop device).
+    ///
+    /// - `Present`: the disk is there; its slot is occupied, and [`detach`](Self::detach) works as after an attach.
+    /// - `Absent`: the disk is not there. If something else is at the locator, that slot stays out of use as foreign, and
+    ///   its occupant is never detached.
+    /// - `Unknown`: the slot, if the locator says which, stays out of use as after `Uncertain`, until a detach of the
+    ///   same disk has decided.
+    ///
+    /// # Errors
+    ///
+    /// `Gone` counts as `Absent`; after any other error the caller goes on as after `Unknown`, and so must the implementor.
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError>;
 }
 
 /// Removes a device from the guest before the host detaches it. Guest side.
@@ -158,8 +202,26 @@ pub trait Mounter: Send + Sync + 'static {
     /// # Errors
     ///
     /// `Busy` if the mount is in use; it then stays as it was. `Conflict` if what is at the
-    /// target was not mounted by this implementor.
+    /// target was not mounted by this implementor. `LostWrites` if it is unmounted and not everything that was
+    /// written has reached the disk.
     async fn unmount(&self, target: &Path) -> Result<(), BackendError>;
+
+    /// Says whether a mount that an earlier process made is there, and takes it over.
+    ///
+    /// It is called at most once for each mount that a journal remembers, by a manager that recovers, before any other
+    /// call for this target. The implementor must ask the guest, never guess, and must change nothing outside of its own
+    /// tables. After `Present` an [`unmount`](Self::unmount) works as after a mount, and after `Unknown` it decides.
+    /// Another device or other options at the target are `Absent`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Transport::adopt`].
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError>;
 }
 
 /// Stacks mounted layers as an overlay. Guest side, or the host's end of a line to it.
@@ -179,6 +241,14 @@ pub trait LayerCombiner: Send + Sync + 'static {
     ///
     /// As for [`Mounter::unmount`].
     async fn separate(&self, target: &Path) -> Result<(), BackendError>;
+
+    /// Says whether an overlay that an earlier process made is there, and takes it over, as
+    /// [`Mounter::adopt`] does for mounts.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Transport::adopt`].
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError>;
 }
 
 /// Layers to be seen as one tree.
@@ -241,15 +311,18 @@ forward_through_pointers! {
         identify(disk: &Disk) -> DiskId;
         attach(disk: &Disk, id: &DiskId) -> DeviceLocator;
         detach(disk: &Disk) -> ();
+        adopt(disk: &Disk, id: &DiskId, locator: Option<&DeviceLocator>) -> Presence<DeviceLocator>;
     }
     Unplugger { unplug(device: &DeviceLocator) -> (); }
     Resolver { resolve(device: &DeviceLocator) -> BlockDevice; }
     Mounter {
         mount(device: &DeviceLocator, target: &Path, options: &MountOptions) -> ();
         unmount(target: &Path) -> ();
+        adopt(device: &DeviceLocator, target: &Path, options: &MountOptions) -> Presence;
     }
     LayerCombiner {
         combine(overlay: &Overlay) -> ();
         separate(target: &Path) -> ();
+        adopt(overlay: &Overlay) -> Presence;
     }
 }

@@ -20,6 +20,9 @@ pub enum ErrorKind {
     Uncertain,
     /// The VM or the guest is gone. Tear-down counts as done; nothing can be set up any more.
     Gone,
+    /// The tear-down is done, but something that was written before has not reached the disk. There is nothing to retry:
+    /// the release reports it once.
+    LostWrites,
     /// In use. A release may be retried once the device is no longer in use.
     Busy,
     /// No slot is free. Release something, or use another transport.
@@ -41,6 +44,7 @@ impl fmt::Display for ErrorKind {
         f.write_str(match self {
             ErrorKind::Uncertain => "uncertain",
             ErrorKind::Gone => "gone",
+            ErrorKind::LostWrites => "lost writes",
             ErrorKind::Busy => "busy",
             ErrorKind::Full => "full",
             ErrorKind::Unsuitable => "unsuitable",
@@ -178,6 +182,8 @@ constructors! {
     uncertain = Uncertain;
     /// An error of kind [`ErrorKind::Gone`].
     gone = Gone;
+    /// An error of kind [`ErrorKind::LostWrites`].
+    lost_writes = LostWrites;
     /// An error of kind [`ErrorKind::Busy`].
     busy = Busy;
     /// An error of kind [`ErrorKind::Full`].

@@ -15,6 +15,7 @@
 //! | `Up` | a lease is released, others remain | `Up`, leases - 1 |
 //! | `Up` | the last lease is released | `Draining`, then teardown |
 //! | `Draining` | teardown succeeds | `Gone`, leaves the table; the key is free again |
+//! | `Draining` | teardown answers `LostWrites` | the same; the error reaches whoever waits for the tear-down |
 //! | `Draining` | teardown fails | `Draining` at the step that failed; the next acquire, a retry or `drain` tears down first |
 //!
 //! # Invariants
@@ -40,7 +41,7 @@ use dashmap::DashMap;
 use foldhash::fast::FixedState;
 use tracing::Instrument;
 
-use crate::release::{ReleaseError, Releasing, nothing_to_release};
+use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release};
 use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
 use crate::{BackendError, Error, ErrorKind};
 
@@ -73,7 +74,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
         job: &mut Self::Job,
     ) -> impl Future<Output = Result<Self::Resource, Error>> + Send;
 
-    /// Tears the resource down, from the step at which the last attempt stopped.
+    /// Tears the resource down, from the step at which the last attempt stopped. After `LostWrites` it is down.
     fn teardown(
         &self,
         key: &Self::Key,
@@ -262,13 +263,11 @@ impl<D: Driver> Table<D> {
         };
         // An uncertain resource has no lease whose release would tear it down.
         let uncertain = error.kind() == ErrorKind::Uncertain;
-        if uncertain
-            && self
-                .driver
-                .teardown(&entry.key, work(&mut job))
-                .await
-                .is_err()
-        {
+        let left = match uncertain {
+            true => self.driver.teardown(&entry.key, work(&mut job)).await,
+            false => Ok(()),
+        };
+        if left.is_err_and(|left| left.kind() != ErrorKind::LostWrites) {
             entry.set(State::Draining {
                 attempts: 1,
                 error: Some(error.clone()),
@@ -294,6 +293,11 @@ impl<D: Driver> Table<D> {
     ) -> Result<Releasing, Error> {
         match self.driver.teardown(&entry.key, work(job)).await {
             Ok(()) => Ok(self.retire(entry, job, None)),
+            Err(lost) if lost.kind() == ErrorKind::LostWrites => {
+                let lost = Unheard::new(Err(ReleaseError::lost_writes(lost)));
+                let rest = self.retire(entry, job, None);
+                Ok(Box::pin(async move { both(lost.hear(), rest.await) }))
+            }
             Err(error) => {
                 let attempts = entry.attempts() + 1;
                 entry.set(State::Draining {

@@ -98,7 +98,9 @@ mod transports;
 
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
-pub use contracts::{BlockDevice, LayerCombiner, Mounter, Overlay, Resolver, Transport, Unplugger};
+pub use contracts::{
+    BlockDevice, LayerCombiner, Mounter, Overlay, Presence, Resolver, Transport, Unplugger,
+};
 pub use disk::{CacheMode, Disk, DiskId, DiskKind, DiskOption, DiskOptions, SectorSize};
 pub use error::{BackendError, Error, ErrorKind, Step};
 pub use locator::{DeviceLocator, InvalidLocator};

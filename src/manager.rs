@@ -15,8 +15,8 @@ use crate::target::Claims;
 use crate::transports::Transports;
 use crate::{
     AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, Error,
-    LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Stack, StackRequest, Step,
-    Transport, Unplugger,
+    LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence, Stack,
+    StackRequest, Step, Transport, Unplugger,
 };
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
@@ -295,6 +295,15 @@ impl Mounter for Missing {
     async fn unmount(&self, _: &std::path::Path) -> Result<(), BackendError> {
         Ok(())
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &std::path::Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Err(self.refuse())
+    }
 }
 
 #[async_trait]
@@ -305,6 +314,10 @@ impl LayerCombiner for Missing {
 
     async fn separate(&self, _: &std::path::Path) -> Result<(), BackendError> {
         Ok(())
+    }
+
+    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Err(self.refuse())
     }
 }
 

@@ -7,8 +7,8 @@
 //! ```
 //! use async_trait::async_trait;
 //! use blockmount::placement::Placement;
-//! use blockmount::slots::{Occupied, Policy, Slots};
-//! use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+//! use blockmount::slots::{Occupied, Policy, Slot, Slots};
+//! use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 //!
 //! struct Toy {
 //!     slots: Slots,
@@ -36,6 +36,25 @@
 //!         let Some(call) = self.placement.detach(disk)? else { return Ok(()) };
 //!         call.detached(async { /* hypervisor.unplug(call.address()).await */ Ok(()) }.await)
 //!     }
+//!     async fn adopt(
+//!         &self,
+//!         disk: &Disk,
+//!         _: &DiskId,
+//!         locator: Option<&DeviceLocator>,
+//!     ) -> Result<Presence<DeviceLocator>, BackendError> {
+//!         let port = locator.and_then(|locator| locator.address().parse().ok());
+//!         let allocate = || {
+//!             let slot = Slot { group: 0, index: port? };
+//!             Some((self.slots.reserve_at(slot).ok()?.fill(), slot.index))
+//!         };
+//!         // What is recorded so is in doubt until the hypervisor has been asked.
+//!         let Some(call) = self.placement.attach(disk, allocate)? else { return Ok(Presence::Absent) };
+//!         // hypervisor.list().await says what is there
+//!         call.adopted(match locator {
+//!             Some(locator) => Ok(Presence::Present(locator.clone())),
+//!             None => Ok(Presence::Absent),
+//!         })
+//!     }
 //! }
 //!
 //! # #[tokio::main(flavor = "current_thread")]
@@ -57,10 +76,15 @@
 //! | attach | success | occupied |
 //! | attach | `Uncertain`, a panic, a dropped future | in doubt: only `detach` of the same disk frees it |
 //! | attach | any other error | free |
-//! | detach | success, `Gone` | free |
+//! | attach, adopt | [`Outcome::Foreign`] | foreign: kept from all disks until [`Placement::vacate_foreign`] hears that the occupant has gone |
+//! | adopt | `Present` | occupied |
+//! | adopt | `Absent`, `Gone` | free |
+//! | adopt | `Unknown`, any other error, a panic, a dropped future | in doubt, as after an attach |
+//! | detach | success, `Gone`, `LostWrites` | free |
 //! | detach | any other error, a panic, a dropped future | in doubt, and the call may be repeated |
 //! | detach | [`Outcome::Retained`] | the disk counts as detached, and its device waits for [`Placement::reuse`] |
 
+mod call;
 mod slot_map;
 #[cfg(test)]
 mod tests;
@@ -71,10 +95,11 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
+pub use self::call::Call;
 pub use self::slot_map::{SlotEntry, SlotUse};
 
 use crate::slots::Occupied;
-use crate::{BackendError, Disk, ErrorKind};
+use crate::{BackendError, Disk};
 
 /// What a transport has set aside for one disk, such as a slot.
 ///
@@ -115,6 +140,9 @@ pub enum Outcome {
     /// The disk is there and cannot be taken out of this VM: for the caller it is detached, and its allocation waits for
     /// [`Placement::reuse`].
     Retained,
+    /// The disk is not there, and something is that was put there by others. It is never detached: its allocation waits for
+    /// [`Placement::vacate_foreign`], and the transport may begin again for the disk, with another one.
+    Foreign,
 }
 
 /// Which disk is attached where, of one transport. Clones share it.
@@ -134,6 +162,8 @@ struct Table<P> {
     disks: HashMap<Disk, Record<P>>,
     /// Disks that were detached and are still there.
     retained: Vec<(Disk, P)>,
+    /// Where the VM has something that others put there.
+    foreign: Vec<P>,
 }
 
 struct Record<P> {
@@ -154,12 +184,13 @@ impl<P: Allocation> Placement<P> {
             table: Mutex::new(Table {
                 disks: HashMap::new(),
                 retained: Vec::new(),
+                foreign: Vec::new(),
             }),
         }))
     }
 
-    /// Begins to attach a disk, with what `allocate` sets aside for it; `None` if that is nothing. `allocate` runs with the
-    /// lock held, and must not call this placement.
+    /// Begins to attach or to adopt a disk, with what `allocate` sets aside for it; `None` if that is nothing. `allocate` runs
+    /// with the lock held, and must not call this placement. To adopt, it reserves the very slot of the locator.
     ///
     /// The disk is recorded before the hypervisor is called. From then on only its [`Call`]s free the allocation.
     ///
@@ -232,6 +263,30 @@ impl<P: Allocation> Placement<P> {
         Ok(Some(self.call(disk)))
     }
 
+    /// Keeps an allocation from all disks because the VM has something there that others put there, such as what the
+    /// hypervisor lists before the first attach.
+    pub fn add_foreign(&self, allocation: P) {
+        self.table().foreign.push(allocation);
+    }
+
+    /// Frees the foreign allocations whose occupant `has_gone`, as the hypervisor has shown, and says how many those are. It
+    /// runs with the lock held, and must not call this placement.
+    pub fn vacate_foreign(&self, has_gone: impl Fn(&P) -> bool) -> usize {
+        let mut table = self.table();
+        let gone: Vec<P> = table
+            .foreign
+            .extract_if(.., |kept| has_gone(kept))
+            .collect();
+        let count = gone.len();
+        gone.into_iter().for_each(P::vacate);
+        count
+    }
+
+    /// Where the VM has something that others put there, in no order.
+    pub fn foreign(&self) -> Vec<P::Address> {
+        self.table().foreign.iter().map(P::address).collect()
+    }
+
     /// All addresses that are not free, in order.
     pub fn slot_map(&self) -> Vec<SlotEntry<P::Address>> {
         let entry = |address, usage, disk| SlotEntry {
@@ -244,6 +299,8 @@ impl<P: Allocation> Placement<P> {
         });
         let reserved = self.0.reserved.iter().cloned();
         map.extend(reserved.map(|address| entry(address, SlotUse::Pinned, None)));
+        let foreign = self.foreign().into_iter();
+        map.extend(foreign.map(|address| entry(address, SlotUse::Foreign, None)));
         map.sort_by(|one, other| one.address.cmp(&other.address));
         map
     }
@@ -311,102 +368,8 @@ impl<P: Allocation> fmt::Debug for Placement<P> {
         f.debug_struct("Placement")
             .field("disks", &table.disks.len())
             .field("retained", &table.retained.len())
+            .field("foreign", &table.foreign.len())
             .field("reserved", &self.reserved())
             .finish()
-    }
-}
-
-/// A call of the hypervisor for one disk. No other call for this disk begins before it is dropped.
-///
-/// It is made before the call, and what becomes of the allocation is recorded when it is dropped. So a future that is
-/// dropped and a panic leave the allocation [in doubt](Outcome::InDoubt), unless [`assume`](Self::assume) says otherwise.
-#[must_use = "a call that is dropped leaves its allocation in doubt"]
-pub struct Call<P: Allocation> {
-    placement: Placement<P>,
-    disk: Disk,
-    outcome: Outcome,
-}
-
-impl<P: Allocation> Call<P> {
-    /// Where the disk is to be, or is to be taken from.
-    pub fn address(&self) -> P::Address {
-        self.update(|allocation| allocation.address())
-    }
-
-    /// Looks at the allocation, or changes it: for what is only known during the call. `work` runs with the lock held, and
-    /// must not call the placement.
-    #[expect(
-        clippy::missing_panics_doc,
-        reason = "the record of a busy disk is removed by its call alone"
-    )]
-    pub fn update<T>(&self, work: impl FnOnce(&mut P) -> T) -> T {
-        let mut table = self.placement.table();
-        let record = table.disks.get_mut(&self.disk);
-        work(&mut record.expect("the record of a busy disk stays").allocation)
-    }
-
-    /// Sets what is recorded if this is dropped before it is ended: [`Outcome::Absent`] where dropping the call's future
-    /// takes the disk out.
-    pub fn assume(&mut self, outcome: Outcome) {
-        self.outcome = outcome;
-    }
-
-    /// Ends the call.
-    pub fn end(mut self, outcome: Outcome) {
-        self.outcome = outcome;
-    }
-
-    /// Ends an attach by the hypervisor's answer, which it returns.
-    ///
-    /// # Errors
-    ///
-    /// Those of the answer. After `Uncertain` the allocation is in doubt, after any other it is free.
-    pub fn attached(self, answer: Result<(), BackendError>) -> Result<(), BackendError> {
-        self.end(match answer.as_ref().map_err(BackendError::kind) {
-            Ok(()) => Outcome::Present,
-            Err(ErrorKind::Uncertain) => Outcome::InDoubt,
-            Err(_) => Outcome::Absent,
-        });
-        answer
-    }
-
-    /// Ends a detach by the hypervisor's answer, which it returns.
-    ///
-    /// # Errors
-    ///
-    /// Those of the answer. After `Gone` the allocation is free, after any other it is in doubt.
-    pub fn detached(self, answer: Result<(), BackendError>) -> Result<(), BackendError> {
-        self.end(match answer.as_ref().map_err(BackendError::kind) {
-            Ok(()) | Err(ErrorKind::Gone) => Outcome::Absent,
-            Err(_) => Outcome::InDoubt,
-        });
-        answer
-    }
-}
-
-impl<P: Allocation> Drop for Call<P> {
-    fn drop(&mut self) {
-        let mut table = self.placement.table();
-        let Some(mut record) = table.disks.remove(&self.disk) else {
-            return;
-        };
-        match self.outcome {
-            Outcome::Absent => record.allocation.vacate(),
-            Outcome::Retained => table.retained.push((self.disk.clone(), record.allocation)),
-            Outcome::Present | Outcome::InDoubt => {
-                record.busy = false;
-                record.in_doubt = self.outcome == Outcome::InDoubt;
-                table.disks.insert(self.disk.clone(), record);
-            }
-        }
-    }
-}
-
-impl<P: Allocation> fmt::Debug for Call<P> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Call")
-            .field("disk", &self.disk)
-            .field("outcome", &self.outcome)
-            .finish_non_exhaustive()
     }
 }

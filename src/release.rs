@@ -20,8 +20,8 @@ pub(crate) type Releasing = Pin<Box<dyn Future<Output = Result<(), ReleaseError>
 
 /// A release whose tear-down failed.
 ///
-/// The lease is released all the same: the caller has nothing left to leak. The tear-down stays pending in the
-/// manager, at the step that failed. [`retry`](Self::retry), [`Manager::drain`](crate::Manager::drain) and the
+/// The lease is released all the same: the caller has nothing left to leak. After `LostWrites` the tear-down is done, and a
+/// retry has nothing to do. After any other error it stays pending in the manager, at the step that failed. [`retry`](Self::retry), [`Manager::drain`](crate::Manager::drain) and the
 /// next request for the same disk or mount retry it.
 #[must_use = "retry it, or drain the manager before it goes"]
 pub struct ReleaseError {
@@ -78,6 +78,15 @@ impl ReleaseError {
         outcome
     }
 
+    /// For what is torn down and has lost writes: there is nothing to try again.
+    pub(crate) fn lost_writes(error: Error) -> Self {
+        ReleaseError {
+            first: error,
+            others: Vec::new(),
+            pending: Vec::new(),
+        }
+    }
+
     pub(crate) fn into_errors(self) -> impl Iterator<Item = Error> {
         std::iter::once(self.first).chain(self.others)
     }
@@ -85,7 +94,35 @@ impl ReleaseError {
     /// For when no caller waits for the error.
     pub(crate) fn log(&self) {
         for failed in self.errors() {
-            error!(error = %failed, cause = %failed.cause(), "release failed; it is pending until the next drain");
+            let (error, cause) = (failed, failed.cause());
+            match failed.kind() {
+                ErrorKind::LostWrites => error!(%error, %cause, "released, but writes were lost"),
+                _ => {
+                    error!(%error, %cause, "release failed; it is pending until the next drain");
+                }
+            }
+        }
+    }
+}
+
+/// The outcome of a release on its way to its caller. An error that no caller has taken is logged by whoever drops
+/// it last.
+pub(crate) struct Unheard<T>(Option<Result<T, ReleaseError>>);
+
+impl<T> Unheard<T> {
+    pub(crate) fn new(outcome: Result<T, ReleaseError>) -> Self {
+        Unheard(Some(outcome))
+    }
+
+    pub(crate) fn hear(mut self) -> Result<T, ReleaseError> {
+        self.0.take().expect("taken once, by value")
+    }
+}
+
+impl<T> Drop for Unheard<T> {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = &self.0 {
+            error.log();
         }
     }
 }

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use dashmap::DashMap;
 use tracing::debug;
 
-use crate::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use crate::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 
 /// Transports of one VM, tried in order. One that answers `Unsuitable` or `Full` passes the disk on.
 pub(crate) struct Transports {
@@ -88,5 +88,34 @@ impl Transport for Transports {
         self.in_order[index].detach(disk).await?;
         self.taken_by.remove(disk);
         Ok(())
+    }
+
+    /// The first transport that has the disk has it for good. One that cannot tell is to detach it, unless another
+    /// one has it.
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        let mut in_doubt = None;
+        for (index, transport) in self.in_order.iter().enumerate() {
+            match transport.adopt(disk, id, locator).await {
+                Ok(Presence::Absent) => {}
+                Err(error) if passes_on(&error) || error.kind() == ErrorKind::Gone => {}
+                Ok(Presence::Present(locator)) => {
+                    self.taken_by.insert(disk.clone(), index);
+                    return Ok(Presence::Present(locator));
+                }
+                unknown => {
+                    in_doubt.get_or_insert((index, unknown));
+                }
+            }
+        }
+        let Some((index, unknown)) = in_doubt else {
+            return Ok(Presence::Absent);
+        };
+        self.taken_by.insert(disk.clone(), index);
+        unknown
     }
 }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use blockmount::testing::{FakeVm, Gate, VmStep};
 use blockmount::{
     AttachManager, BackendError, BlockMountManager, DeviceLocator, Disk, DiskId, ErrorKind,
-    Manager, Step, Transport,
+    Manager, Presence, Step, Transport,
 };
 use common::{calls, clean, layer, ro};
 
@@ -78,6 +78,15 @@ impl Transport for OneLocatorForAll {
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         self.0.detach(disk).await
     }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.0.adopt(disk, id, locator).await
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -139,6 +148,15 @@ impl Transport for FreeBeforeItAnswers {
         self.0.detach(disk).await?;
         tokio::time::sleep(Duration::from_millis(5)).await;
         Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.0.adopt(disk, id, locator).await
     }
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use common::{begin, calls, clean, layer, over, ro, rw, scratch, soon, vm, with};
 
 const UP_AND_DOWN: [VmStep; 5] = [
@@ -158,6 +158,15 @@ impl Transport for SecondScheme {
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         self.0.detach(disk).await
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.0.adopt(disk, id, locator).await
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
-    Transport,
+    Presence, Transport,
 };
 
 /// What was asked of the backends so far. Clones share one record.
@@ -121,6 +121,15 @@ impl<B: Transport> Transport for Recorded<B> {
         self.recorder.record().counts.detaches += 1;
         Ok(())
     }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.backend.adopt(disk, id, locator).await
+    }
 }
 
 #[async_trait]
@@ -146,6 +155,15 @@ impl<B: Mounter> Mounter for Recorded<B> {
         self.recorder.record().counts.unmounts += 1;
         Ok(())
     }
+
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Mounter::adopt(&self.backend, device, target, options).await
+    }
 }
 
 #[async_trait]
@@ -165,5 +183,9 @@ impl<B: LayerCombiner> LayerCombiner for Recorded<B> {
         self.backend.separate(target).await?;
         self.recorder.record().counts.separates += 1;
         Ok(())
+    }
+
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        LayerCombiner::adopt(&self.backend, overlay).await
     }
 }

@@ -6,7 +6,7 @@ use tracing::{Instrument, error};
 
 use super::entry::{Entry, State};
 use super::{Driver, Table, interrupted};
-use crate::release::{PendingRelease, ReleaseError, Releasing};
+use crate::release::{PendingRelease, ReleaseError, Releasing, Unheard};
 use crate::sync::{Handle, lock, oneshot, timeout};
 
 /// One caller's share of a resource that is up; its `Drop` releases it.
@@ -47,7 +47,7 @@ impl<D: Driver> Lease<D> {
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
         if let Some(pending) = self.0.take().and_then(Share::give_back) {
-            // Without a caller that waits, the task logs its error.
+            // Without a caller that waits, its error is logged.
             drop(pending.start());
         }
     }
@@ -85,7 +85,7 @@ pub(super) struct PendingTeardown<D: Driver> {
 pub(super) struct RunningTeardown<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
-    outcome: oneshot::Receiver<Result<Releasing, ReleaseError>>,
+    outcome: oneshot::Receiver<Unheard<Releasing>>,
 }
 
 impl<D: Driver> PendingTeardown<D> {
@@ -119,12 +119,7 @@ impl<D: Driver> PendingTeardown<D> {
         } = self;
         let (answer, outcome) = oneshot::channel();
         let teardown = Arc::clone(&table).retry(Arc::clone(&entry), queued_at);
-        let task = async move {
-            // Without a caller that waits, the layer below logs its own errors.
-            if let Err(Err(unheard)) = answer.send(teardown.await) {
-                unheard.log();
-            }
-        };
+        let task = async move { drop(answer.send(Unheard::new(teardown.await))) };
         let here = Handle::try_current().ok();
         match here.as_ref().or(table.runtime.get()) {
             Some(runtime) => drop(runtime.spawn(task.in_current_span())),
@@ -146,7 +141,7 @@ impl<D: Driver> RunningTeardown<D> {
             outcome,
         } = self;
         let cause = match timeout(table.timeout, outcome).await {
-            Ok(Ok(outcome)) => return outcome?.await,
+            Ok(Ok(outcome)) => return outcome.hear()?.await,
             Ok(Err(_)) => interrupted(),
             Err(_) => table.timed_out(),
         };

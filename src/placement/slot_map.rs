@@ -14,6 +14,8 @@ pub enum SlotUse {
     Quarantined,
     /// A disk that was detached is still there, because it cannot be taken out.
     Retained,
+    /// Something is there that others put there. It is never detached, and no disk is given this address.
+    Foreign,
     /// It is reserved for the VM, and never given to a disk.
     Pinned,
 }
@@ -24,6 +26,7 @@ impl fmt::Display for SlotUse {
             SlotUse::Occupied => "occupied",
             SlotUse::Quarantined => "quarantined",
             SlotUse::Retained => "retained",
+            SlotUse::Foreign => "foreign",
             SlotUse::Pinned => "pinned",
         })
     }
@@ -36,6 +39,6 @@ pub struct SlotEntry<A> {
     pub address: A,
     /// What it is used for.
     pub usage: SlotUse,
-    /// The disk; none at a reserved address.
+    /// The disk; none at a foreign or reserved address.
     pub disk: Option<Disk>,
 }

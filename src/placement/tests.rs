@@ -2,6 +2,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
 use crate::slots::{Policy, Slot, SlotState, Slots};
+use crate::{ErrorKind, Presence};
 
 /// Two slots, and a placement of disks in them.
 struct Bus {
@@ -245,4 +246,49 @@ fn the_map_is_in_order_and_has_what_is_reserved() {
     ];
     assert_eq!(lines.collect::<Vec<_>>(), expected);
     assert_eq!(placement.reserved(), 2);
+}
+
+#[test]
+fn an_adoption_ends_as_it_was_answered() {
+    let found = |bus: &Bus, answer| {
+        let call = bus.begin(&disk(0));
+        drop(call.adopted(answer));
+        bus.usage()
+    };
+    let bus = Bus::new();
+    assert_eq!(found(&bus, Ok(Presence::Absent)), []);
+    assert_eq!(found(&bus, Err(BackendError::gone("no VM"))), []);
+    assert_eq!(
+        found(&bus, Ok(Presence::Present(()))),
+        [(0, SlotUse::Occupied)]
+    );
+    for unknown in [
+        Ok(Presence::Unknown),
+        Err(BackendError::other("no line")),
+        Err(BackendError::uncertain("no answer")),
+    ] {
+        let bus = Bus::new();
+        assert_eq!(found(&bus, unknown), [(0, SlotUse::Quarantined)]);
+        bus.only_detach_frees();
+    }
+}
+
+#[test]
+fn u03_a_foreign_occupant_keeps_its_slot_until_it_has_gone() {
+    let bus = Bus::new();
+    bus.begin(&disk(0)).end(Outcome::Foreign);
+    assert_eq!(bus.usage(), [(0, SlotUse::Foreign)]);
+    // The disk goes on with another slot, and a detach of it touches only that one.
+    bus.begin(&disk(0)).attached(Ok(())).unwrap();
+    assert_eq!(bus.usage(), [(0, SlotUse::Foreign), (1, SlotUse::Occupied)]);
+    let call = bus.placement.detach(&disk(0)).unwrap().unwrap();
+    assert_eq!(call.address(), 1);
+    call.detached(Err(BackendError::lost_writes("EIO")))
+        .unwrap_err();
+    assert_eq!(bus.usage(), [(0, SlotUse::Foreign)]);
+    assert!(!bus.is_free(0) && bus.is_free(1));
+    assert_eq!(bus.placement.vacate_foreign(|_| false), 0);
+    assert_eq!(bus.placement.foreign(), [0]);
+    assert_eq!(bus.placement.vacate_foreign(|kept| kept.1 == 0), 1);
+    assert!(bus.usage().is_empty() && bus.is_free(0));
 }

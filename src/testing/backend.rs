@@ -4,10 +4,11 @@ use std::path::Path;
 
 use async_trait::async_trait;
 
-use super::{FakeVm, Key, VmStep};
+use super::state::VmState;
+use super::{FakeVm, Key, Outcome, VmStep};
 use crate::{
-    BackendError, BlockDevice, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter,
-    Overlay, Resolver, Transport, Unplugger,
+    BackendError, BlockDevice, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions,
+    Mounter, Overlay, Presence, Resolver, Transport, Unplugger,
 };
 
 #[async_trait]
@@ -39,6 +40,18 @@ impl Transport for FakeVm {
             Ok(())
         })
         .await
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        let call = self.begin(VmStep::Adopt, Key::Disk(id.clone()), None);
+        self.state().vm.recognise(id, locator);
+        let adopted = call.act_as(|state, _| Ok(state.adopt(id, locator)), in_log);
+        unknown_if_uncertain(adopted.await)
     }
 }
 
@@ -81,6 +94,18 @@ impl Mounter for FakeVm {
         let call = self.begin(VmStep::Unmount, Key::Target(target.into()), None);
         call.act(|state, _| state.unmount(target)).await
     }
+
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        let key = Key::Target(target.into());
+        let call = self.begin(VmStep::Adopt, key, Some(device.clone()));
+        let look = |state: &mut VmState, _| Ok(state.adopt_mount(device, target, options));
+        unknown_if_uncertain(call.act_as(look, in_log).await)
+    }
 }
 
 #[async_trait]
@@ -95,5 +120,29 @@ impl LayerCombiner for FakeVm {
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         let call = self.begin(VmStep::Separate, Key::Target(target.into()), None);
         call.act(|state, _| state.separate(target)).await
+    }
+
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        let key = Key::Target(overlay.target.as_path().into());
+        let call = self.begin(VmStep::Adopt, key, None);
+        let look = |state: &mut VmState, _| Ok(state.adopt_overlay(overlay));
+        unknown_if_uncertain(call.act_as(look, in_log).await)
+    }
+}
+
+fn in_log<T>(presence: &Presence<T>) -> Outcome {
+    match presence {
+        Presence::Absent => Outcome::Absent,
+        _ => Outcome::Done,
+    }
+}
+
+/// A question without an answer leaves open what is there.
+fn unknown_if_uncertain<T>(
+    adopted: Result<Presence<T>, BackendError>,
+) -> Result<Presence<T>, BackendError> {
+    match adopted {
+        Err(error) if error.kind() == ErrorKind::Uncertain => Ok(Presence::Unknown),
+        adopted => adopted,
     }
 }

@@ -71,9 +71,13 @@ impl fmt::Debug for Violation {
 impl std::error::Error for Violation {}
 
 /// Reads the whole log once; the time is linear in its length.
-pub(super) fn check(log: &[Event]) -> Result<(), Violation> {
+/// `restarts` are the places in it where a new process has begun.
+pub(super) fn check(log: &[Event], restarts: &[usize]) -> Result<(), Violation> {
     let mut reader = Reader::default();
     for (at, event) in log.iter().enumerate() {
+        if restarts.contains(&at) {
+            reader.restart();
+        }
         reader.read(event).map_err(|(rule, said)| Violation {
             rule,
             order: event.order,
@@ -133,6 +137,24 @@ struct Reader {
 }
 
 impl Reader {
+    /// What was up may be so still, and the calls that were under way have no end.
+    fn restart(&mut self) {
+        let targets = self.targets.values_mut();
+        let targets = targets.map(|target| (&mut target.status, &mut target.running));
+        let disks = self.disks.values_mut();
+        let disks = disks.map(|disk| (&mut disk.status, &mut disk.running));
+        for (status, running) in disks.chain(targets) {
+            *running = None;
+            *status = match status {
+                Status::Up | Status::InDoubt => Status::InDoubt,
+                Status::Absent | Status::TornDown => Status::Absent,
+            };
+        }
+        for device in self.devices.values_mut() {
+            (device.alone, device.shared) = (None, 0);
+        }
+    }
+
     fn read(&mut self, event: &Event) -> Broken {
         if let Phase::Ended(outcome) = event.phase {
             self.gone |= outcome == Outcome::Failed(ErrorKind::Gone);
@@ -167,19 +189,19 @@ impl Reader {
         };
         disk.running = None;
         disk.status = disk.status.after(event.step, outcome);
-        if event.step == VmStep::Attach {
-            if disk.status != Status::Absent {
+        if matches!(event.step, VmStep::Attach | VmStep::Adopt) && disk.status.is_held() {
+            if event.device.is_some() {
                 disk.device.clone_from(&event.device);
             }
             return Ok(());
         }
         let device = match disk.status {
-            Status::TornDown => disk.device.take(),
+            Status::TornDown | Status::Absent => disk.device.take(),
             _ => disk.device.clone(),
         };
         if let Some(device) = device {
             self.devices.entry(device.clone()).or_default().alone = None;
-            if self.disks[id].status == Status::TornDown {
+            if !self.disks[id].status.is_held() {
                 // The slot is free: the next device in it starts afresh.
                 self.devices.remove(&device);
             }
@@ -297,7 +319,8 @@ impl Status {
 
     fn after(self, step: VmStep, outcome: Outcome) -> Self {
         match outcome {
-            Outcome::Done if step.is_set_up() => Status::Up,
+            Outcome::Done if step.is_set_up() || step == VmStep::Adopt => Status::Up,
+            Outcome::Absent => Status::Absent,
             Outcome::Done | Outcome::Failed(ErrorKind::Gone) => Status::TornDown,
             _ if step.is_set_up() && outcome.is_in_doubt() => Status::InDoubt,
             _ if step.is_set_up() => Status::Absent,

@@ -53,8 +53,13 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 /// # })?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+/// A program that ends and starts again is [`restart`](Self::restart): the VM stays as it is.
 #[derive(Clone)]
-pub struct FakeVm(Arc<Shared>);
+pub struct FakeVm {
+    shared: Arc<Shared>,
+    /// The process that this handle belongs to.
+    process: usize,
+}
 
 struct Shared {
     /// Held for the few table look-ups of one event, never across an await or a call of a plan.
@@ -69,6 +74,8 @@ pub(super) struct State {
     /// Raised by whatever lets calls at [`Gate::Never`] go on.
     pub(super) opened: u64,
     log: Vec<Event>,
+    /// Where in the log a new process has begun.
+    restarts: Vec<usize>,
     pub(super) calls: [usize; VmStep::ALL.len()],
     missing: HashSet<PathBuf>,
     aliases: HashMap<PathBuf, PathBuf>,
@@ -86,18 +93,59 @@ impl FakeVm {
 
     /// A VM with so many slots. The number costs neither time nor memory.
     pub fn with_slots(slots: u32) -> Self {
-        FakeVm(Arc::new(Shared {
-            state: Mutex::new(State {
-                vm: VmState::new(slots),
-                gates: Gates::default(),
-                opened: 0,
-                log: Vec::new(),
-                calls: [0; VmStep::ALL.len()],
-                missing: HashSet::new(),
-                aliases: HashMap::new(),
-            }),
+        let state = State {
+            vm: VmState::new(slots),
+            gates: Gates::default(),
+            opened: 0,
+            log: Vec::new(),
+            restarts: Vec::new(),
+            calls: [0; VmStep::ALL.len()],
+            missing: HashSet::new(),
+            aliases: HashMap::new(),
+        };
+        let shared = Shared {
+            state: Mutex::new(state),
             changed: Notify::new(),
-        }))
+        };
+        FakeVm {
+            shared: Arc::new(shared),
+            process: 0,
+        }
+    }
+
+    /// The VM as the next process of the host finds it. The process before has ended as by SIGKILL: what it did
+    /// stays, what it knew is forgotten, and its calls that are under way never return and have no effect any more. Gates
+    /// and delays stay as they are.
+    ///
+    /// The disks that it attached are foreign to the next one, until they are adopted: they are not detached.
+    #[must_use = "the handles of the process before do nothing any more"]
+    pub fn restart(&self) -> FakeVm {
+        let mut state = self.state();
+        let order = state.log.len();
+        state.restarts.push(order);
+        state.vm.restart();
+        let process = state.restarts.len();
+        drop(state);
+        FakeVm {
+            shared: Arc::clone(&self.shared),
+            process,
+        }
+    }
+
+    /// Puts a disk into a slot as somebody else would: no transport knows of it, and the guest has the device.
+    /// The lowest free slot takes it.
+    ///
+    /// # Panics
+    ///
+    /// If no slot is free, or the disk is attached.
+    pub fn attach_foreign(&self, disk: &Disk) -> DeviceLocator {
+        let id = self.id(disk);
+        let attached = self.state().vm.attach_foreign(&id);
+        attached.expect("a slot is free for a disk that is not attached")
+    }
+
+    pub(super) fn is_of_ended_process(&self, state: &State) -> bool {
+        self.process != state.restarts.len()
     }
 
     /// Decides the next `calls` calls of a step, after those that were decided by this before.
@@ -122,7 +170,7 @@ impl FakeVm {
         state.gates.open();
         state.opened += 1;
         drop(state);
-        self.0.changed.notify_waiters();
+        self.shared.changed.notify_waiters();
     }
 
     /// Lets each call of a step take that much time of tokio's clock before its gate.
@@ -151,7 +199,7 @@ impl FakeVm {
         how(&mut state.vm);
         state.opened += 1;
         drop(state);
-        self.0.changed.notify_waiters();
+        self.shared.changed.notify_waiters();
     }
 
     /// Makes `name` another name of the disk at `source`, as a link would.
@@ -179,7 +227,7 @@ impl FakeVm {
     /// Waits until so many calls of a step have begun. Nothing happens if the future is dropped.
     pub async fn until_called(&self, step: VmStep, calls: usize) {
         loop {
-            let changed = self.0.changed.notified();
+            let changed = self.shared.changed.notified();
             if self.calls(step) >= calls {
                 return;
             }
@@ -194,7 +242,8 @@ impl FakeVm {
     ///
     /// The first violation, with the end of the log up to it.
     pub fn check(&self) -> Result<(), Violation> {
-        check::check(&self.state().log)
+        let state = self.state();
+        check::check(&state.log, &state.restarts)
     }
 
     /// What the VM really holds, one line for each thing, sorted: disks in slots, slots kept for a disk whose
@@ -245,12 +294,15 @@ impl FakeVm {
     }
 
     pub(super) fn changed(&self) -> &Notify {
-        &self.0.changed
+        &self.shared.changed
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // Nothing under the lock panics half-way through a change.
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -29,11 +29,14 @@ pub enum VmStep {
     Unplug,
     /// `Transport::detach`.
     Detach,
+    /// `adopt` of a [`Transport`](crate::Transport), a [`Mounter`](crate::Mounter) or a
+    /// [`LayerCombiner`](crate::LayerCombiner).
+    Adopt,
 }
 
 impl VmStep {
-    /// Every step, in the order of a disk's life.
-    pub const ALL: [VmStep; 9] = [
+    /// Every step, in the order of a disk's life; the last one is what follows a restart.
+    pub const ALL: [VmStep; 10] = [
         VmStep::Identify,
         VmStep::Attach,
         VmStep::Resolve,
@@ -43,6 +46,7 @@ impl VmStep {
         VmStep::Unmount,
         VmStep::Unplug,
         VmStep::Detach,
+        VmStep::Adopt,
     ];
 
     /// Whether it sets something up that another step tears down.
@@ -71,6 +75,7 @@ impl fmt::Display for VmStep {
             VmStep::Unmount => "unmount",
             VmStep::Unplug => "unplug",
             VmStep::Detach => "detach",
+            VmStep::Adopt => "adopt",
         })
     }
 }
@@ -78,11 +83,11 @@ impl fmt::Display for VmStep {
 /// What a call is about: of two calls with one key, only one may run at a time.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Key {
-    /// Of identify, attach and detach.
+    /// Of identify, attach, detach and adopt.
     Disk(DiskId),
     /// Of resolve and unplug.
     Device(DeviceLocator),
-    /// Of mount, unmount, combine and separate.
+    /// Of mount, unmount, combine, separate and adopt.
     Target(Arc<Path>),
 }
 
@@ -129,6 +134,8 @@ pub enum Gate {
     },
     /// As it would in a real VM, after that much time.
     Slow(Duration),
+    /// As it would in a real VM, and its answer comes after that much time.
+    SlowAnswer(Duration),
     /// Not before [`FakeVm::open_gates`](super::FakeVm::open_gates), then as it would in a real VM.
     Never,
     /// With a panic (which does not reach the panic hook, to keep the output of tests readable).

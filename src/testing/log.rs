@@ -34,6 +34,8 @@ pub enum Phase {
 pub enum Outcome {
     /// It did what it was asked to do.
     Done,
+    /// An adoption found nothing there.
+    Absent,
     /// It did nothing and said so.
     Failed(ErrorKind),
     /// It left open whether it happened.
@@ -94,6 +96,7 @@ impl fmt::Display for Outcome {
         };
         match *self {
             Outcome::Done => f.write_str("done"),
+            Outcome::Absent => f.write_str("absent"),
             Outcome::Failed(kind) => write!(f, "failed, {kind}"),
             Outcome::Uncertain { happened } => write!(f, "uncertain, {}", effect(happened)),
             Outcome::Panicked { happened } => write!(f, "panicked, {}", effect(happened)),

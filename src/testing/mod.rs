@@ -16,7 +16,7 @@
 //! use async_trait::async_trait;
 //! use blockmount::testing::VmStep;
 //! use blockmount::testing::conformance::{self, Fault, Faults, TransportFixture};
-//! use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+//! use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 //!
 //! /// A hypervisor in memory: which disk is in which bay, and whether it leaves the next call without
 //! /// an answer. A real backend has a connection to the hypervisor here.
@@ -31,6 +31,10 @@
 //!             true => Err(BackendError::uncertain(format!("no answer about bay {bay} in 5 s"))),
 //!             false => Ok(()),
 //!         }
+//!     }
+//!
+//!     fn find(&self, disk: &DiskId) -> Option<usize> {
+//!         self.0.lock().unwrap().0.iter().position(|there| there.as_ref() == Some(disk))
 //!     }
 //!
 //!     fn list(&self) -> Vec<String> {
@@ -81,6 +85,19 @@
 //!             bays[bay] = None;
 //!         }
 //!         Ok(())
+//!     }
+//!
+//!     // After a restart: the hypervisor knows what is in its bays.
+//!     async fn adopt(
+//!         &self,
+//!         _: &Disk,
+//!         id: &DiskId,
+//!         _: Option<&DeviceLocator>,
+//!     ) -> Result<Presence<DeviceLocator>, BackendError> {
+//!         let there = self.hypervisor.find(id);
+//!         let Some(bay) = there else { return Ok(Presence::Absent) };
+//!         self.bays.lock().unwrap()[bay] = Some(id.clone());
+//!         Ok(Presence::Present(DeviceLocator::new("bay", bay).expect("a number is an address")))
 //!     }
 //! }
 //!

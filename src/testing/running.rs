@@ -15,6 +15,7 @@ pub(super) struct Running<'a> {
     nth: usize,
     /// For a mount, which device: the table does not have it yet.
     device: Option<DeviceLocator>,
+    /// It has ended, or its process has.
     ended: bool,
 }
 
@@ -26,10 +27,13 @@ impl FakeVm {
         device: Option<DeviceLocator>,
     ) -> Running<'_> {
         let mut state = self.state();
-        state.calls[step as usize] += 1;
+        let ended = self.is_of_ended_process(&state);
+        if !ended {
+            state.calls[step as usize] += 1;
+            let touched = device.clone().or_else(|| state.device_of(&key));
+            state.record(step, &key, touched, Phase::Begun);
+        }
         let nth = state.calls[step as usize];
-        let touched = device.clone().or_else(|| state.device_of(&key));
-        state.record(step, &key, touched, Phase::Begun);
         drop(state);
         self.changed().notify_waiters();
         Running {
@@ -38,7 +42,7 @@ impl FakeVm {
             key,
             nth,
             device,
-            ended: false,
+            ended,
         }
     }
 }
@@ -46,9 +50,19 @@ impl FakeVm {
 impl Running<'_> {
     /// Takes the call through its delay and its gate to its effect.
     pub(super) async fn act<T>(
-        mut self,
+        self,
         act: impl FnOnce(&mut VmState, Reach) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
+        self.act_as(act, |_| Outcome::Done).await
+    }
+
+    /// The same, with what the log says of a success.
+    pub(super) async fn act_as<T>(
+        mut self,
+        act: impl FnOnce(&mut VmState, Reach) -> Result<T, BackendError>,
+        success: fn(&T) -> Outcome,
+    ) -> Result<T, BackendError> {
+        self.unless_ended().await;
         self.take_time().await;
         let (reach, panics) = match self.gate() {
             Gate::Ok => (Reach::Delivered, false),
@@ -57,6 +71,13 @@ impl Running<'_> {
                 tokio::time::sleep(time).await;
                 (Reach::Delivered, false)
             }
+            Gate::SlowAnswer(time) => {
+                self.unless_ended().await;
+                let result = self.end(Reach::Delivered, false, act, success);
+                tokio::time::sleep(time).await;
+                self.unless_ended().await;
+                return result;
+            }
             Gate::Never => {
                 self.wait_for_opening().await;
                 (Reach::Delivered, false)
@@ -64,7 +85,8 @@ impl Running<'_> {
             Gate::Uncertain { happened } => (Reach::unknown(happened), false),
             Gate::Panic { happened } => (Reach::unknown(happened), true),
         };
-        let result = self.end(reach, panics, act);
+        self.unless_ended().await;
+        let result = self.end(reach, panics, act, success);
         if panics {
             let said = format!(
                 "the fake VM was told to panic in {} of {}",
@@ -83,6 +105,14 @@ impl Running<'_> {
         };
         self.record(outcome);
         Err(error)
+    }
+
+    /// A process that has ended hears and does nothing any more.
+    async fn unless_ended(&mut self) {
+        if self.vm.is_of_ended_process(&self.vm.state()) {
+            self.ended = true;
+            std::future::pending().await
+        }
     }
 
     async fn take_time(&self) {
@@ -146,6 +176,7 @@ impl Running<'_> {
         reach: Reach,
         panics: bool,
         act: impl FnOnce(&mut VmState, Reach) -> Result<T, BackendError>,
+        success: fn(&T) -> Outcome,
     ) -> Result<T, BackendError> {
         let mut state = self.vm.state();
         // Where a detach ends, only the state before it knows the device.
@@ -169,7 +200,7 @@ impl Running<'_> {
         let outcome = match &result {
             _ if panics => Outcome::Panicked { happened },
             _ if reach != Reach::Delivered && !gone => Outcome::Uncertain { happened },
-            Ok(_) => Outcome::Done,
+            Ok(done) => success(done),
             Err(error) => Outcome::Failed(error.kind()),
         };
         let device = self
@@ -200,7 +231,8 @@ impl Running<'_> {
 impl Drop for Running<'_> {
     /// Only a call that has not come to its end: its future was dropped, or a call within it panics.
     fn drop(&mut self) {
-        if !self.ended {
+        let ended = self.ended || self.vm.is_of_ended_process(&self.vm.state());
+        if !ended {
             let panics = std::thread::panicking();
             let in_panic = Outcome::Panicked { happened: false };
             self.record(if panics { in_panic } else { Outcome::Dropped });

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::names::{SCHEME, address, well_formed};
-use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay};
+use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence};
 
 /// How many partitions each disk has.
 const PARTITIONS: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
@@ -50,6 +50,8 @@ struct Slot {
     plugged: bool,
     /// How often the device is mounted.
     mounts: u32,
+    /// Whether the process that runs now has attached or adopted it.
+    ours: bool,
 }
 
 /// What is at a path of the guest.
@@ -145,6 +147,7 @@ impl VmState {
             filled,
             plugged: filled && !self.guest_gone,
             mounts: 0,
+            ours: true,
         };
         self.slots.insert(number, slot);
         self.by_disk.insert(disk.clone(), number);
@@ -156,6 +159,9 @@ impl VmState {
         let Some(&number) = self.by_disk.get(disk) else {
             return;
         };
+        if !self.slots[&number].ours {
+            return;
+        }
         if reach == Reach::Delivered {
             self.by_disk.remove(disk);
             self.slots.remove(&number);
@@ -164,6 +170,79 @@ impl VmState {
             let filled = slot.filled && reach == Reach::Lost;
             (slot.filled, slot.plugged) = (filled, slot.plugged && filled);
         }
+    }
+
+    /// Forgets what only the process knew: which slots it kept empty, and which disks are its own.
+    pub(super) fn restart(&mut self) {
+        self.slots.values_mut().for_each(|slot| slot.ours = false);
+        let kept = self.slots.extract_if(|_, slot| !slot.filled);
+        for (number, slot) in kept {
+            self.by_disk.remove(&slot.disk);
+            self.freed.insert(number);
+        }
+    }
+
+    pub(super) fn attach_foreign(&mut self, disk: &DiskId) -> Result<DeviceLocator, BackendError> {
+        let locator = self.attach(disk, Reach::Delivered)?;
+        let number = self.by_disk[disk];
+        self.slots.get_mut(&number).expect("it was filled").ours = false;
+        Ok(locator)
+    }
+
+    /// The slot that holds the disk, if that is where it is said to be.
+    fn slot_with(&mut self, disk: &DiskId, at: Option<&DeviceLocator>) -> Option<&mut Slot> {
+        let number = self.by_disk.get(disk)?;
+        let slot = self.slots.get_mut(number)?;
+        at.is_none_or(|at| *at == slot.locator).then_some(slot)
+    }
+
+    /// The process that runs now knows of the disk: a detach of it has an effect, whatever the adoption answers.
+    pub(super) fn recognise(&mut self, disk: &DiskId, at: Option<&DeviceLocator>) {
+        if let Some(slot) = self.slot_with(disk, at) {
+            slot.ours = true;
+        }
+    }
+
+    pub(super) fn adopt(
+        &mut self,
+        disk: &DiskId,
+        at: Option<&DeviceLocator>,
+    ) -> Presence<DeviceLocator> {
+        match self.slot_with(disk, at) {
+            Some(slot) => Presence::Present(slot.locator.clone()),
+            None => Presence::Absent,
+        }
+    }
+
+    pub(super) fn adopt_mount(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Presence {
+        let there = self.mounts.get(target).is_some_and(|at| match &at.what {
+            What::Device { locator, .. } => {
+                locator == device && at.read_only == options.is_read_only()
+            }
+            What::Overlay(_) => false,
+        });
+        present(there)
+    }
+
+    pub(super) fn adopt_overlay(&self, overlay: &Overlay) -> Presence {
+        let there = self
+            .mounts
+            .get(&*overlay.target)
+            .is_some_and(|at| match &at.what {
+                What::Overlay(pinned) => {
+                    let layers = overlay.layers.iter().chain(&overlay.scratch);
+                    layers
+                        .map(|layer| self.mount_around(layer).ok())
+                        .eq(pinned.iter().cloned().map(Some))
+                }
+                What::Device { .. } => false,
+            });
+        present(there)
     }
 
     pub(super) fn unplug(&mut self, device: &DeviceLocator) -> Result<(), BackendError> {
@@ -359,6 +438,13 @@ impl VmState {
                 let message = format!("nothing is mounted at {}", directory.display());
                 BackendError::not_found(message)
             })
+    }
+}
+
+fn present(there: bool) -> Presence {
+    match there {
+        true => Presence::Present(()),
+        false => Presence::Absent,
     }
 }
 

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_combiner;
 use blockmount::{
-    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
+    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
 };
 
 use super::{Everywhere, Mutant, OF_GUESTS, Outcome, Tried, panics, wrong};
@@ -174,6 +174,10 @@ impl LayerCombiner for Mutant<Bug> {
         }
         separated
     }
+
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        LayerCombiner::adopt(&self.vm, overlay).await
+    }
 }
 
 /// The layers are mounted by the guest that combines them.
@@ -198,5 +202,14 @@ impl Mounter for Mutant<Bug> {
             }
             _ => self.vm.unmount(target).await,
         }
+    }
+
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Mounter::adopt(&self.vm, device, target, options).await
     }
 }

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::{Broken, CONTRACTS, GuestFixture, Passed, TransportFixture};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 
 /// A fake VM that breaks one rule.
 #[derive(Clone)]
@@ -147,6 +147,15 @@ impl Transport for FixtureTransport {
             HasDisksThatCannotBeDetached if !blank => wrong(),
             _ => self.0.detach(disk).await,
         }
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.0.adopt(disk, id, locator).await
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicUsize;
 use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_mounter;
-use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter};
+use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Presence};
 
 use super::{Everywhere, HIDDEN, Mutant, OF_GUESTS, Outcome, Tried, panics, suite, wrong};
 
@@ -211,5 +211,14 @@ impl Mounter for Mutant<Bug> {
             _ => {}
         }
         unmounted
+    }
+
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Mounter::adopt(&self.vm, device, target, options).await
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_transport;
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 
 use super::{Everywhere, Mutant, OF_EVERY_SUITE, Outcome, Tried, panics, suite, wrong};
 
@@ -254,5 +254,14 @@ impl Transport for Mutant<Bug> {
             _ => {}
         }
         detached
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.vm.adopt(disk, id, locator).await
     }
 }

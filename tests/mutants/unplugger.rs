@@ -9,7 +9,8 @@ use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_unplugger;
 use blockmount::{
-    BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Resolver as _, Unplugger,
+    BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Presence, Resolver as _,
+    Unplugger,
 };
 
 use super::{Everywhere, Mutant, OF_GUESTS, Outcome, Tried, panics, wrong};
@@ -146,5 +147,14 @@ impl Mounter for Mutant<Bug> {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.vm.unmount(target).await
+    }
+
+    async fn adopt(
+        &self,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Mounter::adopt(&self.vm, device, target, options).await
     }
 }

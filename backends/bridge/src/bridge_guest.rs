@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
 };
 
 use crate::GuestConnection;
@@ -78,6 +78,15 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
         let target = target.to_owned();
         self.0.call(Request::Unmount { target }).await
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -99,5 +108,9 @@ impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         let target = target.to_owned();
         self.0.call(Request::Separate { target }).await
+    }
+
+    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Resolver, Unplugger,
+    Overlay, Presence, Resolver, Unplugger,
 };
 
 use crate::device::number::DeviceNumber;
@@ -115,6 +115,15 @@ impl Mounter for LinuxGuest {
         let call = async move { inner.unmount(&target).await };
         self.0.turns.run(&path, call).await
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -130,6 +139,10 @@ impl LayerCombiner for LinuxGuest {
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         Mounter::unmount(self, target).await
+    }
+
+    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

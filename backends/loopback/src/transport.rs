@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use blockmount::placement::{Allocation, Call, Outcome, Placement, SlotUse};
 use blockmount::slots::{Occupied, Slots};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Transport, blocking,
+    BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Presence, Transport, blocking,
 };
 use blockmount_linux::source;
 
@@ -171,6 +171,15 @@ impl Transport for LoopTransport {
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         let (inner, disk) = (Arc::clone(&self.0), disk.clone());
         blocking(move || inner.unbind(&disk)).await
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::testing::conformance::{self, TransportFixture};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use blockmount_qemu::QemuVpmem;
 use blockmount_qemu::qmp::Deadlines;
 use blockmount_vpmem::{
@@ -74,6 +74,15 @@ impl Transport for WithGuest {
             self.guest.eject(address.device.get().into());
         }
         self.vpmem.detach(disk).await
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.vpmem.adopt(disk, id, locator).await
     }
 }
 

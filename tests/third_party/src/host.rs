@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use blockmount::placement::Placement;
 use blockmount::slots::{Occupied, Policy, Slots};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, DiskKind, ErrorKind, Transport, blocking,
+    BackendError, DeviceLocator, Disk, DiskId, DiskKind, ErrorKind, Presence, Transport, blocking,
 };
 use blockmount_qemu::{Qmp, QmpError};
 use serde_json::{Value, json};
@@ -208,5 +208,14 @@ impl Transport for VirtioBlkTransport {
         };
         let unplugged = self.unplug(call.address()).await;
         call.detached(unplugged)
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
     }
 }

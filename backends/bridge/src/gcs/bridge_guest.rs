@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
-    Unplugger,
+    Presence, Unplugger,
 };
 
 use crate::gcs::connection::GuestConnection;
@@ -199,6 +199,15 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
         };
         self.tear_down(target, undo).await
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -235,5 +244,9 @@ impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
             None => return Ok(()),
         };
         self.tear_down(target, undo).await
+    }
+
+    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }

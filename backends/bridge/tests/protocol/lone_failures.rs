@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount::{BackendError, ErrorKind, MountOptions, Mounter, Unplugger};
+use blockmount::{BackendError, ErrorKind, MountOptions, Mounter, Presence, Unplugger};
 use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
 
 use crate::common::{LONG, SHORT, bridged, dial, host_and_peer, unplug, vm_with_disks};
@@ -183,6 +183,15 @@ impl Mounter for Unwritable {
     async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
         Err(self.0.clone())
     }
+
+    async fn adopt(
+        &self,
+        _: &blockmount::DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait::async_trait]
@@ -199,6 +208,10 @@ impl blockmount::LayerCombiner for Unwritable {
     }
     async fn separate(&self, _: &Path) -> Result<(), BackendError> {
         Err(self.0.clone())
+    }
+
+    async fn adopt(&self, _: &blockmount::Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

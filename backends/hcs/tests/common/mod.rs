@@ -16,8 +16,8 @@ use blockmount::testing::FakeVm;
 use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{Fault, Faults, Snapshot};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Transport,
-    Unplugger,
+    BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
+    Transport, Unplugger,
 };
 use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType, Resource};
 use blockmount_bridge::gcs::{GuestConnection, GuestServer, Hresult};
@@ -447,6 +447,15 @@ impl Mounter for Agent {
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.0.vm.unmount(target).await
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -457,6 +466,10 @@ impl LayerCombiner for Agent {
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         self.0.vm.separate(target).await
+    }
+
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        LayerCombiner::adopt(&self.0.vm, overlay).await
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use async_trait::async_trait;
 use blockmount::placement::{self, Placement};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 use thiserror::Error;
 
 use crate::{Attacher, Geometry, ScsiAddress};
@@ -135,6 +135,15 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
         };
         let answer = self.attacher.detach(call.address()).await;
         call.detached(answer)
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use async_trait::async_trait;
 use blockmount::placement::{self, Call, Outcome, Placement};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use thiserror::Error;
 
 use super::devices::{Allocated, Devices, DiskVersion};
@@ -177,6 +177,15 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
             return call.detached(answer);
         };
         call.detached(self.attacher.unmap(device, range).await)
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 

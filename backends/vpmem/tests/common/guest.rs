@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, Manager, MountOptions, Mounter, Transport, Unplugger,
+    BackendError, DeviceLocator, Disk, DiskId, Manager, MountOptions, Mounter, Presence, Transport,
+    Unplugger,
 };
 
 /// What has happened, in order: `attach vpmem:0`, `mount vpmem:0`, `unmount`, `unplug vpmem:0`, `detach`.
@@ -74,6 +75,15 @@ impl Mounter for Guest {
         self.mounted.lock().unwrap().remove(target);
         Ok(())
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -114,5 +124,14 @@ impl Transport for Logged {
             Err(error) => format!("detach: {}", error.kind()),
         });
         answer
+    }
+
+    async fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        self.0.adopt(disk, id, locator).await
     }
 }

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
-    Transport, Unplugger,
+    Presence, Transport, Unplugger,
 };
 use blockmount_bridge::gcs::messages::{
     Capabilities, GuestCapabilities, NegotiateResponse, Writer, encode,
@@ -240,6 +240,15 @@ impl Transport for ScsiVm {
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         self.0.detach(disk).await
     }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -263,6 +272,15 @@ impl Mounter for ScsiVm {
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.0.unmount(target).await
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -273,5 +291,9 @@ impl LayerCombiner for ScsiVm {
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         self.0.separate(target).await
+    }
+
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        LayerCombiner::adopt(&self.0, overlay).await
     }
 }

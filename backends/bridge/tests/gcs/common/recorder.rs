@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Format, LayerCombiner, MountOptions, MountOptionsBuilder, Mounter,
-    Overlay, Overwrite, Unplugger, Verity,
+    Overlay, Overwrite, Presence, Unplugger, Verity,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -54,6 +54,15 @@ impl Mounter for Recorder {
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.note(Asked::Unmount(text(target)))
     }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
 }
 
 #[async_trait]
@@ -70,6 +79,10 @@ impl LayerCombiner for Recorder {
     }
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         self.note(Asked::Separate(text(target)))
+    }
+
+    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
     }
 }
 
