@@ -56,6 +56,12 @@ enum Stage {
     Device,
 }
 
+/// Events about devices that are on the way out.
+struct Deletions {
+    deleted: Events,
+    refused: Events,
+}
+
 /// What there is of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Presence {
@@ -238,18 +244,25 @@ impl Plug<'_> {
         closed.map_err(|error| error.while_trying(format!("cannot close the image of {}", self.id)))
     }
 
-    fn deletions(&self) -> Events {
-        self.qmp.events("DEVICE_DELETED")
+    fn deletions(&self) -> Deletions {
+        Deletions {
+            deleted: self.qmp.events("DEVICE_DELETED"),
+            refused: self.qmp.events("DEVICE_UNPLUG_GUEST_ERROR"),
+        }
     }
 
-    async fn deleted(&self, deletions: &mut Events) -> Result<(), QmpError> {
+    /// Whether the device is out, once QEMU says so, or that the guest has refused.
+    async fn deleted(&self, pending: &mut Deletions) -> Result<bool, QmpError> {
         let is_ours = |event: &Event| event.data["device"] == self.id.as_str();
         let timeout = self.qmp.deadlines().call;
-        deletions.find(timeout, is_ours).await.map(drop)
+        tokio::select! {
+            deleted = pending.deleted.find(timeout, is_ours) => deleted.map(|_| true),
+            refused = pending.refused.find(timeout, is_ours) => refused.map(|_| false),
+        }
     }
 
-    async fn remove_device(&self, deletions: &mut Events) -> Result<(), BackendError> {
-        let tried = || format!("cannot unplug {}", self.id);
+    async fn remove_device(&self, deletions: &mut Deletions) -> Result<(), BackendError> {
+        let tried = || self.qmp.explain(format!("cannot unplug {}", self.id));
         let asked = self.qmp.execute("device_del", json!({"id": self.id})).await;
         let refusal = match asked {
             Ok(_) => None,
@@ -262,7 +275,11 @@ impl Plug<'_> {
             Err(error) => return Err(error.while_trying(tried())),
         };
         let late = match self.deleted(deletions).await {
-            Ok(()) => return Ok(()),
+            Ok(true) => return Ok(()),
+            Ok(false) => {
+                let message = format!("{}: the guest refuses to eject it", tried());
+                return Err(BackendError::busy(message));
+            }
             Err(error @ QmpError::Gone { .. }) => return Err(error.while_trying(tried())),
             Err(error) => error,
         };
@@ -272,9 +289,9 @@ impl Plug<'_> {
             (Ok(_), Some(refusal)) => {
                 let timeout = self.qmp.deadlines().call;
                 let message = format!(
-                    "cannot unplug {}: the guest has not ejected it within {timeout:?}; \
+                    "{}: the guest has not ejected it within {timeout:?}; \
                      have the guest release it first",
-                    self.id
+                    tried()
                 );
                 Err(BackendError::busy(message).with_source(refusal))
             }
@@ -283,8 +300,11 @@ impl Plug<'_> {
         }
     }
 
-    async fn remove_backend(&self, deletions: &mut Events) -> Result<(), BackendError> {
-        let tried = || format!("cannot close the image of {}", self.id);
+    async fn remove_backend(&self, deletions: &mut Deletions) -> Result<(), BackendError> {
+        let tried = || {
+            self.qmp
+                .explain(format!("cannot close the image of {}", self.id))
+        };
         let busy = |refusal| BackendError::busy(tried()).with_source(refusal);
         let refusal = match self.backend.delete(self.qmp, &self.id).await {
             Ok(_) => return Ok(()),
@@ -318,7 +338,7 @@ impl Plug<'_> {
     }
 
     fn tried(&self) -> String {
-        format!("cannot attach {}", self.what)
+        self.qmp.explain(format!("cannot attach {}", self.what))
     }
 }
 

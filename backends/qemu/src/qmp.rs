@@ -26,12 +26,14 @@
 //! | `link.rs` | which answer is whose |
 //! | `descriptors.rs` | open files for QEMU |
 //! | `events.rs` | who hears of which event |
+//! | `health.rs` | what events say of the VM as a whole |
 //! | `migration.rs` | the state of a VM in a file |
 //! | `error.rs` | what can go wrong, and what that means for a backend |
 
 mod descriptors;
 mod error;
 mod events;
+mod health;
 mod lines;
 mod link;
 mod message;
@@ -52,6 +54,7 @@ pub use error::QmpError;
 use error::one_line;
 pub use events::Events;
 use events::Listeners;
+pub use health::Health;
 use lines::{Line, LineReader};
 use link::Link;
 pub use message::{Event, Version};

@@ -3,10 +3,11 @@
 mod image;
 mod qcow2;
 
+use std::sync::atomic::AtomicBool;
+
 use async_trait::async_trait;
-use blockmount::{BackendError, Disk, DiskId};
+use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOption, DiskOptions};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
-use tokio::time::timeout;
 
 use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
@@ -17,6 +18,14 @@ use serde_json::{Value, json};
 /// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
 /// 256 under their own number: above, LUN n is n + 16,384 to it (the flat addressing of SAM).
 pub const LUNS: u16 = 256;
+
+/// What of [`DiskOptions`] a disk of QEMU can have.
+const HONOURED: [DiskOption; 4] = [
+    DiskOption::DirectIo,
+    DiskOption::Cache,
+    DiskOption::Discard,
+    DiskOption::SectorSize,
+];
 
 /// Hot-plugs disks into the virtio-scsi controllers of a QEMU: the [`Attacher`] of its
 /// [`ScsiTransport`](blockmount_scsi::ScsiTransport).
@@ -55,8 +64,11 @@ pub const LUNS: u16 = 256;
 /// - *Access*: a read-only disk is so in both nodes. QEMU locks what it opens, so one image may be read by many
 ///   VMs, or written by one, and the second writer is refused. A block device that somebody has mounted or
 ///   claimed is refused for writing.
-/// - *Cache and discard*: through the page cache of the host, flushed when the guest asks for it; what the guest
-///   discards is freed in the image (`discard=unmap`).
+/// - *Options*: direct I/O, cache mode, discard and sector size are honoured, and others refused. By default a disk goes
+///   through the page cache of the host and is flushed when the guest asks for it; what the guest discards is freed in
+///   the image (`discard=unmap`).
+/// - *Errors of the host's disk* reach the guest as I/O errors (`werror=report`), also where that is full: QEMU does not
+///   stop the VM for them.
 ///
 /// # Deadlines and doubt
 ///
@@ -146,12 +158,12 @@ impl QemuScsi {
     }
 
     /// The arguments of `device_add`; none if the VM has no such address.
-    fn device(&self, address: ScsiAddress) -> Option<Value> {
+    fn device(&self, address: ScsiAddress, options: &DiskOptions) -> Option<Value> {
         let controller = usize::from(address.controller.get());
         let controller = self.controllers.get(controller)?;
         let id = Self::name(address);
         self.geometry.contains(address).then(|| {
-            json!({
+            let mut device = json!({
                 "driver": "scsi-hd",
                 "id": id,
                 "bus": format!("{controller}.0"),
@@ -161,7 +173,22 @@ impl QemuScsi {
                 "drive": id,
                 "serial": id,
                 "device_id": id,
-            })
+                "werror": "report",
+                "rerror": "report",
+            });
+            if let Some(mode) = options.cache_mode() {
+                let writes_through = mode == CacheMode::WriteThrough;
+                device["write-cache"] = json!(if writes_through { "off" } else { "on" });
+            }
+            if let Some(size) = options.logical_sector_size() {
+                device["logical_block_size"] = json!(size.bytes());
+                device["physical_block_size"] = json!(size.bytes());
+            }
+            if options.is_discard() == Some(false) {
+                // Of a disk without a granularity the guest knows that it has no discard.
+                device["discard_granularity"] = json!(0);
+            }
+            device
         })
     }
 }
@@ -171,7 +198,7 @@ impl QemuScsi {
 impl Attacher for QemuScsi {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
         let looked_at = disk.clone();
-        self.blocking(disk, move || source::identify(&looked_at))
+        self.blocking(disk, move |_: &_| source::identify(&looked_at))
             .await
     }
 
@@ -181,8 +208,8 @@ impl Attacher for QemuScsi {
         disk: &Disk,
         id: &DiskId,
     ) -> Result<(), BackendError> {
-        disk.options().require_only(&[])?;
-        let device = self.device(address).ok_or_else(|| {
+        disk.options().require_only(&HONOURED)?;
+        let device = self.device(address, disk.options()).ok_or_else(|| {
             let geometry = self.geometry;
             BackendError::invalid(format!(
                 "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"
@@ -190,7 +217,7 @@ impl Attacher for QemuScsi {
         })?;
         let (inspected, id, backing) = (disk.clone(), id.clone(), self.backing);
         let image = self
-            .blocking(disk, move || Image::inspect(&inspected, &id, backing))
+            .blocking(disk, move |_: &_| Image::inspect(&inspected, &id, backing))
             .await?;
         let name = Self::name(address);
         let node = |paths: &[String]| image.node(&name, paths);
@@ -200,31 +227,23 @@ impl Attacher for QemuScsi {
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
         // Where the VM has no such address, nothing was ever there.
-        match self.device(address) {
-            Some(_) => self.plug(address).detach().await,
-            None => Ok(()),
+        match self.geometry.contains(address) {
+            true => self.plug(address).detach().await,
+            false => Ok(()),
         }
     }
 }
 
 impl QemuScsi {
-    /// Looks at a disk where that may block; what nobody waits for any more changes nothing.
+    /// Looks at a disk, which changes nothing.
     async fn blocking<T: Send + 'static>(
         &self,
         disk: &Disk,
-        work: impl FnOnce() -> Result<T, BackendError> + Send + 'static,
+        work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
     ) -> Result<T, BackendError> {
         let deadline = self.qmp.deadlines().call;
-        match timeout(deadline, tokio::task::spawn_blocking(work)).await {
-            Ok(Ok(done)) => done,
-            Ok(Err(error)) => Err(BackendError::other(format!(
-                "cannot look at {disk}: the runtime has ended, or it panicked"
-            ))
-            .with_source(error)),
-            Err(_) => Err(BackendError::other(format!(
-                "{disk} cannot be opened within {deadline:?}; is its filesystem there?"
-            ))),
-        }
+        let done = source::blocking(&disk.to_string(), deadline, work).await;
+        done.map_err(source::nothing_done)
     }
 }
 

@@ -6,14 +6,54 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blockmount::{BackendError, Disk, DiskId, DiskKind};
+use blockmount::{BackendError, Disk, DiskId, DiskKind, ErrorKind};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 /// The smallest disk, and what the size of every disk is a multiple of, in bytes (the kernel's `SECTOR_SIZE`).
 const SECTOR: u64 = 512;
+
+/// Does blocking work within a deadline. After that, or when this future is dropped, the work is told by its argument that
+/// nobody waits for it, and goes on until it notices.
+///
+/// # Errors
+///
+/// The error of the work; `Uncertain` if it was not done in time, or was cut off.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: &str,
+    deadline: Duration,
+    work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
+) -> Result<T, BackendError> {
+    let given_up = Arc::new(AtomicBool::new(false));
+    let _at_the_end = GiveUp(given_up.clone());
+    let working = blockmount::blocking(move || work(&given_up));
+    let done = tokio::time::timeout(deadline, working).await;
+    done.unwrap_or_else(|_| {
+        Err(BackendError::uncertain(format!(
+            "work on {what} has not ended within {deadline:?}; is its filesystem there?"
+        )))
+    })
+}
+
+/// Tells work that it was given up, when this is dropped.
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The error of work that changes nothing which anybody else sees, so that nothing is in doubt.
+pub(crate) fn nothing_done(error: BackendError) -> BackendError {
+    match error.kind() {
+        ErrorKind::Uncertain => BackendError::other(error.message()),
+        _ => error,
+    }
+}
 
 /// A disk that is open for the access that it asks for.
 #[derive(Debug)]
@@ -180,11 +220,9 @@ impl OpenFile {
     /// what has to be proof against that is passed as a descriptor.
     pub(crate) async fn is_still_at_its_path(&self, timeout: Duration) -> Result<(), BackendError> {
         let (file, path) = (self.file.clone(), self.path.clone());
-        let look = move || Ok((file.metadata(), std::fs::metadata(path)));
-        let late = |_| BackendError::other(format!("cannot look at {} in time", self.path));
-        let (opened, named) = tokio::time::timeout(timeout, blockmount::blocking(look))
-            .await
-            .map_err(late)??;
+        let look = move |_: &_| Ok((file.metadata(), std::fs::metadata(path)));
+        let looked = blocking(&self.path, timeout, look).await;
+        let (opened, named) = looked.map_err(nothing_done)?;
         let opened = opened.map_err(|error| self.cannot("look at", error))?;
         match named.is_ok_and(|named| id_of(&named) == id_of(&opened)) {
             true => Ok(()),

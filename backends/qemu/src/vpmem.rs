@@ -14,14 +14,12 @@ use async_trait::async_trait;
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress};
 use serde_json::json;
-use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 use tracing::warn;
 
 use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
-use crate::source::OpenFile;
-use backing::{Image, Private, Wanted};
+use crate::source::{self, OpenFile, nothing_done};
+use backing::{Image, Private};
 
 /// What the size and the alignment of a device are multiples of, in bytes: 2 MiB, below which Linux makes no
 /// block device of a region (`SUBSECTION_SIZE` of its memory model).
@@ -274,36 +272,15 @@ impl QemuVpmem {
         ))
     }
 
-    /// Does work on files where that may block. Work that is not done in time is told so, and goes on in
-    /// the background until it notices.
+    /// Does work on files that hold up to so many bytes, where that may block.
     async fn blocking<T: Send + 'static>(
         &self,
         what: &str,
         bytes: u64,
         work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
     ) -> Result<T, BackendError> {
-        let deadline =
-            self.0.qmp.deadlines().call + Duration::from_secs(bytes.div_ceil(SLOWEST_COPY));
-        let wanted = Wanted::default();
-        let given_up = wanted.given_up();
-        match timeout(deadline, spawn_blocking(move || work(&given_up))).await {
-            Ok(Ok(done)) => done,
-            Ok(Err(error)) => Err(BackendError::uncertain(format!(
-                "cannot work on {what}: the runtime has ended, or it panicked"
-            ))
-            .with_source(error)),
-            Err(_) => Err(BackendError::uncertain(format!(
-                "work on {what} has not ended within {deadline:?}; is its filesystem there?"
-            ))),
-        }
-    }
-}
-
-/// What has become of work on files is in doubt, but nothing of it is in QEMU.
-fn nothing_done(error: BackendError) -> BackendError {
-    match error.kind() {
-        ErrorKind::Uncertain => BackendError::other(error.message()),
-        _ => error,
+        let copying = Duration::from_secs(bytes.div_ceil(SLOWEST_COPY));
+        source::blocking(what, self.0.qmp.deadlines().call + copying, work).await
     }
 }
 

@@ -53,9 +53,11 @@ impl VmBuilder {
         // A guest that is up has read all of it, and one from a state never does.
         let _ = tokio::fs::remove_file(&initramfs).await;
         if let Err(error) = up {
+            let cut_off = vm.was_cut_off();
             vm.kill();
             vm.ended().await;
-            return Err(vm.explain(VmError::new("the guest does not come up").because(error)));
+            let error = VmError::new("the guest does not come up").because(error);
+            return Err(vm.explain(error).cut_off(cut_off));
         }
         Ok(vm)
     }
@@ -99,7 +101,8 @@ impl VmBuilder {
             // That the monitor has ended says less than why QEMU has.
             Err(error) => {
                 let _ = timeout(LAST_WORDS, process.read_out()).await;
-                return Err(process.explain(cannot(error)));
+                let cut_off = process.was_cut_off();
+                return Err(process.explain(cannot(error)).cut_off(cut_off));
             }
         };
         let scsi = QemuScsi::new(qmp.clone(), self.hardware.controller_ids());

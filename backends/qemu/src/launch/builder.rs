@@ -182,6 +182,7 @@ impl VmBuilder {
         }
         if self.accelerator == Accelerator::Auto && self.may_have_kvm() {
             match self.start_on(KVM, KVM_TIMEOUT.min(self.timeout)).await {
+                Err(error) if error.was_cut_off() => return Err(error),
                 Err(error) => tracing::info!(%error, "KVM does not work; going on with emulation"),
                 started => return started,
             }
@@ -230,6 +231,7 @@ impl VmBuilder {
         let key = self.key(accelerator).await?;
         if let Some(state) = open(states, &key).await? {
             match self.launch(accelerator, Some(state), timeout).await {
+                Err(error) if error.was_cut_off() => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "a saved state does not work, and is made anew");
                     states.forget(&key);

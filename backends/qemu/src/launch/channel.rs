@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
-use blockmount_bridge::{BridgeGuest, Dialer, GuestConnection, RedialingChannel};
+use blockmount_bridge::{
+    BridgeGuest, Dialer, GuestChannel, GuestConnection, RedialingChannel, Request,
+};
 
 use super::error::VmError;
 use super::port::GuestStream;
 use super::vm::Vm;
-use crate::qmp::NONE;
+use crate::qmp::{NONE, Qmp};
 
 /// How long an agent may take to open a port: one that was killed has to be started again first.
 const OPENING: Duration = Duration::from_secs(10);
@@ -21,8 +23,37 @@ const DYING: Duration = Duration::from_millis(500);
 ///
 /// When the agent dies and comes back, the next request is sent over a new connection. Only when the VM has ended
 /// is the answer `Gone`, also to requests under way: an agent that has ended leaves its mounts in place, so
-/// that nothing of them counts as undone.
-pub type AgentChannel = RedialingChannel<AgentPort>;
+/// that nothing of them counts as undone. A VM that stands still for two seconds ends a request as `Uncertain`. Errors say
+/// what is wrong with the VM, if anything is.
+#[derive(Debug)]
+pub struct AgentChannel {
+    channel: RedialingChannel<AgentPort>,
+    qmp: Qmp,
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl GuestChannel for AgentChannel {
+    async fn call(&self, request: Request) -> Result<(), BackendError> {
+        let failed = tokio::select! {
+            called = self.channel.call(request) => match called {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            },
+            _ = self.qmp.stands_still(STANDING) => {
+                BackendError::uncertain("the guest cannot answer")
+            }
+        };
+        let health = self.qmp.health().borrow().clone();
+        match health.is_good() {
+            true => Err(failed),
+            false => Err(BackendError::new(failed.kind(), health.to_string()).with_source(failed)),
+        }
+    }
+}
+
+/// How long a VM stands still before nobody waits for its guest any more; snapshots and migrations are shorter.
+const STANDING: Duration = Duration::from_secs(2);
 
 /// The virtio-serial ports of this name, which the agent opens.
 #[derive(Debug)]
@@ -76,6 +107,9 @@ impl Vm {
             vm: self.clone(),
             name: port.to_owned(),
         };
-        Ok(BridgeGuest::new(AgentChannel::over(port, connection)))
+        Ok(BridgeGuest::new(AgentChannel {
+            channel: RedialingChannel::over(port, connection),
+            qmp: self.qmp().clone(),
+        }))
     }
 }

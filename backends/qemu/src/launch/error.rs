@@ -12,6 +12,7 @@ use std::sync::Arc;
 pub struct VmError {
     message: Arc<str>,
     source: Option<Arc<dyn StdError + Send + Sync>>,
+    cut_off: bool,
 }
 
 impl VmError {
@@ -19,6 +20,7 @@ impl VmError {
         VmError {
             message: message.into().into(),
             source: None,
+            cut_off: false,
         }
     }
 
@@ -27,6 +29,17 @@ impl VmError {
     pub(super) fn and(mut self, more: &str) -> Self {
         self.message = format!("{}; {more}", self.message).into();
         self
+    }
+
+    /// The same error, if what was tried was cut off from outside, which says nothing about what QEMU was given.
+    #[must_use]
+    pub(super) fn cut_off(mut self, cut_off: bool) -> Self {
+        self.cut_off = cut_off;
+        self
+    }
+
+    pub(super) fn was_cut_off(&self) -> bool {
+        self.cut_off
     }
 
     #[must_use]

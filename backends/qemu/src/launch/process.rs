@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
@@ -23,6 +23,7 @@ const KEPT: usize = 16 << 10;
 #[derive(Debug)]
 pub(super) struct Process {
     pidfd: OwnedFd,
+    pid: Pid,
     /// How it ended, once it has.
     ended: watch::Receiver<Option<String>>,
     /// The standard output, where the guest's console is.
@@ -49,11 +50,11 @@ impl Process {
                     Ok(child) => child,
                     Err(error) => return drop(started.send(Err(error))),
                 };
-                let pid = rustix::process::Pid::from_child(&child);
+                let pid = Pid::from_child(&child);
                 // While it is not waited for, its number is its own.
                 let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from);
                 let streams = (child.stdout.take(), child.stderr.take());
-                if pidfd.is_err() || started.send(pidfd.map(|fd| (fd, streams))).is_err() {
+                if pidfd.is_err() || started.send(pidfd.map(|fd| (fd, pid, streams))).is_err() {
                     // Nobody is there to watch over it.
                     let _ = child.kill();
                 }
@@ -64,9 +65,10 @@ impl Process {
                 ending.send_replace(Some(status));
             })?;
         let lost = |_| io::Error::other("the thread of the process has ended");
-        let (pidfd, (stdout, stderr)) = start.await.map_err(lost)??;
+        let (pidfd, pid, (stdout, stderr)) = start.await.map_err(lost)??;
         Ok(Process {
             pidfd,
+            pid,
             ended,
             console: Tail::of(stdout.map(OwnedFd::from))?,
             complaints: Tail::of(stderr.map(OwnedFd::from))?,
@@ -93,6 +95,22 @@ impl Process {
     /// Whether it runs still.
     pub(super) fn is_running(&self) -> bool {
         self.ended.borrow().is_none()
+    }
+
+    /// Whether somebody has ended it by a signal, or has stopped it: then what it has not done says nothing about what it
+    /// was given.
+    pub(super) fn was_cut_off(&self) -> bool {
+        const BY_OTHERS: [&str; 5] = ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"];
+        match &*self.ended.borrow() {
+            Some(status) => BY_OTHERS.iter().any(|signal| status.contains(signal)),
+            None => {
+                let stat = format!("/proc/{}/stat", self.pid.as_raw_pid());
+                let stat = std::fs::read_to_string(stat).unwrap_or_default();
+                // The state comes after the name, which may have parentheses itself.
+                let state = stat.rsplit(") ").next().unwrap_or_default();
+                state.starts_with(['T', 't'])
+            }
+        }
     }
 
     /// Adds to an error what QEMU and the guest have said last.

@@ -134,6 +134,10 @@ impl Vm {
         }
     }
 
+    pub(super) fn was_cut_off(&self) -> bool {
+        self.0.process.was_cut_off()
+    }
+
     pub(super) fn ports(&self) -> &Ports {
         &self.0.ports
     }

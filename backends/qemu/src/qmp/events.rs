@@ -8,6 +8,7 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Instant, timeout_at};
 use tracing::trace;
 
+use super::health::Watched;
 use super::{Event, QmpError};
 
 /// How many events of one name are kept for who does not take them; then the oldest go.
@@ -15,7 +16,10 @@ pub(super) const KEPT: usize = 256;
 
 /// Who listens to which events.
 #[derive(Debug, Default)]
-pub(super) struct Listeners(Mutex<State>);
+pub(super) struct Listeners {
+    state: Mutex<State>,
+    pub(super) health: Watched,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -47,6 +51,7 @@ impl Listeners {
 
     /// Never waits: who is slow misses events.
     pub(super) fn tell(&self, event: Event) {
+        self.health.tell(&event);
         match self.lock().by_name.get(&event.name) {
             // The last listener may have gone just now.
             Some(sender) => drop(sender.send(Arc::new(event))),
@@ -55,6 +60,7 @@ impl Listeners {
     }
 
     pub(super) fn end(&self, reason: &Arc<str>) {
+        self.health.end(reason);
         let mut state = self.lock();
         state.ended = Some(reason.clone());
         state.by_name.clear();
@@ -62,7 +68,7 @@ impl Listeners {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing under the lock panics half-way through a change.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

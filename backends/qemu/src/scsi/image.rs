@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
-use blockmount::{BackendError, Disk, DiskId};
+use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOptions};
 use serde_json::{Value, json};
 
 use super::qcow2::{self, Backing, Header};
@@ -21,6 +21,7 @@ pub(super) struct Image {
     layers: Vec<Layer>,
     files: Vec<OpenFile>,
     read_only: bool,
+    options: DiskOptions,
 }
 
 #[derive(Debug)]
@@ -43,11 +44,13 @@ impl Image {
             layers: Vec::new(),
             files: Vec::new(),
             read_only: disk.is_read_only(),
+            options: disk.options().clone(),
         };
         let source = source::open(disk, id)?;
         let format = format(disk.source());
         if format == Format::Raw {
-            source::size(disk, &source)?;
+            let size = source::size(disk, &source)?;
+            ensure_whole_sectors(disk, size)?;
         }
         let mut next = image.add(disk.source(), source, format, allowed)?;
         while let Some((path, format)) = next {
@@ -90,6 +93,14 @@ impl Image {
     /// here: whatever else a header says, QEMU opens nothing for it.
     pub(super) fn node(&self, name: &str, paths: &[String]) -> Value {
         let mut node = Value::Null;
+        let discard = match self.options.is_discard() {
+            Some(false) => "ignore",
+            _ => "unmap",
+        };
+        let cache = json!({
+            "direct": self.options.is_direct_io() == Some(true),
+            "no-flush": self.options.cache_mode() == Some(CacheMode::Unsafe),
+        });
         for (number, (layer, path)) in self.layers.iter().zip(paths).enumerate().rev() {
             let read_only = self.read_only || number > 0;
             let name = match number {
@@ -101,13 +112,15 @@ impl Image {
                 "driver": if layer.format == Format::Qcow2 { "qcow2" } else { "raw" },
                 "node-name": name,
                 "read-only": read_only,
-                "discard": "unmap",
+                "discard": discard,
+                "cache": cache,
                 "file": {
                     "driver": if layer.is_device { "host_device" } else { "file" },
                     "node-name": format!("{name}-file"),
                     "filename": path,
                     "read-only": read_only,
-                    "discard": "unmap",
+                    "discard": discard,
+                    "cache": cache,
                 },
             });
             if layer.format == Format::Qcow2 {
@@ -115,6 +128,19 @@ impl Image {
             }
         }
         node
+    }
+}
+
+/// Refuses an image that ends within a sector of the size that is asked for.
+fn ensure_whole_sectors(disk: &Disk, size: u64) -> Result<(), BackendError> {
+    match disk.options().logical_sector_size() {
+        Some(sector) if !size.is_multiple_of(sector.bytes().into()) => {
+            Err(BackendError::invalid(format!(
+                "{disk} has {size} bytes, which are no whole sectors of {} bytes; pad the image",
+                sector.bytes()
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

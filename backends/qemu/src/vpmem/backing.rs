@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
@@ -18,22 +17,6 @@ use crate::source::{self, OpenFile};
 
 /// How much is copied before anybody looks whether it is still wanted, in bytes.
 const CHUNK: u64 = 8 << 20;
-
-/// Says to a copy that nobody waits for it any more, once this is dropped.
-#[derive(Debug, Default)]
-pub(super) struct Wanted(Arc<AtomicBool>);
-
-impl Wanted {
-    pub(super) fn given_up(&self) -> Arc<AtomicBool> {
-        self.0.clone()
-    }
-}
-
-impl Drop for Wanted {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 /// A disk as a file that QEMU can map: of whole multiples of 2 MiB.
 #[derive(Debug)]
@@ -344,11 +327,10 @@ mod tests {
     #[test]
     fn a_copy_ends_when_it_is_given_up_or_the_image_is_cut_short() {
         let (from, to) = files(&[1; 4096]);
-        let wanted = Wanted::default();
-        let given_up = wanted.given_up();
+        let given_up = AtomicBool::new(false);
         let error = copy_to(&from, &to, 0, 8192, &given_up).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        drop(wanted);
+        given_up.store(true, Ordering::Relaxed);
         copy_to(&from, &to, 0, 4096, &given_up).unwrap_err();
     }
 

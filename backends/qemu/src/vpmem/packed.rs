@@ -9,8 +9,8 @@ use blockmount_vpmem::{ByteRange, DeviceNumber, VpmemAddress};
 use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
-use super::{Contents, QemuVpmem, nothing_done, used_otherwise};
-use crate::source::OpenFile;
+use super::{Contents, QemuVpmem, used_otherwise};
+use crate::source::{OpenFile, nothing_done};
 
 impl QemuVpmem {
     pub(super) async fn map_range(

@@ -1,9 +1,13 @@
 //! Many disks, and disks of all kinds.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::Command;
 
-use blockmount::{Disk, DiskKind, ErrorKind, MountOptions, MountRequest, StackRequest};
+use blockmount::{
+    CacheMode, Disk, DiskKind, DiskOptions, ErrorKind, MountOptions, MountRequest, SectorSize,
+    StackRequest,
+};
 use futures_util::future::join_all;
 use serde_json::json;
 
@@ -202,5 +206,61 @@ async fn vm_an_overlay_of_40_layers_and_a_scratch() {
     let tree = rig.tree(&root).await;
     assert!(tree.contains_key("new") && !tree.contains_key("only-in-39"));
     stack.release().await.unwrap();
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_i04_the_guest_sees_the_options_of_a_disk() {
+    let rig = Rig::start().await;
+    let default = DiskOptions::default();
+    let tuned = default.clone().cache(CacheMode::WriteThrough);
+    let tuned = tuned.sector_size(SectorSize::B4096).discard(false);
+    let other = default.clone().cache(CacheMode::Unsafe).direct_io(true);
+    let other = other.sector_size(SectorSize::B512).discard(true);
+    let cases = [
+        (default, ["512", "512", "write back"], false),
+        (tuned, ["4096", "4096", "write through"], true),
+        (other, ["512", "512", "write back"], false),
+    ];
+    for (number, (options, seen, no_discard)) in cases.into_iter().enumerate() {
+        let disk = rig
+            .scratch(&format!("image-{number}"))
+            .with_options(options);
+        let attached = rig.manager.attach(&disk).await.unwrap();
+        let locator = attached.locator().to_string();
+        let (controller, _) = locator
+            .strip_prefix("scsi:")
+            .unwrap()
+            .split_once('/')
+            .unwrap();
+        let block = format!("/sys/class/scsi_device/{controller}:0:0:0/device/block");
+        let names = rig.tables().await["block_devices"].clone();
+        let names = names.as_array().unwrap().iter();
+        let mut names = names.filter_map(|disk| disk["name"].as_str());
+        let name = names.find(|name| name.starts_with("sd")).unwrap();
+        let queue = Path::new(&block).join(name).join("queue");
+        let attributes = ["logical_block_size", "physical_block_size", "write_cache"];
+        for (attribute, value) in attributes.into_iter().zip(seen) {
+            let file = queue.join(attribute);
+            rig.assert_content(&file, &format!("{value}\n")).await;
+        }
+        let digests = rig.tree(&queue).await;
+        let none = rig.tree(&queue).await["discard_zeroes_data"].clone();
+        assert_eq!(
+            digests["discard_max_bytes"] == none,
+            no_discard,
+            "{digests:?}"
+        );
+        attached.release().await.unwrap();
+    }
+    let queues = DiskOptions::default().queues(4.try_into().unwrap());
+    let disk = rig.scratch("refused").with_options(queues);
+    let error = rig.manager.attach(&disk).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsuitable, "{error}");
+    assert!(
+        error.cause().message().contains("queues"),
+        "{}",
+        error.cause()
+    );
     rig.end().await;
 }

@@ -13,6 +13,7 @@ mod rig;
 
 mod disks;
 mod failure;
+mod life;
 mod sharing;
 mod teardown;
 mod vpmem;

@@ -10,6 +10,7 @@ use blockmount_bridge::BridgeGuest;
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
     Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
+    VmBuilder,
 };
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
@@ -62,18 +63,24 @@ async fn image() -> GuestImage {
     IMAGE.get_or_init(build).await.clone()
 }
 
+/// Where the state is that all tests share.
+pub fn states() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("states")
+}
+
 /// Starts a VM from the state that all tests share.
 pub async fn start() -> Vm {
-    let states = Path::new(env!("CARGO_TARGET_TMPDIR")).join("states");
+    builder().await.start().await.unwrap()
+}
+
+/// A VM that goes on from the state that all tests share.
+pub async fn builder() -> VmBuilder {
     Vm::builder(image().await)
         // Whether there is a faster one must make no difference to what is tested.
         .accelerator(Accelerator::Emulation)
         .controllers(CONTROLLERS)
         .persistent_memory(MEMORY_PORTS, u64::from(MEMORY_PORTS) * MEMORY_SIZE)
-        .saved_states(states)
-        .start()
-        .await
-        .unwrap()
+        .saved_states(states())
 }
 
 /// A VM with a manager of its disks.

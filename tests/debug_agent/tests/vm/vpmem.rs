@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::rig::{MEMORY_SIZE, Rig, read_only};
 use blockmount_debug_agent::kit::images;
 
-async fn windows(rig: &Rig) -> usize {
+async fn subranges(rig: &Rig) -> usize {
     rig.tables().await["dm_devices"].as_array().unwrap().len()
 }
 
@@ -26,7 +26,7 @@ async fn packed() -> Rig {
         .await
         .unwrap();
     first.release().await.unwrap();
-    assert_eq!(windows(&rig).await, 0);
+    assert_eq!(subranges(&rig).await, 0);
     rig.begin_here().await;
     rig
 }
@@ -47,7 +47,7 @@ async fn vm_8_layers_are_packed_on_one_device_and_read_back() {
         rig.assert_content(&mount.path().join("id"), &format!("layer-{n}"))
             .await;
     }
-    assert_eq!(windows(&rig).await, 8);
+    assert_eq!(subranges(&rig).await, 8);
     assert_eq!(
         rig.tables().await["pmem_devices"].as_array().unwrap().len(),
         1
@@ -55,7 +55,7 @@ async fn vm_8_layers_are_packed_on_one_device_and_read_back() {
     for released in join_all(mounts.into_iter().map(|mount| mount.release())).await {
         released.unwrap();
     }
-    assert_eq!(windows(&rig).await, 0);
+    assert_eq!(subranges(&rig).await, 0);
     rig.end().await;
 }
 
@@ -78,7 +78,7 @@ async fn vm_packed_layers_are_removed_in_every_order() {
             .collect();
         for (gone, n) in order.iter().enumerate() {
             mounts[*n].take().unwrap().release().await.unwrap();
-            assert_eq!(windows(&rig).await, 3 - gone);
+            assert_eq!(subranges(&rig).await, 3 - gone);
             for (left, mount) in mounts.iter().enumerate() {
                 if let Some(mount) = mount {
                     let file = mount.path().join("id");
@@ -251,7 +251,7 @@ async fn vm_dax_is_on_when_it_was_asked_for_or_the_mount_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_an_agent_that_was_killed_takes_over_its_windows() {
+async fn vm_an_agent_that_was_killed_takes_over_its_subranges() {
     let rig = packed().await;
     let mounts = [
         rig.manager
@@ -267,11 +267,11 @@ async fn vm_an_agent_that_was_killed_takes_over_its_windows() {
     for (mount, text) in mounts.iter().zip(["one", "two"]) {
         rig.assert_content(&mount.path().join("id"), text).await;
     }
-    assert_eq!(windows(&rig).await, 2);
+    assert_eq!(subranges(&rig).await, 2);
     for mount in mounts {
         mount.release().await.unwrap();
     }
-    assert_eq!(windows(&rig).await, 0);
+    assert_eq!(subranges(&rig).await, 0);
     rig.end().await;
 }
 
