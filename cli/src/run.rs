@@ -26,7 +26,9 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Context, Failure};
-use files::{absent_is_done, remove_directories_in, remove_directory};
+use files::{absent_is_done, open_directory, remove_directories_in, remove_directory};
+
+pub(crate) use files::remove_empty;
 
 /// Where runs have their directories: empty after each boot, as are the tables that they describe.
 pub(crate) const RUNS: &str = "/run/blockmount";
@@ -288,7 +290,11 @@ impl Drop for Run {
 pub(crate) fn open_runs() -> io::Result<File> {
     match make_private(Path::new(RUNS)) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => File::open(RUNS),
+        _ => {
+            let runs = open_directory(Path::new(RUNS))?;
+            files::ensure_private(&runs, Path::new(RUNS))?;
+            Ok(runs)
+        }
     }
 }
 

@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -358,7 +359,7 @@ fn root_two_clean_ups_at_once_do_not_hurt_each_other() {
 }
 
 #[test]
-fn root_a_mark_whose_run_has_no_directory_is_that_of_a_dead_run() {
+fn root_u02_a_mark_whose_run_is_not_known_here_is_left_and_reported() {
     let _alone = alone();
     let (dir, id) = (temp(), "00000000deadbeef");
     let [one, two, target] = ["one", "two", "m"].map(|name| dir.path().join(name));
@@ -378,20 +379,113 @@ fn root_a_mark_whose_run_has_no_directory_is_that_of_a_dead_run() {
             target.to_str().unwrap(),
         ],
     );
+    let before = in_kernel(id);
+    for arguments in [
+        &["cleanup", "--json"][..],
+        &["cleanup", "--json", "--dry-run"],
+    ] {
+        let answer = run(arguments);
+        assert!(answer.stdout.contains(id), "{answer}");
+        assert!(answer.stdout.contains("may be alive"), "{answer}");
+        assert_eq!(in_kernel(id), before, "{answer}");
+    }
+    cleanup().says(1, &[]);
+    tool("umount", &[target.to_str().unwrap()]);
+    assert!(!cleanup().stdout.contains(id));
+}
+
+#[test]
+fn root_u02_a_living_run_is_left_alone_by_a_container_with_another_run_directory() {
+    let _alone = alone();
+    let dir = temp();
+    // A mount namespace without the runs, which shares the mounts: as a container with shared propagation has it.
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    let shared = shared.to_str().unwrap();
+    tool("mount", &["--bind", shared, shared]);
+    tool("mount", &["--make-shared", shared]);
+    let image = dir.path().join("a.ext4");
+    common::image("ext4", &image, &[("a", "of a")]);
+    let tree = format!("{shared}/tree");
+    let arguments = [
+        "--layer",
+        image.to_str().unwrap(),
+        "--scratch",
+        "8M",
+        "--at",
+        &tree,
+    ];
+    let held = common::hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let before = in_kernel(dir.path().file_name().unwrap());
+    let script = "mount --make-private /run 2>/dev/null; mount -t tmpfs run /run; exec \"$0\" cleanup --json";
+    let mut container = Command::new("unshare");
+    container.args(["-m", "--propagation", "unchanged", "sh", "-c", script]);
+    container.arg(env!("CARGO_BIN_EXE_blockmount"));
+    let answer = common::finish(
+        container
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    assert_eq!(
+        in_kernel(dir.path().file_name().unwrap()),
+        before,
+        "{answer}"
+    );
+    assert!(answer.stdout.contains("may be alive"), "{answer}");
+    assert_eq!(fs::read_to_string(format!("{tree}/a")).unwrap(), "of a");
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    tool("umount", &[shared]);
+}
+
+#[test]
+fn root_x01_a_forged_mark_makes_nobody_remove_files() {
+    let _alone = alone();
+    let (dir, id) = (temp(), "00000000deadbea7");
+    // What an unprivileged user can make: a mount of another filesystem with a mark as its source, and a work directory.
+    let target = dir.path().join("m");
+    fs::create_dir(&target).unwrap();
+    let source = format!("blockmount:{id}");
+    tool("mount", &["-t", "tmpfs", &source, target.to_str().unwrap()]);
+    let work = PathBuf::from(format!("/var/tmp/blockmount-{id}"));
+    fs::create_dir(&work).unwrap();
+    fs::write(work.join("kept"), "x").unwrap();
+    std::os::unix::fs::chown(&work, Some(65_534), None).unwrap();
     let answer = cleanup();
-    answer.says(0, &[]);
-    assert!(answer.stdout.contains(id), "{answer}");
-    assert_eq!(in_kernel(id), Vec::<String>::new());
-    assert!(target.exists(), "a directory that is nobody's was removed");
+    assert!(!answer.stdout.contains(id), "{answer}");
+    // Nor where root knows such a run, which has ended, but not the directory.
+    let run_directory = Path::new(RUNS).join(id);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(run_directory)
+        .unwrap();
+    let answer = cleanup();
+    answer.says(1, &[]);
+    assert!(answer.stdout.contains("not root's alone"), "{answer}");
+    assert!(work.join("kept").exists(), "{answer}");
+    assert!(
+        in_kernel(id).iter().any(|line| line.contains("tmpfs")),
+        "{answer}"
+    );
+    tool("umount", &[target.to_str().unwrap()]);
+    fs::remove_dir_all(&work).unwrap();
+    cleanup();
+    assert!(files_of(id).is_empty());
 }
 
 #[test]
 fn root_runs_that_were_killed_at_their_start_are_removed() {
     let _alone = alone();
     let places = ["00000000deadbee0", "00000000deadbee1"].map(|id| Path::new(RUNS).join(id));
-    places
-        .iter()
-        .for_each(|path| fs::create_dir_all(path).unwrap());
+    let make = |path: &PathBuf| {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+    };
+    places.iter().for_each(|path| make(path).unwrap());
     // The second came further, and its last line was cut off.
     File::create(places[1].join("lock")).unwrap();
     fs::write(
@@ -399,7 +493,11 @@ fn root_runs_that_were_killed_at_their_start_are_removed() {
         "{\"work\":\"/var/tmp/blockmount-00000000deadbee1\"}\n{\"dir",
     )
     .unwrap();
-    fs::create_dir_all("/var/tmp/blockmount-00000000deadbee1/tree").unwrap();
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .create("/var/tmp/blockmount-00000000deadbee1")
+        .unwrap();
+    fs::create_dir("/var/tmp/blockmount-00000000deadbee1/tree").unwrap();
     fs::write("/var/tmp/blockmount-00000000deadbee1/tree/image", "x").unwrap();
     let answer = cleanup();
     answer.says(0, &[]);

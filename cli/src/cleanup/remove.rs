@@ -1,12 +1,15 @@
 //! Removing what is left, in the order in which it stands on each other.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockmount_linux::mountinfo::MountInfo;
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use blockmount_loopback::BoundLoop;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat2, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -14,6 +17,7 @@ use super::report::{Item, Outcome, What};
 use super::scan::{Dead, Found};
 use crate::failure::Failure;
 use crate::interrupt::Stop;
+use crate::run::remove_empty;
 
 /// How long all mounts together are waited for, in case their user is on the way out.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -24,7 +28,7 @@ const USERS: usize = 4;
 
 /// Says what would be removed, in the order of the removal.
 pub(crate) fn show(found: &Found) -> Vec<Item> {
-    let mut items = Vec::new();
+    let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
     for dead in &found.dead {
         items.extend(foreign(dead));
         let mounts = dead
@@ -51,7 +55,8 @@ pub(crate) fn show(found: &Found) -> Vec<Item> {
 
 /// Removes all of it that is not in use. A signal ends it between two steps.
 pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
-    let mut items: Vec<Item> = found.dead.iter().flat_map(foreign).collect();
+    let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
+    items.extend(found.dead.iter().flat_map(foreign));
     let deadline = Instant::now() + DEFAULT_TIMEOUT;
     for (dead, mount) in latest_first(found) {
         stop.check()?;
@@ -83,16 +88,28 @@ pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
 
 /// What is not ours to remove, and is in the way.
 fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
-    let left = || Outcome::Left("it is not ours; whoever made it has to remove it".to_owned());
-    let mounts = dead
-        .foreign_mounts
-        .iter()
-        .map(move |mount| Item::mount(dead, mount, left()));
-    mounts.chain(
-        dead.foreign_loops
-            .iter()
-            .map(move |bound| Item::of_loop(dead, bound, left())),
-    )
+    const WHY: &str = "it is not ours; its owner has to remove it";
+    left(dead, &dead.foreign_mounts, &dead.foreign_loops, WHY)
+}
+
+/// What is a run's that may be alive elsewhere.
+fn unknown(run: &Dead) -> impl Iterator<Item = Item> {
+    const WHY: &str = "/run/blockmount here does not know its run, which may be alive in another container or outside \
+                       of this one";
+    left(run, &run.mounts, &run.loops, WHY)
+}
+
+fn left<'a>(
+    dead: &'a Dead,
+    mounts: &'a [MountInfo],
+    loops: &'a [BoundLoop],
+    why: &'static str,
+) -> impl Iterator<Item = Item> + 'a {
+    let left = move || Outcome::Left(why.to_owned());
+    let mounts = mounts.iter();
+    let mounts = mounts.map(move |mount| Item::mount(dead, mount, left()));
+    let loops = loops.iter();
+    mounts.chain(loops.map(move |bound| Item::of_loop(dead, bound, left())))
 }
 
 /// All mounts, the latest first: nothing is below what is unmounted.
@@ -116,7 +133,14 @@ fn outcome(result: Result<(), String>) -> Outcome {
 
 /// Unmounts this mount and no other, waiting until the deadline for those who use it.
 fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
-    let target = &mount.mount_point;
+    // The directory is opened once, without following links: what its path leads to may be exchanged meanwhile.
+    let (parent, name) = match parent_of(&mount.mount_point) {
+        Ok(opened) => opened,
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+        Err(errno) => return Err(format!("cannot look at it: {errno}")),
+    };
+    let opened = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string());
+    let target = &opened.join(name);
     loop {
         match mount_at(target) {
             Ok(Some(id)) if id == mount.id => {}
@@ -138,6 +162,16 @@ fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
             Err(errno) => return Err(format!("cannot unmount it: {errno}")),
         }
     }
+}
+
+/// The directory that a mount point is in, and its name there.
+fn parent_of(mount_point: &Path) -> rustix::io::Result<(OwnedFd, &OsStr)> {
+    let (Some(parent), Some(name)) = (mount_point.parent(), mount_point.file_name()) else {
+        return Err(Errno::INVAL);
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    Ok((openat2(CWD, parent, flags, Mode::empty(), resolve)?, name))
 }
 
 /// The id of the mount that a path leads to.
@@ -196,7 +230,7 @@ fn uses(process: &Path, mount_point: &Path) -> bool {
 /// Removes the directories and files of a run of which nothing is mounted or bound any more.
 fn remove_files(dead: &Dead, stays: bool, items: &mut Vec<Item>) {
     for path in dead.directories.iter().rev() {
-        let result = match fs::remove_dir(path) {
+        let result = match remove_empty(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(describe(&error)),
             _ => Ok(()),
         };

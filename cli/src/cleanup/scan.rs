@@ -19,6 +19,9 @@ pub(crate) struct Found {
     pub(crate) dead: Vec<Dead>,
     /// How many runs are alive.
     pub(crate) living: usize,
+    /// What carries the mark of a run that the directory of runs does not know: it may be alive where another directory
+    /// is, such as outside of this container.
+    pub(crate) unknown: Vec<Dead>,
     /// Keeps runs from starting, and other clean-ups from looking, while we work.
     _runs: File,
 }
@@ -42,29 +45,28 @@ pub(crate) struct Dead {
 pub(crate) fn scan() -> Result<Found, Failure> {
     let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
-    let (living, mut dead) =
+    let (living, dead) =
         sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
     let loops = bound_loops()?;
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
-    // A mark whose run has no directory any more is that of a dead one too.
     let loop_marks = loops.iter().map(|bound| bound.mark());
-    let mount_marks = mounts
-        .iter()
-        .map(|mount| mount.source.to_string_lossy().into_owned());
-    for mark in loop_marks.chain(mount_marks) {
-        dead.extend(
-            run::id_in(&mark)
-                .filter(|id| !living.contains(*id))
-                .map(str::to_owned),
-        );
-    }
-    let dead = dead.iter().map(|id| look_at(id, &loops, &mounts)).collect();
+    let overlays = mounts.iter().filter(|mount| mount.filesystem == OVERLAY);
+    let overlay_marks = overlays.map(|mount| mount.source.to_string_lossy().into_owned());
+    let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
+    let marked = marks.iter().filter_map(|mark| run::id_in(mark));
+    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id);
+    let unknown: BTreeSet<&str> = marked.filter(is_unknown).collect();
+    let look_at = |id: &str| look_at(id, &loops, &mounts);
     Ok(Found {
-        dead,
+        unknown: unknown.into_iter().map(look_at).collect(),
+        dead: dead.iter().map(|id| look_at(id)).collect(),
         living: living.len(),
         _runs: runs,
     })
 }
+
+/// The filesystem of what carries a mark as its source. Anybody can mount another one with such a source (FUSE).
+const OVERLAY: &str = "overlay";
 
 /// The ids of the runs that have a directory: alive, and dead.
 fn sort_runs() -> io::Result<(BTreeSet<String>, BTreeSet<String>)> {
@@ -104,7 +106,10 @@ fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
         .partition(|bound| bound.mark() == mark);
     let devices = ours.iter().flat_map(|bound| device_numbers(bound.number()));
     let devices: BTreeSet<(u32, u32)> = devices.collect();
-    let is_ours = |mount: &MountInfo| mount.source == *mark || devices.contains(&mount.device);
+    let is_ours = |mount: &MountInfo| {
+        let is_marked = mount.filesystem == OVERLAY && mount.source == *mark;
+        is_marked || devices.contains(&mount.device)
+    };
     let by_id: BTreeMap<u64, &MountInfo> = mounts.iter().map(|mount| (mount.id, mount)).collect();
     let is_on_ours = |mount: &MountInfo| {
         let below =
