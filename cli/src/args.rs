@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use crate::guest::{GuestKind, TransportKind};
+use crate::guest::{GuestKind, Transports};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
@@ -103,8 +103,8 @@ pub(crate) struct DemoArgs {
     pub(crate) guest: GuestKind,
 
     /// How disks get into a virtual machine
-    #[arg(long, value_enum, default_value_t = TransportKind::Scsi)]
-    pub(crate) transport: TransportKind,
+    #[arg(long, value_parser = Transports::parser(), default_value = Transports::DEFAULT)]
+    pub(crate) transport: Transports,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]
@@ -125,7 +125,9 @@ A guest of QEMU is started for the mount and ends with it; DIR is a path in it, 
 /run/mounts.
 
 If somebody still uses the tree at the end, blockmount says who and waits for them; a further \
-signal makes it give up, say what stays mounted, and exit with status 1.")]
+signal makes it give up, say what stays mounted, and exit with status 1. With a guest of QEMU a \
+further signal kills its virtual machine. One that dies, stops or meets errors of its disks makes \
+the exit status 1.")]
 pub(crate) struct MountArgs {
     #[command(flatten)]
     pub(crate) layers: RequiredLayers,
@@ -135,8 +137,8 @@ pub(crate) struct MountArgs {
     pub(crate) guest: GuestKind,
 
     /// How disks get into a virtual machine
-    #[arg(long, value_enum, default_value_t = TransportKind::Scsi)]
-    pub(crate) transport: TransportKind,
+    #[arg(long, value_parser = Transports::parser(), default_value = Transports::DEFAULT)]
+    pub(crate) transport: Transports,
 
     /// Make the tree writable, with an empty scratch disk of this size: 64M, 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -172,7 +174,9 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Only what carries this program's mark is touched, and nothing that a living run holds.
+Only what carries the mark of a run that /run/blockmount knows is touched, and nothing that a \
+living run holds. A mark of another run is reported and left: that run may be alive in another \
+container.
 
 Examples:
   sudo blockmount cleanup --dry-run

@@ -11,7 +11,7 @@ use blockmount_checker::tree::Tree;
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
-use crate::guest::{Guest, Mounts, TransportKind};
+use crate::guest::{Guest, Mounts};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -32,7 +32,7 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     require_root("demo")?;
     let progress = Progress::new();
     let before = Tables::read()?;
-    let machine = Machine::start(args.guest, args.transport).await?;
+    let machine = Machine::start(args.guest, args.transport, &interrupt).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();
@@ -120,8 +120,8 @@ async fn job(
     let manager = machine.manager();
     let (one, two) = tokio::join!(manager.stack(&requests[0]), manager.stack(&requests[1]));
     let stacks = [one?, two?];
-    if args.transport == TransportKind::Vpmem {
-        refuse_others(&stacks)?;
+    if let (Guest::Qemu(_), Some(scheme)) = (machine.guest(), args.transport.required()) {
+        refuse_others(&stacks, scheme)?;
     }
     let scene = Scene {
         machine,
@@ -146,13 +146,14 @@ async fn job(
     Ok(report)
 }
 
-/// What did not fit on VPMEM went to the next transport, which was not asked for.
-fn refuse_others(stacks: &[Stack]) -> Result<(), Failure> {
+/// What did not fit on a transport went to the next, which was not asked for.
+fn refuse_others(stacks: &[Stack], scheme: &str) -> Result<(), Failure> {
     let mut layers = stacks.iter().flat_map(Stack::layers);
-    match layers.find(|layer| layer.locator().transport() != blockmount_vpmem::SCHEME) {
+    match layers.find(|layer| layer.locator().transport() != scheme) {
         None => Ok(()),
         Some(layer) => {
-            let what = format!("a layer does not fit on VPMEM, and is {}", layer.locator());
+            let at = layer.locator();
+            let what = format!("a layer does not fit on {scheme}, and is {at}");
             Err(Failure::new(what).advise("use --transport auto"))
         }
     }

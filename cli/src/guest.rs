@@ -1,6 +1,7 @@
 //! Where the containers run, and how to look and write there: this machine, or a virtual one.
 
 mod qemu;
+mod transports;
 
 use std::collections::HashMap;
 use std::fs;
@@ -18,6 +19,7 @@ use crate::report::SlotReport;
 use crate::terminal::Progress;
 
 pub(crate) use qemu::{MOUNTS, QemuGuest};
+pub(crate) use transports::Transports;
 
 /// Where containers can run, by their names on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,17 +28,6 @@ pub(crate) enum GuestKind {
     Local,
     /// A virtual machine of QEMU, started for this run
     Qemu,
-}
-
-/// How disks get into a virtual machine, by the names on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum TransportKind {
-    /// Read-only layers on VPMEM if they fit there, everything else on SCSI
-    Auto,
-    /// Everything on SCSI
-    Scsi,
-    /// All layers on VPMEM; a scratch disk, which VPMEM cannot be, on SCSI
-    Vpmem,
 }
 
 /// A guest that is there.
@@ -72,6 +63,14 @@ impl Guest {
         match self {
             Guest::Local(_) => "local",
             Guest::Qemu(_) => "qemu",
+        }
+    }
+
+    /// Waits until what is in the guest is lost, and says why; on this machine for ever. Cancel safe.
+    pub(crate) async fn failed(&self) -> String {
+        match self {
+            Guest::Local(_) => std::future::pending().await,
+            Guest::Qemu(guest) => guest.failed().await,
         }
     }
 

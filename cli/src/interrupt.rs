@@ -24,7 +24,8 @@ pub(crate) struct Interrupt(Arc<State>);
 struct State {
     token: CancellationToken,
     first: OnceLock<&'static str>,
-    further: watch::Sender<usize>,
+    /// The last further signal.
+    further: watch::Sender<&'static str>,
     doing: Mutex<String>,
     workers: TaskTracker,
 }
@@ -35,7 +36,7 @@ impl Interrupt {
         let interrupt = Interrupt(Arc::new(State {
             token: CancellationToken::new(),
             first: OnceLock::new(),
-            further: watch::Sender::new(0),
+            further: watch::Sender::default(),
             doing: Mutex::new("releasing everything".to_owned()),
             workers: TaskTracker::new(),
         }));
@@ -56,7 +57,7 @@ impl Interrupt {
                 continue;
             }
             say(format_args!("{name}: not yet, still {}", self.doing()));
-            self.0.further.send_modify(|count| *count += 1);
+            self.0.further.send_replace(name);
         }
     }
 
@@ -71,12 +72,13 @@ impl Interrupt {
         self.signal().unwrap_or("a signal")
     }
 
-    /// Waits for one more signal after the call; the first does not count. Cancel safe.
-    pub(crate) async fn further(&self) {
+    /// Waits for one more signal after the call, and names it; the first does not count. Cancel safe.
+    pub(crate) async fn further(&self) -> &'static str {
         let mut further = self.0.further.subscribe();
         if further.changed().await.is_err() {
             std::future::pending().await
         }
+        *further.borrow()
     }
 
     /// Says what a further signal has to wait for.
@@ -159,7 +161,7 @@ impl Stop {
         Stop(Interrupt(Arc::new(State {
             token: CancellationToken::new(),
             first: OnceLock::new(),
-            further: watch::Sender::new(0),
+            further: watch::Sender::default(),
             doing: Mutex::default(),
             workers: TaskTracker::new(),
         })))

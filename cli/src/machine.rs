@@ -9,7 +9,7 @@ use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Failure, printable};
-use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest, TransportKind};
+use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest, Transports};
 use crate::interrupt::Interrupt;
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
@@ -56,10 +56,17 @@ pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
 
 impl Machine {
     /// Starts a run, and the guest if it is no part of this machine. Nothing is attached or mounted yet.
-    pub(crate) async fn start(kind: GuestKind, transport: TransportKind) -> Result<Self, Failure> {
-        if kind == GuestKind::Local && transport == TransportKind::Vpmem {
-            let what = "this machine has loop devices for disks, and no VPMEM";
-            return Err(Failure::usage(what).advise("use --guest qemu with --transport vpmem"));
+    pub(crate) async fn start(
+        kind: GuestKind,
+        transports: Transports,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
+        if let (GuestKind::Local, Some(scheme)) = (kind, transports.required())
+            && scheme != Transports::DEFAULT
+        {
+            let what = format!("this machine has loop devices for disks, and no {scheme}");
+            let advice = format!("use --guest qemu with --transport {scheme}");
+            return Err(Failure::usage(what).advise(advice));
         }
         let run = Run::start()?;
         tracing::info!(directory = %run.directory().display(), "run started");
@@ -88,12 +95,12 @@ impl Machine {
                 (Guest::Local(loops), manager)
             }
             GuestKind::Qemu => {
-                let guest = QemuGuest::start(run.work_dir(), transport).await?;
-                let vpmem = guest.vpmem().cloned();
-                let vpmem = vpmem.map(|vpmem| vpmem as Arc<dyn Transport>);
-                let scsi = guest.scsi().clone() as Arc<dyn Transport>;
-                // A disk that the first does not take is offered to the second.
-                let transports = vpmem.into_iter().chain([scsi]);
+                let starting = QemuGuest::start(run.work_dir(), transports, interrupt);
+                let guest = tokio::select! {
+                    started = starting => started?,
+                    signal = interrupt.requested() => return Err(Failure::interrupted(signal)),
+                };
+                let transports = guest.transports().iter().cloned();
                 let manager = build(
                     Path::new(MOUNTS),
                     transports.map(|transport| recorder.watch(transport)),
@@ -154,19 +161,21 @@ impl Machine {
     /// Ends the run: waits for work under way, tears down whatever is still there, ends the guest, removes the files.
     ///
     /// What somebody uses is waited for; a further signal makes it give up, with an error that names what stays.
-    pub(crate) async fn end(self, interrupt: &Interrupt) -> Ended {
+    pub(crate) async fn end(mut self, interrupt: &Interrupt) -> Ended {
         let ours = self.ours();
         interrupt.now("waiting for the work under way to stop");
         interrupt.settled().await;
         interrupt.now("releasing disks and mounts");
         let mut result = self.drain(interrupt).await;
         let mut left_in_guest = Vec::new();
-        if let Guest::Qemu(guest) = &self.guest {
+        if let Guest::Qemu(guest) = &mut self.guest {
             interrupt.now("ending the virtual machine");
             match guest.left_over().await {
                 Ok(left) => left_in_guest = left,
                 Err(failure) => result = result.and(Err(failure)),
             }
+            // A VM that did not live explains whatever else has failed.
+            result = guest.verdict().await.and(result);
             guest.end().await;
         }
         // A VM that is gone has taken along whatever could not be released.
@@ -231,7 +240,7 @@ impl Machine {
             }
             tokio::select! {
                 () = tokio::time::sleep(BETWEEN_ATTEMPTS) => {}
-                () = interrupt.further(), if busy => return Err(stays(&waiting)),
+                _ = interrupt.further(), if busy => return Err(stays(&waiting)),
             }
         }
     }

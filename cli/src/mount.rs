@@ -47,14 +47,17 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         .map(|layer| layer_request(layer, &args.options));
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let before = Tables::read()?;
-    let mut machine = Machine::start(args.guest, args.transport).await?;
+    let mut machine = Machine::start(args.guest, args.transport, &interrupt).await?;
     let held = match hold(&args, &target, requests, &mut machine, &interrupt).await {
         Ok(stack) => {
             let shown = show(&args, &machine, &stack).await;
             if shown.is_ok() {
-                let signal = interrupt.requested().await;
+                let why = tokio::select! {
+                    signal = interrupt.requested() => signal.to_owned(),
+                    why = machine.guest().failed() => why,
+                };
                 say(format_args!(
-                    "{signal}: releasing {}",
+                    "{why}: releasing {}",
                     printable(&target.display().to_string())
                 ));
             }

@@ -61,7 +61,7 @@ pub(crate) async fn measure(
     let images = make(directory, interrupt).await?;
     // One of its own: these disks are none of the containers', and are not counted with theirs.
     let manager = Manager::builder()
-        .transport(guest.scsi().clone())
+        .transport(guest.last_transport())
         .unplugger(guest.agent().clone())
         .mounter(guest.agent().clone())
         .combiner(guest.agent().clone())
@@ -147,7 +147,7 @@ async fn add(manager: &Manager, images: &[PathBuf]) -> Result<Duration, Failure>
 
 /// Does the same with bare commands and bare mounts.
 async fn floor(guest: &QemuGuest, images: &[PathBuf]) -> Result<Duration, Failure> {
-    let controllers = u64::from(guest.scsi().geometry().controllers());
+    let controllers = u64::from(guest.vm().scsi().geometry().controllers());
     let mut addresses = Vec::new();
     for (number, image) in (0..).zip(images) {
         let controller = (number % controllers).try_into();

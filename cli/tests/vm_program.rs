@@ -6,8 +6,9 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use common::{assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
+use common::{Held, assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
 use rustix::process::Signal;
 
 /// The processes of QEMU that have something to do with a run.
@@ -137,6 +138,70 @@ fn vm_a_killed_program_takes_its_machine_along_and_cleanup_removes_the_rest() {
     assert!(left.iter().all(|directory| Path::new(directory).exists()));
     run(["cleanup"]).says(0, &[]);
     assert!(!left.iter().any(|directory| Path::new(directory).exists()));
+}
+
+/// A mount in a machine of its own that is held, the run's id, and the process of QEMU.
+fn held_in_a_machine(dir: &tempfile::TempDir) -> (Held, String, u32) {
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.display().to_string();
+    let arguments = [
+        "--guest",
+        "qemu",
+        "--scratch",
+        "8M",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        &layer,
+    ];
+    let mut held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let said = held.wait_for("run started");
+    let id = run_id(&said).unwrap().to_owned();
+    let children = format!("/proc/{0}/task/{0}/children", held.pid());
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", held.pid())).unwrap();
+    let children = std::iter::once(children.into())
+        .chain(tasks.flatten().map(|task| task.path().join("children")));
+    let children: Vec<std::path::PathBuf> = children.collect();
+    let pids = children
+        .iter()
+        .filter_map(|path| std::fs::read_to_string(path).ok());
+    let pids: Vec<u32> = pids
+        .flat_map(|text| {
+            text.split_whitespace()
+                .map(|pid| pid.parse().unwrap())
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    (held, id, pids[0])
+}
+
+#[test]
+fn vm_u06_a_mount_ends_with_an_error_when_its_machine_dies() {
+    let dir = temp();
+    let (held, id, qemu) = held_in_a_machine(&dir);
+    let started = Instant::now();
+    common::signal(qemu, Signal::KILL);
+    let answer = held.wait();
+    assert!(started.elapsed() < Duration::from_secs(5), "{answer}");
+    answer.says(1, &["the VM is gone", "SIGKILL", "did not live"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
+}
+
+#[test]
+fn vm_x06_the_second_signal_gives_up_on_a_machine_that_hangs() {
+    let dir = temp();
+    let (held, id, qemu) = held_in_a_machine(&dir);
+    common::signal(qemu, Signal::STOP);
+    common::signal(held.pid(), Signal::TERM);
+    std::thread::sleep(Duration::from_millis(500));
+    let started = Instant::now();
+    let answer = held.end(Signal::TERM);
+    assert!(started.elapsed() < Duration::from_secs(2), "{answer}");
+    answer.says(1, &["giving up on the guest", "second signal"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
 }
 
 #[test]

@@ -2,25 +2,24 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use blockmount::Disk;
 use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
 use blockmount_bridge::BridgeGuest;
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
 use blockmount_checker::tree::Tree;
-use blockmount_qemu::{
-    AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
-};
-use blockmount_scsi::ScsiTransport;
-use blockmount_vpmem::{Mode, VpmemTransport};
+use blockmount_qemu::{AgentChannel, GuestImage, GuestKernel, GuestStream, Vm};
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::failure::{Context, Failure};
-use crate::guest::TransportKind;
+use crate::guest::transports::{self, Transports, VmTransport};
+use crate::interrupt::Interrupt;
 use crate::report::SlotReport;
+use crate::terminal::say;
 
 /// Where saved states of guests are kept between runs.
 const STATES: &str = "/var/cache/blockmount/states";
@@ -28,31 +27,84 @@ const STATES: &str = "/var/cache/blockmount/states";
 const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
 /// Below this, mounts without a path of the caller's.
 pub(crate) const MOUNTS: &str = "/run/mounts";
-/// How many SCSI controllers it has.
-const CONTROLLERS: u8 = 4;
-/// How many devices of persistent memory it can have, on which layers are packed.
-const MEMORY_PORTS: u8 = 2;
-/// How large each of them is, in bytes. Each GiB costs the guest 16 MiB of its memory.
-const MEMORY_SIZE: u64 = 2 << 30;
 /// How long the checker may take to open its port.
 const OPENING: Duration = Duration::from_secs(10);
+
+/// How long a VM stands still before it is given up.
+const STANDING: Duration = Duration::from_secs(2);
+/// How long a VM that is about to end may take until it has, and it is known how.
+const ENDING: Duration = Duration::from_millis(500);
 
 /// A VM that was started for this run.
 #[derive(Debug)]
 pub(crate) struct QemuGuest {
     vm: Vm,
-    scsi: Arc<ScsiTransport<QemuScsi>>,
-    vpmem: Option<Arc<VpmemTransport<QemuVpmem>>>,
+    transports: Vec<Arc<dyn VmTransport>>,
     agent: BridgeGuest<AgentChannel>,
     /// It answers one question after the other.
     checker: Mutex<Checker<GuestStream>>,
     /// What the guest's kernel had before anything was asked of it.
     before: Tables,
+    guard: Guard,
+}
+
+/// Says what happens to a VM, and kills it when a second signal comes: its guest may hang.
+#[derive(Debug)]
+struct Guard {
+    /// By which signal it was killed.
+    killed: Arc<OnceLock<&'static str>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Guard {
+    fn start(vm: Vm, interrupt: Interrupt) -> Self {
+        let killed = Arc::<OnceLock<_>>::default();
+        let kills = killed.clone();
+        let task = tokio::spawn(async move {
+            let mut health = vm.qmp().health();
+            let mut told = 0;
+            loop {
+                tokio::select! {
+                    signal = interrupt.further() => {
+                        say(format_args!("{signal}: giving up on the guest; its virtual machine is killed"));
+                        // Before the end that it causes.
+                        let _ = kills.set(signal);
+                        return vm.kill();
+                    }
+                    Ok(()) = health.changed() => {
+                        let health = health.borrow().clone();
+                        let errors: Vec<&str> = health.io_errors().map(|(_, error)| error).collect();
+                        for error in errors.iter().skip(told) {
+                            say(format_args!("warning: in the virtual machine, {error}"));
+                        }
+                        told = errors.len();
+                    }
+                }
+            }
+        });
+        Guard { killed, task }
+    }
+
+    async fn stop(&mut self) {
+        self.task.abort();
+        // An abort is what it ends by.
+        let _ = (&mut self.task).await;
+    }
 }
 
 impl QemuGuest {
     /// Starts a VM with its files in a directory.
-    pub(crate) async fn start(directory: &Path, kind: TransportKind) -> Result<Self, Failure> {
+    pub(crate) async fn start(
+        directory: &Path,
+        transports: Transports,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
         let what = || "cannot start a virtual machine".to_owned();
         let advice = "tests/setup.sh of the source fetches a kernel for guests";
         let kernel = GuestKernel::find().context(what);
@@ -61,25 +113,12 @@ impl QemuGuest {
             .file(ARGUMENTS, agent_arguments())
             .file(format!("{PROGRAMS}/checker"), checker_program())
             .build();
-        let vm = Vm::builder(image.await.context(what)?)
-            .controllers(CONTROLLERS)
-            .persistent_memory(MEMORY_PORTS, u64::from(MEMORY_PORTS) * MEMORY_SIZE)
+        let vm = transports::hardware(Vm::builder(image.await.context(what)?))
             .directory(directory)
             .saved_states(STATES)
             .start();
         let vm = vm.await.context(what)?;
-        let attacher = vm.scsi();
-        let geometry = attacher.geometry();
-        let scsi = ScsiTransport::new(attacher, geometry, &[]).context(what)?;
-        let vpmem = match kind {
-            TransportKind::Scsi => None,
-            TransportKind::Auto | TransportKind::Vpmem => {
-                let attacher = vm.vpmem(MEMORY_SIZE, directory).context(what)?;
-                let geometry = attacher.geometry();
-                let transport = VpmemTransport::new(attacher, geometry, Mode::Packed, &[]);
-                Some(Arc::new(transport.context(what)?))
-            }
-        };
+        let transports = transports.start(&vm, directory)?;
         let agent = vm.guest(PORT).await.context(what)?;
         let stream = vm
             .connect(blockmount_checker::PORT, OPENING)
@@ -88,10 +127,10 @@ impl QemuGuest {
         let mut checker = Checker::new(stream);
         Ok(QemuGuest {
             before: checker.tables().await.map_err(Failure::of_io)?,
-            scsi: Arc::new(scsi),
-            vpmem,
+            transports,
             agent,
             checker: Mutex::new(checker),
+            guard: Guard::start(vm.clone(), interrupt.clone()),
             vm,
         })
     }
@@ -100,14 +139,15 @@ impl QemuGuest {
         &self.vm
     }
 
-    /// Its SCSI disks.
-    pub(crate) fn scsi(&self) -> &Arc<ScsiTransport<QemuScsi>> {
-        &self.scsi
+    /// Its transports, in the order in which disks are offered to them.
+    pub(crate) fn transports(&self) -> &[Arc<dyn VmTransport>] {
+        &self.transports
     }
 
-    /// Its persistent memory, if that is to be used.
-    pub(crate) fn vpmem(&self) -> Option<&Arc<VpmemTransport<QemuVpmem>>> {
-        self.vpmem.as_ref()
+    /// The one that takes every disk.
+    pub(crate) fn last_transport(&self) -> Arc<dyn VmTransport> {
+        let last = self.transports.last();
+        last.expect("a VM has at least one transport").clone()
     }
 
     /// Its agent, which mounts, unplugs and combines layers.
@@ -157,24 +197,14 @@ impl QemuGuest {
     }
 
     pub(super) fn slots(&self) -> Vec<SlotReport> {
-        let on_vpmem = self.vpmem.iter().flat_map(|vpmem| vpmem.slot_map());
-        let on_vpmem = on_vpmem.map(|entry| SlotReport {
-            slot: entry.address.to_string(),
-            device: QemuVpmem::name(entry.address.device),
-            ..slot(entry.usage, entry.disk)
-        });
-        let on_scsi = self.scsi.slot_map().into_iter().map(|entry| SlotReport {
-            slot: entry.address.to_string(),
-            device: QemuScsi::name(entry.address),
-            ..slot(entry.usage, entry.disk)
-        });
-        on_vpmem.chain(on_scsi).collect()
+        let slots = self.transports.iter().map(|transport| transport.slots());
+        slots.flatten().collect()
     }
 
     /// What the guest's kernel and QEMU have that they had not at the start, one line each. Nothing is left of a
     /// VM that is gone.
     pub(crate) async fn left_over(&self) -> Result<Vec<String>, Failure> {
-        if !self.vm.is_running() {
+        if self.vm.qmp().is_closed() || self.guard.killed.get().is_some() {
             return Ok(Vec::new());
         }
         let in_qemu = self.vm.scsi().left().await;
@@ -184,8 +214,8 @@ impl QemuGuest {
             .into_iter()
             .map(|what| format!("{what} in QEMU"))
             .collect();
-        let on_vpmem = self.vpmem.iter().flat_map(|vpmem| vpmem.slot_map());
-        left.extend(on_vpmem.map(|entry| format!("disk on VPMEM {}", entry.address)));
+        let slots = self.slots().into_iter();
+        left.extend(slots.map(|slot| format!("disk in slot {}", slot.slot)));
         let after = lines(&self.tables().await?);
         left.extend(
             after
@@ -195,21 +225,51 @@ impl QemuGuest {
         Ok(left)
     }
 
-    /// Ends the VM.
-    pub(crate) async fn end(&self) {
-        self.vm.shut_down().await;
+    /// Waits until the VM has ended, was reset, has crashed or stands still, and says why. Cancel safe.
+    pub(crate) async fn failed(&self) -> String {
+        let qmp = self.vm.qmp();
+        let mut health = qmp.health();
+        let health = tokio::select! {
+            ended = health.wait_for(|health| health.ended().is_some()) => {
+                ended.expect("a connection keeps the state of its VM").to_string()
+            }
+            stopped = qmp.stands_still(STANDING) => stopped.to_string(),
+        };
+        match timeout(ENDING, self.vm.ended()).await {
+            Ok(how) => format!("{health} ({how})"),
+            Err(_) => health,
+        }
     }
-}
 
-/// What there is to say about a slot of any transport.
-fn slot(state: impl std::fmt::Debug, disk: Option<Disk>) -> SlotReport {
-    SlotReport {
-        slot: String::new(),
-        state: format!("{state:?}").to_lowercase(),
-        device: String::new(),
-        read_only: disk.as_ref().is_some_and(Disk::is_read_only),
-        direct_io: false,
-        disk: disk.map_or(String::new(), |disk| disk.source().display().to_string()),
+    /// Whether the VM and its disks were well until now.
+    pub(crate) async fn verdict(&self) -> Result<(), Failure> {
+        let failure =
+            Failure::new("the virtual machine did not live until everything was released");
+        let advice = "what was not yet written to its disks is lost";
+        if let Some(signal) = self.guard.killed.get() {
+            let cause =
+                format!("{signal} was the second signal, and made blockmount give up on it");
+            return Err(failure.because(cause).advise(advice));
+        }
+        let health = self.vm.qmp().health().borrow().clone();
+        if health.ended().is_some() || health.stopped().is_some() {
+            let cause = self.failed().await;
+            return Err(failure.because(cause).advise(advice));
+        }
+        match health.is_good() {
+            true => Ok(()),
+            false => Err(Failure::new(
+                "the guest met errors of its disks, which may have lost data",
+            )
+            .because(health.to_string())
+            .advise("check the host's disks, and that they are not full")),
+        }
+    }
+
+    /// Ends the VM.
+    pub(crate) async fn end(&mut self) {
+        self.vm.shut_down().await;
+        self.guard.stop().await;
     }
 }
 
@@ -222,14 +282,7 @@ fn checker_program() -> String {
 fn agent_arguments() -> String {
     let roots = ROOTS.map(|root| ["--root".to_owned(), root.to_owned()]);
     let mut arguments: Vec<String> = roots.into_iter().flatten().collect();
-    for number in 0..CONTROLLERS {
-        let address = blockmount_qemu::controller_address(number);
-        arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
-    }
-    for number in 0..MEMORY_PORTS {
-        let address = blockmount_qemu::memory_port_address(number);
-        arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
-    }
+    arguments.extend(transports::agent_arguments());
     arguments.join("\n") + "\n"
 }
 
