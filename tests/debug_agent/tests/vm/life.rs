@@ -96,7 +96,7 @@ async fn vm_u05_a_release_that_waits_for_a_stopped_vm_is_told_and_can_be_retried
     let error = mount.release().await.unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(10), "{error}");
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
-    let said = format!("{error}: {}", error.cause());
+    let said = format!("{error}: {}", error.error().cause());
     assert!(said.contains("the VM is stopped"), "{said}");
     // The disk is still there, since nothing is known of the guest's side.
     let blocks = rig.vm.qmp().execute("query-block", NONE).await.unwrap();
