@@ -95,6 +95,7 @@ mod target;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod transports;
+mod turns;
 
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
@@ -113,3 +114,4 @@ pub use options::{
 pub use pci::PciAddress;
 pub use release::ReleaseError;
 pub use stack::{Stack, StackRequest};
+pub use turns::Turns;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Presence, Resolver, Unplugger,
+    Overlay, Presence, Resolver, Turns, Unplugger,
 };
 
 use crate::device::number::DeviceNumber;
@@ -21,7 +21,6 @@ use crate::mount::mounting::{self, Request};
 use crate::mount::target::{MountPoint, Target};
 use crate::mount::{directory, overlay, unmount};
 use crate::transports::Transports;
-use crate::turns::Turns;
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::locks::Key;
 use crate::undo::step::{DeviceUse, Identity, MountStep, Undo};
@@ -54,7 +53,7 @@ pub(crate) struct Config {
 struct Inner {
     config: Config,
     ledger: Arc<Ledger>,
-    turns: Turns,
+    turns: Turns<PathBuf>,
 }
 
 impl LinuxGuest {
@@ -105,7 +104,7 @@ impl Mounter for LinuxGuest {
         let (inner, device, options) = (self.0.clone(), device.clone(), options.clone());
         let path = target.path().to_owned();
         let call = async move { inner.mount(&device, &target, &options).await };
-        self.0.turns.run(&path, call).await
+        self.0.turns.run(path, call).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
@@ -113,7 +112,7 @@ impl Mounter for LinuxGuest {
         let target = Target::parse(target, &[])?;
         let (inner, path) = (self.0.clone(), target.path().to_owned());
         let call = async move { inner.unmount(&target).await };
-        self.0.turns.run(&path, call).await
+        self.0.turns.run(path, call).await
     }
 
     async fn adopt(
@@ -134,7 +133,7 @@ impl LayerCombiner for LinuxGuest {
         let (inner, overlay) = (self.0.clone(), overlay.clone());
         let path = target.path().to_owned();
         let call = async move { inner.combine(&target, overlay).await };
-        self.0.turns.run(&path, call).await
+        self.0.turns.run(path, call).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {

@@ -97,7 +97,6 @@ mod kernel;
 mod mount;
 mod sys;
 mod transports;
-mod turns;
 mod undo;
 
 pub use builder::LinuxGuestBuilder;
