@@ -53,7 +53,10 @@ fn against<T, F: Future<Output = T>>(bytes: &[u8], peer: impl FnOnce(DuplexStrea
 pub fn bridge_server(bytes: &[u8]) {
     let vm = FakeVm::new();
     against(bytes, async |line| {
-        blockmount_bridge::serve(line, vm).await.ok()
+        blockmount_bridge::GuestServer::new(vm)
+            .serve(line)
+            .await
+            .ok()
     });
 }
 
@@ -71,13 +74,17 @@ pub fn bridge_host(bytes: &[u8]) {
 pub fn gcs_server(bytes: &[u8]) {
     let vm = FakeVm::new();
     against(bytes, async |line| {
-        blockmount_bridge::gcs::serve(line, vm).await.ok()
+        blockmount_bridge::gcs::GuestServer::new(vm)
+            .serve(line)
+            .await
+            .ok()
     });
 }
 
 /// A Hyper-V guest that answers its host with these bytes.
 pub fn gcs_host(bytes: &[u8]) {
-    use blockmount_bridge::gcs::{BridgeGuest, GuestConnection};
+    use blockmount_bridge::BridgeGuest;
+    use blockmount_bridge::gcs::GuestConnection;
     against(bytes, async |line| {
         if let Ok(connection) = GuestConnection::connect(line).await {
             unplug(BridgeGuest::new(connection)).await;

@@ -1,4 +1,4 @@
-//! The guest's contracts, kept by asking over our own protocol.
+//! The guest's contracts, kept by asking over a bridge.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,10 +8,13 @@ use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
 };
 
-use crate::GuestConnection;
+use crate::codec::HostCodec;
+use crate::connection::Connection;
+use crate::native::GuestConnection;
 use crate::protocol::Request;
 
-/// What carries requests to the agent of a guest: a [`GuestConnection`], or one that reconnects.
+/// What carries requests to the agent of a guest: a [`GuestConnection`], one that reconnects, or a hypervisor that has
+/// the connection to itself.
 ///
 /// The implementor must bound its waits and never panic. It must answer `Uncertain` whenever the guest may have done
 /// it, also when the connection is lost. Only the owner of the VM may answer `Gone`, when the VM has ended.
@@ -27,15 +30,16 @@ pub trait GuestChannel: Send + Sync + 'static {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl GuestChannel for GuestConnection {
+impl<C: HostCodec> GuestChannel for Connection<C> {
     async fn call(&self, request: Request) -> Result<(), BackendError> {
-        GuestConnection::call(self, request).await
+        Connection::call(self, request).await
     }
 }
 
 /// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`] and [`LayerCombiner`].
 ///
-/// Locators, options and overlays are sent as they are, and the guest decides. Clones share the channel.
+/// Over our own protocol locators, options and overlays are sent as they are, and the guest decides; for others see
+/// [`gcs`](crate::gcs). Clones share the channel.
 #[derive(Debug)]
 pub struct BridgeGuest<C = GuestConnection>(Arc<C>);
 

@@ -1,20 +1,17 @@
-//! The host's end of our own protocol.
+//! The host's end: a connection to an agent, whatever protocol is spoken on it.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use blockmount::{BackendError, ErrorKind};
-use serde::de::DeserializeOwned;
+use blockmount::BackendError;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::frames::{Found, FrameReader};
-use crate::line::{Deadlines, Failure, Line, Reconnect};
+use crate::codec::HostCodec;
+use crate::frames::{Found, FrameReader, Header, too_large};
+use crate::link::{Deadlines, Failure, Link, Received};
 use crate::multiplexer::{Answers, Multiplexer};
-use crate::protocol::{Answer, First, Hello, HelloAnswer, Id, Request, frame, printable};
-
-/// The body of an answer, or why it cannot be read.
-type Body = Result<Vec<u8>, String>;
+use crate::protocol::Request;
 
 /// A connection to the agent of a guest, over any stream of bytes.
 ///
@@ -24,17 +21,33 @@ type Body = Result<Vec<u8>, String>;
 /// [`RedialingChannel`](crate::RedialingChannel) reconnects by itself.
 ///
 /// Cloning is cheap; clones are the same connection. The stream is closed when the last is dropped.
-#[derive(Debug, Clone)]
-pub struct GuestConnection(Arc<Shared>);
-
 #[derive(Debug)]
-struct Shared {
-    deadlines: Deadlines,
-    /// With the name and version of the agent's software.
-    line: Line<Body, String>,
+pub struct Connection<C: HostCodec>(Arc<Shared<C>>);
+
+impl<C: HostCodec> Clone for Connection<C> {
+    fn clone(&self) -> Self {
+        Connection(self.0.clone())
+    }
 }
 
-impl GuestConnection {
+#[derive(Debug)]
+struct Shared<C: HostCodec> {
+    codec: Arc<C>,
+    deadlines: Deadlines,
+    /// Counts on over reconnections: an answer to an old request is never one to a new.
+    ids: Arc<AtomicU64>,
+    /// Locked to be copied or replaced, never across I/O.
+    current: Mutex<Current<C>>,
+}
+
+/// The stream that requests go over, and what was agreed on when it was made.
+#[derive(Debug)]
+struct Current<C: HostCodec> {
+    stream: Option<Arc<Multiplexer<Received<C::Header>>>>,
+    agreed: Arc<C::Agreed>,
+}
+
+impl<C: HostCodec> Connection<C> {
     /// Connects with the default [`Deadlines`].
     ///
     /// # Errors
@@ -56,16 +69,17 @@ impl GuestConnection {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let connection = Self::unconnected(deadlines);
+        let connection = Connection(Arc::new(Shared {
+            codec: Arc::default(),
+            deadlines,
+            ids: Arc::default(),
+            current: Mutex::new(Current {
+                stream: None,
+                agreed: Arc::default(),
+            }),
+        }));
         connection.reconnect(stream).await?;
         Ok(connection)
-    }
-
-    pub(crate) fn unconnected(deadlines: Deadlines) -> Self {
-        GuestConnection(Arc::new(Shared {
-            deadlines,
-            line: Line::new(),
-        }))
     }
 
     /// Agrees on a version over another stream to the same guest, and uses that from now on. The old stream, if it
@@ -87,21 +101,35 @@ impl GuestConnection {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let Shared { deadlines, line } = &*self.0;
-        let link = start(stream, deadlines.frame, line.ids.clone());
-        let software = negotiate(&link, deadlines.negotiation).await?;
-        line.replace(link, software);
+        let Shared {
+            codec,
+            deadlines,
+            ids,
+            ..
+        } = &*self.0;
+        let (reader, writer) = tokio::io::split(stream);
+        let reader = FrameReader::new(reader, deadlines.frame);
+        let receive = |answers| receive(codec.clone(), reader, answers);
+        let stream = Multiplexer::start(writer, ids.clone(), receive, |_| {});
+        let link = Link {
+            stream: &stream,
+            deadline: deadlines.negotiation,
+        };
+        let agreed = Arc::new(codec.negotiate(link).await?);
+        let stream = Some(Arc::new(stream));
+        let old = std::mem::replace(&mut *self.current(), Current { stream, agreed });
+        if let Some(old) = old.stream {
+            old.end("another connection has taken its place");
+        }
         Ok(())
     }
 
     /// Closes the connection; as if it were lost.
     pub fn close(&self) {
-        self.0.line.close();
-    }
-
-    /// The name and version of the agent's software, as it says.
-    pub fn agent(&self) -> Arc<String> {
-        self.0.line.agreed()
+        let stream = self.current().stream.take();
+        if let Some(stream) = stream {
+            stream.end("the connection was closed");
+        }
     }
 
     /// Has the guest do something, within the usual deadline.
@@ -110,8 +138,8 @@ impl GuestConnection {
     ///
     /// `Uncertain` if the guest may have done it: it has not answered in time, or with garbage, or there is no
     /// connection. `Busy` if it does not even read requests; this one was not sent then. `Invalid` if the request
-    /// does not fit in a frame of 1 MiB or has a path that is not UTF-8. Otherwise what the guest answers; but a guest
-    /// that says that it is `Gone` is `Uncertain`, since it answers.
+    /// does not fit in a frame or has a path that the protocol cannot carry, `Unsuitable` if the protocol has no message
+    /// for it. Otherwise what the guest answers; but a guest that says that it is `Gone` is `Uncertain`, since it answers.
     ///
     /// # Cancel safety
     ///
@@ -130,115 +158,70 @@ impl GuestConnection {
         request: Request,
         deadline: Duration,
     ) -> Result<(), BackendError> {
-        Ok(self.attempt(request, deadline).await?)
+        let what = request.describe();
+        let Some(message) = self.translate(request)? else {
+            return Ok(());
+        };
+        let outcome = self.attempt(&what, message.clone(), deadline).await;
+        let outcome = outcome.map_err(BackendError::from);
+        self.codec().settle(&message, &outcome);
+        outcome
     }
-}
 
-impl Reconnect for GuestConnection {
-    type Request = Request;
-
-    fn may_repeat(request: &Request) -> bool {
-        request.is_teardown()
+    /// What is sent for a request; nothing if the guest need not be asked.
+    pub(crate) fn translate(&self, request: Request) -> Result<Option<C::Message>, BackendError> {
+        self.codec().translate(request, &self.agreed())
     }
 
-    fn deadlines(&self) -> Deadlines {
+    /// Sends a message over the present stream.
+    pub(crate) async fn attempt(
+        &self,
+        what: &str,
+        message: C::Message,
+        deadline: Duration,
+    ) -> Result<(), Failure> {
+        let stream = self.current().stream.clone();
+        let stream = stream.ok_or_else(|| Failure::not_sent(what, "there is no connection"))?;
+        let link = Link {
+            stream: &stream,
+            deadline,
+        };
+        self.codec().exchange(link, what, message).await
+    }
+
+    pub(crate) fn agreed(&self) -> Arc<C::Agreed> {
+        self.current().agreed.clone()
+    }
+
+    pub(crate) fn codec(&self) -> &C {
+        &self.0.codec
+    }
+
+    pub(crate) fn deadlines(&self) -> Deadlines {
         self.0.deadlines
     }
 
-    async fn attempt(&self, request: Request, deadline: Duration) -> Result<(), Failure> {
-        let what = request.describe();
-        let link = self.0.line.link(&what)?;
-        match exchange(&link, &what, &request, deadline).await? {
-            Answer::Ok => Ok(()),
-            Answer::Error(error) if error.kind() == ErrorKind::Gone => {
-                let message = format!("the guest says of the {what} that it is gone");
-                Err(BackendError::uncertain(message).with_source(error).into())
-            }
-            Answer::Error(error) => Err(error.into()),
-            Answer::HelloFirst => {
-                let why = "the agent was started anew, and knows nothing of this connection";
-                link.end(why);
-                Err(Failure::not_sent(&what, why))
-            }
-        }
+    fn current(&self) -> MutexGuard<'_, Current<C>> {
+        // Nothing under the lock panics.
+        let current = self.0.current.lock();
+        current.unwrap_or_else(PoisonError::into_inner)
     }
-
-    async fn open<S>(&self, stream: S) -> Result<(), BackendError>
-    where
-        S: AsyncRead + AsyncWrite + Send + 'static,
-    {
-        self.reconnect(stream).await
-    }
-
-    fn hang_up(&self) {
-        self.close();
-    }
-}
-
-fn start<S>(stream: S, frame: Duration, ids: Arc<AtomicU64>) -> Multiplexer<Body>
-where
-    S: AsyncRead + AsyncWrite + Send + 'static,
-{
-    let (reader, writer) = tokio::io::split(stream);
-    let receive = |answers| receive(FrameReader::new(reader, frame), answers);
-    Multiplexer::start(writer, ids, receive, |_| {})
 }
 
 /// Delivers answers until the stream ends, and returns the reason.
-async fn receive<R: AsyncRead + Unpin>(
-    mut reader: FrameReader<R, Id>,
-    answers: Answers<Body>,
+async fn receive<R: AsyncRead + Unpin, C: HostCodec>(
+    codec: Arc<C>,
+    mut reader: FrameReader<R, C::Header>,
+    answers: Answers<Received<C::Header>>,
 ) -> String {
     loop {
-        match reader.next_or_reason().await {
-            Ok(Found::Frame(Id(id), body)) => answers.deliver(id, Ok(body)),
-            Ok(Found::Oversize(Id(id), size)) => {
-                answers.deliver(
-                    id,
-                    Err(format!("has {size} bytes, over the limit of 1 MiB")),
-                );
-            }
+        let (header, body) = match reader.next_or_reason().await {
+            Ok(Found::Frame(header, body)) => (header, Ok(body)),
+            Ok(Found::Oversize(header, size)) => (header, Err(too_large::<C::Header>(size))),
             Err(reason) => return reason,
+        };
+        if !codec.take_unasked(&header, &body) {
+            answers.deliver(header.id(), (header, body));
         }
     }
-}
-
-async fn negotiate(link: &Multiplexer<Body>, deadline: Duration) -> Result<String, BackendError> {
-    let host = Hello::ours();
-    let first = First::Hello(host.clone());
-    match exchange(link, "negotiation", &first, deadline).await? {
-        HelloAnswer::Chosen { version, software } if (host.min..=host.max).contains(&version) => {
-            Ok(printable(&software))
-        }
-        HelloAnswer::Chosen { version, software } => {
-            let message = format!(
-                "the agent ({}) has chosen version {version} of the protocol, which this host did not offer",
-                printable(&software)
-            );
-            Err(BackendError::unsuitable(message))
-        }
-        HelloAnswer::Incompatible(agent) => {
-            Err(BackendError::unsuitable(Hello::disagreement(&host, &agent)))
-        }
-    }
-}
-
-async fn exchange<B: serde::Serialize, A: DeserializeOwned>(
-    link: &Multiplexer<Body>,
-    what: &str,
-    body: &B,
-    deadline: Duration,
-) -> Result<A, Failure> {
-    let unanswered = |why| Failure::unanswered(what, deadline, why);
-    let call = link.begin().map_err(unanswered)?;
-    let bytes = frame(call.id(), body).map_err(|error| {
-        BackendError::invalid(format!("cannot ask the guest for the {what}")).with_source(error)
-    })?;
-    let answer = call.exchange(bytes, deadline).await.map_err(unanswered)?;
-    let garbled = |how: String| {
-        let message = format!("the guest's answer to the {what} {how}");
-        Failure::Failed(BackendError::uncertain(message))
-    };
-    let answer = answer.map_err(garbled)?;
-    serde_json::from_slice(&answer).map_err(|error| garbled(format!("cannot be read: {error}")))
 }

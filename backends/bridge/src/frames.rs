@@ -17,7 +17,7 @@ const MAX_SKIP: usize = 16 << 20;
 const CHUNK: usize = 8 << 10;
 
 /// What a protocol puts before each body.
-pub(crate) trait Header: Copy + Debug + Send {
+pub trait Header: Copy + Debug + Send + Sync + 'static {
     /// The length of a header, in bytes.
     const LENGTH: usize;
     /// The longest frame, header included, in bytes.
@@ -25,6 +25,21 @@ pub(crate) trait Header: Copy + Debug + Send {
 
     /// Reads a header from [`LENGTH`](Self::LENGTH) bytes, with the length that it gives to the whole frame.
     fn parse(bytes: &[u8]) -> (Self, u64);
+
+    /// The id of the request that the frame is, or answers.
+    fn id(&self) -> u64;
+}
+
+/// What is wrong with a body of this size, which was skipped.
+pub(crate) fn too_large<H: Header>(size: u64) -> String {
+    let limit = H::LONGEST >> 10;
+    format!("has {size} bytes, over the limit of {limit} KiB")
+}
+
+/// A number of up to eight bytes, little-endian.
+pub(crate) fn number(bytes: &[u8]) -> u64 {
+    let digits = bytes.iter().rev();
+    digits.fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// What is found in a stream.

@@ -39,8 +39,9 @@
 //! # Architecture
 //!
 //! ```text
-//! BridgeGuest ── GuestChannel: GuestConnection | RedialingChannel ~~~ frames ~~~ GuestServer ── any Guest
-//!                               Multiplexer (calls, deadlines)                   order by target and device
+//! BridgeGuest ── GuestChannel: Connection | RedialingChannel ~~~ frames ~~~ Server ── any Guest
+//!                              HostCodec (native, gcs)                      AgentCodec (native, gcs)
+//!                              Multiplexer (calls, deadlines)               order by target and device
 //! ```
 //!
 //! - **No request waits for another.** Requests are under way at once and answered as they end. A
@@ -62,32 +63,32 @@
 //! | file | concern |
 //! |---|---|
 //! | `frames.rs` | finding frames in a stream |
-//! | `protocol.rs` | the messages, and their bytes |
 //! | `multiplexer.rs` | many requests over one stream; also for QMP |
-//! | `line.rs`, `connection.rs` | the host's end |
+//! | `codec.rs` | what a protocol has to say for itself, at each end |
+//! | `link.rs`, `connection.rs` | the host's end |
 //! | `redial.rs` | making the connection anew |
 //! | `bridge_guest.rs` | the contracts on it |
 //! | `server.rs` | the agent's end |
-//! | `work.rs`, `order.rs` | what an agent does, in which order |
+//! | `protocol.rs`, `native.rs` | our own protocol: the messages and their bytes, and its codecs |
 //! | `gcs.rs`, `gcs/*.rs` | the protocol of Hyper-V's guests |
 
 mod bridge_guest;
+mod codec;
 mod connection;
 mod frames;
 pub mod gcs;
-mod line;
+mod link;
 pub mod multiplexer;
-mod order;
+mod native;
 mod protocol;
 mod redial;
 mod server;
-mod work;
 
 pub use bridge_guest::{BridgeGuest, GuestChannel};
-pub use connection::GuestConnection;
+pub use connection::Connection;
 pub use frames::FrameError;
-pub use line::Deadlines;
+pub use link::Deadlines;
+pub use native::{GuestConnection, GuestServer};
 pub use protocol::{MAX_FRAME, Request};
 pub use redial::{Dialer, RedialingChannel};
-pub use server::{GuestServer, ServeError, serve};
-pub use work::Guest;
+pub use server::{Guest, ServeError, Server};

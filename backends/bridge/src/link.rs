@@ -1,14 +1,10 @@
-//! The host's end of a line to an agent, whatever protocol is spoken on it: the current connection, what it means
-//! that there is none, and the deadlines.
+//! One request over a stream to an agent: its deadline, its answer, and what it means that there is none.
 
-use std::future::Future;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blockmount::BackendError;
-use tokio::io::{AsyncRead, AsyncWrite};
 
+use crate::frames::Header;
 use crate::multiplexer::{Multiplexer, Unanswered};
 
 /// How long the host waits for its guest.
@@ -71,8 +67,14 @@ impl Failure {
         }
     }
 
+    /// The answer cannot be read.
+    pub(crate) fn garbled(what: &str, how: &str) -> Self {
+        let message = format!("the guest's answer to the {what} {how}");
+        Failure::Failed(BackendError::uncertain(message))
+    }
+
     /// There is no answer.
-    pub(crate) fn unanswered(what: &str, deadline: Duration, why: Unanswered) -> Self {
+    fn unanswered(what: &str, deadline: Duration, why: Unanswered) -> Self {
         match why {
             Unanswered::Lost {
                 sent: false,
@@ -95,87 +97,47 @@ impl Failure {
     }
 }
 
-/// The connection that requests go over, and what was agreed on when it was made.
+/// The header and the body of a frame, or why the body cannot be read.
+pub(crate) type Received<H> = (H, Result<Vec<u8>, String>);
+
+/// The present stream to an agent, for one request.
 #[derive(Debug)]
-pub(crate) struct Line<A, G> {
-    /// Counts on over reconnections: an answer to an old request is never one to a new.
-    pub(crate) ids: Arc<AtomicU64>,
-    /// Locked to be copied or replaced, never across I/O.
-    current: Mutex<Current<A, G>>,
+pub struct Link<'a, H> {
+    pub(crate) stream: &'a Multiplexer<Received<H>>,
+    /// How long the answer may take.
+    pub(crate) deadline: Duration,
 }
 
-#[derive(Debug)]
-struct Current<A, G> {
-    link: Option<Arc<Multiplexer<A>>>,
-    agreed: Arc<G>,
-}
-
-impl<A: Send + 'static, G: Default> Line<A, G> {
-    pub(crate) fn new() -> Self {
-        Line {
-            ids: Arc::default(),
-            current: Mutex::new(Current {
-                link: None,
-                agreed: Arc::default(),
-            }),
-        }
-    }
-
-    /// Uses a new connection from now on, and closes the old one.
-    pub(crate) fn replace(&self, link: Multiplexer<A>, agreed: G) {
-        let (link, agreed) = (Some(Arc::new(link)), Arc::new(agreed));
-        let old = std::mem::replace(&mut *self.current(), Current { link, agreed });
-        if let Some(old) = old.link {
-            old.end("another connection has taken its place");
-        }
-    }
-
-    pub(crate) fn close(&self) {
-        let link = self.current().link.take();
-        if let Some(link) = link {
-            link.end("the connection was closed");
-        }
-    }
-
-    /// The connection, for a request.
-    pub(crate) fn link(&self, what: &str) -> Result<Arc<Multiplexer<A>>, Failure> {
-        let link = self.current().link.clone();
-        link.ok_or_else(|| Failure::not_sent(what, "there is no connection"))
-    }
-
-    pub(crate) fn agreed(&self) -> Arc<G> {
-        self.current().agreed.clone()
-    }
-
-    fn current(&self) -> MutexGuard<'_, Current<A, G>> {
-        // Nothing under the lock panics.
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+impl<H> Clone for Link<'_, H> {
+    fn clone(&self) -> Self {
+        *self
     }
 }
 
-/// A connection that can be made anew over another stream.
-pub trait Reconnect: Send + Sync + 'static {
-    /// What the guest is asked for.
-    type Request: Clone + Send + Sync;
+impl<H> Copy for Link<'_, H> {}
 
-    /// Whether a request may be sent again when a lost connection has cut off its answer.
-    fn may_repeat(request: &Self::Request) -> bool;
+impl<H: Header> Link<'_, H> {
+    /// Sends the bytes that are made for the id of a request, and returns its answer.
+    pub(crate) async fn exchange(
+        self,
+        what: &str,
+        write: impl FnOnce(u64) -> Result<Vec<u8>, BackendError>,
+    ) -> Result<(H, Vec<u8>), Failure> {
+        let unanswered = |why| Failure::unanswered(what, self.deadline, why);
+        let call = self.stream.begin().map_err(unanswered)?;
+        let bytes = write(call.id()).map_err(|error| {
+            let message = format!("cannot ask the guest for the {what}");
+            BackendError::invalid(message).with_source(error)
+        })?;
+        let answer = call.exchange(bytes, self.deadline).await;
+        let (header, body) = answer.map_err(unanswered)?;
+        Ok((header, body.map_err(|how| Failure::garbled(what, &how))?))
+    }
 
-    /// How long is waited for what.
-    fn deadlines(&self) -> Deadlines;
-
-    /// Sends a request over the present connection.
-    fn attempt(
-        &self,
-        request: Self::Request,
-        deadline: Duration,
-    ) -> impl Future<Output = Result<(), Failure>> + Send;
-
-    /// Connects over another stream.
-    fn open<S>(&self, stream: S) -> impl Future<Output = Result<(), BackendError>> + Send
-    where
-        S: AsyncRead + AsyncWrite + Send + 'static;
-
-    /// Closes the present connection.
-    fn hang_up(&self);
+    /// Gives the stream up, whose agent has done nothing: it is another process than the one that agreed on a version.
+    pub(crate) fn restarted(self, what: &str) -> Failure {
+        let why = "the agent was started anew, and knows nothing of this connection";
+        self.stream.end(why);
+        Failure::not_sent(what, why)
+    }
 }

@@ -15,7 +15,7 @@ use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::frames::{FrameError, Header};
+use crate::frames::{FrameError, Header, number};
 
 /// The longest frame, header included, in bytes: an overlay of 250 layers with the longest paths fits.
 pub const MAX_FRAME: usize = 1 << 20;
@@ -35,19 +35,19 @@ const LONGEST_MESSAGE: usize = 4 << 10;
 
 /// The header of a frame: its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Id(pub(crate) u64);
+pub struct Id(pub(crate) u64);
 
 impl Header for Id {
     const LENGTH: usize = HEADER_LEN;
     const LONGEST: usize = MAX_FRAME;
 
     fn parse(bytes: &[u8]) -> (Self, u64) {
-        let number = |range: &[u8]| {
-            let digits = range.iter().rev();
-            digits.fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
-        };
         let (size, id) = bytes.split_at(4);
         (Id(number(id)), number(size))
+    }
+
+    fn id(&self) -> u64 {
+        self.0
     }
 }
 

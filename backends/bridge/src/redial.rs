@@ -9,8 +9,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
-use crate::line::{Deadlines, Failure, Reconnect};
-use crate::{GuestChannel, GuestConnection, Request};
+use crate::codec::HostCodec;
+use crate::connection::Connection;
+use crate::link::{Deadlines, Failure};
+use crate::native::{GuestConnection, NativeHost};
+use crate::{GuestChannel, Request};
 
 /// The way to a guest's agent, and to what knows whether its VM lives.
 #[async_trait]
@@ -38,16 +41,16 @@ pub trait Dialer: Send + Sync + 'static {
 /// lost stream has cut off is sent again, once, because tear-down may be repeated; a set-up that was cut off is
 /// `Uncertain`. Both happen within the one deadline of the call. `Gone` is answered only when the dialer says that
 /// the VM has ended.
-pub struct RedialingChannel<D, C = GuestConnection> {
+pub struct RedialingChannel<D, C: HostCodec = NativeHost> {
     dialer: D,
-    connection: C,
+    connection: Connection<C>,
     /// Locked while a stream is made; requests over one do not wait for it.
     dialing: Mutex<()>,
     /// Counts the streams.
     generation: AtomicU64,
 }
 
-impl<D, C: fmt::Debug> fmt::Debug for RedialingChannel<D, C> {
+impl<D, C: HostCodec> fmt::Debug for RedialingChannel<D, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedialingChannel")
             .field("connection", &self.connection)
@@ -82,9 +85,9 @@ impl<D: Dialer> RedialingChannel<D> {
     }
 }
 
-impl<D: Dialer, C: Reconnect> RedialingChannel<D, C> {
+impl<D: Dialer, C: HostCodec> RedialingChannel<D, C> {
     /// A channel whose first connection is made already.
-    pub fn over(dialer: D, connection: C) -> Self {
+    pub fn over(dialer: D, connection: Connection<C>) -> Self {
         RedialingChannel {
             dialer,
             connection,
@@ -94,19 +97,26 @@ impl<D: Dialer, C: Reconnect> RedialingChannel<D, C> {
     }
 
     /// The connection, such as it is now.
-    pub fn connection(&self) -> &C {
+    pub fn connection(&self) -> &Connection<C> {
         &self.connection
     }
 
-    /// Sends a request, over a new stream where it must, within one deadline.
-    pub(crate) async fn request(&self, request: C::Request) -> Result<(), BackendError> {
+    /// Sends a message, over a new stream where it must, within one deadline. `repeatable` if it may be sent again
+    /// after a lost stream has cut off its answer.
+    async fn send(
+        &self,
+        what: &str,
+        message: &C::Message,
+        repeatable: bool,
+    ) -> Result<(), BackendError> {
         let end = Instant::now() + self.connection.deadlines().call;
         // A request that was not sent, and one that was cut off: each leads to a new stream at most once.
-        let (mut dialed, mut repeated) = (false, !C::may_repeat(&request));
+        let (mut dialed, mut repeated) = (false, !repeatable);
         loop {
             let generation = self.generation.load(Ordering::Acquire);
             let remaining = end.saturating_duration_since(Instant::now());
-            let outcome = self.connection.attempt(request.clone(), remaining).await;
+            let message = message.clone();
+            let outcome = self.connection.attempt(what, message, remaining).await;
             let once = match &outcome {
                 Err(Failure::Lost { sent: false, .. }) => &mut dialed,
                 Err(Failure::Lost { sent: true, .. }) => &mut repeated,
@@ -139,9 +149,9 @@ impl<D: Dialer, C: Reconnect> RedialingChannel<D, C> {
             return Ok(());
         }
         // Some lines have one stream at a time.
-        self.connection.hang_up();
+        self.connection.close();
         let stream = self.dialer.dial().await?;
-        self.connection.open(stream).await?;
+        self.connection.reconnect(stream).await?;
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
     }
@@ -157,8 +167,14 @@ impl<D: Dialer, C: Reconnect> RedialingChannel<D, C> {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl<D: Dialer> GuestChannel for RedialingChannel<D> {
+impl<D: Dialer, C: HostCodec> GuestChannel for RedialingChannel<D, C> {
     async fn call(&self, request: Request) -> Result<(), BackendError> {
-        self.request(request).await
+        let (what, repeatable) = (request.describe(), request.is_teardown());
+        let Some(message) = self.connection.translate(request)? else {
+            return Ok(());
+        };
+        let outcome = self.send(&what, &message, repeatable).await;
+        self.connection.codec().settle(&message, &outcome);
+        outcome
     }
 }

@@ -1,17 +1,33 @@
-//! The agent's end of our own protocol.
+//! The agent's end: what an agent does for its hosts, whatever protocol they speak.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::BackendError;
-use serde::Serialize;
+use blockmount::{BackendError, LayerCombiner, Mounter, Turns, Unplugger};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tracing::debug;
 
-use crate::frames::{Found, FrameError, FrameReader};
-use crate::protocol::{Answer, First, Hello, HelloAnswer, Id, Request, SOFTWARE, frame};
-use crate::work::{FRAME, Guest, REQUESTS, Session, Worker, send};
+use crate::codec::{AgentCodec, Step, WriteAnswer};
+use crate::frames::{Found, FrameError, FrameReader, too_large};
+use crate::protocol::{Key, Request};
+
+/// How many requests of one connection are under way at once, unless told otherwise: as many as there are disks on
+/// four controllers of Hyper-V. More wait in the stream.
+const REQUESTS: usize = 256;
+
+/// How long the rest of a message may take that was begun, unless told otherwise.
+const FRAME: Duration = Duration::from_secs(30);
+
+/// How many answers wait for a host that reads slowly; more wait with their requests.
+const ANSWERS: usize = 16;
+
+/// All that a guest does for its host. Implemented for whatever keeps the three contracts.
+pub trait Guest: Mounter + LayerCombiner + Unplugger {}
+
+impl<G: Mounter + LayerCombiner + Unplugger + ?Sized> Guest for G {}
 
 /// Serves a guest to its hosts: requests in, calls of the guest's contracts, answers out.
 ///
@@ -22,14 +38,30 @@ use crate::work::{FRAME, Guest, REQUESTS, Session, Worker, send};
 /// connections of a guest.
 ///
 /// Cloning is cheap; clones are the same server.
-#[derive(Debug, Clone)]
-pub struct GuestServer(Arc<Shared>);
-
 #[derive(Debug)]
-struct Shared {
-    worker: Worker,
+pub struct Server<C>(Arc<Shared<C>>);
+
+impl<C> Clone for Server<C> {
+    fn clone(&self) -> Self {
+        Server(self.0.clone())
+    }
+}
+
+struct Shared<C> {
+    codec: C,
+    guest: Arc<dyn Guest>,
+    /// The order of the requests over all connections.
+    turns: Turns<Key>,
     requests: usize,
     frame_timeout: Duration,
+}
+
+impl<C: fmt::Debug> fmt::Debug for Shared<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("codec", &self.codec)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why a connection was given up.
@@ -44,19 +76,7 @@ pub enum ServeError {
     Incompatible(String),
 }
 
-/// Serves a guest over one stream. As [`GuestServer::serve`], for a guest that is never reconnected.
-///
-/// # Errors
-///
-/// As for [`GuestServer::serve`].
-pub async fn serve<S>(stream: S, guest: impl Guest) -> Result<(), ServeError>
-where
-    S: AsyncRead + AsyncWrite,
-{
-    GuestServer::new(guest).serve(stream).await
-}
-
-impl GuestServer {
+impl<C: AgentCodec> Server<C> {
     /// A server with the default limits: 256 requests of each connection at once, 30 seconds for the rest of a
     /// message.
     pub fn new(guest: impl Guest) -> Self {
@@ -66,11 +86,17 @@ impl GuestServer {
     /// A server that has at most so many requests of one connection under way (at least one), and waits so long for
     /// the rest of a message that was begun.
     pub fn with_limits(guest: impl Guest, requests: usize, frame_timeout: Duration) -> Self {
-        GuestServer(Arc::new(Shared {
-            worker: Worker::new(guest),
-            requests,
+        Server(Arc::new(Shared {
+            codec: C::default(),
+            guest: Arc::new(guest),
+            turns: Turns::default(),
+            requests: requests.clamp(1, Semaphore::MAX_PERMITS),
             frame_timeout,
         }))
+    }
+
+    pub(crate) fn codec(&self) -> &C {
+        &self.0.codec
     }
 
     /// Serves one connection until its host ends it.
@@ -90,81 +116,127 @@ impl GuestServer {
     where
         S: AsyncRead + AsyncWrite,
     {
-        let Shared {
-            worker,
-            requests,
-            frame_timeout,
-        } = &*self.0;
         let (reader, writer) = tokio::io::split(stream);
-        let (session, outgoing) = worker.session(*requests);
-        let reader = FrameReader::new(reader, *frame_timeout);
+        let (answers, outgoing) = mpsc::channel(ANSWERS);
+        let connection = Connection {
+            server: self,
+            permits: Arc::new(Semaphore::new(self.0.requests)),
+            answers,
+            agreed: watch::Sender::new(false),
+        };
+        let reader = FrameReader::new(reader, self.0.frame_timeout);
         tokio::select! {
-            outcome = receive(reader, &session) => outcome,
+            outcome = connection.receive(reader) => outcome,
             outcome = send(writer, outgoing) => Ok(outcome.map_err(FrameError::from)?),
+            () = connection.send_unasked() => Ok(()),
         }
     }
 }
 
-async fn receive<R: AsyncRead + Unpin>(
-    mut reader: FrameReader<R, Id>,
-    session: &Session,
-) -> Result<(), ServeError> {
-    let mut agreed = false;
-    let mut disagreement = None;
-    while let Some(found) = reader.next().await? {
-        match found {
-            Found::Frame(Id(id), body) if agreed => match Request::parse(&body) {
-                Ok(request) => {
-                    let answer = move |outcome| Some(Answer::from(outcome).frame(id));
-                    session.start(request, answer).await;
+/// One connection: its requests under way, and its answers.
+struct Connection<'a, C> {
+    server: &'a Server<C>,
+    permits: Arc<Semaphore>,
+    answers: mpsc::Sender<Vec<u8>>,
+    /// Whether a version was agreed on.
+    agreed: watch::Sender<bool>,
+}
+
+impl<C: AgentCodec> Connection<'_, C> {
+    async fn receive<R: AsyncRead + Unpin>(
+        &self,
+        mut reader: FrameReader<R, C::Header>,
+    ) -> Result<(), ServeError> {
+        let codec = self.server.codec();
+        let mut disagreement = None;
+        while let Some(found) = reader.next().await? {
+            let agreed = *self.agreed.borrow();
+            let step = match found {
+                Found::Frame(header, body) => codec.read(header, &body, agreed),
+                Found::Oversize(header, size) => {
+                    let why = format!("the request {}", too_large::<C::Header>(size));
+                    codec.refuse(header, why)
                 }
-                Err(error) => refuse(session, id, error).await,
-            },
-            Found::Frame(Id(id), body) => match serde_json::from_slice(&body) {
-                Ok(First::Hello(host)) => match agree(&host) {
-                    Ok(answer) => {
-                        agreed = true;
-                        reply(session, id, &answer).await;
-                    }
-                    Err((answer, why)) => {
-                        disagreement = Some(why);
-                        reply(session, id, &answer).await;
-                    }
-                },
-                Err(_) => reply(session, id, &Answer::HelloFirst).await,
-            },
-            Found::Oversize(Id(id), size) => {
-                let message = format!("the request has {size} bytes, over the limit of 1 MiB");
-                refuse(session, id, BackendError::invalid(message)).await;
+            };
+            match step {
+                Step::Ignore => {}
+                Step::Reply(bytes) => self.answer(bytes).await,
+                Step::Agree(bytes) => {
+                    // The answer first: what is sent unasked must not overtake it.
+                    self.answer(bytes).await;
+                    self.agreed.send_replace(true);
+                }
+                Step::Disagree(bytes, why) => {
+                    disagreement = Some(why);
+                    self.answer(bytes).await;
+                }
+                Step::Run(request, write) => self.start(request, write).await,
             }
         }
-    }
-    match disagreement {
-        Some(why) if !agreed => Err(ServeError::Incompatible(why)),
-        _ => Ok(()),
-    }
-}
-
-/// Chooses a version, or says why there is none.
-fn agree(host: &Hello) -> Result<HelloAnswer, (HelloAnswer, String)> {
-    let ours = Hello::ours();
-    let software = SOFTWARE.to_owned();
-    match ours.common(host) {
-        Some(version) => Ok(HelloAnswer::Chosen { version, software }),
-        None => {
-            let why = Hello::disagreement(host, &ours);
-            Err((HelloAnswer::Incompatible(ours), why))
+        match disagreement {
+            Some(why) if !*self.agreed.borrow() => Err(ServeError::Incompatible(why)),
+            _ => Ok(()),
         }
     }
+
+    async fn answer(&self, bytes: Vec<u8>) {
+        // The connection may have ended.
+        let _ = self.answers.send(bytes).await;
+    }
+
+    async fn send_unasked(&self) {
+        let mut agreed = self.agreed.subscribe();
+        // The sender lives as long as `self`.
+        let _ = agreed.wait_for(|agreed| *agreed).await;
+        self.server.codec().send_unasked(self.answers.clone()).await;
+    }
+
+    /// Starts a request in a task of its own, which nothing ends half-way, and returns.
+    ///
+    /// It waits while too many requests are under way: then nothing more is read from the stream.
+    async fn start(&self, request: Request, write: WriteAnswer) {
+        let permit = self.permits.clone().acquire_owned().await;
+        let permit = permit.expect("the semaphore is never closed");
+        let Shared { guest, turns, .. } = &*self.server.0;
+        let (guest, answers) = (guest.clone(), self.answers.clone());
+        let (key, what) = (request.key(), request.describe());
+        let done = turns.run(key, async move { run(&*guest, request).await });
+        tokio::spawn(async move {
+            let outcome = done.await;
+            if let Err(error) = &outcome {
+                debug!(%what, %error, "a request of the host has failed");
+            }
+            if let Some(bytes) = write(outcome) {
+                // The connection may have ended.
+                let _ = answers.send(bytes).await;
+            }
+            drop(permit);
+        });
+    }
 }
 
-async fn refuse(session: &Session, id: u64, error: BackendError) {
-    debug!(id, %error, "refused a request of the host");
-    // The connection may have ended.
-    let _ = session.answers.send(Answer::Error(error).frame(id)).await;
+async fn run(guest: &dyn Guest, request: Request) -> Result<(), BackendError> {
+    match request {
+        Request::Mount {
+            locator,
+            target,
+            options,
+        } => guest.mount(&locator, &target, &options).await,
+        Request::Unmount { target } => guest.unmount(&target).await,
+        Request::Combine(overlay) => guest.combine(&overlay).await,
+        Request::Separate { target } => guest.separate(&target).await,
+        Request::Unplug { locator } => guest.unplug(&locator).await,
+    }
 }
 
-async fn reply<B: Serialize>(session: &Session, id: u64, body: &B) {
-    let bytes = frame(id, body).expect("a short text fits in a frame");
-    let _ = session.answers.send(bytes).await;
+/// Writes answers until the stream fails.
+async fn send<W: AsyncWrite + Unpin>(
+    mut writer: W,
+    mut outgoing: mpsc::Receiver<Vec<u8>>,
+) -> std::io::Result<()> {
+    while let Some(bytes) = outgoing.recv().await {
+        writer.write_all(&bytes).await?;
+        writer.flush().await?;
+    }
+    Ok(())
 }

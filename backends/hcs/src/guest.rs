@@ -1,12 +1,12 @@
 //! The guest of a VM, asked through the service.
 
 use std::fmt;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::BackendError;
-use blockmount_bridge::gcs::messages::{Capabilities, ModificationRequest};
-use blockmount_bridge::gcs::{BridgeGuest, GuestChannel};
+use blockmount_bridge::gcs::Translator;
+use blockmount_bridge::gcs::messages::Capabilities;
+use blockmount_bridge::{BridgeGuest, GuestChannel, Request};
 use blockmount_scsi::Geometry;
 
 use crate::ComputeSystem;
@@ -57,7 +57,8 @@ pub type HcsGuest<S> = BridgeGuest<HcsChannel<S>>;
 /// The way to a guest through the service.
 pub struct HcsChannel<S> {
     vm: Vm<S>,
-    capabilities: Arc<Capabilities>,
+    capabilities: Capabilities,
+    translator: Translator,
 }
 
 impl<S> fmt::Debug for HcsChannel<S> {
@@ -101,24 +102,30 @@ impl<S: ComputeSystem> HcsChannel<S> {
             guest_defined_capabilities,
             ..
         } = info;
-        let capabilities = Arc::new(Capabilities {
+        let capabilities = Capabilities {
             supported_schema_versions,
             runtime_os_type: guest.name().to_owned(),
             guest_defined_capabilities,
             ..Capabilities::default()
-        });
-        Ok(HcsChannel { vm, capabilities })
+        };
+        Ok(HcsChannel {
+            vm,
+            capabilities,
+            translator: Translator::default(),
+        })
     }
 }
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<S: ComputeSystem> GuestChannel for HcsChannel<S> {
-    fn capabilities(&self) -> Arc<Capabilities> {
-        self.capabilities.clone()
-    }
-
-    async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
-        self.vm.ask_guest(request).await
+    async fn call(&self, request: Request) -> Result<(), BackendError> {
+        let translated = self.translator.translate(&request, &self.capabilities)?;
+        let Some(translated) = translated else {
+            return Ok(());
+        };
+        let outcome = self.vm.ask_guest(translated.request.clone()).await;
+        self.translator.settle(&translated, &outcome);
+        outcome
     }
 }

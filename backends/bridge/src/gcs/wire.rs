@@ -3,7 +3,7 @@
 use std::fmt;
 
 pub use crate::frames::FrameError;
-use crate::frames::{self, Found, Header};
+use crate::frames::{self, Found, Header, number};
 
 /// The size of a header: type, size and id, little-endian.
 pub const HEADER_LEN: usize = 16;
@@ -140,7 +140,7 @@ impl Frame {
 
 /// The header of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct GcsHeader {
+pub struct GcsHeader {
     pub(crate) message: MessageType,
     pub(crate) id: u64,
 }
@@ -150,13 +150,13 @@ impl Header for GcsHeader {
     const LONGEST: usize = MAX_FRAME;
 
     fn parse(bytes: &[u8]) -> (Self, u64) {
-        let number = |bytes: &[u8]| {
-            let digits = bytes.iter().rev();
-            digits.fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
-        };
         let message = MessageType::from_bits(number(&bytes[..4]) as u32);
         let id = number(&bytes[8..]);
         (GcsHeader { message, id }, number(&bytes[4..8]))
+    }
+
+    fn id(&self) -> u64 {
+        self.id
     }
 }
 

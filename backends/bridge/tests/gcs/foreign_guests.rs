@@ -1,18 +1,17 @@
 //! What crosses between our ends of GCS, and what guests are not asked for.
 
-use crate::common;
-
 use std::num::NonZeroU32;
 
 use blockmount::{
     DeviceLocator, Encryption, ErrorKind, Expose, LayerCombiner, MountOptions, Mounter, Overlay,
     Overwrite, Unplugger,
 };
-use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
-use common::recorder::{Asked, Recorder, format, options, verity};
-use common::{documented, host_and_peer, windows};
-use serde_json::{Value, json};
+use blockmount_bridge::gcs::{BridgeGuest, GuestConnection, GuestServer};
+use serde_json::json;
 use tokio::io::duplex;
+
+use crate::recorder::{Asked, Recorder};
+use crate::wire::{documented, format, host_and_peer_of, options, verity, windows};
 
 #[tokio::test]
 async fn every_option_crosses_the_bridge_between_our_ends() {
@@ -151,7 +150,7 @@ async fn a_guest_is_not_asked_for_what_it_would_not_do() {
         } else {
             "/m"
         };
-        let (connection, mut peer) = host_and_peer(capabilities, Deadlines::default()).await;
+        let (connection, mut peer) = host_and_peer_of(capabilities).await;
         let guest = BridgeGuest::new(connection);
         let refused = guest
             .mount(&device.parse().unwrap(), target.as_ref(), &options)
@@ -169,7 +168,7 @@ async fn a_guest_is_not_asked_for_what_it_would_not_do() {
 
 #[tokio::test]
 async fn a_linux_guest_is_not_asked_to_unplug_persistent_memory() {
-    let (connection, mut peer) = host_and_peer(documented(), Deadlines::default()).await;
+    let (connection, mut peer) = host_and_peer_of(documented()).await;
     let guest = BridgeGuest::new(connection);
     let device: DeviceLocator = "vpmem:1@4096+8192".parse().unwrap();
     guest.unplug(&device).await.unwrap();
@@ -182,7 +181,7 @@ async fn a_linux_guest_is_not_asked_to_unplug_persistent_memory() {
 
 #[tokio::test]
 async fn a_windows_guest_gets_its_own_words_and_no_more() {
-    let (connection, mut peer) = host_and_peer(windows(), Deadlines::default()).await;
+    let (connection, mut peer) = host_and_peer_of(windows()).await;
     let guest = BridgeGuest::new(connection);
     let device: DeviceLocator = "scsi:0/5".parse().unwrap();
     let target = r"c:\mounts\scsi\m0".as_ref();
@@ -204,7 +203,7 @@ async fn a_windows_guest_gets_its_own_words_and_no_more() {
             let (outcome, body) = tokio::join!(call, async {
                 let request = peer.receive().await;
                 peer.succeed(&request).await;
-                serde_json::from_slice::<Value>(&request.payload).unwrap()
+                request.body
             });
             outcome.unwrap();
             let settings = json!({"ContainerPath": r"c:\mounts\scsi\m0", "Lun": 5});
@@ -234,7 +233,7 @@ async fn a_windows_guest_gets_its_own_words_and_no_more() {
 
 #[tokio::test]
 async fn a_layer_that_would_be_misread_is_not_sent() {
-    let (connection, mut peer) = host_and_peer(documented(), Deadlines::default()).await;
+    let (connection, mut peer) = host_and_peer_of(documented()).await;
     let guest = BridgeGuest::new(connection);
     for layer in ["/a:b", "/a,b"] {
         let overlay = Overlay::new([layer], "/t");

@@ -1,22 +1,21 @@
 //! Hosts that know only the documented protocol, and ask for strange things.
 
-use crate::common;
-
 use blockmount::{Encryption, MountOptions, Overlay, Overwrite};
 use blockmount_bridge::gcs::{GuestServer, Hresult};
-use common::recorder::{Asked, Recorder, format, options, verity};
-use common::{Peer, result};
 use serde_json::{Value, json};
 use tokio::io::duplex;
 
+use crate::recorder::{Asked, Recorder};
+use crate::wire::{Frame, NULL, Peer, format, options, verity};
+
 /// Asks a guest of ours as a foreign host would.
-async fn asked(requests: &[Value]) -> (Vec<Value>, Vec<Asked>) {
+async fn asked(requests: &[Value]) -> (Vec<Frame>, Vec<Asked>) {
     let recorder = Recorder::default();
     let (host_end, guest_end) = duplex(1 << 10);
     let server = GuestServer::new(recorder.clone());
     tokio::spawn(async move { server.serve(guest_end).await });
     let mut peer = Peer::new(host_end);
-    peer.negotiate().await;
+    peer.hello().await;
     let mut answers = Vec::new();
     for (id, request) in (1..).zip(requests) {
         answers.push(peer.modify(id, request.clone()).await);
@@ -47,7 +46,7 @@ async fn a_foreign_host_is_understood() {
         json!({"RequestType": "Remove", "ResourceType": "CombinedLayers", "Settings": {"ContainerRootPath": "/r"}}),
     ]).await;
     for answer in answers {
-        assert_eq!(answer, json!({"Result": 0, "ActivityId": common::NULL}));
+        assert_eq!(answer.body, json!({"Result": 0, "ActivityId": NULL}));
     }
     let mount =
         |device: &str, target: &str, options| Asked::Mount(device.into(), target.into(), options);
@@ -167,37 +166,29 @@ async fn a_bad_request_is_refused_by_its_number() {
     let (answers, done) = asked(&requests).await;
     assert_eq!(done, [], "nothing of it was done");
     for ((request, number, said), answer) in cases.iter().zip(answers) {
-        assert_eq!(result(&answer), number.bits(), "{request}: {answer}");
+        assert_eq!(answer.result(), number.bits(), "{request}: {answer:?}");
         assert!(
-            answer["ErrorMessage"].as_str().unwrap().contains(said),
-            "{request}: {answer}"
+            answer.body["ErrorMessage"].as_str().unwrap().contains(said),
+            "{request}: {answer:?}"
         );
-        assert_eq!(answer["ErrorRecords"][0]["ModuleName"], "gcs");
+        assert_eq!(answer.body["ErrorRecords"][0]["ModuleName"], "gcs");
     }
 }
 
 #[tokio::test]
 async fn a_container_is_not_the_vm() {
     let (host_end, guest_end) = duplex(1 << 10);
-    tokio::spawn(blockmount_bridge::gcs::serve(
-        guest_end,
-        Recorder::default(),
-    ));
+    let server = GuestServer::new(Recorder::default());
+    tokio::spawn(async move { server.serve(guest_end).await });
     let mut peer = Peer::new(host_end);
-    peer.negotiate().await;
+    peer.hello().await;
     for container in ["", "abc"] {
         let body = json!({"ContainerId": container, "Request": {"ResourceType": "MappedVirtualDisk", "Settings": {}}});
-        let answer = peer
-            .ask(
-                blockmount_bridge::gcs::wire::MessageType::MODIFY_SETTINGS,
-                1,
-                &body.to_string(),
-            )
-            .await;
+        let answer = peer.ask(1, &body.to_string()).await;
         assert_eq!(
-            result(&answer),
+            answer.result(),
             Hresult::SYSTEM_NOT_FOUND.bits(),
-            "{answer}"
+            "{answer:?}"
         );
     }
 }

@@ -5,10 +5,9 @@ use std::num::NonZeroU32;
 use blockmount::{BackendError, DeviceLocator, MountOptions, Mounter, Overlay};
 use blockmount_bridge::gcs::messages::{self, *};
 use blockmount_bridge::gcs::wire::{Frame, MessageType};
-use blockmount_bridge::gcs::{BridgeGuest, Deadlines, Hresult};
+use blockmount_bridge::gcs::{BridgeGuest, Hresult};
 
-use crate::common;
-use common::{NULL, documented, host_and_peer, windows};
+use crate::wire::{NULL, documented, host_and_peer_of, windows};
 
 fn bytes(message: MessageType, id: u64, payload: Vec<u8>) -> Vec<u8> {
     let frame = Frame {
@@ -328,12 +327,12 @@ async fn sent(
     capabilities: Capabilities,
     call: impl AsyncFnOnce(&BridgeGuest) -> Result<(), BackendError>,
 ) -> String {
-    let (connection, mut peer) = host_and_peer(capabilities, Deadlines::default()).await;
+    let (connection, mut peer) = host_and_peer_of(capabilities).await;
     let guest = BridgeGuest::new(connection);
     let (outcome, body) = tokio::join!(call(&guest), async {
         let request = peer.receive().await;
         peer.succeed(&request).await;
-        String::from_utf8(request.payload).unwrap()
+        request.text
     });
     outcome.unwrap();
     let rest = body

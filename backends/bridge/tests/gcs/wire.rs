@@ -1,31 +1,30 @@
-//! A peer that is written frame by frame, and a guest with SCSI disks in memory.
-#![allow(clippy::unwrap_used)] // a panic is a failure message
+//! A peer that is written frame by frame.
 
-pub(crate) mod recorder;
-
-use blockmount::testing::AttachIdentified as _;
-use std::path::Path;
-use std::time::Duration;
-
-use async_trait::async_trait;
-use blockmount::testing::FakeVm;
-use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Transport, Unplugger,
-};
+use blockmount::{Format, MountOptions, MountOptionsBuilder, Overwrite, Verity};
+use blockmount_bridge::Deadlines;
+use blockmount_bridge::Request;
 use blockmount_bridge::gcs::messages::{
     Capabilities, GuestCapabilities, NegotiateResponse, Writer, encode,
 };
-use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame, MessageType};
-use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::wire::{Decoded, Decoder, Frame as Sent, MessageType};
+pub(crate) use blockmount_bridge::gcs::wire::{HEADER_LEN as HEADER, MAX_FRAME};
+pub(crate) use blockmount_bridge::gcs::{BridgeGuest, GuestConnection, GuestServer};
+use blockmount_bridge::gcs::{GcsHost, Hresult, Translator};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
-/// Longer than anything here may take.
-pub(crate) const LONG: Duration = Duration::from_secs(60);
+use crate::harness::LONG;
 
-/// A deadline that a test waits for.
-pub(crate) const SHORT: Duration = Duration::from_millis(100);
+pub(crate) type RedialingChannel<D> = blockmount_bridge::RedialingChannel<D, GcsHost>;
+
+/// The limit of a frame, as an error names it.
+pub(crate) const LIMIT: &str = "64 KiB";
+
+/// Answers that cannot be read.
+pub(crate) const UNREADABLE: &[&str] = &[r#"{"Result":"no number"}"#, r#"{"Result":99999999999}"#];
+
+/// Bodies of requests that make no sense.
+pub(crate) const GARBAGE: &[&str] = &[r#"{"Request":7}"#];
 
 pub(crate) const NULL: &str = "00000000-0000-0000-0000-000000000000";
 
@@ -33,6 +32,64 @@ pub(crate) const NULL: &str = "00000000-0000-0000-0000-000000000000";
 pub(crate) struct Peer {
     pub(crate) stream: DuplexStream,
     decoder: Decoder,
+}
+
+/// A frame that a peer has received.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Frame {
+    pub(crate) message: MessageType,
+    pub(crate) id: u64,
+    pub(crate) body: Value,
+    /// The body as it was written.
+    pub(crate) text: String,
+}
+
+impl Frame {
+    /// Whether it is an answer that says that all is well.
+    pub(crate) fn is_ok(&self) -> bool {
+        self.body["Result"] == 0
+    }
+
+    /// Whether it is an answer that says that the request cannot be done as it is.
+    pub(crate) fn is_refused(&self) -> bool {
+        let numbers = [
+            Hresult::INVALID_ARGUMENT,
+            Hresult::INVALID_JSON,
+            Hresult::SYSTEM_NOT_FOUND,
+        ];
+        numbers.map(Hresult::bits).contains(&self.result())
+    }
+
+    /// The number of an error.
+    pub(crate) fn result(&self) -> u32 {
+        self.body["Result"].as_i64().unwrap() as i32 as u32
+    }
+}
+
+/// The header of a frame of this size, with an id.
+pub(crate) fn header_of(message: MessageType, size: usize, id: u64) -> Vec<u8> {
+    let size = u32::try_from(size).unwrap();
+    [
+        &message.bits().to_le_bytes()[..],
+        &size.to_le_bytes(),
+        &id.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// The header of a request of this size.
+pub(crate) fn header(size: usize, id: u64) -> Vec<u8> {
+    header_of(MessageType::MODIFY_SETTINGS, size, id)
+}
+
+/// The header of an answer of this size.
+pub(crate) fn answer_header(size: usize, request: &Frame) -> Vec<u8> {
+    header_of(request.message.response(), size, request.id)
+}
+
+/// A request with this body.
+pub(crate) fn frame(id: u64, body: &str) -> Vec<u8> {
+    [&header(HEADER + body.len(), id)[..], body.as_bytes()].concat()
 }
 
 impl Peer {
@@ -47,9 +104,9 @@ impl Peer {
         self.stream.write_all(bytes).await.unwrap();
     }
 
-    pub(crate) async fn send(&mut self, message: MessageType, id: u64, body: &str) {
+    pub(crate) async fn send_as(&mut self, message: MessageType, id: u64, body: &str) {
         let payload = body.as_bytes().to_vec();
-        let frame = Frame {
+        let frame = Sent {
             message,
             id,
             payload,
@@ -57,11 +114,28 @@ impl Peer {
         self.send_raw(&frame.encode().unwrap()).await;
     }
 
+    /// As a host: asks for a change.
+    pub(crate) async fn send(&mut self, id: u64, body: &str) {
+        self.send_as(MessageType::MODIFY_SETTINGS, id, body).await;
+    }
+
     /// The next frame; none at the end of the stream.
     pub(crate) async fn try_receive(&mut self) -> Option<Frame> {
         loop {
             match self.decoder.next().unwrap() {
-                Some(Decoded::Frame(frame)) => return Some(frame),
+                Some(Decoded::Frame(Sent {
+                    message,
+                    id,
+                    payload,
+                })) => {
+                    let text = String::from_utf8(payload).unwrap();
+                    return Some(Frame {
+                        message,
+                        id,
+                        body: serde_json::from_str(&text).unwrap(),
+                        text,
+                    });
+                }
                 Some(other) => panic!("{other:?}"),
                 None => {}
             }
@@ -78,15 +152,12 @@ impl Peer {
         self.try_receive().await.expect("the connection lives")
     }
 
-    /// As a guest: answers with success.
-    pub(crate) async fn succeed(&mut self, request: &Frame) {
-        let body = format!(r#"{{"Result":0,"ActivityId":"{NULL}"}}"#);
-        self.send(request.message.response(), request.id, &body)
-            .await;
+    /// As a guest: answers the negotiation of a host.
+    pub(crate) async fn agree(&mut self) {
+        self.agree_with(documented()).await;
     }
 
-    /// As a guest: answers the negotiation.
-    pub(crate) async fn negotiated(&mut self, capabilities: Capabilities) {
+    pub(crate) async fn agree_with(&mut self, capabilities: Capabilities) {
         let request = self.receive().await;
         assert_eq!(request.message, MessageType::NEGOTIATE);
         let response = NegotiateResponse {
@@ -94,38 +165,61 @@ impl Peer {
             capabilities,
             ..NegotiateResponse::default()
         };
-        let payload = encode(&response, Writer::Guest);
-        let frame = Frame {
-            message: request.message.response(),
-            id: request.id,
-            payload,
-        };
-        self.send_raw(&frame.encode().unwrap()).await;
+        let body = String::from_utf8(encode(&response, Writer::Guest)).unwrap();
+        self.reply(&request, &body).await;
     }
 
-    /// As a host: asks, and waits for the answer.
-    pub(crate) async fn ask(&mut self, message: MessageType, id: u64, body: &str) -> Value {
-        self.send(message, id, body).await;
+    /// As a guest: answers a request with these words.
+    pub(crate) async fn reply(&mut self, request: &Frame, body: &str) {
+        self.send_as(request.message.response(), request.id, body)
+            .await;
+    }
+
+    /// As a guest: answers with success.
+    pub(crate) async fn succeed(&mut self, request: &Frame) {
+        let body = json!({"Result": 0, "ActivityId": NULL}).to_string();
+        self.reply(request, &body).await;
+    }
+
+    /// As a guest: answers that the device is in use.
+    pub(crate) async fn is_busy(&mut self, request: &Frame) {
+        self.reply(request, r#"{"Result":-2147024726}"#).await;
+    }
+
+    /// As a guest whose agent was started after the connection was made.
+    pub(crate) async fn is_new(&mut self, request: &Frame) {
+        let said = "bridge: function not supported, header type: 269486593";
+        let body = json!({"Result": -2_147_467_263_i64, "ErrorMessage": said}).to_string();
+        self.reply(request, &body).await;
+    }
+
+    /// As a host: asks, and takes the answer.
+    pub(crate) async fn ask_as(&mut self, message: MessageType, id: u64, body: &str) -> Frame {
+        self.send_as(message, id, body).await;
         self.answer(message, id).await
     }
 
-    pub(crate) async fn answer(&mut self, message: MessageType, id: u64) -> Value {
+    /// As a host: asks for a change, and takes the answer.
+    pub(crate) async fn ask(&mut self, id: u64, body: &str) -> Frame {
+        self.ask_as(MessageType::MODIFY_SETTINGS, id, body).await
+    }
+
+    pub(crate) async fn answer(&mut self, message: MessageType, id: u64) -> Frame {
         let answer = self.receive().await;
         assert_eq!((answer.message, answer.id), (message.response(), id));
-        serde_json::from_slice(&answer.payload).unwrap()
+        answer
     }
 
     /// As a host: begins.
-    pub(crate) async fn negotiate(&mut self) {
+    pub(crate) async fn hello(&mut self) {
         let body = r#"{"MinimumVersion":4,"MaximumVersion":4}"#;
-        let answer = self.ask(MessageType::NEGOTIATE, 0, body).await;
-        assert_eq!(answer["Result"], 0, "{answer}");
+        let answer = self.ask_as(MessageType::NEGOTIATE, 0, body).await;
+        assert!(answer.is_ok(), "{answer:?}");
     }
 
     /// As a host: changes a setting.
-    pub(crate) async fn modify(&mut self, id: u64, request: Value) -> Value {
-        self.ask(MessageType::MODIFY_SETTINGS, id, &settings(&request))
-            .await
+    pub(crate) async fn modify(&mut self, id: u64, request: Value) -> Frame {
+        self.ask(id, &settings(&request)).await
     }
 }
 
@@ -134,14 +228,23 @@ pub(crate) fn settings(request: &Value) -> String {
     json!({"ContainerId": NULL, "ActivityId": NULL, "Request": request}).to_string()
 }
 
+/// A request, as a host writes it.
+pub(crate) fn written(request: &Request) -> String {
+    let translator = Translator::default();
+    if let Request::Unmount { target } = request {
+        let settings = json!({"MountPath": target});
+        return self::settings(
+            &json!({"RequestType": "Remove", "ResourceType": "MappedVirtualDisk", "Settings": settings}),
+        );
+    }
+    let translated = translator.translate(request, &documented()).unwrap();
+    let request = translated.expect("the guest has to be asked").request;
+    settings(&serde_json::to_value(request).unwrap())
+}
+
 pub(crate) fn add_disk(path: &str, lun: u64) -> Value {
     json!({"RequestType": "Add", "ResourceType": "MappedVirtualDisk",
            "Settings": {"MountPath": path, "Lun": lun}})
-}
-
-/// The number of an error in an answer.
-pub(crate) fn result(answer: &Value) -> u32 {
-    answer["Result"].as_i64().unwrap() as i32 as u32
 }
 
 /// A Linux guest that knows only the protocol.
@@ -163,137 +266,32 @@ pub(crate) fn windows() -> Capabilities {
     }
 }
 
-/// A host, and a guest that is written by the test.
-pub(crate) async fn host_and_peer(
-    capabilities: Capabilities,
-    deadlines: Deadlines,
-) -> (GuestConnection, Peer) {
+/// A host, and a guest of some kind that is written by the test.
+pub(crate) async fn host_and_peer_of(capabilities: Capabilities) -> (GuestConnection, Peer) {
     let (host_end, guest_end) = duplex(1 << 10);
     let mut peer = Peer::new(guest_end);
     let (connection, ()) = tokio::join!(
-        GuestConnection::connect_with(host_end, deadlines),
-        peer.negotiated(capabilities)
+        GuestConnection::connect_with(host_end, Deadlines::default()),
+        peer.agree_with(capabilities)
     );
     (connection.unwrap(), peer)
 }
 
-/// A host that is written by the test, and a guest over a fake VM.
-pub(crate) async fn peer_and_guest(vm: &ScsiVm) -> (Peer, GuestServer) {
-    let server = GuestServer::new(vm.clone());
-    let peer = dial(&server);
-    (peer, server)
+pub(crate) fn options(
+    change: impl FnOnce(MountOptionsBuilder) -> MountOptionsBuilder,
+) -> MountOptions {
+    change(MountOptions::builder()).build().unwrap()
 }
 
-/// Another connection to a server.
-pub(crate) fn dial(server: &GuestServer) -> Peer {
-    let (host_end, guest_end) = duplex(1 << 10);
-    let server = server.clone();
-    tokio::spawn(async move { server.serve(guest_end).await });
-    Peer::new(host_end)
+pub(crate) fn verity() -> Verity {
+    let mut verity = Verity::new("ab".repeat(32), 256);
+    verity.salt = "00".into();
+    verity.hash_start_block = 257;
+    verity
 }
 
-/// Both ends of ours, over a fake VM.
-pub(crate) async fn bridged(vm: &ScsiVm) -> (BridgeGuest, GuestServer) {
-    let server = GuestServer::new(vm.clone());
-    let stream = dial(&server).stream;
-    let connection = GuestConnection::connect(stream).await.unwrap();
-    (BridgeGuest::new(connection), server)
-}
-
-/// A fake VM whose devices are on SCSI controllers with 64 LUNs each.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct ScsiVm(pub(crate) FakeVm);
-
-impl ScsiVm {
-    /// `fake:67` is `scsi:1/3`.
-    pub(crate) fn scsi(fake: &DeviceLocator) -> DeviceLocator {
-        let slot: u32 = fake.address().parse().unwrap();
-        DeviceLocator::new("scsi", format!("{}/{}", slot / 64, slot % 64)).unwrap()
-    }
-
-    pub(crate) fn fake(scsi: &DeviceLocator) -> DeviceLocator {
-        let address = blockmount_scsi::ScsiAddress::try_from(scsi).expect("a SCSI locator");
-        let slot = u32::from(address.controller.get()) * 64 + u32::from(address.lun.get());
-        DeviceLocator::new("fake", slot).unwrap()
-    }
-
-    /// Attaches so many disks, on LUN 0 and up.
-    pub(crate) async fn attach_disks(&self, count: usize) {
-        for number in 0..count {
-            self.attach_identified(&Disk::virtual_disk(format!("/disks/{number}")))
-                .await
-                .unwrap();
-        }
-    }
-}
-
-#[async_trait]
-impl Transport for ScsiVm {
-    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
-        self.0.identify(disk).await
-    }
-
-    async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        self.0.attach(disk, id).await.map(|fake| Self::scsi(&fake))
-    }
-
-    async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
-        self.0.detach(disk).await
-    }
-
-    async fn adopt(
-        &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
-    ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
-    }
-}
-
-#[async_trait]
-impl Unplugger for ScsiVm {
-    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        self.0.unplug(&Self::fake(device)).await
-    }
-}
-
-#[async_trait]
-impl Mounter for ScsiVm {
-    async fn mount(
-        &self,
-        device: &DeviceLocator,
-        target: &Path,
-        options: &MountOptions,
-    ) -> Result<(), BackendError> {
-        self.0.mount(&Self::fake(device), target, options).await
-    }
-
-    async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
-        self.0.unmount(target).await
-    }
-
-    async fn adopt(
-        &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
-    ) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
-    }
-}
-
-#[async_trait]
-impl LayerCombiner for ScsiVm {
-    async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        self.0.combine(overlay).await
-    }
-
-    async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        self.0.separate(target).await
-    }
-
-    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
-        LayerCombiner::adopt(&self.0, overlay).await
-    }
+pub(crate) fn format(filesystem: &str, overwrite: Overwrite) -> Format {
+    let mut format = Format::new(filesystem);
+    format.overwrite = overwrite;
+    format
 }

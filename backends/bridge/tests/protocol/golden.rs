@@ -3,15 +3,15 @@
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use blockmount::testing::FakeVm;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
 };
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
+use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, Request};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
-use crate::common::{Peer, dial, frame, host_and_peer};
+use crate::harness::{ScsiVm, device, dial, host_and_peer};
+use crate::wire::{Frame, Peer, frame, written};
 
 const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
 
@@ -26,18 +26,14 @@ async fn the_first_exchange_byte_for_byte() {
     let size = u8::try_from(12 + hello.len()).unwrap();
     let header = [size, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(bytes, [&header, hello.as_bytes()].concat());
-    guest_end
-        .write_all(&frame(0, chosen.as_bytes()))
-        .await
-        .unwrap();
+    guest_end.write_all(&frame(0, &chosen)).await.unwrap();
     assert_eq!(*host.await.unwrap().unwrap().agent(), SOFTWARE);
 
-    let mut peer = dial(&GuestServer::new(FakeVm::new()));
-    peer.send_raw(&frame(0x0102_0304_0506_0708, hello.as_bytes()))
-        .await;
+    let mut peer = dial(&GuestServer::new(ScsiVm::default()));
+    peer.send_raw(&frame(0x0102_0304_0506_0708, &hello)).await;
     let mut bytes = vec![0; 12 + chosen.len()];
-    peer.0.read_exact(&mut bytes).await.unwrap();
-    assert_eq!(bytes, frame(0x0102_0304_0506_0708, chosen.as_bytes()));
+    peer.stream.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(bytes, frame(0x0102_0304_0506_0708, &chosen));
     assert_eq!(bytes[4..12], [8, 7, 6, 5, 4, 3, 2, 1]);
 }
 
@@ -49,7 +45,7 @@ async fn sent(
     let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
     let guest = BridgeGuest::new(connection);
     let (outcome, body) = tokio::join!(call(&guest), async {
-        let (id, body) = peer.receive().await;
+        let Frame { id, body } = peer.receive().await;
         assert_eq!(id, 1, "0 was the hello");
         peer.send(id, answer).await;
         body
@@ -111,15 +107,17 @@ async fn an_error_crosses_whole() {
 
 #[tokio::test]
 async fn an_agent_writes_the_same_answers() {
-    let vm = FakeVm::new();
-    let mut peer: Peer = dial(&GuestServer::new(vm));
-    assert_eq!(
-        peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await,
-        "HelloFirst"
-    );
+    let mut peer: Peer = dial(&GuestServer::new(ScsiVm::default()));
+    let unmount = r#"{"Unmount":{"target":"/m"}}"#;
+    assert_eq!(peer.ask(1, unmount).await.body, "HelloFirst");
     peer.hello().await;
-    assert_eq!(peer.ask(2, r#"{"Unmount":{"target":"/m"}}"#).await, "Ok");
-    let refused = peer.ask(3, &crate::common::mount(9, "/m")).await;
+    assert_eq!(peer.ask(2, unmount).await.body, "Ok");
+    let mount = Request::Mount {
+        locator: device(9),
+        target: "/m".into(),
+        options: MountOptions::default(),
+    };
+    let refused = peer.ask(3, &written(&mount)).await.body;
     assert_eq!(refused["Error"]["kind"], "NotFound", "{refused}");
 }
 

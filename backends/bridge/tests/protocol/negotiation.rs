@@ -1,26 +1,28 @@
 //! What comes before, beside and instead of the agreement on a version.
 
 use blockmount::ErrorKind;
-use blockmount::testing::FakeVm;
 use blockmount_bridge::{Deadlines, GuestConnection, GuestServer, ServeError};
 use tokio::io::duplex;
 
-use crate::common::{Peer, dial, host_and_peer, mount, unplug, vm_with_disks};
+use crate::harness::{ScsiVm, dial, host_and_peer, unplug, vm_with_disks};
+use crate::wire::Peer;
+
+const MOUNT: &str = r#"{"Mount":{"locator":"scsi:0/0","target":"/m","options":{}}}"#;
 
 #[tokio::test]
 async fn nothing_is_done_before_the_hello() {
     let vm = vm_with_disks(1).await;
     let server = GuestServer::new(vm.clone());
     let mut peer = dial(&server);
-    assert_eq!(peer.ask(1, &mount(0, "/m")).await, "HelloFirst");
+    assert_eq!(peer.ask(1, MOUNT).await.body, "HelloFirst");
     assert_eq!(vm.device_at("/m"), None);
     peer.hello().await;
-    assert_eq!(peer.ask(2, &mount(0, "/m")).await, "Ok");
+    assert_eq!(peer.ask(2, MOUNT).await.body, "Ok");
     // Anew on each connection.
-    assert_eq!(dial(&server).ask(3, &mount(0, "/n")).await, "HelloFirst");
+    assert_eq!(dial(&server).ask(3, MOUNT).await.body, "HelloFirst");
     // A second one is no request.
     let hello = r#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#;
-    let again = peer.ask(4, hello).await;
+    let again = peer.ask(4, hello).await.body;
     assert_eq!(again["Error"]["kind"], "Unsuitable", "{again}");
 }
 
@@ -28,12 +30,12 @@ async fn nothing_is_done_before_the_hello() {
 async fn both_ends_say_which_is_too_old() {
     for (min, max, older) in [(2, 9, "agent"), (0, 0, "host")] {
         let (host_end, guest_end) = duplex(1 << 10);
-        let server = GuestServer::new(FakeVm::new());
+        let server = GuestServer::new(ScsiVm::default());
         let serving = tokio::spawn(async move { server.serve(guest_end).await });
-        let mut peer = Peer(host_end);
+        let mut peer = Peer::new(host_end);
         let hello =
             format!(r#"{{"Hello":{{"min":{min},"max":{max},"software":"next 9.1","later":0}}}}"#);
-        let answer = peer.ask(0, &hello).await;
+        let answer = peer.ask(0, &hello).await.body;
         assert_eq!(answer["Incompatible"]["min"], 1, "{answer}");
         drop(peer);
         let error = serving.await.unwrap().unwrap_err();
@@ -53,9 +55,9 @@ async fn both_ends_say_which_is_too_old() {
     }
     for (min, max, older) in [(2, 9, "host"), (0, 0, "agent")] {
         let (host_end, guest_end) = duplex(1 << 10);
-        let mut peer = Peer(guest_end);
+        let mut peer = Peer::new(guest_end);
         let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
-            let (id, _) = peer.receive().await;
+            let id = peer.receive().await.id;
             let answer =
                 format!(r#"{{"Incompatible":{{"min":{min},"max":{max},"software":"x"}}}}"#);
             peer.send(id, &answer).await;
@@ -72,10 +74,13 @@ async fn both_ends_say_which_is_too_old() {
 
 #[tokio::test]
 async fn an_agent_of_one_version_serves_a_host_of_more() {
-    let mut peer = dial(&GuestServer::new(FakeVm::new()));
+    let mut peer = dial(&GuestServer::new(ScsiVm::default()));
     let hello = r#"{"Hello":{"min":1,"max":7,"software":"next"}}"#;
-    assert_eq!(peer.ask(0, hello).await["Chosen"]["version"], 1);
-    assert_eq!(peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await, "Ok");
+    assert_eq!(peer.ask(0, hello).await.body["Chosen"]["version"], 1);
+    assert_eq!(
+        peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await.body,
+        "Ok"
+    );
 }
 
 #[tokio::test]
@@ -87,7 +92,7 @@ async fn what_an_older_agent_does_not_know_is_refused_by_name() {
         (r#"{"Rename":{"target":"/m"}}"#, "Rename"),
         (r#"{"Unmount":{"target":"/m","lazily":true}}"#, "lazily"),
         (
-            r#"{"Mount":{"locator":"fake:0","target":"/m","options":{"quota":1}}}"#,
+            r#"{"Mount":{"locator":"scsi:0/0","target":"/m","options":{"quota":1}}}"#,
             "quota",
         ),
         (
@@ -95,7 +100,7 @@ async fn what_an_older_agent_does_not_know_is_refused_by_name() {
             "index",
         ),
     ] {
-        let answer = peer.ask(1, body).await;
+        let answer = peer.ask(1, body).await.body;
         assert_eq!(answer["Error"]["kind"], "Unsuitable", "{answer}");
         let message = answer["Error"]["message"].as_str().unwrap();
         assert!(
@@ -121,9 +126,9 @@ async fn a_host_refuses_an_agent_that_makes_no_sense() {
         ("garbage", ErrorKind::Uncertain),
     ] {
         let (host_end, guest_end) = duplex(1 << 10);
-        let mut peer = Peer(guest_end);
+        let mut peer = Peer::new(guest_end);
         let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
-            let (id, _) = peer.receive().await;
+            let id = peer.receive().await.id;
             peer.send(id, answer).await;
         });
         assert_eq!(connected.unwrap_err().kind(), kind, "{answer}");
@@ -142,7 +147,7 @@ async fn an_agent_that_never_answers_is_given_up_in_time() {
 async fn an_agent_that_was_started_anew_on_the_same_stream_has_done_nothing() {
     let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
     let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
-        let (id, _) = peer.receive().await;
+        let id = peer.receive().await.id;
         peer.send(id, r#""HelloFirst""#).await;
     });
     let error = outcome.unwrap_err();

@@ -1,136 +1,159 @@
-//! A peer that is written frame by frame, and both ends over a fake VM.
+//! A peer that is written frame by frame.
 
-use std::time::Duration;
-
-use blockmount::testing::{AttachIdentified as _, FakeVm};
-use blockmount::{DeviceLocator, Disk};
-use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, Request};
+use blockmount_bridge::Request;
+pub(crate) use blockmount_bridge::{
+    BridgeGuest, GuestConnection, GuestServer, MAX_FRAME, RedialingChannel,
+};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::timeout;
 
-/// Longer than anything here may take.
-pub(crate) const LONG: Duration = Duration::from_secs(60);
+use crate::harness::LONG;
 
-/// A deadline that a test waits for.
-pub(crate) const SHORT: Duration = Duration::from_millis(100);
+/// The size of a header.
+pub(crate) const HEADER: usize = 12;
+
+/// The limit of a frame, as an error names it.
+pub(crate) const LIMIT: &str = "1024 KiB";
+
+/// Answers that cannot be read.
+pub(crate) const UNREADABLE: &[&str] = &[
+    r#""Later""#,
+    r#"{"Error":{"kind":"Later","message":""}}"#,
+    r#"{"Error":{}}"#,
+];
+
+/// Bodies of requests that make no sense.
+pub(crate) const GARBAGE: &[&str] = &[
+    "{}",
+    r#""Mount""#,
+    r#"{"Mount":7}"#,
+    r#"{"Mount":{},"Unmount":{}}"#,
+    r#"{"Mount":{"locator":"none","target":"/m","options":{}}}"#,
+    r#"{"Mount":{"locator":"scsi:0/0","target":"/m","options":{"read_only":true,"flags":["no"]}}}"#,
+];
 
 /// One end of a stream, in the hands of the test.
-pub(crate) struct Peer(pub(crate) DuplexStream);
+pub(crate) struct Peer {
+    pub(crate) stream: DuplexStream,
+}
+
+/// A frame that a peer has received.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Frame {
+    pub(crate) id: u64,
+    pub(crate) body: Value,
+}
+
+impl Frame {
+    /// Whether it is an answer that says that all is well.
+    pub(crate) fn is_ok(&self) -> bool {
+        self.body == "Ok"
+    }
+
+    /// Whether it is an answer that says that the request cannot be done as it is.
+    pub(crate) fn is_refused(&self) -> bool {
+        let kind = self.body["Error"]["kind"].as_str();
+        kind.is_some_and(|kind| ["Invalid", "Unsuitable"].contains(&kind))
+    }
+}
 
 /// The header of a frame of this size.
-pub(crate) fn header(size: u32, id: u64) -> Vec<u8> {
+pub(crate) fn header(size: usize, id: u64) -> Vec<u8> {
+    let size = u32::try_from(size).unwrap();
     [&size.to_le_bytes()[..], &id.to_le_bytes()].concat()
 }
 
 /// A frame with this body.
-pub(crate) fn frame(id: u64, body: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(12 + body.len()).unwrap();
-    [&header(size, id)[..], body].concat()
+pub(crate) fn frame(id: u64, body: &str) -> Vec<u8> {
+    [&header(HEADER + body.len(), id)[..], body.as_bytes()].concat()
+}
+
+/// The header of an answer of this size.
+pub(crate) fn answer_header(size: usize, request: &Frame) -> Vec<u8> {
+    header(size, request.id)
 }
 
 impl Peer {
+    pub(crate) fn new(stream: DuplexStream) -> Self {
+        Peer { stream }
+    }
+
     pub(crate) async fn send_raw(&mut self, bytes: &[u8]) {
-        self.0.write_all(bytes).await.unwrap();
+        self.stream.write_all(bytes).await.unwrap();
     }
 
     pub(crate) async fn send(&mut self, id: u64, body: &str) {
-        self.send_raw(&frame(id, body.as_bytes())).await;
+        self.send_raw(&frame(id, body)).await;
     }
 
     /// The next frame; none at the end of the stream.
-    pub(crate) async fn try_receive(&mut self) -> Option<(u64, Value)> {
+    pub(crate) async fn try_receive(&mut self) -> Option<Frame> {
         let receiving = async {
-            let mut header = [0; 12];
-            self.0.read_exact(&mut header).await.ok()?;
+            let mut header = [0; HEADER];
+            self.stream.read_exact(&mut header).await.ok()?;
             let (size, id) = header.split_at(4);
             let size = u32::from_le_bytes(size.try_into().unwrap()) as usize;
-            let mut body = vec![0; size - 12];
-            self.0.read_exact(&mut body).await.ok()?;
+            let mut body = vec![0; size - HEADER];
+            self.stream.read_exact(&mut body).await.ok()?;
             let id = u64::from_le_bytes(id.try_into().unwrap());
-            Some((id, serde_json::from_slice(&body).unwrap()))
+            let body = serde_json::from_slice(&body).unwrap();
+            Some(Frame { id, body })
         };
-        timeout(LONG, receiving)
-            .await
-            .expect("the peer says something")
+        let received = timeout(LONG, receiving).await;
+        received.expect("the peer says something")
     }
 
-    pub(crate) async fn receive(&mut self) -> (u64, Value) {
+    pub(crate) async fn receive(&mut self) -> Frame {
         self.try_receive().await.expect("the connection lives")
     }
 
-    /// As an agent: agrees on version 1.
+    /// As an agent: agrees on a version.
     pub(crate) async fn agree(&mut self) {
-        let (id, hello) = self.receive().await;
-        assert_eq!(hello["Hello"]["max"], 1, "{hello}");
-        self.send(id, r#"{"Chosen":{"version":1,"software":"a test"}}"#)
-            .await;
+        let Frame { id, body } = self.receive().await;
+        let max = &body["Hello"]["max"];
+        let chosen = json!({"Chosen": {"version": max, "software": "a test"}});
+        self.send(id, &chosen.to_string()).await;
+    }
+
+    /// As an agent: answers a request with these words.
+    pub(crate) async fn reply(&mut self, request: &Frame, body: &str) {
+        self.send(request.id, body).await;
     }
 
     /// As an agent: answers with success.
-    pub(crate) async fn succeed(&mut self, id: u64) {
-        self.send(id, r#""Ok""#).await;
+    pub(crate) async fn succeed(&mut self, request: &Frame) {
+        self.reply(request, r#""Ok""#).await;
+    }
+
+    /// As an agent: answers that the device is in use.
+    pub(crate) async fn is_busy(&mut self, request: &Frame) {
+        let busy = r#"{"Error":{"kind":"Busy","message":"in use"}}"#;
+        self.reply(request, busy).await;
+    }
+
+    /// As an agent that was started after the connection was made.
+    pub(crate) async fn is_new(&mut self, request: &Frame) {
+        self.reply(request, r#""HelloFirst""#).await;
     }
 
     /// As a host: asks, and takes the answer.
-    pub(crate) async fn ask(&mut self, id: u64, body: &str) -> Value {
+    pub(crate) async fn ask(&mut self, id: u64, body: &str) -> Frame {
         self.send(id, body).await;
-        let (answered, answer) = self.receive().await;
-        assert_eq!(answered, id);
+        let answer = self.receive().await;
+        assert_eq!(answer.id, id);
         answer
     }
 
     /// As a host: begins.
     pub(crate) async fn hello(&mut self) {
-        let answer = self
-            .ask(0, r#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#)
-            .await;
-        assert_eq!(answer["Chosen"]["version"], 1, "{answer}");
+        let hello = r#"{"Hello":{"min":1,"max":1,"software":"a test"}}"#;
+        let answer = self.ask(0, hello).await;
+        assert_eq!(answer.body["Chosen"]["version"], 1, "{answer:?}");
     }
 }
 
-pub(crate) fn mount(slot: u64, target: &str) -> String {
-    json!({"Mount": {"locator": format!("fake:{slot}"), "target": target, "options": {}}})
-        .to_string()
-}
-
-pub(crate) fn unplug(slot: u64) -> Request {
-    let locator = DeviceLocator::new("fake", slot).unwrap();
-    Request::Unplug { locator }
-}
-
-/// A host, and an agent that is written by the test.
-pub(crate) async fn host_and_peer(deadlines: Deadlines) -> (GuestConnection, Peer) {
-    let (host_end, guest_end) = duplex(1 << 10);
-    let mut peer = Peer(guest_end);
-    let (connection, ()) = tokio::join!(
-        GuestConnection::connect_with(host_end, deadlines),
-        peer.agree()
-    );
-    (connection.unwrap(), peer)
-}
-
-/// Another connection to a server.
-pub(crate) fn dial(server: &GuestServer) -> Peer {
-    let (host_end, guest_end) = duplex(1 << 10);
-    let server = server.clone();
-    tokio::spawn(async move { server.serve(guest_end).await });
-    Peer(host_end)
-}
-
-/// A fake VM with so many disks attached, `fake:0` and up.
-pub(crate) async fn vm_with_disks(count: usize) -> FakeVm {
-    let vm = FakeVm::new();
-    for number in 0..count {
-        let disk = Disk::virtual_disk(format!("/disks/{number}"));
-        vm.attach_identified(&disk).await.unwrap();
-    }
-    vm
-}
-
-/// Both ends of ours, over a fake VM.
-pub(crate) async fn bridged(vm: &FakeVm) -> (BridgeGuest, GuestServer) {
-    let server = GuestServer::new(vm.clone());
-    let connection = GuestConnection::connect(dial(&server).0).await.unwrap();
-    (BridgeGuest::new(connection), server)
+/// A request, as a host writes it.
+pub(crate) fn written(request: &Request) -> String {
+    serde_json::to_string(request).unwrap()
 }

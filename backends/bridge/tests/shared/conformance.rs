@@ -1,14 +1,13 @@
 //! The checks of the guest's contracts, and the managers, across the bridge.
 
-use crate::common;
-
 use blockmount::testing::conformance::{self, GuestFixture, WithoutGone};
 use blockmount::testing::{FakeVm, VmStep};
 use blockmount::{Disk, Manager, MountOptions, MountRequest, StackRequest};
-use common::{ScsiVm, bridged};
+
+use crate::harness::{ScsiVm, bridged};
 
 fn fixture(vm: &ScsiVm, unplugger: impl blockmount::Unplugger) -> GuestFixture {
-    let left = vm.0.clone();
+    let left = vm.clone();
     GuestFixture::new(
         vm.clone(),
         unplugger,
@@ -17,12 +16,12 @@ fn fixture(vm: &ScsiVm, unplugger: impl blockmount::Unplugger) -> GuestFixture {
         move || left.left(),
     )
     .scratch(Disk::virtual_disk("/scratch.img"))
-    .faults(WithoutGone(vm.0.clone()))
+    .faults(WithoutGone(FakeVm::clone(vm)))
 }
 
 #[tokio::test]
 async fn the_contracts_hold_across_the_bridge() {
-    let vm = ScsiVm(FakeVm::new());
+    let vm = ScsiVm::default();
     let (guest, _server) = bridged(&vm).await;
     let fixture = fixture(&vm, guest.clone());
     let mounter = conformance::mounter(&guest, &fixture).await;
@@ -32,12 +31,12 @@ async fn the_contracts_hold_across_the_bridge() {
         println!("{passed}");
         assert!(passed.successes > 5, "{passed}");
     }
-    vm.0.assert_empty();
+    vm.assert_empty();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn managers_share_and_release_across_the_bridge() {
-    let vm = ScsiVm(FakeVm::new());
+    let vm = ScsiVm::default();
     let (guest, _server) = bridged(&vm).await;
     let manager = Manager::builder()
         .transport(vm.clone())
@@ -58,7 +57,7 @@ async fn managers_share_and_release_across_the_bridge() {
         adding.spawn(async move { manager.add(&disk, &request).await.unwrap() });
     }
     let mounts = adding.join_all().await;
-    assert_eq!(vm.0.calls(VmStep::Mount), 64, "two callers share each disk");
+    assert_eq!(vm.calls(VmStep::Mount), 64, "two callers share each disk");
     let layers = (0..40).map(|number| layer(format!("/layers/{number}")));
     let request = layers.fold(
         StackRequest::new("/run/container"),
@@ -70,6 +69,6 @@ async fn managers_share_and_release_across_the_bridge() {
         mount.release().await.unwrap();
     }
     assert!(manager.drain().await.is_clean());
-    vm.0.check().unwrap();
-    vm.0.assert_empty();
+    vm.check().unwrap();
+    vm.assert_empty();
 }

@@ -1,70 +1,20 @@
 //! The stream is lost, with and without a request under way, and comes back.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount::{
-    BackendError, Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger,
-};
-use blockmount_bridge::{
-    BridgeGuest, Deadlines, Dialer, GuestConnection, GuestServer, RedialingChannel,
-};
+use blockmount::testing::{Gate, VmStep};
+use blockmount::{Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger};
+use blockmount_bridge::Deadlines;
 use tokio::io::{DuplexStream, duplex};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
-use crate::common::{LONG, Peer, bridged, dial, host_and_peer, unplug, vm_with_disks};
-
-/// A way to a guest that the test cuts and mends.
-#[derive(Clone)]
-struct Way {
-    /// What is at the other end of the next stream.
-    ends: mpsc::UnboundedSender<DuplexStream>,
-    dials: Arc<AtomicUsize>,
-    works: Arc<AtomicBool>,
-    alive: Arc<AtomicBool>,
-}
-
-impl Way {
-    fn new() -> (Self, mpsc::UnboundedReceiver<DuplexStream>) {
-        let (ends, streams) = mpsc::unbounded_channel();
-        let way = Way {
-            ends,
-            dials: Arc::default(),
-            works: Arc::new(AtomicBool::new(true)),
-            alive: Arc::new(AtomicBool::new(true)),
-        };
-        (way, streams)
-    }
-
-    fn dials(&self) -> usize {
-        self.dials.load(Ordering::SeqCst)
-    }
-}
-
-#[async_trait]
-impl Dialer for Way {
-    type Stream = DuplexStream;
-
-    async fn dial(&self) -> Result<DuplexStream, BackendError> {
-        self.dials.fetch_add(1, Ordering::SeqCst);
-        if !self.works.load(Ordering::SeqCst) {
-            return Err(BackendError::gone("no agent listens"));
-        }
-        let (ours, theirs) = duplex(1 << 10);
-        let sent = self.ends.send(theirs);
-        sent.map_err(|_| BackendError::other("no agent"))?;
-        Ok(ours)
-    }
-
-    async fn is_alive(&self) -> bool {
-        self.alive.load(Ordering::SeqCst)
-    }
-}
+use crate::harness::{
+    LONG, ScsiVm, Way, bridged, device, dial, host_and_peer, redialing, unplug, vm_with_disks,
+};
+use crate::wire::{BridgeGuest, GuestConnection, GuestServer, Peer, RedialingChannel};
 
 /// A channel to an agent that is written by the test, and its first stream.
 async fn channel_and_peer() -> (
@@ -74,17 +24,17 @@ async fn channel_and_peer() -> (
     Peer,
 ) {
     let (way, mut streams) = Way::new();
-    let (channel, peer) = tokio::join!(RedialingChannel::connect(way.clone()), async {
-        let mut peer = Peer(streams.recv().await.unwrap());
+    let (channel, peer) = tokio::join!(redialing(&way), async {
+        let mut peer = Peer::new(streams.recv().await.unwrap());
         peer.agree().await;
         peer
     });
-    (channel.unwrap(), way, streams, peer)
+    (channel, way, streams, peer)
 }
 
 /// A channel to a fake VM. The sender of handles ends the present stream.
 async fn channel_to(
-    vm: &FakeVm,
+    vm: &ScsiVm,
 ) -> (
     BridgeGuest<RedialingChannel<Way>>,
     Way,
@@ -100,7 +50,7 @@ async fn channel_to(
             let _ = handles.send(task.abort_handle());
         }
     });
-    let channel = RedialingChannel::connect(way.clone()).await.unwrap();
+    let channel = redialing(&way).await;
     (BridgeGuest::new(channel), way, serving)
 }
 
@@ -120,7 +70,7 @@ async fn f01_a_lost_connection_is_uncertain_now_and_later() {
 
 #[tokio::test]
 async fn f01_a_release_over_a_lost_line_keeps_the_disk_attached() {
-    let vm = FakeVm::new();
+    let vm = ScsiVm::default();
     let (guest, way, mut serving) = channel_to(&vm).await;
     let manager = Manager::builder()
         .transport(vm.clone())
@@ -145,7 +95,7 @@ async fn f01_a_release_over_a_lost_line_keeps_the_disk_attached() {
 
 #[tokio::test]
 async fn f01_only_the_owner_of_the_vm_says_that_it_is_gone() {
-    let vm = FakeVm::new();
+    let vm = ScsiVm::default();
     let (guest, way, mut serving) = channel_to(&vm).await;
     let manager = Manager::builder()
         .transport(vm.clone())
@@ -171,15 +121,15 @@ async fn f01_only_the_owner_of_the_vm_says_that_it_is_gone() {
 async fn i09_a_teardown_that_was_cut_off_is_sent_again_once() {
     let (channel, way, mut streams, mut peer) = channel_and_peer().await;
     let guest = BridgeGuest::new(channel);
-    let device = "fake:0".parse().unwrap();
+    let device = device(0);
     let (outcome, last) = tokio::join!(guest.unplug(&device), async {
-        let (_, first) = peer.receive().await;
+        let first = peer.receive().await;
         drop(peer);
-        let mut next = Peer(streams.recv().await.unwrap());
+        let mut next = Peer::new(streams.recv().await.unwrap());
         next.agree().await;
-        let (id, again) = next.receive().await;
-        assert_eq!(first, again);
-        next.succeed(id).await;
+        let again = next.receive().await;
+        assert_eq!(first.body, again.body);
+        next.succeed(&again).await;
         next
     });
     outcome.unwrap();
@@ -190,7 +140,7 @@ async fn i09_a_teardown_that_was_cut_off_is_sent_again_once() {
     let (outcome, _peer) = tokio::join!(guest.unplug(&device), async {
         peer.receive().await;
         drop(peer);
-        let mut next = Peer(streams.recv().await.unwrap());
+        let mut next = Peer::new(streams.recv().await.unwrap());
         next.agree().await;
         next.receive().await;
         drop(next);
@@ -203,21 +153,22 @@ async fn i09_a_teardown_that_was_cut_off_is_sent_again_once() {
 async fn i09_a_setup_that_was_cut_off_is_not_sent_again() {
     let (channel, way, mut streams, mut peer) = channel_and_peer().await;
     let guest = BridgeGuest::new(channel);
-    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let (device, target) = (device(0), "/m".as_ref());
     let options = MountOptions::default();
-    let (outcome, ()) = tokio::join!(guest.mount(&device, target, &options), async {
-        peer.receive().await;
+    let (outcome, mount) = tokio::join!(guest.mount(&device, target, &options), async {
+        let mount = peer.receive().await;
         drop(peer);
+        mount
     });
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Uncertain);
     assert_eq!(way.dials(), 1);
-    // The next request goes over a new stream.
+    // The next request goes over a new stream, and is the unmount.
     let (outcome, _peer) = tokio::join!(guest.unmount(target), async {
-        let mut next = Peer(streams.recv().await.unwrap());
+        let mut next = Peer::new(streams.recv().await.unwrap());
         next.agree().await;
-        let (id, request) = next.receive().await;
-        assert!(request.get("Unmount").is_some(), "{request}");
-        next.succeed(id).await;
+        let request = next.receive().await;
+        assert_ne!(request.body, mount.body);
+        next.succeed(&request).await;
         next
     });
     outcome.unwrap();
@@ -227,13 +178,13 @@ async fn i09_a_setup_that_was_cut_off_is_not_sent_again() {
 async fn i09_sending_again_takes_no_second_deadline() {
     let (channel, _way, mut streams, mut peer) = channel_and_peer().await;
     let guest = BridgeGuest::new(channel);
-    let device = "fake:0".parse().unwrap();
+    let device = device(0);
     let (begun, deadline) = (Instant::now(), Deadlines::default().call);
     let (outcome, _peer) = tokio::join!(guest.unplug(&device), async {
         peer.receive().await;
         tokio::time::sleep(deadline * 3 / 4).await;
         drop(peer);
-        let mut next = Peer(streams.recv().await.unwrap());
+        let mut next = Peer::new(streams.recv().await.unwrap());
         next.agree().await;
         // It never answers.
         next
@@ -247,17 +198,17 @@ async fn i09_sending_again_takes_no_second_deadline() {
 async fn an_agent_that_was_started_anew_on_its_stream_is_asked_again_over_a_new_one() {
     let (channel, _way, mut streams, mut peer) = channel_and_peer().await;
     let guest = BridgeGuest::new(channel);
-    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let (device, target) = (device(0), "/m".as_ref());
     let options = MountOptions::default();
     // Also a set-up: nothing of it was done.
     let (outcome, _peers) = tokio::join!(guest.mount(&device, target, &options), async {
-        let (id, _) = peer.receive().await;
-        peer.send(id, r#""HelloFirst""#).await;
-        let mut next = Peer(streams.recv().await.unwrap());
+        let request = peer.receive().await;
+        peer.is_new(&request).await;
+        let mut next = Peer::new(streams.recv().await.unwrap());
         next.agree().await;
-        let (id, request) = next.receive().await;
-        assert!(request.get("Mount").is_some(), "{request}");
-        next.succeed(id).await;
+        let again = next.receive().await;
+        assert_eq!(request.body, again.body);
+        next.succeed(&again).await;
         (peer, next)
     });
     outcome.unwrap();
@@ -273,9 +224,8 @@ async fn many_callers_dial_once() {
     for slot in 0..32 {
         let guest = guest.clone();
         calls.spawn(async move {
-            let (device, target) = (format!("fake:{slot}"), format!("/m{slot}"));
-            let (device, options) = (device.parse().unwrap(), MountOptions::default());
-            guest.mount(&device, target.as_ref(), &options).await
+            let (target, options) = (format!("/m{slot}"), MountOptions::default());
+            guest.mount(&device(slot), target.as_ref(), &options).await
         });
     }
     for outcome in calls.join_all().await {
@@ -286,11 +236,11 @@ async fn many_callers_dial_once() {
 }
 
 #[tokio::test]
-async fn a_mount_in_doubt_is_taken_back_over_the_next_connection() {
+async fn b9_a_mount_in_doubt_is_taken_back_over_the_next_connection() {
     let vm = vm_with_disks(1).await;
     let (guest, _way, mut serving) = channel_to(&vm).await;
     vm.gate_next(VmStep::Mount, 1, Gate::Never);
-    let (device, target) = ("fake:0".parse().unwrap(), "/m".as_ref());
+    let (device, target) = (device(0), "/m".as_ref());
     let options = MountOptions::default();
     let (outcome, ()) = tokio::join!(guest.mount(&device, target, &options), async {
         vm.until_called(VmStep::Mount, 1).await;
@@ -315,14 +265,14 @@ async fn a_reconnection_agrees_again_and_counts_on() {
     let (connection, peer) = host_and_peer(Deadlines::default()).await;
     drop(peer);
     let (host_end, guest_end) = duplex(1 << 10);
-    let mut peer = Peer(guest_end);
+    let mut peer = Peer::new(guest_end);
     let clone = connection.clone();
     let (outcome, ()) = tokio::join!(clone.reconnect(host_end), peer.agree());
     outcome.unwrap();
     let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
-        let (id, _) = peer.receive().await;
-        assert_eq!(id, 2, "0 and 1 were the hellos");
-        peer.succeed(id).await;
+        let request = peer.receive().await;
+        assert_eq!(request.id, 2, "0 and 1 were for the agreements");
+        peer.succeed(&request).await;
     });
     outcome.unwrap();
 }
@@ -334,8 +284,8 @@ async fn a_failed_reconnection_leaves_the_connection_as_it_was() {
     drop(guest_end);
     connection.reconnect(host_end).await.unwrap_err();
     let (outcome, ()) = tokio::join!(connection.call(unplug(0)), async {
-        let (id, _) = peer.receive().await;
-        peer.succeed(id).await;
+        let request = peer.receive().await;
+        peer.succeed(&request).await;
     });
     outcome.unwrap();
 }
@@ -344,7 +294,7 @@ async fn a_failed_reconnection_leaves_the_connection_as_it_was() {
 async fn a_replaced_connection_returns_its_callers() {
     let (connection, mut peer) = host_and_peer(Deadlines::default()).await;
     let (host_end, guest_end) = duplex(1 << 10);
-    let mut next = Peer(guest_end);
+    let mut next = Peer::new(guest_end);
     let (outcome, ()) = tokio::join!(timeout(LONG, connection.call(unplug(0))), async {
         peer.receive().await;
         let (reconnected, ()) = tokio::join!(connection.reconnect(host_end), next.agree());
@@ -375,7 +325,37 @@ async fn the_last_owner_closes_the_stream() {
 async fn what_an_agent_has_said_before_it_closed_its_end_is_an_answer() {
     let vm = vm_with_disks(1).await;
     let (guest, server) = bridged(&vm).await;
-    let connection = GuestConnection::connect(dial(&server).0).await.unwrap();
+    let connection = GuestConnection::connect(dial(&server).stream)
+        .await
+        .unwrap();
     drop(guest);
     connection.call(unplug(0)).await.unwrap();
+}
+
+#[tokio::test]
+async fn f01_a_manager_redials_and_is_clean_after_its_vm_has_ended() {
+    let vm = ScsiVm::default();
+    let (guest, way, _serving) = channel_to(&vm).await;
+    let manager = Manager::builder()
+        .transport(vm.clone())
+        .unplugger(guest.clone())
+        .mounter(guest.clone())
+        .build();
+    let request = MountRequest::new(MountOptions::default());
+    let disk = Disk::virtual_disk("/a.img");
+    let mount = manager.add(&disk, &request).await.unwrap();
+    guest.channel().connection().close();
+    mount.release().await.unwrap();
+    vm.check().unwrap();
+    let mount = manager.add(&disk, &request).await.unwrap();
+    guest.channel().connection().close();
+    way.works.store(false, Ordering::SeqCst);
+    way.alive.store(false, Ordering::SeqCst);
+    vm.kill_guest();
+    mount.release().await.unwrap();
+    let other = Disk::virtual_disk("/b.img");
+    let error = manager.add(&other, &request).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Gone);
+    assert!(manager.drain().await.is_clean());
+    vm.assert_empty();
 }

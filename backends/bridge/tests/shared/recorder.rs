@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, Format, LayerCombiner, MountOptions, MountOptionsBuilder, Mounter,
-    Overlay, Overwrite, Presence, Unplugger, Verity,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -84,23 +83,4 @@ impl LayerCombiner for Recorder {
     async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
         Ok(Presence::Unknown)
     }
-}
-
-pub(crate) fn options(
-    change: impl FnOnce(MountOptionsBuilder) -> MountOptionsBuilder,
-) -> MountOptions {
-    change(MountOptions::builder()).build().unwrap()
-}
-
-pub(crate) fn verity() -> Verity {
-    let mut verity = Verity::new("ab".repeat(32), 256);
-    verity.salt = "00".into();
-    verity.hash_start_block = 257;
-    verity
-}
-
-pub(crate) fn format(filesystem: &str, overwrite: Overwrite) -> Format {
-    let mut format = Format::new(filesystem);
-    format.overwrite = overwrite;
-    format
 }

@@ -1,14 +1,14 @@
 //! Many owners at once over one bridge, in random schedules with faults, delays and late answers.
 
-use crate::common;
-
 use std::time::Duration;
 
-use blockmount::testing::{FakeVm, Seed, VmStep, random_delays, random_faults};
+use blockmount::testing::{Seed, VmStep, random_delays, random_faults};
 use blockmount::{Disk, Manager, MountOptions, MountRequest};
-use blockmount_bridge::gcs::{BridgeGuest, Deadlines, GuestConnection, GuestServer};
-use common::{ScsiVm, dial};
+use blockmount_bridge::Deadlines;
 use tokio::task::JoinSet;
+
+use crate::harness::{ScsiVm, dial};
+use crate::wire::{BridgeGuest, GuestConnection, GuestServer};
 
 const OWNERS: u64 = 16;
 const CYCLES: u64 = 12;
@@ -30,9 +30,9 @@ async fn owner(manager: Manager, mut seed: Seed) -> usize {
 
 /// One schedule. Answers that are later than the deadline leave their host in doubt.
 async fn schedule(number: u64, faults: u64, deadline: Duration) -> (ScsiVm, usize) {
-    let vm = ScsiVm(FakeVm::new());
-    vm.0.gate_by(random_faults(number, faults));
-    vm.0.delay_by(random_delays(number, Duration::from_millis(20)));
+    let vm = ScsiVm::default();
+    vm.gate_by(random_faults(number, faults));
+    vm.delay_by(random_delays(number, Duration::from_millis(20)));
     let stream = dial(&GuestServer::new(vm.clone())).stream;
     let deadlines = Deadlines {
         call: deadline,
@@ -55,8 +55,8 @@ async fn schedule(number: u64, faults: u64, deadline: Duration) -> (ScsiVm, usiz
         ));
     }
     let clean = owners.join_all().await.iter().sum();
-    vm.0.open_gates();
-    vm.0.delay_by(|_| Duration::ZERO);
+    vm.open_gates();
+    vm.delay_by(|_| Duration::ZERO);
     // What the guest has begun before still takes its time, and a drain that has to wait for it is late as well.
     let mut drained = manager.drain().await;
     for _ in 0..10 {
@@ -65,7 +65,7 @@ async fn schedule(number: u64, faults: u64, deadline: Duration) -> (ScsiVm, usiz
         }
     }
     assert!(drained.is_clean(), "schedule {number}: {drained:?}");
-    vm.0.assert_empty();
+    vm.assert_empty();
     (vm, clean)
 }
 
@@ -73,9 +73,9 @@ async fn schedule(number: u64, faults: u64, deadline: Duration) -> (ScsiVm, usiz
 async fn nothing_is_left_and_nothing_is_done_twice_whatever_fails() {
     for number in 0..60 {
         let (vm, clean) = schedule(number, 15, Duration::from_secs(60)).await;
-        vm.0.check()
+        vm.check()
             .unwrap_or_else(|violation| panic!("schedule {number}: {violation}"));
-        assert!(clean > 0 && vm.0.calls(VmStep::Mount) > 6);
+        assert!(clean > 0 && vm.calls(VmStep::Mount) > 6);
     }
 }
 

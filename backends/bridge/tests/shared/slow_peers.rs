@@ -2,14 +2,24 @@
 
 use std::time::Duration;
 
-use blockmount::ErrorKind;
-use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount_bridge::{Deadlines, GuestServer};
+use blockmount::testing::{Gate, VmStep};
+use blockmount::{ErrorKind, MountOptions};
+use blockmount_bridge::{Deadlines, Request};
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use crate::common::{LONG, Peer, dial, host_and_peer, mount, unplug, vm_with_disks};
+use crate::harness::{LONG, ScsiVm, device, dial, host_and_peer, unplug, vm_with_disks};
+use crate::wire::{GuestServer, Peer, written};
+
+/// A request to mount, as a host writes it.
+fn mount(lun: u64, target: &str) -> String {
+    written(&Request::Mount {
+        locator: device(lun),
+        target: target.into(),
+        options: MountOptions::default(),
+    })
+}
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_stops_reading_blocks_no_call_beyond_its_deadline() {
@@ -35,10 +45,10 @@ async fn an_agent_that_stops_reading_blocks_no_call_beyond_its_deadline() {
     let (outcome, seen) = tokio::join!(connection.call(unplug(0)), async {
         let mut seen = 0;
         loop {
-            let (id, _) = peer.receive().await;
+            let request = peer.receive().await;
             seen += 1;
-            peer.succeed(id).await;
-            if id > 1_000 {
+            peer.succeed(&request).await;
+            if request.id > 1_000 {
                 return seen;
             }
         }
@@ -53,10 +63,13 @@ async fn x05_a_host_that_stops_reading_stops_only_itself() {
     let server = GuestServer::with_limits(vm, 8, LONG);
     let mut deaf = dial(&server);
     deaf.hello().await;
+    let unmount = written(&Request::Unmount {
+        target: "/x".into(),
+    });
     // It asks and asks, and takes no answer: at some point the agent does not take any more either.
     let asking = async {
         for id in 0.. {
-            deaf.send(id, r#"{"Unmount":{"target":"/x"}}"#).await;
+            deaf.send(id, &unmount).await;
         }
     };
     let outcome = timeout(LONG, asking).await;
@@ -64,7 +77,7 @@ async fn x05_a_host_that_stops_reading_stops_only_itself() {
     // Another host is served while the first still has its connection.
     let mut next = dial(&server);
     next.hello().await;
-    assert_eq!(next.ask(1, &mount(0, "/m")).await, "Ok");
+    assert!(next.ask(1, &mount(0, "/m")).await.is_ok());
     drop(deaf);
 }
 
@@ -74,7 +87,7 @@ async fn an_agent_has_no_more_requests_under_way_than_its_limit() {
     let server = GuestServer::with_limits(vm.clone(), 3, LONG);
     let (host_end, guest_end) = duplex(1 << 20);
     tokio::spawn(async move { server.serve(guest_end).await });
-    let mut peer = Peer(host_end);
+    let mut peer = Peer::new(host_end);
     peer.hello().await;
     vm.gate_always(VmStep::Mount, Gate::Never);
     for slot in 0..16 {
@@ -101,14 +114,14 @@ async fn requests_are_answered_as_they_end() {
     peer.send(1, &mount(0, "/slow")).await;
     vm.until_called(VmStep::Mount, 1).await;
     peer.send(2, &mount(1, "/quick")).await;
-    assert_eq!(peer.receive().await.0, 2);
+    assert_eq!(peer.receive().await.id, 2);
     vm.open_gates();
-    assert_eq!(peer.receive().await.0, 1);
+    assert_eq!(peer.receive().await.id, 1);
 }
 
 #[tokio::test]
 async fn a_stream_that_ends_between_frames_is_no_error() {
-    let server = GuestServer::new(FakeVm::new());
+    let server = GuestServer::new(ScsiVm::default());
     let (mut host_end, guest_end) = duplex(64);
     host_end.shutdown().await.unwrap();
     drop(host_end);

@@ -1,0 +1,151 @@
+//! Our own protocol, at both ends: requests are sent as they are.
+
+use std::sync::Arc;
+
+use blockmount::{BackendError, ErrorKind};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tracing::debug;
+
+use crate::codec::{AgentCodec, HostCodec, Step};
+use crate::connection::Connection;
+use crate::link::{Failure, Link};
+use crate::protocol::{Answer, First, Hello, HelloAnswer, Id, Request, SOFTWARE, frame, printable};
+use crate::server::Server;
+
+/// A host's connection to an agent of ours.
+pub type GuestConnection = Connection<NativeHost>;
+
+/// Serves a guest to its hosts over our own protocol.
+pub type GuestServer = Server<NativeAgent>;
+
+/// The host's end of our own protocol.
+#[derive(Debug, Default)]
+pub struct NativeHost(());
+
+impl GuestConnection {
+    /// The name and version of the agent's software, as it says.
+    pub fn agent(&self) -> Arc<String> {
+        self.agreed()
+    }
+}
+
+impl HostCodec for NativeHost {
+    type Header = Id;
+    type Message = Request;
+    /// The name and version of the agent's software.
+    type Agreed = String;
+
+    async fn negotiate(&self, link: Link<'_, Id>) -> Result<String, BackendError> {
+        let host = Hello::ours();
+        match exchange(link, "negotiation", &First::Hello(host.clone())).await? {
+            HelloAnswer::Chosen { version, software }
+                if (host.min..=host.max).contains(&version) =>
+            {
+                Ok(printable(&software))
+            }
+            HelloAnswer::Chosen { version, software } => {
+                let message = format!(
+                    "the agent ({}) has chosen version {version} of the protocol, which this host did not offer",
+                    printable(&software)
+                );
+                Err(BackendError::unsuitable(message))
+            }
+            HelloAnswer::Incompatible(agent) => {
+                Err(BackendError::unsuitable(Hello::disagreement(&host, &agent)))
+            }
+        }
+    }
+
+    fn translate(&self, request: Request, _: &String) -> Result<Option<Request>, BackendError> {
+        Ok(Some(request))
+    }
+
+    async fn exchange(
+        &self,
+        link: Link<'_, Id>,
+        what: &str,
+        request: Request,
+    ) -> Result<(), Failure> {
+        match exchange(link, what, &request).await? {
+            Answer::Ok => Ok(()),
+            Answer::Error(error) if error.kind() == ErrorKind::Gone => {
+                let message = format!("the guest says of the {what} that it is gone");
+                Err(BackendError::uncertain(message).with_source(error).into())
+            }
+            Answer::Error(error) => Err(error.into()),
+            Answer::HelloFirst => Err(link.restarted(what)),
+        }
+    }
+
+    fn settle(&self, _: &Request, _: &Result<(), BackendError>) {}
+
+    fn take_unasked(&self, _: &Id, _: &Result<Vec<u8>, String>) -> bool {
+        false
+    }
+}
+
+async fn exchange<B: Serialize + Sync, A: DeserializeOwned>(
+    link: Link<'_, Id>,
+    what: &str,
+    body: &B,
+) -> Result<A, Failure> {
+    let (_, answer) = link.exchange(what, |id| frame(id, body)).await?;
+    serde_json::from_slice(&answer)
+        .map_err(|error| Failure::garbled(what, &format!("cannot be read: {error}")))
+}
+
+/// The agent's end of our own protocol.
+#[derive(Debug, Default)]
+pub struct NativeAgent(());
+
+impl AgentCodec for NativeAgent {
+    type Header = Id;
+
+    fn read(&self, Id(id): Id, body: &[u8], agreed: bool) -> Step {
+        if agreed {
+            return match Request::parse(body) {
+                Ok(request) => Step::Run(
+                    request,
+                    Box::new(move |outcome| Some(Answer::from(outcome).frame(id))),
+                ),
+                Err(error) => refuse(id, error),
+            };
+        }
+        match serde_json::from_slice(body) {
+            Ok(First::Hello(host)) => agree(id, &host),
+            Err(_) => Step::Reply(Answer::HelloFirst.frame(id)),
+        }
+    }
+
+    fn refuse(&self, Id(id): Id, why: String) -> Step {
+        refuse(id, BackendError::invalid(why))
+    }
+
+    /// An agent of ours says nothing unasked.
+    async fn send_unasked(&self, _: mpsc::Sender<Vec<u8>>) {
+        std::future::pending().await
+    }
+}
+
+/// Chooses a version, or says why there is none.
+fn agree(id: u64, host: &Hello) -> Step {
+    let ours = Hello::ours();
+    let write = |answer: &HelloAnswer| frame(id, answer).expect("a short text fits in a frame");
+    match ours.common(host) {
+        Some(version) => {
+            let software = SOFTWARE.to_owned();
+            Step::Agree(write(&HelloAnswer::Chosen { version, software }))
+        }
+        None => {
+            let why = Hello::disagreement(host, &ours);
+            Step::Disagree(write(&HelloAnswer::Incompatible(ours)), why)
+        }
+    }
+}
+
+fn refuse(id: u64, error: BackendError) -> Step {
+    debug!(id, %error, "refused a request of the host");
+    Step::Reply(Answer::Error(error).frame(id))
+}
