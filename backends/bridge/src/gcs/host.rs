@@ -13,8 +13,9 @@ use crate::codec::HostCodec;
 use crate::connection::Connection;
 use crate::gcs::hresult::Hresult;
 use crate::gcs::messages::{
-    Capabilities, CreateRequest, ModifySettings, NULL_ID, NegotiateRequest, NegotiateResponse,
-    Notification, PROTOCOL_VERSION, RequestBase, RequestType, ResponseBase, Writer, decode, encode,
+    Capabilities, CreateRequest, ModificationRequest, ModifySettings, NULL_ID, NegotiateRequest,
+    NegotiateResponse, Notification, PROTOCOL_VERSION, RequestBase, RequestType, ResponseBase,
+    Writer, decode, encode,
 };
 use crate::gcs::translator::{Translated, Translator};
 use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
@@ -56,6 +57,18 @@ impl GuestConnection {
     /// misses the oldest.
     pub fn notifications(&self) -> broadcast::Receiver<Notification> {
         self.codec().notifications.subscribe()
+    }
+
+    /// Sends a request as it is, for the service that has the connection of a guest to itself.
+    ///
+    /// # Errors
+    ///
+    /// As for [`call`](Self::call).
+    pub async fn modify(&self, request: ModificationRequest) -> Result<(), BackendError> {
+        let (change, resource) = (request.request_type.name(), request.resource.name());
+        let what = format!("{change} of {resource}");
+        let deadline = self.deadlines().call;
+        Ok(self.attempt(&what, request.into(), deadline).await?)
     }
 }
 

@@ -26,6 +26,14 @@ pub struct Translated {
     target: Option<PathBuf>,
 }
 
+impl From<ModificationRequest> for Translated {
+    /// A request that is about no target.
+    fn from(request: ModificationRequest) -> Self {
+        let target = None;
+        Translated { request, target }
+    }
+}
+
 impl Translator {
     /// What the guest has to be asked for; nothing if that is nothing. The target of a set-up is booked from now on:
     /// whatever happens then can be undone.
@@ -58,10 +66,7 @@ impl Translator {
             Request::Separate { target } => self.tear_down(target, true),
             Request::Unplug { locator } => {
                 let device = host_requests::unplug(Device::try_from(locator)?, guest)?;
-                Ok(device.map(|device| Translated {
-                    request: ModificationRequest::remove(device),
-                    target: None,
-                }))
+                Ok(device.map(|device| ModificationRequest::remove(device).into()))
             }
         }
     }
