@@ -95,7 +95,7 @@ impl LinuxGuestBuilder {
         self
     }
 
-    /// What overlays have as their source in the table of mounts, so that whoever cleans up can
+    /// What overlays have as their source in the table of mounts, so that a clean-up can
     /// tell them; `blockmount` by default.
     #[must_use]
     pub fn overlay_mark(mut self, mark: impl Into<String>) -> Self {
@@ -147,7 +147,7 @@ impl LinuxGuestBuilder {
     ///
     /// # Cancel safety
     ///
-    /// What is begun is finished, and the journal is let go afterwards.
+    /// What is begun is finished, and the journal is closed afterwards.
     pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
         let (config, hook, directory) = (self.config, self.at_journal_change, directory.into());
         let open = move || Journal::open(&directory, hook);

@@ -12,7 +12,7 @@ pub(crate) mod partitions;
 pub(crate) mod stack;
 pub(crate) mod subrange;
 
-pub use free::{flush, hold_free, in_use, let_go, prove_free};
+pub use free::{flush, hold_free, in_use, prove_free, release};
 pub use node::{await_open, logical_block_size, open, size};
 pub use number::DeviceNumber;
 pub use partitions::{await_partition, partitions};

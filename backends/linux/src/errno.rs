@@ -10,6 +10,18 @@ use rustix::io::Errno;
 /// Damage found by a filesystem (`EFSCORRUPTED`), and by its checksums (`EFSBADCRC`).
 pub(crate) const DAMAGED: [Errno; 2] = [Errno::UCLEAN, Errno::BADMSG];
 
+/// Whether an error of the system means that a device or file is not there: not yet, or no longer.
+pub fn is_absent(error: &io::Error) -> bool {
+    let absent = [
+        Errno::NOENT,
+        Errno::NXIO,
+        Errno::NODEV,
+        Errno::NOMEDIUM,
+        Errno::NOTDIR,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
+}
+
 /// An error about `what` was tried, of the kind that the error number means for mounting and
 /// unmounting.
 pub(crate) fn errno_error(what: impl Into<String>, cause: impl Into<io::Error>) -> BackendError {

@@ -24,7 +24,7 @@ use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::locks::Key;
 use crate::undo::step::{DeviceUse, Identity, MountStep, Undo};
-use crate::undo::teardown;
+use crate::undo::{recovery, teardown};
 
 /// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`] and [`Unplugger`] of a Linux guest.
 ///
@@ -115,13 +115,17 @@ impl Mounter for LinuxGuest {
         self.0.turns.run(path, call).await
     }
 
+    /// A mount is known by the undo list of its target, so a guest that was started again needs its
+    /// [journal](crate::LinuxGuestBuilder::journal). Without one, whatever is mounted at the target is `Unknown`.
     async fn adopt(
         &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
     ) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
+        let (device, options) = (device.clone(), options.clone());
+        self.presence(target, move |step| step.is_of(&device, &options))
+            .await
     }
 }
 
@@ -140,8 +144,10 @@ impl LayerCombiner for LinuxGuest {
         Mounter::unmount(self, target).await
     }
 
-    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
+    /// As [`Mounter::adopt`]; an overlay is known by its target.
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        let is_overlay = |step: &MountStep| step.device.is_none();
+        self.presence(&overlay.target, is_overlay).await
     }
 }
 
@@ -150,6 +156,21 @@ impl LayerCombiner for LinuxGuest {
 impl Unplugger for LinuxGuest {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         self.0.config.transports.unplug(device).await
+    }
+}
+
+impl LinuxGuest {
+    /// What is there of a mount that another process remembers, by the undo list and the kernel's table.
+    async fn presence(
+        &self,
+        target: &Path,
+        is_it: impl Fn(&MountStep) -> bool + Send + 'static,
+    ) -> Result<Presence, BackendError> {
+        let target = Target::parse(target, &[])?;
+        let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
+        let path = target.path().to_owned();
+        let look = move || recovery::presence(&ledger.list(&target), kernel, is_it);
+        self.0.turns.run(&path, blocking(look)).await
     }
 }
 
@@ -165,12 +186,13 @@ impl Inner {
         blocking(move || early.check_free()).await?;
         let found = self.config.transports.resolve(device).await?;
         self.begin(target).await?;
-        let done = self.mount_found(found, target, options).await;
+        let done = self.mount_found(device, found, target, options).await;
         self.end(target, done).await
     }
 
     async fn mount_found(
         &self,
+        locator: &DeviceLocator,
         found: BlockDevice,
         target: &Target,
         options: &MountOptions,
@@ -180,9 +202,10 @@ impl Inner {
             busy: self.config.busy_timeout,
         };
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
-        let (device, options) = (Arc::new(device), options.clone());
+        let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
         let kernel = self.config.kernel;
-        let attempt = move |list: &UndoList<'_>| mount_once(list, &device.node, &options, kernel);
+        let attempt =
+            move |list: &UndoList<'_>| mount_once(list, &locator, &device.node, &options, kernel);
         self.attempt(target, attempt).await
     }
 
@@ -273,6 +296,7 @@ fn uncertain(error: &BackendError, left: &BackendError) -> BackendError {
 /// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
 fn mount_once(
     list: &UndoList<'_>,
+    locator: &DeviceLocator,
     node: &Path,
     options: &MountOptions,
     kernel: Kernel,
@@ -298,6 +322,7 @@ fn mount_once(
     let device = DeviceUse {
         number,
         options: options.clone(),
+        locator: Some(locator.clone()),
     };
     let step = |mount| {
         Undo::Unmount(Box::new(MountStep {

@@ -91,8 +91,8 @@ impl Unplugger for Transports {
         let free = async {
             let found = self.resolve(device).await?;
             match found.range {
-                None => free::let_go(&found.path, DEFAULT_TIMEOUT).await,
-                Some(range) => mapper::let_go_range(&found.path, range, DEFAULT_TIMEOUT).await,
+                None => free::release(&found.path, DEFAULT_TIMEOUT).await,
+                Some(range) => mapper::release_range(&found.path, range, DEFAULT_TIMEOUT).await,
             }
         };
         match free.await {

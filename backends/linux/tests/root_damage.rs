@@ -12,7 +12,7 @@ use std::path::Path;
 
 use blockmount::{ErrorKind, MountOptions, Mounter};
 use blockmount_linux::probe::{Content, TableKind, probe};
-use kit::{Image, KERNELS, Loop, Room, blank, guest, mount, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, blank, guest, mount, on_linux, refused};
 
 fn probed(path: &Path) -> blockmount_linux::probe::ProbeResult {
     probe(&mut File::open(path).unwrap()).unwrap()
@@ -20,9 +20,9 @@ fn probed(path: &Path) -> blockmount_linux::probe::ProbeResult {
 
 #[test]
 fn root_each_image_is_what_it_is() {
-    let room = Room::new();
+    let dir = TestDir::new();
     for image in Image::FILESYSTEMS {
-        let path = image.copy(room.path());
+        let path = image.copy(dir.path());
         let found = probed(&path);
         let Content::Filesystem(superblock) = &found.content else {
             panic!("{image:?} is {}", found.content)
@@ -46,12 +46,12 @@ fn root_each_image_is_what_it_is() {
             );
         }
     }
-    let swap = probed(&Image::Swap.copy(room.path())).content;
+    let swap = probed(&Image::Swap.copy(dir.path())).content;
     assert!(
         matches!(&swap, Content::Volume(found) if found.name == "swap" && found.size_bytes == Some(1 << 20))
     );
     for (image, kind) in [(Image::Gpt, TableKind::Gpt), (Image::Mbr, TableKind::Mbr)] {
-        let Content::PartitionTable(table) = probed(&image.copy(room.path())).content else {
+        let Content::PartitionTable(table) = probed(&image.copy(dir.path())).content else {
             panic!("{image:?}")
         };
         assert_eq!(table.kind, kind);
@@ -71,8 +71,8 @@ fn root_each_image_is_what_it_is() {
 #[tokio::test]
 async fn root_a_truncated_image_is_refused_by_size() {
     for image in Image::FILESYSTEMS {
-        let mut room = Room::new();
-        let path = image.copy(room.path());
+        let mut dir = TestDir::new();
+        let path = image.copy(dir.path());
         let needs = match probed(&path).content {
             Content::Filesystem(found) => found.size_bytes.unwrap(),
             other => panic!("{other}"),
@@ -85,69 +85,69 @@ async fn root_a_truncated_image_is_refused_by_size() {
             .set_len(has)
             .unwrap();
         let device = Loop::new(&path);
-        room.settle();
+        dir.settle();
         let message = refused(
-            mount(&guest(), &device, &room.at("mnt"), &["ro"]).await,
+            mount(&guest(), &device, &dir.at("mnt"), &["ro"]).await,
             ErrorKind::Invalid,
         );
         let words = format!("truncated: the filesystem needs {needs} bytes, the device has {has}");
         assert!(message.contains(&words), "{message}");
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_what_holds_no_filesystem_is_not_found() {
-    let mut room = Room::new();
-    blank(&room.at("blank"), 1 << 20);
-    fs::write(room.at("garbage"), b"no filesystem at all ".repeat(50_000)).unwrap();
-    fs::copy(Image::Swap.copy(room.path()), room.at("swap")).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    blank(&dir.at("blank"), 1 << 20);
+    fs::write(dir.at("garbage"), b"no filesystem at all ".repeat(50_000)).unwrap();
+    fs::copy(Image::Swap.copy(dir.path()), dir.at("swap")).unwrap();
+    dir.settle();
     for (name, words) in [
         ("blank", "nothing (blank)"),
         ("garbage", "unknown content"),
         ("swap", "holds swap"),
     ] {
-        let device = Loop::new(&room.at(name));
+        let device = Loop::new(&dir.at(name));
         let message = refused(
-            mount(&guest(), &device, &room.at("a/mnt"), &[]).await,
+            mount(&guest(), &device, &dir.at("a/mnt"), &[]).await,
             ErrorKind::NotFound,
         );
         assert!(message.contains(words), "{message}");
-        room.assert_clean();
+        dir.assert_clean();
     }
     // What cannot be told here is for the kernel to judge, if it was named.
     for kernel in KERNELS {
-        let device = Loop::new(&room.at("garbage"));
+        let device = Loop::new(&dir.at("garbage"));
         let named = MountOptions::builder().filesystem("ext4").build().unwrap();
         refused(
             on_linux(kernel)
-                .mount(&device.locator(), &room.at("a/mnt"), &named)
+                .mount(&device.locator(), &dir.at("a/mnt"), &named)
                 .await,
             ErrorKind::Invalid,
         );
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_a_filesystem_that_the_kernel_does_not_know_is_unsuitable() {
-    let mut room = Room::new();
-    fs::write(room.at("garbage"), b"no filesystem at all ".repeat(50_000)).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    fs::write(dir.at("garbage"), b"no filesystem at all ".repeat(50_000)).unwrap();
+    dir.settle();
     for kernel in KERNELS {
-        let device = Loop::new(&room.at("garbage"));
+        let device = Loop::new(&dir.at("garbage"));
         let named = MountOptions::builder()
             .filesystem("nosuchfs")
             .build()
             .unwrap();
         refused(
             on_linux(kernel)
-                .mount(&device.locator(), &room.at("a/mnt"), &named)
+                .mount(&device.locator(), &dir.at("a/mnt"), &named)
                 .await,
             ErrorKind::Unsuitable,
         );
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
@@ -156,8 +156,8 @@ async fn root_a_filesystem_that_the_kernel_does_not_know_is_unsuitable() {
 async fn root_a_damaged_filesystem_leaves_nothing() {
     for kernel in KERNELS {
         for image in [Image::Ext4, Image::Squashfs, Image::Xfs] {
-            let mut room = Room::new();
-            let path = image.copy(room.path());
+            let mut dir = TestDir::new();
+            let path = image.copy(dir.path());
             let file = OpenOptions::new().write(true).open(&path).unwrap();
             let range = match image {
                 Image::Squashfs => 96..fs::metadata(&path).unwrap().len(),
@@ -167,12 +167,12 @@ async fn root_a_damaged_filesystem_leaves_nothing() {
             file.write_all_at(&vec![0xa5; (range.end - range.start) as usize], range.start)
                 .unwrap();
             let device = Loop::new(&path);
-            room.settle();
-            let error = mount(&on_linux(kernel), &device, &room.at("a/mnt"), &["ro"])
+            dir.settle();
+            let error = mount(&on_linux(kernel), &device, &dir.at("a/mnt"), &["ro"])
                 .await
                 .unwrap_err();
             assert_ne!(error.kind(), ErrorKind::Uncertain);
-            room.assert_clean();
+            dir.assert_clean();
         }
     }
 }

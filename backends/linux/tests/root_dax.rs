@@ -9,7 +9,7 @@ mod kit;
 use std::fs;
 
 use blockmount::{ErrorKind, Mounter};
-use kit::{Image, KERNELS, Loop, Room, guest, mount, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, guest, mount, on_linux, refused};
 
 /// Xfs and erofs are mounted without it, and say so only in the kernel's log. The mount is taken back then,
 /// though it was good and could be written to: what is on the device stays.
@@ -17,46 +17,46 @@ use kit::{Image, KERNELS, Loop, Room, guest, mount, on_linux, refused};
 async fn root_g01_a_good_mount_that_is_not_wanted_is_unmounted_and_nothing_is_removed_from_it() {
     for kernel in KERNELS {
         for image in [Image::Xfs, Image::Erofs, Image::Ext4, Image::Ext2] {
-            let mut room = Room::new();
-            let device = Loop::new(&image.copy(room.path()));
-            room.settle();
+            let mut dir = TestDir::new();
+            let device = Loop::new(&image.copy(dir.path()));
+            dir.settle();
             let guest = on_linux(kernel);
-            let target = room.at("a/mnt");
+            let target = dir.at("a/mnt");
             let result = mount(&guest, &device, &target, &["dax=always"]).await;
             let message = refused(result, ErrorKind::Unsuitable);
             assert!(message.contains("dax=always"), "{message}");
-            room.assert_clean();
+            dir.assert_clean();
             mount(&guest, &device, &target, &[]).await.unwrap();
             let hello = fs::read_to_string(target.join("hello")).unwrap();
             assert_eq!(hello, image.name());
             assert_eq!(guest.is_dax(&target).await, Some(false));
             guest.unmount(&target).await.unwrap();
-            room.assert_clean();
+            dir.assert_clean();
         }
     }
 }
 
 #[tokio::test]
 async fn root_where_nothing_is_mounted_there_is_nothing_to_say() {
-    let room = Room::new();
+    let dir = TestDir::new();
     let guest = guest();
-    assert_eq!(guest.is_dax(&room.at("nothing")).await, None);
-    fs::create_dir(room.at("dir")).unwrap();
-    assert_eq!(guest.is_dax(&room.at("dir")).await, None);
-    fs::remove_dir(room.at("dir")).unwrap();
-    room.assert_clean();
+    assert_eq!(guest.is_dax(&dir.at("nothing")).await, None);
+    fs::create_dir(dir.at("dir")).unwrap();
+    assert_eq!(guest.is_dax(&dir.at("dir")).await, None);
+    fs::remove_dir(dir.at("dir")).unwrap();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_never_is_granted() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let guest = guest();
-    mount(&guest, &device, &room.at("mnt"), &["dax=never"])
+    mount(&guest, &device, &dir.at("mnt"), &["dax=never"])
         .await
         .unwrap();
-    assert_eq!(guest.is_dax(&room.at("mnt")).await, Some(false));
-    guest.unmount(&room.at("mnt")).await.unwrap();
-    room.assert_clean();
+    assert_eq!(guest.is_dax(&dir.at("mnt")).await, Some(false));
+    guest.unmount(&dir.at("mnt")).await.unwrap();
+    dir.assert_clean();
 }

@@ -10,17 +10,17 @@ mod kit;
 use std::fs;
 
 use blockmount::{ErrorKind, MountOptions, Mounter};
-use kit::{Image, KERNELS, Loop, Room, guest, mount, mount_at, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused};
 
 #[tokio::test]
 async fn root_each_filesystem_is_found_mounted_and_undone() {
     for kernel in KERNELS {
         for image in Image::FILESYSTEMS {
-            let mut room = Room::new();
-            let device = Loop::new(&image.copy(room.path()));
-            room.settle();
+            let mut dir = TestDir::new();
+            let device = Loop::new(&image.copy(dir.path()));
+            dir.settle();
             let guest = on_linux(kernel);
-            let target = room.at("deep/er/mnt");
+            let target = dir.at("deep/er/mnt");
             for read_only in [true, false] {
                 let access: &[&str] = if read_only { &["ro"] } else { &[] };
                 mount(&guest, &device, &target, access)
@@ -45,7 +45,7 @@ async fn root_each_filesystem_is_found_mounted_and_undone() {
                     "{image:?} {written:?}"
                 );
                 guest.unmount(&target).await.unwrap();
-                room.assert_clean();
+                dir.assert_clean();
             }
         }
     }
@@ -55,15 +55,15 @@ async fn root_each_filesystem_is_found_mounted_and_undone() {
 async fn root_a_read_only_device_carries_a_read_only_mount_and_no_other() {
     for kernel in KERNELS {
         for image in Image::FILESYSTEMS {
-            let mut room = Room::new();
-            let device = Loop::read_only(&image.copy(room.path()));
-            room.settle();
+            let mut dir = TestDir::new();
+            let device = Loop::read_only(&image.copy(dir.path()));
+            dir.settle();
             let guest = on_linux(kernel);
-            mount(&guest, &device, &room.at("mnt"), &["ro"])
+            mount(&guest, &device, &dir.at("mnt"), &["ro"])
                 .await
                 .unwrap();
-            guest.unmount(&room.at("mnt")).await.unwrap();
-            let writable = mount(&guest, &device, &room.at("mnt"), &[]).await;
+            guest.unmount(&dir.at("mnt")).await.unwrap();
+            let writable = mount(&guest, &device, &dir.at("mnt"), &[]).await;
             if image.is_writable() {
                 let message = refused(writable, ErrorKind::Conflict);
                 assert!(
@@ -72,9 +72,9 @@ async fn root_a_read_only_device_carries_a_read_only_mount_and_no_other() {
                 );
             } else {
                 writable.unwrap();
-                guest.unmount(&room.at("mnt")).await.unwrap();
+                guest.unmount(&dir.at("mnt")).await.unwrap();
             }
-            room.assert_clean();
+            dir.assert_clean();
         }
     }
 }
@@ -87,15 +87,15 @@ async fn root_g05_a_read_only_mount_replays_no_journal() {
         (Image::Ext4, (u32::MAX, 0)),
         (Image::Xfs, (u32::MAX, 0)),
     ] {
-        let mut room = Room::new();
-        let original = Loop::new(&image.copy(room.path()));
+        let mut dir = TestDir::new();
+        let original = Loop::new(&image.copy(dir.path()));
         let guest = on_linux(kernel);
-        mount(&guest, &original, &room.at("live"), &[])
+        mount(&guest, &original, &dir.at("live"), &[])
             .await
             .unwrap();
-        fs::write(room.at("live/new"), "x").unwrap();
-        kit::run("sync", &["-f", room.at("live").to_str().unwrap()]);
-        let dirty = room.at("dirty");
+        fs::write(dir.at("live/new"), "x").unwrap();
+        kit::run("sync", &["-f", dir.at("live").to_str().unwrap()]);
+        let dirty = dir.at("dirty");
         kit::run(
             "cp",
             &[
@@ -104,20 +104,18 @@ async fn root_g05_a_read_only_mount_replays_no_journal() {
                 dirty.to_str().unwrap(),
             ],
         );
-        guest.unmount(&room.at("live")).await.unwrap();
-        room.settle();
+        guest.unmount(&dir.at("live")).await.unwrap();
+        dir.settle();
         let before = fs::read(&dirty).unwrap();
         let copy = Loop::new(&dirty);
-        mount(&guest, &copy, &room.at("mnt"), &["ro"])
-            .await
-            .unwrap();
-        guest.unmount(&room.at("mnt")).await.unwrap();
+        mount(&guest, &copy, &dir.at("mnt"), &["ro"]).await.unwrap();
+        guest.unmount(&dir.at("mnt")).await.unwrap();
         drop(copy);
         assert!(
             fs::read(&dirty).unwrap() == before,
             "{image:?} was written to by a read-only mount"
         );
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
@@ -135,19 +133,19 @@ async fn root_options_are_honoured_to_the_last() {
         "lazytime",
     ];
     for kernel in KERNELS {
-        let mut room = Room::new();
-        let device = Loop::new(&Image::Ext4.copy(room.path()));
-        room.settle();
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Ext4.copy(dir.path()));
+        dir.settle();
         let guest = on_linux(kernel);
         mount(
             &guest,
             &device,
-            &room.at("mnt"),
+            &dir.at("mnt"),
             &[&names[..], &["commit=17"]].concat(),
         )
         .await
         .unwrap();
-        let mounted = mount_at(&room.at("mnt"));
+        let mounted = mount_at(&dir.at("mnt"));
         for name in names {
             assert!(
                 mounted.has_option(name),
@@ -155,21 +153,21 @@ async fn root_options_are_honoured_to_the_last() {
             );
         }
         assert!(mounted.has_option("commit=17"), "{mounted:?}");
-        guest.unmount(&room.at("mnt")).await.unwrap();
-        room.assert_clean();
+        guest.unmount(&dir.at("mnt")).await.unwrap();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_an_unknown_option_is_refused_in_the_kernels_words() {
     for kernel in KERNELS {
-        let mut room = Room::new();
-        let device = Loop::new(&Image::Ext4.copy(room.path()));
-        room.settle();
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Ext4.copy(dir.path()));
+        dir.settle();
         let guest = on_linux(kernel);
         for option in ["nonsense", "nonsense=5", "commit=many"] {
             let message = refused(
-                mount(&guest, &device, &room.at("a/mnt"), &[option]).await,
+                mount(&guest, &device, &dir.at("a/mnt"), &[option]).await,
                 ErrorKind::Invalid,
             );
             let words = if kernel >= (5, 2) {
@@ -183,19 +181,19 @@ async fn root_an_unknown_option_is_refused_in_the_kernels_words() {
                 words
             };
             assert!(message.contains(words), "{message}");
-            room.assert_clean();
+            dir.assert_clean();
         }
     }
 }
 
 #[tokio::test]
 async fn root_a_filesystem_that_was_named_must_be_there() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext2.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext2.copy(dir.path()));
+    dir.settle();
     let guest = guest();
     let named = |name: &str| MountOptions::builder().filesystem(name).build().unwrap();
-    let at = room.at("mnt");
+    let at = dir.at("mnt");
     let message = refused(
         guest.mount(&device.locator(), &at, &named("xfs")).await,
         ErrorKind::NotFound,
@@ -210,5 +208,5 @@ async fn root_a_filesystem_that_was_named_must_be_there() {
         .unwrap();
     assert_eq!(mount_at(&at).filesystem, "ext4");
     guest.unmount(&at).await.unwrap();
-    room.assert_clean();
+    dir.assert_clean();
 }

@@ -16,7 +16,7 @@ use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, MountOptions, Mounter, Resolver,
 };
 use blockmount_linux::device::{self, DeviceNumber};
-use kit::{Image, KERNELS, Loop, Room, builder, on_linux, options, refused};
+use kit::{Image, KERNELS, Loop, TestDir, builder, on_linux, options, refused};
 use tokio::sync::Semaphore;
 
 /// Finds a device when the test lets it.
@@ -34,9 +34,9 @@ impl Resolver for Slow {
 /// A caller that gives up on a slow mount and unmounts must not be overtaken by the mount.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn root_i01_calls_for_one_target_run_in_order_also_when_the_caller_gave_up() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let gate = Arc::new(Semaphore::new(0));
     let guest = builder()
         .resolver("slow", Arc::new(Slow(gate.clone())))
@@ -44,7 +44,7 @@ async fn root_i01_calls_for_one_target_run_in_order_also_when_the_caller_gave_up
     let locator = DeviceLocator::new("slow", device.node().display()).unwrap();
     for _ in 0..20 {
         let soon = Duration::from_millis(5);
-        let (target, options) = (room.at("a/mnt"), options(&[]));
+        let (target, options) = (dir.at("a/mnt"), options(&[]));
         let mount = guest.mount(&locator, &target, &options);
         assert!(tokio::time::timeout(soon, mount).await.is_err());
         let unmount = guest.unmount(&target);
@@ -57,10 +57,10 @@ async fn root_i01_calls_for_one_target_run_in_order_also_when_the_caller_gave_up
         gate.add_permits(1);
         unmount.await.unwrap();
         again.await.unwrap();
-        assert_eq!(room.mounts().len(), 1);
+        assert_eq!(dir.mounts().len(), 1);
         guest.unmount(&target).await.unwrap();
         gate.forget_permits(1);
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
@@ -73,13 +73,13 @@ fn known_to_the_kernel(device: &Loop) -> Vec<u32> {
 #[tokio::test]
 async fn root_i07_a_busy_partition_is_reported_and_tried_again() {
     for kernel in KERNELS {
-        let mut room = Room::new();
-        let device = Loop::new(&Image::Gpt.copy(room.path()));
-        room.settle();
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Gpt.copy(dir.path()));
+        dir.settle();
         let guest = on_linux(kernel);
         let two = NonZeroU32::new(2).unwrap();
         let options = MountOptions::builder().partition(two).read_only();
-        let (options, target) = (options.build().unwrap(), room.at("a/mnt"));
+        let (options, target) = (options.build().unwrap(), dir.at("a/mnt"));
         guest
             .mount(&device.locator(), &target, &options)
             .await
@@ -96,14 +96,14 @@ async fn root_i07_a_busy_partition_is_reported_and_tried_again() {
             assert!(message.contains("partition 2"), "{message}");
             let user = format!("process {}", std::process::id());
             assert!(message.contains(&user), "{message}");
-            assert_eq!(room.mounts(), []);
+            assert_eq!(dir.mounts(), []);
             assert_eq!(known_to_the_kernel(&device), [2]);
         }
         // The target is not free before all is undone.
         let again = guest.mount(&device.locator(), &target, &options).await;
         refused(again, ErrorKind::Conflict);
         // Another mount takes the partition over.
-        let other = room.at("other");
+        let other = dir.at("other");
         guest
             .mount(&device.locator(), &other, &options)
             .await
@@ -113,16 +113,16 @@ async fn root_i07_a_busy_partition_is_reported_and_tried_again() {
         assert_eq!(known_to_the_kernel(&device), [2]);
         guest.unmount(&other).await.unwrap();
         assert!(known_to_the_kernel(&device).is_empty());
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
 /// A mount that fails, and leaves something that is busy, says so; the unmount undoes it.
 #[tokio::test]
 async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Gpt.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Gpt.copy(dir.path()));
+    dir.settle();
     let guest = on_linux(KERNELS[5]);
     let disk = File::open(device.node()).unwrap();
     let one = NonZeroU32::new(1).unwrap();
@@ -135,7 +135,7 @@ async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
         drop(held);
     });
     let options = MountOptions::builder().partition(one).read_only().build();
-    let (options, target) = (options.unwrap(), room.at("a/mnt"));
+    let (options, target) = (options.unwrap(), dir.at("a/mnt"));
     // The first partition is empty.
     let result = guest.mount(&device.locator(), &target, &options).await;
     let message = refused(result, ErrorKind::Uncertain);
@@ -143,5 +143,5 @@ async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
     watcher.await.unwrap();
     guest.unmount(&target).await.unwrap();
     assert!(known_to_the_kernel(&device).is_empty());
-    room.assert_clean();
+    dir.assert_clean();
 }

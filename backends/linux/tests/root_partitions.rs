@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, ErrorKind, MountOptions, Mounter};
 use blockmount_linux::device::{self, DeviceNumber};
-use kit::{Image, KERNELS, Loop, Room, builder, guest, mount_at, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, builder, guest, mount_at, on_linux, refused};
 
 fn partition(number: u32) -> MountOptions {
     let number = NonZeroU32::new(number).unwrap();
@@ -27,18 +27,18 @@ fn partition(number: u32) -> MountOptions {
 async fn root_the_second_partition_of_each_table_is_mounted() {
     for kernel in KERNELS {
         for image in [Image::Gpt, Image::Mbr] {
-            let mut room = Room::new();
-            let device = Loop::with_partitions(&image.copy(room.path()));
-            room.settle();
+            let mut dir = TestDir::new();
+            let device = Loop::with_partitions(&image.copy(dir.path()));
+            dir.settle();
             let guest = on_linux(kernel);
             guest
-                .mount(&device.locator(), &room.at("mnt"), &partition(2))
+                .mount(&device.locator(), &dir.at("mnt"), &partition(2))
                 .await
                 .unwrap();
-            assert_eq!(fs::read_to_string(room.at("mnt/hello")).unwrap(), "ext4");
-            assert_ne!(mount_at(&room.at("mnt")).source, device.node().as_os_str());
-            guest.unmount(&room.at("mnt")).await.unwrap();
-            room.assert_clean();
+            assert_eq!(fs::read_to_string(dir.at("mnt/hello")).unwrap(), "ext4");
+            assert_ne!(mount_at(&dir.at("mnt")).source, device.node().as_os_str());
+            guest.unmount(&dir.at("mnt")).await.unwrap();
+            dir.assert_clean();
         }
     }
 }
@@ -46,14 +46,14 @@ async fn root_the_second_partition_of_each_table_is_mounted() {
 #[tokio::test]
 async fn root_a_missing_partition_costs_no_wait_and_the_others_are_named() {
     for image in [Image::Gpt, Image::Mbr] {
-        let mut room = Room::new();
-        let device = Loop::new(&image.copy(room.path()));
+        let mut dir = TestDir::new();
+        let device = Loop::new(&image.copy(dir.path()));
         kit::run("partx", &["-a", device.node().to_str().unwrap()]);
-        room.settle();
+        dir.settle();
         let guest = builder().device_timeout(Duration::from_secs(60)).build();
         let started = Instant::now();
         let result: Result<(), BackendError> = guest
-            .mount(&device.locator(), &room.at("x/mnt"), &partition(7))
+            .mount(&device.locator(), &dir.at("x/mnt"), &partition(7))
             .await;
         let message = refused(result, ErrorKind::NotFound);
         assert!(
@@ -61,7 +61,7 @@ async fn root_a_missing_partition_costs_no_wait_and_the_others_are_named() {
             "{message}"
         );
         assert!(started.elapsed() < Duration::from_secs(10));
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
@@ -73,40 +73,40 @@ fn known_to_the_kernel(device: &Loop) -> Vec<u32> {
 /// A kernel without the code for partition tables, or a disk that was attached without a scan.
 #[tokio::test]
 async fn root_a_partition_that_the_kernel_does_not_find_is_made_known_and_forgotten() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Gpt.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Gpt.copy(dir.path()));
+    dir.settle();
     assert!(known_to_the_kernel(&device).is_empty());
     let guest = guest();
     guest
-        .mount(&device.locator(), &room.at("one"), &partition(2))
+        .mount(&device.locator(), &dir.at("one"), &partition(2))
         .await
         .unwrap();
     guest
-        .mount(&device.locator(), &room.at("two"), &partition(2))
+        .mount(&device.locator(), &dir.at("two"), &partition(2))
         .await
         .unwrap();
     assert_eq!(known_to_the_kernel(&device), [2]);
-    guest.unmount(&room.at("one")).await.unwrap();
+    guest.unmount(&dir.at("one")).await.unwrap();
     assert_eq!(known_to_the_kernel(&device), [2]);
-    guest.unmount(&room.at("two")).await.unwrap();
+    guest.unmount(&dir.at("two")).await.unwrap();
     assert!(known_to_the_kernel(&device).is_empty());
     // What holds no filesystem is not kept either.
     refused(
         guest
-            .mount(&device.locator(), &room.at("one"), &partition(1))
+            .mount(&device.locator(), &dir.at("one"), &partition(1))
             .await,
         ErrorKind::NotFound,
     );
     assert!(known_to_the_kernel(&device).is_empty());
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_a_partition_that_appears_late_is_awaited_with_a_deadline() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Gpt.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Gpt.copy(dir.path()));
+    dir.settle();
     let disk = File::open(device.node()).unwrap();
     let two = NonZeroU32::new(2).unwrap();
     let late = device.node().to_owned();
@@ -140,13 +140,13 @@ async fn root_a_partition_that_appears_late_is_awaited_with_a_deadline() {
 
 #[tokio::test]
 async fn root_a_disk_with_partitions_is_no_filesystem_and_a_filesystem_has_no_partitions() {
-    let mut room = Room::new();
-    let disk = Loop::with_partitions(&Image::Gpt.copy(room.path()));
-    let plain = Loop::with_partitions(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let disk = Loop::with_partitions(&Image::Gpt.copy(dir.path()));
+    let plain = Loop::with_partitions(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let guest = guest();
     let whole: Result<(), BackendError> = guest
-        .mount(&disk.locator(), &room.at("mnt"), &MountOptions::read_only())
+        .mount(&disk.locator(), &dir.at("mnt"), &MountOptions::read_only())
         .await;
     let message = refused(whole, ErrorKind::NotFound);
     assert!(
@@ -155,9 +155,9 @@ async fn root_a_disk_with_partitions_is_no_filesystem_and_a_filesystem_has_no_pa
     );
     refused(
         guest
-            .mount(&plain.locator(), &room.at("mnt"), &partition(1))
+            .mount(&plain.locator(), &dir.at("mnt"), &partition(1))
             .await,
         ErrorKind::NotFound,
     );
-    room.assert_clean();
+    dir.assert_clean();
 }

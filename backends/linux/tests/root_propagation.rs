@@ -7,14 +7,14 @@
 mod kit;
 
 use blockmount::Mounter;
-use kit::{Image, KERNELS, Loop, Room, mount, mount_at, on_linux, run};
+use kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, run};
 
 /// A mount of tmpfs at `at`, shared or private, gone with the value.
 struct Parent(String);
 
 impl Parent {
-    fn new(room: &Room, mode: &str) -> Self {
-        let at = room.at("parent");
+    fn new(dir: &TestDir, mode: &str) -> Self {
+        let at = dir.at("parent");
         std::fs::create_dir(&at).unwrap();
         let at = at.to_str().unwrap().to_owned();
         run("mount", &["-t", "tmpfs", "parent", &at]);
@@ -44,12 +44,12 @@ async fn root_each_mode_holds_below_private_and_shared_parents() {
                 "rslave",
                 "runbindable",
             ] {
-                let mut room = Room::new();
-                let device = Loop::new(&Image::Erofs.copy(room.path()));
-                room.settle();
-                let tmpfs = Parent::new(&room, parent);
+                let mut dir = TestDir::new();
+                let device = Loop::new(&Image::Erofs.copy(dir.path()));
+                dir.settle();
+                let tmpfs = Parent::new(&dir, parent);
                 let guest = on_linux(kernel);
-                let target = room.at("parent/a/mnt");
+                let target = dir.at("parent/a/mnt");
                 mount(&guest, &device, &target, &["ro", mode])
                     .await
                     .unwrap();
@@ -66,7 +66,7 @@ async fn root_each_mode_holds_below_private_and_shared_parents() {
                 }
                 guest.unmount(&target).await.unwrap();
                 drop(tmpfs);
-                room.assert_clean();
+                dir.assert_clean();
             }
         }
     }

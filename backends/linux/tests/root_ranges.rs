@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Mounter, Resolver};
 use blockmount_linux::LinuxGuest;
 use blockmount_linux::mapper::{self, DeviceMapper};
-use kit::{Image, Loop, Room, options, refused};
+use kit::{Image, Loop, TestDir, options, refused};
 
 /// Answers the same part of the same device for every locator.
 #[derive(Debug)]
@@ -40,9 +40,9 @@ async fn mount(device: &Path, range: Range<u64>, target: &Path) -> Result<(), Ba
 
 #[tokio::test]
 async fn root_a_range_that_is_no_range_of_the_device_is_refused() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let size: u64 = 4 << 20;
     for (start, end, why) in [
         (0, 0, "there are none"),
@@ -53,10 +53,10 @@ async fn root_a_range_that_is_no_range_of_the_device_is_refused() {
         (1, 4096, "whole blocks"),
         (0, 4095, "whole blocks"),
     ] {
-        let result = mount(device.node(), Range { start, end }, &room.at("a/mnt")).await;
+        let result = mount(device.node(), Range { start, end }, &dir.at("a/mnt")).await;
         let message = refused(result, ErrorKind::Invalid);
         assert!(message.contains(why), "{message}");
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
@@ -65,34 +65,34 @@ async fn root_without_device_mapper_a_range_is_unsuitable() {
     if DeviceMapper::open().is_ok() {
         return;
     }
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
-    let result = mount(device.node(), 0..4 << 20, &room.at("a/mnt")).await;
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
+    let result = mount(device.node(), 0..4 << 20, &dir.at("a/mnt")).await;
     let message = refused(result, ErrorKind::Unsuitable);
     assert!(message.contains("device-mapper"), "{message}");
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 /// A device that nothing is stacked on is in use as a whole or not at all.
 #[tokio::test]
 async fn root_a_range_is_free_when_its_device_is() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let guest = kit::guest();
     let timeout = std::time::Duration::from_millis(50);
-    let let_go = || mapper::let_go_range(device.node(), 0..4096, timeout);
-    let_go().await.unwrap();
-    kit::mount(&guest, &device, &room.at("mnt"), &[])
+    let release = || mapper::release_range(device.node(), 0..4096, timeout);
+    release().await.unwrap();
+    kit::mount(&guest, &device, &dir.at("mnt"), &[])
         .await
         .unwrap();
-    let message = refused(let_go().await, ErrorKind::Busy);
+    let message = refused(release().await, ErrorKind::Busy);
     assert!(message.contains("the mount at"), "{message}");
-    guest.unmount(&room.at("mnt")).await.unwrap();
-    let_go().await.unwrap();
+    guest.unmount(&dir.at("mnt")).await.unwrap();
+    release().await.unwrap();
     let absent = Path::new("/dev/blockmount-no-such-device");
-    let result = mapper::let_go_range(absent, 0..4096, timeout).await;
+    let result = mapper::release_range(absent, 0..4096, timeout).await;
     refused(result, ErrorKind::NotFound);
-    room.assert_clean();
+    dir.assert_clean();
 }

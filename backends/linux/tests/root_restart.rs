@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
 use blockmount_linux::LinuxGuest;
 use blockmount_linux::device::{self, DeviceNumber};
-use kit::{Image, KERNELS, Loop, Room, builder, mount, options, refused, run};
+use kit::{Image, KERNELS, Loop, TestDir, builder, mount, options, refused, run};
 use tempfile::TempDir;
 
 /// How the child is told what to do; without it, the child's test does nothing.
@@ -32,7 +32,7 @@ const ROUNDS: u32 = 200;
 
 /// The devices and the directory that a child works with.
 struct Site {
-    room: Room,
+    dir: TestDir,
     ext4: Loop,
     erofs: Loop,
     disk: Loop,
@@ -61,19 +61,19 @@ impl Drop for Memory {
 
 impl Site {
     fn new() -> Self {
-        let mut room = Room::new();
+        let mut dir = TestDir::new();
         let memory = Memory::new();
         let inside = memory.0.path();
         let ext4 = Loop::new(&Image::Ext4.copy(inside));
         let erofs = Loop::new(&Image::Erofs.copy(inside));
         let disk = Loop::new(&Image::Gpt.copy(inside));
         fs::create_dir(inside.join("scratch")).unwrap();
-        symlink(inside.join("scratch"), room.at("scratch")).unwrap();
-        fs::create_dir(room.at("journal")).unwrap();
-        fs::set_permissions(room.at("journal"), fs::Permissions::from_mode(0o700)).unwrap();
-        room.settle();
+        symlink(inside.join("scratch"), dir.at("scratch")).unwrap();
+        fs::create_dir(dir.at("journal")).unwrap();
+        fs::set_permissions(dir.at("journal"), fs::Permissions::from_mode(0o700)).unwrap();
+        dir.settle();
         Site {
-            room,
+            dir,
             ext4,
             erofs,
             disk,
@@ -82,7 +82,7 @@ impl Site {
     }
 
     fn journal(&self) -> PathBuf {
-        self.room.at("journal")
+        self.dir.at("journal")
     }
 
     /// A guest in this process, as after a restart.
@@ -116,7 +116,7 @@ impl Site {
         let node = |device: &Loop| device.node().to_str().unwrap().to_owned();
         let orders = [
             work.to_owned(),
-            self.room.path().to_str().unwrap().to_owned(),
+            self.dir.path().to_str().unwrap().to_owned(),
             node(&self.ext4),
             node(&self.erofs),
             node(&self.disk),
@@ -136,7 +136,7 @@ impl Site {
         let devices = [&self.ext4, &self.erofs, &self.disk];
         let worker = Worker {
             guest: self.restart(KERNELS[0]).await,
-            room: self.room.path().to_owned(),
+            dir: self.dir.path().to_owned(),
             devices: devices.map(Loop::locator),
         };
         let (mut layers, mut partitions) = (Duration::MAX, Duration::MAX);
@@ -150,7 +150,7 @@ impl Site {
             worker.down().await;
             partitions = partitions.min(start.elapsed());
         }
-        clear_scratch(&self.room);
+        clear_scratch(&self.dir);
         (layers, partitions)
     }
 
@@ -169,7 +169,7 @@ impl Site {
     #[track_caller]
     fn assert_clean(&self) {
         assert!(self.partitions().is_empty(), "a partition is left");
-        self.room.assert_clean();
+        self.dir.assert_clean();
     }
 }
 
@@ -198,20 +198,20 @@ async fn a_child() {
         return;
     };
     let orders: Vec<&str> = orders.split('\n').collect();
-    let [work, room, ext4, erofs, disk, kernel] = orders[..] else {
+    let [work, dir, ext4, erofs, disk, kernel] = orders[..] else {
         panic!("these are no orders: {orders:?}");
     };
     let (major, minor) = kernel.split_once('.').unwrap();
     let guest = builder()
         .as_on_linux(major.parse().unwrap(), minor.parse().unwrap())
         .at_journal_change(killed_at_a_change)
-        .journal(Path::new(room).join("journal"))
+        .journal(Path::new(dir).join("journal"))
         .await
         .unwrap();
     let locator = |node: &str| DeviceLocator::new("test", node).unwrap();
     let worker = Worker {
         guest,
-        room: room.into(),
+        dir: dir.into(),
         devices: [locator(ext4), locator(erofs), locator(disk)],
     };
     if work == "once" {
@@ -220,7 +220,7 @@ async fn a_child() {
             worker.mount(&worker.devices[0], "a/b/one", &one),
             worker.mount(&worker.devices[1], "a/b/two", &two),
         );
-        let overlay = overlay(&worker.room, "a/c/overlay");
+        let overlay = overlay(&worker.dir, "a/c/overlay");
         worker.guest.combine(&overlay).await.unwrap();
         worker.partitions_up().await;
         worker.down().await;
@@ -257,7 +257,7 @@ fn say_ready() {
 /// Mounts a bit of everything: directories that are shared, a partition, an overlay with a scratch.
 struct Worker {
     guest: LinuxGuest,
-    room: PathBuf,
+    dir: PathBuf,
     devices: [DeviceLocator; 3],
 }
 
@@ -266,14 +266,14 @@ const TARGETS: [&str; 5] = ["a/c/overlay", "a/b/one", "a/b/two", "p/q", "p/r"];
 
 impl Worker {
     fn at(&self, name: &str) -> PathBuf {
-        self.room.join(name)
+        self.dir.join(name)
     }
 
     async fn layers_up(&self) {
         let [ext4, erofs, _] = &self.devices;
         self.mount(ext4, "a/b/one", &options(&["noatime"])).await;
         self.mount(erofs, "a/b/two", &options(&["ro"])).await;
-        let overlay = overlay(&self.room, "a/c/overlay");
+        let overlay = overlay(&self.dir, "a/c/overlay");
         self.guest.combine(&overlay).await.unwrap();
     }
 
@@ -301,19 +301,19 @@ fn partition(number: u32) -> MountOptions {
     builder.build().unwrap()
 }
 
-fn overlay(room: &Path, target: &str) -> Overlay {
+fn overlay(dir: &Path, target: &str) -> Overlay {
     // The engine follows no link to a scratch; this one is for the names of the test.
-    let scratch = fs::read_link(room.join("scratch")).unwrap();
-    Overlay::new([room.join("a/b/two")], room.join(target)).with_scratch(scratch)
+    let scratch = fs::read_link(dir.join("scratch")).unwrap();
+    Overlay::new([dir.join("a/b/two")], dir.join(target)).with_scratch(scratch)
 }
 
 /// What an overlay has left in its scratch stays, and is removed here: both or neither directory.
-fn clear_scratch(room: &Room) {
-    let upper = room.at("scratch/upper");
-    assert_eq!(upper.exists(), room.at("scratch/work").exists());
+fn clear_scratch(dir: &TestDir) {
+    let upper = dir.at("scratch/upper");
+    assert_eq!(upper.exists(), dir.at("scratch/work").exists());
     if upper.exists() {
         fs::remove_dir(upper).unwrap();
-        fs::remove_dir_all(room.at("scratch/work")).unwrap();
+        fs::remove_dir_all(dir.at("scratch/work")).unwrap();
     }
 }
 
@@ -322,14 +322,14 @@ async fn root_what_a_killed_process_has_mounted_is_ours_still() {
     for kernel in KERNELS {
         let site = Site::new();
         let child = site.start("hold", kernel);
-        let before = site.room.mounts();
+        let before = site.dir.mounts();
         assert_eq!(before.len(), TARGETS.len());
         child.kill();
         let guest = site.restart(kernel).await;
-        assert_eq!(site.room.mounts(), before, "recovery changes no mount");
+        assert_eq!(site.dir.mounts(), before, "recovery changes no mount");
         assert_eq!(site.partitions(), [2]);
 
-        let (room, at) = (&site.room, |name: &str| site.room.at(name));
+        let (dir, at) = (&site.dir, |name: &str| site.dir.at(name));
         let again = mount(&guest, &site.ext4, &at("a/b/one"), &["noatime"]).await;
         refused(again, ErrorKind::Conflict);
         let otherwise = mount(&guest, &site.ext4, &at("x"), &["ro"]).await;
@@ -337,7 +337,7 @@ async fn root_what_a_killed_process_has_mounted_is_ours_still() {
         assert!(message.contains("options that exclude these"), "{message}");
         mount(&guest, &site.erofs, &at("y"), &["ro"]).await.unwrap();
         let message = refused(
-            guest.combine(&overlay(room.path(), "z")).await,
+            guest.combine(&overlay(dir.path(), "z")).await,
             ErrorKind::Conflict,
         );
         assert!(message.contains("in use by another overlay"), "{message}");
@@ -348,7 +348,7 @@ async fn root_what_a_killed_process_has_mounted_is_ours_still() {
         for name in &TARGETS[1..] {
             guest.unmount(&at(name)).await.unwrap();
         }
-        clear_scratch(room);
+        clear_scratch(dir);
         site.assert_clean();
         mount(&guest, &site.ext4, &at("x"), &["ro"]).await.unwrap();
         guest.unmount(&at("x")).await.unwrap();
@@ -384,7 +384,7 @@ async fn root_killed_at_any_moment_it_leaves_what_the_next_can_undo() {
         // The moment of the signal is what is to be random, and nothing is waited for here.
         std::thread::sleep(moment);
         child.kill();
-        mounts += site.room.mounts().len();
+        mounts += site.dir.mounts().len();
         let guest = site.restart(kernel).await;
         let aside = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "aside");
         assert!(
@@ -392,11 +392,11 @@ async fn root_killed_at_any_moment_it_leaves_what_the_next_can_undo() {
             "seed {seed}, round {round}"
         );
         for name in TARGETS {
-            let done = guest.unmount(&site.room.at(name)).await;
+            let done = guest.unmount(&site.dir.at(name)).await;
             done.unwrap_or_else(|error| panic!("seed {seed}, round {round}: {name}: {error}"));
         }
         drop(guest);
-        clear_scratch(&site.room);
+        clear_scratch(&site.dir);
         assert_eq!(
             site.records(),
             [] as [PathBuf; 0],
@@ -413,14 +413,14 @@ async fn root_a_guest_that_is_dropped_leaves_its_records() {
     for kernel in KERNELS {
         let site = Site::new();
         let guest = site.restart(kernel).await;
-        let target = site.room.at("p/q");
+        let target = site.dir.at("p/q");
         guest
             .mount(&site.disk.locator(), &target, &partition(2))
             .await
             .unwrap();
-        let before = (site.room.mounts(), site.records());
+        let before = (site.dir.mounts(), site.records());
         drop(guest);
-        assert_eq!((site.room.mounts(), site.records()), before);
+        assert_eq!((site.dir.mounts(), site.records()), before);
         site.restart(kernel).await.unmount(&target).await.unwrap();
         site.assert_clean();
     }
@@ -432,11 +432,11 @@ async fn root_directories_that_mounts_share_go_with_the_last_of_them() {
     let site = Site::new();
     site.start("part", KERNELS[3]).kill();
     let guest = site.restart(KERNELS[3]).await;
-    assert!(!site.room.at("a/b/one").exists() && site.room.at("a/b/two").exists());
+    assert!(!site.dir.at("a/b/one").exists() && site.dir.at("a/b/two").exists());
     for name in TARGETS {
-        guest.unmount(&site.room.at(name)).await.unwrap();
+        guest.unmount(&site.dir.at(name)).await.unwrap();
     }
-    clear_scratch(&site.room);
+    clear_scratch(&site.dir);
     site.assert_clean();
 }
 
@@ -446,18 +446,18 @@ async fn root_what_others_unmounted_in_between_is_undone_at_the_start() {
         let site = Site::new();
         site.start("hold", kernel).kill();
         for name in TARGETS {
-            run("umount", &[site.room.at(name).to_str().unwrap()]);
+            run("umount", &[site.dir.at(name).to_str().unwrap()]);
         }
-        fs::write(site.room.at("p/theirs"), "").unwrap();
+        fs::write(site.dir.at("p/theirs"), "").unwrap();
         let guest = site.restart(kernel).await;
-        assert!(site.partitions().is_empty() && !site.room.at("a").exists());
+        assert!(site.partitions().is_empty() && !site.dir.at("a").exists());
         // One directory is not empty, and is removed by the last who needs it.
         assert_eq!(site.records().len(), 1);
-        assert!(site.room.at("p/theirs").exists() && !site.room.at("p/q").exists());
-        fs::remove_file(site.room.at("p/theirs")).unwrap();
+        assert!(site.dir.at("p/theirs").exists() && !site.dir.at("p/q").exists());
+        fs::remove_file(site.dir.at("p/theirs")).unwrap();
         drop(guest);
         drop(site.restart(kernel).await);
-        clear_scratch(&site.room);
+        clear_scratch(&site.dir);
         site.assert_clean();
     }
 }
@@ -467,34 +467,34 @@ async fn root_what_others_mounted_in_between_is_not_touched() {
     for kernel in KERNELS {
         let site = Site::new();
         site.start("hold", kernel).kill();
-        let at = |name: &str| site.room.at(name).to_str().unwrap().to_owned();
+        let at = |name: &str| site.dir.at(name).to_str().unwrap().to_owned();
         let tmpfs = |name: &str| run("mount", &["-t", "tmpfs", "theirs", &at(name)]);
         // One over ours, and one in its place.
         tmpfs("a/b/one");
         run("umount", &[&at("p/q")]);
         tmpfs("p/q");
         fs::write(at("p/q/file"), "").unwrap();
-        let before = site.room.mounts();
+        let before = site.dir.mounts();
         let guest = site.restart(kernel).await;
-        assert_eq!(site.room.mounts(), before);
+        assert_eq!(site.dir.mounts(), before);
 
-        let covered = guest.unmount(&site.room.at("a/b/one")).await;
+        let covered = guest.unmount(&site.dir.at("a/b/one")).await;
         let message = refused(covered, ErrorKind::Conflict);
         assert!(message.contains("something over it"), "{message}");
-        let replaced = guest.unmount(&site.room.at("p/q")).await;
+        let replaced = guest.unmount(&site.dir.at("p/q")).await;
         let message = refused(replaced, ErrorKind::Conflict);
         assert!(message.contains("somebody else mounted it"), "{message}");
-        assert!(site.room.at("p/q/file").exists());
+        assert!(site.dir.at("p/q/file").exists());
         run("umount", &[&at("a/b/one")]);
         run("umount", &[&at("p/q")]);
         for name in TARGETS {
-            guest.unmount(&site.room.at(name)).await.unwrap();
+            guest.unmount(&site.dir.at(name)).await.unwrap();
         }
         // The directory that was in use by others was ours, and on record.
-        assert!(!site.room.at("p").exists() && !site.room.at("a").exists());
+        assert!(!site.dir.at("p").exists() && !site.dir.at("a").exists());
         drop(guest);
         drop(site.restart(kernel).await);
-        clear_scratch(&site.room);
+        clear_scratch(&site.dir);
         site.assert_clean();
     }
 }
@@ -543,16 +543,16 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
     assert!(journal.join("notes.txt").exists() && journal.join("0905.json").exists());
     // Without a record, it is somebody else's.
     let message = refused(
-        guest.unmount(&site.room.at(target)).await,
+        guest.unmount(&site.dir.at(target)).await,
         ErrorKind::Conflict,
     );
     assert!(message.contains("somebody else mounted it"), "{message}");
-    run("umount", &[site.room.at(target).to_str().unwrap()]);
+    run("umount", &[site.dir.at(target).to_str().unwrap()]);
     for name in TARGETS {
-        guest.unmount(&site.room.at(name)).await.unwrap();
+        guest.unmount(&site.dir.at(name)).await.unwrap();
     }
     // The numbers of new records are beyond all that were found.
-    mount(&guest, &site.ext4, &site.room.at("x"), &[])
+    mount(&guest, &site.ext4, &site.dir.at("x"), &[])
         .await
         .unwrap();
     assert!(
@@ -560,15 +560,15 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
             .iter()
             .any(|path| path.ends_with("910.json") || path.ends_with("909.json"))
     );
-    guest.unmount(&site.room.at("x")).await.unwrap();
+    guest.unmount(&site.dir.at("x")).await.unwrap();
     // The directory of the mount that was not ours any more is on no list, and was in use until now.
-    fs::remove_dir(site.room.at("a/b/one")).unwrap();
+    fs::remove_dir(site.dir.at("a/b/one")).unwrap();
     drop(guest);
     drop(site.restart(KERNELS[4]).await);
-    assert!(!site.room.at("a").exists());
-    clear_scratch(&site.room);
+    assert!(!site.dir.at("a").exists());
+    clear_scratch(&site.dir);
     fs::remove_dir_all(site.journal()).unwrap();
-    site.room.settle();
+    site.dir.settle();
     site.assert_clean();
 }
 
@@ -579,7 +579,7 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
     for kernel in KERNELS {
         let site = Site::new();
         site.start("hold", kernel).kill();
-        let mounts = site.room.mounts();
+        let mounts = site.dir.mounts();
         for path in site.records() {
             let text = fs::read_to_string(&path).unwrap();
             let mut whole: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -604,7 +604,7 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
             }});
             fs::write(&path, whole.to_string()).unwrap();
         }
-        let at = |name: &str| site.room.at(name);
+        let at = |name: &str| site.dir.at(name);
         run("umount", &[at("p/r").to_str().unwrap()]);
         let guest = site.restart(kernel).await;
         let message = refused(guest.unmount(&at("p/q")).await, ErrorKind::Conflict);
@@ -613,10 +613,10 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
             guest.unmount(&at(name)).await.unwrap();
         }
         drop(guest);
-        assert_eq!(site.room.mounts().len(), 1);
+        assert_eq!(site.dir.mounts().len(), 1);
         run("umount", &[at("p/q").to_str().unwrap()]);
         drop(site.restart(kernel).await);
-        clear_scratch(&site.room);
+        clear_scratch(&site.dir);
         site.assert_clean();
     }
 }
@@ -625,11 +625,11 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
 async fn root_a_journal_has_one_process_at_a_time() {
     let site = Site::new();
     let child = site.start("hold", KERNELS[5]);
-    let before = (site.room.mounts(), site.records());
+    let before = (site.dir.mounts(), site.records());
     let second = builder().journal(site.journal()).await;
     let message = refused(second, ErrorKind::Busy);
     assert!(message.contains("another process is using it"), "{message}");
-    assert_eq!((site.room.mounts(), site.records()), before);
+    assert_eq!((site.dir.mounts(), site.records()), before);
     // One that starts while the other is being killed waits for its end.
     let soon = builder().busy_timeout(Duration::from_secs(30));
     let waiting = tokio::spawn(soon.journal(site.journal()));
@@ -640,34 +640,34 @@ async fn root_a_journal_has_one_process_at_a_time() {
     drop(guest);
     refused(builder().journal(site.journal()).await, ErrorKind::Busy);
     for name in TARGETS {
-        clone.unmount(&site.room.at(name)).await.unwrap();
+        clone.unmount(&site.dir.at(name)).await.unwrap();
     }
     drop(clone);
     drop(builder().journal(site.journal()).await.unwrap());
-    clear_scratch(&site.room);
+    clear_scratch(&site.dir);
     site.assert_clean();
 }
 
 #[tokio::test]
 async fn root_a_journal_is_private() {
-    let room = Room::new();
-    let journal = room.at("run/agent");
+    let dir = TestDir::new();
+    let journal = dir.at("run/agent");
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     let image = tempfile::tempdir().unwrap();
     let device = Loop::new(&Image::Ext4.copy(image.path()));
     let guest = builder().journal(&journal).await.unwrap();
     assert_eq!(mode(&journal), 0o700);
-    mount(&guest, &device, &room.at("mnt"), &[]).await.unwrap();
+    mount(&guest, &device, &dir.at("mnt"), &[]).await.unwrap();
     for entry in fs::read_dir(&journal).unwrap() {
         assert_eq!(mode(&entry.unwrap().path()), 0o600);
     }
-    guest.unmount(&room.at("mnt")).await.unwrap();
+    guest.unmount(&dir.at("mnt")).await.unwrap();
     drop(guest);
     fs::set_permissions(&journal, fs::Permissions::from_mode(0o770)).unwrap();
     let message = refused(builder().journal(&journal).await, ErrorKind::Invalid);
     assert!(message.contains("others can write to it"), "{message}");
-    symlink(&journal, room.at("link")).unwrap();
-    refused(builder().journal(room.at("link")).await, ErrorKind::Invalid);
+    symlink(&journal, dir.at("link")).unwrap();
+    refused(builder().journal(dir.at("link")).await, ErrorKind::Invalid);
 }
 
 /// A record that cannot be written is a mount that is not made.
@@ -683,13 +683,13 @@ async fn root_a_full_journal_refuses_mounts_and_leaves_nothing() {
         );
         let guest = site.restart(kernel).await;
         fs::write(journal.join("full"), [0; 4096]).unwrap();
-        let result = mount(&guest, &site.ext4, &site.room.at("x/y"), &[]).await;
+        let result = mount(&guest, &site.ext4, &site.dir.at("x/y"), &[]).await;
         let message = refused(result, ErrorKind::Other);
         assert!(message.contains("cannot write to the journal"), "{message}");
-        fs::create_dir(site.room.at("x")).unwrap();
-        let result = mount(&guest, &site.ext4, &site.room.at("x"), &[]).await;
+        fs::create_dir(site.dir.at("x")).unwrap();
+        let result = mount(&guest, &site.ext4, &site.dir.at("x"), &[]).await;
         refused(result, ErrorKind::Other);
-        fs::remove_dir(site.room.at("x")).unwrap();
+        fs::remove_dir(site.dir.at("x")).unwrap();
         assert_eq!(site.records().len(), 1, "{:?}", site.records());
         drop(guest);
         run("umount", &[path]);
@@ -723,11 +723,11 @@ async fn root_x09_killed_at_each_change_of_the_journal_it_leaves_nothing() {
             let ended = site.killed_at(at, kernel);
             let guest = site.restart(kernel).await;
             for name in TARGETS {
-                let done = guest.unmount(&site.room.at(name)).await;
+                let done = guest.unmount(&site.dir.at(name)).await;
                 done.unwrap_or_else(|error| panic!("change {at}: {name}: {error}"));
             }
             drop(guest);
-            clear_scratch(&site.room);
+            clear_scratch(&site.dir);
             assert_eq!(site.records(), [] as [PathBuf; 0], "change {at}");
             site.assert_clean();
             if ended {
@@ -748,25 +748,25 @@ async fn root_x09_any_record_that_fits_is_believed() {
     };
     let envelope = {
         let guest = site.restart(KERNELS[5]).await;
-        mount(&guest, &site.ext4, &site.room.at("x/a"), &[])
+        mount(&guest, &site.ext4, &site.dir.at("x/a"), &[])
             .await
             .unwrap();
         let text = fs::read_to_string(&site.records()[0]).unwrap();
-        guest.unmount(&site.room.at("x/a")).await.unwrap();
+        guest.unmount(&site.dir.at("x/a")).await.unwrap();
         text
     };
     for order in [["1.json", "2.json"], ["2.json", "1.json"]] {
-        fs::create_dir(site.room.at("x")).unwrap();
-        fs::create_dir(site.room.at("x/.staged")).unwrap();
-        let directory = fs::metadata(site.room.at("x")).unwrap();
-        let staged = fs::metadata(site.room.at("x/.staged")).unwrap();
-        fs::rename(site.room.at("x/.staged"), site.room.at(".staged")).unwrap();
+        fs::create_dir(site.dir.at("x")).unwrap();
+        fs::create_dir(site.dir.at("x/.staged")).unwrap();
+        let directory = fs::metadata(site.dir.at("x")).unwrap();
+        let staged = fs::metadata(site.dir.at("x/.staged")).unwrap();
+        fs::rename(site.dir.at("x/.staged"), site.dir.at(".staged")).unwrap();
         let records = [("x/a", &directory, ".other"), ("x/b", &staged, ".staged")];
         for (name, (target, meta, staged)) in order.iter().zip(records) {
             let mut whole: serde_json::Value = serde_json::from_str(&envelope).unwrap();
-            whole["record"]["target"] = site.room.at(target).to_str().unwrap().into();
+            whole["record"]["target"] = site.dir.at(target).to_str().unwrap().into();
             whole["record"]["steps"] = serde_json::json!([{ "remove-directory": {
-                "path": site.room.at("x"),
+                "path": site.dir.at("x"),
                 "staged": staged,
                 "id": { "device": meta.dev(), "inode": meta.ino() },
             }}]);
@@ -786,6 +786,6 @@ async fn root_a_journal_of_an_earlier_version_is_set_aside() {
     fs::write(site.journal().join("5.json"), old).unwrap();
     drop(site.restart(KERNELS[5]).await);
     assert_eq!(site.records(), [site.journal().join("5.aside")]);
-    site.room.settle();
+    site.dir.settle();
     site.assert_clean();
 }

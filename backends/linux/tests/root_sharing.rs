@@ -11,54 +11,46 @@ use std::fs;
 
 use blockmount::{DeviceLocator, ErrorKind, MountOptions, Mounter, Unplugger};
 use blockmount_linux::device;
-use kit::{Image, KERNELS, Loop, Room, mount, mount_at, on_linux, options, refused, run};
+use kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, options, refused, run};
 
 #[tokio::test]
 async fn root_readers_share_and_a_writer_does_not() {
     for kernel in KERNELS {
         for image in [Image::Ext4, Image::Xfs, Image::Erofs, Image::Squashfs] {
-            let mut room = Room::new();
-            let device = Loop::new(&image.copy(room.path()));
-            room.settle();
+            let mut dir = TestDir::new();
+            let device = Loop::new(&image.copy(dir.path()));
+            dir.settle();
             let guest = on_linux(kernel);
-            mount(&guest, &device, &room.at("a"), &["ro"])
-                .await
-                .unwrap();
-            mount(&guest, &device, &room.at("b"), &["ro", "nosuid"])
+            mount(&guest, &device, &dir.at("a"), &["ro"]).await.unwrap();
+            mount(&guest, &device, &dir.at("b"), &["ro", "nosuid"])
                 .await
                 .unwrap();
             assert!(
-                mount_at(&room.at("b")).has_option("nosuid")
-                    && !mount_at(&room.at("a")).has_option("nosuid")
+                mount_at(&dir.at("b")).has_option("nosuid")
+                    && !mount_at(&dir.at("a")).has_option("nosuid")
             );
-            assert_eq!(
-                mount_at(&room.at("a")).device,
-                mount_at(&room.at("b")).device
-            );
+            assert_eq!(mount_at(&dir.at("a")).device, mount_at(&dir.at("b")).device);
             for other in [&[][..], &["ro", "sync"]] {
                 let message = refused(
-                    mount(&guest, &device, &room.at("c"), other).await,
+                    mount(&guest, &device, &dir.at("c"), other).await,
                     ErrorKind::Conflict,
                 );
                 assert!(message.contains("options that exclude these"), "{message}");
             }
-            guest.unmount(&room.at("a")).await.unwrap();
-            assert_eq!(
-                fs::read_to_string(room.at("b/hello")).unwrap(),
-                image.name()
-            );
+            guest.unmount(&dir.at("a")).await.unwrap();
+            assert_eq!(fs::read_to_string(dir.at("b/hello")).unwrap(), image.name());
             refused(
-                mount(&guest, &device, &room.at("c"), &[]).await,
+                mount(&guest, &device, &dir.at("c"), &[]).await,
                 ErrorKind::Conflict,
             );
-            guest.unmount(&room.at("b")).await.unwrap();
-            mount(&guest, &device, &room.at("c"), &[]).await.unwrap();
+            guest.unmount(&dir.at("b")).await.unwrap();
+            mount(&guest, &device, &dir.at("c"), &[]).await.unwrap();
             refused(
-                mount(&guest, &device, &room.at("d"), &["ro"]).await,
+                mount(&guest, &device, &dir.at("d"), &["ro"]).await,
                 ErrorKind::Conflict,
             );
-            guest.unmount(&room.at("c")).await.unwrap();
-            room.assert_clean();
+            guest.unmount(&dir.at("c")).await.unwrap();
+            dir.assert_clean();
         }
     }
 }
@@ -66,53 +58,50 @@ async fn root_readers_share_and_a_writer_does_not() {
 #[tokio::test]
 async fn root_what_somebody_else_has_mounted_is_not_shared_silently() {
     for kernel in KERNELS {
-        let mut room = Room::new();
-        let device = Loop::new(&Image::Ext4.copy(room.path()));
-        fs::create_dir(room.at("theirs")).unwrap();
-        room.settle();
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Ext4.copy(dir.path()));
+        fs::create_dir(dir.at("theirs")).unwrap();
+        dir.settle();
         run(
             "mount",
             &[
                 "-o",
                 "ro",
                 device.node().to_str().unwrap(),
-                room.at("theirs").to_str().unwrap(),
+                dir.at("theirs").to_str().unwrap(),
             ],
         );
         let guest = on_linux(kernel);
         for access in [&["ro"][..], &[]] {
             let message = refused(
-                mount(&guest, &device, &room.at("a/b"), access).await,
+                mount(&guest, &device, &dir.at("a/b"), access).await,
                 ErrorKind::Busy,
             );
             assert!(
                 message.contains("in use by the mount at") && message.contains("/theirs"),
                 "{message}"
             );
-            assert_eq!(room.mounts().len(), 1);
-            assert!(!room.at("a").exists());
+            assert_eq!(dir.mounts().len(), 1);
+            assert!(!dir.at("a").exists());
         }
-        run("umount", &[room.at("theirs").to_str().unwrap()]);
-        mount(&guest, &device, &room.at("a/b"), &[]).await.unwrap();
-        guest.unmount(&room.at("a/b")).await.unwrap();
-        room.assert_clean();
+        run("umount", &[dir.at("theirs").to_str().unwrap()]);
+        mount(&guest, &device, &dir.at("a/b"), &[]).await.unwrap();
+        guest.unmount(&dir.at("a/b")).await.unwrap();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_two_readers_at_once_both_get_their_mount() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     for kernel in KERNELS {
         let guest = on_linux(kernel);
         let mut tasks = tokio::task::JoinSet::new();
         for index in 0..6 {
-            let (guest, locator, target) = (
-                guest.clone(),
-                device.locator(),
-                room.at(format!("t{index}")),
-            );
+            let (guest, locator, target) =
+                (guest.clone(), device.locator(), dir.at(format!("t{index}")));
             tasks.spawn(async move {
                 for _ in 0..5 {
                     guest
@@ -126,57 +115,57 @@ async fn root_two_readers_at_once_both_get_their_mount() {
         while let Some(done) = tasks.join_next().await {
             done.unwrap();
         }
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_g21_a_device_is_unplugged_only_when_it_is_proven_free() {
-    let mut room = Room::new();
-    let disk = Loop::new(&Image::Ext4.copy(room.path()));
-    fs::create_dir(room.at("theirs")).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    let disk = Loop::new(&Image::Ext4.copy(dir.path()));
+    fs::create_dir(dir.at("theirs")).unwrap();
+    dir.settle();
     let guest = on_linux((u32::MAX, 0));
     let unplug = |locator: DeviceLocator| {
         let guest = guest.clone();
         async move { guest.unplug(&locator).await }
     };
-    mount(&guest, &disk, &room.at("mnt"), &[]).await.unwrap();
+    mount(&guest, &disk, &dir.at("mnt"), &[]).await.unwrap();
     let message = refused(unplug(disk.locator()).await, ErrorKind::Busy);
     assert!(
         message.contains("the mount at") && message.contains("/mnt"),
         "{message}"
     );
     // A lazy unmount takes it out of every table, and it is in use all the same.
-    let open = fs::File::open(room.at("mnt/hello")).unwrap();
-    run("umount", &["-l", room.at("mnt").to_str().unwrap()]);
-    assert_eq!(room.mounts(), []);
+    let open = fs::File::open(dir.at("mnt/hello")).unwrap();
+    run("umount", &["-l", dir.at("mnt").to_str().unwrap()]);
+    assert_eq!(dir.mounts(), []);
     refused(unplug(disk.locator()).await, ErrorKind::Busy);
     drop(open);
-    guest.unmount(&room.at("mnt")).await.unwrap();
+    guest.unmount(&dir.at("mnt")).await.unwrap();
     unplug(disk.locator()).await.unwrap();
     let held = device::prove_free(disk.node()).unwrap();
     refused(
-        mount(&guest, &disk, &room.at("mnt"), &[]).await,
+        mount(&guest, &disk, &dir.at("mnt"), &[]).await,
         ErrorKind::Busy,
     );
     drop(held);
     unplug("test:/dev/blockmount-no-such-device".parse().unwrap())
         .await
         .unwrap();
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 /// A copy of the mount in another mount namespace keeps the filesystem alive when ours is gone.
 /// (Removing the directory would take the copy away as well.)
 #[tokio::test]
 async fn root_a_mount_in_another_namespace_is_found_and_named() {
-    let mut room = Room::new();
-    let disk = Loop::new(&Image::Ext4.copy(room.path()));
-    fs::create_dir(room.at("mnt")).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    let disk = Loop::new(&Image::Ext4.copy(dir.path()));
+    fs::create_dir(dir.at("mnt")).unwrap();
+    dir.settle();
     let guest = on_linux((u32::MAX, 0));
-    mount(&guest, &disk, &room.at("mnt"), &["rprivate"])
+    mount(&guest, &disk, &dir.at("mnt"), &["rprivate"])
         .await
         .unwrap();
     let mut other = std::process::Command::new("unshare")
@@ -193,7 +182,7 @@ async fn root_a_mount_in_another_namespace_is_found_and_named() {
         .unwrap();
     let mut ready = [0; 6];
     std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut ready).unwrap();
-    guest.unmount(&room.at("mnt")).await.unwrap();
+    guest.unmount(&dir.at("mnt")).await.unwrap();
     let message = refused(device::prove_free(disk.node()), ErrorKind::Busy);
     assert!(
         message.contains(&format!("in the mount namespace of process {}", other.id())),
@@ -207,14 +196,14 @@ async fn root_a_mount_in_another_namespace_is_found_and_named() {
         assert!(std::time::Instant::now() < deadline);
         std::thread::yield_now();
     }
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_what_this_guest_does_not_do_yet_is_refused_untouched() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let guest = on_linux((u32::MAX, 0));
     let format = blockmount::Format::new("ext4").overwriting_everything();
     let cases = [
@@ -225,10 +214,10 @@ async fn root_what_this_guest_does_not_do_yet_is_refused_untouched() {
     let before = fs::read(device.node()).unwrap();
     for case in cases {
         let result = guest
-            .mount(&device.locator(), &room.at("a"), &case.build().unwrap())
+            .mount(&device.locator(), &dir.at("a"), &case.build().unwrap())
             .await;
         assert!(refused(result, ErrorKind::Unsuitable).starts_with("this guest cannot"));
     }
     assert!(fs::read(device.node()).unwrap() == before);
-    room.assert_clean();
+    dir.assert_clean();
 }

@@ -14,18 +14,18 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use blockmount::{DeviceLocator, ErrorKind, Mounter};
-use kit::{Image, KERNELS, Loop, Room, builder, guest, mount, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, builder, guest, mount, on_linux, refused};
 
 #[tokio::test]
 async fn root_bad_targets_are_refused_and_nothing_is_left() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    fs::create_dir_all(room.at("full/x")).unwrap();
-    fs::create_dir_all(room.at("real/dir")).unwrap();
-    fs::write(room.at("file"), "").unwrap();
-    symlink(room.at("real"), room.at("link")).unwrap();
-    symlink(room.at("nowhere"), room.at("dangling")).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    fs::create_dir_all(dir.at("full/x")).unwrap();
+    fs::create_dir_all(dir.at("real/dir")).unwrap();
+    fs::write(dir.at("file"), "").unwrap();
+    symlink(dir.at("real"), dir.at("link")).unwrap();
+    symlink(dir.at("nowhere"), dir.at("dangling")).unwrap();
+    dir.settle();
     let guest = guest();
     let cases = [
         ("file", ErrorKind::Invalid, "file is not a directory"),
@@ -41,9 +41,9 @@ async fn root_bad_targets_are_refused_and_nothing_is_left() {
         ("full/../x", ErrorKind::Invalid, "'..'"),
     ];
     for (name, kind, words) in cases {
-        let message = refused(mount(&guest, &device, &room.at(name), &[]).await, kind);
+        let message = refused(mount(&guest, &device, &dir.at(name), &[]).await, kind);
         assert!(message.contains(words), "{name}: {message}");
-        room.assert_clean();
+        dir.assert_clean();
     }
     for system in [
         "/",
@@ -60,31 +60,31 @@ async fn root_bad_targets_are_refused_and_nothing_is_left() {
             ErrorKind::Invalid,
         );
     }
-    let long = room.at("n".repeat(256));
+    let long = dir.at("n".repeat(256));
     refused(mount(&guest, &device, &long, &[]).await, ErrorKind::Invalid);
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_g19_a_taken_target_gets_no_second_mount() {
     for kernel in KERNELS {
-        let mut room = Room::new();
-        let one = Loop::new(&Image::Ext4.copy(room.path()));
-        let other = Loop::new(&Image::Squashfs.copy(room.path()));
-        room.settle();
+        let mut dir = TestDir::new();
+        let one = Loop::new(&Image::Ext4.copy(dir.path()));
+        let other = Loop::new(&Image::Squashfs.copy(dir.path()));
+        dir.settle();
         let guest = on_linux(kernel);
-        mount(&guest, &one, &room.at("mnt"), &[]).await.unwrap();
+        mount(&guest, &one, &dir.at("mnt"), &[]).await.unwrap();
         refused(
-            mount(&guest, &other, &room.at("mnt"), &[]).await,
+            mount(&guest, &other, &dir.at("mnt"), &[]).await,
             ErrorKind::Conflict,
         );
         refused(
-            mount(&on_linux(kernel), &other, &room.at("mnt"), &[]).await,
+            mount(&on_linux(kernel), &other, &dir.at("mnt"), &[]).await,
             ErrorKind::Conflict,
         );
-        assert_eq!(room.mounts().len(), 1);
-        guest.unmount(&room.at("mnt")).await.unwrap();
-        room.assert_clean();
+        assert_eq!(dir.mounts().len(), 1);
+        guest.unmount(&dir.at("mnt")).await.unwrap();
+        dir.assert_clean();
     }
 }
 
@@ -104,28 +104,28 @@ async fn root_any_bytes_make_a_name() {
         deep.as_bytes(),
     ];
     for kernel in [(4, 19), (6, 1), (u32::MAX, 0)] {
-        let mut room = Room::new();
-        let device = Loop::new(&Image::Erofs.copy(room.path()));
-        room.settle();
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Erofs.copy(dir.path()));
+        dir.settle();
         let guest = on_linux(kernel);
         for name in names {
-            let target = room.at("some where").join(OsStr::from_bytes(name));
+            let target = dir.at("some where").join(OsStr::from_bytes(name));
             mount(&guest, &device, &target, &["ro"]).await.unwrap();
             assert_eq!(fs::read_to_string(target.join("hello")).unwrap(), "erofs");
-            assert_eq!(room.mounts().len(), 1);
-            assert_eq!(room.mounts()[0].mount_point, target);
+            assert_eq!(dir.mounts().len(), 1);
+            assert_eq!(dir.mounts()[0].mount_point, target);
             guest.unmount(&target).await.unwrap();
-            room.assert_clean();
+            dir.assert_clean();
         }
     }
 }
 
 #[tokio::test]
 async fn root_the_longest_path_works() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Erofs.copy(room.path()));
-    room.settle();
-    let mut target = room.path().to_owned();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Erofs.copy(dir.path()));
+    dir.settle();
+    let mut target = dir.path().to_owned();
     while target.as_os_str().len() + 201 <= 4095 {
         target.push("p".repeat(200));
     }
@@ -133,102 +133,102 @@ async fn root_the_longest_path_works() {
     assert_eq!(target.as_os_str().len(), 4095);
     let guest = guest();
     mount(&guest, &device, &target, &["ro"]).await.unwrap();
-    assert_eq!(room.mounts().len(), 1);
+    assert_eq!(dir.mounts().len(), 1);
     guest.unmount(&target).await.unwrap();
-    room.assert_clean();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_what_was_made_is_private_and_removed_and_what_was_there_stays() {
-    let mut room = Room::new();
-    let one = Loop::new(&Image::Ext4.copy(room.path()));
-    let other = Loop::new(&Image::Erofs.copy(room.path()));
-    fs::create_dir(room.at("old")).unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    let one = Loop::new(&Image::Ext4.copy(dir.path()));
+    let other = Loop::new(&Image::Erofs.copy(dir.path()));
+    fs::create_dir(dir.at("old")).unwrap();
+    dir.settle();
     let guest = guest();
-    mount(&guest, &one, &room.at("old/new/a"), &[])
+    mount(&guest, &one, &dir.at("old/new/a"), &[])
         .await
         .unwrap();
     assert_eq!(
-        fs::metadata(room.at("old/new"))
+        fs::metadata(dir.at("old/new"))
             .unwrap()
             .permissions()
             .mode()
             & 0o7777,
         0o700
     );
-    mount(&guest, &other, &room.at("old/new/b/c"), &[])
+    mount(&guest, &other, &dir.at("old/new/b/c"), &[])
         .await
         .unwrap();
-    guest.unmount(&room.at("old/new/a")).await.unwrap();
-    assert!(!room.at("old/new/a").exists() && room.at("old/new/b/c/hello").exists());
-    fs::write(room.at("old/new/theirs"), "").unwrap();
-    guest.unmount(&room.at("old/new/b/c")).await.unwrap();
-    assert!(!room.at("old/new/b").exists() && room.at("old/new/theirs").exists());
-    fs::remove_file(room.at("old/new/theirs")).unwrap();
-    fs::remove_dir(room.at("old/new")).unwrap();
-    mount(&guest, &one, &room.at("old"), &[]).await.unwrap();
-    guest.unmount(&room.at("old")).await.unwrap();
-    room.assert_clean();
+    guest.unmount(&dir.at("old/new/a")).await.unwrap();
+    assert!(!dir.at("old/new/a").exists() && dir.at("old/new/b/c/hello").exists());
+    fs::write(dir.at("old/new/theirs"), "").unwrap();
+    guest.unmount(&dir.at("old/new/b/c")).await.unwrap();
+    assert!(!dir.at("old/new/b").exists() && dir.at("old/new/theirs").exists());
+    fs::remove_file(dir.at("old/new/theirs")).unwrap();
+    fs::remove_dir(dir.at("old/new")).unwrap();
+    mount(&guest, &one, &dir.at("old"), &[]).await.unwrap();
+    guest.unmount(&dir.at("old")).await.unwrap();
+    dir.assert_clean();
 }
 
 /// A mount below a mount goes before it, and its directories go inside of it.
 #[tokio::test]
 async fn root_a_mount_below_a_mount() {
-    let mut room = Room::new();
-    let outer = Loop::new(&Image::Ext4.copy(room.path()));
-    let inner = Loop::new(&Image::Erofs.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let outer = Loop::new(&Image::Ext4.copy(dir.path()));
+    let inner = Loop::new(&Image::Erofs.copy(dir.path()));
+    dir.settle();
     let guest = guest();
-    mount(&guest, &outer, &room.at("a"), &[]).await.unwrap();
-    mount(&guest, &inner, &room.at("a/b/c"), &[]).await.unwrap();
-    let message = refused(guest.unmount(&room.at("a")).await, ErrorKind::Busy);
+    mount(&guest, &outer, &dir.at("a"), &[]).await.unwrap();
+    mount(&guest, &inner, &dir.at("a/b/c"), &[]).await.unwrap();
+    let message = refused(guest.unmount(&dir.at("a")).await, ErrorKind::Busy);
     assert!(
         message.contains("the mount at") && message.contains("a/b/c"),
         "{message}"
     );
-    guest.unmount(&room.at("a/b/c")).await.unwrap();
-    assert!(!room.at("a/b").exists());
-    guest.unmount(&room.at("a")).await.unwrap();
-    room.assert_clean();
+    guest.unmount(&dir.at("a/b/c")).await.unwrap();
+    assert!(!dir.at("a/b").exists());
+    guest.unmount(&dir.at("a")).await.unwrap();
+    dir.assert_clean();
 }
 
 #[tokio::test]
 async fn root_only_allowed_roots_are_mounted_at() {
-    let mut room = Room::new();
-    let device = Loop::new(&Image::Ext4.copy(room.path()));
-    room.settle();
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
     let guest = builder()
-        .allow_targets_under([room.at("in"), room.at("also")])
+        .allow_targets_under([dir.at("in"), dir.at("also")])
         .build();
     for outside in ["out", "in", "inside/x", "also"] {
         let message = refused(
-            mount(&guest, &device, &room.at(outside), &[]).await,
+            mount(&guest, &device, &dir.at(outside), &[]).await,
             ErrorKind::Invalid,
         );
         assert!(message.contains("targets must be below"), "{message}");
     }
-    mount(&guest, &device, &room.at("in/x"), &[]).await.unwrap();
-    guest.unmount(&room.at("in/x")).await.unwrap();
-    room.assert_clean();
+    mount(&guest, &device, &dir.at("in/x"), &[]).await.unwrap();
+    guest.unmount(&dir.at("in/x")).await.unwrap();
+    dir.assert_clean();
 }
 
 /// Whatever fails, it fails before or after directories were made; none stays.
 #[tokio::test]
 async fn root_a_failed_mount_leaves_no_directory() {
-    let mut room = Room::new();
-    fs::write(room.at("no device"), "").unwrap();
-    fs::write(room.at("no-device"), "").unwrap();
-    room.settle();
+    let mut dir = TestDir::new();
+    fs::write(dir.at("no device"), "").unwrap();
+    fs::write(dir.at("no-device"), "").unwrap();
+    dir.settle();
     for kernel in KERNELS {
         let guest = on_linux(kernel);
         let absent: DeviceLocator = "test:/dev/blockmount-no-such-device".parse().unwrap();
-        let at = room.at("a/b/c");
+        let at = dir.at("a/b/c");
         refused(
             guest.mount(&absent, &at, &kit::options(&[])).await,
             ErrorKind::NotFound,
         );
-        let file = DeviceLocator::new("test", room.at("no-device").display()).unwrap();
+        let file = DeviceLocator::new("test", dir.at("no-device").display()).unwrap();
         refused(
             guest.mount(&file, &at, &kit::options(&[])).await,
             ErrorKind::Invalid,
@@ -238,25 +238,25 @@ async fn root_a_failed_mount_leaves_no_directory() {
             guest.mount(&other, &at, &kit::options(&[])).await,
             ErrorKind::Unsuitable,
         );
-        room.assert_clean();
+        dir.assert_clean();
     }
 }
 
 #[tokio::test]
 async fn root_many_at_once_do_not_get_into_each_others_way() {
-    let mut room = Room::new();
+    let mut dir = TestDir::new();
     let devices: Vec<Loop> = (0..8)
         .map(|index| {
-            fs::create_dir(room.at(index.to_string())).unwrap();
-            Loop::new(&Image::Squashfs.copy(&room.at(index.to_string())))
+            fs::create_dir(dir.at(index.to_string())).unwrap();
+            Loop::new(&Image::Squashfs.copy(&dir.at(index.to_string())))
         })
         .collect();
-    room.settle();
+    dir.settle();
     let guest = guest();
     let mut tasks = tokio::task::JoinSet::new();
     for (index, device) in devices.iter().enumerate() {
         let (guest, locator) = (guest.clone(), device.locator());
-        let target = room.at("shared/way").join(index.to_string());
+        let target = dir.at("shared/way").join(index.to_string());
         tasks.spawn(async move {
             for _ in 0..20 {
                 guest
@@ -270,5 +270,5 @@ async fn root_many_at_once_do_not_get_into_each_others_way() {
     while let Some(done) = tasks.join_next().await {
         done.unwrap();
     }
-    room.assert_clean();
+    dir.assert_clean();
 }

@@ -9,12 +9,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
+use blockmount_linux::is_absent;
 use blockmount_linux::source::Source;
 use rustix::io::Errno;
 
-use crate::device::{
-    Device, Status, bound_numbers, failed, is, is_absent, numbers, unbind, usual_node,
-};
+use crate::device::{Device, Status, bound_numbers, failed, is, numbers, unbind, usual_node};
 use crate::ioctl;
 
 /// How many devices a call tries that other processes bind or claim before it can.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
+use blockmount_linux::is_absent;
 
-use crate::device::{self, Binding, Device, failed, is_absent};
+use crate::device::{self, Binding, Device, failed};
 
 /// A bound loop device of any process.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use blockmount::BackendError;
 use blockmount_linux::device::{DeviceNumber, in_use};
 use blockmount_linux::source::Inode;
 use blockmount_linux::sysfs::numbered;
-use blockmount_linux::{Backoff, node};
+use blockmount_linux::{Backoff, is_absent, node};
 use rustix::io::Errno;
 
 use crate::ioctl;
@@ -33,6 +33,8 @@ pub(crate) struct Status {
     pub(crate) device_number: u64,
     pub(crate) read_only: bool,
     pub(crate) direct_io: bool,
+    /// Whether the kernel unbinds it with its last user.
+    pub(crate) unbinds_itself: bool,
 }
 
 /// An open loop device.
@@ -87,6 +89,7 @@ impl Device {
             device_number: info.lo_rdevice,
             read_only: info.lo_flags & ioctl::READ_ONLY != 0,
             direct_io: info.lo_flags & ioctl::DIRECT_IO != 0,
+            unbinds_itself: info.lo_flags & ioctl::AUTOCLEAR != 0,
         }))
     }
 
@@ -241,12 +244,4 @@ pub(crate) fn bound_numbers() -> io::Result<Vec<u32>> {
 
 pub(crate) fn is(error: &io::Error, errno: Errno) -> bool {
     Errno::from_io_error(error) == Some(errno)
-}
-
-/// No such device: never made, removed, or on its way out.
-pub(crate) fn is_absent(error: &io::Error) -> bool {
-    [Errno::NOENT, Errno::NXIO, Errno::NODEV]
-        .into_iter()
-        .any(|errno| is(error, errno))
-        || error.kind() == io::ErrorKind::NotFound
 }

@@ -52,21 +52,25 @@
 //! | `Full` | the transport has reached `max_devices` |
 //! | `Busy` | a device that is mounted or open elsewhere; detach again when it is free |
 //! | `Unsuitable` | an extensible disk; no loop devices in this kernel, or one older than 5.8 |
+//! | `LostWrites` | unplugged, but the file beneath did not take all that was written |
 //! | `Other` | not root; other errors of the system |
 #![cfg(target_os = "linux")]
 
+mod adopt;
 mod bind;
 mod bound;
 mod builder;
 mod device;
 mod ioctl;
+mod locator;
 mod resolver;
 mod transport;
 
 pub use bound::{BoundLoop, bound_loops};
 pub use builder::LoopTransportBuilder;
+pub use locator::SCHEME;
 pub use resolver::{LoopResolver, LoopUnplugger};
-pub use transport::{LoopSlot, LoopTransport, SCHEME};
+pub use transport::{LoopSlot, LoopTransport};
 
 /// Compiles the examples of the README.
 #[cfg(doctest)]

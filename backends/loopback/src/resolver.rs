@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger, blocking,
 };
-use blockmount_linux::device::let_go;
+use blockmount_linux::device::release;
+use blockmount_linux::is_absent;
 
-use crate::SCHEME;
-use crate::device::{Device, failed, find, is_absent, node, usual_node};
+use crate::device::{Device, failed, find, node, usual_node};
+use crate::locator::number_of;
 use crate::transport::LoopTransport;
 
 /// Finds the loop device behind a locator of any [`LoopTransport`].
@@ -85,7 +86,7 @@ impl Unplugger for LoopUnplugger {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             found => found?.path,
         };
-        match let_go(&node, self.timeout).await {
+        match release(&node, self.timeout).await {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             // Unbound meanwhile: there is nothing to write back.
             Err(error) if error.kind() != ErrorKind::Busy => {
@@ -99,23 +100,6 @@ impl Unplugger for LoopUnplugger {
             done => done,
         }
     }
-}
-
-/// Reads the address of a locator: a number as the kernel writes it.
-fn number_of(device: &DeviceLocator) -> Result<u32, BackendError> {
-    if device.transport() != SCHEME {
-        return Err(BackendError::unsuitable(format!(
-            "{device} is not a loop device"
-        )));
-    }
-    let number = DeviceLocator::number(device.address());
-    number
-        .and_then(|number| u32::try_from(number).ok())
-        .ok_or_else(|| {
-            BackendError::invalid(format!(
-                "{device} is not the locator of a loop device, such as loop:7"
-            ))
-        })
 }
 
 fn resolve(number: u32) -> Result<BlockDevice, BackendError> {

@@ -14,12 +14,11 @@ use blockmount::{
 };
 use blockmount_linux::source;
 
+use crate::adopt;
 use crate::bind::{self, Bound, Claim, LoopConfig};
 use crate::builder::{LoopTransportBuilder, Settings};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
-
-/// The transport's name in a [`DeviceLocator`].
-pub const SCHEME: &str = "loop";
+use crate::locator::{SCHEME, number_of};
 
 /// Attaches disks as loop devices of this machine.
 ///
@@ -173,13 +172,20 @@ impl Transport for LoopTransport {
         blocking(move || inner.unbind(&disk)).await
     }
 
+    /// A device counts as bound for the disk if it is bound to the same file or block device, with the same access and
+    /// mark, and unbinds itself. Without a locator it is only looked for if this transport has a
+    /// [mark](LoopTransportBuilder::mark) of its own: the usual one is that of all processes that have the disk.
     async fn adopt(
         &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
+        let Ok(number) = locator.map(number_of).transpose() else {
+            return Ok(Presence::Absent);
+        };
+        let (inner, disk, id) = (Arc::clone(&self.0), disk.clone(), id.clone());
+        blocking(move || inner.adopt(&disk, &id, number)).await
     }
 }
 
@@ -233,14 +239,10 @@ impl Inner {
         disk.options().require_only(&[DiskOption::DirectIo])?;
         let source = source::open(disk, id)?;
         source::size(disk, &source)?;
-        let mark = match &self.settings.mark {
-            Some(mark) => mark.as_bytes(),
-            None => disk.source().as_os_str().as_bytes(),
-        };
         let wanted = LoopConfig {
             read_only: disk.is_read_only(),
             direct_io: disk.options().is_direct_io() != Some(false),
-            mark: mark[..mark.len().min(MARK_MAX)].to_owned(),
+            mark: self.mark(disk).to_owned(),
         };
         let bound = bind::bind(&source, &wanted)?;
         let refused = match disk.options().is_direct_io() {
@@ -255,6 +257,43 @@ impl Inner {
             return Err(refusal);
         }
         Ok(Fresh { bound, call })
+    }
+
+    fn mark<'a>(&'a self, disk: &'a Disk) -> &'a [u8] {
+        let mark = match &self.settings.mark {
+            Some(mark) => mark.as_bytes(),
+            None => disk.source().as_os_str().as_bytes(),
+        };
+        &mark[..mark.len().min(MARK_MAX)]
+    }
+
+    fn adopt(
+        &self,
+        disk: &Disk,
+        id: &DiskId,
+        number: Option<u32>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        if number.is_none() && self.settings.mark.is_none() {
+            return Ok(Presence::Absent);
+        }
+        let wanted = adopt::Wanted {
+            id,
+            read_only: disk.is_read_only(),
+            mark: self.mark(disk),
+        };
+        let claims = self.claims();
+        let is_free = |number| claims.iter().all(|claim| claim.number != number);
+        let found = adopt::find(&wanted, number, is_free).map_err(|error| {
+            BackendError::other(format!("cannot look for the loop device of disk {disk}"))
+                .with_source(error)
+        })?;
+        let Some((device, status)) = found else {
+            return Ok(Presence::Absent);
+        };
+        let call = self.placement.attach(disk, || self.allocate())?;
+        let call = call.ok_or_else(|| self.full())?;
+        let bound = Bound { device, status };
+        Ok(Presence::Present(Fresh { bound, call }.keep()))
     }
 
     fn claims(&self) -> Vec<Claim> {

@@ -433,3 +433,22 @@ fn limits_are_checked_when_a_transport_is_made() {
     );
     assert_eq!(LoopTransport::default().max_devices(), 256);
 }
+
+#[tokio::test]
+async fn root_x02_a_path_that_was_swapped_after_its_disk_was_identified_is_refused() {
+    let bench = Bench::new();
+    let transport = bench.transport();
+    let disk = Disk::virtual_disk(bench.image("ours", 4096)).read_only();
+    let theirs = bench.image("theirs", 4096);
+    let id = transport.identify(&disk).await.unwrap();
+    std::fs::rename(bench.path("ours"), bench.path("moved")).unwrap();
+    std::os::unix::fs::symlink(&theirs, bench.path("ours")).unwrap();
+    let error = transport.attach(&disk, &id).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert_eq!(bench.bound(), []);
+    // The id is of the file and not of its name.
+    let moved = Disk::virtual_disk(bench.path("moved")).read_only();
+    transport.attach(&moved, &id).await.unwrap();
+    transport.detach(&moved).await.unwrap();
+    bench.assert_nothing_left();
+}

@@ -139,3 +139,36 @@ async fn root_loop_unplugger_passes_the_checks() {
     assert!(passed.successes > 0, "{passed}");
     bench.assert_nothing_left();
 }
+
+fn linux_guest() -> LinuxGuest {
+    LinuxGuest::builder()
+        .resolver(SCHEME, Arc::new(LoopResolver))
+        .busy_timeout(Duration::from_millis(200))
+        .build()
+}
+
+/// A guest whose disks can also be blank, and written to.
+fn full_fixture(bench: &Bench) -> GuestFixture {
+    guest_fixture(bench, &bench.transport())
+        .blank(Disk::virtual_disk(bench.image("blank", 1 << 20)).read_only())
+        .scratch(Disk::virtual_disk(bench.ext4("scratch")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_linux_guest_passes_the_checks_of_a_mounter() {
+    let bench = Bench::new();
+    let passed = conformance::mounter(&linux_guest(), &full_fixture(&bench)).await;
+    println!("{passed}");
+    assert!(passed.successes > 0, "{passed}");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_linux_guest_passes_the_checks_of_a_combiner() {
+    let bench = Bench::new();
+    let guest = linux_guest();
+    let passed = conformance::combiner(&guest, &guest, &full_fixture(&bench)).await;
+    println!("{passed}");
+    assert!(passed.successes > 0, "{passed}");
+    bench.assert_nothing_left();
+}

@@ -10,9 +10,8 @@ use blockmount::{BackendError, ErrorKind};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::device::node::is_absent;
 use crate::device::number::DeviceNumber;
-use crate::errno::{blocking, errno_error, retry_while_busy};
+use crate::errno::{blocking, errno_error, is_absent, retry_while_busy};
 use crate::mount::users;
 
 /// Proves that nobody uses a device: no filesystem, no device stacked on it, no exclusive user,
@@ -70,11 +69,7 @@ pub(crate) fn name_users(path: &Path, error: BackendError) -> BackendError {
 }
 
 fn busy(path: &Path, users: &[String]) -> BackendError {
-    let by = if users.is_empty() {
-        "somebody who cannot be seen from here".into()
-    } else {
-        users.join(", ")
-    };
+    let by = users::listed(users);
     BackendError::busy(format!("device {} is in use by {by}", path.display()))
 }
 
@@ -93,16 +88,16 @@ pub fn flush(device: &File) -> io::Result<()> {
 /// # Errors
 ///
 /// As for [`prove_free`] and [`flush`]; `Busy` as [`in_use`] tells it.
-pub async fn let_go(path: &Path, timeout: Duration) -> Result<(), BackendError> {
+pub async fn release(path: &Path, timeout: Duration) -> Result<(), BackendError> {
     hold_free(path, timeout).await.map(drop)
 }
 
-/// The same as [`let_go`], and keeps holding the device exclusively: as long as the answer lives,
+/// The same as [`release`], and keeps holding the device exclusively: as long as the answer lives,
 /// nobody can start to use it.
 ///
 /// # Errors
 ///
-/// As for [`let_go`].
+/// As for [`release`].
 pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendError> {
     let path = path.to_owned();
     let attempt = {
@@ -112,10 +107,14 @@ pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendEr
             None => Err(busy(&path, &[])),
             Some(held) => match flush(&held) {
                 Ok(()) => Ok(held),
-                Err(error) => Err(errno_error(
-                    format!("cannot flush device {}", path.display()),
-                    error,
-                )),
+                // The kernel says this once, and the device is free all the same.
+                Err(error) => {
+                    let message = format!(
+                        "device {} did not take all that was written",
+                        path.display()
+                    );
+                    Err(BackendError::lost_writes(message).with_source(error))
+                }
             },
         }
     };

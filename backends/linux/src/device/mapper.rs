@@ -1,7 +1,7 @@
 //! Devices made of ranges of others (device-mapper).
 //!
 //! No daemon is involved: the kernel makes the node, `/dev/dm-N`, and what is made here bears a mark in name
-//! and UUID by which whoever cleans up can tell it.
+//! and UUID by which a clean-up can tell it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::device::number::DeviceNumber;
 use crate::device::{free, node};
 use crate::discover::sysfs::{names, text};
-use crate::errno::{errno_error, retry_while_busy};
+use crate::errno::{errno_error, is_absent, retry_while_busy};
 
 mod ioctl;
 mod wire;
@@ -200,11 +200,6 @@ impl DeviceMapper {
     }
 }
 
-fn is_absent(error: &io::Error) -> bool {
-    let absent = [Errno::NOENT, Errno::NODEV, Errno::NXIO];
-    Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
-}
-
 /// A name or UUID that the kernel keeps as it is: it cuts longer ones.
 fn checked(name: &str) -> Result<&str, BackendError> {
     let is_plain = name
@@ -226,7 +221,7 @@ fn checked(name: &str) -> Result<&str, BackendError> {
 /// # Errors
 ///
 /// `Busy`, naming who uses it; `NotFound` if the device is not there.
-pub async fn let_go_range(
+pub async fn release_range(
     path: &Path,
     range: Range<u64>,
     timeout: Duration,
@@ -258,7 +253,7 @@ pub async fn let_go_range(
     };
     match retry_while_busy(timeout, attempt).await? {
         true => Ok(()),
-        false => free::let_go(path, timeout).await,
+        false => free::release(path, timeout).await,
     }
 }
 

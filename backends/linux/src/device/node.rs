@@ -10,17 +10,10 @@ use std::time::Instant;
 
 use blockmount::BackendError;
 use rustix::fs::{Advice, OFlags};
-use rustix::io::Errno;
 
 use crate::device::number::DeviceNumber;
 use crate::discover::uevent;
-use crate::errno::errno_error;
-
-/// Whether an error of opening a device means that it is not there yet, or no longer.
-pub(crate) fn is_absent(error: &io::Error) -> bool {
-    let absent = [Errno::NOENT, Errno::NXIO, Errno::NOMEDIUM, Errno::NODEV];
-    Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
-}
+use crate::errno::{errno_error, is_absent};
 
 /// Opens a device for reading, or answers `None` while it is not ready: there is no node, or the
 /// node has no device or medium behind it. Blocks.

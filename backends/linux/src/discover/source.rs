@@ -56,8 +56,7 @@ pub fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
 
 fn id_of(metadata: &Metadata) -> DiskId {
     if metadata.file_type().is_block_device() {
-        let number = DeviceNumber::from_rdev(metadata.rdev());
-        return DiskId::name(&format!("block device {number}"));
+        return DeviceNumber::from_rdev(metadata.rdev()).id();
     }
     DiskId::inode(metadata.dev(), metadata.ino())
 }

@@ -5,16 +5,16 @@
 //! ([`uevent::wait_for`](crate::discover::uevent::wait_for)).
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use blockmount::{BackendError, blocking};
+use blockmount::{BackendError, DeviceLocator, blocking};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::errno::errno_error;
+use crate::errno::{errno_error, is_absent};
 
 mod disk;
 mod id;
@@ -26,12 +26,6 @@ pub use id::VmbusId;
 /// Documentation/filesystems/sysfs.rst)
 const LONGEST_ATTRIBUTE: u64 = 4096;
 
-/// Whether something that was there when its directory was listed is there no longer.
-fn is_gone(error: &io::Error) -> bool {
-    let gone = [Errno::NOENT, Errno::NODEV, Errno::NXIO, Errno::NOTDIR];
-    Errno::from_io_error(error).is_some_and(|errno| gone.contains(&errno))
-}
-
 /// The names in a directory, sorted; none if it is not there. Names that are no text are left out:
 /// the kernel gives none to the devices that are looked for. Blocks.
 ///
@@ -41,14 +35,14 @@ fn is_gone(error: &io::Error) -> bool {
 pub fn names(directory: &Path) -> Result<Vec<String>, BackendError> {
     let trouble = |error| errno_error(format!("cannot list {}", directory.display()), error);
     let entries = match fs::read_dir(directory) {
-        Err(error) if is_gone(&error) => return Ok(Vec::new()),
+        Err(error) if is_absent(&error) => return Ok(Vec::new()),
         entries => entries.map_err(trouble)?,
     };
     let mut names = Vec::new();
     for entry in entries {
         match entry {
             Ok(entry) => names.extend(entry.file_name().into_string()),
-            Err(error) if is_gone(&error) => break,
+            Err(error) if is_absent(&error) => break,
             Err(error) => return Err(trouble(error)),
         }
     }
@@ -64,19 +58,10 @@ pub fn names(directory: &Path) -> Result<Vec<String>, BackendError> {
 /// The system's.
 pub fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(PathBuf, u32)>, BackendError> {
     let numbered = |name: String| {
-        let number = decimal(name.strip_prefix(prefix)?)?;
-        Some((directory.join(&name), number))
+        let number = DeviceLocator::number(name.strip_prefix(prefix)?)?;
+        Some((directory.join(&name), number.try_into().ok()?))
     };
     Ok(names(directory)?.into_iter().filter_map(numbered).collect())
-}
-
-/// Reads a decimal number without signs or leading zeros.
-pub(crate) fn decimal(text: &str) -> Option<u32> {
-    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
-    let leading_zero = text.len() > 1 && text.starts_with('0');
-    (is_plain && !leading_zero)
-        .then(|| text.parse().ok())
-        .flatten()
 }
 
 /// The bytes of an attribute of a device; nothing if the device or the attribute is not there. Blocks.
@@ -92,7 +77,7 @@ pub fn bytes(directory: &Path, name: &str) -> Result<Option<Vec<u8>>, BackendErr
     match read {
         Ok(_) => Ok(Some(content)),
         // Some attributes are there for all devices, and not to be read for those that lack it.
-        Err(error) if is_gone(&error) || Errno::from_io_error(&error) == Some(Errno::INVAL) => {
+        Err(error) if is_absent(&error) || Errno::from_io_error(&error) == Some(Errno::INVAL) => {
             Ok(None)
         }
         Err(error) => Err(errno_error(
@@ -151,7 +136,7 @@ pub fn command(directory: &Path, name: &str, value: &str) -> Result<bool, Backen
             "{} took only a part of {value:?}",
             path.display()
         ))),
-        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) if is_absent(&error) => Ok(false),
         Err(error) => Err(errno_error(
             format!("cannot write {value:?} to {}", path.display()),
             error,
@@ -236,9 +221,6 @@ mod tests {
         fn numbers_round_trip_and_nothing_panics(value: u64, text in ".{0,40}") {
             prop_assert_eq!(number(&format!("{value:#x}")), Some(value));
             prop_assert_eq!(number(&value.to_string()), Some(value));
-            if let Some(value) = decimal(&text) {
-                prop_assert_eq!(value.to_string(), text.clone());
-            }
             let _ = number(&text);
         }
     }

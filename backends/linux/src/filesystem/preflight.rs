@@ -53,7 +53,7 @@ pub(crate) fn choose_filesystem(
         (Content::Filesystem(has), Some(asked)) if is_same_driver(has.name, asked) => {
             Ok(asked.to_owned())
         }
-        // What was asked for by name and cannot be told is for the kernel to judge.
+        // The kernel decides about a filesystem that was asked for by name and is not known here.
         (Content::Unknown | Content::Ambiguous(_), Some(asked)) if found.device_bytes > 0 => {
             Ok(asked.to_owned())
         }
@@ -100,12 +100,7 @@ pub(crate) fn explained(error: BackendError, node: &Path) -> BackendError {
     }
     if errno == Some(rustix::io::Errno::BUSY) {
         return explain(error, ErrorKind::Busy, || {
-            let users = users::of_device_at(node);
-            let by = if users.is_empty() {
-                "somebody".to_owned()
-            } else {
-                users.join(", ")
-            };
+            let by = users::listed(&users::of_device_at(node));
             format!("device {} is in use by {by}", node.display())
         });
     }

@@ -105,7 +105,7 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
     }
 }
 
-/// What is laid over each other.
+/// The layers of an overlay.
 struct Stack<'a> {
     layers: &'a [OwnedFd],
     scratch: Option<&'a Scratch>,

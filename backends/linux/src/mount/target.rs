@@ -125,6 +125,12 @@ impl Target {
         }
     }
 
+    /// Whether something is mounted here.
+    pub(crate) fn is_mount_point(&self) -> Result<bool, BackendError> {
+        self.find()?
+            .map_or(Ok(false), |found| found.is_mount_point())
+    }
+
     /// Finds the target as it is; nothing if it does not exist.
     pub(crate) fn find(&self) -> Result<Option<MountPoint>, BackendError> {
         self.walk(&mut |parent, name, path| open_below(parent, name, path))

@@ -1,8 +1,11 @@
 //! Finding a mount of ours at its target, and unmounting it.
 
+use std::os::fd::{AsFd, OwnedFd};
+
 use blockmount::BackendError;
+use rustix::fs::{CWD, Mode, OFlags, openat, syncfs};
 use rustix::io::Errno;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{OpenTreeFlags, UnmountFlags, open_tree};
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
@@ -82,7 +85,8 @@ fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
 ///
 /// # Errors
 ///
-/// `Busy` if somebody uses it, `Conflict` if somebody else mounted something over it or in its place.
+/// `Busy` if somebody uses it, `Conflict` if somebody else mounted something over it or in its place. `LostWrites` if
+/// it is unmounted, and the device did not take what was written.
 pub(crate) fn undo(target: &Target, step: &MountStep, kernel: Kernel) -> Result<(), BackendError> {
     let path = target.path().display();
     let foreign = |what: &str| {
@@ -93,15 +97,56 @@ pub(crate) fn undo(target: &Target, step: &MountStep, kernel: Kernel) -> Result<
         Now::Covered => foreign("something over it"),
         Now::Replaced => foreign("something else in its place"),
         Now::Gone => Ok(()),
-        Now::Ours(_, at) => match rustix::mount::unmount(at.path(), UnmountFlags::NOFOLLOW) {
-            Ok(()) => Ok(()),
-            Err(Errno::BUSY) => {
-                let message = format!("cannot unmount {path}: it is in use");
-                Err(BackendError::busy(message))
+        Now::Ours(_, at) => {
+            let unmount = || match rustix::mount::unmount(at.path(), UnmountFlags::NOFOLLOW) {
+                Ok(()) => Ok(()),
+                Err(Errno::BUSY) => {
+                    let message = format!("cannot unmount {path}: it is in use");
+                    Err(BackendError::busy(message))
+                }
+                Err(errno) => Err(errno_error(format!("cannot unmount {path}"), errno)),
+            };
+            if !step.is_writable() {
+                return unmount();
             }
-            Err(errno) => Err(errno_error(format!("cannot unmount {path}"), errno)),
-        },
+            let written = match last_mount(&at, kernel) {
+                // The filesystem lives as long as this mount, and nothing writes to it any more.
+                Some(last) => {
+                    unmount()?;
+                    write_back(&last)
+                }
+                None => {
+                    let written = at.open().and_then(write_back);
+                    unmount()?;
+                    written
+                }
+            };
+            written.map_err(|errno| {
+                let message = format!(
+                    "{path} is unmounted, but its device did not take all that was written"
+                );
+                BackendError::lost_writes(message).with_source(std::io::Error::from(errno))
+            })
+        }
     }
+}
+
+/// Another mount of the same filesystem, which only this process has, so that errors of writing can be asked for
+/// after the one that others can see has gone. Nothing where the kernel has no such mounts.
+fn last_mount(at: &PathAt, kernel: Kernel) -> Option<OwnedFd> {
+    if !kernel.contexts {
+        return None;
+    }
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    open_tree(CWD, at.path(), flags).ok()
+}
+
+/// Writes back what is cached of the filesystem of a mount. Reports each error that nothing else was told of.
+fn write_back(mount: impl AsFd) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    syncfs(openat(mount, ".", flags, Mode::empty())?)
 }
 
 /// A target that we have not mounted is unmounted, unless somebody else mounted it. Blocks.
@@ -110,12 +155,10 @@ pub(crate) fn undo(target: &Target, step: &MountStep, kernel: Kernel) -> Result<
 ///
 /// `Conflict` if something is mounted there.
 pub(crate) fn refuse_foreign(target: &Target) -> Result<(), BackendError> {
-    match target.find()? {
-        Some(found) if found.is_mount_point()? => {
-            let path = target.path().display();
-            let message = format!("cannot unmount {path}: somebody else mounted it");
-            Err(BackendError::conflict(message))
-        }
-        _ => Ok(()),
+    if target.is_mount_point()? {
+        let path = target.path().display();
+        let message = format!("cannot unmount {path}: somebody else mounted it");
+        return Err(BackendError::conflict(message));
     }
+    Ok(())
 }

@@ -10,8 +10,16 @@ use crate::device::number::DeviceNumber;
 use crate::device::partitions::partitions;
 use crate::mount::mountinfo::{self, MountInfo};
 
-/// Longer lists help nobody.
+/// Longer lists do not help.
 const MOST_NAMED: usize = 8;
+
+/// Users as a message names them.
+pub(crate) fn listed(users: &[String]) -> String {
+    match users {
+        [] => "somebody who cannot be seen from here".to_owned(),
+        users => users.join(", "),
+    }
+}
 
 /// Who uses the device behind a node, as far as the kernel's tables tell: mounts in
 /// whatever mount namespace, stacked devices, swap.

@@ -226,7 +226,7 @@ impl Note {
         self.journal.unlink(OsStr::new(&name_of(self.number)));
     }
 
-    /// Puts the record where nobody reads it again but people, and says so.
+    /// Renames the record, so that it is not read again, and logs that.
     pub(crate) fn set_aside(self, why: &str) {
         let (journal, name) = (&self.journal, name_of(self.number));
         let aside = format!("{}.aside", self.number);

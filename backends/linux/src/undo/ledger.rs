@@ -16,7 +16,7 @@ use crate::undo::step::{MountStep, Undo};
 /// What there is to undo, by target.
 ///
 /// A thing that several targets share (a directory, a partition, a byte range) is a step of each of their lists, and
-/// is undone with the last of them: the lists are the only count. Whoever puts such a step on a list, or undoes
+/// is undone with the last of them: the lists are the only count. A call that puts such a step on a list, or undoes
 /// it, holds the lock of the thing.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
@@ -36,6 +36,8 @@ struct List {
     /// Whether nothing is mounted any more, and what is on the list could not be undone: such as a directory with
     /// somebody else's files. Who shares it may undo it.
     left: bool,
+    /// Why writes to the mount were lost, until the tear-down has ended and says so.
+    lost: Option<BackendError>,
 }
 
 impl List {
@@ -102,6 +104,7 @@ impl Ledger {
             note: Some(note),
             saved: true,
             left: true,
+            lost: None,
         };
         lists.insert(target.path().to_owned(), list);
         Ok(())
@@ -268,17 +271,26 @@ impl<'a> UndoList<'a> {
         over.into_iter().for_each(List::remove_record);
     }
 
+    /// Remembers that writes were lost on the way out.
+    pub(crate) fn lost(&self, error: BackendError) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+            list.lost = Some(error);
+        }
+    }
+
     /// The end of an attempt that has undone what it could: the record of a list without steps is removed. A step
-    /// that stays is on one list.
-    pub(crate) fn end(&self) {
+    /// that stays is on one list. Answers what [`lost`](Self::lost) remembered.
+    pub(crate) fn end(&self) -> Option<BackendError> {
         for step in self.steps() {
             if let Err(error) = self.leave_to(&step, |_| true) {
                 tracing::debug!(%error, "a step stays on two lists");
             }
         }
         let mut lists = self.ledger.lists();
+        let mut lost = None;
         let is_over = lists.get_mut(self.target.path()).is_some_and(|list| {
             list.left = true;
+            lost = list.lost.take();
             list.steps.is_empty()
         });
         let over = is_over.then(|| lists.remove(self.target.path())).flatten();
@@ -287,6 +299,7 @@ impl<'a> UndoList<'a> {
             Some(list) => list.remove_record(),
             None => self.save_or_warn(),
         }
+        lost
     }
 
     /// Puts on record what is left; if that fails, the record has more steps than there are.
@@ -338,6 +351,11 @@ impl<'a> UndoList<'a> {
             _ => None,
         });
         found.collect()
+    }
+
+    /// Whether the lists are on record.
+    pub(crate) fn has_journal(&self) -> bool {
+        self.ledger.journal.is_some()
     }
 
     /// A first name for a directory, if there is a journal to put it on record.

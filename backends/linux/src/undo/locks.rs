@@ -11,8 +11,8 @@ use crate::device::number::DeviceNumber;
 use crate::mount::target::FileId;
 use crate::undo::step::{DirectoryStep, RangeStep, Undo};
 
-/// Making or removing such a thing takes milliseconds, and mounting a device whose log is replayed seconds: whoever
-/// waits longer has a dead filesystem or device.
+/// Making or removing such a thing takes milliseconds, and mounting a device whose log is replayed seconds: a call that
+/// waits longer meets a dead filesystem or device.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A thing that several targets may share.

@@ -101,6 +101,7 @@ mod tests {
                         options: vec!["data=ordered".to_owned()],
                     },
                     device: Some(DeviceUse {
+                        locator: None,
                         number: disk,
                         options: MountOptions::read_only(),
                     }),

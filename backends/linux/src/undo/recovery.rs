@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use blockmount::BackendError;
+use blockmount::{BackendError, Presence};
 
 use crate::kernel::Kernel;
 use crate::mount::target::Target;
@@ -58,6 +58,31 @@ fn adopt(ledger: &Ledger, note: Note, record: Record) -> Option<Target> {
             note.set_aside(&format!("there is another one about {}", path.display()));
             None
         }
+    }
+}
+
+/// What is there of a mount that another process remembers for the target of a list. Blocks.
+pub(crate) fn presence(
+    list: &UndoList<'_>,
+    kernel: Kernel,
+    is_it: impl Fn(&MountStep) -> bool,
+) -> Result<Presence, BackendError> {
+    let steps = list.steps();
+    if !list.is_in_use() {
+        // Without a journal, an earlier process may have mounted what is at the target.
+        let is_known = || list.has_journal() || !list.target().is_mount_point().unwrap_or(true);
+        return Ok(match steps.is_empty() && is_known() {
+            true => Presence::Absent,
+            false => Presence::Unknown,
+        });
+    }
+    let Some(Undo::Unmount(step)) = steps.last() else {
+        return Ok(Presence::Unknown);
+    };
+    match now(list.target(), &step.mount, kernel)? {
+        Now::Ours(..) if is_it(step) => Ok(Presence::Present(())),
+        Now::Ours(..) => Ok(Presence::Absent),
+        Now::Covered | Now::Replaced | Now::Gone => Ok(Presence::Unknown),
     }
 }
 

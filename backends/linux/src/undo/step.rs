@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::MountOptions;
+use blockmount::{DeviceLocator, MountOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::device::number::DeviceNumber;
@@ -66,6 +66,29 @@ pub(crate) enum Identity {
 pub(crate) struct DeviceUse {
     pub(crate) number: DeviceNumber,
     pub(crate) options: MountOptions,
+    /// By what the device was asked for. Records of earlier versions do not have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) locator: Option<DeviceLocator>,
+}
+
+impl MountStep {
+    /// Whether it is the mount of this device with these options.
+    pub(crate) fn is_of(&self, device: &DeviceLocator, options: &MountOptions) -> bool {
+        self.device.as_ref().is_some_and(|used| {
+            let is_device = used
+                .locator
+                .as_ref()
+                .is_none_or(|locator| locator == device);
+            is_device && used.options == *options
+        })
+    }
+
+    /// Whether files of the device can be written to through it.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.device
+            .as_ref()
+            .is_some_and(|used| !used.options.is_read_only())
+    }
 }
 
 /// A byte range of a device. The name of the device that is made of it follows from it.

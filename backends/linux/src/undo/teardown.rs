@@ -1,6 +1,6 @@
 //! Undoes what is on a target's list, the last step first.
 
-use blockmount::BackendError;
+use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{dm_linear, free, partition};
 use crate::kernel::Kernel;
@@ -14,11 +14,10 @@ use crate::undo::step::{Identity, Undo};
 /// # Errors
 ///
 /// `Busy` if a step is busy, which the next attempt goes on with. `Conflict` if somebody else mounted something over
-/// the mount or in its place.
+/// the mount or in its place. `LostWrites` if all is undone, and the device did not take what was written.
 pub(crate) fn undo_all(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
     undo(list, 0, kernel)?;
-    list.end();
-    Ok(())
+    list.end().map_or(Ok(()), Err)
 }
 
 /// One attempt to undo all steps of a list but the first ones. What cannot be undone for now without keeping up the
@@ -37,7 +36,10 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
         return Ok(());
     }
     match step {
-        Undo::Unmount(mount) => unmount::undo(list.target(), mount, kernel)?,
+        Undo::Unmount(mount) => match unmount::undo(list.target(), mount, kernel) {
+            Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
+            done => done?,
+        },
         Undo::RemoveRange(range) => dm_linear::undo(range)?,
         Undo::DeletePartition(step) => partition::undo(step)?,
         // One that somebody else has put something into stays on the list, without keeping up the rest.
@@ -58,11 +60,8 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
                 return error;
             };
             let users = users::of_mount(list.target().path(), mount.number());
-            let users = match users.is_empty() {
-                true => "somebody who cannot be seen from here".to_owned(),
-                false => users.join(", "),
-            };
-            return BackendError::busy(format!("{} by {users}", error.message()));
+            let by = users::listed(&users);
+            return BackendError::busy(format!("{} by {by}", error.message()));
         }
         Some(Undo::RemoveRange(range)) => dm_linear::node(&range),
         Some(Undo::DeletePartition(step)) => partition::node(&step),

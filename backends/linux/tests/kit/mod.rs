@@ -358,23 +358,23 @@ impl Kept {
 
 /// A directory of one test, and what was in it at the start. Nothing more may be there at the end.
 #[derive(Debug)]
-pub(crate) struct Room {
+pub(crate) struct TestDir {
     dir: TempDir,
     before: BTreeSet<(PathBuf, u32)>,
 }
 
-impl Room {
+impl TestDir {
     pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("blockmount-test-")
             .tempdir()
             .unwrap();
-        let mut room = Room {
+        let mut dir = TestDir {
             dir,
             before: BTreeSet::new(),
         };
-        room.settle();
-        room
+        dir.settle();
+        dir
     }
 
     /// What is here now is what shall be here at the end.
@@ -406,7 +406,7 @@ impl Room {
     }
 }
 
-impl Drop for Room {
+impl Drop for TestDir {
     fn drop(&mut self) {
         // A failed test must not make the removal of its directory dangerous.
         for mount in self.mounts().iter().rev() {

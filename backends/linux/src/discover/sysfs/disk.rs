@@ -129,12 +129,33 @@ impl Disk {
 }
 
 impl Disk {
+    /// The same, and goes on if the disk did not take all that was cached: `lost` is then that error, for when the disk
+    /// is out.
+    ///
+    /// # Errors
+    ///
+    /// As for [`hold`](Self::hold), but for `LostWrites`.
+    pub async fn hold_or_lose(
+        &self,
+        timeout: Duration,
+        lost: &mut Result<(), BackendError>,
+    ) -> Result<Option<File>, BackendError> {
+        match self.hold(timeout).await {
+            Err(error) if error.kind() == ErrorKind::LostWrites => {
+                *lost = Err(error);
+                self.hold(timeout).await
+            }
+            held => held,
+        }
+    }
+
     /// Proves that nobody uses the disk, writes what is cached to it, and holds it exclusively for as long as
     /// the answer lives. Nothing if it has gone meanwhile: what may be in its place is not to be touched.
     ///
     /// # Errors
     ///
-    /// As for [`crate::device::hold_free`]; `Other` if it is there and cannot be opened.
+    /// As for [`crate::device::hold_free`]; `Other` if it is there and cannot be opened. `LostWrites` is said once, and
+    /// the next call holds the disk.
     pub async fn hold(&self, timeout: Duration) -> Result<Option<File>, BackendError> {
         let held = free::hold_free(&self.node, timeout).await;
         let disk = self.clone();
