@@ -3,6 +3,7 @@
 mod controller;
 mod identity;
 mod resolver;
+mod scan;
 mod unplugger;
 
 pub use controller::ControllerId;

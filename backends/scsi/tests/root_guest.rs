@@ -67,6 +67,52 @@ async fn root_g22_a_disk_is_found_by_its_controller_and_not_by_a_number() {
     }
 }
 
+/// A kernel that takes its time: writing to the file blocks until somebody reads it.
+fn slow_scan(tree: &Tree) -> std::path::PathBuf {
+    let scan = tree.at("class/scsi_host/host3/scan");
+    std::fs::remove_file(&scan).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&scan).status();
+    assert!(made.unwrap().success());
+    scan
+}
+
+#[tokio::test]
+async fn root_a_disk_is_not_unplugged_while_the_kernel_looks_for_it() {
+    let tree = Tree::new();
+    tree.host(FIRST, 3);
+    let scan = slow_scan(&tree);
+    let (resolver, at) = (resolver(&tree), locator("scsi:0/5"));
+    let unplugger = ScsiUnplugger::new(resolver.clone())
+        .with_timeout(Duration::from_millis(50))
+        .with_removal_deadline(DEFAULT_TIMEOUT);
+    refused(resolver.resolve(&at).await, ErrorKind::NotFound);
+    let message = refused(unplugger.unplug(&at).await, ErrorKind::Busy);
+    assert!(message.contains("still looking for scsi:0/5"), "{message}");
+    // Another address is not concerned.
+    unplugger.unplug(&locator("scsi:0/6")).await.unwrap();
+    assert_eq!(std::fs::read_to_string(&scan).unwrap(), "0 0 5");
+    unplugger.unplug(&at).await.unwrap();
+}
+
+#[tokio::test]
+async fn root_the_kernel_does_not_look_for_a_disk_that_nobody_waits_for() {
+    let tree = Tree::new();
+    tree.host(FIRST, 3);
+    let scan = slow_scan(&tree);
+    let (resolver, at) = (resolver(&tree), locator("scsi:0/5"));
+    // The second scan has its turn after the first, and is not wanted any more by then.
+    refused(resolver.resolve(&at).await, ErrorKind::NotFound);
+    refused(resolver.resolve(&at).await, ErrorKind::NotFound);
+    let (sender, scans) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        while let Ok(written) = std::fs::read_to_string(&scan) {
+            sender.send(written).unwrap();
+        }
+    });
+    tokio::time::sleep(DEFAULT_TIMEOUT).await;
+    assert_eq!(scans.try_iter().collect::<String>(), "0 0 5");
+}
+
 #[tokio::test]
 async fn g10_a_controller_that_there_is_not_is_an_error_and_no_panic() {
     let tree = Tree::new();

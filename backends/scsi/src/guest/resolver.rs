@@ -1,16 +1,18 @@
 //! Finding a disk by its controller and LUN.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver};
 use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, wait_for};
+use tokio::sync::OwnedMutexGuard;
 
-use super::controller::{self, ControllerId, shown};
+use super::controller::{self, ControllerId};
 use super::identity;
+use super::scan::{Turns, scan};
 use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
@@ -27,7 +29,8 @@ const RUNNING: &str = "running";
 /// [serial number](ScsiAddress::serial) of another address is never taken: `Conflict`, unless it is replaced in time.
 ///
 /// Resolving changes nothing, with one exception: when half of the timeout is over, the kernel is asked
-/// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost.
+/// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost. It never looks
+/// while a [`ScsiUnplugger`](crate::ScsiUnplugger) of a clone works on that address.
 ///
 /// Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -35,6 +38,7 @@ pub struct ScsiResolver {
     controllers: Arc<[ControllerId]>,
     timeout: Duration,
     sysfs: PathBuf,
+    turns: Arc<Turns>,
 }
 
 impl ScsiResolver {
@@ -44,6 +48,7 @@ impl ScsiResolver {
             controllers: controllers.into_iter().collect(),
             timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
+            turns: Arc::default(),
         }
     }
 
@@ -82,6 +87,21 @@ impl ScsiResolver {
             sysfs: self.sysfs.clone(),
         })
     }
+
+    /// The turn of an address, which excludes scans for it.
+    pub(super) async fn turn(&self, address: ScsiAddress) -> OwnedMutexGuard<()> {
+        self.turns.of(address).await
+    }
+
+    fn scan(&self, lookup: &Lookup, wanted: Weak<()>) {
+        let Ok(host) = lookup.controller.host(&self.sysfs) else {
+            return;
+        };
+        let (turns, address) = (self.turns.clone(), lookup.address);
+        tracing::warn!(host, %address, "no disk was announced, having the kernel look for it");
+        let directory = self.sysfs.join(format!("class/scsi_host/host{host}"));
+        tokio::spawn(scan(turns, directory.into(), address, wanted));
+    }
 }
 
 #[async_trait]
@@ -99,10 +119,14 @@ impl Resolver for ScsiResolver {
         let early = wait_for(half, concerns.clone(), probe.clone()).await;
         let found = match early {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
+                // A scan that has not begun when this is over, or dropped, is not wanted any more.
+                let wanted = Arc::new(());
                 if error.kind() == ErrorKind::NotFound {
-                    lookup.scan(deadline);
+                    self.scan(&lookup, Arc::downgrade(&wanted));
                 }
-                wait_for(deadline, concerns, probe).await
+                let found = wait_for(deadline, concerns, probe).await;
+                drop(wanted);
+                found
             }
             early => early,
         };
@@ -139,6 +163,10 @@ impl Lookup {
         )))
     }
 
+    pub(super) fn address(&self) -> ScsiAddress {
+        self.address
+    }
+
     pub(super) fn lun(&self) -> Lun {
         self.address.lun
     }
@@ -160,22 +188,5 @@ impl Lookup {
         identity::check(self.address, &device)?;
         disk.open()?;
         Ok(disk.node().to_owned())
-    }
-
-    /// Has the kernel look for exactly this LUN: looking for all of them costs a command for each. Nobody
-    /// waits for the end of it, because what is found announces itself.
-    fn scan(&self, deadline: Instant) {
-        let Ok(host) = self.controller.host(&self.sysfs) else {
-            return;
-        };
-        let directory = self.sysfs.join(format!("class/scsi_host/host{host}"));
-        let value = format!("0 0 {}", shown(self.lun()));
-        tracing::warn!(host, lun = %self.lun(), "no disk was announced, having the kernel look for it");
-        tokio::spawn(async move {
-            let done = sysfs::command_by(deadline, &directory, "scan", value, ()).await;
-            if let Err(error) = done {
-                tracing::warn!(host, %error, "cannot have the kernel look for a disk");
-            }
-        });
     }
 }

@@ -21,7 +21,7 @@ const REMOVAL: Duration = Duration::from_secs(10);
 /// Linux removes a disk in use without an error, and its users get I/O errors then. So the disk is first
 /// proven free, in all namespaces, and held so that it stays free; what is cached is written to it; and
 /// only then it is taken from the guest. A disk in use is `Busy`, and stays as it was. A disk that is not
-/// there is a success.
+/// there is a success. `LostWrites` is said of a disk that is out, and did not take all that was cached.
 #[derive(Debug, Clone)]
 pub struct ScsiUnplugger {
     resolver: ScsiResolver,
@@ -67,13 +67,18 @@ impl Unplugger for ScsiUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let lookup = self.resolver.lookup(device)?;
         let (root, lun) = (lookup.sysfs().to_owned(), lookup.lun());
+        let deadline = Instant::now() + self.removal;
+        let turn = self.resolver.turn(lookup.address());
+        let _turn = tokio::time::timeout_at(deadline.into(), turn)
+            .await
+            .map_err(|_| BackendError::busy(format!("the kernel is still looking for {device}")))?;
         let Some(UnplugTarget { device: at, disk }) = blocking(move || target(&lookup)).await?
         else {
             return Ok(());
         };
-        let deadline = Instant::now() + self.removal;
+        let mut lost = Ok(());
         let held = match &disk {
-            Some(disk) => disk.hold(self.timeout).await?.map(Some),
+            Some(disk) => disk.hold_or_lose(self.timeout, &mut lost).await?.map(Some),
             // It is no disk yet, or no longer: there is nothing that could be in use.
             None => Some(None),
         };
@@ -86,7 +91,8 @@ impl Unplugger for ScsiUnplugger {
             .map_err(|left| {
                 let message = format!("the kernel does not remove {device}: {}", left.message());
                 BackendError::uncertain(message).with_source(left)
-            })
+            })?;
+        lost
     }
 }
 
