@@ -48,6 +48,17 @@ pub enum Presence<T = ()> {
     Unknown,
 }
 
+impl<T> Presence<T> {
+    /// The same with another value, as [`Option::map`].
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Presence<U> {
+        match self {
+            Presence::Present(there) => Presence::Present(change(there)),
+            Presence::Absent => Presence::Absent,
+            Presence::Unknown => Presence::Unknown,
+        }
+    }
+}
+
 /// Makes disks visible to the VM: SCSI, VPMEM, loop devices. Host side.
 #[async_trait]
 pub trait Transport: Send + Sync + 'static {

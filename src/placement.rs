@@ -85,6 +85,7 @@
 //! | detach | [`Outcome::Retained`] | the disk counts as detached, and its device waits for [`Placement::reuse`] |
 
 mod call;
+mod occupant;
 mod slot_map;
 #[cfg(test)]
 mod tests;
@@ -94,8 +95,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::OnceCell;
 
 pub use self::call::Call;
+pub use self::occupant::Occupant;
 pub use self::slot_map::{SlotEntry, SlotUse};
 
 use crate::slots::Occupied;
@@ -153,6 +156,8 @@ pub struct Placement<P: Allocation>(Arc<Shared<P>>);
 struct Shared<P: Allocation> {
     noun: &'static str,
     reserved: Box<[P::Address]>,
+    /// Set once the hypervisor has been asked what the VM has already.
+    surveyed: OnceCell<()>,
     /// Held for look-ups and changes only, never across a call of a hypervisor.
     table: Mutex<Table<P>>,
 }
@@ -181,6 +186,7 @@ impl<P: Allocation> Placement<P> {
         Placement(Arc::new(Shared {
             noun,
             reserved: reserved.into_iter().collect(),
+            surveyed: OnceCell::new(),
             table: Mutex::new(Table {
                 disks: HashMap::new(),
                 retained: Vec::new(),

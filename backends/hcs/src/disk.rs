@@ -46,6 +46,7 @@ pub(crate) fn is_vhdx(disk: &Disk) -> bool {
 
 /// Refuses a disk that VPMEM is not for.
 pub(crate) fn fit_for_vpmem(disk: &Disk) -> Result<(), BackendError> {
+    disk.options().require_only(&[])?;
     if *disk.kind() != DiskKind::VirtualDisk {
         let message = format!("disk {disk} is no image file, as VPMEM needs; attach it over SCSI");
         return Err(BackendError::unsuitable(message));

@@ -146,7 +146,6 @@ impl VirtualPMemDevice {
     ///
     /// `Unsuitable` if it has options, or is not an image file to be attached read-only; `Invalid` as for [`Attachment::of`].
     pub fn of(disk: &Disk) -> Result<Self, BackendError> {
-        disk.options().require_only(&[])?;
         disk::fit_for_vpmem(disk)?;
         let format = if disk::is_vhdx(disk) { "Vhdx" } else { "Vhd1" };
         Ok(VirtualPMemDevice {

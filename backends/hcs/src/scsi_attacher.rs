@@ -3,6 +3,7 @@
 use std::fmt;
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{BackendError, Disk, DiskId};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
@@ -73,5 +74,10 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
         self.vm.remove(DiskAddress::Scsi(address)).await
+    }
+
+    /// The service does not show a VM's disks: `Gone` if the VM has ended, else `Unsuitable`.
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+        Err(self.vm.cannot_list().await)
     }
 }

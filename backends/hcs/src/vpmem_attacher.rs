@@ -3,8 +3,9 @@
 use std::fmt;
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{BackendError, Disk, DiskId};
-use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber};
+use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, VpmemAddress};
 
 use crate::documents::{DiskAddress, Settings, VirtualPMemDevice, VirtualPMemMapping};
 use crate::vm::Vm;
@@ -87,6 +88,11 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
 
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
         self.vm.remove(mapping(device, range)).await
+    }
+
+    /// The service does not show a VM's disks: `Gone` if the VM has ended, else `Unsuitable`.
+    async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
+        Err(self.vm.cannot_list().await)
     }
 }
 

@@ -170,7 +170,7 @@ impl LinuxGuest {
         let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
         let path = target.path().to_owned();
         let look = move || recovery::presence(&ledger.list(&target), kernel, is_it);
-        self.0.turns.run(&path, blocking(look)).await
+        self.0.turns.run(path, blocking(look)).await
     }
 }
 

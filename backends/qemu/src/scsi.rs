@@ -6,6 +6,7 @@ mod qcow2;
 use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOption, DiskOptions};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
@@ -231,6 +232,14 @@ impl Attacher for QemuScsi {
             true => self.plug(address).detach().await,
             false => Ok(()),
         }
+    }
+
+    /// The disks that have a name of this attacher's.
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+        let names = self.left().await?;
+        let devices = names.iter().filter_map(|name| name.strip_prefix("device "));
+        let addresses = devices.filter_map(ScsiAddress::from_serial);
+        Ok(addresses.map(|at| Occupant::new(at, None)).collect())
     }
 }
 

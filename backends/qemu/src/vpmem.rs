@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use blockmount::{BackendError, Disk, DiskId, ErrorKind};
+use blockmount::placement::Occupant;
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress};
 use serde_json::json;
 use tracing::warn;
@@ -376,6 +377,20 @@ impl Attacher for QemuVpmem {
 
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
         self.unmap_range(device, range).await
+    }
+
+    /// The devices that have a name of this attacher's. What is mapped to a device, QEMU does not know.
+    async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
+        let names = self.left().await?;
+        let devices = names
+            .iter()
+            .filter_map(|name| name.strip_prefix("device ")?.strip_prefix(PREFIX));
+        let devices = devices.filter_map(|number| {
+            let device = DeviceLocator::number(number)?.try_into().ok()?;
+            let range = None;
+            Some(Occupant::new(VpmemAddress { device, range }, None))
+        });
+        Ok(devices.collect())
     }
 }
 

@@ -9,6 +9,7 @@
 //! use std::sync::Mutex;
 //!
 //! use async_trait::async_trait;
+//! use blockmount::placement::Occupant;
 //! use blockmount::{BackendError, Disk, DiskId, Transport};
 //! use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport};
 //!
@@ -27,6 +28,9 @@
 //!     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
 //!         self.0.lock().unwrap().remove(&address);
 //!         Ok(())
+//!     }
+//!     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+//!         Ok(self.0.lock().unwrap().keys().map(|at| Occupant::new(*at, None)).collect())
 //!     }
 //! }
 //!

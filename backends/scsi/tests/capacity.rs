@@ -21,7 +21,7 @@ async fn the_257th_disk_is_refused_with_nothing_changed() {
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
-        "all 256 SCSI addresses are taken (4 x 64 controllers and LUNs, 0 reserved); \
+        "all 256 SCSI addresses are taken (4 x 64 controllers and LUNs, 0 reserved, 0 foreign); \
          release a disk, or use another transport"
     );
     assert_eq!((scsi.slot_map(), vm.log()), (map, log));

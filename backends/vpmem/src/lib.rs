@@ -9,8 +9,9 @@
 //! use std::sync::Mutex;
 //!
 //! use async_trait::async_trait;
+//! use blockmount::placement::Occupant;
 //! use blockmount::{BackendError, Disk, DiskId, Transport};
-//! use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, Mode, VpmemTransport};
+//! use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, Mode, VpmemAddress, VpmemTransport};
 //!
 //! type Key = (DeviceNumber, Option<ByteRange>);
 //!
@@ -47,6 +48,11 @@
 //!     }
 //!     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
 //!         self.take((device, Some(range)))
+//!     }
+//!     async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
+//!         let keys = self.0.lock().unwrap().keys().copied().collect::<Vec<Key>>();
+//!         let address = |(device, range)| VpmemAddress { device, range };
+//!         Ok(keys.into_iter().map(|key| Occupant::new(address(key), None)).collect())
 //!     }
 //! }
 //!

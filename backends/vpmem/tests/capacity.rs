@@ -78,7 +78,7 @@ async fn whole_devices_one_more_than_fits() {
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
-        "all 128 VPMEM devices are taken (2 reserved, 0 retained); \
+        "all 128 VPMEM devices are taken (2 reserved, 0 retained, 0 foreign); \
          release a disk, or use another transport"
     );
     assert_eq!((vpmem.slot_map(), vm.log()), (map, log));
@@ -109,7 +109,7 @@ async fn v10_the_1025th_disk_goes_to_the_next_device() {
     assert_eq!(error.kind(), ErrorKind::Full);
     assert_eq!(
         error.message(),
-        "none of the 2 VPMEM devices has 1048576 bytes free in one piece (0 reserved, 2048 disks mapped, \
+        "none of the 2 VPMEM devices has 1048576 bytes free in one piece (0 reserved, 0 foreign, 2048 disks mapped, \
          at most 1024 on a device, 3221225472 bytes free on the emptiest); \
          release a disk, or use another transport"
     );

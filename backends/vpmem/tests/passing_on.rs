@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{
     BackendError, Disk, DiskId, ErrorKind, Manager, Mount, MountOptions, MountRequest,
 };
@@ -38,6 +39,11 @@ impl blockmount_scsi::Attacher for ScsiBus {
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
         self.0.lock().unwrap().remove(&address);
         Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+        let bus = self.0.lock().unwrap();
+        Ok(bus.keys().map(|at| Occupant::new(*at, None)).collect())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use blockmount::BackendError;
+use blockmount::{BackendError, DeviceLocator};
 use blockmount_scsi::{Geometry, HYPER_V_CONTROLLERS, ScsiAddress};
 use blockmount_vpmem::DeviceNumber;
 use thiserror::Error;
@@ -107,22 +107,16 @@ fn parse(text: &str) -> Option<ResourcePath> {
             .iter()
             .position(|known| known.eq_ignore_ascii_case(guid))?;
         let controller = u64::try_from(controller).ok()?.try_into().ok()?;
-        let address = ScsiAddress::new(controller, decimal(lun)?.try_into().ok()?);
+        let address = ScsiAddress::new(controller, DeviceLocator::number(lun)?.try_into().ok()?);
         return DiskAddress::Scsi(address).try_into().ok();
     }
     let rest = text.strip_prefix(VPMEM)?;
     let Some((device, offset)) = rest.split_once(MAPPINGS) else {
         return Some(ResourcePath(DiskAddress::VpmemDevice(
-            decimal(rest)?.try_into().ok()?,
+            DeviceLocator::number(rest)?.try_into().ok()?,
         )));
     };
-    let device = decimal(device)?.try_into().ok()?;
-    let offset = decimal(offset)?;
+    let device = DeviceLocator::number(device)?.try_into().ok()?;
+    let offset = DeviceLocator::number(offset)?;
     Some(ResourcePath(DiskAddress::VpmemMapping { device, offset }))
-}
-
-/// Each number has one spelling, so that two paths of one address are equal.
-fn decimal(text: &str) -> Option<u64> {
-    let number: u64 = text.parse().ok()?;
-    (number.to_string() == text).then_some(number)
 }

@@ -24,11 +24,11 @@ const GRANT_GROUP: u32 = 5;
 /// The answer after which an operation never ends.
 const NEVER: i32 = i32::MAX;
 
-type Brain = unsafe extern "system" fn(*const u16, u32, *const u16, *mut u16, u32) -> i32;
+type Answer = unsafe extern "system" fn(*const u16, u32, *const u16, *mut u16, u32) -> i32;
 
 #[link(name = "computecore.dll", kind = "raw-dylib", modifiers = "+verbatim")]
 unsafe extern "system" {
-    fn StandInServe(brain: Brain);
+    fn StandInServe(answer_call: Answer);
     fn StandInOpenHandles() -> i32;
     fn StandInCancelled() -> i32;
 }
@@ -54,7 +54,7 @@ fn served() -> MutexGuard<'static, BTreeMap<String, Served>> {
 /// Makes a model a VM of the stand-in, and gives its id.
 pub(crate) fn serve(model: &Model) -> String {
     // SAFETY: the function is there for as long as the process.
-    SERVE.call_once(|| unsafe { StandInServe(brain) });
+    SERVE.call_once(|| unsafe { StandInServe(answer_call) });
     let id = format!("vm-{}", NEXT.fetch_add(1, Ordering::Relaxed));
     let served_model = Served {
         model: model.clone(),
@@ -98,7 +98,7 @@ pub(crate) fn grants() -> BTreeSet<(String, String)> {
 }
 
 /// Called by the stand-in, from threads of its own but for `OPEN`, `START` and the grants.
-unsafe extern "system" fn brain(
+unsafe extern "system" fn answer_call(
     system: *const u16,
     what: u32,
     document: *const u16,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{BackendError, Disk, DiskId};
 
 use crate::ScsiAddress;
@@ -36,7 +37,9 @@ pub trait Attacher: Send + Sync + 'static {
     /// # Errors
     ///
     /// `Uncertain` if the disk may be there; `detach` of the address then follows before anything
-    /// else happens with it. After any other error nothing is at the address.
+    /// else happens with it. `Conflict` if something else is there, which stays as it is and must be in
+    /// [`list`](Self::list), or if the disk is no longer the one with this id. After any other error nothing is at
+    /// the address.
     async fn attach(
         &self,
         address: ScsiAddress,
@@ -50,6 +53,13 @@ pub trait Attacher: Send + Sync + 'static {
     ///
     /// After any error but `Gone` the address stays out of use, and the call may be repeated.
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError>;
+
+    /// Says which addresses are taken, also by disks that this attacher has not put there. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this hypervisor cannot tell, `Gone` if the VM has ended; others as they come.
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError>;
 }
 
 /// One attacher can serve several owners.
@@ -71,5 +81,9 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
         (**self).detach(address).await
+    }
+
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+        (**self).list().await
     }
 }

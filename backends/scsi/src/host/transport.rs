@@ -3,9 +3,9 @@
 use std::fmt;
 
 use async_trait::async_trait;
-use blockmount::placement::{self, Placement};
+use blockmount::placement::{self, Call, Outcome, Placement};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use thiserror::Error;
 
 use crate::{Attacher, Geometry, ScsiAddress};
@@ -18,6 +18,9 @@ use crate::{Attacher, Geometry, ScsiAddress};
 /// An address is used for one disk until it is certain that the disk is out: after an attachment that
 /// was `Uncertain`, whose future was dropped, or in which the attacher panicked, and after any
 /// detachment that failed, [`detach`](Transport::detach) of that disk is what frees the address.
+///
+/// What the VM has and this transport did not put there is foreign: it is never detached, and its address is
+/// used for nothing until the hypervisor shows that it has gone.
 pub struct ScsiTransport<A> {
     attacher: A,
     geometry: Geometry,
@@ -95,6 +98,45 @@ impl<A: Attacher> ScsiTransport<A> {
         self.placement.slot_map()
     }
 
+    /// Begins to attach a disk at an address that is free, or from which a foreign disk has gone.
+    async fn begin(&self, disk: &Disk) -> Result<Call<(Occupied, ScsiAddress)>, BackendError> {
+        if let Some(call) = self.placement.attach(disk, || self.allocate())? {
+            return Ok(call);
+        }
+        if let (false, Ok(list)) = (
+            self.placement.foreign().is_empty(),
+            self.attacher.list().await,
+        ) {
+            let is_there = |at: &ScsiAddress| list.iter().any(|found| found.address == *at);
+            self.placement.vacate_foreign(|(_, at)| !is_there(at));
+        }
+        let call = self.placement.attach(disk, || self.allocate())?;
+        call.ok_or_else(|| self.full())
+    }
+
+    /// Whether an attach met something else at the address, and not a disk that was replaced.
+    async fn is_taken(&self, address: ScsiAddress, disk: &Disk, id: &DiskId) -> bool {
+        if self
+            .attacher
+            .identify(disk)
+            .await
+            .is_ok_and(|now| now != *id)
+        {
+            return false;
+        }
+        let list = self.attacher.list().await;
+        list.map_or(true, |list| {
+            list.iter().any(|found| found.address == address)
+        })
+    }
+
+    fn allocate_at(&self, address: ScsiAddress) -> Option<(Occupied, ScsiAddress)> {
+        Some((
+            self.slots.reserve_at(slot_of(address)).ok()?.fill(),
+            address,
+        ))
+    }
+
     fn allocate(&self) -> Option<(Occupied, ScsiAddress)> {
         let slot = self.slots.reserve()?;
         let address = address_of(slot.slot());
@@ -103,11 +145,12 @@ impl<A: Attacher> ScsiTransport<A> {
 
     fn full(&self) -> BackendError {
         BackendError::full(format!(
-            "all {} SCSI addresses are taken ({} controllers and LUNs, {} reserved); \
+            "all {} SCSI addresses are taken ({} controllers and LUNs, {} reserved, {} foreign); \
              release a disk, or use another transport",
             self.geometry.capacity(),
             self.geometry,
             self.placement.reserved(),
+            self.placement.foreign().len(),
         ))
     }
 }
@@ -121,11 +164,24 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
 
     /// If this future is dropped, the disk keeps its address until it is detached.
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        let call = self.placement.attach(disk, || self.allocate())?;
-        let call = call.ok_or_else(|| self.full())?;
-        let address = call.address();
-        call.attached(self.attacher.attach(address, disk, id).await)?;
-        Ok(address.into())
+        let list = self.attacher.list();
+        self.placement
+            .survey(list, |at| self.allocate_at(*at))
+            .await?;
+        loop {
+            let mut call = self.begin(disk).await?;
+            let address = call.address();
+            let answer = self.attacher.attach(address, disk, id).await;
+            if is_conflict(&answer) {
+                // From here on, what is there is not ours, and must not be detached.
+                call.assume(Outcome::Foreign);
+                if self.is_taken(address, disk, id).await {
+                    continue;
+                }
+            }
+            call.attached(answer)?;
+            return Ok(address.into());
+        }
     }
 
     /// If this future is dropped, the disk keeps its address, and can be detached again.
@@ -139,12 +195,25 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
 
     async fn adopt(
         &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
+        let Ok(at) = locator.map(ScsiAddress::try_from).transpose() else {
+            return Ok(Presence::Absent);
+        };
+        let (list, allocate) = (self.attacher.list().await, |at: &_| self.allocate_at(*at));
+        let found = self
+            .placement
+            .adopt(disk, id, at, list, allocate, PartialEq::eq)?;
+        Ok(found.map(DeviceLocator::from))
     }
+}
+
+fn is_conflict(answer: &Result<(), BackendError>) -> bool {
+    answer
+        .as_ref()
+        .is_err_and(|error| error.kind() == ErrorKind::Conflict)
 }
 
 impl<A> fmt::Debug for ScsiTransport<A> {

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use blockmount::placement::SlotUse;
+use blockmount::placement::{Occupant, SlotUse};
 use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{Fault, Faults};
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
@@ -62,6 +62,10 @@ impl Faults for VmFaults {
 #[derive(Default)]
 struct State {
     present: BTreeMap<ScsiAddress, Disk>,
+    /// What others have attached, and which disk that is, if the hypervisor shows it.
+    foreign: BTreeMap<ScsiAddress, Option<DiskId>>,
+    /// Whether the hypervisor shows nothing.
+    blind: bool,
     running: BTreeSet<ScsiAddress>,
     next: Option<Answer>,
     log: Vec<Event>,
@@ -87,6 +91,24 @@ impl Vm {
 
     pub(crate) fn present(&self) -> Vec<ScsiAddress> {
         self.state().present.keys().copied().collect()
+    }
+
+    /// Others attach something, which the hypervisor shows as this disk.
+    pub(crate) fn put_foreign(&self, at: &str, shown: Option<&Disk>) {
+        self.state().foreign.insert(address(at), shown.map(id));
+    }
+
+    pub(crate) fn take_foreign(&self, at: &str) {
+        self.state().foreign.remove(&address(at)).unwrap();
+    }
+
+    pub(crate) fn foreign(&self) -> usize {
+        self.state().foreign.len()
+    }
+
+    /// From now on, the hypervisor does not show what the VM has.
+    pub(crate) fn show_nothing(&self) {
+        self.state().blind = true;
     }
 
     /// The next call of the transport ends so.
@@ -154,7 +176,7 @@ impl Vm {
 impl Attacher for Vm {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
         find(disk)?;
-        Ok(DiskId::name(&disk.source().to_string_lossy()))
+        Ok(id(disk))
     }
 
     async fn attach(
@@ -165,6 +187,9 @@ impl Attacher for Vm {
     ) -> Result<(), BackendError> {
         find(disk)?;
         let event = Event::Attach(address, disk.clone());
+        if self.state().foreign.contains_key(&address) {
+            return Err(BackendError::conflict(format!("{address} is taken")));
+        }
         let put = |state: &mut State| {
             let before = state.present.insert(address, disk.clone());
             assert_eq!(before, None, "{address} is in use");
@@ -173,8 +198,23 @@ impl Attacher for Vm {
     }
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
-        let take = |state: &mut State| drop(state.present.remove(&address));
+        let take = |state: &mut State| {
+            state.foreign.remove(&address);
+            state.present.remove(&address);
+        };
         self.call(address, Event::Detach(address), take).await
+    }
+
+    async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
+        let state = self.state();
+        if state.blind {
+            return Err(BackendError::unsuitable("this hypervisor shows nothing"));
+        }
+        let present = state.present.iter();
+        let ours = present.map(|(at, disk)| Occupant::new(*at, Some(id(disk))));
+        let foreign = state.foreign.iter();
+        let foreign = foreign.map(|(at, id)| Occupant::new(*at, id.clone()));
+        Ok(ours.chain(foreign).collect())
     }
 }
 
@@ -187,6 +227,10 @@ pub(crate) fn scsi(controllers: u16, luns: u16, reserved: &[&str]) -> (Arc<Vm>, 
     let geometry = Geometry::new(controllers, luns).unwrap();
     let scsi = ScsiTransport::new(vm.clone(), geometry, &reserved).unwrap();
     (vm, Arc::new(scsi))
+}
+
+fn id(disk: &Disk) -> DiskId {
+    DiskId::name(&disk.source().to_string_lossy())
 }
 
 /// Only `none.vhdx` is missing.

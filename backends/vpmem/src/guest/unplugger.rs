@@ -61,19 +61,21 @@ impl VpmemUnplugger {
         slot: Option<Slot>,
     ) -> Result<(), BackendError> {
         let deadline = Instant::now() + self.removal;
+        let mut lost = Ok(());
         let held = match &disk {
-            Some(disk) => disk.hold(self.timeout).await?.map(Some),
+            Some(disk) => disk.hold_or_lose(self.timeout, &mut lost).await?.map(Some),
             None => Some(None),
         };
         let (Some(held), Some(slot)) = (held, slot) else {
-            return Ok(());
+            return lost;
         };
         sysfs::command_by(deadline, &slot.directory, "power", "0".to_owned(), held).await?;
         let look = move || is_gone(&slot.device, disk.as_ref());
         wait_for(deadline, |_| true, look).await.map_err(|left| {
             let message = format!("the kernel does not eject {device}: {}", left.message());
             BackendError::uncertain(message).with_source(left)
-        })
+        })?;
+        lost
     }
 }
 
@@ -94,7 +96,7 @@ impl Unplugger for VpmemUnplugger {
             return self.eject(device, disk, slot).await;
         };
         let Some(disk) = disk else { return Ok(()) };
-        let done = mapper::let_go_range(disk.node(), range.into(), self.timeout).await;
+        let done = mapper::release_range(disk.node(), range.into(), self.timeout).await;
         match done {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 match blocking(move || disk.is_there()).await? {

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use blockmount::placement::Occupant;
 use blockmount::{BackendError, Disk, DiskId};
 
-use crate::{ByteRange, DeviceNumber};
+use crate::{ByteRange, DeviceNumber, VpmemAddress};
 
 /// Puts disks on the VPMEM devices of one VM, and takes them out. All of them are read-only for the guest.
 ///
@@ -49,7 +50,8 @@ pub trait Attacher: Send + Sync + 'static {
     /// # Errors
     ///
     /// `Uncertain` if the disk may be there; `detach` then follows before anything else happens with
-    /// the device. After any other error nothing is there.
+    /// the device. `Conflict` if something else is there, which stays as it is and must be in [`list`](Self::list), or
+    /// if the disk is no longer the one with this id. After any other error nothing is there.
     async fn attach(
         &self,
         device: DeviceNumber,
@@ -85,6 +87,13 @@ pub trait Attacher: Send + Sync + 'static {
     ///
     /// After any error but `Gone` the range stays out of use, and the call may be repeated.
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError>;
+
+    /// Says which devices and ranges are taken, also by disks that this attacher has not put there. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this hypervisor cannot tell, `Gone` if the VM has ended; others as they come.
+    async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError>;
 }
 
 /// One attacher can serve several owners.
@@ -124,5 +133,9 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
 
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
         (**self).unmap(device, range).await
+    }
+
+    async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
+        (**self).list().await
     }
 }

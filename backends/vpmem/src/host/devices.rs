@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use blockmount::placement::Allocation;
+use blockmount::placement::{Allocation, Placement};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
 use blockmount::{BackendError, DiskId};
 
@@ -123,6 +123,24 @@ impl Devices {
         Some(Allocated { position, version })
     }
 
+    /// A particular device or range, which an earlier process may have used.
+    pub(super) fn allocate_at(&self, at: &VpmemAddress, version: DiskVersion) -> Option<Allocated> {
+        let index = at.device.get().into();
+        let reserve = || self.0.slots.reserve_at(Slot { group: 0, index }).ok();
+        let position = match at.range {
+            None => Position::Device(reserve()?.fill()),
+            Some(range) => {
+                let mut packed = self.packed();
+                if let Entry::Vacant(vacant) = packed.entry(at.device) {
+                    vacant.insert((reserve()?.fill(), Packing::new(self.0.geometry)));
+                }
+                let (_, packing) = packed.get(&at.device)?;
+                Position::Range(self.clone(), at.device, packing.reserve_at(range)?)
+            }
+        };
+        Some(Allocated { position, version })
+    }
+
     fn allocate_range(&self, size: u64) -> Option<Position> {
         let mut packed = self.packed();
         // Devices in use first: a device costs the guest more than a range.
@@ -140,12 +158,14 @@ impl Devices {
     }
 
     /// Why there was nothing for a disk of so many bytes.
-    pub(super) fn full(&self, size: u64, reserved: usize, retained: usize) -> BackendError {
+    pub(super) fn full(&self, size: u64, placement: &Placement<Allocated>) -> BackendError {
+        let (reserved, retained) = (placement.reserved(), placement.retained());
+        let foreign = placement.foreign().len();
         let devices = self.0.geometry.devices();
         let rest = "release a disk, or use another transport";
         BackendError::full(match self.0.mode {
             Mode::WholeDevices => format!(
-                "all {devices} VPMEM devices are taken ({reserved} reserved, {retained} retained); {rest}"
+                "all {devices} VPMEM devices are taken ({reserved} reserved, {retained} retained, {foreign} foreign); {rest}"
             ),
             Mode::Packed => {
                 let packed = self.packed();
@@ -153,7 +173,7 @@ impl Devices {
                 let free = packings.clone().map(Packing::free).max().unwrap_or(0);
                 let mapped: usize = packings.map(Packing::len).sum();
                 format!(
-                    "none of the {devices} VPMEM devices has {size} bytes free in one piece ({reserved} reserved, \
+                    "none of the {devices} VPMEM devices has {size} bytes free in one piece ({reserved} reserved, {foreign} foreign, \
                      {mapped} disks mapped, at most {MAX_MAPPINGS} on a device, {free} bytes free on the \
                      emptiest); {rest}"
                 )

@@ -107,6 +107,35 @@ impl Packing {
         })
     }
 
+    /// Takes this range, which an earlier process may have used. None if not all of it is free, or
+    /// [`MAX_MAPPINGS`] are taken.
+    pub fn reserve_at(&self, range: ByteRange) -> Option<PackedRange> {
+        let (first, end) = (range.offset() / PAGE, range.end() / PAGE);
+        let mut ranges = self.ranges();
+        let is_apart = |taken: &Range<u64>| taken.end <= first || end <= taken.start;
+        let mut taken: Vec<_> = ranges.free.allocated_ranges().collect();
+        let total = ranges.free.initial_range().end;
+        if end > total || ranges.taken == MAX_MAPPINGS || !taken.iter().all(is_apart) {
+            return None;
+        }
+        taken.push(first..end);
+        taken.sort_unstable_by_key(|taken| taken.start);
+        // The allocator chooses its ranges, so this one is left over when all others have been given back.
+        ranges.free.reset();
+        ranges.free.allocate_range(total).ok()?;
+        let mut free_from = 0;
+        for taken in taken.iter().chain([&(total..total)]) {
+            if free_from < taken.start {
+                ranges.free.free_range(free_from..taken.start);
+            }
+            free_from = taken.end;
+        }
+        ranges.free_pages -= end - first;
+        ranges.taken += 1;
+        let packing = self.clone();
+        Some(PackedRange { packing, range })
+    }
+
     /// How many ranges are taken.
     pub fn len(&self) -> usize {
         self.ranges().taken

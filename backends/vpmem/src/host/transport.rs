@@ -3,7 +3,7 @@
 use std::fmt;
 
 use async_trait::async_trait;
-use blockmount::placement::{self, Call, Outcome, Placement};
+use blockmount::placement::{self, Allocation, Call, Outcome, Placement, SlotUse};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use thiserror::Error;
 
@@ -20,6 +20,9 @@ use crate::{Attacher, DeviceNumber, Geometry, VpmemAddress};
 /// A device or range is used for one disk until it is certain that the disk is out: after an attachment that
 /// was `Uncertain`, whose future was dropped, or in which the attacher panicked, and after any
 /// detachment that failed, [`detach`](Transport::detach) of that disk is what frees it.
+///
+/// What the VM has and this transport did not put there is foreign: it is never detached, and its address is
+/// used for nothing until the hypervisor shows that it has gone.
 ///
 /// # Devices that cannot be unplugged
 ///
@@ -122,15 +125,59 @@ impl<A: Attacher> VpmemTransport<A> {
         Ok(DiskVersion { id, size })
     }
 
-    /// Begins to attach a disk to a free device or range.
-    fn begin(&self, disk: &Disk, version: DiskVersion) -> Result<Call<Allocated>, BackendError> {
-        let size = version.size;
-        let call = self
-            .placement
-            .attach(disk, || self.devices.allocate(version))?;
-        call.ok_or_else(|| {
-            let (reserved, retained) = (self.placement.reserved(), self.placement.retained());
-            self.devices.full(size, reserved, retained)
+    /// Begins to attach a disk to a device or range that is free, or from which a foreign disk has gone.
+    async fn begin(
+        &self,
+        disk: &Disk,
+        version: &DiskVersion,
+    ) -> Result<Call<Allocated>, BackendError> {
+        let attach = || {
+            let allocate = || self.devices.allocate(version.clone());
+            self.placement.attach(disk, allocate)
+        };
+        if let Some(call) = attach()? {
+            return Ok(call);
+        }
+        if let (false, Ok(list)) = (
+            self.placement.foreign().is_empty(),
+            self.attacher.list().await,
+        ) {
+            let is_there = |at: &VpmemAddress| list.iter().any(|found| is_in(&found.address, at));
+            self.placement
+                .vacate_foreign(|kept| !is_there(&kept.address()));
+        }
+        attach()?.ok_or_else(|| self.devices.full(version.size, &self.placement))
+    }
+
+    /// Keeps what others have attached from all disks, before the first attach.
+    async fn survey(&self) -> Result<(), BackendError> {
+        let foreign = |at: &VpmemAddress| {
+            let id = DiskId::name("foreign");
+            self.devices.allocate_at(at, DiskVersion { id, size: 0 })
+        };
+        self.placement.survey(self.attacher.list(), foreign).await
+    }
+
+    /// Whether an attach met something else at the address, and not a disk that was replaced.
+    async fn is_taken(&self, at: VpmemAddress, disk: &Disk, id: &DiskId) -> bool {
+        if self
+            .attacher
+            .identify(disk)
+            .await
+            .is_ok_and(|now| now != *id)
+        {
+            return false;
+        }
+        // An attacher may show a device that disks are mapped to, and not its ranges.
+        let is_other = |other: VpmemAddress| other.device == at.device && other != at;
+        let ours = self.placement.map_disks(|_, allocated, usage| {
+            usage == SlotUse::Occupied && is_other(allocated.address())
+        });
+        let is_ours = |found: &VpmemAddress| found.range != at.range && ours.contains(&true);
+        let is_foreign = |found: &VpmemAddress| is_in(found, &at) && !is_ours(found);
+        let list = self.attacher.list().await;
+        list.map_or(true, |list| {
+            list.iter().any(|found| is_foreign(&found.address))
         })
     }
 }
@@ -150,13 +197,24 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
         if let Some(address) = self.placement.reuse(disk, is_same)? {
             return Ok(address.into());
         }
-        let call = self.begin(disk, version)?;
-        let address @ VpmemAddress { device, range } = call.address();
-        call.attached(match range {
-            None => self.attacher.attach(device, disk, id).await,
-            Some(range) => self.attacher.map(device, range, disk, id).await,
-        })?;
-        Ok(address.into())
+        self.survey().await?;
+        loop {
+            let mut call = self.begin(disk, &version).await?;
+            let address @ VpmemAddress { device, range } = call.address();
+            let answer = match range {
+                None => self.attacher.attach(device, disk, id).await,
+                Some(range) => self.attacher.map(device, range, disk, id).await,
+            };
+            if is_conflict(&answer) {
+                // From here on, what is there is not ours, and must not be detached.
+                call.assume(Outcome::Foreign);
+                if self.is_taken(address, disk, id).await {
+                    continue;
+                }
+            }
+            call.attached(answer)?;
+            return Ok(address.into());
+        }
     }
 
     /// If this future is dropped, the disk keeps its address, and can be detached again.
@@ -181,12 +239,38 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
 
     async fn adopt(
         &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
+        let Ok(at) = locator.map(VpmemAddress::try_from).transpose() else {
+            return Ok(Presence::Absent);
+        };
+        let list = self.attacher.list().await;
+        // Only a device that is retained needs the size again, and one of no known size is never used again.
+        let size = self.attacher.size(disk).await.unwrap_or(0);
+        let allocate = |at: &VpmemAddress| {
+            let id = id.clone();
+            self.devices.allocate_at(at, DiskVersion { id, size })
+        };
+        let found = self.placement.adopt(disk, id, at, list, allocate, is_in)?;
+        Ok(found.map(DeviceLocator::from))
     }
+}
+
+/// Whether a disk at the one address is in the way of one at the other.
+fn is_in(one: &VpmemAddress, other: &VpmemAddress) -> bool {
+    let are_apart = match (one.range, other.range) {
+        (Some(one), Some(other)) => one.end() <= other.offset() || other.end() <= one.offset(),
+        _ => false,
+    };
+    one.device == other.device && !are_apart
+}
+
+fn is_conflict(answer: &Result<(), BackendError>) -> bool {
+    answer
+        .as_ref()
+        .is_err_and(|error| error.kind() == ErrorKind::Conflict)
 }
 
 impl<A> fmt::Debug for VpmemTransport<A> {

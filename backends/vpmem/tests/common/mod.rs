@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use blockmount::placement::SlotUse;
+use blockmount::placement::{Occupant, SlotUse};
 use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{Fault, Faults};
 use blockmount::{BackendError, Disk, DiskId, ErrorKind};
@@ -83,6 +83,8 @@ impl Faults for VmFaults {
 #[derive(Default)]
 struct State {
     present: BTreeMap<VpmemAddress, Disk>,
+    /// What others have attached.
+    foreign: BTreeSet<VpmemAddress>,
     running: BTreeSet<VpmemAddress>,
     next: Option<Answer>,
     refuse: Option<(Question, ErrorKind)>,
@@ -144,6 +146,15 @@ impl Vm {
 
     pub(crate) fn present(&self) -> Vec<VpmemAddress> {
         self.state().present.keys().copied().collect()
+    }
+
+    /// Others attach something, which the hypervisor does not show by name.
+    pub(crate) fn put_foreign(&self, at: &str) {
+        self.state().foreign.insert(address(at));
+    }
+
+    pub(crate) fn take_foreign(&self, at: &str) {
+        assert!(self.state().foreign.remove(&address(at)));
     }
 
     /// Which disk the VM would read there.
@@ -213,6 +224,10 @@ impl Vm {
 
     async fn put(&self, place: VpmemAddress, disk: &Disk) -> Result<(), BackendError> {
         let event = Event::Attach(place, disk.clone());
+        let is_taken = |foreign: &VpmemAddress| foreign.device == place.device;
+        if self.state().foreign.iter().any(is_taken) {
+            return Err(BackendError::conflict(format!("{place} is taken")));
+        }
         let put = |state: &mut State| {
             for other in state.present.keys() {
                 let apart = other.device != place.device
@@ -248,6 +263,12 @@ impl Vm {
 }
 
 impl State {
+    fn id(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        let name = self.find(disk)?;
+        let file = self.replaced.get(&name).copied().unwrap_or(0);
+        Ok(DiskId::name(&format!("{} #{file}", name.display())))
+    }
+
     /// The one name of a disk that is there.
     fn find(&self, disk: &Disk) -> Result<PathBuf, BackendError> {
         let name = disk.source().to_owned();
@@ -266,10 +287,7 @@ impl State {
 #[async_trait]
 impl Attacher for Vm {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
-        let state = self.answer(Question::Identify)?;
-        let name = state.find(disk)?;
-        let file = state.replaced.get(&name).copied().unwrap_or(0);
-        Ok(DiskId::name(&format!("{} #{file}", name.display())))
+        self.answer(Question::Identify)?.id(disk)
     }
 
     async fn size(&self, disk: &Disk) -> Result<u64, BackendError> {
@@ -312,6 +330,14 @@ impl Attacher for Vm {
     async fn unmap(&self, device: DeviceNumber, range: ByteRange) -> Result<(), BackendError> {
         let range = Some(range);
         self.take(VpmemAddress { device, range }).await
+    }
+
+    async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
+        let state = self.state();
+        let present = state.present.iter();
+        let ours = present.map(|(at, disk)| Occupant::new(*at, state.id(disk).ok()));
+        let foreign = state.foreign.iter().map(|at| Occupant::new(*at, None));
+        Ok(ours.chain(foreign).collect())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Ranges of a device: none overlap, all are inside, and all come back.
 
-use blockmount_vpmem::{Geometry, MAX_MAPPINGS, PAGE, PackedRange, Packing};
+use blockmount_vpmem::{ByteRange, Geometry, MAX_MAPPINGS, PAGE, PackedRange, Packing};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -159,4 +159,26 @@ fn has_hole(held: &[PackedRange], pages: u64, size: u64) -> bool {
         free_from = end;
         hole >= size
     })
+}
+
+#[test]
+fn a_range_of_an_earlier_process_is_taken_where_it_was() {
+    let packing = Packing::new(Geometry::new(1, 16 * PAGE).unwrap());
+    let range = |first: u64, pages: u64| ByteRange::new(first * PAGE, pages * PAGE).unwrap();
+    let taken = [range(4, 2), range(0, 1), range(6, 1), range(15, 1)];
+    let held: Vec<_> = taken.map(|range| packing.reserve_at(range).unwrap()).into();
+    assert_eq!((packing.len(), packing.free()), (4, 11 * PAGE));
+    for (first, pages) in [(4, 2), (5, 1), (3, 2), (0, 16), (15, 2), (16, 1)] {
+        assert!(
+            packing.reserve_at(range(first, pages)).is_none(),
+            "{first}+{pages}"
+        );
+    }
+    // What is free goes on being packed: 3 pages from 1, and 8 from 7.
+    assert_eq!(packing.reserve(3 * PAGE).unwrap().range(), range(1, 3));
+    assert_eq!(packing.reserve(8 * PAGE).unwrap().range(), range(7, 8));
+    assert_eq!(packing.free(), 0);
+    held.into_iter().for_each(|held| held.vacate());
+    assert_eq!((packing.len(), packing.free()), (2, 5 * PAGE));
+    assert_eq!(packing.reserve(3 * PAGE).unwrap().range(), range(4, 3));
 }
