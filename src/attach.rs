@@ -4,18 +4,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dashmap::mapref::entry::Entry;
-use dashmap::{DashMap, DashSet};
-use foldhash::fast::RandomState;
 use tracing::info_span;
 
-use crate::call::{LostWrites, call, call_down, catch_panic, within};
-use crate::lease::{Driver, Lease, Table};
-use crate::release::{Releasing, nothing_to_release};
+use crate::call::{call, catch_panic, within};
+use crate::holders::{Holder, Holders};
+use crate::journal::{AttachmentRecord, RecordKey};
+use crate::lease::{Lease, Left, Table};
+use crate::release::Releasing;
 use crate::{
-    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, ReleaseError, Step,
-    Transport, Unplugger,
+    DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, HolderName, Presence,
+    ReleaseError, Step, Transport, Unplugger,
 };
+
+mod driver;
+
+use driver::{Attach, AttachJob, Attached};
 
 /// Attaches each disk once, shares it between all callers that request it, and detaches it with the last.
 ///
@@ -38,6 +41,8 @@ pub struct AttachManager {
 /// background, where an error can only be logged.
 #[must_use = "dropping an attachment releases it in the background, where an error is only logged"]
 pub struct Attachment {
+    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
+    holder: Option<Holder>,
     lease: Lease<Attach>,
 }
 
@@ -45,26 +50,29 @@ impl AttachManager {
     /// A manager that waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(transport: impl Transport, unplugger: impl Unplugger) -> Self {
         let unplugger: Box<dyn Unplugger> = Box::new(unplugger);
-        Self::with_timeout(Box::new(transport), Some(unplugger), DEFAULT_TIMEOUT)
+        let holders = Holders::default();
+        Self::with_holders(
+            Box::new(transport),
+            Some(unplugger),
+            DEFAULT_TIMEOUT,
+            holders,
+        )
     }
 
     /// The same for disks that nothing in the guest has to be told of: a detach is the host's alone. The
     /// caller makes sure that the guest no longer uses a disk before it releases it.
     pub fn without_unplugger(transport: impl Transport) -> Self {
-        Self::with_timeout(Box::new(transport), None, DEFAULT_TIMEOUT)
+        let holders = Holders::default();
+        Self::with_holders(Box::new(transport), None, DEFAULT_TIMEOUT, holders)
     }
 
-    pub(crate) fn with_timeout(
+    pub(crate) fn with_holders(
         transport: Box<dyn Transport>,
         unplugger: Option<Box<dyn Unplugger>>,
         timeout: Duration,
+        holders: Holders,
     ) -> Self {
-        let driver = Attach {
-            transport,
-            unplugger,
-            sources: DashSet::default(),
-            locators: DashMap::default(),
-        };
+        let driver = Attach::new(transport, unplugger, holders);
         AttachManager {
             table: Table::new(driver, timeout),
         }
@@ -91,6 +99,70 @@ impl AttachManager {
         self.attach_identified(id, disk).await
     }
 
+    /// As [`attach`](Self::attach), for a holder who comes back for it after a restart
+    /// ([`Recovery::claim`](crate::Recovery::claim)).
+    ///
+    /// # Errors
+    ///
+    /// As for [`attach`](Self::attach); `Conflict` if the name has a handle already.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`attach`](Self::attach).
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn attach_held_by(
+        &self,
+        disk: &Disk,
+        name: &HolderName,
+    ) -> Result<Attachment, Error> {
+        let holder = self.table.driver().holders.reserve(name);
+        let holder = holder.map_err(|cause| Error::new(Step::Attach, cause).on_disk(disk))?;
+        let mut attachment = self.attach(disk).await?;
+        match holder.hold(attachment.key()) {
+            Ok(()) => attachment.holder = Some(holder),
+            Err(error) => {
+                give_back(attachment.releasing()).await;
+                return Err(error.on_disk(disk));
+            }
+        }
+        Ok(attachment)
+    }
+
+    /// Asks the transport whether a disk is there that the journal remembers.
+    pub(crate) async fn adopt(
+        &self,
+        record: &AttachmentRecord,
+    ) -> Result<Presence<DeviceLocator>, Error> {
+        let AttachmentRecord {
+            id, disk, locator, ..
+        } = record;
+        let span = info_span!("adopt", disk = %disk.source().display());
+        let adopt = self
+            .table
+            .driver()
+            .transport
+            .adopt(disk, id, locator.as_ref());
+        let answer = within(self.table.timeout(), call(Step::Adopt, span, adopt)).await;
+        let late = || Err(Error::new(Step::Adopt, self.table.timed_out()));
+        let answer = answer.unwrap_or_else(late);
+        answer.map_err(|error| error.on_disk(disk))
+    }
+
+    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+    pub(crate) fn restore(
+        &self,
+        record: &AttachmentRecord,
+        left: Left,
+    ) -> Result<Option<Attachment>, Error> {
+        let (job, resource) = self.table.driver().restore(record, left)?;
+        let lease = self.table.restore(record.id.clone(), job, resource);
+        let holder = None;
+        Ok(lease.map(|lease| Attachment { holder, lease }))
+    }
+
     /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
     pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
         let identify = catch_panic(self.table.driver().transport.identify(disk));
@@ -114,7 +186,8 @@ impl AttachManager {
                 })?
             }
         };
-        Ok(Attachment { lease })
+        let holder = None;
+        Ok(Attachment { holder, lease })
     }
 
     /// Where a disk is attached with the access and options of `disk`, if it is; nothing keeps it there.
@@ -180,183 +253,25 @@ impl Attachment {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
+        drop(self.holder);
         self.lease.release()
     }
-}
 
-/// Attaching, as the lease table sees it.
-struct Attach {
-    transport: Box<dyn Transport>,
-    /// None if nothing in the guest is to be told.
-    unplugger: Option<Box<dyn Unplugger>>,
-    /// The disks that are being attached or are attached, as they were named: a transport may rely on
-    /// never being given two that are equal.
-    sources: DashSet<Disk, RandomState>,
-    /// The disk at each locator. Transports cannot know of each other's locators, and the guest goes by the
-    /// locator alone.
-    locators: DashMap<DeviceLocator, DiskId, RandomState>,
-}
+    pub(crate) fn key(&self) -> RecordKey {
+        RecordKey::Attachment(self.id().clone())
+    }
 
-struct AttachJob {
-    disk: Disk,
-    /// Listed among the sources, until it is detached.
-    listed: bool,
-    /// Known once the attachment has succeeded.
-    locator: Option<DeviceLocator>,
-    /// The guest has unplugged the device.
-    unplugged: bool,
-    lost: LostWrites,
-}
-
-struct Attached {
-    id: DiskId,
-    disk: Disk,
-    locator: DeviceLocator,
-}
-
-impl AttachJob {
-    fn new(disk: &Disk) -> Self {
-        AttachJob {
-            disk: disk.clone(),
-            listed: false,
-            locator: None,
-            unplugged: false,
-            lost: LostWrites::default(),
-        }
+    /// One more share of it, for a holder or for what is above it.
+    pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
+        let lease = self.lease.share();
+        Attachment { holder, lease }
     }
 }
 
-impl Attached {
-    /// All leases of a disk have the same access and options.
-    fn check(&self, wanted: &Disk) -> Result<(), Error> {
-        let (up, locator) = (&self.disk, &self.locator);
-        let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
-        if same_access && wanted.options() == up.options() {
-            return Ok(());
-        }
-        let taken = match same_access {
-            false => format!("from {up}; one disk has one access for all"),
-            true => format!(
-                "with {:?}; one disk has one set of options for all",
-                up.options()
-            ),
-        };
-        let cause = BackendError::conflict(format!("it is attached as {locator} {taken}"));
-        Err(Error::new(Step::Attach, cause).on_disk(wanted))
-    }
-}
-
-impl Attach {
-    /// False if another disk is at the locator.
-    fn occupy(&self, locator: &DeviceLocator, id: &DiskId) -> bool {
-        match self.locators.entry(locator.clone()) {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(entry) => {
-                entry.insert(id.clone());
-                true
-            }
-        }
-    }
-
-    async fn detach(&self, disk: &Disk) -> Result<(), Error> {
-        let span = info_span!("detach", disk = %disk.source().display());
-        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
-        outcome.map_err(|error| error.on_disk(disk))
-    }
-
-    /// Takes out a disk whose locator is another disk's. The guest was never told of it.
-    async fn undo_second_at(&self, locator: &DeviceLocator, disk: &Disk) -> Error {
-        let cause = match self.detach(disk).await {
-            Ok(()) => BackendError::conflict(
-                "its transport has given it the locator of another disk; the transports of one \
-                 manager must not share locators",
-            ),
-            Err(left) => BackendError::uncertain(
-                "its transport has given it the locator of another disk and cannot detach it",
-            )
-            .with_source(left),
-        };
-        let error = Error::new(Step::Attach, cause);
-        error.on_disk(disk).on_device(locator)
-    }
-}
-
-impl Driver for Attach {
-    type Key = DiskId;
-    type Job = AttachJob;
-    type Resource = Attached;
-
-    async fn setup(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
-        let disk = &job.disk;
-        if !self.sources.insert(disk.clone()) {
-            let replaced = "another disk of that name is attached, so the image was replaced; \
-                            release the old one first, or give the new one another name";
-            let error = Error::new(Step::Attach, BackendError::conflict(replaced));
-            return Err(error.on_disk(disk));
-        }
-        job.listed = true;
-        let span = info_span!("attach", disk = %disk.source().display());
-        let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
-        let locator = locator.map_err(|error| error.on_disk(disk))?;
-        if !self.occupy(&locator, id) {
-            return Err(self.undo_second_at(&locator, disk).await);
-        }
-        job.locator = Some(locator.clone());
-        Ok(Attached {
-            id: id.clone(),
-            disk: disk.clone(),
-            locator,
-        })
-    }
-
-    async fn teardown(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
-        let AttachJob {
-            disk,
-            locator,
-            unplugged,
-            lost,
-            ..
-        } = job;
-        // Without a locator the attachment was uncertain, and the guest was never told of it.
-        if let (Some(unplugger), Some(locator), false) = (&self.unplugger, &*locator, *unplugged) {
-            let span = info_span!("unplug", disk = %disk.source().display(), %locator);
-            let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
-            lost.note(outcome.map_err(|error| error.on_disk(disk).on_device(locator)))?;
-            *unplugged = true;
-        }
-        // Before the detach: the transport may give the locator to the next disk as soon as it answers.
-        if let Some(locator) = locator {
-            self.locators.remove_if(locator, |_, disk| disk == id);
-        }
-        let outcome = lost.note(self.detach(disk).await);
-        outcome.map_err(|error| match locator {
-            Some(locator) => {
-                self.occupy(locator, id);
-                error.on_device(locator)
-            }
-            None => error,
-        })?;
-        lost.report()
-    }
-
-    fn release_held(&self, job: AttachJob) -> Releasing {
-        if job.listed {
-            self.sources.remove(&job.disk);
-        }
-        nothing_to_release()
-    }
-
-    fn check(&self, up: &Attached, wanted: &AttachJob) -> Result<(), Error> {
-        up.check(&wanted.disk)
-    }
-
-    fn error(&self, _: &DiskId, up: Option<&Attached>, cause: BackendError) -> Error {
-        match up {
-            Some(up) => Error::new(Step::Detach, cause)
-                .on_disk(&up.disk)
-                .on_device(&up.locator),
-            None => Error::new(Step::Attach, cause),
-        }
+/// Releases what a caller does not get after all.
+pub(crate) async fn give_back(releasing: Releasing) {
+    if let Err(left) = releasing.await {
+        left.log();
     }
 }
 

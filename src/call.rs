@@ -36,25 +36,36 @@ pub(crate) async fn call_down(
     }
 }
 
-/// The error of a step that is torn down and has lost writes, until whoever releases is told.
+/// How far the tear-down of one thing has got.
 #[derive(Default)]
-pub(crate) struct LostWrites(Option<Error>);
+pub(crate) struct Teardown {
+    done: bool,
+    /// The first error of a step that is done and has lost writes, until whoever releases is told.
+    lost: Option<Error>,
+}
 
-impl LostWrites {
-    /// The step is down, unless this is another error.
-    pub(crate) fn note(&mut self, outcome: Result<(), Error>) -> Result<(), Error> {
+impl Teardown {
+    /// Whether only its record is left to be removed.
+    pub(crate) fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// The step is done, unless this is another error than `LostWrites`.
+    pub(crate) fn step(&mut self, outcome: Result<(), Error>) -> Result<(), Error> {
         match outcome {
             Err(lost) if lost.kind() == ErrorKind::LostWrites => {
-                self.0.get_or_insert(lost);
+                self.lost.get_or_insert(lost);
                 Ok(())
             }
             outcome => outcome,
         }
     }
 
-    /// Ends a tear-down that is done.
-    pub(crate) fn report(&mut self) -> Result<(), Error> {
-        self.0.take().map_or(Ok(()), Err)
+    /// Ends a tear-down whose steps are all done, once its record is `removed`.
+    pub(crate) fn end(&mut self, removed: Result<(), Error>) -> Result<(), Error> {
+        self.done = true;
+        removed?;
+        self.lost.take().map_or(Ok(()), Err)
     }
 }
 

@@ -144,10 +144,11 @@ impl fmt::Display for Disk {
 ///
 /// Made by [`Transport::identify`](crate::Transport::identify), because only the backend that attaches a
 /// disk knows what can be told apart. Cloning is cheap.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct DiskId(Identity);
 
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Identity {
     Inode { device: u64, inode: u64 },
     Name(Arc<str>),

@@ -232,6 +232,12 @@ pub enum Step {
     Unplug,
     /// Taking a disk out of the VM.
     Detach,
+    /// Writing to the journal what was done or is about to be done.
+    Record,
+    /// Reading the journal after a restart.
+    Recover,
+    /// Finding out what a restart has left.
+    Adopt,
 }
 
 impl fmt::Display for Step {
@@ -245,6 +251,9 @@ impl fmt::Display for Step {
             Step::Unmount => "unmount",
             Step::Unplug => "unplug",
             Step::Detach => "detach",
+            Step::Record => "record",
+            Step::Recover => "recover",
+            Step::Adopt => "adopt",
         })
     }
 }

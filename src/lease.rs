@@ -92,6 +92,21 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn error(&self, key: &Self::Key, up: Option<&Self::Resource>, cause: BackendError) -> Error;
 }
 
+/// What a restart has left of a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// All of it.
+    Up,
+    /// It may be there, and something above it has to be torn down first: up, but nobody else can share it.
+    Doubtful,
+    /// It may be there, and is to be torn down.
+    Pending,
+}
+
+/// Why nobody can share what is [`Left::Doubtful`].
+pub(crate) const LEFT_HALF_DONE: &str =
+    "a restart has left it half done; settle the recovery or drain the manager first";
+
 /// The resources of one kind, by key.
 pub(crate) struct Table<D: Driver> {
     /// The hasher has no random state, so that a test's seed replays its schedule; no key comes from outside the host.
@@ -344,6 +359,33 @@ impl<D: Driver> Table<D> {
         drop(job);
         outcome
             .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
+    }
+
+    /// Puts in what a restart has left, before any caller has the table: up with one share, or only to be torn down. The
+    /// key must be free.
+    pub(crate) fn restore(
+        self: &Arc<Self>,
+        key: D::Key,
+        job: D::Job,
+        up: Option<D::Resource>,
+    ) -> Option<Lease<D>> {
+        self.runtime.get_or_init(Handle::current);
+        let state = match &up {
+            Some(_) => State::Up(1),
+            None => State::Draining {
+                attempts: 0,
+                error: None,
+            },
+        };
+        let entry = Arc::new(Entry {
+            key: key.clone(),
+            resource: OnceLock::new(),
+            state: Mutex::new(state),
+            job: AsyncMutex::new(Some(job)),
+        });
+        self.entries.insert(key, Arc::clone(&entry));
+        let _set_once = entry.resource.set(up?);
+        Some(Lease::new(self, entry))
     }
 
     /// Runs all pending tear-downs at once, and waits for those under way. Returns the errors of those that

@@ -80,13 +80,17 @@ mod call;
 mod contracts;
 mod disk;
 mod error;
+mod holders;
+pub mod journal;
 mod lease;
 mod locator;
 mod manager;
 mod mount;
+mod name;
 mod options;
 mod pci;
 pub mod placement;
+mod recovery;
 mod release;
 pub mod slots;
 mod stack;
@@ -107,11 +111,13 @@ pub use error::{BackendError, Error, ErrorKind, Step};
 pub use locator::{DeviceLocator, InvalidLocator};
 pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
+pub use name::{HolderName, InvalidHolderName};
 pub use options::{
     Encryption, Expose, Format, InvalidOptions, MountFlag, MountFlags, MountOptions,
     MountOptionsBuilder, MountRequest, Overwrite, Propagation, PropagationMode, Verity,
 };
 pub use pci::PciAddress;
+pub use recovery::{Found, FoundHolder, FoundState, Held, Recovery, Report};
 pub use release::ReleaseError;
 pub use stack::{Stack, StackRequest};
 pub use turns::Turns;

@@ -8,15 +8,17 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::future::join_all;
 
+use crate::attach::give_back;
+use crate::holders::Holders;
 use crate::lease::Table;
 use crate::mount::ensure_writable;
-use crate::stack::{Combining, combine, release_all};
+use crate::stack::{Combining, combine, release_all, reserve};
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::{
     AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, Error,
-    LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence, Stack,
-    StackRequest, Step, Transport, Unplugger,
+    HolderName, LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence,
+    Stack, StackRequest, Transport, Unplugger,
 };
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
@@ -35,7 +37,7 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 pub struct Manager {
     attachments: AttachManager,
     mounts: BlockMountManager,
-    stacks: Arc<Table<Combining>>,
+    pub(crate) stacks: Arc<Table<Combining>>,
 }
 
 /// Puts a [`Manager`] together from backends.
@@ -97,6 +99,27 @@ impl Manager {
         self.attachments.attach(disk).await
     }
 
+    /// As [`attach`](Self::attach), for a holder who comes back for it after a restart.
+    ///
+    /// # Errors
+    ///
+    /// As for [`AttachManager::attach_held_by`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`AttachManager::attach`].
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn attach_held_by(
+        &self,
+        disk: &Disk,
+        name: &HolderName,
+    ) -> Result<Attachment, Error> {
+        self.attachments.attach_held_by(disk, name).await
+    }
+
     /// Attaches a disk and mounts it, or shares what there is.
     ///
     /// # Errors
@@ -114,14 +137,16 @@ impl Manager {
     /// Outside of a tokio runtime.
     pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
         ensure_writable(disk, request)?;
+        let holder = self.mounts.reserve(request)?;
         let id = self.attachments.identify(disk).await?;
-        if let Some(locator) = self.attachments.peek(&id, disk)
+        if holder.is_none()
+            && let Some(locator) = self.attachments.peek(&id, disk)
             && let Some(mount) = self.mounts.join(&id, locator, request)
         {
             return Ok(mount);
         }
         let attachment = self.attachments.attach_identified(id, disk).await?;
-        self.mounts.mount(attachment, request).await
+        self.mounts.mount_for(holder, attachment, request).await
     }
 
     /// Adds all layers of a stack at once, and stacks them as an overlay: all or nothing.
@@ -141,10 +166,8 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn stack(&self, request: &StackRequest) -> Result<Stack, Error> {
-        if request.disks().next().is_none() {
-            let cause = BackendError::invalid("a stack needs at least one layer");
-            return Err(Error::new(Step::Combine, cause).on_path(request.target()));
-        }
+        request.validate()?;
+        let holder = reserve(&self.stacks, request)?;
         // All in this one future: dropping it cancels all of them at once.
         let adding = request.disks().map(|(disk, mount)| self.add(disk, mount));
         let (mut mounts, mut first_error) = (Vec::new(), None);
@@ -155,12 +178,10 @@ impl Manager {
             }
         }
         if let Some(error) = first_error {
-            if let Err(left) = release_all(mounts).await {
-                left.log();
-            }
+            give_back(release_all(mounts)).await;
             return Err(error);
         }
-        combine(&self.stacks, request.clone(), mounts).await
+        combine(&self.stacks, holder, request, mounts).await
     }
 
     /// The manager of the attachments.
@@ -238,8 +259,13 @@ impl ManagerBuilder {
         self
     }
 
-    /// The manager.
+    /// The manager, without a journal: what it does is forgotten when its process ends. With one it is made by
+    /// [`recover`](Self::recover).
     pub fn build(self) -> Manager {
+        self.build_with(Holders::default())
+    }
+
+    pub(crate) fn build_with(self, holders: Holders) -> Manager {
         let ManagerBuilder {
             mut transports,
             unplugger,
@@ -265,9 +291,19 @@ impl ManagerBuilder {
         };
         let claims = Claims::new(mount_root);
         Manager {
-            attachments: AttachManager::with_timeout(transport, unplugger, timeout),
-            mounts: BlockMountManager::with_claims(mounter, claims.clone(), timeout),
-            stacks: Table::new(Combining::new(combiner, claims), timeout),
+            attachments: AttachManager::with_holders(
+                transport,
+                unplugger,
+                timeout,
+                holders.clone(),
+            ),
+            mounts: BlockMountManager::with_claims(
+                mounter,
+                claims.clone(),
+                timeout,
+                holders.clone(),
+            ),
+            stacks: Table::new(Combining::new(combiner, claims, holders), timeout),
         }
     }
 }

@@ -7,15 +7,21 @@ use std::time::Duration;
 
 use tracing::info_span;
 
-use crate::attach::Attachment;
-use crate::call::{call, call_down};
-use crate::lease::{Driver, Lease, Table};
-use crate::release::{Releasing, nothing_to_release};
-use crate::target::{Claim, Claims};
+use crate::attach::{Attachment, give_back};
+use crate::call::{call, within};
+use crate::holders::{Holder, Holders};
+use crate::journal::{MountKey, MountRecord, RecordKey};
+use crate::lease::{Lease, Left, Table};
+use crate::release::Releasing;
+use crate::target::Claims;
 use crate::{
-    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountOptions,
-    MountRequest, Mounter, ReleaseError, Step,
+    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountRequest,
+    Mounter, Presence, ReleaseError, Step,
 };
+
+mod driver;
+
+use driver::{MountJob, Mounting};
 
 /// Mounts each device once for each set of options, shares the mount between all callers that request it,
 /// and unmounts with the last.
@@ -40,6 +46,8 @@ pub struct BlockMountManager {
 /// background, where an error can only be logged.
 #[must_use = "dropping a mount releases it in the background, where an error is only logged"]
 pub struct Mount {
+    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
+    holder: Option<Holder>,
     lease: Lease<Mounting>,
 }
 
@@ -66,15 +74,21 @@ impl BlockMountManager {
     /// A manager that makes up paths below `root` (an absolute path in the guest) where none is
     /// requested, and waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(mounter: impl Mounter, root: impl Into<PathBuf>) -> Self {
-        Self::with_claims(Box::new(mounter), Claims::new(root.into()), DEFAULT_TIMEOUT)
+        let (claims, holders) = (Claims::new(root.into()), Holders::default());
+        Self::with_claims(Box::new(mounter), claims, DEFAULT_TIMEOUT, holders)
     }
 
     pub(crate) fn with_claims(
         mounter: Box<dyn Mounter>,
         claims: Claims,
         timeout: Duration,
+        holders: Holders,
     ) -> Self {
-        let driver = Mounting { mounter, claims };
+        let driver = Mounting {
+            mounter,
+            claims,
+            holders,
+        };
         BlockMountManager {
             table: Table::new(driver, timeout),
         }
@@ -104,8 +118,29 @@ impl BlockMountManager {
         attachment: Attachment,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
+        let holder = self.reserve(request)?;
+        self.mount_for(holder, attachment, request).await
+    }
+
+    /// The same for a holder that has its name already.
+    pub(crate) async fn mount_for(
+        &self,
+        holder: Option<Holder>,
+        attachment: Attachment,
+        request: &MountRequest,
+    ) -> Result<Mount, Error> {
         let locator = attachment.locator().clone();
-        self.acquire(locator, Some(attachment), request).await
+        self.acquire(holder, locator, Some(attachment), request)
+            .await
+    }
+
+    /// Takes the name that a request has.
+    pub(crate) fn reserve(&self, request: &MountRequest) -> Result<Option<Holder>, Error> {
+        let holders = &self.table.driver().holders;
+        let reserved = request.holder().map(|name| holders.reserve(name));
+        reserved
+            .transpose()
+            .map_err(|cause| Error::new(Step::Mount, cause))
     }
 
     /// Mounts a device that is attached without this manager and stays so, or shares the mount if there is
@@ -127,12 +162,14 @@ impl BlockMountManager {
         device: &DeviceLocator,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
-        self.acquire(device.clone(), None, request).await
+        let holder = self.reserve(request)?;
+        self.acquire(holder, device.clone(), None, request).await
     }
 
     async fn acquire(
         &self,
-        locator: DeviceLocator,
+        holder: Option<Holder>,
+        device: DeviceLocator,
         attachment: Option<Attachment>,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
@@ -140,19 +177,53 @@ impl BlockMountManager {
             ensure_writable(attachment.disk(), request)?;
         }
         let options = request.options().clone();
-        let key = Key { locator, options };
+        let key = MountKey::new(device, options);
         let lease = match self.table.join(&key, |up| up.check(attachment.as_ref())) {
             Some(joined) => joined?,
             None => {
-                let job = MountJob {
-                    attachment,
-                    target: request.target().map(Box::from),
-                    claim: None,
-                };
+                let job = MountJob::new(attachment, request.target());
                 self.table.acquire(key, job).await?
             }
         };
-        Ok(Mount { lease })
+        let mut mount = Mount {
+            holder: None,
+            lease,
+        };
+        if let Some(holder) = holder {
+            match holder.hold(mount.key()) {
+                Ok(()) => mount.holder = Some(holder),
+                Err(error) => {
+                    let error = error.on_device(mount.locator()).on_path(mount.path());
+                    give_back(mount.releasing()).await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(mount)
+    }
+
+    /// Asks the mounter whether a mount is there that the journal remembers.
+    pub(crate) async fn adopt(&self, record: &MountRecord) -> Result<Presence, Error> {
+        let (MountKey { device, options }, target) = (&record.key, &record.target);
+        let span = info_span!("adopt", locator = %device, path = %target.display());
+        let adopt = self.table.driver().mounter.adopt(device, target, options);
+        let answer = within(self.table.timeout(), call(Step::Adopt, span, adopt)).await;
+        let late = || Err(Error::new(Step::Adopt, self.table.timed_out()));
+        let answer = answer.unwrap_or_else(late);
+        answer.map_err(|error| error.on_device(device).on_path(target))
+    }
+
+    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+    pub(crate) fn restore(
+        &self,
+        record: &MountRecord,
+        attachment: Option<Attachment>,
+        left: Left,
+    ) -> Result<Option<Mount>, Error> {
+        let (job, resource) = self.table.driver().restore(record, attachment, left)?;
+        let lease = self.table.restore(record.key.clone(), job, resource);
+        let holder = None;
+        Ok(lease.map(|lease| Mount { holder, lease }))
     }
 
     /// Shares the mount of a disk that is attached, if there is one, in place of an attachment first
@@ -160,16 +231,14 @@ impl BlockMountManager {
     pub(crate) fn join(
         &self,
         id: &DiskId,
-        locator: DeviceLocator,
+        device: DeviceLocator,
         request: &MountRequest,
     ) -> Option<Mount> {
-        let options = request.options().clone();
-        let lease = self
-            .table
-            .join(&Key { locator, options }, |_| Ok(()))?
-            .ok()?;
+        let key = MountKey::new(device, request.options().clone());
+        let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
+        let holder = None;
         // Another disk may have this locator by now; the mount says which disk it is of.
-        (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { lease })
+        (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { holder, lease })
     }
 
     /// Retries all pending tear-downs: failed releases, dropped leases, uncertain mounts, and the
@@ -237,7 +306,22 @@ impl Mount {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
+        drop(self.holder);
         self.lease.release()
+    }
+
+    pub(crate) fn mount_key(&self) -> &MountKey {
+        self.lease.key()
+    }
+
+    pub(crate) fn key(&self) -> RecordKey {
+        RecordKey::Mount(self.mount_key().clone())
+    }
+
+    /// One more share of it, for a holder or for what is above it.
+    pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
+        let lease = self.lease.share();
+        Mount { holder, lease }
     }
 }
 
@@ -249,127 +333,6 @@ pub(crate) fn ensure_writable(disk: &Disk, request: &MountRequest) -> Result<(),
     let cause =
         BackendError::invalid("a disk that is attached read-only can only be mounted read-only");
     Err(Error::new(Step::Mount, cause).on_disk(disk))
-}
-
-/// Mounting, as the lease table sees it.
-struct Mounting {
-    mounter: Box<dyn Mounter>,
-    claims: Claims,
-}
-
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    locator: DeviceLocator,
-    options: MountOptions,
-}
-
-struct MountJob {
-    /// Held by the entry, not by the leases: whatever happens to them, the disk stays attached until
-    /// it is unmounted.
-    attachment: Option<Attachment>,
-    target: Option<Box<Path>>,
-    claim: Option<Claim>,
-}
-
-struct Mounted {
-    point: MountPoint,
-    /// The disk that the entry keeps attached; none if it was attached without this manager.
-    keeps: Option<DiskId>,
-}
-
-impl Mounted {
-    /// A caller with an attachment relies on the mount to be of that disk and to keep it attached.
-    fn check(&self, attachment: Option<&Attachment>) -> Result<(), Error> {
-        let taken = match (attachment, &self.keeps) {
-            (None, _) => return Ok(()),
-            (Some(attachment), Some(kept)) if attachment.id() == kept => return Ok(()),
-            (Some(_), Some(_)) => "another disk with this locator is mounted; locators are unique",
-            (Some(_), None) => "the device is mounted for a caller that attached it elsewhere",
-        };
-        Err(self.point.error(Step::Mount, BackendError::conflict(taken)))
-    }
-}
-
-impl MountPoint {
-    fn error(&self, step: Step, cause: BackendError) -> Error {
-        Error::new(step, cause)
-            .on_device(&self.locator)
-            .on_path(&self.path)
-    }
-}
-
-impl MountJob {
-    /// The error, with everything that is known about the job.
-    fn explain(&self, device: &DeviceLocator, error: Error) -> Error {
-        let error = error.on_device(device);
-        let error = match &self.attachment {
-            Some(attachment) => error.on_disk(attachment.disk()),
-            None => error,
-        };
-        let claimed = self.claim.as_ref().map(|claim| &**claim.target());
-        match claimed.or(self.target.as_deref()) {
-            Some(target) => error.on_path(target),
-            None => error,
-        }
-    }
-}
-
-impl Driver for Mounting {
-    type Key = Key;
-    type Job = MountJob;
-    type Resource = Mounted;
-
-    async fn setup(&self, key: &Key, job: &mut MountJob) -> Result<Mounted, Error> {
-        let Key { locator, options } = key;
-        let claim = self.claims.mount(locator, options, job.target.as_deref());
-        let claim = claim.map_err(|cause| job.explain(locator, Error::new(Step::Mount, cause)))?;
-        let path = Arc::clone(job.claim.insert(claim).target());
-        let span = info_span!("mount", %locator, path = %path.display());
-        let outcome = call(
-            Step::Mount,
-            span,
-            self.mounter.mount(locator, &path, options),
-        )
-        .await;
-        outcome.map_err(|error| job.explain(locator, error))?;
-        let locator = locator.clone();
-        Ok(Mounted {
-            point: MountPoint { path, locator },
-            keeps: job
-                .attachment
-                .as_ref()
-                .map(|attachment| attachment.id().clone()),
-        })
-    }
-
-    async fn teardown(&self, key: &Key, job: &mut MountJob) -> Result<(), Error> {
-        let Some(claim) = &job.claim else {
-            return Ok(());
-        };
-        let (locator, target) = (&key.locator, claim.target());
-        let span = info_span!("unmount", %locator, path = %target.display());
-        let outcome = call_down(Step::Unmount, span, self.mounter.unmount(target)).await;
-        outcome.map_err(|error| job.explain(locator, error))
-    }
-
-    fn release_held(&self, job: MountJob) -> Releasing {
-        drop(job.claim);
-        match job.attachment {
-            Some(attachment) => attachment.releasing(),
-            None => nothing_to_release(),
-        }
-    }
-
-    fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {
-        up.check(wanted.attachment.as_ref())
-    }
-
-    fn error(&self, key: &Key, up: Option<&Mounted>, cause: BackendError) -> Error {
-        match up {
-            Some(up) => up.point.error(Step::Unmount, cause),
-            None => Error::new(Step::Mount, cause).on_device(&key.locator),
-        }
-    }
 }
 
 impl fmt::Debug for BlockMountManager {

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::HolderName;
+
 pub use builder::MountOptionsBuilder;
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 
@@ -319,6 +321,8 @@ pub struct MountRequest {
     options: MountOptions,
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_by: Option<HolderName>,
 }
 
 impl MountRequest {
@@ -327,7 +331,16 @@ impl MountRequest {
         MountRequest {
             options,
             target: None,
+            held_by: None,
         }
+    }
+
+    /// The same mount for a holder who comes back for it after a restart
+    /// ([`Recovery::claim`](crate::Recovery::claim)). One name has one handle at a time.
+    #[must_use]
+    pub fn held_by(mut self, name: HolderName) -> Self {
+        self.held_by = Some(name);
+        self
     }
 
     /// The same mount at an absolute path in the guest.
@@ -343,6 +356,11 @@ impl MountRequest {
     /// How to mount.
     pub fn options(&self) -> &MountOptions {
         &self.options
+    }
+
+    /// Who comes back for it after a restart.
+    pub fn holder(&self) -> Option<&HolderName> {
+        self.held_by.as_ref()
     }
 
     /// Where to mount; the manager makes up a path if none.

@@ -1,19 +1,22 @@
 //! Stacks: the layers of a container, seen as one tree.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::call::{call, call_down};
-use crate::lease::{Driver, Lease, Table};
+use crate::attach::give_back;
+use crate::call::{Teardown, call, call_down, within};
+use crate::holders::{Holder, Holders};
+use crate::journal::{Progress, Record, RecordKey, StackRecord};
+use crate::lease::{Driver, Lease, Left, Table};
 use crate::release::{Releasing, both};
 use crate::target::{Claim, Claims};
 use crate::{
-    BackendError, Disk, Error, LayerCombiner, Mount, MountPoint, MountRequest, Overlay,
-    ReleaseError, Step,
+    BackendError, Disk, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest, Overlay,
+    Presence, ReleaseError, Step,
 };
 
 /// A stack to make: layers, perhaps a scratch disk for changes, and where the tree appears.
@@ -38,6 +41,8 @@ pub struct StackRequest {
     #[serde(default)]
     scratch_directory: PathBuf,
     target: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    held_by: Option<HolderName>,
 }
 
 impl StackRequest {
@@ -49,7 +54,16 @@ impl StackRequest {
             scratch: None,
             scratch_directory,
             target: target.into(),
+            held_by: None,
         }
+    }
+
+    /// Makes the stack for a holder who comes back for it after a restart
+    /// ([`Recovery::claim`](crate::Recovery::claim)). The name is the stack's: its layers have none of their own.
+    #[must_use]
+    pub fn held_by(mut self, name: HolderName) -> Self {
+        self.held_by = Some(name);
+        self
     }
 
     /// Adds a layer below those that are there: the topmost comes first.
@@ -78,8 +92,26 @@ impl StackRequest {
         self.layers.iter().chain(&self.scratch)
     }
 
-    pub(crate) fn target(&self) -> &Path {
-        &self.target
+    /// Refuses what can be no stack, before anything is set up for it.
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let directory = &self.scratch_directory;
+        let mut parts = directory.components();
+        let inside = parts.all(|part| matches!(part, Component::Normal(_)));
+        let why = if self.layers.is_empty() && self.scratch.is_none() {
+            "a stack needs at least one layer".to_owned()
+        } else if !inside {
+            format!(
+                "{} is no directory inside the scratch disk",
+                directory.display()
+            )
+        } else if self.disks().any(|(_, mount)| mount.holder().is_some()) {
+            "the layers of a stack have no holders of their own; name the holder of the stack"
+                .to_owned()
+        } else {
+            return Ok(());
+        };
+        let error = Error::new(Step::Combine, BackendError::invalid(why));
+        Err(error.on_path(&self.target))
     }
 }
 
@@ -89,6 +121,8 @@ impl StackRequest {
 /// in the background, where an error can only be logged.
 #[must_use = "dropping a stack releases it in the background, where an error is only logged"]
 pub struct Stack {
+    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
+    holder: Option<Holder>,
     lease: Lease<Combining>,
 }
 
@@ -119,7 +153,22 @@ impl Stack {
     ///
     /// Dropping the future gives up the wait, not the tear-down; an error is then logged.
     pub fn release(self) -> impl Future<Output = Result<(), ReleaseError>> + Send + 'static {
+        self.releasing()
+    }
+
+    pub(crate) fn releasing(self) -> Releasing {
+        drop(self.holder);
         self.lease.release()
+    }
+
+    pub(crate) fn key(&self) -> RecordKey {
+        RecordKey::Stack(self.target().to_owned())
+    }
+
+    /// One more share of it, for a holder.
+    pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
+        let lease = self.lease.share();
+        Stack { holder, lease }
     }
 }
 
@@ -127,13 +176,15 @@ impl Stack {
 pub(crate) struct Combining {
     combiner: Box<dyn LayerCombiner>,
     claims: Claims,
+    holders: Holders,
 }
 
 pub(crate) struct CombineJob {
-    request: StackRequest,
+    overlay: Overlay,
     layers: Vec<Mount>,
     scratch: Option<Mount>,
     claim: Option<Claim>,
+    down: Teardown,
 }
 
 pub(crate) struct Combined {
@@ -143,45 +194,132 @@ pub(crate) struct Combined {
 }
 
 impl Combining {
-    pub(crate) fn new(combiner: Box<dyn LayerCombiner>, claims: Claims) -> Self {
-        Combining { combiner, claims }
+    pub(crate) fn new(combiner: Box<dyn LayerCombiner>, claims: Claims, holders: Holders) -> Self {
+        Combining {
+            combiner,
+            claims,
+            holders,
+        }
     }
+}
+
+/// Takes the name that a request has.
+pub(crate) fn reserve(
+    table: &Table<Combining>,
+    request: &StackRequest,
+) -> Result<Option<Holder>, Error> {
+    let holders = &table.driver().holders;
+    let reserved = request.held_by.as_ref().map(|name| holders.reserve(name));
+    let refused = |cause| Error::new(Step::Combine, cause).on_path(&request.target);
+    reserved.transpose().map_err(refused)
+}
+
+/// Asks the combiner whether an overlay is there that the journal remembers.
+pub(crate) async fn adopt(
+    table: &Table<Combining>,
+    record: &StackRecord,
+) -> Result<Presence, Error> {
+    let target = &record.overlay.target;
+    let span = info_span!("adopt", path = %target.display());
+    let adopt = table.driver().combiner.adopt(&record.overlay);
+    let answer = within(table.timeout(), call(Step::Adopt, span, adopt)).await;
+    let late = || Err(Error::new(Step::Adopt, table.timed_out()));
+    answer
+        .unwrap_or_else(late)
+        .map_err(|error| error.on_path(target))
+}
+
+/// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+pub(crate) fn restore(
+    table: &Arc<Table<Combining>>,
+    record: &StackRecord,
+    layers: Vec<Mount>,
+    scratch: Option<Mount>,
+    left: Left,
+) -> Result<Option<Stack>, Error> {
+    let overlay = record.overlay.clone();
+    let target = overlay.target.clone();
+    let below = scratch.as_ref().map(Mount::path);
+    let claim = match table.driver().claims.overlay(&target, below) {
+        Ok(claim) => claim,
+        Err(cause) => {
+            // Dropping them could unmount what may be a layer.
+            std::mem::forget((layers, scratch));
+            return Err(Error::new(Step::Adopt, cause).on_path(&target));
+        }
+    };
+    let job = CombineJob {
+        overlay,
+        claim: Some(claim),
+        layers,
+        scratch,
+        down: Teardown::default(),
+    };
+    let resource = (left == Left::Up).then(|| job.combined());
+    let lease = table.restore(target, job, resource);
+    let holder = None;
+    Ok(lease.map(|lease| Stack { holder, lease }))
 }
 
 /// Combines what is mounted. `mounts` are those of [`StackRequest::disks`], in that order.
 pub(crate) async fn combine(
     table: &Arc<Table<Combining>>,
-    request: StackRequest,
-    mut mounts: Vec<Mount>,
+    holder: Option<Holder>,
+    request: &StackRequest,
+    mut layers: Vec<Mount>,
 ) -> Result<Stack, Error> {
-    let scratch = if request.scratch.is_some() {
-        mounts.pop()
-    } else {
-        None
+    let scratch = match request.scratch {
+        Some(_) => layers.pop(),
+        None => None,
     };
-    let target = request.target.clone();
+    let directory = |mount: &Mount| mount.path().join(&request.scratch_directory);
+    let overlay = Overlay {
+        layers: layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        scratch: scratch.as_ref().map(directory),
+        target: request.target.clone(),
+    };
     let job = CombineJob {
-        request,
-        layers: mounts,
+        overlay,
+        layers,
         scratch,
         claim: None,
+        down: Teardown::default(),
     };
-    let lease = table.acquire(target, job).await?;
-    Ok(Stack { lease })
+    let lease = table.acquire(request.target.clone(), job).await?;
+    let mut stack = Stack {
+        holder: None,
+        lease,
+    };
+    if let Some(holder) = holder {
+        match holder.hold(stack.key()) {
+            Ok(()) => stack.holder = Some(holder),
+            Err(error) => {
+                give_back(stack.releasing()).await;
+                return Err(error.on_path(&request.target));
+            }
+        }
+    }
+    Ok(stack)
 }
 
 impl CombineJob {
-    fn overlay(&self) -> Overlay {
-        let scratch = self.scratch.as_ref();
-        Overlay {
-            layers: self
-                .layers
-                .iter()
-                .map(|layer| layer.path().to_owned())
-                .collect(),
-            scratch: scratch.map(|mount| mount.path().join(&self.request.scratch_directory)),
-            target: self.request.target.clone(),
+    fn combined(&self) -> Combined {
+        let point = |mount: &Mount| mount.point().clone();
+        Combined {
+            target: self.overlay.target.clone(),
+            layers: self.layers.iter().map(point).collect(),
+            scratch: self.scratch.as_ref().map(point),
         }
+    }
+
+    fn record(&self, progress: Progress) -> Record {
+        let key = |mount: &Mount| mount.mount_key().clone();
+        Record::Stack(StackRecord {
+            overlay: self.overlay.clone(),
+            layers: self.layers.iter().map(key).collect(),
+            scratch: self.scratch.as_ref().map(key),
+            progress,
+        })
     }
 }
 
@@ -192,38 +330,35 @@ impl Driver for Combining {
 
     async fn setup(&self, target: &PathBuf, job: &mut CombineJob) -> Result<Combined, Error> {
         let refused = |cause| Error::new(Step::Combine, cause).on_path(target);
-        let directory = &job.request.scratch_directory;
-        if !directory
-            .components()
-            .all(|part| matches!(part, std::path::Component::Normal(_)))
-        {
-            let why = format!(
-                "{} is no directory inside the scratch disk",
-                directory.display()
-            );
-            return Err(refused(BackendError::invalid(why)));
-        }
         let scratch = job.scratch.as_ref().map(Mount::path);
         job.claim = Some(self.claims.overlay(target, scratch).map_err(refused)?);
-        let overlay = job.overlay();
-        let span = info_span!("combine", path = %target.display(), layers = overlay.layers.len());
-        let outcome = call(Step::Combine, span, self.combiner.combine(&overlay)).await;
+        let records = self.holders.records();
+        let begun = records.put(|| job.record(Progress::Begun));
+        begun.map_err(|error| error.on_path(target))?;
+        let layers = job.overlay.layers.len();
+        let span = info_span!("combine", path = %target.display(), layers);
+        let outcome = call(Step::Combine, span, self.combiner.combine(&job.overlay)).await;
+        let outcome = records.after_setup(
+            outcome,
+            || job.record(Progress::Up),
+            || RecordKey::Stack(target.clone()),
+        );
         outcome.map_err(|error| error.on_path(target))?;
-        Ok(Combined {
-            target: target.clone(),
-            layers: job
-                .layers
-                .iter()
-                .map(|layer| layer.point().clone())
-                .collect(),
-            scratch: job.scratch.as_ref().map(|scratch| scratch.point().clone()),
-        })
+        Ok(job.combined())
     }
 
-    async fn teardown(&self, target: &PathBuf, _: &mut CombineJob) -> Result<(), Error> {
-        let span = info_span!("separate", path = %target.display());
-        let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
-        outcome.map_err(|error| error.on_path(target))
+    async fn teardown(&self, target: &PathBuf, job: &mut CombineJob) -> Result<(), Error> {
+        let records = self.holders.records();
+        if !job.down.is_done() {
+            let recorded = records.put(|| job.record(Progress::Ending));
+            recorded.map_err(|error| error.on_path(target))?;
+            let span = info_span!("separate", path = %target.display());
+            let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
+            job.down
+                .step(outcome.map_err(|error| error.on_path(target)))?;
+        }
+        let removed = records.remove(|| RecordKey::Stack(target.clone()));
+        job.down.end(removed.map_err(|error| error.on_path(target)))
     }
 
     fn release_held(&self, job: CombineJob) -> Releasing {

@@ -30,6 +30,18 @@ impl<D: Driver> Lease<D> {
         resource.expect("set before the first lease was born")
     }
 
+    pub(crate) fn key(&self) -> &D::Key {
+        let share = self.0.as_ref().expect("held until it is released");
+        &share.entry.key
+    }
+
+    /// One more share of what this one keeps up.
+    pub(crate) fn share(&self) -> Self {
+        let Share { table, entry } = self.0.as_ref().expect("held until it is released");
+        let shared = table.join_entry(Arc::clone(entry));
+        shared.expect("a lease keeps its entry up")
+    }
+
     /// Releases the lease. It is counted back when this returns; the future waits for the tear-down if
     /// it was the last, and dropping it ends that wait, not the tear-down.
     pub(crate) fn release(mut self) -> Releasing {

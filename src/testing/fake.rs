@@ -144,6 +144,12 @@ impl FakeVm {
         attached.expect("a slot is free for a disk that is not attached")
     }
 
+    /// Takes a disk out as somebody else would: at once, whatever the guest does with it.
+    pub fn take_out(&self, disk: &Disk) {
+        let id = self.id(disk);
+        self.state().vm.take_out(&id);
+    }
+
     pub(super) fn is_of_ended_process(&self, state: &State) -> bool {
         self.process != state.restarts.len()
     }

@@ -3,6 +3,7 @@
 //! - [`FakeVm`] is a VM in memory that implements every contract. A test decides how its calls end, and
 //!   reads from its log whether the caller kept its side of the contracts.
 //! - [`conformance`] has the checks of each contract, for the author of a backend.
+//! - [`MemoryJournal`] is a journal for restarts without a process that ends.
 //! - [`Seed`], [`random_faults`] and [`random_delays`] make schedules that can be repeated.
 //!
 //! # A backend of your own
@@ -161,6 +162,7 @@ pub mod conformance;
 mod fake;
 mod faults;
 mod gate;
+mod journal;
 mod log;
 mod names;
 mod running;
@@ -171,5 +173,6 @@ pub use attach::AttachIdentified;
 pub use check::{Rule, Violation};
 pub use fake::FakeVm;
 pub use gate::{Call, Gate, Key, VmStep};
+pub use journal::MemoryJournal;
 pub use log::{Event, Outcome, Phase};
 pub use seed::{Seed, random_delays, random_faults};

@@ -189,6 +189,13 @@ impl VmState {
         Ok(locator)
     }
 
+    pub(super) fn take_out(&mut self, disk: &DiskId) {
+        if let Some(number) = self.by_disk.remove(disk) {
+            self.slots.remove(&number);
+            self.freed.insert(number);
+        }
+    }
+
     /// The slot that holds the disk, if that is where it is said to be.
     fn slot_with(&mut self, disk: &DiskId, at: Option<&DeviceLocator>) -> Option<&mut Slot> {
         let number = self.by_disk.get(disk)?;

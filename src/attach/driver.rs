@@ -1,0 +1,297 @@
+//! Attaching and detaching, as the lease table sees it.
+
+use dashmap::mapref::entry::Entry;
+use dashmap::{DashMap, DashSet};
+use foldhash::fast::RandomState;
+use tracing::info_span;
+
+use crate::call::{Teardown, call, call_down};
+use crate::holders::Holders;
+use crate::journal::{AttachmentRecord, Progress, Record, RecordKey};
+use crate::lease::{Driver, LEFT_HALF_DONE, Left};
+use crate::release::{Releasing, nothing_to_release};
+use crate::{BackendError, DeviceLocator, Disk, DiskId, Error, Step, Transport, Unplugger};
+
+/// Attaching, as the lease table sees it.
+pub(super) struct Attach {
+    pub(super) transport: Box<dyn Transport>,
+    /// None if nothing in the guest is to be told.
+    unplugger: Option<Box<dyn Unplugger>>,
+    pub(super) holders: Holders,
+    /// The disks that are being attached or are attached, as they were named: a transport may rely on
+    /// never being given two that are equal.
+    sources: DashSet<Disk, RandomState>,
+    /// The disk at each locator. Transports cannot know of each other's locators, and the guest goes by the
+    /// locator alone.
+    locators: DashMap<DeviceLocator, DiskId, RandomState>,
+}
+
+pub(super) struct AttachJob {
+    disk: Disk,
+    /// Listed among the sources, until it is detached.
+    listed: bool,
+    /// Known once the attachment has succeeded.
+    locator: Option<DeviceLocator>,
+    /// The guest has unplugged the device.
+    unplugged: bool,
+    down: Teardown,
+}
+
+pub(super) struct Attached {
+    pub(super) id: DiskId,
+    pub(super) disk: Disk,
+    pub(super) locator: DeviceLocator,
+    /// A restart has left it half done, with mounts above that have to go first: no caller can share it.
+    doubtful: bool,
+}
+
+impl AttachJob {
+    pub(super) fn new(disk: &Disk) -> Self {
+        AttachJob {
+            disk: disk.clone(),
+            listed: false,
+            locator: None,
+            unplugged: false,
+            down: Teardown::default(),
+        }
+    }
+
+    fn record(&self, id: &DiskId, progress: Progress) -> Record {
+        Record::Attachment(AttachmentRecord {
+            id: id.clone(),
+            disk: self.disk.clone(),
+            progress,
+            locator: self.locator.clone(),
+            unplugged: self.unplugged,
+        })
+    }
+}
+
+impl Attached {
+    /// All leases of a disk have the same access and options.
+    pub(super) fn check(&self, wanted: &Disk) -> Result<(), Error> {
+        if self.doubtful {
+            let cause = BackendError::uncertain(LEFT_HALF_DONE);
+            return Err(Error::new(Step::Attach, cause).on_disk(wanted));
+        }
+        let (up, locator) = (&self.disk, &self.locator);
+        let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
+        if same_access && wanted.options() == up.options() {
+            return Ok(());
+        }
+        let taken = match same_access {
+            false => format!("from {up}; one disk has one access for all"),
+            true => format!(
+                "with {:?}; one disk has one set of options for all",
+                up.options()
+            ),
+        };
+        let cause = BackendError::conflict(format!("it is attached as {locator} {taken}"));
+        Err(Error::new(Step::Attach, cause).on_disk(wanted))
+    }
+}
+
+impl Attach {
+    pub(super) fn new(
+        transport: Box<dyn Transport>,
+        unplugger: Option<Box<dyn Unplugger>>,
+        holders: Holders,
+    ) -> Self {
+        Attach {
+            transport,
+            unplugger,
+            holders,
+            sources: DashSet::default(),
+            locators: DashMap::default(),
+        }
+    }
+
+    /// The job of an attachment that a restart has left, and its resource unless it is only to be torn down. An error
+    /// if what is recorded contradicts itself.
+    pub(super) fn restore(
+        &self,
+        record: &AttachmentRecord,
+        left: Left,
+    ) -> Result<(AttachJob, Option<Attached>), Error> {
+        let AttachmentRecord { id, disk, .. } = record;
+        let contradiction = |why: &str| {
+            let error = Error::new(Step::Adopt, BackendError::invalid(why));
+            Err(error.on_disk(disk))
+        };
+        if !self.sources.insert(disk.clone()) {
+            return contradiction("two disks of this name are recorded");
+        }
+        if let Some(locator) = &record.locator
+            && !self.occupy(locator, id)
+        {
+            self.sources.remove(disk);
+            return contradiction("its locator is recorded of another disk too");
+        }
+        let job = AttachJob {
+            listed: true,
+            locator: record.locator.clone(),
+            unplugged: record.unplugged,
+            ..AttachJob::new(disk)
+        };
+        let resource = match (left, &record.locator) {
+            (Left::Up | Left::Doubtful, Some(locator)) => Some(Attached {
+                id: id.clone(),
+                disk: disk.clone(),
+                locator: locator.clone(),
+                doubtful: left == Left::Doubtful,
+            }),
+            _ => None,
+        };
+        Ok((job, resource))
+    }
+
+    /// False if another disk is at the locator.
+    fn occupy(&self, locator: &DeviceLocator, id: &DiskId) -> bool {
+        match self.locators.entry(locator.clone()) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(entry) => {
+                entry.insert(id.clone());
+                true
+            }
+        }
+    }
+
+    async fn attach(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
+        let disk = &job.disk;
+        let span = info_span!("attach", disk = %disk.source().display());
+        let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
+        let locator = locator.map_err(|error| error.on_disk(disk))?;
+        if !self.occupy(&locator, id) {
+            return Err(self.undo_second_at(&locator, disk).await);
+        }
+        job.locator = Some(locator.clone());
+        Ok(Attached {
+            id: id.clone(),
+            disk: disk.clone(),
+            locator,
+            doubtful: false,
+        })
+    }
+
+    /// Has the guest unplug the device, unless it has done so or was never told of it.
+    async fn unplug(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+        // Without a locator the attachment was uncertain, and the guest was never told of it.
+        let (Some(unplugger), Some(locator), false) =
+            (&self.unplugger, &job.locator, job.unplugged)
+        else {
+            return Ok(());
+        };
+        let disk = &job.disk;
+        let span = info_span!("unplug", disk = %disk.source().display(), %locator);
+        let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
+        let outcome = outcome.map_err(|error| error.on_disk(disk).on_device(locator));
+        job.down.step(outcome)?;
+        job.unplugged = true;
+        self.record_end(id, job)
+    }
+
+    async fn detach_job(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+        // Before the detach: the transport may give the locator to the next disk as soon as it answers.
+        if let Some(locator) = &job.locator {
+            self.locators.remove_if(locator, |_, disk| disk == id);
+        }
+        let outcome = job.down.step(self.detach(&job.disk).await);
+        outcome.map_err(|error| match &job.locator {
+            Some(locator) => {
+                self.occupy(locator, id);
+                error.on_device(locator)
+            }
+            None => error,
+        })
+    }
+
+    fn record_end(&self, id: &DiskId, job: &AttachJob) -> Result<(), Error> {
+        let recorded = self
+            .holders
+            .records()
+            .put(|| job.record(id, Progress::Ending));
+        recorded.map_err(|error| error.on_disk(&job.disk))
+    }
+
+    async fn detach(&self, disk: &Disk) -> Result<(), Error> {
+        let span = info_span!("detach", disk = %disk.source().display());
+        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
+        outcome.map_err(|error| error.on_disk(disk))
+    }
+
+    /// Takes out a disk whose locator is another disk's. The guest was never told of it.
+    async fn undo_second_at(&self, locator: &DeviceLocator, disk: &Disk) -> Error {
+        let cause = match self.detach(disk).await {
+            Ok(()) => BackendError::conflict(
+                "its transport has given it the locator of another disk; the transports of one \
+                 manager must not share locators",
+            ),
+            Err(left) => BackendError::uncertain(
+                "its transport has given it the locator of another disk and cannot detach it",
+            )
+            .with_source(left),
+        };
+        let error = Error::new(Step::Attach, cause);
+        error.on_disk(disk).on_device(locator)
+    }
+}
+
+impl Driver for Attach {
+    type Key = DiskId;
+    type Job = AttachJob;
+    type Resource = Attached;
+
+    async fn setup(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
+        let disk = &job.disk;
+        if !self.sources.insert(disk.clone()) {
+            let replaced = "another disk of that name is attached, so the image was replaced; \
+                            release the old one first, or give the new one another name";
+            let error = Error::new(Step::Attach, BackendError::conflict(replaced));
+            return Err(error.on_disk(disk));
+        }
+        job.listed = true;
+        let records = self.holders.records();
+        let begun = records.put(|| job.record(id, Progress::Begun));
+        begun.map_err(|error| error.on_disk(&job.disk))?;
+        let outcome = self.attach(id, job).await;
+        records.after_setup(
+            outcome,
+            || job.record(id, Progress::Up),
+            || RecordKey::Attachment(id.clone()),
+        )
+    }
+
+    async fn teardown(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+        if !job.down.is_done() {
+            self.record_end(id, job)?;
+            self.unplug(id, job).await?;
+            self.detach_job(id, job).await?;
+        }
+        let removed = self
+            .holders
+            .records()
+            .remove(|| RecordKey::Attachment(id.clone()));
+        job.down
+            .end(removed.map_err(|error| error.on_disk(&job.disk)))
+    }
+
+    fn release_held(&self, job: AttachJob) -> Releasing {
+        if job.listed {
+            self.sources.remove(&job.disk);
+        }
+        nothing_to_release()
+    }
+
+    fn check(&self, up: &Attached, wanted: &AttachJob) -> Result<(), Error> {
+        up.check(&wanted.disk)
+    }
+
+    fn error(&self, _: &DiskId, up: Option<&Attached>, cause: BackendError) -> Error {
+        match up {
+            Some(up) => Error::new(Step::Detach, cause)
+                .on_disk(&up.disk)
+                .on_device(&up.locator),
+            None => Error::new(Step::Attach, cause),
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The records of a journal.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DeviceLocator, Disk, DiskId, HolderName, MountOptions, Overlay};
+
+/// How far a set-up or tear-down has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Progress {
+    /// The backend was about to be called: it may or may not be there.
+    Begun,
+    /// It was set up.
+    Up,
+    /// It was about to be torn down: it may or may not be there, in whole or in part.
+    Ending,
+}
+
+/// One thing that a [`Journal`](super::Journal) keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Record {
+    /// A disk that is attached.
+    Attachment(AttachmentRecord),
+    /// A device that is mounted.
+    Mount(MountRecord),
+    /// Layers that are combined.
+    Stack(StackRecord),
+    /// A holder's name.
+    Holder(HolderRecord),
+}
+
+/// What a [`Record`] is found by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum RecordKey {
+    /// The attachment of a disk.
+    Attachment(DiskId),
+    /// The mount of a device with some options.
+    Mount(MountKey),
+    /// The stack at a target.
+    Stack(PathBuf),
+    /// The holder of a name.
+    Holder(HolderName),
+}
+
+/// The attachment of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct AttachmentRecord {
+    /// What the disk was identified as.
+    pub id: DiskId,
+    /// The disk, as the first caller named it.
+    pub disk: Disk,
+    /// How far it has got.
+    pub progress: Progress,
+    /// Where it is; none if the answer to the attach was never written down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locator: Option<DeviceLocator>,
+    /// Whether the guest has unplugged the device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unplugged: bool,
+}
+
+/// What tells mounts apart: two requests with equal keys share one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct MountKey {
+    /// The device.
+    pub device: DeviceLocator,
+    /// How it is mounted.
+    pub options: MountOptions,
+}
+
+/// The mount of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct MountRecord {
+    /// What is mounted, and how.
+    pub key: MountKey,
+    /// The disk that the mount keeps attached; none if it was attached without this manager.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskId>,
+    /// Where it is mounted in the guest.
+    pub target: PathBuf,
+    /// How far it has got.
+    pub progress: Progress,
+}
+
+/// Layers that are combined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct StackRecord {
+    /// What is combined, and where.
+    pub overlay: Overlay,
+    /// The mount of each layer, the topmost first.
+    pub layers: Vec<MountKey>,
+    /// The mount of the scratch disk, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<MountKey>,
+    /// How far it has got.
+    pub progress: Progress,
+}
+
+/// A holder: who comes back for a handle after a restart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct HolderRecord {
+    /// The name.
+    pub name: HolderName,
+    /// What it holds.
+    pub of: RecordKey,
+}
+
+impl Record {
+    /// What the record is found by.
+    pub fn key(&self) -> RecordKey {
+        match self {
+            Record::Attachment(record) => RecordKey::Attachment(record.id.clone()),
+            Record::Mount(record) => RecordKey::Mount(record.key.clone()),
+            Record::Stack(record) => RecordKey::Stack(record.overlay.target.clone()),
+            Record::Holder(record) => RecordKey::Holder(record.name.clone()),
+        }
+    }
+}
+
+impl MountKey {
+    pub(crate) fn new(device: DeviceLocator, options: MountOptions) -> Self {
+        MountKey { device, options }
+    }
+}
+
+impl fmt::Display for RecordKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RecordKey::Attachment(disk) => write!(f, "the attachment of {disk}"),
+            RecordKey::Mount(key) => write!(f, "the mount of {}", key.device),
+            RecordKey::Stack(target) => write!(f, "the stack at {}", target.display()),
+            RecordKey::Holder(name) => write!(f, "the holder {name}"),
+        }
+    }
+}

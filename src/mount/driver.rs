@@ -1,0 +1,211 @@
+//! Mounting and unmounting, as the lease table sees it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tracing::info_span;
+
+use super::MountPoint;
+use crate::attach::Attachment;
+use crate::call::{Teardown, call, call_down};
+use crate::holders::Holders;
+use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
+use crate::lease::{Driver, LEFT_HALF_DONE, Left};
+use crate::release::{Releasing, nothing_to_release};
+use crate::target::{Claim, Claims};
+use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
+
+/// Mounting, as the lease table sees it.
+pub(super) struct Mounting {
+    pub(super) mounter: Box<dyn Mounter>,
+    pub(super) claims: Claims,
+    pub(super) holders: Holders,
+}
+
+pub(super) struct MountJob {
+    /// Held by the entry, not by the leases: whatever happens to them, the disk stays attached until
+    /// it is unmounted.
+    attachment: Option<Attachment>,
+    target: Option<Box<Path>>,
+    claim: Option<Claim>,
+    down: Teardown,
+}
+
+pub(super) struct Mounted {
+    pub(super) point: MountPoint,
+    /// The disk that the entry keeps attached; none if it was attached without this manager.
+    pub(super) keeps: Option<DiskId>,
+    /// A restart has left it half done, with a stack above that has to go first: no caller can share it.
+    doubtful: bool,
+}
+
+impl Mounted {
+    /// A caller with an attachment relies on the mount to be of that disk and to keep it attached.
+    pub(super) fn check(&self, attachment: Option<&Attachment>) -> Result<(), Error> {
+        self.ensure_whole()?;
+        let taken = match (attachment, &self.keeps) {
+            (None, _) => return Ok(()),
+            (Some(attachment), Some(kept)) if attachment.id() == kept => return Ok(()),
+            (Some(_), Some(_)) => "another disk with this locator is mounted; locators are unique",
+            (Some(_), None) => "the device is mounted for a caller that attached it elsewhere",
+        };
+        Err(self.point.error(Step::Mount, BackendError::conflict(taken)))
+    }
+
+    pub(super) fn ensure_whole(&self) -> Result<(), Error> {
+        match self.doubtful {
+            true => Err(self
+                .point
+                .error(Step::Mount, BackendError::uncertain(LEFT_HALF_DONE))),
+            false => Ok(()),
+        }
+    }
+}
+
+impl MountPoint {
+    fn error(&self, step: Step, cause: BackendError) -> Error {
+        Error::new(step, cause)
+            .on_device(&self.locator)
+            .on_path(&self.path)
+    }
+}
+
+impl MountJob {
+    pub(super) fn new(attachment: Option<Attachment>, target: Option<&Path>) -> Self {
+        MountJob {
+            attachment,
+            target: target.map(Box::from),
+            claim: None,
+            down: Teardown::default(),
+        }
+    }
+
+    fn disk(&self) -> Option<DiskId> {
+        self.attachment
+            .as_ref()
+            .map(|attachment| attachment.id().clone())
+    }
+
+    fn record(&self, key: &MountKey, target: &Path, progress: Progress) -> Record {
+        Record::Mount(MountRecord {
+            key: key.clone(),
+            disk: self.disk(),
+            target: target.to_owned(),
+            progress,
+        })
+    }
+
+    /// The error, with everything that is known about the job.
+    fn explain(&self, device: &DeviceLocator, error: Error) -> Error {
+        let error = error.on_device(device);
+        let error = match &self.attachment {
+            Some(attachment) => error.on_disk(attachment.disk()),
+            None => error,
+        };
+        let claimed = self.claim.as_ref().map(|claim| &**claim.target());
+        match claimed.or(self.target.as_deref()) {
+            Some(target) => error.on_path(target),
+            None => error,
+        }
+    }
+}
+
+impl Mounting {
+    /// The job of a mount that a restart has left, and its resource unless it is only to be torn down. An error if what
+    /// is recorded contradicts itself.
+    pub(super) fn restore(
+        &self,
+        record: &MountRecord,
+        attachment: Option<Attachment>,
+        left: Left,
+    ) -> Result<(MountJob, Option<Mounted>), Error> {
+        let MountKey { device, options } = &record.key;
+        let claim = match self.claims.mount(device, options, Some(&record.target)) {
+            Ok(claim) => claim,
+            Err(cause) => {
+                // Dropping it could detach a disk that may be mounted.
+                std::mem::forget(attachment);
+                let error = Error::new(Step::Adopt, cause).on_device(device);
+                return Err(error.on_path(&record.target));
+            }
+        };
+        let (path, locator) = (Arc::clone(claim.target()), device.clone());
+        let mut job = MountJob::new(attachment, Some(&record.target));
+        job.claim = Some(claim);
+        let resource = (left != Left::Pending).then(|| Mounted {
+            point: MountPoint { path, locator },
+            keeps: job.disk(),
+            doubtful: left == Left::Doubtful,
+        });
+        Ok((job, resource))
+    }
+}
+
+impl Driver for Mounting {
+    type Key = MountKey;
+    type Job = MountJob;
+    type Resource = Mounted;
+
+    async fn setup(&self, key: &MountKey, job: &mut MountJob) -> Result<Mounted, Error> {
+        let MountKey { device, options } = key;
+        let claim = self.claims.mount(device, options, job.target.as_deref());
+        let claim = claim.map_err(|cause| job.explain(device, Error::new(Step::Mount, cause)))?;
+        let path = Arc::clone(job.claim.insert(claim).target());
+        let records = self.holders.records();
+        let begun = records.put(|| job.record(key, &path, Progress::Begun));
+        begun.map_err(|error| job.explain(device, error))?;
+        let span = info_span!("mount", locator = %device, path = %path.display());
+        let mount = self.mounter.mount(device, &path, options);
+        let outcome = call(Step::Mount, span, mount).await;
+        let outcome = records.after_setup(
+            outcome,
+            || job.record(key, &path, Progress::Up),
+            || RecordKey::Mount(key.clone()),
+        );
+        outcome.map_err(|error| job.explain(device, error))?;
+        let locator = device.clone();
+        Ok(Mounted {
+            point: MountPoint { path, locator },
+            keeps: job.disk(),
+            doubtful: false,
+        })
+    }
+
+    async fn teardown(&self, key: &MountKey, job: &mut MountJob) -> Result<(), Error> {
+        let Some(claim) = &job.claim else {
+            return Ok(());
+        };
+        let (device, target) = (&key.device, Arc::clone(claim.target()));
+        let records = self.holders.records();
+        if !job.down.is_done() {
+            let recorded = records.put(|| job.record(key, &target, Progress::Ending));
+            recorded.map_err(|error| job.explain(device, error))?;
+            let span = info_span!("unmount", locator = %device, path = %target.display());
+            let outcome = call_down(Step::Unmount, span, self.mounter.unmount(&target)).await;
+            let outcome = outcome.map_err(|error| job.explain(device, error));
+            job.down.step(outcome)?;
+        }
+        let removed = records.remove(|| RecordKey::Mount(key.clone()));
+        let removed = removed.map_err(|error| job.explain(device, error));
+        job.down.end(removed)
+    }
+
+    fn release_held(&self, job: MountJob) -> Releasing {
+        drop(job.claim);
+        match job.attachment {
+            Some(attachment) => attachment.releasing(),
+            None => nothing_to_release(),
+        }
+    }
+
+    fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {
+        up.check(wanted.attachment.as_ref())
+    }
+
+    fn error(&self, key: &MountKey, up: Option<&Mounted>, cause: BackendError) -> Error {
+        match up {
+            Some(up) => up.point.error(Step::Unmount, cause),
+            None => Error::new(Step::Mount, cause).on_device(&key.device),
+        }
+    }
+}

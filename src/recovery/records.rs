@@ -1,0 +1,89 @@
+//! The records of a journal, sorted and checked against each other.
+
+use std::collections::HashSet;
+
+use crate::journal::{AttachmentRecord, HolderRecord, MountKey, MountRecord, Record, StackRecord};
+use crate::{BackendError, DiskId, Error, Step};
+
+/// The records of one journal, by kind.
+#[derive(Debug, Default)]
+pub(crate) struct Recorded {
+    pub(crate) attachments: Vec<AttachmentRecord>,
+    pub(crate) mounts: Vec<MountRecord>,
+    pub(crate) stacks: Vec<StackRecord>,
+    pub(crate) holders: Vec<HolderRecord>,
+}
+
+impl Recorded {
+    /// Sorts records, and refuses those that no manager can have written. What is recorded of something whose record is
+    /// gone already is not refused: a recovery that was killed leaves that.
+    pub(crate) fn validate(records: Vec<Record>) -> Result<Self, Error> {
+        let invalid = |why: String| Error::new(Step::Recover, BackendError::invalid(why));
+        let mut keys = HashSet::new();
+        let mut locators = HashSet::new();
+        let mut recorded = Recorded::default();
+        for record in records {
+            let key = record.key();
+            if !keys.insert(key.clone()) {
+                return Err(invalid(format!("{key} is recorded twice")));
+            }
+            match record {
+                Record::Attachment(record) => {
+                    if let Some(locator) = &record.locator
+                        && !locators.insert(locator.clone())
+                    {
+                        return Err(invalid(format!("two disks are recorded at {locator}")));
+                    }
+                    recorded.attachments.push(record);
+                }
+                Record::Mount(record) => recorded.mounts.push(record),
+                Record::Stack(record) => {
+                    if record.overlay.layers.len() != record.layers.len()
+                        || record.overlay.scratch.is_some() != record.scratch.is_some()
+                    {
+                        return Err(invalid(format!(
+                            "{key} does not say which mount each layer is"
+                        )));
+                    }
+                    recorded.stacks.push(record);
+                }
+                Record::Holder(record) => recorded.holders.push(record),
+            }
+        }
+        recorded.ensure_writable().map_err(invalid)?;
+        Ok(recorded)
+    }
+
+    /// A disk that the VM cannot write to has no mount that can.
+    fn ensure_writable(&self) -> Result<(), String> {
+        let read_only = self
+            .attachments
+            .iter()
+            .filter(|one| one.disk.is_read_only());
+        let read_only: HashSet<&DiskId> = read_only.map(|one| &one.id).collect();
+        let written = self.mounts.iter().find(|mount| {
+            let disk = mount.disk.as_ref();
+            disk.is_some_and(|disk| read_only.contains(disk)) && !mount.key.options.is_read_only()
+        });
+        match written {
+            Some(mount) => Err(format!(
+                "{} is recorded as writable, and its disk as read-only",
+                mount.target.display()
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The disks that have mounts.
+    pub(crate) fn mounted(&self) -> HashSet<DiskId> {
+        let disks = self.mounts.iter().filter_map(|mount| mount.disk.clone());
+        disks.collect()
+    }
+
+    /// The mounts that are layers of stacks.
+    pub(crate) fn stacked(&self) -> HashSet<MountKey> {
+        let stacks = self.stacks.iter();
+        let layers = stacks.flat_map(|stack| stack.layers.iter().chain(&stack.scratch));
+        layers.cloned().collect()
+    }
+}

@@ -1,0 +1,289 @@
+//! What a recovery finds, and what it does with it.
+
+use blockmount::testing::{Gate, VmStep};
+use blockmount::{Error, ErrorKind, FoundState, HolderName, StackRequest, Step};
+
+use crate::common::{calls, layer, ro, rw, scratch};
+use crate::process::World;
+
+fn name(text: &str) -> HolderName {
+    HolderName::new(text).unwrap()
+}
+
+fn kind<T>(outcome: Result<T, Error>) -> ErrorKind {
+    outcome.err().map(|error| error.kind()).unwrap()
+}
+
+/// A handle of a process that is about to be killed.
+fn leave<T>(handle: T) {
+    std::mem::forget(handle);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_gets_the_very_mount_back_and_others_are_released() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let manager = recovery.manager().clone();
+    let web = manager
+        .add(&layer(0), &ro().held_by(name("web")))
+        .await
+        .unwrap();
+    let path = web.path().to_owned();
+    leave((web, manager.add(&layer(1), &ro()).await.unwrap()));
+    assert!(recovery.settle().await.failed.is_empty());
+
+    let next = world.restart();
+    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let states: Vec<_> = recovery
+        .report()
+        .found
+        .iter()
+        .map(|one| one.state)
+        .collect();
+    assert_eq!(states, [FoundState::Up; 4]);
+    assert_eq!(calls(&next.vm, [VmStep::Attach, VmStep::Adopt]), [2, 4]);
+    // Found again before it is claimed: a newcomer shares it.
+    let shared = recovery.manager().add(&layer(0), &ro()).await.unwrap();
+    assert_eq!(shared.path(), path);
+    let web = recovery.claim(&name("web")).unwrap().into_mount().unwrap();
+    assert_eq!(web.path(), path);
+    assert_eq!(kind(recovery.claim(&name("web"))), ErrorKind::Conflict);
+    assert_eq!(kind(recovery.claim(&name("db"))), ErrorKind::NotFound);
+    let manager = recovery.manager().clone();
+    let settled = recovery.settle().await;
+    assert_eq!((settled.failed.len(), settled.in_use), (0, 2));
+    assert_eq!(next.vm.left().len(), 2, "one disk and its mount");
+    shared.release().await.unwrap();
+    web.release().await.unwrap();
+    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
+    next.vm.check().unwrap();
+    next.vm.assert_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_name_has_one_handle() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let manager = recovery.manager().clone();
+    let held = manager
+        .add(&layer(0), &ro().held_by(name("x")))
+        .await
+        .unwrap();
+    let again = manager.add(&layer(1), &ro().held_by(name("x"))).await;
+    assert_eq!(kind(again), ErrorKind::Conflict);
+    let stack = StackRequest::new("/tree").layer(layer(1), ro());
+    assert_eq!(
+        kind(manager.stack(&stack.clone().held_by(name("x"))).await),
+        ErrorKind::Conflict
+    );
+    assert_eq!(
+        kind(manager.attach_held_by(&layer(1), &name("x")).await),
+        ErrorKind::Conflict
+    );
+    assert_eq!(
+        world.vm.calls(VmStep::Attach),
+        1,
+        "refused before anything was set up"
+    );
+    let layers = StackRequest::new("/tree").layer(layer(1), ro().held_by(name("y")));
+    assert_eq!(kind(manager.stack(&layers).await), ErrorKind::Invalid);
+    held.release().await.unwrap();
+    let stack = manager.stack(&stack.held_by(name("x"))).await.unwrap();
+    stack.release().await.unwrap();
+    assert!(recovery.settle().await.is_clean() && world.journal.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_that_is_dropped_leaves_everything_to_the_next_one() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let request = StackRequest::new("/tree")
+        .layer(layer(0), ro())
+        .scratch(scratch(1), rw());
+    let manager = recovery.manager();
+    leave(manager.stack(&request.held_by(name("s"))).await.unwrap());
+    leave(manager.attach(&layer(2)).await.unwrap());
+    let before = world.vm.left();
+    drop(recovery);
+
+    let mut next = world.restart();
+    for _ in 0..2 {
+        let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+        drop(recovery);
+        assert_eq!(next.vm.left(), before);
+        next = next.restart();
+    }
+    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let stack = recovery.claim(&name("s")).unwrap().into_stack().unwrap();
+    assert_eq!(stack.layers().len(), 1);
+    assert!(stack.scratch().is_some());
+    stack.release().await.unwrap();
+    assert!(recovery.settle().await.is_clean() && next.journal.is_empty());
+    next.vm.check().unwrap();
+    next.vm.assert_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_told_is_torn_down_from_the_top() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let request = StackRequest::new("/tree")
+        .layer(layer(0), ro())
+        .held_by(name("s"));
+    leave(recovery.manager().stack(&request).await.unwrap());
+    drop(recovery);
+
+    // The transport, the mounter or the combiner does not know.
+    for unknown in 0..3 {
+        let world = World::new();
+        let recovery = world
+            .builder()
+            .recover(world.journal.clone())
+            .await
+            .unwrap();
+        leave(recovery.manager().stack(&request).await.unwrap());
+        drop(recovery);
+        let next = world.restart();
+        next.vm.gate_next(VmStep::Adopt, unknown, Gate::Ok);
+        let lost = Gate::Uncertain { happened: true };
+        next.vm.gate_next(VmStep::Adopt, 1, lost);
+        let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+        assert_eq!(kind(recovery.claim(&name("s"))), ErrorKind::NotFound);
+        // Nobody can have it half done, and nothing below it goes before it.
+        let manager = recovery.manager().clone();
+        let asked = manager.attach(&layer(0)).await;
+        assert_eq!(asked.is_ok(), unknown > 0, "{asked:?}");
+        drop(asked);
+        assert!(recovery.settle().await.is_clean());
+        next.vm.check().unwrap();
+        next.vm.assert_empty();
+        assert!(next.journal.is_empty());
+        let steps = [VmStep::Separate, VmStep::Unmount, VmStep::Detach];
+        assert_eq!(calls(&next.vm, steps), [1, 1, 1]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_vm_that_is_gone_nothing_is_left() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let request = StackRequest::new("/tree")
+        .layer(layer(0), ro())
+        .held_by(name("s"));
+    leave(recovery.manager().stack(&request).await.unwrap());
+    drop(recovery);
+    let next = world.restart();
+    next.vm.kill();
+    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let found = &recovery.report().found;
+    assert!(
+        found.iter().all(|one| one.state == FoundState::Gone),
+        "{found:?}"
+    );
+    let error = recovery.claim(&name("s")).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.step()),
+        (ErrorKind::NotFound, Step::Recover)
+    );
+    assert!(
+        error
+            .cause()
+            .message()
+            .contains("has lost the stack at /tree")
+    );
+    assert!(recovery.settle().await.is_clean() && next.journal.is_empty());
+}
+
+/// Somebody else has put a disk where ours was.
+#[tokio::test(start_paused = true)]
+async fn u03_a_foreign_disk_in_our_slot_is_not_touched() {
+    let world = World::new();
+    let recovery = world
+        .builder()
+        .recover(world.journal.clone())
+        .await
+        .unwrap();
+    let held = recovery
+        .manager()
+        .attach_held_by(&layer(0), &name("a"))
+        .await
+        .unwrap();
+    let locator = held.locator().clone();
+    leave(held);
+    drop(recovery);
+    let next = world.restart();
+    next.vm.take_out(&layer(0));
+    assert_eq!(next.vm.attach_foreign(&layer(7)), locator);
+    let before = next.vm.left();
+    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    assert_eq!(kind(recovery.claim(&name("a"))), ErrorKind::NotFound);
+    let manager = recovery.manager().clone();
+    let other = manager.attach(&layer(0)).await.unwrap();
+    assert_ne!(*other.locator(), locator);
+    other.release().await.unwrap();
+    assert!(recovery.settle().await.is_clean());
+    assert_eq!(next.vm.left(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_fails_sets_up_nothing_and_keeps_what_is_to_be_torn_down() {
+    for writes in 0..12 {
+        let world = World::new();
+        let recovery = world
+            .builder()
+            .recover(world.journal.clone())
+            .await
+            .unwrap();
+        let manager = recovery.manager().clone();
+        world.journal.fail_after(writes);
+        let added = manager.add(&layer(0), &ro().held_by(name("x"))).await;
+        match added {
+            Err(error) => {
+                assert!(writes < 5, "{writes}: {error:?}");
+                assert!(matches!(
+                    error.kind(),
+                    ErrorKind::Other | ErrorKind::Uncertain
+                ));
+            }
+            Ok(mount) => {
+                assert!(writes >= 5, "{writes}");
+                drop(mount.release().await);
+            }
+        }
+        if writes == 0 {
+            assert_eq!(world.vm.calls(VmStep::Attach), 0);
+        }
+        world.journal.mend();
+        assert!(manager.drain().await.is_clean(), "{writes}");
+        world.vm.check().unwrap();
+        world.vm.assert_empty();
+        let kept = writes == 5;
+        assert_eq!(
+            world.journal.is_empty(),
+            !kept,
+            "{writes}: {:?}",
+            world.journal
+        );
+        drop(recovery);
+    }
+}
