@@ -17,6 +17,9 @@ const OBJECTS: &str = "/objects";
 /// (`hw/mem/memory-device.c`). There is no class for it.
 const NO_ADDRESS_SPACE: [&str; 2] = ["not enough space", "could not find position"];
 
+/// What QEMU says when something of another name is where a device should be. There is no class for it either.
+const OCCUPIED: [&str; 3] = ["already used by", "in use by", " busy"];
+
 /// A device of a VM, which may or may not be there.
 pub(crate) struct Plug<'a> {
     pub(crate) qmp: &'a Qmp,
@@ -63,7 +66,7 @@ struct Deletions {
 }
 
 /// What there is of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Presence {
     pub(crate) backend: bool,
     pub(crate) device: bool,
@@ -73,6 +76,9 @@ pub(crate) struct Presence {
 struct Node {
     #[serde(rename = "node-name")]
     name: String,
+    /// The path by which it was opened.
+    #[serde(default)]
+    file: String,
 }
 
 #[derive(Deserialize)]
@@ -104,13 +110,33 @@ impl Backend {
         }
     }
 
-    async fn names(self, qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    /// The paths by which QEMU has opened what is added under an id.
+    async fn paths(self, qmp: &Qmp, id: &str) -> Result<Vec<String>, QmpError> {
         match self {
             Backend::Node => {
-                let flat = json!({"flat": true});
-                let nodes: Vec<Node> = qmp.query("query-named-block-nodes", flat).await?;
-                Ok(nodes.into_iter().map(|node| node.name).collect())
+                let named = format!("{id}-file");
+                let nodes = nodes(qmp).await?.into_iter();
+                let ours = nodes.filter(|node| node.name == id || node.name == named);
+                Ok(ours.map(|node| node.file).collect())
             }
+            Backend::Memory => {
+                let arguments = json!({"path": format!("{OBJECTS}/{id}"), "property": "mem-path"});
+                match qmp.query("qom-get", arguments).await {
+                    Ok(path) => Ok(vec![path]),
+                    Err(QmpError::Refused { .. }) => Ok(Vec::new()),
+                    Err(error) => Err(error),
+                }
+            }
+        }
+    }
+
+    async fn names(self, qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+        match self {
+            Backend::Node => Ok(nodes(qmp)
+                .await?
+                .into_iter()
+                .map(|node| node.name)
+                .collect()),
             Backend::Memory => objects(qmp, OBJECTS).await,
         }
     }
@@ -142,12 +168,12 @@ impl Plug<'_> {
                     passed.push(given);
                 }
                 Ok(None) => paths.push(file.path().to_owned()),
-                Err(failure) => return self.settle(Stage::Files, failure).await,
+                Err(failure) => return self.settle(Stage::Files, failure, &paths).await,
             }
         }
         let added = self.qmp.execute(self.backend.add(), backend(&paths)).await;
         if let Err(failure) = added {
-            return self.settle(Stage::Backend, failure).await;
+            return self.settle(Stage::Backend, failure, &paths).await;
         }
         if passed.len() < files.len() {
             self.prove(files).await?;
@@ -161,7 +187,7 @@ impl Plug<'_> {
         }
         match plugged {
             Ok(_) => Ok(()),
-            Err(failure) => self.settle(Stage::Device, failure).await,
+            Err(failure) => self.settle(Stage::Device, failure, &paths).await,
         }
     }
 
@@ -180,42 +206,82 @@ impl Plug<'_> {
         Ok(())
     }
 
-    /// Finds out what a failed attachment has left, and takes it out.
-    async fn settle(&self, stage: Stage, failure: QmpError) -> Result<(), BackendError> {
+    /// Finds out what a failed attachment has left, and takes it out. What others have put there is left alone, also by the
+    /// detach that follows a doubt.
+    async fn settle(
+        &self,
+        stage: Stage,
+        failure: QmpError,
+        paths: &[String],
+    ) -> Result<(), BackendError> {
+        let settled = self.settle_now(stage, failure, paths).await;
+        let in_doubt = settled.as_ref().map_err(BackendError::kind) == Err(ErrorKind::Uncertain);
+        let in_doubt = in_doubt && stage != Stage::Device;
+        self.qmp
+            .note_doubt(&self.id, in_doubt.then(|| paths.to_owned()));
+        settled
+    }
+
+    async fn settle_now(
+        &self,
+        stage: Stage,
+        failure: QmpError,
+        paths: &[String],
+    ) -> Result<(), BackendError> {
         let tried = self.tried();
         if failure.kind() == ErrorKind::Gone {
             return Err(failure.while_trying(tried));
         }
+        let was_refused = matches!(failure, QmpError::Refused { .. });
+        // What is there, if anything, was there before.
+        let is_foreign = |there: Presence| match stage {
+            Stage::Files => there.device || there.backend,
+            Stage::Backend => there.device || (there.backend && was_refused),
+            Stage::Device => there.device && was_refused,
+        };
         if let Err(error) = self.qmp.close_passed_for(&self.id).await {
-            return Err(in_doubt(tried, error));
+            match was_refused && stage == Stage::Backend {
+                true => warn!(%error, id = self.id, "QEMU keeps descriptors"),
+                false => return Err(in_doubt(tried, error)),
+            }
         }
         // It was not sent, and nothing was before.
         if failure.kind() == ErrorKind::Busy && stage != Stage::Device {
             return Err(failure.while_trying(tried));
         }
         // QEMU does one command after the other: with these answers, the fate of the last is decided.
-        let there = match self.presence().await {
+        let mut there = match self.presence().await {
             Ok(there) => there,
+            // A detach, which follows a doubt, would take out what is foreign.
+            Err(_) if was_refused && stage == Stage::Backend => Presence::default(),
             Err(error) => return Err(in_doubt(tried, error)),
         };
-        let was_refused = matches!(failure, QmpError::Refused { .. });
-        let of_earlier = there.device || (there.backend && (was_refused || stage == Stage::Files));
-        match stage {
-            Stage::Device if there.device && !was_refused => return Ok(()),
-            Stage::Files | Stage::Backend if of_earlier => {
-                let message = format!(
-                    "{tried}: something of an earlier attachment is still there; detach it first"
-                );
-                return Err(BackendError::uncertain(message).with_source(failure));
-            }
-            _ => {}
+        let mut foreign = is_foreign(there);
+        if stage == Stage::Device && there.device && !was_refused {
+            return Ok(());
+        }
+        if stage == Stage::Backend && there.backend && !foreign {
+            let opened = self.backend.paths(self.qmp, &self.id).await;
+            let opened = opened.map_err(|error| in_doubt(tried.clone(), error))?;
+            foreign = !opened.iter().any(|path| paths.contains(path));
+        }
+        if stage != Stage::Device && foreign {
+            there.backend = false;
         }
         if there.backend
             && let Err(error) = self.remove_backend(&mut self.deletions()).await
         {
             return Err(in_doubt(tried, error));
         }
-        Err(BackendError::new(self.refusal(&failure), tried).with_source(failure))
+        let kind = match foreign {
+            true => ErrorKind::Conflict,
+            false => self.refusal(&failure),
+        };
+        let tried = match kind {
+            ErrorKind::Conflict => format!("{tried}: something that is not ours is there"),
+            _ => tried,
+        };
+        Err(BackendError::new(kind, tried).with_source(failure))
     }
 
     /// What a failure means when it is certain that nothing is left of the attempt.
@@ -227,6 +293,11 @@ impl Plug<'_> {
             {
                 ErrorKind::Full
             }
+            QmpError::Refused { desc, command, .. }
+                if command == "device_add" && OCCUPIED.iter().any(|said| desc.contains(said)) =>
+            {
+                ErrorKind::Conflict
+            }
             _ => match failure.kind() {
                 ErrorKind::Uncertain => ErrorKind::Other,
                 kind => kind,
@@ -236,12 +307,27 @@ impl Plug<'_> {
 
     /// Takes out what there is of the device, wherever an earlier detachment has stopped.
     pub(crate) async fn detach(&self) -> Result<(), BackendError> {
-        // Before anything is asked for, so that nothing is missed.
-        let mut deletions = self.deletions();
-        self.remove_device(&mut deletions).await?;
-        self.remove_backend(&mut deletions).await?;
+        if self.is_ours().await? {
+            // Before anything is asked for, so that nothing is missed.
+            let mut deletions = self.deletions();
+            self.remove_device(&mut deletions).await?;
+            self.remove_backend(&mut deletions).await?;
+        }
+        self.qmp.note_doubt(&self.id, None);
         let closed = self.qmp.close_passed_for(&self.id).await;
         closed.map_err(|error| error.while_trying(format!("cannot close the image of {}", self.id)))
+    }
+
+    /// Whether what is there may be taken out. After an attach that was in doubt it may be of others: then it was opened by
+    /// another path.
+    async fn is_ours(&self) -> Result<bool, BackendError> {
+        let Some(paths) = self.qmp.doubt(&self.id) else {
+            return Ok(true);
+        };
+        let opened = self.backend.paths(self.qmp, &self.id).await;
+        let opened = opened
+            .map_err(|error| error.while_trying(format!("cannot find out whose {} is", self.id)))?;
+        Ok(opened.iter().any(|path| paths.contains(path)))
     }
 
     fn deletions(&self) -> Deletions {
@@ -359,6 +445,11 @@ pub(crate) async fn left(
     let mut left: Vec<String> = ours.map(|(what, name)| format!("{what} {name}")).collect();
     left.sort();
     Ok(left)
+}
+
+async fn nodes(qmp: &Qmp) -> Result<Vec<Node>, QmpError> {
+    let flat = json!({"flat": true});
+    qmp.query("query-named-block-nodes", flat).await
 }
 
 async fn objects(qmp: &Qmp, path: &str) -> Result<Vec<String>, QmpError> {

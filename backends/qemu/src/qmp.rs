@@ -39,7 +39,8 @@ mod link;
 mod message;
 mod migration;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -103,6 +104,8 @@ struct Shared {
     version: Version,
     /// None if the stream is no Unix socket.
     descriptors: Option<PendingDescriptors>,
+    /// Of devices that may or may not have been added: the paths that QEMU was given, by the id.
+    doubts: Mutex<HashMap<String, Vec<String>>>,
 }
 
 impl Qmp {
@@ -175,6 +178,7 @@ impl Qmp {
             deadlines,
             version,
             descriptors,
+            doubts: Mutex::default(),
         }));
         qmp.execute_within("qmp_capabilities", NONE, deadline)
             .await?;
@@ -241,6 +245,21 @@ impl Qmp {
     /// The events of a name, from now on: of what is asked for after this, none is lost.
     pub fn events(&self, name: &str) -> Events {
         self.0.listeners.listen(name)
+    }
+
+    /// Remembers that a device may have been added from these paths, or that there is no doubt.
+    pub(crate) fn note_doubt(&self, id: &str, paths: Option<Vec<String>>) {
+        // A map is whole after a panic.
+        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        match paths {
+            Some(paths) => drop(doubts.insert(id.to_owned(), paths)),
+            None => drop(doubts.remove(id)),
+        }
+    }
+
+    pub(crate) fn doubt(&self, id: &str) -> Option<Vec<String>> {
+        let doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        doubts.get(id).cloned()
     }
 
     fn pending_descriptors(&self) -> Option<&PendingDescriptors> {

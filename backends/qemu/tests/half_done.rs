@@ -77,7 +77,7 @@ async fn an_image_with_another_user_in_qemu_is_busy_until_that_has_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_an_earlier_attachment_has_left_is_detached_first() {
+async fn u03_what_others_have_put_at_an_address_is_a_conflict() {
     let mut qemu = Qemu::start(1);
     let before = qemu.tables();
     let scsi = qemu.scsi().await;
@@ -86,13 +86,13 @@ async fn what_an_earlier_attachment_has_left_is_detached_first() {
     let left = json!({"driver": "file", "node-name": "bm-scsi-0-3", "filename": left});
     qemu.execute("blockdev-add", left);
     let error = scsi.attach_identified(at, &disk).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     scsi.detach(at).await.unwrap();
     scsi.attach_identified(at, &disk).await.unwrap();
 
     // Also where all of it is left.
     let error = scsi.attach_identified(at, &disk).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     scsi.detach(at).await.unwrap();
     assert_eq!(qemu.tables(), before);
 }
@@ -119,10 +119,10 @@ async fn a_refused_device_takes_its_image_with_it() {
         .attach_identified(address("0/3"), &disk)
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Other, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert_eq!(
         error.to_string(),
-        "cannot attach a disk at SCSI address 0/3"
+        "cannot attach a disk at SCSI address 0/3: something that is not ours is there"
     );
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(cause.contains("lun already used by 'other'"), "{cause}");

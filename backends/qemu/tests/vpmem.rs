@@ -275,7 +275,9 @@ async fn a_detachment_goes_on_from_every_half_of_the_way() {
         .attach_identified(device(0), &disk)
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    let error = attacher.map_identified(device(0), range(0, 3 * MIB), &disk);
+    assert_eq!(error.await.unwrap_err().kind(), ErrorKind::Conflict);
     attacher.detach(device(0)).await.unwrap();
     assert_eq!(pmem.guest.tables(), before);
     attacher.attach_identified(device(0), &disk).await.unwrap();

@@ -10,6 +10,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
 use super::{Contents, QemuVpmem, used_otherwise};
+use crate::plug::Presence;
 use crate::source::{OpenFile, nothing_done};
 
 impl QemuVpmem {
@@ -66,7 +67,8 @@ impl QemuVpmem {
             .contents(device)
             .await
             .ok_or_else(|| self.no_such(device))?;
-        if let Contents::Nothing = *contents {
+        let is_new = matches!(*contents, Contents::Nothing);
+        if is_new {
             let (directory, size) = (self.0.directory.clone(), self.0.geometry.device_size());
             let what = format!("the file of VPMEM device {device}");
             let make = move |_: &AtomicBool| Private::make(&directory, size);
@@ -83,7 +85,7 @@ impl QemuVpmem {
             let message = format!("cannot map to VPMEM device {device}: QEMU is gone");
             return Err(BackendError::gone(message));
         }
-        if !*plugged && let Err(error) = self.plug_packed(device, file).await {
+        if !*plugged && let Err(error) = self.plug_packed(device, file, is_new).await {
             if error.kind() != ErrorKind::Uncertain {
                 *contents = Contents::Nothing;
             }
@@ -100,11 +102,19 @@ impl QemuVpmem {
         &self,
         device: DeviceNumber,
         file: &mut Private,
+        is_new: bool,
     ) -> Result<(), BackendError> {
         let plug = self.plug(device);
         let tried = || format!("cannot look for VPMEM device {device}");
         let there = plug.presence().await;
-        let there = there.map_err(|error| error.while_trying(tried()))?;
+        let there = there.map_err(|error| match error.while_trying(tried()) {
+            error if is_new => nothing_done(error),
+            error => error,
+        })?;
+        if is_new && there != Presence::default() {
+            let message = format!("VPMEM device {device} is there already, and is not ours");
+            return Err(BackendError::conflict(message));
+        }
         if there.backend && !there.device {
             plug.detach().await?;
         }
