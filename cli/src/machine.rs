@@ -64,7 +64,8 @@ impl Machine {
         if let (GuestKind::Local, Some(scheme)) = (kind, transports.required())
             && scheme != Transports::DEFAULT
         {
-            let what = format!("this machine has loop devices for disks, and no {scheme}");
+            let name = scheme.to_uppercase();
+            let what = format!("this machine has loop devices for disks, and no {name}");
             let advice = format!("use --guest qemu with --transport {scheme}");
             return Err(Failure::usage(what).advise(advice));
         }

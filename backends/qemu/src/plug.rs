@@ -1,13 +1,14 @@
 //! One hot-plugged device of a QEMU, made on a block node or on memory: how it comes, how it goes, and what is known
 //! of it when an answer is lost.
 
-use blockmount::{BackendError, ErrorKind};
+use blockmount::{BackendError, DiskId, ErrorKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::warn;
 
 use crate::qmp::{Event, Events, Passed, Qmp, QmpError};
 use crate::source::OpenFile;
+use std::collections::HashMap;
 
 /// Where QEMU keeps the devices, and the other objects, that have ids.
 const DEVICES: &str = "/machine/peripheral";
@@ -152,17 +153,19 @@ impl Backend {
 impl Plug<'_> {
     /// Plugs the device: passes QEMU the files, adds what the device is made on, then the device. All or nothing.
     ///
+    /// The first file is that of the disk, whose `id` QEMU shows for as long as the device is there, if there is one.
     /// `backend` makes the arguments of `blockdev-add` or `object-add` from the paths by which QEMU opens the files.
     pub(crate) async fn attach(
         &self,
         files: &[OpenFile],
+        id: Option<&DiskId>,
         backend: impl FnOnce(&[String]) -> Value,
         device: Value,
     ) -> Result<(), BackendError> {
         let (mut paths, mut passed) = (Vec::new(), Vec::new());
-        for file in files {
-            let shared = file.share()?;
-            match self.qmp.pass(shared, &self.id).await {
+        for (number, file) in files.iter().enumerate() {
+            let (shared, id) = (file.share()?, id.filter(|_| number == 0));
+            match self.qmp.pass(shared, &self.id, id).await {
                 Ok(Some(given)) => {
                     paths.push(self.backend.path_of(given));
                     passed.push(given);
@@ -179,7 +182,8 @@ impl Plug<'_> {
             self.prove(files).await?;
         }
         let (closed, plugged) = tokio::join!(
-            self.qmp.close_passed(&passed),
+            self.qmp
+                .close_passed(&passed[usize::from(id.is_some()).min(passed.len())..]),
             self.qmp.execute("device_add", device)
         );
         if let Err(error) = closed {
@@ -425,6 +429,56 @@ impl Plug<'_> {
 
     fn tried(&self) -> String {
         self.qmp.explain(format!("cannot attach {}", self.what))
+    }
+}
+
+/// What QEMU has, by whoever added it.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// By names with our prefix, with the disk where QEMU shows that.
+    pub(crate) ours: HashMap<String, Option<DiskId>>,
+    /// Devices of other names, with the path of the bus that each is on.
+    pub(crate) others: Vec<(String, String)>,
+}
+
+/// Asks QEMU for all devices, and for what devices of ours are made on.
+pub(crate) async fn find(qmp: &Qmp, backend: Backend, prefix: &str) -> Result<Found, BackendError> {
+    let failed = |error: QmpError| error.while_trying("cannot list the disks of the VM");
+    let devices = objects(qmp, DEVICES).await.map_err(failed)?;
+    let backends = backend.names(qmp).await.map_err(failed)?;
+    let disks = qmp.kept_disks().await.map_err(failed)?;
+    let (ours, others): (Vec<String>, Vec<String>) = devices
+        .into_iter()
+        .partition(|name| name.starts_with(prefix));
+    let backends = backends.into_iter().filter(|name| name.starts_with(prefix));
+    let ours = ours.into_iter().chain(backends);
+    let mut found = Found {
+        ours: ours
+            .map(|name| (name.clone(), disks.get(&name).cloned()))
+            .collect(),
+        others: Vec::new(),
+    };
+    for name in others {
+        if let Some(bus) = property(qmp, &name, "parent_bus").await.map_err(failed)?
+            && let Some(bus) = bus.as_str()
+        {
+            found.others.push((name, bus.to_owned()));
+        }
+    }
+    Ok(found)
+}
+
+/// A property of a device; none if the device has no such property, or has just gone.
+pub(crate) async fn property(
+    qmp: &Qmp,
+    device: &str,
+    property: &str,
+) -> Result<Option<Value>, QmpError> {
+    let arguments = json!({"path": format!("{DEVICES}/{device}"), "property": property});
+    match qmp.execute("qom-get", arguments).await {
+        Ok(value) => Ok(Some(value)),
+        Err(QmpError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

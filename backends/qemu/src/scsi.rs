@@ -216,14 +216,16 @@ impl Attacher for QemuScsi {
                 "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"
             ))
         })?;
-        let (inspected, id, backing) = (disk.clone(), id.clone(), self.backing);
+        let (inspected, opened, backing) = (disk.clone(), id.clone(), self.backing);
         let image = self
-            .blocking(disk, move |_: &_| Image::inspect(&inspected, &id, backing))
+            .blocking(disk, move |_: &_| {
+                Image::inspect(&inspected, &opened, backing)
+            })
             .await?;
         let name = Self::name(address);
         let node = |paths: &[String]| image.node(&name, paths);
         let plug = self.plug(address);
-        plug.attach(image.files(), node, device).await
+        plug.attach(image.files(), Some(id), node, device).await
     }
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
@@ -234,16 +236,41 @@ impl Attacher for QemuScsi {
         }
     }
 
-    /// The disks that have a name of this attacher's.
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
-        let names = self.left().await?;
-        let devices = names.iter().filter_map(|name| name.strip_prefix("device "));
-        let addresses = devices.filter_map(ScsiAddress::from_serial);
-        Ok(addresses.map(|at| Occupant::new(at, None)).collect())
+        let found = plug::find(&self.qmp, Backend::Node, ScsiAddress::SERIAL_PREFIX).await?;
+        let ours = found.ours.into_iter();
+        let mut occupants: Vec<_> = ours
+            .filter_map(|(name, id)| Some(Occupant::new(ScsiAddress::from_serial(&name)?, id)))
+            .collect();
+        for (device, bus) in found.others {
+            let on_it = |id: &String| bus.ends_with(&format!("/{id}.0"));
+            if let Some(controller) = self.controllers.iter().position(on_it)
+                && let Some(address) = self.address_of(controller, &device).await?
+            {
+                occupants.push(Occupant::new(address, None));
+            }
+        }
+        Ok(occupants)
     }
 }
 
 impl QemuScsi {
+    /// Where a device of another name is on a controller; none where no disk of ours could be.
+    async fn address_of(
+        &self,
+        controller: usize,
+        device: &str,
+    ) -> Result<Option<ScsiAddress>, BackendError> {
+        let lun = plug::property(&self.qmp, device, "lun").await;
+        let lun = lun.map_err(|error| error.while_trying("cannot list the disks of the VM"))?;
+        let address = || {
+            let controller = u64::try_from(controller).ok()?.try_into().ok()?;
+            let lun = lun?.as_u64()?.try_into().ok()?;
+            Some(ScsiAddress::new(controller, lun))
+        };
+        Ok(address().filter(|address| self.geometry.contains(*address)))
+    }
+
     /// Looks at a disk, which changes nothing.
     async fn blocking<T: Send + 'static>(
         &self,

@@ -222,6 +222,7 @@ impl QemuVpmem {
         &self,
         device: DeviceNumber,
         file: &OpenFile,
+        disk: Option<&DiskId>,
         size: u64,
     ) -> Result<(), BackendError> {
         let id = Self::name(device);
@@ -253,7 +254,7 @@ impl QemuVpmem {
             }),
         };
         let plug = self.plug(device);
-        plug.attach(std::slice::from_ref(file), memory, arguments)
+        plug.attach(std::slice::from_ref(file), disk, memory, arguments)
             .await
     }
 
@@ -320,16 +321,16 @@ impl Attacher for QemuVpmem {
         if !matches!(*contents, Contents::Nothing) {
             return Err(used_otherwise(device));
         }
-        let (prepared, id, directory) = (disk.clone(), id.clone(), self.0.directory.clone());
+        let (prepared, opened, directory) = (disk.clone(), id.clone(), self.0.directory.clone());
         let prepare =
-            move |given_up: &AtomicBool| Image::prepare(&prepared, &id, &directory, given_up);
+            move |given_up: &AtomicBool| Image::prepare(&prepared, &opened, &directory, given_up);
         let longest = self.0.geometry.device_size();
         let image = self.blocking(&disk.to_string(), longest, prepare).await;
         let image = image.map_err(nothing_done)?;
         let (file, size) = (image.file()?, image.size());
         // From here on it stays open, until it is certain that QEMU has it no more.
         *contents = Contents::Disk(image);
-        let attached = self.plug_in(device, &file, size).await;
+        let attached = self.plug_in(device, &file, Some(id), size).await;
         match &attached {
             Ok(()) => contents.opened(),
             Err(error) if error.kind() == ErrorKind::Uncertain => {}
@@ -379,18 +380,34 @@ impl Attacher for QemuVpmem {
         self.unmap_range(device, range).await
     }
 
-    /// The devices that have a name of this attacher's. What is mapped to a device, QEMU does not know.
+    /// A device that disks are mapped to is listed as a whole, and QEMU does not show what is on it.
     async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
-        let names = self.left().await?;
-        let devices = names
-            .iter()
-            .filter_map(|name| name.strip_prefix("device ")?.strip_prefix(PREFIX));
-        let devices = devices.filter_map(|number| {
-            let device = DeviceLocator::number(number)?.try_into().ok()?;
+        let found = plug::find(&self.0.qmp, Backend::Memory, PREFIX).await?;
+        let whole = |device: u64, id| {
+            let device = device.try_into().ok()?;
             let range = None;
-            Some(Occupant::new(VpmemAddress { device, range }, None))
-        });
-        Ok(devices.collect())
+            Some(Occupant::new(VpmemAddress { device, range }, id))
+        };
+        let ours = found.ours.into_iter();
+        let ours = ours
+            .filter_map(|(name, id)| whole(DeviceLocator::number(name.strip_prefix(PREFIX)?)?, id));
+        let mut occupants: Vec<_> = ours.collect();
+        for (device, bus) in found.others {
+            let number = match &self.0.kind {
+                Kind::VirtioPmem { ports } => {
+                    let on_it = |port: &String| bus.contains(&format!("/{port}/"));
+                    ports.iter().position(on_it).map(|number| number as u64)
+                }
+                Kind::Nvdimm => {
+                    let slot = plug::property(&self.0.qmp, &device, "slot").await;
+                    let failed = "cannot list the VPMEM devices of the VM";
+                    let slot = slot.map_err(|error| error.while_trying(failed))?;
+                    slot.and_then(|slot| slot.as_u64())
+                }
+            };
+            occupants.extend(number.and_then(|number| whole(number, None)));
+        }
+        Ok(occupants)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Passing open files to QEMU, so that it opens no path itself: `SCM_RIGHTS` beside the command `add-fd`.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -9,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use blockmount::DiskId;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::json;
@@ -42,16 +44,18 @@ struct Member {
 }
 
 impl Qmp {
-    /// Passes QEMU an open file on behalf of `owner`; none if this connection carries no descriptors.
+    /// Passes QEMU an open file on behalf of `owner`; none if this connection carries no descriptors. For as long as QEMU keeps
+    /// it, the file shows the `id` of the disk, if it has one.
     pub(crate) async fn pass(
         &self,
         file: OwnedFd,
         owner: &str,
+        id: Option<&DiskId>,
     ) -> Result<Option<Passed>, QmpError> {
         let Some(pending) = self.pending_descriptors() else {
             return Ok(None);
         };
-        let pending = pending.add(file, owner);
+        let pending = pending.add(file, owner, id);
         let arguments = json!({"opaque": pending.name});
         match self.query("add-fd", arguments).await {
             Ok(passed) => Ok(Some(passed)),
@@ -85,12 +89,39 @@ impl Qmp {
         Ok(())
     }
 
+    /// Which disks the files are that QEMU keeps, by their owners.
+    pub(crate) async fn kept_disks(&self) -> Result<HashMap<String, DiskId>, QmpError> {
+        if self.pending_descriptors().is_none() {
+            return Ok(HashMap::new());
+        }
+        let sets: Vec<Set> = self.query("query-fdsets", NONE).await?;
+        let members = sets.iter().flat_map(|set| &set.fds);
+        let disk = |member: &Member| {
+            let (owner, rest) = member.opaque.split_once(SEPARATOR)?;
+            let (_, id) = rest.split_once(' ')?;
+            Some((owner.to_owned(), parse_id(id)))
+        };
+        Ok(members.filter_map(disk).collect())
+    }
+
     async fn remove_set(&self, set: u64) -> Result<(), QmpError> {
         match self.execute("remove-fd", json!({"fdset-id": set})).await {
             // It is gone already.
             Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Reads what [`DiskId`] displays.
+fn parse_id(text: &str) -> DiskId {
+    let inode = text.strip_prefix("inode ");
+    let numbers = inode.and_then(|text| text.split_once(" of device "));
+    let parsed =
+        numbers.and_then(|(inode, device)| Some((inode.parse().ok()?, device.parse().ok()?)));
+    match parsed {
+        Some((inode, device)) => DiskId::inode(device, inode),
+        None => DiskId::name(text),
     }
 }
 
@@ -105,10 +136,11 @@ pub(super) struct PendingDescriptors(Arc<Mutex<Vec<Named>>>);
 type Named = (Arc<str>, OwnedFd);
 
 impl PendingDescriptors {
-    fn add(&self, file: OwnedFd, owner: &str) -> Pending<'_> {
+    fn add(&self, file: OwnedFd, owner: &str, id: Option<&DiskId>) -> Pending<'_> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name: Arc<str> = format!("{owner}{SEPARATOR}{number}").into();
+        let id = id.map_or(String::new(), |id| format!(" {id}"));
+        let name: Arc<str> = format!("{owner}{SEPARATOR}{number}{id}").into();
         self.lock().push((name.clone(), file));
         Pending { all: self, name }
     }

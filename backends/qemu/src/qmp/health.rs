@@ -64,9 +64,11 @@ impl Health {
                 let name = |field: &str| data[field].as_str().filter(|name| !name.is_empty());
                 let disk = name("node-name").or(name("device")).unwrap_or("a disk");
                 let operation = data["operation"].as_str().unwrap_or("access");
-                let reason = match data["nospace"] == true {
+                let reason = data["reason"].as_str().unwrap_or("no reason is told");
+                // The flag is set only where the error stops the VM.
+                let reason = match data["nospace"] == true || reason == NO_SPACE {
                     true => "the host's disk is full",
-                    false => data["reason"].as_str().unwrap_or("no reason is told"),
+                    false => reason,
                 };
                 let stops = if data["action"] == "stop" { STOPS } else { "" };
                 let error = one_line(&format_args!(
@@ -90,6 +92,9 @@ impl Health {
         *self != before
     }
 }
+
+/// What the C library says of `ENOSPC`.
+const NO_SPACE: &str = "No space left on device";
 
 /// How an error ends that stops the VM.
 const STOPS: &str = ", and QEMU stopped the VM";

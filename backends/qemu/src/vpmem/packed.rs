@@ -125,7 +125,7 @@ impl QemuVpmem {
             })?;
             let shared = OpenFile::new(shared, file.path())?;
             let size = self.0.geometry.device_size();
-            self.plug_in(device, &shared, size).await?;
+            self.plug_in(device, &shared, None, size).await?;
         }
         file.forget_name();
         Ok(())

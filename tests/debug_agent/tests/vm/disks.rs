@@ -234,10 +234,7 @@ async fn vm_i04_the_guest_sees_the_options_of_a_disk() {
             .split_once('/')
             .unwrap();
         let block = format!("/sys/class/scsi_device/{controller}:0:0:0/device/block");
-        let names = rig.tables().await["block_devices"].clone();
-        let names = names.as_array().unwrap().iter();
-        let mut names = names.filter_map(|disk| disk["name"].as_str());
-        let name = names.find(|name| name.starts_with("sd")).unwrap();
+        let name = scsi_disk(&rig).await;
         let queue = Path::new(&block).join(name).join("queue");
         let attributes = ["logical_block_size", "physical_block_size", "write_cache"];
         for (attribute, value) in attributes.into_iter().zip(seen) {
@@ -263,4 +260,18 @@ async fn vm_i04_the_guest_sees_the_options_of_a_disk() {
         error.cause()
     );
     rig.end().await;
+}
+
+/// The name of the only SCSI disk, once the guest has found it.
+async fn scsi_disk(rig: &Rig) -> String {
+    for _ in 0..200 {
+        let tables = rig.tables().await;
+        let names = tables["block_devices"].as_array().unwrap().iter();
+        let mut names = names.filter_map(|disk| disk["name"].as_str());
+        if let Some(name) = names.find(|name| name.starts_with("sd")) {
+            return name.to_owned();
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    panic!("the guest has no SCSI disk");
 }

@@ -6,8 +6,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blockmount::{Disk, ErrorKind, MountRequest};
+use blockmount::{Disk, ErrorKind, Manager, MountRequest, Presence, Transport, Unplugger as _};
 use blockmount_qemu::qmp::NONE;
+use blockmount_qemu::{QemuScsi, QemuVpmem};
+use blockmount_scsi::ScsiTransport;
+use blockmount_vpmem::{Mode, VpmemTransport};
 use serde_json::json;
 
 use crate::rig::{self, Rig, read_only};
@@ -98,6 +101,8 @@ async fn vm_u05_a_release_that_waits_for_a_stopped_vm_is_told_and_can_be_retried
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
     let said = format!("{error}: {}", error.error().cause());
     assert!(said.contains("the VM is stopped"), "{said}");
+    // It could be retried, and keeps the VM for that.
+    drop(error);
     // The disk is still there, since nothing is known of the guest's side.
     let blocks = rig.vm.qmp().execute("query-block", NONE).await.unwrap();
     assert!(!blocks.as_array().unwrap().is_empty());
@@ -161,4 +166,115 @@ async fn vm_x06_a_start_that_is_stopped_is_not_taken_for_a_bad_state() {
         .await
         .unwrap_err();
     assert_eq!(states(), before, "{error}");
+}
+
+/// A manager that knows nothing of what is in the VM, as after a restart without a journal.
+fn stranger(rig: &Rig, transport: impl Transport) -> Manager {
+    Manager::builder()
+        .transport(transport)
+        .unplugger(rig.guest.clone())
+        .mounter(rig.guest.clone())
+        .combiner(rig.guest.clone())
+        .mount_root("/run/containers/second")
+        .build()
+}
+
+fn scsi_of(rig: &Rig) -> ScsiTransport<QemuScsi> {
+    let attacher = rig.vm.scsi();
+    let geometry = attacher.geometry();
+    ScsiTransport::new(attacher, geometry, &[]).unwrap()
+}
+
+fn vpmem_of(rig: &Rig, mode: Mode) -> VpmemTransport<QemuVpmem> {
+    let attacher = rig.vm.vpmem(rig::MEMORY_SIZE, rig.dir.path()).unwrap();
+    let geometry = attacher.geometry();
+    VpmemTransport::new(attacher, geometry, mode, &[]).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u03_a_new_manager_leaves_a_disk_alone_that_another_has_mounted() {
+    let rig = Rig::start().await;
+    let scratch = rig.scratch("first");
+    let first = rig
+        .manager
+        .add(&scratch, &MountRequest::default())
+        .await
+        .unwrap();
+    let file = first.path().join("file");
+    rig.ask(json!({ "write": { "path": file, "content": "written" } }))
+        .await;
+    let before = rig.state().await;
+    let second = stranger(&rig, scsi_of(&rig));
+    let mount = second
+        .add(&rig.layer("second"), &read_only())
+        .await
+        .unwrap();
+    assert_ne!(mount.locator(), first.locator());
+    rig.assert_content(&mount.path().join("id"), "second").await;
+    mount.release().await.unwrap();
+    assert!(second.drain().await.is_clean());
+    assert_eq!(rig.state().await, before);
+    rig.assert_content(&file, "written").await;
+    first.release().await.unwrap();
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u03_a_new_manager_leaves_persistent_memory_alone_that_another_has_mounted() {
+    let rig = Rig::start_with_vpmem(Mode::WholeDevices).await;
+    let first = rig
+        .manager
+        .add(&rig.layer("first"), &read_only())
+        .await
+        .unwrap();
+    assert_eq!(first.locator().as_str(), "vpmem:0");
+    let before = rig.state().await;
+    for mode in [Mode::WholeDevices, Mode::Packed] {
+        let second = stranger(&rig, vpmem_of(&rig, mode));
+        let mount = second
+            .add(&rig.layer("second"), &read_only())
+            .await
+            .unwrap();
+        assert!(
+            !mount.locator().as_str().starts_with("vpmem:0"),
+            "{mount:?}"
+        );
+        rig.assert_content(&mount.path().join("id"), "second").await;
+        mount.release().await.unwrap();
+        assert!(second.drain().await.is_clean());
+        if mode == Mode::WholeDevices {
+            assert_eq!(rig.state().await, before);
+        }
+    }
+    rig.assert_content(&first.path().join("id"), "first").await;
+    first.release().await.unwrap();
+    assert!(rig.manager.drain().await.is_clean());
+    rig.end_as_it_is().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u03_disks_of_an_earlier_attacher_are_adopted_and_detached() {
+    let rig = Rig::start().await;
+    for vpmem in [false, true] {
+        let disk = rig.layer(if vpmem { "vpmem" } else { "scsi" });
+        let (id, locator) = {
+            let transport: Box<dyn Transport> = match vpmem {
+                true => Box::new(vpmem_of(&rig, Mode::WholeDevices)),
+                false => Box::new(scsi_of(&rig)),
+            };
+            let id = transport.identify(&disk).await.unwrap();
+            let locator = transport.attach(&disk, &id).await.unwrap();
+            (id, locator)
+        };
+        let transport: Box<dyn Transport> = match vpmem {
+            true => Box::new(vpmem_of(&rig, Mode::WholeDevices)),
+            false => Box::new(scsi_of(&rig)),
+        };
+        let adopted = transport.adopt(&disk, &id, Some(&locator)).await.unwrap();
+        assert_eq!(adopted, Presence::Present(locator.clone()));
+        rig.guest.unplug(&locator).await.unwrap();
+        transport.detach(&disk).await.unwrap();
+        rig.assert_as_at_first().await;
+    }
+    rig.end().await;
 }
