@@ -11,7 +11,7 @@ use blockmount::{
 use crate::codec::HostCodec;
 use crate::connection::Connection;
 use crate::native::GuestConnection;
-use crate::protocol::Request;
+use crate::protocol::{Reply, Request};
 
 /// What carries requests to the agent of a guest: a [`GuestConnection`], one that reconnects, or a hypervisor that has
 /// the connection to itself.
@@ -20,18 +20,19 @@ use crate::protocol::Request;
 /// it, also when the connection is lost. Only the owner of the VM may answer `Gone`, when the VM has ended.
 #[async_trait]
 pub trait GuestChannel: Send + Sync + 'static {
-    /// Has the guest do something, and returns when it has.
+    /// Has the guest do something, and returns when it has. To a question of what is there it answers
+    /// [`Reply::Presence`], to everything else [`Reply::Done`].
     ///
     /// # Errors
     ///
     /// What the guest answers, or why it is not known what the guest has done.
-    async fn call(&self, request: Request) -> Result<(), BackendError>;
+    async fn call(&self, request: Request) -> Result<Reply, BackendError>;
 }
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<C: HostCodec> GuestChannel for Connection<C> {
-    async fn call(&self, request: Request) -> Result<(), BackendError> {
+    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         Connection::call(self, request).await
     }
 }
@@ -59,6 +60,10 @@ impl<C: GuestChannel> BridgeGuest<C> {
     pub fn channel(&self) -> &C {
         &self.0
     }
+
+    async fn done(&self, request: Request) -> Result<(), BackendError> {
+        self.0.call(request).await.map(drop)
+    }
 }
 
 #[async_trait]
@@ -75,21 +80,26 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
             target: target.to_owned(),
             options: options.clone(),
         };
-        self.0.call(request).await
+        self.done(request).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         let target = target.to_owned();
-        self.0.call(Request::Unmount { target }).await
+        self.done(Request::Unmount { target }).await
     }
 
     async fn adopt(
         &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
+        device: &DeviceLocator,
+        target: &Path,
+        options: &MountOptions,
     ) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
+        let request = Request::AdoptMount {
+            locator: device.clone(),
+            target: target.to_owned(),
+            options: options.clone(),
+        };
+        Ok(self.0.call(request).await?.presence())
     }
 }
 
@@ -98,7 +108,7 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
 impl<C: GuestChannel> Unplugger for BridgeGuest<C> {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let locator = device.clone();
-        self.0.call(Request::Unplug { locator }).await
+        self.done(Request::Unplug { locator }).await
     }
 }
 
@@ -106,15 +116,16 @@ impl<C: GuestChannel> Unplugger for BridgeGuest<C> {
 #[deny(clippy::missing_trait_methods)]
 impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        self.0.call(Request::Combine(overlay.clone())).await
+        self.done(Request::Combine(overlay.clone())).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
         let target = target.to_owned();
-        self.0.call(Request::Separate { target }).await
+        self.done(Request::Separate { target }).await
     }
 
-    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
+    async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
+        let request = Request::AdoptOverlay(overlay.clone());
+        Ok(self.0.call(request).await?.presence())
     }
 }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::frames::Header;
 use crate::link::{Failure, Link};
-use crate::protocol::Request;
+use crate::protocol::{Reply, Request};
 
 /// A host's end of a protocol: how a call of the guest's contracts is asked for, and what an answer means.
 ///
@@ -27,13 +27,12 @@ pub trait HostCodec: Debug + Default + Send + Sync + 'static {
         link: Link<'_, Self::Header>,
     ) -> impl Future<Output = Result<Self::Agreed, BackendError>> + Send;
 
-    /// Translates a request, once for each call; nothing if the guest need not be asked. Each translated request is
-    /// [settled](Self::settle), unless its caller gives up.
+    /// Translates a request, once for each call. Each message is [settled](Self::settle), unless its caller gives up.
     fn translate(
         &self,
         request: Request,
         agreed: &Self::Agreed,
-    ) -> Result<Option<Self::Message>, BackendError>;
+    ) -> Result<Ask<Self::Message>, BackendError>;
 
     /// Sends a message, and says what the answer means.
     fn exchange(
@@ -41,13 +40,22 @@ pub trait HostCodec: Debug + Default + Send + Sync + 'static {
         link: Link<'_, Self::Header>,
         what: &str,
         message: Self::Message,
-    ) -> impl Future<Output = Result<(), Failure>> + Send;
+    ) -> impl Future<Output = Result<Reply, Failure>> + Send;
 
     /// Learns how a call has ended.
-    fn settle(&self, message: &Self::Message, outcome: &Result<(), BackendError>);
+    fn settle(&self, message: &Self::Message, outcome: &Result<Reply, BackendError>);
 
     /// Takes a frame that is no answer. `false` if it is one.
     fn take_unasked(&self, header: &Self::Header, body: &Result<Vec<u8>, String>) -> bool;
+}
+
+/// What a request comes to.
+#[derive(Debug)]
+pub enum Ask<M> {
+    /// The guest is sent this.
+    Send(M),
+    /// The guest need not be asked, or cannot.
+    Answer(Reply),
 }
 
 /// What an agent does about a frame of its host.
@@ -62,11 +70,19 @@ pub enum Step {
     /// It sends these bytes, because there is no common version; why is said if the host does not try again.
     Disagree(Vec<u8>, String),
     /// It does something, and then sends the bytes that are made of the outcome.
-    Run(Request, WriteAnswer),
+    Run {
+        /// What it does.
+        request: Request,
+        /// What it does if that is a conflict.
+        otherwise: Option<Request>,
+        /// Makes the answer.
+        write: WriteAnswer,
+    },
 }
 
 /// Makes the bytes of an answer; none are sent where it makes none.
-pub(crate) type WriteAnswer = Box<dyn FnOnce(Result<(), BackendError>) -> Option<Vec<u8>> + Send>;
+pub(crate) type WriteAnswer =
+    Box<dyn FnOnce(Result<Reply, BackendError>) -> Option<Vec<u8>> + Send>;
 
 /// An agent's end of a protocol.
 ///

@@ -7,11 +7,11 @@ use std::time::Duration;
 use blockmount::BackendError;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::codec::HostCodec;
+use crate::codec::{Ask, HostCodec};
 use crate::frames::{Found, FrameReader, Header, too_large};
 use crate::link::{Deadlines, Failure, Link, Received};
 use crate::multiplexer::{Answers, Multiplexer};
-use crate::protocol::Request;
+use crate::protocol::{Reply, Request};
 
 /// A connection to the agent of a guest, over any stream of bytes.
 ///
@@ -144,7 +144,7 @@ impl<C: HostCodec> Connection<C> {
     /// # Cancel safety
     ///
     /// Dropping the future gives up the wait, not the request.
-    pub async fn call(&self, request: Request) -> Result<(), BackendError> {
+    pub async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         self.call_within(request, self.0.deadlines.call).await
     }
 
@@ -157,10 +157,11 @@ impl<C: HostCodec> Connection<C> {
         &self,
         request: Request,
         deadline: Duration,
-    ) -> Result<(), BackendError> {
+    ) -> Result<Reply, BackendError> {
         let what = request.describe();
-        let Some(message) = self.translate(request)? else {
-            return Ok(());
+        let message = match self.translate(request)? {
+            Ask::Send(message) => message,
+            Ask::Answer(reply) => return Ok(reply),
         };
         let outcome = self.attempt(&what, message.clone(), deadline).await;
         let outcome = outcome.map_err(BackendError::from);
@@ -168,8 +169,8 @@ impl<C: HostCodec> Connection<C> {
         outcome
     }
 
-    /// What is sent for a request; nothing if the guest need not be asked.
-    pub(crate) fn translate(&self, request: Request) -> Result<Option<C::Message>, BackendError> {
+    /// What is sent for a request.
+    pub(crate) fn translate(&self, request: Request) -> Result<Ask<C::Message>, BackendError> {
         self.codec().translate(request, &self.agreed())
     }
 
@@ -179,7 +180,7 @@ impl<C: HostCodec> Connection<C> {
         what: &str,
         message: C::Message,
         deadline: Duration,
-    ) -> Result<(), Failure> {
+    ) -> Result<Reply, Failure> {
         let stream = self.current().stream.clone();
         let stream = stream.ok_or_else(|| Failure::not_sent(what, "there is no connection"))?;
         let link = Link {

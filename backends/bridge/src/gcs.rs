@@ -14,10 +14,18 @@
 //! | access, filesystem, partition, encryption, block device | yes | access only, and that is the disk's |
 //! | propagation | yes | no |
 //! | mount flags, options of the filesystem, verity | no | no |
-//! | format | over everything, or encrypted | ReFS over everything |
-//! | overlays | yes | no |
+//! | read-only | ext4 only | as the disk is |
+//! | format | over everything, or xfs encrypted | ReFS over everything |
+//! | overlays | yes; the scratch has to be below the parent of the target, such as `P/scratch` for `P/rootfs` | no |
+//! | what an earlier process has left | `Unknown` | `Unknown` |
 //!
 //! What a guest cannot do, or would silently not do, is `Unsuitable` before anything is sent.
+//!
+//! The agent of a Linux guest waits without end for a device that is not there, also to unmount it. So what is in doubt is
+//! unmounted by its path alone, as an overlay: a mount whose answer is missing, one that an earlier process may have left
+//! ([`adopt`](blockmount::Mounter::adopt) answers `Unknown`, and the unmount asks), and an unmount that was not answered. A mount
+//! that was never answered may still happen: before its disk is removed its path is unmounted again, and no other
+//! disk gets that path.
 //!
 //! # Errors
 //!

@@ -51,6 +51,9 @@
 //!   also over a reconnection, so that an unmount never overtakes the mount that its host has given up on.
 //! - **Nothing is silently dropped.** An agent refuses a request, or a field of one, that it does not know, and
 //!   names it.
+//! - **What a restart left is asked for.** A host that was restarted asks an agent what is still mounted. Agents of version 1
+//!   and guests over GCS cannot be asked: the answer is `Unknown`, and the manager tears down before it uses anything.
+//! - **The host tells the time** when it connects, because a guest from a saved state has the clock of that state.
 //! - **Versions are agreed on.** The first message of a connection says which versions the host speaks. Where there is
 //!   no common one, both ends say which of them is older and has to be updated.
 //!
@@ -89,6 +92,6 @@ pub use connection::Connection;
 pub use frames::FrameError;
 pub use link::Deadlines;
 pub use native::{GuestConnection, GuestServer};
-pub use protocol::{MAX_FRAME, Request};
+pub use protocol::{Greeting, MAX_FRAME, Reply, Request};
 pub use redial::{Dialer, RedialingChannel};
 pub use server::{Guest, ServeError, Server};

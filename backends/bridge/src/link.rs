@@ -39,6 +39,8 @@ pub enum Failure {
         /// What to say if that is the end of it; `Uncertain`.
         error: BackendError,
     },
+    /// There was no answer in time, though the guest may have seen the request.
+    TimedOut(BackendError),
     /// Anything else.
     Failed(BackendError),
 }
@@ -52,7 +54,9 @@ impl From<BackendError> for Failure {
 impl From<Failure> for BackendError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Lost { error, .. } | Failure::Failed(error) => error,
+            Failure::Lost { error, .. } | Failure::TimedOut(error) | Failure::Failed(error) => {
+                error
+            }
         }
     }
 }
@@ -86,7 +90,7 @@ impl Failure {
                     "the guest was asked for the {what} and has not answered: {reason}"
                 )),
             },
-            Unanswered::TimedOut { sent: true } => Failure::Failed(BackendError::uncertain(
+            Unanswered::TimedOut { sent: true } => Failure::TimedOut(BackendError::uncertain(
                 format!("the guest has not answered the {what} within {deadline:?}"),
             )),
             Unanswered::TimedOut { sent: false } => Failure::Failed(BackendError::busy(format!(

@@ -1,18 +1,21 @@
 //! Our own protocol, at both ends: requests are sent as they are.
 
-use std::sync::Arc;
+use std::fmt;
 
-use blockmount::{BackendError, ErrorKind};
+use blockmount::{BackendError, ErrorKind, Presence};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use crate::codec::{AgentCodec, HostCodec, Step};
+use crate::codec::{AgentCodec, Ask, HostCodec, Step};
 use crate::connection::Connection;
 use crate::link::{Failure, Link};
-use crate::protocol::{Answer, First, Hello, HelloAnswer, Id, Request, SOFTWARE, frame, printable};
-use crate::server::Server;
+use crate::protocol::{
+    ADOPTS, Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame,
+    printable,
+};
+use crate::server::{Guest, Server};
 
 /// A host's connection to an agent of ours.
 pub type GuestConnection = Connection<NativeHost>;
@@ -24,31 +27,36 @@ pub type GuestServer = Server<NativeAgent>;
 #[derive(Debug, Default)]
 pub struct NativeHost(());
 
+/// What a host knows of an agent.
+#[derive(Debug, Default)]
+pub struct Agreement {
+    version: u32,
+    /// The name and version of the agent's software.
+    software: String,
+}
+
 impl GuestConnection {
     /// The name and version of the agent's software, as it says.
-    pub fn agent(&self) -> Arc<String> {
-        self.agreed()
+    pub fn agent(&self) -> String {
+        self.agreed().software.clone()
     }
 }
 
 impl HostCodec for NativeHost {
     type Header = Id;
     type Message = Request;
-    /// The name and version of the agent's software.
-    type Agreed = String;
+    type Agreed = Agreement;
 
-    async fn negotiate(&self, link: Link<'_, Id>) -> Result<String, BackendError> {
-        let host = Hello::ours();
+    async fn negotiate(&self, link: Link<'_, Id>) -> Result<Agreement, BackendError> {
+        let host = Hello::of_host();
         match exchange(link, "negotiation", &First::Hello(host.clone())).await? {
-            HelloAnswer::Chosen { version, software }
-                if (host.min..=host.max).contains(&version) =>
-            {
-                Ok(printable(&software))
-            }
             HelloAnswer::Chosen { version, software } => {
+                let software = printable(&software);
+                if (host.min..=host.max).contains(&version) {
+                    return Ok(Agreement { version, software });
+                }
                 let message = format!(
-                    "the agent ({}) has chosen version {version} of the protocol, which this host did not offer",
-                    printable(&software)
+                    "the agent ({software}) has chosen version {version} of the protocol, which this host did not offer"
                 );
                 Err(BackendError::unsuitable(message))
             }
@@ -58,8 +66,18 @@ impl HostCodec for NativeHost {
         }
     }
 
-    fn translate(&self, request: Request, _: &String) -> Result<Option<Request>, BackendError> {
-        Ok(Some(request))
+    fn translate(
+        &self,
+        request: Request,
+        agreed: &Agreement,
+    ) -> Result<Ask<Request>, BackendError> {
+        Ok(match request {
+            // An older agent cannot be asked.
+            Request::AdoptMount { .. } | Request::AdoptOverlay(_) if agreed.version < ADOPTS => {
+                Ask::Answer(Reply::Presence(Presence::Unknown))
+            }
+            request => Ask::Send(request),
+        })
     }
 
     async fn exchange(
@@ -67,9 +85,10 @@ impl HostCodec for NativeHost {
         link: Link<'_, Id>,
         what: &str,
         request: Request,
-    ) -> Result<(), Failure> {
+    ) -> Result<Reply, Failure> {
         match exchange(link, what, &request).await? {
-            Answer::Ok => Ok(()),
+            Answer::Ok => Ok(Reply::Done),
+            Answer::Presence(found) => Ok(found.into()),
             Answer::Error(error) if error.kind() == ErrorKind::Gone => {
                 let message = format!("the guest says of the {what} that it is gone");
                 Err(BackendError::uncertain(message).with_source(error).into())
@@ -79,7 +98,7 @@ impl HostCodec for NativeHost {
         }
     }
 
-    fn settle(&self, _: &Request, _: &Result<(), BackendError>) {}
+    fn settle(&self, _: &Request, _: &Result<Reply, BackendError>) {}
 
     fn take_unasked(&self, _: &Id, _: &Result<Vec<u8>, String>) -> bool {
         false
@@ -97,8 +116,28 @@ async fn exchange<B: Serialize + Sync, A: DeserializeOwned>(
 }
 
 /// The agent's end of our own protocol.
-#[derive(Debug, Default)]
-pub struct NativeAgent(());
+#[derive(Default)]
+pub struct NativeAgent {
+    /// Learns what each host tells when it connects.
+    learn: Option<Box<dyn Fn(Greeting) + Send + Sync>>,
+}
+
+impl fmt::Debug for NativeAgent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NativeAgent").finish_non_exhaustive()
+    }
+}
+
+impl GuestServer {
+    /// A server with the default limits, that has `learn` know what each host tells when it connects. It must not wait.
+    pub fn with_greeting(
+        guest: impl Guest,
+        learn: impl Fn(Greeting) + Send + Sync + 'static,
+    ) -> Self {
+        let learn: Box<dyn Fn(Greeting) + Send + Sync> = Box::new(learn);
+        Self::with_codec(NativeAgent { learn: Some(learn) }, guest)
+    }
+}
 
 impl AgentCodec for NativeAgent {
     type Header = Id;
@@ -106,15 +145,22 @@ impl AgentCodec for NativeAgent {
     fn read(&self, Id(id): Id, body: &[u8], agreed: bool) -> Step {
         if agreed {
             return match Request::parse(body) {
-                Ok(request) => Step::Run(
+                Ok(request) => Step::Run {
                     request,
-                    Box::new(move |outcome| Some(Answer::from(outcome).frame(id))),
-                ),
+                    otherwise: None,
+                    write: Box::new(move |outcome| Some(Answer::from(outcome).frame(id))),
+                },
                 Err(error) => refuse(id, error),
             };
         }
         match serde_json::from_slice(body) {
-            Ok(First::Hello(host)) => agree(id, &host),
+            Ok(First::Hello(host)) => {
+                let step = agree(id, &host);
+                if let (Step::Agree(_), Some(learn)) = (&step, &self.learn) {
+                    learn(host.greeting());
+                }
+                step
+            }
             Err(_) => Step::Reply(Answer::HelloFirst.frame(id)),
         }
     }

@@ -7,11 +7,13 @@
 //! ```
 //!
 //! A header of zeros is no frame and ends the connection, for lines that have no end of their own. An answer has the
-//! id of its request. The first request of a connection is [`Hello`]; each later one is a [`Request`].
+//! id of its request. The first request of a connection is [`Hello`], which also tells the host's time; each later one is
+//! a [`Request`].
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay};
+use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -24,11 +26,17 @@ pub const MAX_FRAME: usize = 1 << 20;
 const HEADER_LEN: usize = 12;
 
 /// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
-/// version: an agent refuses a field that it does not know, by name.
-const VERSIONS: (u32, u32) = (1, 1);
+/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt.
+const VERSIONS: (u32, u32) = (1, 2);
+
+/// The first version in which an agent can be asked what is there.
+pub(crate) const ADOPTS: u32 = 2;
 
 /// This software, as it names itself to the other end.
 pub(crate) const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
+
+/// How many random bytes a host gives: what the kernel's generator is seeded with at most.
+const ENTROPY: usize = 64;
 
 /// How much of an error's text is sent when the whole error is too long, in characters.
 const LONGEST_MESSAGE: usize = 4 << 10;
@@ -82,6 +90,37 @@ pub enum Request {
         /// The device.
         locator: DeviceLocator,
     },
+    /// [`Mounter::adopt`](blockmount::Mounter::adopt).
+    AdoptMount {
+        /// The device.
+        locator: DeviceLocator,
+        /// Where it was mounted.
+        target: PathBuf,
+        /// How it was mounted.
+        options: MountOptions,
+    },
+    /// [`LayerCombiner::adopt`](blockmount::LayerCombiner::adopt).
+    AdoptOverlay(Overlay),
+}
+
+/// What a guest answers to a [`Request`] when all went well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// What was asked about is there, or not.
+    Presence(Presence),
+}
+
+impl Reply {
+    /// What is there; `Unknown` if the answer is to another question.
+    pub(crate) fn presence(self) -> Presence {
+        match self {
+            Reply::Presence(presence) => presence,
+            Reply::Done => Presence::Unknown,
+        }
+    }
 }
 
 /// What two requests must not touch at once.
@@ -92,11 +131,20 @@ pub(crate) enum Key {
 }
 
 impl Request {
-    const NAMES: [&str; 5] = ["Mount", "Unmount", "Combine", "Separate", "Unplug"];
+    const NAMES: [&str; 7] = [
+        "Mount",
+        "Unmount",
+        "Combine",
+        "Separate",
+        "Unplug",
+        "AdoptMount",
+        "AdoptOverlay",
+    ];
 
     /// Whether it tears something down, so that it may be sent again.
     pub fn is_teardown(&self) -> bool {
-        !matches!(self, Request::Mount { .. } | Request::Combine(_))
+        use Request::{Separate, Unmount, Unplug};
+        matches!(self, Unmount { .. } | Separate { .. } | Unplug { .. })
     }
 
     /// What it asks for, for errors: `unmount of /run/layer`.
@@ -110,15 +158,20 @@ impl Request {
             Request::Combine(overlay) => at("overlay at", &overlay.target),
             Request::Separate { target } => at("separation of", target),
             Request::Unplug { locator } => format!("unplug of {locator}"),
+            Request::AdoptMount { target, .. } => at("adoption of the mount at", target),
+            Request::AdoptOverlay(overlay) => at("adoption of the overlay at", &overlay.target),
         }
     }
 
     pub(crate) fn key(&self) -> Key {
         match self {
             Request::Mount { target, .. }
+            | Request::AdoptMount { target, .. }
             | Request::Unmount { target }
             | Request::Separate { target } => Key::Target(target.clone()),
-            Request::Combine(overlay) => Key::Target(overlay.target.clone()),
+            Request::Combine(overlay) | Request::AdoptOverlay(overlay) => {
+                Key::Target(overlay.target.clone())
+            }
             Request::Unplug { locator } => Key::Device(locator.clone()),
         }
     }
@@ -159,6 +212,23 @@ pub(crate) struct Hello {
     pub(crate) max: u32,
     /// The name and version of the software.
     pub(crate) software: String,
+    /// The host's clock, in nanoseconds since 1970 (UTC).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) time: Option<u64>,
+    /// Random bytes of the host, as hexadecimal digits.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) entropy: String,
+}
+
+/// What a host tells its guest when it connects, for a guest that was restored from a saved state: its clock stands where
+/// it was saved, and all guests of one state would draw the same random numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Greeting {
+    /// The host's clock; none if the host does not tell.
+    pub time: Option<SystemTime>,
+    /// Random bytes, at most 64.
+    pub entropy: Vec<u8>,
 }
 
 /// The body of the first request.
@@ -184,6 +254,36 @@ impl Hello {
             min,
             max,
             software: SOFTWARE.to_owned(),
+            time: None,
+            entropy: String::new(),
+        }
+    }
+
+    /// What a host of this version says, which tells the time too.
+    pub(crate) fn of_host() -> Self {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        let mut bytes = [0; ENTROPY];
+        // A host without randomness has none to give.
+        let entropy = match getrandom::fill(&mut bytes) {
+            Ok(()) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+            Err(_) => String::new(),
+        };
+        Hello {
+            time: time.and_then(|time| time.as_nanos().try_into().ok()),
+            entropy,
+            ..Hello::ours()
+        }
+    }
+
+    /// What the host has told beside the versions.
+    pub(crate) fn greeting(&self) -> Greeting {
+        let digits = self.entropy.as_bytes().chunks_exact(2).take(ENTROPY);
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+        Greeting {
+            time: self
+                .time
+                .map(|time| UNIX_EPOCH + Duration::from_nanos(time)),
+            entropy: digits.filter_map(byte).collect(),
         }
     }
 
@@ -217,7 +317,9 @@ impl Hello {
 pub(crate) enum Answer {
     /// It is done.
     Ok,
-    /// It is not, and why.
+    /// What was asked about is there, or not.
+    Presence(Found),
+    /// It is not done, and why.
     Error(BackendError),
     /// No version was agreed on, and nothing is done: this agent was started after the connection was made.
     HelloFirst,
@@ -240,10 +342,31 @@ impl Answer {
     }
 }
 
-impl From<Result<(), BackendError>> for Answer {
-    fn from(outcome: Result<(), BackendError>) -> Self {
+/// [`Presence`], as it is written.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum Found {
+    Present,
+    Absent,
+    Unknown,
+}
+
+impl From<Found> for Reply {
+    fn from(found: Found) -> Self {
+        Reply::Presence(match found {
+            Found::Present => Presence::Present(()),
+            Found::Absent => Presence::Absent,
+            Found::Unknown => Presence::Unknown,
+        })
+    }
+}
+
+impl From<Result<Reply, BackendError>> for Answer {
+    fn from(outcome: Result<Reply, BackendError>) -> Self {
         match outcome {
-            Ok(()) => Answer::Ok,
+            Ok(Reply::Done) => Answer::Ok,
+            Ok(Reply::Presence(Presence::Present(()))) => Answer::Presence(Found::Present),
+            Ok(Reply::Presence(Presence::Absent)) => Answer::Presence(Found::Absent),
+            Ok(Reply::Presence(_)) => Answer::Presence(Found::Unknown),
             Err(error) => Answer::Error(error),
         }
     }

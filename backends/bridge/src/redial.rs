@@ -9,11 +9,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
-use crate::codec::HostCodec;
+use crate::codec::{Ask, HostCodec};
 use crate::connection::Connection;
 use crate::link::{Deadlines, Failure};
 use crate::native::{GuestConnection, NativeHost};
-use crate::{GuestChannel, Request};
+use crate::{GuestChannel, Reply, Request};
 
 /// The way to a guest's agent, and to what knows whether its VM lives.
 #[async_trait]
@@ -108,7 +108,7 @@ impl<D: Dialer, C: HostCodec> RedialingChannel<D, C> {
         what: &str,
         message: &C::Message,
         repeatable: bool,
-    ) -> Result<(), BackendError> {
+    ) -> Result<Reply, BackendError> {
         let end = Instant::now() + self.connection.deadlines().call;
         // A request that was not sent, and one that was cut off: each leads to a new stream at most once.
         let (mut dialed, mut repeated) = (false, !repeatable);
@@ -124,7 +124,7 @@ impl<D: Dialer, C: HostCodec> RedialingChannel<D, C> {
             };
             let again = !std::mem::replace(once, true);
             let error = match outcome {
-                Ok(()) => return Ok(()),
+                Ok(reply) => return Ok(reply),
                 Err(failure) => self.checked(failure.into()).await,
             };
             if !again || error.kind() == ErrorKind::Gone {
@@ -168,10 +168,11 @@ impl<D: Dialer, C: HostCodec> RedialingChannel<D, C> {
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<D: Dialer, C: HostCodec> GuestChannel for RedialingChannel<D, C> {
-    async fn call(&self, request: Request) -> Result<(), BackendError> {
+    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         let (what, repeatable) = (request.describe(), request.is_teardown());
-        let Some(message) = self.connection.translate(request)? else {
-            return Ok(());
+        let message = match self.connection.translate(request)? {
+            Ask::Send(message) => message,
+            Ask::Answer(reply) => return Ok(reply),
         };
         let outcome = self.send(&what, &message, repeatable).await;
         self.connection.codec().settle(&message, &outcome);

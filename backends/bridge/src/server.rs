@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{BackendError, LayerCombiner, Mounter, Turns, Unplugger};
+use blockmount::{BackendError, ErrorKind, LayerCombiner, Mounter, Turns, Unplugger};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -12,7 +12,7 @@ use tracing::debug;
 
 use crate::codec::{AgentCodec, Step, WriteAnswer};
 use crate::frames::{Found, FrameError, FrameReader, too_large};
-use crate::protocol::{Key, Request};
+use crate::protocol::{Key, Reply, Request};
 
 /// How many requests of one connection are under way at once, unless told otherwise: as many as there are disks on
 /// four controllers of Hyper-V. More wait in the stream.
@@ -86,8 +86,17 @@ impl<C: AgentCodec> Server<C> {
     /// A server that has at most so many requests of one connection under way (at least one), and waits so long for
     /// the rest of a message that was begun.
     pub fn with_limits(guest: impl Guest, requests: usize, frame_timeout: Duration) -> Self {
+        Self::of(C::default(), guest, requests, frame_timeout)
+    }
+
+    /// A server with the default limits, that speaks by this codec.
+    pub(crate) fn with_codec(codec: C, guest: impl Guest) -> Self {
+        Self::of(codec, guest, REQUESTS, FRAME)
+    }
+
+    fn of(codec: C, guest: impl Guest, requests: usize, frame_timeout: Duration) -> Self {
         Server(Arc::new(Shared {
-            codec: C::default(),
+            codec,
             guest: Arc::new(guest),
             turns: Turns::default(),
             requests: requests.clamp(1, Semaphore::MAX_PERMITS),
@@ -170,7 +179,11 @@ impl<C: AgentCodec> Connection<'_, C> {
                     disagreement = Some(why);
                     self.answer(bytes).await;
                 }
-                Step::Run(request, write) => self.start(request, write).await,
+                Step::Run {
+                    request,
+                    otherwise,
+                    write,
+                } => self.start(request, otherwise, write).await,
             }
         }
         match disagreement {
@@ -194,13 +207,20 @@ impl<C: AgentCodec> Connection<'_, C> {
     /// Starts a request in a task of its own, which nothing ends half-way, and returns.
     ///
     /// It waits while too many requests are under way: then nothing more is read from the stream.
-    async fn start(&self, request: Request, write: WriteAnswer) {
+    async fn start(&self, request: Request, otherwise: Option<Request>, write: WriteAnswer) {
         let permit = self.permits.clone().acquire_owned().await;
         let permit = permit.expect("the semaphore is never closed");
         let Shared { guest, turns, .. } = &*self.server.0;
         let (guest, answers) = (guest.clone(), self.answers.clone());
         let (key, what) = (request.key(), request.describe());
-        let done = turns.run(key, async move { run(&*guest, request).await });
+        let done = turns.run(key, async move {
+            match (run(&*guest, request).await, otherwise) {
+                (Err(error), Some(other)) if error.kind() == ErrorKind::Conflict => {
+                    run(&*guest, other).await
+                }
+                (outcome, _) => outcome,
+            }
+        });
         tokio::spawn(async move {
             let outcome = done.await;
             if let Err(error) = &outcome {
@@ -215,8 +235,8 @@ impl<C: AgentCodec> Connection<'_, C> {
     }
 }
 
-async fn run(guest: &dyn Guest, request: Request) -> Result<(), BackendError> {
-    match request {
+async fn run(guest: &dyn Guest, request: Request) -> Result<Reply, BackendError> {
+    let done = match request {
         Request::Mount {
             locator,
             target,
@@ -226,7 +246,20 @@ async fn run(guest: &dyn Guest, request: Request) -> Result<(), BackendError> {
         Request::Combine(overlay) => guest.combine(&overlay).await,
         Request::Separate { target } => guest.separate(&target).await,
         Request::Unplug { locator } => guest.unplug(&locator).await,
-    }
+        Request::AdoptMount {
+            locator,
+            target,
+            options,
+        } => {
+            let found = Mounter::adopt(guest, &locator, &target, &options).await;
+            return found.map(Reply::Presence);
+        }
+        Request::AdoptOverlay(overlay) => {
+            let found = LayerCombiner::adopt(guest, &overlay).await;
+            return found.map(Reply::Presence);
+        }
+    };
+    done.map(|()| Reply::Done)
 }
 
 /// Writes answers until the stream fails.

@@ -4,9 +4,9 @@ use std::fmt;
 
 use async_trait::async_trait;
 use blockmount::BackendError;
-use blockmount_bridge::gcs::Translator;
 use blockmount_bridge::gcs::messages::Capabilities;
-use blockmount_bridge::{BridgeGuest, GuestChannel, Request};
+use blockmount_bridge::gcs::{Translated, Translator};
+use blockmount_bridge::{BridgeGuest, GuestChannel, Reply, Request};
 use blockmount_scsi::Geometry;
 
 use crate::ComputeSystem;
@@ -119,13 +119,27 @@ impl<S: ComputeSystem> HcsChannel<S> {
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<S: ComputeSystem> GuestChannel for HcsChannel<S> {
-    async fn call(&self, request: Request) -> Result<(), BackendError> {
+    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         let translated = self.translator.translate(&request, &self.capabilities)?;
-        let Some(translated) = translated else {
-            return Ok(());
+        let translated = match translated {
+            Ok(translated) => translated,
+            Err(reply) => return Ok(reply),
         };
-        let outcome = self.vm.ask_guest(translated.request.clone()).await;
+        let outcome = self.ask(&translated).await;
         self.translator.settle(&translated, &outcome);
         outcome
+    }
+}
+
+impl<S: ComputeSystem> HcsChannel<S> {
+    async fn ask(&self, translated: &Translated) -> Result<Reply, BackendError> {
+        self.translator.begin(translated);
+        for request in translated.requests() {
+            match self.vm.ask_guest(request.clone()).await {
+                Err(error) if !translated.is_done_anyway(request, &error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(Reply::Done)
     }
 }

@@ -8,7 +8,7 @@ use blockmount::{BackendError, Disk, DiskId};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
 use crate::documents::{Attachment, DiskAddress, Settings};
-use crate::vm::{Vm, cannot_list};
+use crate::vm::Vm;
 use crate::{ComputeSystem, GuestOs, disk};
 
 /// Puts disks on the SCSI controllers of a VM of Hyper-V.
@@ -76,8 +76,8 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
         self.vm.remove(DiskAddress::Scsi(address)).await
     }
 
-    /// Always `Unsuitable`: what an earlier process has attached is in doubt until it is detached.
+    /// The service does not show a VM's disks: `Gone` if the VM has ended, else `Unsuitable`.
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
-        Err(cannot_list())
+        Err(self.vm.cannot_list().await)
     }
 }

@@ -166,6 +166,17 @@ impl<S: ComputeSystem> Vm<S> {
         BackendError::new(kind, format!("cannot {what}{}", advice(&error))).with_source(error)
     }
 
+    /// Why the disks of the VM cannot be listed: no property of a VM shows them.
+    pub(crate) async fn cannot_list(&self) -> BackendError {
+        let what = "list the disks of the VM";
+        match self.must_live(what).await {
+            Ok(()) => BackendError::unsuitable(format!(
+                "cannot {what}: the host compute service does not show them"
+            )),
+            Err(error) => error,
+        }
+    }
+
     async fn must_live(&self, what: &str) -> Result<(), BackendError> {
         match self.has_ended().await {
             Ok(false) => Ok(()),
@@ -235,11 +246,6 @@ fn advice(error: &HcsError) -> &'static str {
         }
         _ => "",
     }
-}
-
-/// Why the disks of a VM cannot be listed: none of its properties shows them.
-pub(crate) fn cannot_list() -> BackendError {
-    BackendError::unsuitable("the host compute service does not show which disks a VM has")
 }
 
 /// What the service says of a VM, as an error of a backend.

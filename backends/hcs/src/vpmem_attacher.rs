@@ -8,7 +8,7 @@ use blockmount::{BackendError, Disk, DiskId};
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, VpmemAddress};
 
 use crate::documents::{DiskAddress, Settings, VirtualPMemDevice, VirtualPMemMapping};
-use crate::vm::{Vm, cannot_list};
+use crate::vm::Vm;
 use crate::{ComputeSystem, GuestOs, disk};
 
 /// Puts disks on the VPMEM devices of a VM of Hyper-V: image files, read-only, in Linux guests.
@@ -90,9 +90,9 @@ impl<S: ComputeSystem> Attacher for VpmemAttacher<S> {
         self.vm.remove(mapping(device, range)).await
     }
 
-    /// Always `Unsuitable`: what an earlier process has attached is in doubt until it is detached.
+    /// The service does not show a VM's disks: `Gone` if the VM has ended, else `Unsuitable`.
     async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
-        Err(cannot_list())
+        Err(self.vm.cannot_list().await)
     }
 }
 

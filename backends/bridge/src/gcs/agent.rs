@@ -14,6 +14,7 @@ use crate::gcs::messages::{
 };
 use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
 use crate::server::Server;
+use crate::{Reply, Request};
 
 /// How many notifications wait for a host.
 const NOTIFICATIONS: usize = 256;
@@ -127,8 +128,8 @@ fn modify(header: GcsHeader, body: &[u8]) -> Step {
         Ok(request) => request,
         Err(refusal) => return refuse(header, activity_id, refusal),
     };
-    let done = move |outcome: Result<(), BackendError>| match outcome {
-        Ok(()) => ResponseBase {
+    let done = move |outcome: Result<Reply, BackendError>| match outcome {
+        Ok(_) => ResponseBase {
             activity_id,
             ..ResponseBase::default()
         },
@@ -137,11 +138,22 @@ fn modify(header: GcsHeader, body: &[u8]) -> Step {
     let GcsHeader { message, id } = header;
     match request {
         Some(request) => {
+            // Hosts have overlays removed to unmount whatever is at a path.
+            let otherwise = match &request {
+                Request::Separate { target } => Some(Request::Unmount {
+                    target: target.clone(),
+                }),
+                _ => None,
+            };
             let write = move |outcome| framed(message.response(), id, &done(outcome));
-            Step::Run(request, Box::new(write))
+            Step::Run {
+                request,
+                otherwise,
+                write: Box::new(write),
+            }
         }
         // There is nothing to do.
-        None => respond(header, &done(Ok(())), Step::Reply),
+        None => respond(header, &done(Ok(Reply::Done)), Step::Reply),
     }
 }
 

@@ -6,10 +6,10 @@ use blockmount::{BackendError, ErrorKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast;
+use tokio::time::Instant;
 use tracing::debug;
 
-use crate::Request;
-use crate::codec::HostCodec;
+use crate::codec::{Ask, HostCodec};
 use crate::connection::Connection;
 use crate::gcs::hresult::Hresult;
 use crate::gcs::messages::{
@@ -20,6 +20,7 @@ use crate::gcs::messages::{
 use crate::gcs::translator::{Translated, Translator};
 use crate::gcs::wire::{Frame, GcsHeader, MessageType, Role};
 use crate::link::{Failure, Link};
+use crate::{Reply, Request};
 
 /// How many notifications are kept for a listener that does not take them; then the oldest go.
 const NOTIFICATIONS: usize = 256;
@@ -27,6 +28,9 @@ const NOTIFICATIONS: usize = 256;
 /// What every guest answers to a request for a change when no version was agreed on with it. It
 /// has done nothing then: it is another process than the one that was connected to, on the same stream.
 const UNKNOWN_PEER: &str = "bridge: function not supported";
+
+/// How the agent of a Linux guest says EBUSY, for which it has no number.
+const EBUSY: &str = "device or resource busy";
 
 /// A host's connection to an agent that speaks GCS.
 pub type GuestConnection = Connection<GcsHost>;
@@ -68,7 +72,8 @@ impl GuestConnection {
         let (change, resource) = (request.request_type.name(), request.resource.name());
         let what = format!("{change} of {resource}");
         let deadline = self.deadlines().call;
-        Ok(self.attempt(&what, request.into(), deadline).await?)
+        self.attempt(&what, request.into(), deadline).await?;
+        Ok(())
     }
 }
 
@@ -117,8 +122,9 @@ impl HostCodec for GcsHost {
         &self,
         request: Request,
         guest: &Capabilities,
-    ) -> Result<Option<Translated>, BackendError> {
-        self.translator.translate(&request, guest)
+    ) -> Result<Ask<Translated>, BackendError> {
+        let translated = self.translator.translate(&request, guest)?;
+        Ok(translated.map_or_else(Ask::Answer, Ask::Send))
     }
 
     async fn exchange(
@@ -126,23 +132,41 @@ impl HostCodec for GcsHost {
         link: Link<'_, GcsHeader>,
         what: &str,
         translated: Translated,
-    ) -> Result<(), Failure> {
-        let adds = translated.request.request_type == RequestType::Add;
-        let body = ModifySettings::from(translated.request);
-        let answer: ResponseBase =
-            exchange(link, what, MessageType::MODIFY_SETTINGS, &body).await?;
-        if answer.result.is_ok() {
-            return Ok(());
+    ) -> Result<Reply, Failure> {
+        let end = Instant::now() + link.deadline;
+        for request in translated.requests() {
+            // All of them have one deadline.
+            let deadline = end.saturating_duration_since(Instant::now());
+            let adds = request.request_type == RequestType::Add;
+            let body = ModifySettings::from(request.clone());
+            let message = MessageType::MODIFY_SETTINGS;
+            let link = Link { deadline, ..link };
+            self.translator.begin(&translated);
+            let answer = exchange(link, what, message, &body).await;
+            if !matches!(
+                answer,
+                Err(Failure::Lost { sent: true, .. } | Failure::TimedOut(_))
+            ) {
+                self.translator.answered(&translated);
+            }
+            let answer: ResponseBase = answer?;
+            if answer.result == Hresult::NOT_IMPLEMENTED
+                && answer.error_message.starts_with(UNKNOWN_PEER)
+            {
+                return Err(link.restarted(what));
+            }
+            if answer.result.is_ok() {
+                continue;
+            }
+            let error = failure(what, answer, adds);
+            if !translated.is_done_anyway(request, &error) {
+                return Err(error.into());
+            }
         }
-        if answer.result == Hresult::NOT_IMPLEMENTED
-            && answer.error_message.starts_with(UNKNOWN_PEER)
-        {
-            return Err(link.restarted(what));
-        }
-        Err(failure(what, answer, adds).into())
+        Ok(Reply::Done)
     }
 
-    fn settle(&self, translated: &Translated, outcome: &Result<(), BackendError>) {
+    fn settle(&self, translated: &Translated, outcome: &Result<Reply, BackendError>) {
         self.translator.settle(translated, outcome);
     }
 
@@ -211,16 +235,17 @@ fn failure(what: &str, answer: ResponseBase, adds: bool) -> BackendError {
     } = answer;
     let mut numbers =
         std::iter::once(result).chain(error_records.iter().map(|record| record.result));
-    // A guest that only has a text for us may have left half of it behind.
-    let otherwise = match adds {
-        true => ErrorKind::Uncertain,
-        false => ErrorKind::Other,
-    };
-    let kind = numbers.find_map(Hresult::kind).unwrap_or(otherwise);
+    let kind = numbers.find_map(Hresult::kind);
     let messages = error_records.into_iter().map(|record| record.message);
     let mut said = std::iter::once(error_message).chain(messages);
     let said = said.find(|said| !said.is_empty());
     let said = said.unwrap_or_else(|| "it does not say why".to_owned());
+    let kind = kind.unwrap_or(match adds {
+        // A guest that only has a text for us may have left half of it behind.
+        true => ErrorKind::Uncertain,
+        false if said.contains(EBUSY) => ErrorKind::Busy,
+        false => ErrorKind::Other,
+    });
     BackendError::new(
         kind,
         format!("the guest refuses the {what}: {said} ({result})"),

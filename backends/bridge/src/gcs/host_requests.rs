@@ -122,18 +122,46 @@ pub(crate) fn combine(
         .map(layer)
         .transpose()?
         .unwrap_or_default();
+    if let Some(scratch) = &overlay.scratch {
+        below_parent(scratch, &overlay.target)?;
+    }
     let undo = separate(container_root_path.clone());
     let layers = CombinedLayers {
+        container_id: container_id(&overlay.target),
         container_root_path,
         layers: layers?,
         scratch_path,
-        ..CombinedLayers::default()
     };
     Ok((Resource::CombinedLayers(layers), undo))
 }
 
-/// What takes an overlay apart.
-fn separate(container_root_path: String) -> Resource {
+/// Agents since July 2026 (hcsshim #2835) bind a directory of the scratch to the parent of the target, unless the scratch is
+/// below that parent. Only the end of a container undoes it, so the scratch would stay mounted for ever.
+fn below_parent(scratch: &Path, target: &Path) -> Result<(), BackendError> {
+    let parent = target.parent().unwrap_or(target);
+    if scratch.starts_with(parent) && scratch != parent && !scratch.starts_with(target) {
+        return Ok(());
+    }
+    let (scratch, parent) = (scratch.display(), parent.display());
+    let message = format!(
+        "the agent of this guest would keep the scratch at {scratch} mounted: it has to be below the parent of the \
+         overlay's target; mount it at {parent}/scratch"
+    );
+    Err(BackendError::unsuitable(message))
+}
+
+/// The container of a tree at `.../ID/rootfs`, which is where hosts of Hyper-V have them.
+fn container_id(target: &Path) -> String {
+    let is_rootfs = target.file_name().is_some_and(|name| name == "rootfs");
+    let parent = target.parent().filter(|_| is_rootfs);
+    let name = parent
+        .and_then(Path::file_name)
+        .and_then(|name| name.to_str());
+    name.unwrap_or_default().to_owned()
+}
+
+/// What takes an overlay apart, and unmounts whatever else is at a path.
+pub(crate) fn separate(container_root_path: String) -> Resource {
     Resource::CombinedLayers(CombinedLayers {
         container_root_path,
         ..CombinedLayers::default()
@@ -180,6 +208,19 @@ fn linux_disk(
         Some(Encryption::Ephemeral) => true,
         Some(other) => return Err(unsuitable(&format!("encryption {other:?}"))),
     };
+    let filesystem = filesystem(options);
+    if options.is_read_only() && !matches!(filesystem.as_str(), "" | "ext4") {
+        let message = format!("{filesystem} read-only: this guest mounts nothing but ext4 so");
+        return Err(BackendError::unsuitable(message));
+    }
+    if encrypted
+        && options
+            .format()
+            .is_none_or(|format| format.filesystem != "xfs")
+    {
+        let what = "encryption without a format as xfs, the only one that this guest can encrypt";
+        return Err(unsuitable(what));
+    }
     let undo = MappedVirtualDisk {
         mount_path,
         lun,
@@ -195,7 +236,7 @@ fn linux_disk(
     let disk = MappedVirtualDisk {
         options: words(options),
         ensure_filesystem: options.format().is_some(),
-        filesystem: filesystem(options),
+        filesystem,
         ..undo.clone()
     };
     Ok((

@@ -36,7 +36,7 @@ async fn every_option_crosses_the_bridge_between_our_ends() {
             disk,
             options(|o| {
                 o.encryption(Encryption::Ephemeral)
-                    .format(format("ext4", Overwrite::Blank))
+                    .format(format("xfs", Overwrite::Blank))
             }),
         ),
         (disk, options(|o| o.expose(Expose::BlockDevice).read_only())),

@@ -1,6 +1,7 @@
 //! GCS, the protocol of Hyper-V's guests, both ends.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
+mod agents_of_2026;
 #[path = "../shared/conformance.rs"]
 mod conformance;
 mod foreign_guests;

@@ -238,8 +238,8 @@ pub(crate) fn written(request: &Request) -> String {
         );
     }
     let translated = translator.translate(request, &documented()).unwrap();
-    let request = translated.expect("the guest has to be asked").request;
-    settings(&serde_json::to_value(request).unwrap())
+    let translated = translated.expect("the guest has to be asked");
+    settings(&serde_json::to_value(&translated.requests()[0]).unwrap())
 }
 
 pub(crate) fn add_disk(path: &str, lun: u64) -> Value {

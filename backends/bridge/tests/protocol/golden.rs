@@ -2,13 +2,14 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Unplugger,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
 };
 use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, Request};
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::io::{AsyncReadExt, duplex};
 
 use crate::harness::{ScsiVm, device, dial, host_and_peer};
 use crate::wire::{Frame, Peer, frame, written};
@@ -17,18 +18,30 @@ const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
 
 #[tokio::test]
 async fn the_first_exchange_byte_for_byte() {
-    let hello = format!(r#"{{"Hello":{{"min":1,"max":1,"software":"{SOFTWARE}"}}}}"#);
-    let chosen = format!(r#"{{"Chosen":{{"version":1,"software":"{SOFTWARE}"}}}}"#);
-    let (host_end, mut guest_end) = duplex(1 << 10);
+    let chosen = format!(r#"{{"Chosen":{{"version":2,"software":"{SOFTWARE}"}}}}"#);
+    let (host_end, guest_end) = duplex(1 << 10);
     let host = tokio::spawn(GuestConnection::connect(host_end));
-    let mut bytes = vec![0; 12 + hello.len()];
-    guest_end.read_exact(&mut bytes).await.unwrap();
-    let size = u8::try_from(12 + hello.len()).unwrap();
-    let header = [size, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    assert_eq!(bytes, [&header, hello.as_bytes()].concat());
-    guest_end.write_all(&frame(0, &chosen)).await.unwrap();
-    assert_eq!(*host.await.unwrap().unwrap().agent(), SOFTWARE);
+    let mut peer = Peer::new(guest_end);
+    let Frame { id: 0, body } = peer.receive().await else {
+        panic!("the first id is 0");
+    };
+    let Value::Object(hello) = &body["Hello"] else {
+        panic!("{body}");
+    };
+    let words: Vec<&str> = hello.keys().map(String::as_str).collect();
+    assert_eq!(words, ["entropy", "max", "min", "software", "time"]);
+    assert_eq!((&hello["min"], &hello["max"]), (&1.into(), &2.into()));
+    assert_eq!(hello["software"], SOFTWARE);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let said = Duration::from_nanos(hello["time"].as_u64().unwrap());
+    assert!(now.abs_diff(said) < Duration::from_secs(60), "{said:?}");
+    assert_eq!(hello["entropy"].as_str().unwrap().len(), 128);
+    peer.send(0, &chosen).await;
+    assert_eq!(host.await.unwrap().unwrap().agent(), SOFTWARE);
 
+    // A host of version 1 tells no time.
+    let hello = format!(r#"{{"Hello":{{"min":1,"max":1,"software":"{SOFTWARE}"}}}}"#);
+    let chosen = chosen.replacen("\"version\":2", "\"version\":1", 1);
     let mut peer = dial(&GuestServer::new(ScsiVm::default()));
     peer.send_raw(&frame(0x0102_0304_0506_0708, &hello)).await;
     let mut bytes = vec![0; 12 + chosen.len()];
@@ -91,6 +104,27 @@ async fn each_call_has_one_document() {
     let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&overlay).await).await;
     let combine = r#"{"Combine":{"layers":["/a","/b"],"scratch":"/s","target":"/t"}}"#;
     assert_eq!(body.to_string(), combine);
+
+    // What is there is asked for in the same words.
+    let present = r#"{"Presence":"Present"}"#;
+    let (body, outcome) = sent(present, async |guest| {
+        let options = MountOptions::default();
+        let found = Mounter::adopt(guest, &device, target, &options).await;
+        found.map(|found| assert_eq!(found, Presence::Present(())))
+    })
+    .await;
+    outcome.unwrap();
+    assert_eq!(body.to_string(), plain.replace("Mount", "AdoptMount"));
+    for (answer, presence) in [("Absent", Presence::Absent), ("Unknown", Presence::Unknown)] {
+        let answer = format!(r#"{{"Presence":"{answer}"}}"#);
+        let (body, outcome) = sent(&answer, async |guest| {
+            let found = LayerCombiner::adopt(guest, &overlay).await;
+            found.map(|found| assert_eq!(found, presence))
+        })
+        .await;
+        outcome.unwrap();
+        assert_eq!(body.to_string(), combine.replace("Combine", "AdoptOverlay"));
+    }
 }
 
 #[tokio::test]

@@ -1,10 +1,10 @@
 //! What comes before, beside and instead of the agreement on a version.
 
-use blockmount::ErrorKind;
-use blockmount_bridge::{Deadlines, GuestConnection, GuestServer, ServeError};
+use blockmount::{ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence};
+use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, ServeError};
 use tokio::io::duplex;
 
-use crate::harness::{ScsiVm, dial, host_and_peer, unplug, vm_with_disks};
+use crate::harness::{ScsiVm, bridged, device, dial, host_and_peer, unplug, vm_with_disks};
 use crate::wire::Peer;
 
 const MOUNT: &str = r#"{"Mount":{"locator":"scsi:0/0","target":"/m","options":{}}}"#;
@@ -28,7 +28,7 @@ async fn nothing_is_done_before_the_hello() {
 
 #[tokio::test]
 async fn both_ends_say_which_is_too_old() {
-    for (min, max, older) in [(2, 9, "agent"), (0, 0, "host")] {
+    for (min, max, older) in [(3, 9, "agent"), (0, 0, "host")] {
         let (host_end, guest_end) = duplex(1 << 10);
         let server = GuestServer::new(ScsiVm::default());
         let serving = tokio::spawn(async move { server.serve(guest_end).await });
@@ -44,7 +44,7 @@ async fn both_ends_say_which_is_too_old() {
         let agent = concat!(
             "the agent (blockmount ",
             env!("CARGO_PKG_VERSION"),
-            ") speaks 1 to 1"
+            ") speaks 1 to 2"
         );
         assert!(text.contains(agent), "{text}");
         assert!(
@@ -53,7 +53,7 @@ async fn both_ends_say_which_is_too_old() {
         );
         assert!(text.ends_with(&format!("update the {older}")), "{text}");
     }
-    for (min, max, older) in [(2, 9, "host"), (0, 0, "agent")] {
+    for (min, max, older) in [(3, 9, "host"), (0, 0, "agent")] {
         let (host_end, guest_end) = duplex(1 << 10);
         let mut peer = Peer::new(guest_end);
         let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
@@ -76,7 +76,7 @@ async fn both_ends_say_which_is_too_old() {
 async fn an_agent_of_one_version_serves_a_host_of_more() {
     let mut peer = dial(&GuestServer::new(ScsiVm::default()));
     let hello = r#"{"Hello":{"min":1,"max":7,"software":"next"}}"#;
-    assert_eq!(peer.ask(0, hello).await.body["Chosen"]["version"], 1);
+    assert_eq!(peer.ask(0, hello).await.body["Chosen"]["version"], 2);
     assert_eq!(
         peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await.body,
         "Ok"
@@ -115,7 +115,7 @@ async fn what_an_older_agent_does_not_know_is_refused_by_name() {
 async fn a_host_refuses_an_agent_that_makes_no_sense() {
     for (answer, kind) in [
         (
-            r#"{"Chosen":{"version":2,"software":"x"}}"#,
+            r#"{"Chosen":{"version":3,"software":"x"}}"#,
             ErrorKind::Unsuitable,
         ),
         (
@@ -154,4 +154,41 @@ async fn an_agent_that_was_started_anew_on_the_same_stream_has_done_nothing() {
     assert_eq!(error.kind(), ErrorKind::Uncertain);
     assert!(error.message().contains("started anew"), "{error}");
     assert!(peer.try_receive().await.is_none(), "the stream is closed");
+}
+
+#[tokio::test]
+async fn an_agent_that_cannot_be_asked_what_is_there_leaves_it_unknown() {
+    let (host_end, guest_end) = duplex(1 << 10);
+    let mut peer = Peer::new(guest_end);
+    let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
+        let id = peer.receive().await.id;
+        let chosen = r#"{"Chosen":{"version":1,"software":"old"}}"#;
+        peer.send(id, chosen).await;
+    });
+    let guest = BridgeGuest::new(connected.unwrap());
+    let (options, overlay) = (MountOptions::default(), Overlay::new(["/a"], "/t"));
+    let mount = Mounter::adopt(&guest, &device(0), "/m".as_ref(), &options).await;
+    assert_eq!(mount.unwrap(), Presence::Unknown);
+    let stack = LayerCombiner::adopt(&guest, &overlay).await;
+    assert_eq!(stack.unwrap(), Presence::Unknown);
+    drop(guest);
+    assert!(peer.try_receive().await.is_none(), "nothing was sent");
+}
+
+#[tokio::test]
+async fn an_agent_answers_what_is_there() {
+    let vm = vm_with_disks(2).await;
+    let (guest, _server) = bridged(&vm).await;
+    let options = MountOptions::default();
+    let target = "/m".as_ref();
+    guest.mount(&device(0), target, &options).await.unwrap();
+    // Another runtime, after the first has ended.
+    let vm = vm.restarted();
+    let (guest, _server) = bridged(&vm).await;
+    let found = Mounter::adopt(&guest, &device(0), target, &options).await;
+    assert_eq!(found.unwrap(), Presence::Present(()));
+    let absent = Mounter::adopt(&guest, &device(1), "/n".as_ref(), &options).await;
+    assert_eq!(absent.unwrap(), Presence::Absent);
+    guest.unmount(target).await.unwrap();
+    assert_eq!(vm.device_at("/m"), None);
 }

@@ -139,6 +139,11 @@ impl Deref for ScsiVm {
 }
 
 impl ScsiVm {
+    /// The same VM, as a process finds it that knows nothing of an earlier one's calls.
+    pub(crate) fn restarted(&self) -> Self {
+        ScsiVm(self.0.restart())
+    }
+
     /// `fake:67` is `scsi:1/3`.
     fn scsi(fake: &DeviceLocator) -> DeviceLocator {
         let slot: u32 = fake.address().parse().unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
 use blockmount_bridge::{
-    BridgeGuest, Dialer, GuestChannel, GuestConnection, RedialingChannel, Request,
+    BridgeGuest, Dialer, GuestChannel, GuestConnection, RedialingChannel, Reply, Request,
 };
 
 use super::error::VmError;
@@ -34,10 +34,10 @@ pub struct AgentChannel {
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl GuestChannel for AgentChannel {
-    async fn call(&self, request: Request) -> Result<(), BackendError> {
+    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         let failed = tokio::select! {
             called = self.channel.call(request) => match called {
-                Ok(()) => return Ok(()),
+                Ok(reply) => return Ok(reply),
                 Err(error) => error,
             },
             _ = self.qmp.stands_still(STANDING) => {

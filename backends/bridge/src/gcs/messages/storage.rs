@@ -56,7 +56,7 @@ pub struct WindowsDisk {
 }
 
 /// A SCSI disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct ScsiDevice {
     /// The controller.
@@ -128,7 +128,7 @@ pub struct VerityInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct CombinedLayers {
-    /// The container that it is for; only a guest with a policy asks.
+    /// The container that it is for, by the name of the directory that the tree is in; a guest with a policy asks for it.
     #[serde(rename = "ContainerID", skip_serializing_if = "is_zero")]
     pub container_id: String,
     /// Where the tree appears.
