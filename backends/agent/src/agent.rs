@@ -7,7 +7,9 @@ use blockmount_bridge::{GuestServer, gcs};
 use blockmount_linux::{LinuxGuest, Transports};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
+use crate::clock;
 use crate::error::Context;
+use crate::guest::AgentGuest;
 use crate::{AgentError, GuestTransport, Service, ServiceError};
 
 /// Below these the hosts that are known mount: Hyper-V's (the first three), and our own.
@@ -57,6 +59,7 @@ pub struct AgentBuilder {
     pub(crate) transports: Vec<Box<dyn GuestTransport>>,
     pub(crate) roots: Vec<PathBuf>,
     pub(crate) journal: PathBuf,
+    pub(crate) sets_clock: bool,
 }
 
 impl Default for AgentBuilder {
@@ -65,6 +68,7 @@ impl Default for AgentBuilder {
             transports: Vec::new(),
             roots: ROOTS.map(PathBuf::from).into(),
             journal: "/run/blockmount-agent".into(),
+            sets_clock: false,
         }
     }
 }
@@ -79,7 +83,7 @@ impl AgentBuilder {
         self
     }
 
-    /// Mounts only below these directories, in place of [`ROOTS`].
+    /// Mounts only below these directories, and stacks only what is there, in place of [`ROOTS`].
     #[must_use]
     pub fn roots<P: Into<PathBuf>>(mut self, roots: impl IntoIterator<Item = P>) -> Self {
         self.roots = roots.into_iter().map(Into::into).collect();
@@ -91,6 +95,15 @@ impl AgentBuilder {
     #[must_use]
     pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
         self.journal = directory.into();
+        self
+    }
+
+    /// Sets this machine's clock to that of each host that connects, and seeds its random numbers with the host's: for a
+    /// machine that may be restored from a saved state. By default only the agent of a machine whose pid 1 is this program
+    /// does so.
+    #[must_use]
+    pub fn set_clock(mut self) -> Self {
+        self.sets_clock = true;
         self
     }
 
@@ -124,9 +137,21 @@ impl AgentBuilder {
             .journal(&self.journal)
             .await
             .context(|| format!("cannot use the journal in {}", self.journal.display()))?;
+        let guest = AgentGuest {
+            engine,
+            roots: self.roots.into(),
+            makes_scratch: false,
+        };
+        let of_hyper_v = AgentGuest {
+            makes_scratch: true,
+            ..guest.clone()
+        };
         Ok(Agent {
-            server: GuestServer::new(engine.clone()),
-            gcs: gcs::GuestServer::new(engine),
+            server: match self.sets_clock {
+                true => GuestServer::with_greeting(guest, clock::learn),
+                false => GuestServer::new(guest),
+            },
+            gcs: gcs::GuestServer::new(of_hyper_v),
         })
     }
 }

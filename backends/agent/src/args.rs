@@ -24,17 +24,23 @@ command line. It keeps the programs of /etc/blockmount/programs running too: eac
 in its first line, and an argument in each of the others.";
 
 /// The agent's own arguments.
-const OWN: [Argument; 4] = [
+const OWN: [Argument; 5] = [
     Argument::new(
         "root",
         "DIR",
-        "Mount only below this directory; repeatable. By default /run/mounts, /run/gcs, /run/layers and /run/blockmount",
+        "Mount only below this directory, and stack only what is there; repeatable. By default /run/mounts, /run/gcs, /run/layers and /run/blockmount",
     ),
     Argument::new(
         "journal",
         "DIR",
         "What is mounted is noted here, so that an agent started after a killed one can undo it. By default \
          /run/blockmount-agent",
+    ),
+    Argument::new(
+        "set-clock",
+        "",
+        "Set the clock of this machine to that of each host that connects, and seed its random numbers with the host's. \
+         Always so where pid 1 is this program",
     ),
     Argument::new(
         "log",
@@ -91,6 +97,7 @@ pub(crate) fn parse(
         match &*long {
             "root" => roots.push(parser.value()?.into()),
             "journal" => agent.journal = parser.value()?.into(),
+            "set-clock" => agent.sets_clock = true,
             "log" => options.log = Some(parser.value()?.string()?),
             long if options.endpoints.argument(long, &mut parser)? => {}
             long => set(agent, long, &mut parser)?,
@@ -176,12 +183,20 @@ mod tests {
 
     #[test]
     fn a_transport_gets_its_own_arguments_and_is_in_the_help() {
-        let (asked, agent) = parsed(&["--toy-size", "7", "--root=/a", "--toy-size=8", "-vv"]);
+        let (asked, agent) = parsed(&[
+            "--toy-size",
+            "7",
+            "--root=/a",
+            "--toy-size=8",
+            "-vv",
+            "--set-clock",
+        ]);
         let Ok(Asked::Serve(options)) = asked else {
             panic!("{asked:?}");
         };
         assert_eq!(options.verbose, 2);
         assert_eq!(agent.roots, [PathBuf::from("/a")]);
+        assert!(agent.sets_clock && !parsed(&[]).1.sets_clock);
         assert!(format!("{agent:?}").contains(r#"["toy-size=7", "toy-size=8"]"#));
         assert_eq!(agent.modules(), ["toy"]);
         let Ok(Asked::Print(help)) = parsed(&["--help"]).0 else {

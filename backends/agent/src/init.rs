@@ -61,6 +61,8 @@ fn try_run(mut program: Program) -> Result<Infallible, AgentError> {
     for (name, words) in programs(Path::new(PROGRAMS))? {
         supervisor.keep(name, words);
     }
+    // A whole machine may have been restored from a saved state.
+    let arguments = std::iter::once("--set-clock".into()).chain(arguments);
     // An agent that is started by hand with these arguments behaves the same.
     let own = program.command().iter().skip(1).map(OsString::from);
     let words = std::iter::once("/proc/self/exe".into())

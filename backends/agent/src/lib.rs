@@ -30,6 +30,8 @@
 //! | file | concern |
 //! |---|---|
 //! | `agent.rs`, `transport.rs` | what is served, and what is registered for each transport |
+//! | `guest.rs` | the engine, bound to the directories that hosts may use |
+//! | `clock.rs` | the clock and random numbers of a restored machine |
 //! | `standard/` | the transports of the standard program (feature `standard`) |
 //! | `program.rs`, `args.rs` | the agent as a program, and its command line |
 //! | `endpoints.rs` | where a service is offered, and the files for each kind of endpoint |
@@ -39,10 +41,12 @@
 
 mod agent;
 mod args;
+mod clock;
 mod connections;
 mod edges;
 mod endpoints;
 mod error;
+mod guest;
 mod init;
 mod port;
 mod ports;

@@ -38,6 +38,8 @@ pub enum OwnRequest {
         /// The file.
         path: PathBuf,
     },
+    /// What time it is in the guest: [`OwnResponse::Clock`].
+    Clock,
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
     PowerOff,
 }
@@ -60,6 +62,8 @@ pub enum OwnResponse {
     Pid(Option<u32>),
     /// Whether a file is read past the page cache.
     Dax(bool),
+    /// Milliseconds since 1970.
+    Clock(u64),
 }
 
 impl From<Response> for DebugResponse {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockmount_agent::{Service, ServiceError};
 use blockmount_checker::protocol::Response;
@@ -94,6 +95,12 @@ impl State {
             OwnRequest::Dax { path } => is_dax(&path)
                 .context(|| format!("cannot look at {}", path.display()))
                 .map(|is_dax| OwnResponse::Dax(is_dax).into()),
+            OwnRequest::Clock => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH);
+                let time = since.map_or(0, |since| since.as_millis());
+                let time = u64::try_from(time).unwrap_or(u64::MAX);
+                Ok(OwnResponse::Clock(time).into())
+            }
             // What is done about it comes after the answer.
             OwnRequest::PowerOff => {
                 agent_process::is_our_machine(&self.agent).map(|()| Response::Done.into())
