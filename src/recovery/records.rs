@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use crate::journal::{AttachmentRecord, HolderRecord, MountKey, MountRecord, Record, StackRecord};
+use crate::journal::{
+    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, StackRecord,
+};
 use crate::{BackendError, DiskId, Error, Step};
 
 /// The records of one journal, by kind.
@@ -20,7 +22,6 @@ impl Recorded {
     pub(crate) fn validate(records: Vec<Record>) -> Result<Self, Error> {
         let invalid = |why: String| Error::new(Step::Recover, BackendError::invalid(why));
         let mut keys = HashSet::new();
-        let mut locators = HashSet::new();
         let mut recorded = Recorded::default();
         for record in records {
             let key = record.key();
@@ -28,14 +29,7 @@ impl Recorded {
                 return Err(invalid(format!("{key} is recorded twice")));
             }
             match record {
-                Record::Attachment(record) => {
-                    if let Some(locator) = &record.locator
-                        && !locators.insert(locator.clone())
-                    {
-                        return Err(invalid(format!("two disks are recorded at {locator}")));
-                    }
-                    recorded.attachments.push(record);
-                }
+                Record::Attachment(record) => recorded.attachments.push(record),
                 Record::Mount(record) => recorded.mounts.push(record),
                 Record::Stack(record) => {
                     if record.overlay.layers.len() != record.layers.len()
@@ -50,8 +44,30 @@ impl Recorded {
                 Record::Holder(record) => recorded.holders.push(record),
             }
         }
+        recorded.tell_locators_apart().map_err(invalid)?;
         recorded.ensure_writable().map_err(invalid)?;
         Ok(recorded)
+    }
+
+    /// A transport gives a locator to the next disk as soon as a detach has taken effect, which is before the record of the
+    /// first one goes. That one is found by its disk alone.
+    fn tell_locators_apart(&mut self) -> Result<(), String> {
+        let (ending, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
+            .into_iter()
+            .partition(|record| record.progress == Progress::Ending);
+        let mut taken = HashSet::new();
+        for mut record in others.into_iter().chain(ending) {
+            if let Some(locator) = &record.locator
+                && !taken.insert(locator.clone())
+            {
+                if record.progress != Progress::Ending {
+                    return Err(format!("two disks are recorded at {locator}"));
+                }
+                record.locator = None;
+            }
+            self.attachments.push(record);
+        }
+        Ok(())
     }
 
     /// A disk that the VM cannot write to has no mount that can.

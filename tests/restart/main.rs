@@ -5,4 +5,5 @@
 mod common;
 mod every_point;
 mod process;
+mod random;
 mod recovery;

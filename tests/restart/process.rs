@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use blockmount::journal::{Journal, Record, RecordKey};
-use blockmount::testing::{FakeVm, Gate, MemoryJournal};
+use blockmount::testing::{Call, FakeVm, Gate, MemoryJournal};
 use blockmount::{BackendError, Manager, ManagerBuilder};
 use tokio::sync::Notify;
 
@@ -21,7 +21,11 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        let (vm, journal) = (FakeVm::new(), MemoryJournal::new());
+        Self::over(FakeVm::new())
+    }
+
+    pub(crate) fn over(vm: FakeVm) -> Self {
+        let journal = MemoryJournal::new();
         let over = Arc::default();
         World { vm, journal, over }
     }
@@ -102,6 +106,16 @@ pub(crate) fn run<T, F: Future<Output = T>>(
     points: usize,
     main: impl FnOnce(World, Killing) -> F,
 ) -> Result<T, World> {
+    run_with(world, points, |_| Gate::Ok, main)
+}
+
+/// The same with faults: how each call ends if the process lives on.
+pub(crate) fn run_with<T, F: Future<Output = T>>(
+    world: &World,
+    points: usize,
+    faults: impl Fn(&Call<'_>) -> Gate + Send + Sync + 'static,
+    main: impl FnOnce(World, Killing) -> F,
+) -> Result<T, World> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
@@ -114,9 +128,9 @@ pub(crate) fn run<T, F: Future<Output = T>>(
         ended: Notify::new(),
     }));
     let at_calls = killer.clone();
-    world.vm.gate_by(move |_| {
+    world.vm.gate_by(move |call| {
         at_calls.point();
-        Gate::Ok
+        faults(call)
     });
     let main = main(world.clone(), Killing(killer.clone()));
     let outcome = runtime.block_on(async {
