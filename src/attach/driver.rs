@@ -121,7 +121,9 @@ impl Attach {
         if !self.sources.insert(disk.clone()) {
             return contradiction("two disks of this name are recorded");
         }
-        if let Some(locator) = &record.locator
+        // What the guest has unplugged has no more need of its locator, which the next disk may have.
+        let locator = record.locator.as_ref().filter(|_| !record.unplugged);
+        if let Some(locator) = locator
             && !self.occupy(locator, id)
         {
             self.sources.remove(disk);
@@ -129,11 +131,11 @@ impl Attach {
         }
         let job = AttachJob {
             listed: true,
-            locator: record.locator.clone(),
+            locator: locator.cloned(),
             unplugged: record.unplugged,
             ..AttachJob::new(disk)
         };
-        let resource = match (left, &record.locator) {
+        let resource = match (left, locator) {
             (Left::Up | Left::Doubtful, Some(locator)) => Some(Attached {
                 id: id.clone(),
                 disk: disk.clone(),

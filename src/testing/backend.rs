@@ -50,8 +50,17 @@ impl Transport for FakeVm {
     ) -> Result<Presence<DeviceLocator>, BackendError> {
         let call = self.begin(VmStep::Adopt, Key::Disk(id.clone()), None);
         self.state().vm.recognise(id, locator);
+        // Set first, so that a panic leaves it so.
+        let in_doubt = KeepSlot(self, id, locator);
         let adopted = call.act_as(|state, _| Ok(state.adopt(id, locator)), in_log);
-        unknown_if_uncertain(adopted.await)
+        let adopted = unknown_if_uncertain(adopted.await);
+        let gone = adopted
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::Gone);
+        if gone || matches!(adopted, Ok(Presence::Present(_) | Presence::Absent)) {
+            std::mem::forget(in_doubt);
+        }
+        adopted
     }
 }
 
@@ -127,6 +136,17 @@ impl LayerCombiner for FakeVm {
         let call = self.begin(VmStep::Adopt, key, None);
         let look = |state: &mut VmState, _| Ok(state.adopt_overlay(overlay));
         unknown_if_uncertain(call.act_as(look, in_log).await)
+    }
+}
+
+/// Keeps the slot of a disk when it is dropped: nobody could tell whether it is there.
+struct KeepSlot<'a>(&'a FakeVm, &'a DiskId, Option<&'a DeviceLocator>);
+
+impl Drop for KeepSlot<'_> {
+    fn drop(&mut self) {
+        if let KeepSlot(vm, disk, Some(locator)) = self {
+            vm.keep_slot(disk, locator);
+        }
     }
 }
 

@@ -150,6 +150,13 @@ impl FakeVm {
         self.state().vm.take_out(&id);
     }
 
+    pub(super) fn keep_slot(&self, disk: &DiskId, locator: &DeviceLocator) {
+        let mut state = self.state();
+        if !self.is_of_ended_process(&state) && !state.vm.host_gone {
+            state.vm.keep_slot(disk, locator);
+        }
+    }
+
     pub(super) fn is_of_ended_process(&self, state: &State) -> bool {
         self.process != state.restarts.len()
     }

@@ -210,6 +210,30 @@ impl VmState {
         }
     }
 
+    /// Keeps the slot of a disk of which an adoption could not tell whether it is there, until it is detached.
+    pub(super) fn keep_slot(&mut self, disk: &DiskId, locator: &DeviceLocator) {
+        let Ok(number) = address(locator) else { return };
+        let taken = self.by_disk.contains_key(disk) || self.slots.contains_key(&number);
+        if taken || number >= self.capacity {
+            return;
+        }
+        self.freed.extend(self.fresh..number);
+        self.fresh = self.fresh.max(number + 1);
+        self.freed.remove(&number);
+        self.attachments += 1;
+        let slot = Slot {
+            disk: disk.clone(),
+            locator: locator.clone(),
+            attachment: self.attachments,
+            filled: false,
+            plugged: false,
+            mounts: 0,
+            ours: true,
+        };
+        self.slots.insert(number, slot);
+        self.by_disk.insert(disk.clone(), number);
+    }
+
     pub(super) fn adopt(
         &mut self,
         disk: &DiskId,

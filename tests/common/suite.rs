@@ -17,12 +17,14 @@ pub(crate) fn transport_fixture(
 ) -> TransportFixture {
     vm.alias("/links/a", "/images/a");
     vm.remove_source("/images/missing");
-    let host = vm.clone();
+    let (host, next) = (vm.clone(), vm.clone());
+    let successor = move || next.restart();
     TransportFixture::new(["a", "b", "c", "d"].map(disk), disk("missing"), snapshot)
         .aliases(["/links/a", "images/a", "/images/../images/./a"].map(Disk::virtual_disk))
         .capacity(CAPACITY as usize)
         .remove_source(move |disk| host.remove_source(disk.source()))
         .faults(faults)
+        .successor(successor)
 }
 
 pub(crate) fn guest_fixture(
@@ -31,6 +33,7 @@ pub(crate) fn guest_fixture(
     faults: impl Faults,
     snapshot: impl Snapshot,
 ) -> GuestFixture {
+    let (guest, combiner) = (vm.clone(), vm.clone());
     GuestFixture::new(
         transport,
         vm.clone(),
@@ -40,4 +43,6 @@ pub(crate) fn guest_fixture(
     )
     .scratch(disk("scratch"))
     .faults(faults)
+    .next_mounter(move || guest.clone())
+    .next_combiner(move || combiner.clone())
 }

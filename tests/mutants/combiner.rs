@@ -36,11 +36,14 @@ pub(super) enum Bug {
     CannotRepeatASeparate,
     CombinesLate,
     FailsInAnEndedVm,
+    ForgetsOverlays,
+    KeepsAdoptedOverlays,
+    AdoptsAnyTarget,
 }
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 19] = [
+const MUTANTS: [(Bug, &str); 22] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (
@@ -96,6 +99,18 @@ const MUTANTS: [(Bug, &str); 19] = [
         FailsInAnEndedVm,
         "a separate after the end of the VM is done or gone, and leaves nothing",
     ),
+    (
+        ForgetsOverlays,
+        "an overlay that an earlier process made is present",
+    ),
+    (
+        KeepsAdoptedOverlays,
+        "an adopted overlay can be separated and leaves nothing",
+    ),
+    (
+        AdoptsAnyTarget,
+        "a target with nothing, or with a mount, is absent and stays as it was",
+    ),
 ];
 
 pub(super) fn try_all() -> Vec<Tried> {
@@ -105,6 +120,8 @@ pub(super) fn try_all() -> Vec<Tried> {
 async fn run(bug: Bug, everywhere: Everywhere, looks: Arc<AtomicUsize>, from: usize) -> Outcome {
     let mutant = Mutant::new(FakeVm::new(), bug);
     let fixture = super::guest_fixture(&mutant.vm, &mutant.memory, everywhere, &looks, from);
+    let next = mutant.clone();
+    let fixture = fixture.next_combiner(move || next.clone());
     try_combiner(&mutant, &mutant, &fixture).await
 }
 
@@ -160,7 +177,7 @@ impl LayerCombiner for Mutant<Bug> {
             CannotSeparateTheAbsent if !memory.is_spoilt() => return wrong(),
             SeparatesNothing => return Ok(()),
             CannotSeparateTwice if !combined && memory.is_spoilt() => return wrong(),
-            ForgetsOverlaysInDoubt if memory.is_spoilt() => return Ok(()),
+            ForgetsOverlaysInDoubt | KeepsAdoptedOverlays if memory.is_spoilt() => return Ok(()),
             CannotRepeatASeparate if memory.is_spoilt() => return wrong(),
             _ => {}
         }
@@ -176,7 +193,16 @@ impl LayerCombiner for Mutant<Bug> {
     }
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
-        LayerCombiner::adopt(&self.vm, overlay).await
+        let Mutant { vm, bug, memory } = self;
+        match bug {
+            ForgetsOverlays => Ok(Presence::Absent),
+            AdoptsAnyTarget => Ok(Presence::Present(())),
+            KeepsAdoptedOverlays => {
+                memory.spoil();
+                LayerCombiner::adopt(vm, overlay).await
+            }
+            _ => LayerCombiner::adopt(vm, overlay).await,
+        }
     }
 }
 

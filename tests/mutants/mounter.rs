@@ -37,11 +37,14 @@ pub(super) enum Bug {
     CannotRepeatAnUnmount,
     MountsLate,
     FailsInAnEndedVm,
+    ForgetsMounts,
+    KeepsWhatItAdopts,
+    AdoptsAnyDevice,
 }
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 22] = [
+const MUTANTS: [(Bug, &str); 25] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (
@@ -109,6 +112,18 @@ const MUTANTS: [(Bug, &str); 22] = [
         FailsInAnEndedVm,
         "an unmount after the end of the VM is done or gone, and leaves nothing",
     ),
+    (
+        ForgetsMounts,
+        "a mount that an earlier process made is present",
+    ),
+    (
+        KeepsWhatItAdopts,
+        "an adopted mount can be unmounted and leaves nothing",
+    ),
+    (
+        AdoptsAnyDevice,
+        "a target with nothing, or with another device, is absent and stays as it was",
+    ),
 ];
 
 pub(super) fn try_all() -> Vec<Tried> {
@@ -118,7 +133,9 @@ pub(super) fn try_all() -> Vec<Tried> {
 async fn run(bug: Bug, everywhere: Everywhere, looks: Arc<AtomicUsize>, from: usize) -> Outcome {
     let mutant = Mutant::new(FakeVm::new(), bug);
     let fixture = super::guest_fixture(&mutant.vm, &mutant.memory, everywhere, &looks, from);
-    try_mounter(&mutant, &fixture.blank(suite::disk("blank"))).await
+    let next = mutant.clone();
+    let fixture = fixture.blank(suite::disk("blank"));
+    try_mounter(&mutant, &fixture.next_mounter(move || next.clone())).await
 }
 
 impl Mutant<Bug> {
@@ -198,7 +215,7 @@ impl Mounter for Mutant<Bug> {
             UnmountsNothing => return Ok(()),
             CannotUnmountTwice if absent && seen => return wrong(),
             LeavesATraceOfImpossibleTargets if !is_possible(target) => memory.leave(),
-            ForgetsMountsInDoubt if memory.is_spoilt() => return Ok(()),
+            ForgetsMountsInDoubt | KeepsWhatItAdopts if memory.is_spoilt() => return Ok(()),
             CannotRepeatAnUnmount if memory.is_spoilt() => return wrong(),
             _ => {}
         }
@@ -219,6 +236,15 @@ impl Mounter for Mutant<Bug> {
         target: &Path,
         options: &MountOptions,
     ) -> Result<Presence, BackendError> {
-        Mounter::adopt(&self.vm, device, target, options).await
+        let Mutant { vm, bug, memory } = self;
+        match bug {
+            ForgetsMounts => Ok(Presence::Absent),
+            AdoptsAnyDevice if vm.device_at(target).is_some() => Ok(Presence::Present(())),
+            KeepsWhatItAdopts => {
+                memory.spoil();
+                Mounter::adopt(vm, device, target, options).await
+            }
+            _ => Mounter::adopt(vm, device, target, options).await,
+        }
     }
 }

@@ -47,11 +47,17 @@ pub(super) enum Bug {
     GivesAwaySlotsInDoubt,
     LosesSlotsThatWereInDoubt,
     LeavesSomethingInAnEndedVm,
+    ForgetsEverything,
+    NeedsTheLocator,
+    LeavesATraceOfAdoption,
+    AdoptsWithoutKnowing,
+    AdoptsWhatIsNotThere,
+    AdoptsWhateverIsThere,
 }
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 32] = [
+const MUTANTS: [(Bug, &str); 38] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (CannotIdentify, "a disk that is there has an id"),
@@ -123,6 +129,27 @@ const MUTANTS: [(Bug, &str); 32] = [
         LeavesSomethingInAnEndedVm,
         "a detach after the end of the VM is done or gone, and leaves nothing",
     ),
+    (
+        ForgetsEverything,
+        "a disk that an earlier process attached is present where it was",
+    ),
+    (
+        NeedsTheLocator,
+        "a disk that an earlier process attached is found without its locator",
+    ),
+    (LeavesATraceOfAdoption, "an adoption changes nothing"),
+    (
+        AdoptsWithoutKnowing,
+        "an adopted disk can be detached and leaves nothing",
+    ),
+    (
+        AdoptsWhatIsNotThere,
+        "a disk that is not attached is absent",
+    ),
+    (
+        AdoptsWhateverIsThere,
+        "a disk is absent where another one is, and a detach of it leaves that one alone",
+    ),
 ];
 
 pub(super) fn try_all() -> Vec<Tried> {
@@ -132,7 +159,12 @@ pub(super) fn try_all() -> Vec<Tried> {
 async fn run(bug: Bug, _: Everywhere, looks: Arc<AtomicUsize>, from: usize) -> Outcome {
     let mutant = Mutant::new(FakeVm::with_slots(suite::CAPACITY), bug);
     let fixture = super::transport_fixture(&mutant.vm, &mutant.memory, &looks, from);
-    try_transport(&mutant, &fixture).await
+    let next = mutant.clone();
+    let successor = move || Mutant {
+        vm: next.vm.restart(),
+        ..next.clone()
+    };
+    try_transport(&mutant, &fixture.successor(successor)).await
 }
 
 /// Counts the calls that run at once.
@@ -262,6 +294,26 @@ impl Transport for Mutant<Bug> {
         id: &DiskId,
         locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        self.vm.adopt(disk, id, locator).await
+        let Mutant { vm, bug, memory } = self;
+        match (bug, locator) {
+            (ForgetsEverything, _) | (NeedsTheLocator, Option::None) => Ok(Presence::Absent),
+            (AdoptsWithoutKnowing, _) => match vm.locator_of(disk) {
+                Some(there) => Ok(Presence::Present(there)),
+                Option::None => Ok(Presence::Absent),
+            },
+            (LeavesATraceOfAdoption, _) => {
+                memory.leave();
+                vm.adopt(disk, id, locator).await
+            }
+            (AdoptsWhatIsNotThere, Some(at)) if vm.left().is_empty() => {
+                Ok(Presence::Present(at.clone()))
+            }
+            (AdoptsWhateverIsThere, Some(at))
+                if !vm.left().is_empty() && vm.locator_of(disk).as_ref() != Some(at) =>
+            {
+                Ok(Presence::Present(at.clone()))
+            }
+            _ => vm.adopt(disk, id, locator).await,
+        }
     }
 }

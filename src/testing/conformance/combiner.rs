@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use super::check::contract;
 use super::faults::{Pair, PairChecks};
-use super::fixture::{Fault, GuestFixture};
+use super::fixture::{Fault, GuestFixture, Successor};
 use super::run::{Held, Run};
 use super::{Broken, Passed};
 use crate::ErrorKind::{Conflict, Invalid, NotFound};
 use crate::testing::VmStep;
-use crate::{DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay};
+use crate::{DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Presence};
 
 contract! { "combiner" ATTACHABLE REMOVABLE {
     MOUNT = "the fixture's disks can be mounted";
@@ -28,6 +28,9 @@ contract! { "combiner" ATTACHABLE REMOVABLE {
     BUSY = "an overlay that is busy stays as it was";
     REPEAT = "a separate that failed can be repeated and leaves nothing";
     LATE = "a combine that was given up has no effect after the separate";
+    ADOPT = "an overlay that an earlier process made is present";
+    ADOPT_SEPARATE = "an adopted overlay can be separated and leaves nothing";
+    ADOPT_ABSENT = "a target with nothing, or with a mount, is absent and stays as it was";
     GONE = "a separate after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -92,6 +95,9 @@ pub async fn try_combiner(
         round_trips(&mut run, combiner, WITH_SCRATCH, &overlay).await?;
     }
     after_faults(&mut run, combiner, &overlay).await?;
+    if let Some(next) = &fixture.next_combiner {
+        adopt(&mut run, combiner, &overlay, next).await?;
+    }
     if run.inject(VmStep::Separate, Fault::Gone).await {
         run.succeeds(COMBINE, "combine", combiner.combine(&overlay))
             .await?;
@@ -174,6 +180,41 @@ async fn round_trips(
         }
     }
     Ok(())
+}
+
+/// The next processes: what they adopt, and what they do not.
+async fn adopt(
+    run: &mut Run<'_>,
+    combiner: &dyn LayerCombiner,
+    overlay: &Overlay,
+    next: &Successor<dyn LayerCombiner>,
+) -> Held {
+    let before = run.tables().await;
+    let mut at_mount = overlay.clone();
+    at_mount.target.clone_from(&overlay.layers[0]);
+    for absent in [overlay, &at_mount] {
+        let process = next();
+        let found = run
+            .succeeds(ADOPT_ABSENT, "adopt", process.adopt(absent))
+            .await?;
+        let said = format!("adopt at {} answered {found:?}", absent.target.display());
+        run.holds(ADOPT_ABSENT, found == Presence::Absent, said)?;
+        run.unchanged(ADOPT_ABSENT, "adopt", &before).await?;
+    }
+    run.succeeds(COMBINE, "combine", combiner.combine(overlay))
+        .await?;
+    let combined = run.tables().await;
+    let process = next();
+    let found = run.succeeds(ADOPT, "adopt", process.adopt(overlay)).await?;
+    run.holds(
+        ADOPT,
+        found == Presence::Present(()),
+        format!("adopt answered {found:?}"),
+    )?;
+    run.unchanged(ADOPT, "adopt", &combined).await?;
+    let separate = process.separate(&overlay.target);
+    run.succeeds(ADOPT_SEPARATE, "separate", separate).await?;
+    run.unchanged(ADOPT_SEPARATE, "separate", &before).await
 }
 
 async fn refused(

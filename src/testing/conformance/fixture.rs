@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::testing::VmStep;
-use crate::{Disk, MountOptions, Transport, Unplugger};
+use crate::{Disk, LayerCombiner, MountOptions, Mounter, Transport, Unplugger};
 
 /// Lists what a backend has set up, for the suite to compare before and after a call.
 ///
@@ -119,6 +119,9 @@ impl<F: Faults> Faults for WithoutGone<F> {
     }
 }
 
+/// Makes a backend as the next process of the host has it.
+pub(super) type Successor<B> = Box<dyn Fn() -> Box<B> + Send + Sync>;
+
 /// Removes the file behind a disk from the host.
 pub(super) type RemoveSource = Box<dyn Fn(&Disk) + Send + Sync>;
 
@@ -131,6 +134,7 @@ pub struct TransportFixture {
     pub(super) capacity: Option<usize>,
     pub(super) remove_source: Option<RemoveSource>,
     pub(super) faults: Option<Box<dyn Faults>>,
+    pub(super) successor: Option<Successor<dyn Transport>>,
 }
 
 impl TransportFixture {
@@ -153,7 +157,16 @@ impl TransportFixture {
             capacity: None,
             remove_source: None,
             faults: None,
+            successor: None,
         }
+    }
+
+    /// Makes the transport anew over the same VM, as the next process has it that adopts what this one attached. The suite
+    /// makes no call of the one before from then on. Without it, the checks of adoptions are not run.
+    #[must_use]
+    pub fn successor<T: Transport>(mut self, next: impl Fn() -> T + Send + Sync + 'static) -> Self {
+        self.successor = Some(Box::new(move || Box::new(next())));
+        self
     }
 
     /// Other names of the first disk, as far as the transport can tell: relative, through a symbolic
@@ -199,6 +212,8 @@ pub struct GuestFixture {
     pub(super) blank: Option<Disk>,
     pub(super) scratch: Option<Disk>,
     pub(super) faults: Option<Box<dyn Faults>>,
+    pub(super) next_mounter: Option<Successor<dyn Mounter>>,
+    pub(super) next_combiner: Option<Successor<dyn LayerCombiner>>,
 }
 
 impl GuestFixture {
@@ -227,7 +242,30 @@ impl GuestFixture {
             blank: None,
             scratch: None,
             faults: None,
+            next_mounter: None,
+            next_combiner: None,
         }
+    }
+
+    /// Makes the mounter anew over the same guest, as the next process has it that adopts what this one mounted. Without it,
+    /// the checks of adoptions are not run.
+    #[must_use]
+    pub fn next_mounter<M: Mounter>(
+        mut self,
+        next: impl Fn() -> M + Send + Sync + 'static,
+    ) -> Self {
+        self.next_mounter = Some(Box::new(move || Box::new(next())));
+        self
+    }
+
+    /// The same for the combiner.
+    #[must_use]
+    pub fn next_combiner<C: LayerCombiner>(
+        mut self,
+        next: impl Fn() -> C + Send + Sync + 'static,
+    ) -> Self {
+        self.next_combiner = Some(Box::new(move || Box::new(next())));
+        self
     }
 
     /// How to mount the disks; read-only unless set.

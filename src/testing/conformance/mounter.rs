@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use super::check::contract;
 use super::faults::{Pair, PairChecks};
-use super::fixture::{Fault, GuestFixture};
+use super::fixture::{Fault, GuestFixture, Successor};
 use super::hostile::{foreign, hostile, impossible_targets};
 use super::run::{Held, Run};
 use super::{Broken, Passed};
 use crate::ErrorKind::{Conflict, Invalid, NotFound, Unsuitable};
 use crate::testing::VmStep;
-use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter};
+use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter, Presence};
 
 contract! { "mounter" ATTACHABLE REMOVABLE {
     UNMOUNT_ABSENT = "unmounting what was never mounted succeeds";
@@ -33,6 +33,9 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
     BUSY = "a mount that is busy stays as it was";
     REPEAT = "an unmount that failed can be repeated and leaves nothing";
     LATE = "a mount that was given up has no effect after the unmount";
+    ADOPT = "a mount that an earlier process made is present";
+    ADOPT_UNMOUNT = "an adopted mount can be unmounted and leaves nothing";
+    ADOPT_ABSENT = "a target with nothing, or with another device, is absent and stays as it was";
     GONE = "an unmount after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -46,6 +49,7 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
 /// - a device, a partition or a filesystem that is not there is `NotFound`; another transport is
 ///   `Unsuitable` or `NotFound`; an address or a target that makes no sense fails: each leaves nothing
 /// - unmount of a target that makes no sense changes nothing
+/// - with a successor: a mount that an earlier process made is present, can be unmounted, and is absent for another device
 /// - with faults: an unmount after a mount in doubt leaves nothing; after `Busy` the mount is as before,
 ///   and after any error the unmount can be repeated; a mount that was given up has no effect after the
 ///   unmount that follows it; after the end of the VM an unmount is done
@@ -84,6 +88,9 @@ pub async fn try_mounter(mounter: &dyn Mounter, fixture: &GuestFixture) -> Resul
         suite.blank(&mut run, blank).await?;
     }
     suite.after_faults(&mut run, &locators[0]).await?;
+    if let Some(next) = &fixture.next_mounter {
+        suite.adopt(&mut run, &locators, next).await?;
+    }
 
     run.take_out(fixture, disks, &locators).await?;
     let target = fixture.directory.join("absent");
@@ -121,6 +128,39 @@ impl Suite<'_> {
             run.unchanged(check, &what, before).await?;
         }
         Ok(())
+    }
+
+    /// The next processes: what they adopt, and what they do not.
+    async fn adopt(
+        &self,
+        run: &mut Run<'_>,
+        devices: &[DeviceLocator],
+        next: &Successor<dyn Mounter>,
+    ) -> Held {
+        let before = run.tables().await;
+        let (target, options) = (self.target("adopted"), &self.fixture.options);
+        self.mount(run, &devices[0], &target).await?;
+        let mounted = run.tables().await;
+        let what = |device| format!("adopt of {device} at {}", target.display());
+        let absent = self.target("absent");
+        for (device, target) in [(&devices[1], &target), (&devices[0], &absent)] {
+            let process = next();
+            let found = process.adopt(device, target, options);
+            let found = run.succeeds(ADOPT_ABSENT, what(device), found).await?;
+            let said = format!("{} answered {found:?}", what(device));
+            run.holds(ADOPT_ABSENT, found == Presence::Absent, said)?;
+            run.unchanged(ADOPT_ABSENT, what(device), &mounted).await?;
+        }
+        let (process, device) = (next(), &devices[0]);
+        let found = process.adopt(device, &target, options);
+        let found = run.succeeds(ADOPT, what(device), found).await?;
+        let said = format!("{} answered {found:?}", what(device));
+        run.holds(ADOPT, found == Presence::Present(()), said)?;
+        run.unchanged(ADOPT, what(device), &mounted).await?;
+        let unmount = process.unmount(&target);
+        run.succeeds(ADOPT_UNMOUNT, "unmount of it", unmount)
+            .await?;
+        run.unchanged(ADOPT_UNMOUNT, "unmount of it", &before).await
     }
 
     async fn round_trip(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {

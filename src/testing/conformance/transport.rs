@@ -7,12 +7,12 @@ use futures_util::future::join_all;
 
 use super::check::contract;
 use super::faults::{Pair, PairChecks};
-use super::fixture::{Fault, TransportFixture};
+use super::fixture::{Fault, Successor, TransportFixture};
 use super::run::{Held, Run};
 use super::{Broken, Passed};
 use crate::ErrorKind::{Full, NotFound, Uncertain};
 use crate::testing::{AttachIdentified as _, VmStep};
-use crate::{DeviceLocator, Disk, Transport};
+use crate::{DeviceLocator, Disk, Presence, Transport};
 
 contract! { "transport" {
     HAS_ID = "a disk that is there has an id";
@@ -44,6 +44,12 @@ contract! { "transport" {
     LATE = "an attach that was given up has no effect after the detach";
     DOUBT_HOLDS = "the slot of a disk in doubt is not given to another";
     DOUBT_FREED = "detaching a disk in doubt frees its slot and touches no other disk";
+    ADOPT = "a disk that an earlier process attached is present where it was";
+    ADOPT_FOUND = "a disk that an earlier process attached is found without its locator";
+    ADOPT_HARMLESS = "an adoption changes nothing";
+    ADOPT_DETACH = "an adopted disk can be detached and leaves nothing";
+    ADOPT_ABSENT = "a disk that is not attached is absent";
+    ADOPT_OTHER = "a disk is absent where another one is, and a detach of it leaves that one alone";
     GONE = "a detach after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -59,6 +65,8 @@ contract! { "transport" {
 /// - a disk can be attached again after it was detached
 /// - with a capacity: one disk more than fits is `Full` and leaves nothing; after a detach it fits
 /// - with `remove_source`: an attached disk whose source is gone can be detached
+/// - with a successor: a disk that an earlier process attached is present where it was, with and without its locator, and
+///   can be detached; one that is not attached, or another one at that locator, is absent and leaves that one alone
 /// - with faults: the slot of a disk in doubt is used for no other disk until the disk was detached; a
 ///   detach that failed can be repeated; an attach that was given up has no effect after the detach
 ///   that follows it; after the end of the VM a detach is done
@@ -116,8 +124,79 @@ pub async fn try_transport(
         run.unchanged(SOURCE_GONE, on("detach", disk), &before)
             .await?;
     }
+    let successor = match &fixture.successor {
+        Some(next) => Some(adopt(&mut run, transport, fixture, next).await?),
+        None => None,
+    };
+    let transport = successor.as_deref().unwrap_or(transport);
     gone(&mut run, transport, &fixture.disks[0]).await?;
     run.end(&before).await
+}
+
+/// One process after the other: each adopts what the one before has attached. Answers with the last one.
+async fn adopt(
+    run: &mut Run<'_>,
+    transport: &dyn Transport,
+    fixture: &TransportFixture,
+    next: &Successor<dyn Transport>,
+) -> Held<Box<dyn Transport>> {
+    let (disk, other) = (&fixture.disks[0], &fixture.disks[1]);
+    let before = run.tables().await;
+    let mut process: Option<Box<dyn Transport>> = None;
+    for (check, with_locator) in [(ADOPT, true), (ADOPT_FOUND, false)] {
+        let first = process.as_deref().unwrap_or(transport);
+        let locator = attach(run, first, disk).await?;
+        let with_disk = run.tables().await;
+        let second = next();
+        let at = with_locator.then_some(&locator);
+        let there = Presence::Present(locator.clone());
+        adoption(run, check, &*second, disk, at, &there).await?;
+        run.unchanged(ADOPT_HARMLESS, on("adopt", disk), &with_disk)
+            .await?;
+        detach(run, ADOPT_DETACH, &*second, disk).await?;
+        run.unchanged(ADOPT_DETACH, on("detach", disk), &before)
+            .await?;
+        let third = next();
+        adoption(run, ADOPT_ABSENT, &*third, disk, at, &Presence::Absent).await?;
+        let fourth = next();
+        let locator = attach(run, &*fourth, disk).await?;
+        let with_disk = run.tables().await;
+        let fifth = next();
+        let absent = &Presence::Absent;
+        adoption(run, ADOPT_OTHER, &*fifth, other, Some(&locator), absent).await?;
+        detach(run, ADOPT_OTHER, &*fifth, other).await?;
+        run.unchanged(ADOPT_OTHER, on("detach", other), &with_disk)
+            .await?;
+        let last = next();
+        adoption(
+            run,
+            ADOPT,
+            &*last,
+            disk,
+            Some(&locator),
+            &Presence::Present(locator.clone()),
+        )
+        .await?;
+        detach(run, ADOPT_DETACH, &*last, disk).await?;
+        process = Some(last);
+    }
+    Ok(process.expect("there were two rounds"))
+}
+
+async fn adoption(
+    run: &mut Run<'_>,
+    check: super::Check,
+    transport: &dyn Transport,
+    disk: &Disk,
+    at: Option<&DeviceLocator>,
+    expected: &Presence<DeviceLocator>,
+) -> Held {
+    let id = transport.identify(disk);
+    let id = run.succeeds(HAS_ID, on("identify", disk), id).await?;
+    let adopt = transport.adopt(disk, &id, at);
+    let found = run.succeeds(check, on("adopt", disk), adopt).await?;
+    let said = format!("adopt of {disk} answered {found:?}, not {expected:?}");
+    run.holds(check, found == *expected, said)
 }
 
 fn on(step: &str, disk: &Disk) -> String {
