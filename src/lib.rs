@@ -61,6 +61,7 @@
 //!
 //! | crate | implements | for |
 //! |---|---|---|
+//! | `blockmount-journal` | [`Journal`](journal::Journal) | what survives a restart, in a file |
 //! | `blockmount-loopback` | [`Transport`], [`Resolver`], [`Unplugger`] | loop devices: host and guest are this machine |
 //! | `blockmount-scsi` | [`Transport`] over its own small `Attacher`; [`Resolver`], [`Unplugger`] in Linux guests | any hypervisor with SCSI controllers |
 //! | `blockmount-vpmem` | the same for persistent memory, whole devices and packed ones | any hypervisor with VPMEM or virtio-pmem |

@@ -11,8 +11,9 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 13] = [
+const RULE: [(&str, &[&str]); 14] = [
     ("blockmount", &[]),
+    ("blockmount-journal", &["blockmount"]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
     ("blockmount-vpmem", &["blockmount", "blockmount-linux"]),

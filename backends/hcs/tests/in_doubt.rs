@@ -9,7 +9,7 @@ use blockmount_vpmem::testing::AttachIdentified as _;
 use std::sync::Arc;
 
 use blockmount::placement::SlotUse;
-use blockmount::{Disk, ErrorKind, Transport};
+use blockmount::{Disk, ErrorKind, Presence, Transport};
 use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
 use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
@@ -162,7 +162,7 @@ async fn answers_in_doubt_are_uncertain_while_the_vm_lives() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn numbers_become_kinds() {
-    use ErrorKind::{Busy, Conflict, Gone, Invalid, NotFound, Other, Unsuitable};
+    use ErrorKind::{Busy, Gone, Invalid, NotFound, Other, Unsuitable};
     let model = Model::linux().await;
     for system in model.ways().await {
         let scsi = transport(system, 1);
@@ -177,7 +177,6 @@ async fn numbers_become_kinds() {
             (0x8007_0032, Unsuitable),
             (0x8007_0057, Invalid),
             (0x8007_00aa, Busy),
-            (0x8007_00b7, Conflict),
             (0x8000_4001, Unsuitable),
             (0x8000_4005, Other),
             (0x8037_010d, Invalid),
@@ -206,26 +205,52 @@ async fn numbers_become_kinds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_taken_place_is_a_conflict_and_stays_as_it_was() {
+async fn u03_a_disk_that_others_have_attached_stays_and_its_address_is_left_out() {
     let model = Model::linux().await;
     for system in model.ways().await {
         let images = Images::new();
-        let (stranger, disk) = (images.disk("stranger.vhdx"), images.disk("a.vhdx"));
+        let (foreign, disks) = (
+            images.disk("foreign.vhdx"),
+            [images.disk("a.vhdx"), images.disk("b.vhdx")],
+        );
         let attacher = ScsiAttacher::new(system.clone(), GuestOs::Linux);
         attacher
-            .attach_identified(address("0/0"), &stranger)
+            .attach_identified(address("0/0"), &foreign)
             .await
             .unwrap();
         let before = model.left();
         // This transport was not told of it.
-        let scsi = transport(system, 2);
-        let error = scsi.attach_identified(&disk).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
-        assert!(error.to_string().contains("reserve"), "{error}");
-        scsi.detach(&disk).await.unwrap();
+        let scsi = transport(system.clone(), 2);
+        let locator = scsi.attach_identified(&disks[0]).await.unwrap();
+        assert_eq!(locator.as_str(), "scsi:0/1");
+        let error = scsi.attach_identified(&disks[1]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Full, "{error}");
+        assert!(error.to_string().contains("1 foreign"), "{error}");
+        assert_eq!(states(&scsi), [SlotUse::Foreign, SlotUse::Occupied]);
+        for disk in &disks {
+            scsi.detach(disk).await.unwrap();
+        }
         assert_eq!(model.left(), before);
         attacher.detach(address("0/0")).await.unwrap();
         assert_eq!(model.left(), [""; 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_journal_remembers_is_in_doubt_until_it_is_detached() {
+    let model = Model::linux().await;
+    for system in model.ways().await {
+        let images = Images::new();
+        let disk = images.disk("a.vhdx");
+        let earlier = transport(system.clone(), 2);
+        let locator = earlier.attach_identified(&disk).await.unwrap();
+        let scsi = transport(system, 2);
+        let id = scsi.identify(&disk).await.unwrap();
+        let found = scsi.adopt(&disk, &id, Some(&locator)).await.unwrap();
+        assert_eq!(found, Presence::Unknown);
+        assert_eq!(states(&scsi), [SlotUse::Quarantined]);
+        scsi.detach(&disk).await.unwrap();
+        assert_eq!((states(&scsi), model.left().len()), (vec![], 0));
     }
 }
 

@@ -17,7 +17,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use blockmount::{DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay};
+use blockmount::{
+    DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
+};
 use blockmount_linux::LinuxGuest;
 use blockmount_linux::device::{self, DeviceNumber};
 use kit::{Image, KERNELS, Loop, TestDir, builder, mount, options, refused, run};
@@ -354,6 +356,73 @@ async fn root_what_a_killed_process_has_mounted_is_ours_still() {
         guest.unmount(&at("x")).await.unwrap();
         site.assert_clean();
     }
+}
+
+#[tokio::test]
+async fn root_what_a_killed_process_has_mounted_is_adopted() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        site.start("hold", kernel).kill();
+        let guest = site.restart(kernel).await;
+        let before = site.dir.mounts();
+        let (ext4, erofs, disk) = (&site.ext4, &site.erofs, &site.disk);
+        let adopt = async |device: &Loop, name: &str, options: &MountOptions| {
+            let (device, target) = (device.locator(), site.dir.at(name));
+            Mounter::adopt(&guest, &device, &target, options)
+                .await
+                .unwrap()
+        };
+        let (noatime, read_only) = (options(&["noatime"]), options(&["ro"]));
+        for (device, name, options) in [
+            (ext4, "a/b/one", &noatime),
+            (erofs, "a/b/two", &read_only),
+            (disk, "p/q", &partition(2)),
+        ] {
+            assert_eq!(adopt(device, name, options).await, Presence::Present(()));
+        }
+        let overlay = overlay(site.dir.path(), "a/c/overlay");
+        let found = LayerCombiner::adopt(&guest, &overlay).await.unwrap();
+        assert_eq!(found, Presence::Present(()));
+        // Another device, other options, another kind, and a target that is free.
+        for (device, name, options) in [
+            (ext4, "a/b/two", &read_only),
+            (ext4, "a/b/one", &read_only),
+            (erofs, "a/c/overlay", &read_only),
+            (ext4, "never", &noatime),
+        ] {
+            assert_eq!(
+                adopt(device, name, options).await,
+                Presence::Absent,
+                "{name}"
+            );
+        }
+        assert_eq!(site.dir.mounts(), before);
+        // What is gone behind the guest's back has directories left, which the tear-down removes.
+        run("umount", &[site.dir.at("p/r").to_str().unwrap()]);
+        assert_eq!(adopt(disk, "p/r", &partition(2)).await, Presence::Unknown);
+        for name in TARGETS {
+            guest.unmount(&site.dir.at(name)).await.unwrap();
+        }
+        clear_scratch(&site.dir);
+        site.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_without_a_journal_only_what_is_not_there_is_known() {
+    let site = Site::new();
+    let (first, second) = (builder().build(), builder().build());
+    let (device, target) = (site.ext4.locator(), site.dir.at("x"));
+    let ro = options(&["ro"]);
+    let adopt =
+        async |guest: &LinuxGuest| Mounter::adopt(guest, &device, &target, &ro).await.unwrap();
+    assert_eq!(adopt(&second).await, Presence::Absent);
+    first.mount(&device, &target, &ro).await.unwrap();
+    assert_eq!(adopt(&second).await, Presence::Unknown);
+    assert_eq!(adopt(&first).await, Presence::Present(()));
+    refused(second.unmount(&target).await, ErrorKind::Conflict);
+    first.unmount(&target).await.unwrap();
+    site.assert_clean();
 }
 
 /// Kills in the middle of whatever it is: the kernel's tables, the directories and the journal must be

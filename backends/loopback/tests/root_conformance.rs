@@ -15,7 +15,7 @@ use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{
     self, Fault, Faults, GuestFixture, Snapshot, TransportFixture,
 };
-use blockmount_linux::LinuxGuest;
+use blockmount_linux::{LinuxGuest, mountinfo};
 use blockmount_loopback::{BoundLoop, LoopResolver, LoopTransport, LoopUnplugger, SCHEME};
 use common::{Bench, with_mark};
 
@@ -38,9 +38,10 @@ fn snapshot(bench: &Bench) -> impl Snapshot + use<> {
     }
 }
 
-/// Keeps the devices of a bench open, so that they are busy.
+/// Keeps the devices or the mounts of a bench open, so that they are busy.
 struct HoldOpen {
     mark: String,
+    dir: PathBuf,
     held: Mutex<Vec<File>>,
 }
 
@@ -48,6 +49,7 @@ impl HoldOpen {
     fn new(bench: &Bench) -> Self {
         HoldOpen {
             mark: bench.mark.clone(),
+            dir: bench.dir.path().to_owned(),
             held: Mutex::default(),
         }
     }
@@ -56,9 +58,12 @@ impl HoldOpen {
 #[async_trait]
 impl Faults for HoldOpen {
     async fn inject(&self, step: VmStep, fault: Fault) -> bool {
-        if fault != Fault::Busy || !matches!(step, VmStep::Detach | VmStep::Unplug) {
+        if fault != Fault::Busy {
             return false;
         }
+        let mounts = mountinfo::read().unwrap();
+        let points = mounts.iter().map(|mount| &mount.mount_point);
+        let ours = points.filter(|point| point.starts_with(&self.dir));
         let open = |bound: &BoundLoop| {
             let mut options = File::options();
             options
@@ -66,7 +71,11 @@ impl Faults for HoldOpen {
                 .custom_flags(rustix::fs::OFlags::EXCL.bits() as i32);
             options.open(bound.node()).unwrap()
         };
-        let held = with_mark(&self.mark).iter().map(open).collect();
+        let held = match step {
+            VmStep::Detach | VmStep::Unplug => with_mark(&self.mark).iter().map(open).collect(),
+            VmStep::Unmount | VmStep::Separate => ours.map(|at| File::open(at).unwrap()).collect(),
+            _ => return false,
+        };
         *self.held.lock().unwrap() = held;
         true
     }

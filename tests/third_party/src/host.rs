@@ -1,12 +1,12 @@
 //! The host's half: disks are plugged into ports by QMP.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::placement::Placement;
-use blockmount::slots::{Occupied, Policy, Slots};
+use blockmount::placement::{Occupant, Placement};
+use blockmount::slots::{Occupied, Policy, Slot, Slots};
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, DiskKind, ErrorKind, Presence, Transport, blocking,
 };
@@ -17,6 +17,9 @@ use crate::SCHEME;
 
 /// How long QEMU may take to take out a disk that its guest has released.
 const REMOVAL: Duration = Duration::from_secs(30);
+
+/// Where QEMU lists the devices that were plugged in.
+const PERIPHERAL: &str = "/machine/peripheral";
 
 /// The ports of a VM, as a [`Transport`].
 #[derive(Debug)]
@@ -49,6 +52,31 @@ impl VirtioBlkTransport {
             slots,
             placement,
         })
+    }
+
+    fn allocate_at(&self, index: u16) -> Option<(Occupied, u16)> {
+        let slot = self.slots.reserve_at(Slot { group: 0, index }).ok()?;
+        Some((slot.fill(), index))
+    }
+
+    /// Which ports have a disk, whoever plugged it, by the file that QEMU has open for it.
+    async fn list(&self) -> Result<Vec<Occupant<u16>>, BackendError> {
+        let nodes = self.ask("query-named-block-nodes", json!({})).await?;
+        let devices = self.ask("qom-list", json!({ "path": PERIPHERAL })).await?;
+        let mut list = Vec::new();
+        for port in (0..).take(self.ports.len()) {
+            let name = Self::id(port);
+            let node = nodes.iter().find(|node| node["node-name"] == *name);
+            if node.is_none() && devices.iter().all(|device| device["name"] != *name) {
+                continue;
+            }
+            let file = node.and_then(|node| node["image"]["filename"].as_str());
+            let id = file
+                .and_then(|file| std::fs::metadata(file).ok())
+                .map(id_of);
+            list.push(Occupant::new(port, id));
+        }
+        Ok(list)
     }
 
     fn id(port: u16) -> String {
@@ -103,12 +131,7 @@ impl VirtioBlkTransport {
         let failed = |error: QmpError| error.while_trying(format!("cannot unplug {name}"));
         let mut deletions = self.qmp.events("DEVICE_DELETED");
         if self
-            .lists(
-                "qom-list",
-                json!({ "path": "/machine/peripheral" }),
-                "name",
-                &name,
-            )
+            .lists("qom-list", json!({ "path": PERIPHERAL }), "name", &name)
             .await?
         {
             let deleted = self.qmp.execute("device_del", json!({ "id": name })).await;
@@ -124,7 +147,7 @@ impl VirtioBlkTransport {
             }
         }
         if self
-            .lists("query-named-block-nodes", Value::Null, "node-name", &name)
+            .lists("query-named-block-nodes", json!({}), "node-name", &name)
             .await?
         {
             self.delete_node(&name).await.map_err(failed)?;
@@ -154,15 +177,20 @@ impl VirtioBlkTransport {
         key: &str,
         name: &str,
     ) -> Result<bool, BackendError> {
-        let arguments = match arguments {
-            Value::Null => json!({}),
-            given => given,
-        };
+        let entries = self.ask(command, arguments).await?;
+        Ok(entries.iter().any(|entry| entry[key] == name))
+    }
+
+    /// The entries of an answer of QEMU's.
+    async fn ask(&self, command: &str, arguments: Value) -> Result<Vec<Value>, BackendError> {
         let answer = self.qmp.execute(command, arguments).await;
         let answer = answer.map_err(|error| error.while_trying(format!("cannot {command}")))?;
-        let entries = answer.as_array().into_iter().flatten();
-        Ok(entries.into_iter().any(|entry| entry[key] == name))
+        Ok(answer.as_array().cloned().unwrap_or_default())
     }
+}
+
+fn id_of(found: Metadata) -> DiskId {
+    DiskId::inode(found.dev(), found.ino())
 }
 
 #[async_trait]
@@ -178,7 +206,7 @@ impl Transport for VirtioBlkTransport {
         blocking(move || {
             let found = File::open(disk.source()).and_then(|file| file.metadata());
             match found {
-                Ok(found) => Ok(DiskId::inode(found.dev(), found.ino())),
+                Ok(found) => Ok(id_of(found)),
                 Err(error) => {
                     Err(BackendError::not_found(format!("there is no disk {disk}"))
                         .with_source(error))
@@ -189,6 +217,9 @@ impl Transport for VirtioBlkTransport {
     }
 
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        self.placement
+            .survey(self.list(), |port| self.allocate_at(*port))
+            .await?;
         let call = self.placement.attach(disk, || {
             let slot = self.slots.reserve()?;
             let port = slot.slot().index;
@@ -199,7 +230,7 @@ impl Transport for VirtioBlkTransport {
         let port = call.address();
         let plugged = self.plug(port, disk, id).await;
         call.attached(plugged)?;
-        Ok(DeviceLocator::new(SCHEME, port).expect("a number is an address"))
+        Ok(locator_of(port))
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
@@ -212,10 +243,24 @@ impl Transport for VirtioBlkTransport {
 
     async fn adopt(
         &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
+        let port = match locator {
+            Some(locator) if locator.transport() == SCHEME => locator.address().parse().ok(),
+            Some(_) => return Ok(Presence::Absent),
+            None => None,
+        };
+        let list = self.list().await;
+        let allocate = |port: &u16| self.allocate_at(*port);
+        let found = self
+            .placement
+            .adopt(disk, id, port, list, allocate, PartialEq::eq)?;
+        Ok(found.map(locator_of))
     }
+}
+
+fn locator_of(port: u16) -> DeviceLocator {
+    DeviceLocator::new(SCHEME, port).expect("a number is an address")
 }

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{Disk, Manager, MountOptions, MountRequest};
+use blockmount::testing::AttachIdentified as _;
+use blockmount::{Disk, Manager, MountOptions, MountRequest, Presence, Transport};
 use blockmount_debug_agent::kit;
 use blockmount_debug_agent::kit::images;
 use blockmount_qemu::{Accelerator, GuestImage, GuestKernel, GuestStream, MODULES, Vm};
@@ -95,7 +96,7 @@ async fn vm_a_transport_of_a_stranger_works_from_end_to_end() {
     let transport = Arc::new(VirtioBlkTransport::new(vm.qmp().clone(), ports).unwrap());
     let guest = vm.guest("blockmount.agent").await.unwrap();
     let manager = Manager::builder()
-        .transport(transport)
+        .transport(transport.clone())
         .unplugger(guest.clone())
         .mounter(guest.clone())
         .combiner(guest)
@@ -137,7 +138,34 @@ async fn vm_a_transport_of_a_stranger_works_from_end_to_end() {
         assert!(manager.drain().await.is_clean());
         assert_eq!(state(&vm, &mut debug_agent).await, before);
     }
+    let disks = [layer("first"), layer("second"), layer("third")];
+    a_second_transport_finds_what_is_there(&vm, &transport, &disks).await;
+    assert_eq!(state(&vm, &mut debug_agent).await, before);
     vm.shut_down().await;
+}
+
+/// As after a restart of the runtime: one disk is remembered, and another one is not.
+async fn a_second_transport_finds_what_is_there(
+    vm: &Vm,
+    first: &VirtioBlkTransport,
+    disks: &[Disk; 3],
+) {
+    let remembered = first.attach_identified(&disks[0]).await.unwrap();
+    first.attach_identified(&disks[1]).await.unwrap();
+    let ports: Vec<String> = (0..PORTS).map(|port| format!("blk{port}")).collect();
+    let second = VirtioBlkTransport::new(vm.qmp().clone(), ports).unwrap();
+    let id = second.identify(&disks[0]).await.unwrap();
+    let found = second.adopt(&disks[0], &id, Some(&remembered)).await;
+    assert_eq!(found.unwrap(), Presence::Present(remembered));
+    let third = second.identify(&disks[2]).await.unwrap();
+    let found = second.adopt(&disks[2], &third, None).await.unwrap();
+    assert_eq!(found, Presence::Absent);
+    let locator = second.attach_identified(&disks[2]).await.unwrap();
+    assert_eq!(locator.as_str(), "vblk:2", "port 1 is foreign");
+    for disk in disks {
+        second.detach(disk).await.unwrap();
+    }
+    first.detach(&disks[1]).await.unwrap();
 }
 
 /// The digest of the file `id` in a directory of the guest.

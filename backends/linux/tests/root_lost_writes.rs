@@ -1,0 +1,93 @@
+//! Writes that the device beneath did not take: the unmount says so.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is the failure message of a test"
+)]
+
+mod kit;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use blockmount::{ErrorKind, Mounter};
+use kit::{KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
+
+/// A filesystem of memory that is full after three megabytes, gone with the value.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        run("mount", &["-t", "tmpfs", "-o", "size=3m", "small", path]);
+        Small(dir)
+    }
+
+    /// An image that is larger than what is beneath it.
+    fn image(&self) -> PathBuf {
+        let image = self.0.path().join("image");
+        blank(&image, 32 << 20);
+        let options = ["-q", "-O", "^has_journal", "-E", "lazy_itable_init=1"];
+        run(
+            "mkfs.ext4",
+            &[&options[..], &[image.to_str().unwrap()]].concat(),
+        );
+        image
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let done = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        assert!(done.unwrap().success() || std::thread::panicking());
+    }
+}
+
+#[tokio::test]
+async fn root_x07_an_unmount_that_lost_writes_says_so_and_is_done() {
+    for kernel in KERNELS {
+        let (small, dir) = (Small::new(), TestDir::new());
+        let device = Loop::new(&small.image());
+        let (guest, target) = (on_linux(kernel), dir.at("m"));
+        mount(&guest, &device, &target, &[]).await.unwrap();
+        // The page cache takes it.
+        fs::write(target.join("large"), noise(8 << 20)).unwrap();
+        let message = refused(guest.unmount(&target).await, ErrorKind::LostWrites);
+        assert!(message.contains("did not take all"), "{message}");
+        dir.assert_clean();
+        guest.unmount(&target).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn root_x07_an_unmount_that_is_busy_first_still_says_what_was_lost() {
+    let (small, dir) = (Small::new(), TestDir::new());
+    let device = Loop::new(&small.image());
+    let (guest, target) = (kit::guest(), dir.at("m"));
+    mount(&guest, &device, &target, &[]).await.unwrap();
+    fs::write(target.join("large"), noise(8 << 20)).unwrap();
+    let open = fs::File::open(target.join("large")).unwrap();
+    refused(guest.unmount(&target).await, ErrorKind::Busy);
+    drop(open);
+    refused(guest.unmount(&target).await, ErrorKind::LostWrites);
+    dir.assert_clean();
+}
+
+#[tokio::test]
+async fn root_x07_what_was_written_and_fits_is_not_lost() {
+    for kernel in KERNELS {
+        let (small, dir) = (Small::new(), TestDir::new());
+        let device = Loop::new(&small.image());
+        let (guest, target) = (on_linux(kernel), dir.at("m"));
+        for _ in 0..2 {
+            mount(&guest, &device, &target, &[]).await.unwrap();
+            fs::write(target.join("file"), noise(100_000)).unwrap();
+            guest.unmount(&target).await.unwrap();
+        }
+        mount(&guest, &device, &target, &["ro"]).await.unwrap();
+        assert_eq!(fs::read(target.join("file")).unwrap(), noise(100_000));
+        guest.unmount(&target).await.unwrap();
+        dir.assert_clean();
+    }
+}
