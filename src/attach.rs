@@ -8,7 +8,7 @@ use tracing::info_span;
 
 use crate::call::{call, catch_panic, within};
 use crate::holders::{Holder, Holders};
-use crate::journal::{AttachmentRecord, RecordKey};
+use crate::journal::{AttachmentRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Table};
 use crate::release::Releasing;
 use crate::{
@@ -95,6 +95,8 @@ impl AttachManager {
     ///
     /// Outside of a tokio runtime.
     pub async fn attach(&self, disk: &Disk) -> Result<Attachment, Error> {
+        let running = self.table.driver().holders.enter();
+        let _running = running.map_err(|cause| Error::new(Step::Attach, cause).on_disk(disk))?;
         let id = self.identify(disk).await?;
         self.attach_identified(id, disk).await
     }
@@ -214,6 +216,10 @@ impl AttachManager {
             failed,
             in_use: self.in_use(),
         }
+    }
+
+    pub(crate) fn records(&self) -> Vec<Record> {
+        self.table.records()
     }
 
     /// How many disks are attached and in use.

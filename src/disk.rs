@@ -96,6 +96,12 @@ impl Disk {
         self
     }
 
+    /// The same disk under another name.
+    pub(crate) fn with_source(mut self, source: PathBuf) -> Self {
+        Arc::make_mut(&mut self.0).source = source.into_boxed_path();
+        self
+    }
+
     /// The file or device on the host, as the caller named it.
     pub fn source(&self) -> &Path {
         &self.0.source

@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tracing::error;
 
 use crate::journal::{HolderRecord, Record, RecordKey, Recorder};
@@ -17,6 +19,12 @@ pub(crate) struct Holders(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     records: Recorder,
+    frozen: AtomicBool,
+    /// How many callers are at work that a freeze waits for.
+    running: AtomicUsize,
+    idle: Notify,
+    /// The names whose handles were dropped while the manager was frozen.
+    dropped: Mutex<Vec<HolderName>>,
     /// Held for a look-up, never while the journal is written.
     names: Mutex<HashMap<HolderName, Option<RecordKey>>>,
 }
@@ -29,8 +37,71 @@ pub(crate) struct Holder {
 
 impl Holders {
     pub(crate) fn new(records: Recorder) -> Self {
-        let names = Mutex::default();
-        Holders(Arc::new(Inner { records, names }))
+        let inner = Inner {
+            records,
+            ..Inner::default()
+        };
+        Holders(Arc::new(inner))
+    }
+
+    /// Whether the manager stands still.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.0.frozen.load(SeqCst)
+    }
+
+    /// Begins work that a freeze waits for; an error if the manager is frozen.
+    pub(crate) fn enter(&self) -> Result<Running, BackendError> {
+        self.0.running.fetch_add(1, SeqCst);
+        let running = Running(self.clone());
+        // Counted first: a freeze sees either this caller, or this caller sees the freeze.
+        match self.is_frozen() {
+            true => Err(BackendError::busy(
+                "the manager is frozen; ask again when it is thawed",
+            )),
+            false => Ok(running),
+        }
+    }
+
+    /// Freezes, unless it is so already. What is returned thaws again when it is dropped.
+    pub(crate) fn freeze(&self) -> Option<Thaw> {
+        let was_frozen = self.0.frozen.swap(true, SeqCst);
+        (!was_frozen).then(|| Thaw(self.clone()))
+    }
+
+    pub(crate) async fn until_idle(&self) {
+        loop {
+            let idle = self.0.idle.notified();
+            if self.0.running.load(SeqCst) == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.0.frozen.store(false, SeqCst);
+        for name in self.0.dropped.lock().drain(..) {
+            self.give_back(&name);
+        }
+    }
+
+    /// The records of all names that hold something.
+    pub(crate) fn named(&self) -> Vec<Record> {
+        let names = self.0.names.lock();
+        let holders = names.iter().filter_map(|(name, of)| {
+            let (name, of) = (name.clone(), of.clone()?);
+            Some(Record::Holder(HolderRecord { name, of }))
+        });
+        holders.collect()
+    }
+
+    fn give_back(&self, name: &HolderName) {
+        let inner = &self.0;
+        let held = inner.names.lock().get(name).is_some_and(Option::is_some);
+        if held && let Err(error) = inner.records.remove(|| RecordKey::Holder(name.clone())) {
+            error!(holder = %name, cause = %error.cause(), "a holder that has released stays in the journal");
+        }
+        inner.names.lock().remove(name);
     }
 
     pub(crate) fn records(&self) -> &Recorder {
@@ -82,12 +153,35 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        let inner = &self.holders.0;
-        let name = &self.name;
-        let held = inner.names.lock().get(name).is_some_and(Option::is_some);
-        if held && let Err(error) = inner.records.remove(|| RecordKey::Holder(name.clone())) {
-            error!(holder = %name, cause = %error.cause(), "a holder that has released stays in the journal");
+        match self.holders.is_frozen() {
+            true => self.holders.0.dropped.lock().push(self.name.clone()),
+            false => self.holders.give_back(&self.name),
         }
-        inner.names.lock().remove(name);
+    }
+}
+
+/// A caller at work.
+pub(crate) struct Running(Holders);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.0.running.fetch_sub(1, SeqCst) == 1 {
+            self.0.0.idle.notify_waiters();
+        }
+    }
+}
+
+/// Thaws a manager whose freeze has not come to its end.
+pub(crate) struct Thaw(Holders);
+
+impl Thaw {
+    pub(crate) fn keep_frozen(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        self.0.thaw();
     }
 }

@@ -22,10 +22,13 @@ use std::sync::Arc;
 use crate::{BackendError, Error, ErrorKind, Step};
 
 mod record;
+mod recorded;
 
 pub use record::{
     AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey, StackRecord,
 };
+
+pub(crate) use recorded::Recorded;
 
 /// Keeps the records of one manager. The crate `blockmount-journal` has one in a file.
 ///

@@ -41,6 +41,7 @@ use dashmap::DashMap;
 use foldhash::fast::FixedState;
 use tracing::Instrument;
 
+use crate::journal::Record;
 use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release};
 use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
 use crate::{BackendError, Error, ErrorKind};
@@ -87,6 +88,12 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// Refuses a job that cannot share the resource that is up under its key.
     fn check(&self, up: &Self::Resource, wanted: &Self::Job) -> Result<(), Error>;
+
+    /// Whether everything stands still: nothing is torn down.
+    fn is_frozen(&self) -> bool;
+
+    /// What a journal has of a resource, if its backend was called.
+    fn record(&self, key: &Self::Key, job: &Self::Job, is_up: bool) -> Option<Record>;
 
     /// An error about a resource, which may be up, for when the driver has nothing to say.
     fn error(&self, key: &Self::Key, up: Option<&Self::Resource>, cause: BackendError) -> Error;
@@ -352,6 +359,10 @@ impl<D: Driver> Table<D> {
     ) -> Result<Releasing, ReleaseError> {
         let mut job = entry.job.lock().await;
         let outcome = match entry.phase(queued_at) {
+            Phase::Draining if self.driver.is_frozen() => {
+                let frozen = BackendError::busy("the manager is frozen");
+                Err(self.driver.error(&entry.key, entry.resource.get(), frozen))
+            }
             Phase::Draining => self.teardown(&entry, &mut job).await,
             Phase::Failed(error) => Err(error),
             Phase::Idle | Phase::Up | Phase::Gone(_) => Ok(nothing_to_release()),
@@ -406,6 +417,16 @@ impl<D: Driver> Table<D> {
             }
         }
         failed
+    }
+
+    /// The records of all entries. None is at work: the manager is frozen.
+    pub(crate) fn records(&self) -> Vec<Record> {
+        let entries = self.snapshot().into_iter();
+        let records = entries.filter_map(|entry| {
+            let job = entry.job.try_lock().ok()?;
+            self.driver.record(&entry.key, job.as_ref()?, entry.is_up())
+        });
+        records.collect()
     }
 
     /// Reads each resource that is up.

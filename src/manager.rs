@@ -136,6 +136,11 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
+        let _running = self.mounts.enter()?;
+        self.add_running(disk, request).await
+    }
+
+    async fn add_running(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
         ensure_writable(disk, request)?;
         let holder = self.mounts.reserve(request)?;
         let id = self.attachments.identify(disk).await?;
@@ -167,9 +172,12 @@ impl Manager {
     /// Outside of a tokio runtime.
     pub async fn stack(&self, request: &StackRequest) -> Result<Stack, Error> {
         request.validate()?;
+        let _running = self.mounts.enter()?;
         let holder = reserve(&self.stacks, request)?;
         // All in this one future: dropping it cancels all of them at once.
-        let adding = request.disks().map(|(disk, mount)| self.add(disk, mount));
+        let adding = request
+            .disks()
+            .map(|(disk, mount)| self.add_running(disk, mount));
         let (mut mounts, mut first_error) = (Vec::new(), None);
         for added in join_all(adding).await {
             match added {
@@ -182,6 +190,10 @@ impl Manager {
             return Err(error);
         }
         combine(&self.stacks, holder, request, mounts).await
+    }
+
+    pub(crate) fn holders(&self) -> &Holders {
+        self.mounts.holders()
     }
 
     /// The manager of the attachments.

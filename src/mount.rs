@@ -9,8 +9,8 @@ use tracing::info_span;
 
 use crate::attach::{Attachment, give_back};
 use crate::call::{call, within};
-use crate::holders::{Holder, Holders};
-use crate::journal::{MountKey, MountRecord, RecordKey};
+use crate::holders::{Holder, Holders, Running};
+use crate::journal::{MountKey, MountRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Table};
 use crate::release::Releasing;
 use crate::target::Claims;
@@ -118,6 +118,7 @@ impl BlockMountManager {
         attachment: Attachment,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
+        let _running = self.enter()?;
         let holder = self.reserve(request)?;
         self.mount_for(holder, attachment, request).await
     }
@@ -132,6 +133,20 @@ impl BlockMountManager {
         let locator = attachment.locator().clone();
         self.acquire(holder, locator, Some(attachment), request)
             .await
+    }
+
+    /// Begins work that a freeze waits for.
+    pub(crate) fn enter(&self) -> Result<Running, Error> {
+        let running = self.holders().enter();
+        running.map_err(|cause| Error::new(Step::Mount, cause))
+    }
+
+    pub(crate) fn holders(&self) -> &Holders {
+        &self.table.driver().holders
+    }
+
+    pub(crate) fn records(&self) -> Vec<Record> {
+        self.table.records()
     }
 
     /// Takes the name that a request has.
@@ -162,6 +177,7 @@ impl BlockMountManager {
         device: &DeviceLocator,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
+        let _running = self.enter()?;
         let holder = self.reserve(request)?;
         self.acquire(holder, device.clone(), None, request).await
     }

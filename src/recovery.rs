@@ -20,18 +20,16 @@ use parking_lot::Mutex;
 use tracing::{error, warn};
 
 use crate::holders::Holders;
-use crate::journal::{Journal, RecordKey, Recorder};
+use crate::journal::{Journal, RecordKey, Recorded, Recorder};
 use crate::release::{ReleaseError, Releasing};
 use crate::{
     Attachment, BackendError, Drained, Error, ErrorKind, HolderName, Manager, ManagerBuilder,
-    Mount, Stack, Step,
+    Mount, Snapshot, Stack, Step,
 };
 
 mod adopt;
-mod records;
 
 use adopt::Adopted;
-use records::Recorded;
 
 /// What a manager found of the process before, between [`ManagerBuilder::recover`] and [`settle`](Self::settle).
 ///
@@ -174,6 +172,53 @@ impl ManagerBuilder {
         let adopted = Adopted::ask(&manager, recorded).await;
         adopted.restore(manager, holders)
     }
+}
+
+impl ManagerBuilder {
+    /// The manager of what was frozen elsewhere, such as on the host that a VM has migrated from: a recovery from these
+    /// records, which are written to `journal` if one is given. That must be empty.
+    ///
+    /// The disks are identified anew, since a file has another id on each host; their names can be
+    /// [rewritten](Snapshot::rewrite_sources) before.
+    ///
+    /// # Errors
+    ///
+    /// What the transport answers when it identifies a disk, and what the journal answers; `Conflict` if that has records.
+    /// Nothing is then adopted.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn restore(
+        self,
+        mut snapshot: Snapshot,
+        journal: Option<Arc<dyn Journal>>,
+    ) -> Result<Recovery, Error> {
+        let recorder = journal.clone().map(Recorder::new).unwrap_or_default();
+        let holders = Holders::new(recorder);
+        let manager = self.build_with(holders.clone());
+        for disk in snapshot.disks() {
+            let id = manager.attachments().identify(&disk).await?;
+            snapshot.reidentify(&disk, &id);
+        }
+        let recorded = snapshot.recorded()?;
+        if let Some(journal) = journal {
+            write(&*journal, &snapshot).map_err(|cause| Error::new(Step::Record, cause))?;
+        }
+        let adopted = Adopted::ask(&manager, recorded).await;
+        adopted.restore(manager, holders)
+    }
+}
+
+/// Writes a snapshot to a journal that has nothing else.
+fn write(journal: &dyn Journal, snapshot: &Snapshot) -> Result<(), BackendError> {
+    if !journal.load()?.is_empty() {
+        return Err(BackendError::conflict(
+            "the journal has records of another manager; recover from that, or give an empty one",
+        ));
+    }
+    let mut records = snapshot.records().iter();
+    records.try_for_each(|record| journal.put(record))
 }
 
 impl Recovery {

@@ -372,6 +372,15 @@ impl Driver for Combining {
         Err(Error::new(Step::Combine, taken).on_path(&up.target))
     }
 
+    fn is_frozen(&self) -> bool {
+        self.holders.is_frozen()
+    }
+
+    fn record(&self, _: &PathBuf, job: &CombineJob, is_up: bool) -> Option<Record> {
+        job.claim.as_ref()?;
+        Some(job.record(Progress::of(is_up)))
+    }
+
     fn error(&self, target: &PathBuf, up: Option<&Combined>, cause: BackendError) -> Error {
         let step = if up.is_some() {
             Step::Separate

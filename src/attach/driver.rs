@@ -288,6 +288,14 @@ impl Driver for Attach {
         up.check(&wanted.disk)
     }
 
+    fn is_frozen(&self) -> bool {
+        self.holders.is_frozen()
+    }
+
+    fn record(&self, id: &DiskId, job: &AttachJob, is_up: bool) -> Option<Record> {
+        job.listed.then(|| job.record(id, Progress::of(is_up)))
+    }
+
     fn error(&self, _: &DiskId, up: Option<&Attached>, cause: BackendError) -> Error {
         match up {
             Some(up) => Error::new(Step::Detach, cause)

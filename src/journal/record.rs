@@ -18,6 +18,15 @@ pub enum Progress {
     Ending,
 }
 
+impl Progress {
+    pub(crate) fn of(is_up: bool) -> Self {
+        match is_up {
+            true => Progress::Up,
+            false => Progress::Ending,
+        }
+    }
+}
+
 /// One thing that a [`Journal`](super::Journal) keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]

@@ -58,7 +58,8 @@ impl<D: Driver> Lease<D> {
 
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
-        if let Some(pending) = self.0.take().and_then(Share::give_back) {
+        let pending = self.0.take().and_then(Share::give_back);
+        if let Some(pending) = pending.filter(|pending| !pending.table.driver.is_frozen()) {
             // Without a caller that waits, its error is logged.
             drop(pending.start());
         }

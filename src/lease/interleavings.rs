@@ -112,6 +112,14 @@ impl Driver for Fake {
         Ok(())
     }
 
+    fn is_frozen(&self) -> bool {
+        false
+    }
+
+    fn record(&self, _: &u8, _: &Work, _: bool) -> Option<crate::journal::Record> {
+        None
+    }
+
     fn error(&self, _: &u8, _: Option<&u8>, cause: BackendError) -> Error {
         Error::new(Step::Attach, cause)
     }

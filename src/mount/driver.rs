@@ -202,6 +202,15 @@ impl Driver for Mounting {
         up.check(wanted.attachment.as_ref())
     }
 
+    fn is_frozen(&self) -> bool {
+        self.holders.is_frozen()
+    }
+
+    fn record(&self, key: &MountKey, job: &MountJob, is_up: bool) -> Option<Record> {
+        let claim = job.claim.as_ref()?;
+        Some(job.record(key, claim.target(), Progress::of(is_up)))
+    }
+
     fn error(&self, key: &MountKey, up: Option<&Mounted>, cause: BackendError) -> Error {
         match up {
             Some(up) => up.point.error(Step::Unmount, cause),

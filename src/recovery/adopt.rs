@@ -5,10 +5,11 @@ use std::collections::{HashMap, HashSet};
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 
-use super::records::Recorded;
 use super::{Claim, Found, FoundHolder, FoundState, Held, Recovery, Report};
 use crate::holders::Holders;
-use crate::journal::{AttachmentRecord, MountKey, MountRecord, Progress, RecordKey, StackRecord};
+use crate::journal::{
+    AttachmentRecord, MountKey, MountRecord, Progress, RecordKey, Recorded, StackRecord,
+};
 use crate::lease::Left;
 use crate::{
     Attachment, DeviceLocator, DiskId, Error, ErrorKind, HolderName, Manager, Mount, Presence,

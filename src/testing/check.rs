@@ -139,6 +139,12 @@ struct Reader {
 impl Reader {
     /// What was up may be so still, and the calls that were under way have no end.
     fn restart(&mut self) {
+        // The slot that was kept for a disk in doubt may be free by now; an adoption says where the disk is.
+        let in_doubt = self
+            .disks
+            .values_mut()
+            .filter(|disk| disk.status == Status::InDoubt);
+        in_doubt.for_each(|disk| disk.device = None);
         let targets = self.targets.values_mut();
         let targets = targets.map(|target| (&mut target.status, &mut target.running));
         let disks = self.disks.values_mut();

@@ -125,7 +125,7 @@ pub enum Gate {
     #[default]
     Ok,
     /// With an error and without effect. `Gone` is true of the VM from then on, as after
-    /// [`FakeVm::kill`](super::FakeVm::kill).
+    /// [`FakeVm::kill`](super::FakeVm::kill). A tear-down with `LostWrites` has its effect.
     Err(ErrorKind),
     /// With an error that leaves open whether it happened.
     Uncertain {

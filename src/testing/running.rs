@@ -66,6 +66,12 @@ impl Running<'_> {
         self.take_time().await;
         let (reach, panics) = match self.gate() {
             Gate::Ok => (Reach::Delivered, false),
+            Gate::Err(ErrorKind::LostWrites) if self.step.is_tear_down() => {
+                self.unless_ended().await;
+                self.end(Reach::Delivered, false, act, success)?;
+                let said = format!("{} of {} lost writes", self.step, self.key);
+                return Err(BackendError::lost_writes(said));
+            }
             Gate::Err(kind) => return Err(self.fail(kind)),
             Gate::Slow(time) => {
                 tokio::time::sleep(time).await;

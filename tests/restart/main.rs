@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod every_point;
+mod freeze;
 mod process;
 mod random;
 mod recovery;

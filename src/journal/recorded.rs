@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use crate::journal::{
-    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, StackRecord,
+use super::{
+    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey, StackRecord,
 };
 use crate::{BackendError, DiskId, Error, Step};
 
@@ -88,6 +88,63 @@ impl Recorded {
             )),
             None => Ok(()),
         }
+    }
+
+    /// Refuses records of things that stand on nothing, or on what is not up: nothing was interrupted that could have left
+    /// them so.
+    pub(crate) fn ensure_whole(&self) -> Result<(), Error> {
+        let invalid = |why: String| Err(Error::new(Step::Recover, BackendError::invalid(why)));
+        let mut up = HashSet::new();
+        for record in &self.attachments {
+            if record.progress == Progress::Up {
+                let Some(locator) = &record.locator else {
+                    return invalid(format!(
+                        "disk {} is up, and nobody knows where",
+                        record.disk
+                    ));
+                };
+                up.insert((record.id.clone(), locator.clone()));
+            }
+        }
+        let mut mounts = HashSet::new();
+        for record in self
+            .mounts
+            .iter()
+            .filter(|one| one.progress == Progress::Up)
+        {
+            let device = &record.key.device;
+            let disk = record.disk.clone().map(|disk| (disk, device.clone()));
+            if disk.is_some_and(|under| !up.contains(&under)) {
+                let target = record.target.display();
+                return invalid(format!("{target} mounts {device}, which has not its disk"));
+            }
+            mounts.insert(record.key.clone());
+        }
+        let mut stacks = HashSet::new();
+        for record in self
+            .stacks
+            .iter()
+            .filter(|one| one.progress == Progress::Up)
+        {
+            let target = &record.overlay.target;
+            let layers = record.layers.iter().chain(&record.scratch);
+            if !layers.into_iter().all(|layer| mounts.contains(layer)) {
+                return invalid(format!("a layer of {} is not mounted", target.display()));
+            }
+            stacks.insert(target.clone());
+        }
+        for HolderRecord { name, of } in &self.holders {
+            let there = match of {
+                RecordKey::Attachment(disk) => up.iter().any(|(up, _)| up == disk),
+                RecordKey::Mount(key) => mounts.contains(key),
+                RecordKey::Stack(target) => stacks.contains(target),
+                RecordKey::Holder(_) => false,
+            };
+            if !there {
+                return invalid(format!("holder {name} has {of}, which is not up"));
+            }
+        }
+        Ok(())
     }
 
     /// The disks that have mounts.
