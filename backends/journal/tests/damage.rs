@@ -1,4 +1,5 @@
 //! What a file that was cut off or damaged is taken for.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 use std::collections::BTreeMap;
 use std::fs;

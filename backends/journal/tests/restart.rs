@@ -1,4 +1,5 @@
 //! A manager whose process is killed, and the next one with the same file.
+#![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 use blockmount::journal::Journal;
 use blockmount::testing::FakeVm;
