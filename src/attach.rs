@@ -218,6 +218,10 @@ impl AttachManager {
         }
     }
 
+    pub(crate) async fn clear_pending(&self) -> bool {
+        self.table.clear_pending().await
+    }
+
     pub(crate) fn records(&self) -> Vec<Record> {
         self.table.records()
     }

@@ -399,6 +399,22 @@ impl<D: Driver> Table<D> {
         Some(Lease::new(self, entry))
     }
 
+    /// Runs the tear-downs that are pending or under way, but waits for no set-up. Whether one of them has succeeded: a
+    /// path or a slot may be free that was not.
+    pub(crate) async fn clear_pending(self: &Arc<Self>) -> bool {
+        let pending = self.snapshot().into_iter();
+        let pending = pending.filter(|entry| entry.is_pending());
+        let running: Vec<_> = pending
+            .map(|entry| PendingTeardown::new(self, &entry).start())
+            .collect();
+        let mut cleared = false;
+        for teardown in running {
+            // What still fails has been reported to whoever released it.
+            cleared |= teardown.wait().await.is_ok();
+        }
+        cleared
+    }
+
     /// Runs all pending tear-downs at once, and waits for those under way. Returns the errors of those that
     /// are still pending.
     pub(crate) async fn drain(self: &Arc<Self>) -> Vec<Error> {

@@ -145,6 +145,10 @@ impl BlockMountManager {
         &self.table.driver().holders
     }
 
+    pub(crate) async fn clear_pending(&self) -> bool {
+        self.table.clear_pending().await
+    }
+
     pub(crate) fn records(&self) -> Vec<Record> {
         self.table.records()
     }

@@ -69,6 +69,15 @@ impl<D: Driver> Entry<D> {
         matches!(*lock(&self.state), State::Up(_))
     }
 
+    /// On its way down, or to be torn down: not a set-up that is under way.
+    pub(super) fn is_pending(&self) -> bool {
+        let torn_before = match *lock(&self.state) {
+            State::Draining { attempts, .. } => attempts > 0,
+            _ => return false,
+        };
+        torn_before || self.resource.get().is_some() || self.job.try_lock().is_ok()
+    }
+
     pub(super) fn attempts(&self) -> usize {
         match *lock(&self.state) {
             State::Draining { attempts, .. } => attempts,

@@ -153,6 +153,12 @@ impl ReferenceStateMachine for Model {
     fn preconditions(model: &Model, act: &Act) -> bool {
         let guess = model.has_faults_for_parallel_calls();
         match act {
+            // Such a caller tears down what is pending first, in an order that the model does not know.
+            Act::Attach { .. } | Act::Add { .. } | Act::Stack { .. }
+                if meets_pending(model, act) =>
+            {
+                false
+            }
             Act::Attach { .. } | Act::Add { .. } => true,
             Act::Stack {
                 layers,
@@ -247,4 +253,20 @@ impl ReferenceStateMachine for Model {
         };
         model
     }
+}
+
+/// Whether a request is refused for a slot or a path while something is pending.
+fn meets_pending(model: &Model, act: &Act) -> bool {
+    let is_pending = |model: &Model| {
+        let (trees, mounts) = (model.owed_trees().len(), model.owed_mounts().len());
+        trees + mounts + model.owed_attachments().len() > 0
+    };
+    let after = <Model as ReferenceStateMachine>::apply(model.clone(), act);
+    let refused = match &after.said {
+        Said::Refused(kinds) => kinds
+            .iter()
+            .any(|kind| matches!(kind, ErrorKind::Conflict | ErrorKind::Full)),
+        _ => false,
+    };
+    refused && (is_pending(model) || is_pending(&after))
 }
