@@ -45,7 +45,10 @@ impl AgentGuest {
 
     fn check(&self, path: &Path) -> Result<(), BackendError> {
         let leaves = path.components().any(|part| part == Component::ParentDir);
-        let within = |root: &PathBuf| path.starts_with(root) && path != *root && !leaves;
+        let below = |root: &Path| path.starts_with(root) && path != root && !leaves;
+        // A root may itself be reached through a link, as /var/run is.
+        let within =
+            |root: &PathBuf| below(root) || root.canonicalize().is_ok_and(|root| below(&root));
         if self.roots.is_empty() || self.roots.iter().any(within) {
             return Ok(());
         }

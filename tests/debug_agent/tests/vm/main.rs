@@ -14,6 +14,7 @@ mod rig;
 mod disks;
 mod failure;
 mod life;
+mod restart;
 mod sharing;
 mod teardown;
 mod vpmem;
