@@ -3,7 +3,7 @@
 use super::{Allocation, Outcome, Placement};
 use crate::{BackendError, Disk, DiskId, ErrorKind, Presence};
 
-/// A disk that a VM has, whoever attached it.
+/// A disk that a VM has, attached by any process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Occupant<A> {

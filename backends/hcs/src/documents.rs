@@ -75,7 +75,7 @@ pub struct Attachment {
     /// The image's parent is found by its absolute path.
     #[serde(skip_serializing_if = "is_zero")]
     pub ignore_relative_locator: bool,
-    /// I/O is accounted to whoever caused it.
+    /// I/O is accounted to the process that caused it.
     #[serde(skip_serializing_if = "is_zero")]
     pub capture_io_attribution_context: bool,
     /// The VM cannot write to it.

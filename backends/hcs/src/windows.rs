@@ -29,7 +29,7 @@ const SHORT_CALL: Duration = Duration::from_secs(30);
 /// How long the service may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HcsDeadlines {
-    /// For a change of the VM or in its guest. When it has passed, the change is cancelled and nobody knows whether it has
+    /// For a change of the VM or in its guest. When it has passed, the change is cancelled and it is not known whether it has
     /// happened. Default: 90 seconds, which is longer than a guest of ours takes to give up.
     pub modify: Duration,
     /// For a question about the VM. Default: 10 seconds.

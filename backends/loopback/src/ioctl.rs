@@ -82,7 +82,7 @@ pub(crate) fn get_status(device: impl AsFd) -> io::Result<loop_info64> {
     Ok(info)
 }
 
-/// Asks the kernel to unbind the device as soon as nobody has it open; `ENXIO` if it is not bound.
+/// Asks the kernel to unbind the device as soon as it is not open any more; `ENXIO` if it is not bound.
 pub(crate) fn clear(device: impl AsFd) -> io::Result<()> {
     // SAFETY: LOOP_CLR_FD takes no argument.
     unsafe { ioctl(device, Plain::<LOOP_CLR_FD>(0)) }?;

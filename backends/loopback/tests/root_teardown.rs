@@ -5,12 +5,12 @@ mod common;
 
 use blockmount::testing::AttachIdentified as _;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use blockmount::{BackendError, Disk, ErrorKind, Transport, Unplugger};
+use blockmount::{BackendError, Disk, ErrorKind, Resolver, Transport, Unplugger};
 use blockmount_loopback::{LoopTransport, LoopUnplugger};
 use common::{Bench, Mounted, with_mark};
 
@@ -216,4 +216,28 @@ fn root_a_killed_process_leaves_only_what_is_mounted() {
     common::run("umount", &[bench.path("m").to_str().unwrap()]);
     bench.assert_nothing_left();
     left[0].unbind(Duration::from_millis(20)).unwrap();
+}
+
+#[tokio::test]
+async fn root_x07_a_device_that_did_not_take_what_was_written_is_unplugged_and_says_so() {
+    let bench = Bench::new();
+    let small = bench.path("small");
+    fs::create_dir(&small).unwrap();
+    let small = small.to_str().unwrap();
+    common::run("mount", &["-t", "tmpfs", "-o", "size=1m", "small", small]);
+    let disk = Disk::virtual_disk(bench.image("small/image", 8 * MIB));
+    let transport = bench.transport();
+    let locator = transport.attach_identified(&disk).await.unwrap();
+    let node = transport.resolve(&locator).await.unwrap().path;
+    // The page cache takes it.
+    let mut open = fs::File::options().write(true).open(node).unwrap();
+    open.write_all(&vec![1; 4 * MIB as usize]).unwrap();
+    drop(open);
+    let unplugger = LoopUnplugger::default();
+    let lost = unplugger.unplug(&locator).await.unwrap_err();
+    assert_eq!(lost.kind(), ErrorKind::LostWrites, "{lost}");
+    unplugger.unplug(&locator).await.unwrap();
+    transport.detach(&disk).await.unwrap();
+    bench.assert_nothing_left();
+    common::run("umount", &[small]);
 }

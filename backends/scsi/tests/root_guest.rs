@@ -68,12 +68,25 @@ async fn root_g22_a_disk_is_found_by_its_controller_and_not_by_a_number() {
 }
 
 /// A kernel that takes its time: writing to the file blocks until somebody reads it.
-fn slow_scan(tree: &Tree) -> std::path::PathBuf {
+fn slow_scan(tree: &Tree) -> SlowScan {
     let scan = tree.at("class/scsi_host/host3/scan");
     std::fs::remove_file(&scan).unwrap();
     let made = std::process::Command::new("mkfifo").arg(&scan).status();
     assert!(made.unwrap().success());
-    scan
+    SlowScan(scan)
+}
+
+struct SlowScan(std::path::PathBuf);
+
+impl Drop for SlowScan {
+    /// A scan that waits goes on, so that a test that has failed ends.
+    fn drop(&mut self) {
+        let both_ends = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&self.0);
+        std::mem::forget(both_ends.unwrap());
+    }
 }
 
 #[tokio::test]
@@ -90,7 +103,7 @@ async fn root_a_disk_is_not_unplugged_while_the_kernel_looks_for_it() {
     assert!(message.contains("still looking for scsi:0/5"), "{message}");
     // Another address is not concerned.
     unplugger.unplug(&locator("scsi:0/6")).await.unwrap();
-    assert_eq!(std::fs::read_to_string(&scan).unwrap(), "0 0 5");
+    assert_eq!(std::fs::read_to_string(&scan.0).unwrap(), "0 0 5");
     unplugger.unplug(&at).await.unwrap();
 }
 
@@ -104,9 +117,10 @@ async fn root_the_kernel_does_not_look_for_a_disk_that_nobody_waits_for() {
     refused(resolver.resolve(&at).await, ErrorKind::NotFound);
     refused(resolver.resolve(&at).await, ErrorKind::NotFound);
     let (sender, scans) = std::sync::mpsc::channel();
+    let path = scan.0.clone();
     std::thread::spawn(move || {
-        while let Ok(written) = std::fs::read_to_string(&scan) {
-            sender.send(written).unwrap();
+        while let Ok(written) = std::fs::read_to_string(&path) {
+            let _the_test_is_over = sender.send(written);
         }
     });
     tokio::time::sleep(DEFAULT_TIMEOUT).await;

@@ -15,7 +15,7 @@ use windows_sys::Win32::Storage::FileSystem::{
 
 use crate::HcsError;
 
-/// Says which file or device a name means, whoever has it open.
+/// Says which file or device a name means, whichever process has it open.
 pub(crate) fn file_id(path: &Path) -> io::Result<DiskId> {
     // No access is asked for, so that a disk which a VM has to itself can be looked at.
     let file = OpenOptions::new().access_mode(0).open(path)?;

@@ -20,7 +20,7 @@ pub enum PmemId {
     Pci(PciAddress),
     /// A virtio-pmem device by the PCI address of the bridge that it is behind, which is its only device:
     /// each `pcie-root-port` of QEMU takes one. The numbers of buses and slots behind bridges are none:
-    /// they are given by whoever looks first.
+    /// they are given in the order in which devices are found.
     Port(PciAddress),
 }
 

@@ -19,7 +19,7 @@
 //! With page-granular ranges all of them hold twice as much as before, and no sequence held less. Best fit wastes
 //! least; attaching takes tens of milliseconds, so that the nanoseconds do not count. Hence
 //! `range-alloc`: best fit, kept, without dependencies, nothing to write ourselves. `offset-allocator` is
-//! faster where nobody waits, ends at 2^32 pages, and has had no release for two years.
+//! faster where that makes no difference, ends at 2^32 pages, and has had no release for two years.
 //!
 //! None of them knows who owns a range: releasing twice, or a range that has a new owner by now, panics or
 //! frees what is in use. [`PackedRange`] prevents that.
