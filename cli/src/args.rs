@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use crate::guest::{GuestKind, Transports};
+use blockmount::HolderName;
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
@@ -114,12 +115,15 @@ pub(crate) struct DemoArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The layers are always read-only. Without --scratch the tree is read-only; what is written to a \
-scratch ends with the mount.
+scratch ends with the mount. A mount with a --name outlives a program that is killed, scratch \
+included, and another program goes on with it.
 
 Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
   sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
+  sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
+  sudo blockmount mount --resume web
 
 A guest of QEMU is started for the mount and ends with it; DIR is a path in it, below /mnt or \
 /run/mounts.
@@ -149,8 +153,20 @@ pub(crate) struct MountArgs {
     pub(crate) options: Vec<String>,
 
     /// The directory where the tree appears: made if it is not there, otherwise empty
-    #[arg(long, value_name = "DIR")]
-    pub(crate) at: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    pub(crate) at: Option<PathBuf>,
+
+    /// Remember the mount under this name, so that it can be resumed should this program be killed
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<HolderName>,
+
+    /// Go on with the mount of this name, whose program was killed
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with_all = ["layer", "partition", "guest", "transport", "scratch", "options", "at", "name"]
+    )]
+    pub(crate) resume: Option<HolderName>,
 
     /// Print where everything is as one JSON object on stdout
     #[arg(long)]
@@ -186,6 +202,10 @@ pub(crate) struct CleanupArgs {
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
+    /// Also remove the mounts of killed runs that could be resumed by their names
+    #[arg(long)]
+    pub(crate) resumable: bool,
+
     /// Print the result as one JSON object on stdout
     #[arg(long)]
     pub(crate) json: bool,
@@ -216,7 +236,6 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_name("IMAGE")
             .value_parser(clap::value_parser!(PathBuf))
             .action(clap::ArgAction::Append)
-            .required(REQUIRED)
             .help("Image of a layer, the topmost first; repeatable");
         let partition = clap::Arg::new("partition")
             .long("partition")
@@ -225,6 +244,10 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(NonZeroU32))
             .action(clap::ArgAction::Append)
             .help("Use partition N (from 1) of the --layer before it, in place of the whole image");
+        let layer = match REQUIRED {
+            true => layer.required_unless_present("resume"),
+            false => layer,
+        };
         command.arg(layer).arg(partition)
     }
 

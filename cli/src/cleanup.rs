@@ -20,9 +20,9 @@ use report::Report;
 pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, Failure> {
     require_root("cleanup")?;
     interrupt.now("cleaning up");
-    let dry_run = args.dry_run;
+    let (dry_run, resumable) = (args.dry_run, args.resumable);
     let report = interrupt
-        .blocking(move |stop| clean_up(dry_run, stop))
+        .blocking(move |stop| clean_up(dry_run, resumable, stop))
         .await?;
     match args.json {
         true => print_json(&report)?,
@@ -35,8 +35,8 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
     })
 }
 
-fn clean_up(dry_run: bool, stop: &Stop) -> Result<Report, Failure> {
-    let found = scan::scan()?;
+fn clean_up(dry_run: bool, resumable: bool, stop: &Stop) -> Result<Report, Failure> {
+    let found = scan::scan(resumable)?;
     let items = match dry_run {
         true => remove::show(&found),
         false => remove::remove(&found, stop)?,
@@ -44,6 +44,7 @@ fn clean_up(dry_run: bool, stop: &Stop) -> Result<Report, Failure> {
     Ok(Report {
         dry_run,
         living_runs: found.living,
+        resumable: found.resumable,
         dead_runs: found.dead.len(),
         items,
     })

@@ -17,6 +17,7 @@ use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
 use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
+use crate::run::Run;
 use crate::speed;
 use crate::stacking::{distinct, layer_request};
 use crate::terminal::{Progress, print, print_json, say};
@@ -32,7 +33,7 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     require_root("demo")?;
     let progress = Progress::new();
     let before = Tables::read()?;
-    let machine = Machine::start(args.guest, args.transport, &interrupt).await?;
+    let machine = Machine::start(args.guest, args.transport, Run::start, &interrupt).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();

@@ -4,11 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{ErrorKind, LayerCombiner, Manager, Mounter, Transport, Unplugger};
+use blockmount::{
+    ErrorKind, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
+    Transport, Unplugger,
+};
+use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
-use crate::failure::{Failure, printable};
+use crate::failure::{Context, Failure, printable};
 use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest, Transports};
 use crate::interrupt::Interrupt;
 use crate::kernel::Ours;
@@ -28,6 +32,8 @@ pub(crate) struct Machine {
     helper: Manager,
     helper_recorder: Recorder,
     targets: Vec<PathBuf>,
+    /// What an earlier program of this run has left, until it is claimed.
+    recovery: Option<Recovery>,
 }
 
 /// How a run has ended.
@@ -59,6 +65,7 @@ impl Machine {
     pub(crate) async fn start(
         kind: GuestKind,
         transports: Transports,
+        run: impl FnOnce() -> Result<Run, Failure>,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         if let (GuestKind::Local, Some(scheme)) = (kind, transports.required())
@@ -69,30 +76,43 @@ impl Machine {
             let advice = format!("use --guest qemu with --transport {scheme}");
             return Err(Failure::usage(what).advise(advice));
         }
-        let run = Run::start()?;
+        let run = run()?;
         tracing::info!(directory = %run.directory().display(), "run started");
         let loops = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
         // The transport knows which devices are its own, also when the kernel gives a number to others.
         let engine = LinuxGuest::builder()
             .resolver(SCHEME, loops.clone())
             .unplugger(SCHEME, Arc::new(LoopUnplugger::default()))
-            .overlay_mark(run.mark())
-            .build();
+            .overlay_mark(run.mark());
+        let journals = run.journals();
+        let engine = match &journals {
+            Some([_, journal]) => engine.journal(journal).await?,
+            None => engine.build(),
+        };
         let (recorder, helper_recorder) = (Recorder::default(), Recorder::default());
         let helper = build(
             &run.directory().join("helper"),
             [helper_recorder.watch(loops.clone())],
             helper_recorder.watch(engine.clone()),
             engine.clone(),
-        );
+        )
+        .build();
+        let mut recovery = None;
         let (guest, manager) = match kind {
             GuestKind::Local => {
-                let manager = build(
+                let builder = build(
                     run.mount_root(),
                     [recorder.watch(loops.clone())],
                     recorder.watch(engine.clone()),
                     engine,
                 );
+                let manager = match &journals {
+                    None => builder.build(),
+                    Some([journal, _]) => {
+                        let found = builder.recover(FileJournal::open(journal)?).await?;
+                        recovery.insert(found).manager().clone()
+                    }
+                };
                 (Guest::Local(loops), manager)
             }
             GuestKind::Qemu => {
@@ -107,7 +127,8 @@ impl Machine {
                     transports.map(|transport| recorder.watch(transport)),
                     recorder.watch(guest.agent().clone()),
                     guest.agent().clone(),
-                );
+                )
+                .build();
                 (Guest::Qemu(Box::new(guest)), manager)
             }
         };
@@ -119,7 +140,22 @@ impl Machine {
             helper,
             helper_recorder,
             targets: Vec::new(),
+            recovery,
         })
+    }
+
+    /// The stack of an earlier program, by its name. All else that it has left is released.
+    pub(crate) async fn claim(&mut self, name: &HolderName) -> Result<Stack, Failure> {
+        let no_name = || Failure::new("a mount without a name cannot be resumed");
+        let recovery = self.recovery.take().ok_or_else(no_name)?;
+        let claimed = recovery.claim(name);
+        let settled = recovery.settle().await;
+        for error in &settled.failed {
+            tracing::warn!(%error, "what was left half-way is not all released");
+        }
+        let what = || format!("the mount with the name {name} cannot be resumed");
+        let stack = claimed.context(what)?.into_stack();
+        stack.ok_or_else(|| Failure::new(what()).because("it is no stack"))
     }
 
     /// Where the containers run.
@@ -252,7 +288,7 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
     transports: impl IntoIterator<Item = T>,
     guest: G,
     unplugger: impl Unplugger,
-) -> Manager {
+) -> ManagerBuilder {
     let builder = Manager::builder();
     let builder = transports
         .into_iter()
@@ -262,7 +298,6 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
         .mounter(guest.clone())
         .combiner(guest)
         .mount_root(mount_root)
-        .build()
 }
 
 /// What keeps a tear-down from being done, on one line.

@@ -7,11 +7,13 @@ use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
 use crate::failure::{Context, Failure, printable};
+use crate::guest::GuestKind;
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
 use crate::machine::{Machine, require_root};
 use crate::report::table;
+use crate::run::{Remembered, Run};
 use crate::stacking::{distinct, layer_request};
 use crate::terminal::{print, print_json, say};
 
@@ -38,7 +40,22 @@ struct HeldDisk {
 /// Mounts, holds and releases. `Ok` is the exit status.
 pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8, Failure> {
     require_root("mount")?;
-    let target = absolute(&args.at)?;
+    let before = Tables::read()?;
+    if let Some(name) = &args.resume {
+        let (run, remembered) = Run::resume(name)?;
+        let machine = Machine::start(args.guest, args.transport, || Ok(run), &interrupt);
+        let mut machine = machine.await?;
+        let target = remembered.target();
+        machine.note_target(&target)?;
+        args.layers.0 = remembered.layers();
+        let claimed = machine.claim(name).await;
+        return hold_until_the_end(&args, &target, claimed, machine, &interrupt, &before).await;
+    }
+    if args.name.is_some() && args.guest != GuestKind::Local {
+        let what = "a mount with a --name outlives this program, and a virtual machine does not";
+        return Err(Failure::usage(what).advise("leave --name out, or use --guest local"));
+    }
+    let target = absolute(args.at.as_deref().unwrap_or(Path::new("")))?;
     args.layers.0 = distinct(&args.layers.0);
     let requests = args
         .layers
@@ -46,11 +63,27 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         .iter()
         .map(|layer| layer_request(layer, &args.options));
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
-    let before = Tables::read()?;
-    let mut machine = Machine::start(args.guest, args.transport, &interrupt).await?;
-    let held = match hold(&args, &target, requests, &mut machine, &interrupt).await {
+    let run = || match &args.name {
+        None => Run::start(),
+        Some(name) => Run::start_named(&Remembered::new(name.clone(), &target, &args.layers.0)),
+    };
+    let mut machine = Machine::start(args.guest, args.transport, run, &interrupt).await?;
+    let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
+    hold_until_the_end(&args, &target, stack, machine, &interrupt, &before).await
+}
+
+/// Shows a stack, holds it until a signal or until it is lost, and releases everything.
+async fn hold_until_the_end(
+    args: &MountArgs,
+    target: &Path,
+    stack: Result<Stack, Failure>,
+    machine: Machine,
+    interrupt: &Interrupt,
+    before: &Tables,
+) -> Result<u8, Failure> {
+    let held = match stack {
         Ok(stack) => {
-            let shown = show(&args, &machine, &stack).await;
+            let shown = show(args, &machine, &stack).await;
             if shown.is_ok() {
                 let why = tokio::select! {
                     signal = interrupt.requested() => signal.to_owned(),
@@ -70,8 +103,8 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         }
         Err(failure) => Err(failure),
     };
-    let ended = machine.end(&interrupt).await;
-    let mut left_over = Tables::read()?.left_over(&ended.ours, &before);
+    let ended = machine.end(interrupt).await;
+    let mut left_over = Tables::read()?.left_over(&ended.ours, before);
     left_over.extend(ended.left_in_guest);
     match (held, ended.result) {
         (Err(failure), Err(ended)) => {
@@ -109,6 +142,9 @@ async fn hold(
     interrupt: &Interrupt,
 ) -> Result<Stack, Failure> {
     let mut stack = StackRequest::new(target);
+    if let Some(name) = &args.name {
+        stack = stack.held_by(name.clone());
+    }
     for (layer, request) in args.layers.0.iter().zip(requests) {
         stack = stack.layer(Disk::virtual_disk(&layer.image).read_only(), request);
     }

@@ -128,7 +128,16 @@ impl<B: Transport> Transport for Recorded<B> {
         id: &DiskId,
         locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        self.backend.adopt(disk, id, locator).await
+        let adopted = self.backend.adopt(disk, id, locator).await?;
+        if let Presence::Present(locator) = &adopted {
+            let attached = Attached {
+                locator: locator.clone(),
+                took: Duration::ZERO,
+            };
+            let source = disk.source().to_owned();
+            self.recorder.record().attached.insert(source, attached);
+        }
+        Ok(adopted)
     }
 }
 

@@ -8,10 +8,14 @@
 //! - What neither shows is written to the `journal`, before it is made: the directory for image files,
 //!   and directories of the user's that are made for a target.
 //!
+//! A run with a name can be resumed ([`Remembered`]): its directory also has what it was asked for, and the journals of its
+//! manager and of its guest engine.
+//!
 //! A start and a clean-up exclude each other by a lock on `/run/blockmount` itself, so that a run without
 //! a lock is one that was killed, never one that is just being made.
 
 mod files;
+mod remembered;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -26,14 +30,18 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Context, Failure};
-use files::{absent_is_done, open_directory, remove_directories_in, remove_directory};
+use files::{absent_is_done, open_directory, remove_directories_in, remove_directory, remove_in};
 
 pub(crate) use files::remove_empty;
+pub(crate) use remembered::Remembered;
 
 /// Where runs have their directories: empty after each boot, as are the tables that they describe.
 pub(crate) const RUNS: &str = "/run/blockmount";
 /// Where image files are made: on a disk, unlike `/run` and often `/tmp`.
 const WORK: &str = "/var/tmp";
+/// The journals of a run that can be resumed: of its manager, and of its guest engine.
+const STATE: &str = "state";
+const ENGINE: &str = "engine";
 /// What starts the mark of every run.
 const MARK: &str = "blockmount:";
 /// How long a start waits for a clean-up, and one clean-up for another.
@@ -156,6 +164,11 @@ impl RunPaths {
         self.remove_work()?;
         let what = || format!("cannot remove {}", self.dir.display());
         self.refuse_mounted(&self.dir)?;
+        // From here on it cannot be resumed.
+        absent_is_done(fs::remove_file(self.remembered_file())).context(what)?;
+        for name in [STATE, ENGINE] {
+            absent_is_done(remove_in(&self.dir, name)).context(what)?;
+        }
         // Journal and lock go last: with them, what could not be removed is found again.
         absent_is_done(remove_directories_in(&self.dir)).context(what)?;
         absent_is_done(fs::remove_file(self.journal())).context(what)?;
@@ -193,6 +206,11 @@ impl Run {
         let what = || format!("cannot make a directory for this run in {RUNS}");
         let runs = open_runs().context(what)?;
         lock(&runs, FlockOperation::NonBlockingLockShared)?;
+        Self::make()
+    }
+
+    fn make() -> Result<Run, Failure> {
+        let what = || format!("cannot make a directory for this run in {RUNS}");
         let paths = RunPaths::of(&random_id().context(what)?);
         make_private(&paths.dir).context(what)?;
         // From here on a failure removes what is there: nothing but empty directories and files of ours.
@@ -206,17 +224,29 @@ impl Run {
         let lock_file = create(&paths.lock()).context(what)?;
         flock(&lock_file, FlockOperation::NonBlockingLockExclusive).context(what)?;
         let journal = create(&paths.journal()).context(what)?;
-        let run = Run {
-            mounts: paths.dir.join("m"),
-            paths: paths.clone(),
-            journal: Mutex::new(journal),
-            finished: false,
-            _lock: lock_file,
-        };
+        let run = Run::over(paths, journal, lock_file);
         run.note(&Entry::Work(Name::of(&paths.work)))?;
         make_private(&paths.work)
             .context(|| format!("cannot make {} for image files", paths.work.display()))?;
         Ok(run)
+    }
+
+    fn over(paths: &RunPaths, journal: File, lock: File) -> Run {
+        Run {
+            mounts: paths.dir.join("m"),
+            paths: paths.clone(),
+            journal: Mutex::new(journal),
+            finished: false,
+            _lock: lock,
+        }
+    }
+
+    /// Where the manager of a run that can be resumed keeps its journal, and where the guest engine does; none if the run
+    /// cannot be resumed.
+    pub(crate) fn journals(&self) -> Option<[PathBuf; 2]> {
+        let file = self.paths.remembered_file();
+        file.exists()
+            .then(|| [STATE, ENGINE].map(|name| self.paths.dir.join(name)))
     }
 
     /// What loop devices and overlays of this run carry, for all to see.

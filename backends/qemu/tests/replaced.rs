@@ -83,7 +83,12 @@ async fn x02_qemu_uses_what_was_opened_whatever_is_at_its_path_by_then() {
                 (qemu.opened(&images.kept), qemu.opened(&images.image)),
                 (1, 0)
             );
-            assert_eq!(qemu.passed(), Vec::<serde_json::Value>::new());
+            // That of the disk itself is kept, and says which disk it is.
+            let kept = Disk::virtual_disk(&images.kept);
+            let id = scsi.identify(&kept).await.unwrap().to_string();
+            let passed = qemu.passed();
+            let shown = passed[0]["opaque"].as_str().unwrap();
+            assert!(passed.len() == 1 && shown.ends_with(&id), "{passed:?}");
             scsi.detach(address("0/0")).await.unwrap();
             assert_eq!(qemu.tables(), before);
             assert_eq!(qemu.execute("query-fdsets", json!({})), json!([]));

@@ -7,7 +7,7 @@ use blockmount_linux::mountinfo::MountInfo;
 use blockmount_loopback::BoundLoop;
 use serde::Serialize;
 
-use super::scan::Dead;
+use super::scan::{Dead, Resumable};
 use crate::failure::printable;
 use crate::report::table;
 
@@ -17,6 +17,8 @@ pub(crate) struct Report {
     pub(crate) dry_run: bool,
     /// Runs that are alive, and were left alone.
     pub(crate) living_runs: usize,
+    /// Runs that have ended, and were kept because they can be resumed.
+    pub(crate) resumable: Vec<Resumable>,
     /// Runs that have left something.
     pub(crate) dead_runs: usize,
     pub(crate) items: Vec<Item>,
@@ -104,6 +106,13 @@ impl Report {
             1 => "; 1 run is alive and was left alone".to_owned(),
             count => format!("; {count} runs are alive and were left alone"),
         };
+        let kept = self.resumable.iter().map(|kept| {
+            let (name, target) = (&kept.name, printable(&kept.target.display().to_string()));
+            format!(
+                "\n{name} at {target} is kept; go on with it: sudo blockmount mount --resume {name}"
+            )
+        });
+        let living = kept.fold(living, |text, line| text + &line);
         if self.items.is_empty() {
             return format!("nothing to clean up{living}");
         }

@@ -5,10 +5,12 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use blockmount::HolderName;
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_loopback::{BoundLoop, bound_loops};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use serde::Serialize;
 
 use crate::failure::{Context, Failure};
 use crate::run::{self, Entry, RunPaths};
@@ -19,11 +21,21 @@ pub(crate) struct Found {
     pub(crate) dead: Vec<Dead>,
     /// How many runs are alive.
     pub(crate) living: usize,
+    /// Runs that have ended, and are kept because they can be resumed.
+    pub(crate) resumable: Vec<Resumable>,
     /// What carries the mark of a run that the directory of runs does not know: it may be alive where another directory
     /// is, such as outside of this container.
     pub(crate) unknown: Vec<Dead>,
     /// Keeps runs from starting, and other clean-ups from looking, while we work.
     _runs: File,
+}
+
+/// A run that has ended, and that another program can go on with.
+#[derive(Debug, Serialize)]
+pub(crate) struct Resumable {
+    run: String,
+    pub(crate) name: HolderName,
+    pub(crate) target: PathBuf,
 }
 
 /// A run that has ended without finishing, and what is left of it.
@@ -42,11 +54,26 @@ pub(crate) struct Dead {
 }
 
 /// Looks for what dead runs have left, and shuts out other clean-ups and starts until it is dropped.
-pub(crate) fn scan() -> Result<Found, Failure> {
+/// Runs that can be resumed count as dead only if their mounts are `unwanted`.
+pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
-    let (living, dead) =
+    let (living, mut dead) =
         sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
+    let mut resumable = Vec::new();
+    if !unwanted {
+        dead.retain(|id| match RunPaths::of(id).remembered() {
+            None => true,
+            Some(remembered) => {
+                resumable.push(Resumable {
+                    run: id.clone(),
+                    target: remembered.target(),
+                    name: remembered.name,
+                });
+                false
+            }
+        });
+    }
     let loops = bound_loops()?;
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
     let loop_marks = loops.iter().map(|bound| bound.mark());
@@ -54,13 +81,15 @@ pub(crate) fn scan() -> Result<Found, Failure> {
     let overlay_marks = overlays.map(|mount| mount.source.to_string_lossy().into_owned());
     let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
     let marked = marks.iter().filter_map(|mark| run::id_in(mark));
-    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id);
+    let is_resumable = |id: &str| resumable.iter().any(|kept| kept.run == id);
+    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id) && !is_resumable(id);
     let unknown: BTreeSet<&str> = marked.filter(is_unknown).collect();
     let look_at = |id: &str| look_at(id, &loops, &mounts);
     Ok(Found {
         unknown: unknown.into_iter().map(look_at).collect(),
         dead: dead.iter().map(|id| look_at(id)).collect(),
         living: living.len(),
+        resumable,
         _runs: runs,
     })
 }

@@ -66,6 +66,14 @@ pub(super) fn remove_directories_in(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Removes a directory in a private directory of root's, with all that is in it.
+pub(super) fn remove_in(path: &Path, name: &str) -> io::Result<()> {
+    let directory = open_directory(path)?;
+    ensure_private(&directory, path)?;
+    let device = fstat(&directory)?.st_dev;
+    remove_entry(&directory, path, OsStr::new(name), device, true)
+}
+
 /// Removes an empty directory that root has made at a path of the user's. A path that leads over a link is refused.
 pub(crate) fn remove_empty(path: &Path) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

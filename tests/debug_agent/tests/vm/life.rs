@@ -6,7 +6,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blockmount::{Disk, ErrorKind, Manager, MountRequest, Presence, Transport, Unplugger as _};
+use blockmount::{
+    Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter as _, Presence, Transport,
+    Unplugger as _,
+};
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{QemuScsi, QemuVpmem};
 use blockmount_scsi::ScsiTransport;
@@ -213,6 +216,7 @@ async fn vm_u03_a_new_manager_leaves_a_disk_alone_that_another_has_mounted() {
     rig.assert_content(&mount.path().join("id"), "second").await;
     mount.release().await.unwrap();
     assert!(second.drain().await.is_clean());
+    drop(second);
     assert_eq!(rig.state().await, before);
     rig.assert_content(&file, "written").await;
     first.release().await.unwrap();
@@ -255,6 +259,7 @@ async fn vm_u03_a_new_manager_leaves_persistent_memory_alone_that_another_has_mo
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_u03_disks_of_an_earlier_attacher_are_adopted_and_detached() {
     let rig = Rig::start().await;
+    let target = Path::new("/run/containers/adopted");
     for vpmem in [false, true] {
         let disk = rig.layer(if vpmem { "vpmem" } else { "scsi" });
         let (id, locator) = {
@@ -264,6 +269,8 @@ async fn vm_u03_disks_of_an_earlier_attacher_are_adopted_and_detached() {
             };
             let id = transport.identify(&disk).await.unwrap();
             let locator = transport.attach(&disk, &id).await.unwrap();
+            let options = MountOptions::read_only();
+            rig.guest.mount(&locator, target, &options).await.unwrap();
             (id, locator)
         };
         let transport: Box<dyn Transport> = match vpmem {
@@ -272,6 +279,7 @@ async fn vm_u03_disks_of_an_earlier_attacher_are_adopted_and_detached() {
         };
         let adopted = transport.adopt(&disk, &id, Some(&locator)).await.unwrap();
         assert_eq!(adopted, Presence::Present(locator.clone()));
+        rig.guest.unmount(target).await.unwrap();
         rig.guest.unplug(&locator).await.unwrap();
         transport.detach(&disk).await.unwrap();
         rig.assert_as_at_first().await;

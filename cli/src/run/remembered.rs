@@ -1,0 +1,136 @@
+//! A mount with a name: what the program that resumes it has to know.
+
+use std::fs;
+use std::io;
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use blockmount::HolderName;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{Name, RUNS, Run, RunPaths, create, is_id, lock, open_runs};
+use crate::args::Layer;
+use crate::failure::{Context, Failure};
+
+/// What was asked for. It is in the run's directory from before the first disk until after the last.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Remembered {
+    pub(crate) name: HolderName,
+    target: Name,
+    layers: Vec<RememberedLayer>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct RememberedLayer {
+    image: Name,
+    partition: Option<NonZeroU32>,
+}
+
+impl Remembered {
+    pub(crate) fn new(name: HolderName, target: &Path, layers: &[Layer]) -> Self {
+        let layer = |layer: &Layer| RememberedLayer {
+            image: Name::of(&layer.image),
+            partition: layer.partition,
+        };
+        Remembered {
+            name,
+            target: Name::of(target),
+            layers: layers.iter().map(layer).collect(),
+        }
+    }
+
+    pub(crate) fn target(&self) -> std::path::PathBuf {
+        self.target.clone().into_path()
+    }
+
+    pub(crate) fn layers(&self) -> Vec<Layer> {
+        let layer = |layer: &RememberedLayer| Layer {
+            image: layer.image.clone().into_path(),
+            partition: layer.partition,
+        };
+        self.layers.iter().map(layer).collect()
+    }
+}
+
+impl RunPaths {
+    pub(super) fn remembered_file(&self) -> std::path::PathBuf {
+        self.dir.join("mount.json")
+    }
+
+    /// What the run can be resumed as, if it has a name.
+    pub(crate) fn remembered(&self) -> Option<Remembered> {
+        let text = fs::read(self.remembered_file()).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+}
+
+impl Run {
+    /// Starts a run that can be resumed by its name, which no other run has.
+    pub(crate) fn start_named(remembered: &Remembered) -> Result<Run, Failure> {
+        let what = || format!("cannot make a directory for this run in {RUNS}");
+        let runs = open_runs().context(what)?;
+        // Nobody else takes the name meanwhile.
+        lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
+        if named(&remembered.name).context(what)?.is_some() {
+            let name = &remembered.name;
+            let advice = format!(
+                "choose another name, or go on with it: sudo blockmount mount --resume {name}"
+            );
+            return Err(
+                Failure::new(format!("there is a mount with the name {name}")).advise(advice),
+            );
+        }
+        let run = Run::make()?;
+        let text = serde_json::to_vec(remembered).context(what)?;
+        let file = run.paths.remembered_file();
+        let written = create(&file).and_then(|mut file| io::Write::write_all(&mut file, &text));
+        written.context(|| format!("cannot write {}", file.display()))?;
+        Ok(run)
+    }
+
+    /// Takes over a run by its name, whose program has ended without releasing its mount.
+    pub(crate) fn resume(name: &HolderName) -> Result<(Run, Remembered), Failure> {
+        let what = || format!("cannot look for a mount with the name {name} in {RUNS}");
+        let runs = open_runs().context(what)?;
+        lock(&runs, FlockOperation::NonBlockingLockShared)?;
+        let Some((paths, remembered)) = named(name).context(what)? else {
+            return Err(
+                Failure::new(format!("there is no mount with the name {name}"))
+                    .advise("see what can be resumed with: sudo blockmount cleanup --dry-run"),
+            );
+        };
+        let open = |path: std::path::PathBuf| fs::File::options().append(true).open(path);
+        let lock_file = open(paths.lock()).context(what)?;
+        match flock(&lock_file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(
+                    Failure::new(format!("the program that holds {name} is alive"))
+                        .advise("end it before its mount is resumed"),
+                );
+            }
+            Err(errno) => return Err(Failure::new(what()).because(errno)),
+        }
+        let journal = open(paths.journal()).context(what)?;
+        Ok((Run::over(&paths, journal, lock_file), remembered))
+    }
+}
+
+/// The run with this name, dead or alive.
+fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
+    for entry in fs::read_dir(RUNS)? {
+        let id = entry?.file_name();
+        let Some(id) = id.to_str().filter(|id| is_id(id)) else {
+            continue;
+        };
+        let paths = RunPaths::recorded(id);
+        if let Some(remembered) = paths.remembered()
+            && remembered.name == *name
+        {
+            return Ok(Some((paths, remembered)));
+        }
+    }
+    Ok(None)
+}
