@@ -116,7 +116,7 @@ pub(crate) struct DemoArgs {
 #[command(after_help = "\
 The layers are always read-only. Without --scratch the tree is read-only; what is written to a \
 scratch ends with the mount. A mount with a --name outlives a program that is killed, scratch \
-included, and another program goes on with it.
+included, and another program goes on with it; with --keep-vm, so does its virtual machine.
 
 Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
@@ -160,11 +160,15 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<HolderName>,
 
+    /// Let the virtual machine live on if this program is killed, so that --resume finds it
+    #[arg(long, requires = "name")]
+    pub(crate) keep_vm: bool,
+
     /// Go on with the mount of this name, whose program was killed
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["layer", "partition", "guest", "transport", "scratch", "options", "at", "name"]
+        conflicts_with_all = ["layer", "partition", "guest", "transport", "scratch", "options", "at", "name", "keep_vm"]
     )]
     pub(crate) resume: Option<HolderName>,
 

@@ -106,29 +106,29 @@ impl Machine {
                     recorder.watch(engine.clone()),
                     engine,
                 );
-                let manager = match &journals {
-                    None => builder.build(),
-                    Some([journal, _]) => {
-                        let found = builder.recover(FileJournal::open(journal)?).await?;
-                        recovery.insert(found).manager().clone()
-                    }
-                };
+                let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Local(loops), manager)
             }
             GuestKind::Qemu => {
-                let starting = QemuGuest::start(run.work_dir(), transports, interrupt);
+                let (at, kept) = (run.work_dir(), journals.is_some());
+                let starting = async {
+                    match run.is_resumed() {
+                        true => QemuGuest::resume(at, transports, interrupt).await,
+                        false => QemuGuest::start(at, transports, kept, interrupt).await,
+                    }
+                };
                 let guest = tokio::select! {
                     started = starting => started?,
                     signal = interrupt.requested() => return Err(Failure::interrupted(signal)),
                 };
                 let transports = guest.transports().iter().cloned();
-                let manager = build(
+                let builder = build(
                     Path::new(MOUNTS),
                     transports.map(|transport| recorder.watch(transport)),
                     recorder.watch(guest.agent().clone()),
                     guest.agent().clone(),
-                )
-                .build();
+                );
+                let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Qemu(Box::new(guest)), manager)
             }
         };
@@ -281,6 +281,19 @@ impl Machine {
             }
         }
     }
+}
+
+/// The manager of a run, and what it has recovered if the run can be resumed.
+async fn manage(
+    builder: ManagerBuilder,
+    journals: Option<&[PathBuf; 2]>,
+    recovery: &mut Option<Recovery>,
+) -> Result<Manager, Failure> {
+    let Some([journal, _]) = journals else {
+        return Ok(builder.build());
+    };
+    let found = builder.recover(FileJournal::open(journal)?).await?;
+    Ok(recovery.insert(found).manager().clone())
 }
 
 fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(

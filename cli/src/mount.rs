@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
 use crate::failure::{Context, Failure, printable};
-use crate::guest::GuestKind;
+use crate::guest::{GuestKind, Transports};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -43,7 +43,8 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     let before = Tables::read()?;
     if let Some(name) = &args.resume {
         let (run, remembered) = Run::resume(name)?;
-        let machine = Machine::start(args.guest, args.transport, || Ok(run), &interrupt);
+        let guest = remembered.guest();
+        let machine = Machine::start(guest, args.transport, || Ok(run), &interrupt);
         let mut machine = machine.await?;
         let target = remembered.target();
         machine.note_target(&target)?;
@@ -51,10 +52,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         let claimed = machine.claim(name).await;
         return hold_until_the_end(&args, &target, claimed, machine, &interrupt, &before).await;
     }
-    if args.name.is_some() && args.guest != GuestKind::Local {
-        let what = "a mount with a --name outlives this program, and a virtual machine does not";
-        return Err(Failure::usage(what).advise("leave --name out, or use --guest local"));
-    }
+    refuse_lost_vm(&args)?;
     let target = absolute(args.at.as_deref().unwrap_or(Path::new("")))?;
     args.layers.0 = distinct(&args.layers.0);
     let requests = args
@@ -65,7 +63,12 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let run = || match &args.name {
         None => Run::start(),
-        Some(name) => Run::start_named(&Remembered::new(name.clone(), &target, &args.layers.0)),
+        Some(name) => Run::start_named(&Remembered::new(
+            name.clone(),
+            &target,
+            &args.layers.0,
+            args.guest,
+        )),
     };
     let mut machine = Machine::start(args.guest, args.transport, run, &interrupt).await?;
     let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
@@ -122,6 +125,24 @@ async fn hold_until_the_end(
         (Ok(()), Ok(())) => {
             say(format_args!("released; nothing is left"));
             Ok(0)
+        }
+    }
+}
+
+/// Refuses names for what a kill would take along, or leave where it cannot be found again.
+fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
+    if args.name.is_none() || args.guest == GuestKind::Local {
+        return Ok(());
+    }
+    if !args.keep_vm {
+        let what = "a mount with a --name outlives this program, and a virtual machine does not";
+        return Err(Failure::usage(what).advise("add --keep-vm, or leave --name out"));
+    }
+    match args.transport.required() {
+        Some(Transports::DEFAULT) => Ok(()),
+        _ => {
+            let what = "what is packed on VPMEM cannot be found again after a kill";
+            Err(Failure::usage(what).advise("leave --transport out"))
         }
     }
 }

@@ -54,6 +54,8 @@ pub(crate) struct Run {
     mounts: PathBuf,
     journal: Mutex<File>,
     finished: bool,
+    /// Whether an earlier program has started it.
+    resumed: bool,
     /// Held for as long as we live; the last field, so that it goes last.
     _lock: File,
 }
@@ -237,8 +239,13 @@ impl Run {
             paths: paths.clone(),
             journal: Mutex::new(journal),
             finished: false,
+            resumed: false,
             _lock: lock,
         }
+    }
+
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.resumed
     }
 
     /// Where the manager of a run that can be resumed keeps its journal, and where the guest engine does; none if the run
@@ -308,7 +315,9 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
+        // What could not be resumed may be another time.
         if !self.finished
+            && !self.resumed
             && let Err(failure) = self.paths.remove()
         {
             tracing::warn!(%failure, "a clean-up has to remove what is left of this run");

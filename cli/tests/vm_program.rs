@@ -204,6 +204,86 @@ fn vm_x06_the_second_signal_gives_up_on_a_machine_that_hangs() {
     assert_eq!(machines_of(&id), Vec::<String>::new());
 }
 
+/// What a clean-up keeps, by name, and what it removes.
+fn kept_and_removed() -> (Vec<String>, String) {
+    let answer = run(["cleanup", "--json"]);
+    let kept = answer.json()["resumable"].as_array().unwrap().clone();
+    let name = |kept: &serde_json::Value| kept["name"].as_str().unwrap().to_owned();
+    (kept.iter().map(name).collect(), answer.stdout)
+}
+
+#[test]
+fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.display().to_string();
+    let name = format!("kept-{}", std::process::id());
+    let arguments = [
+        "--guest",
+        "qemu",
+        "--keep-vm",
+        "--name",
+        &name,
+        "--scratch",
+        "8M",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        &layer,
+    ];
+    let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let first = held.json.clone();
+    common::signal(held.pid(), Signal::KILL);
+    let killed = held.wait();
+    let id = run_id(&killed.stderr).unwrap().to_owned();
+    assert_eq!(machines_of(&id).len(), 1);
+    let (kept, removed) = kept_and_removed();
+    assert!(
+        kept.contains(&name) && !removed.contains("virtual"),
+        "{removed}"
+    );
+    assert_eq!(machines_of(&id).len(), 1);
+
+    let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
+    assert_eq!(held.json["layers"], first["layers"]);
+    assert_eq!(held.json["scratch"], first["scratch"]);
+    common::signal(held.pid(), Signal::KILL);
+    held.wait();
+    let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
+
+    // One whose machine has ended is dead.
+    let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    common::signal(held.pid(), Signal::KILL);
+    let killed = held.wait();
+    let id = run_id(&killed.stderr).unwrap().to_owned();
+    let machine = machine_in(&id);
+    common::signal(machine, Signal::KILL);
+    eventually("the end of the machine", || machines_of(&id).is_empty());
+    run(["mount", "--resume", &name]).says(1, &["has ended"]);
+    let (kept, removed) = kept_and_removed();
+    assert!(!kept.contains(&name) && removed.contains(&id), "{removed}");
+    assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
+}
+
+/// The process of the machine that a run has kept.
+fn machine_in(id: &str) -> u32 {
+    let work = std::fs::read_dir(format!("/var/tmp/blockmount-{id}")).unwrap();
+    let mut records = work.flatten().map(|entry| entry.path().join("vm.json"));
+    let record = records.find(|path| path.exists()).unwrap();
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
+    record["process"]["pid"]
+        .as_u64()
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
 #[test]
 fn vm_what_a_machine_cannot_have_is_refused() {
     let dir = temp();

@@ -6,13 +6,14 @@
 //! | `hardware.rs` | what a VM has, and where the guest finds it |
 //! | `builder.rs`, `saved.rs` | which start it is: by booting, or from a saved state; KVM where it works |
 //! | `boot.rs` | one start, until the guest is up |
-//! | `process.rs`, `spawn.rs` | the process |
+//! | `process.rs`, `spawn.rs`, `detached.rs` | the process, and one that outlives us |
 //! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the streams into its guest |
 
 mod boot;
 mod builder;
 mod channel;
 mod cpio;
+mod detached;
 mod error;
 mod hardware;
 mod image;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use blockmount_linux::mountinfo::MountInfo;
 use blockmount_loopback::BoundLoop;
+use blockmount_qemu::Vm;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat2, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
@@ -16,6 +17,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use super::report::{Item, Outcome, What};
 use super::scan::{Dead, Found};
 use crate::failure::Failure;
+use crate::guest::kept_vm;
 use crate::interrupt::Stop;
 use crate::run::remove_empty;
 
@@ -30,6 +32,8 @@ const USERS: usize = 4;
 pub(crate) fn show(found: &Found) -> Vec<Item> {
     let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
     for dead in &found.dead {
+        let machine = kept_vm(&dead.paths.work);
+        items.extend(machine.map(|at| Item::new(dead, What::Machine, &at, Outcome::Found)));
         items.extend(foreign(dead));
         let mounts = dead
             .mounts
@@ -58,6 +62,13 @@ pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
     let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
     items.extend(found.dead.iter().flat_map(foreign));
     let deadline = Instant::now() + DEFAULT_TIMEOUT;
+    for dead in &found.dead {
+        if let Some(directory) = kept_vm(&dead.paths.work) {
+            stop.check()?;
+            Vm::kill_in(&directory);
+            items.push(Item::new(dead, What::Machine, &directory, Outcome::Removed));
+        }
+    }
     for (dead, mount) in latest_first(found) {
         stop.check()?;
         items.push(Item::mount(

@@ -41,6 +41,8 @@ pub(crate) struct Item {
 pub(crate) enum What {
     Mount,
     LoopDevice,
+    /// A virtual machine that lives on.
+    Machine,
     /// A directory that was made for a target.
     Directory,
     /// One of the run's own directories, with what is in it.
@@ -138,6 +140,7 @@ impl fmt::Display for What {
         f.write_str(match self {
             What::Mount => "mount",
             What::LoopDevice => "loop device",
+            What::Machine => "virtual machine",
             What::Directory => "directory",
             What::Files => "files",
         })

@@ -62,7 +62,7 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
         sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
     let mut resumable = Vec::new();
     if !unwanted {
-        dead.retain(|id| match RunPaths::of(id).remembered() {
+        dead.retain(|id| match RunPaths::recorded(id).resumable() {
             None => true,
             Some(remembered) => {
                 resumable.push(Resumable {

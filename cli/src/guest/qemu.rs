@@ -1,7 +1,7 @@
 //! A virtual machine of QEMU, and what its checker says.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -43,8 +43,8 @@ pub(crate) struct QemuGuest {
     agent: BridgeGuest<AgentChannel>,
     /// It answers one question after the other.
     checker: Mutex<Checker<GuestStream>>,
-    /// What the guest's kernel had before anything was asked of it.
-    before: Tables,
+    /// What the guest's kernel had before anything was asked of it; not known of a VM that was resumed.
+    before: Option<Tables>,
     guard: Guard,
 }
 
@@ -99,10 +99,11 @@ impl Guard {
 }
 
 impl QemuGuest {
-    /// Starts a VM with its files in a directory.
+    /// Starts a VM with its files in a directory, which lives on if we are killed when it is to be `kept`.
     pub(crate) async fn start(
         directory: &Path,
         transports: Transports,
+        kept: bool,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         let what = || "cannot start a virtual machine".to_owned();
@@ -115,18 +116,46 @@ impl QemuGuest {
             .build();
         let vm = transports::hardware(Vm::builder(image.await.context(what)?))
             .directory(directory)
-            .saved_states(STATES)
-            .start();
-        let vm = vm.await.context(what)?;
+            .saved_states(STATES);
+        let vm = if kept { vm.detached() } else { vm };
+        let vm = vm.start().await.context(what)?;
+        let mut guest = Self::reach(vm, directory, transports, interrupt).await?;
+        guest.before = Some(guest.tables().await?);
+        if kept {
+            guest.vm.outlive();
+        }
+        Ok(guest)
+    }
+
+    /// Reaches the VM again that an earlier program has kept, with its files in a directory.
+    pub(crate) async fn resume(
+        directory: &Path,
+        transports: Transports,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
+        let ended = || Failure::new("the virtual machine of this mount has ended");
+        let found = kept_vm(directory).ok_or_else(ended)?;
+        let vm = Vm::reattach(found).await;
+        let vm = vm.context(|| "cannot reach the virtual machine of this mount".to_owned())?;
+        Self::reach(vm, directory, transports, interrupt).await
+    }
+
+    async fn reach(
+        vm: Vm,
+        directory: &Path,
+        transports: Transports,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
+        let what = || "cannot reach the guest of a virtual machine".to_owned();
         let transports = transports.start(&vm, directory)?;
         let agent = vm.guest(PORT).await.context(what)?;
         let stream = vm
             .connect(blockmount_checker::PORT, OPENING)
             .await
             .context(what)?;
-        let mut checker = Checker::new(stream);
+        let checker = Checker::new(stream);
         Ok(QemuGuest {
-            before: checker.tables().await.map_err(Failure::of_io)?,
+            before: None,
             transports,
             agent,
             checker: Mutex::new(checker),
@@ -209,19 +238,17 @@ impl QemuGuest {
         }
         let in_qemu = self.vm.scsi().left().await;
         let in_qemu = in_qemu.context(|| "cannot ask QEMU what it has".to_owned())?;
-        let before = lines(&self.before);
         let mut left: Vec<String> = in_qemu
             .into_iter()
             .map(|what| format!("{what} in QEMU"))
             .collect();
         let slots = self.slots().into_iter();
         left.extend(slots.map(|slot| format!("disk in slot {}", slot.slot)));
-        let after = lines(&self.tables().await?);
-        left.extend(
-            after
-                .difference(&before)
-                .map(|what| format!("{what} in the guest")),
-        );
+        if let Some(before) = &self.before {
+            let (before, after) = (lines(before), lines(&self.tables().await?));
+            let more = after.difference(&before);
+            left.extend(more.map(|what| format!("{what} in the guest")));
+        }
         Ok(left)
     }
 
@@ -271,6 +298,13 @@ impl QemuGuest {
         self.vm.shut_down().await;
         self.guard.stop().await;
     }
+}
+
+/// Where the files of a VM are that a run has kept with its image files, if it still runs.
+pub(crate) fn kept_vm(directory: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(directory).ok()?.flatten();
+    let mut found = entries.map(|entry| entry.path());
+    found.find(|path| Vm::is_alive_in(path))
 }
 
 /// The checker, which this program is too, as the guest's init starts it.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{Name, RUNS, Run, RunPaths, create, is_id, lock, open_runs};
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
+use crate::guest::{GuestKind, kept_vm};
 
 /// What was asked for. It is in the run's directory from before the first disk until after the last.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -20,6 +21,8 @@ pub(crate) struct Remembered {
     pub(crate) name: HolderName,
     target: Name,
     layers: Vec<RememberedLayer>,
+    /// Whether it is in a virtual machine that lives on.
+    keeps_vm: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,7 +32,7 @@ struct RememberedLayer {
 }
 
 impl Remembered {
-    pub(crate) fn new(name: HolderName, target: &Path, layers: &[Layer]) -> Self {
+    pub(crate) fn new(name: HolderName, target: &Path, layers: &[Layer], guest: GuestKind) -> Self {
         let layer = |layer: &Layer| RememberedLayer {
             image: Name::of(&layer.image),
             partition: layer.partition,
@@ -38,6 +41,14 @@ impl Remembered {
             name,
             target: Name::of(target),
             layers: layers.iter().map(layer).collect(),
+            keeps_vm: guest == GuestKind::Qemu,
+        }
+    }
+
+    pub(crate) fn guest(&self) -> GuestKind {
+        match self.keeps_vm {
+            true => GuestKind::Qemu,
+            false => GuestKind::Local,
         }
     }
 
@@ -63,6 +74,12 @@ impl RunPaths {
     pub(crate) fn remembered(&self) -> Option<Remembered> {
         let text = fs::read(self.remembered_file()).ok()?;
         serde_json::from_slice(&text).ok()
+    }
+
+    /// As [`remembered`](Self::remembered), unless its virtual machine has ended.
+    pub(crate) fn resumable(&self) -> Option<Remembered> {
+        let is_there = |found: &Remembered| !found.keeps_vm || kept_vm(&self.work).is_some();
+        self.remembered().filter(is_there)
     }
 }
 
@@ -114,7 +131,9 @@ impl Run {
             Err(errno) => return Err(Failure::new(what()).because(errno)),
         }
         let journal = open(paths.journal()).context(what)?;
-        Ok((Run::over(&paths, journal, lock_file), remembered))
+        let mut run = Run::over(&paths, journal, lock_file);
+        run.resumed = true;
+        Ok((run, remembered))
     }
 }
 

@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::builder::VmBuilder;
+use super::detached::{self, Record};
 use super::error::VmError;
 use super::hardware;
 use super::port::Ports;
@@ -79,23 +80,53 @@ impl VmBuilder {
         directory: TempDir,
         initramfs: &Path,
     ) -> Result<Vm, VmError> {
-        let (ours, theirs) = StdUnixStream::pair().map_err(cannot)?;
         let mut words = self.hardware.arguments(accelerator);
-        words.extend(hardware::streams(theirs.as_raw_fd()));
+        let mut inherited = Vec::new();
+        let ours = match self.detached {
+            true => {
+                let socket = detached::monitor(directory.path());
+                words.extend(hardware::streams(&format!(
+                    "path={},server=on,wait=off",
+                    socket.display()
+                )));
+                None
+            }
+            false => {
+                let (ours, theirs) = StdUnixStream::pair().map_err(cannot)?;
+                words.extend(hardware::streams(&format!("fd={}", theirs.as_raw_fd())));
+                inherited.push(OwnedFd::from(theirs));
+                Some(ours)
+            }
+        };
         let initramfs = initramfs.to_string_lossy();
         words.extend(hardware::boot(self.image.kernel(), &initramfs));
-        let mut inherited = vec![OwnedFd::from(theirs)];
         if let Some(state) = state {
             words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
             inherited.push(state.into());
         }
         let mut command = Command::new(&self.qemu);
         command.args(words);
-        let started = Process::start(command, inherited).await;
+        let at = self.detached.then(|| directory.path());
+        let started = Process::start(command, inherited, at).await;
         let process = started.map_err(|error| self.no_qemu(error))?;
-
-        ours.set_nonblocking(true).map_err(cannot)?;
-        let monitor = UnixStream::from_std(ours).map_err(cannot)?;
+        let monitor = match ours {
+            Some(ours) => {
+                ours.set_nonblocking(true).map_err(cannot)?;
+                UnixStream::from_std(ours).map_err(cannot)?
+            }
+            None => {
+                let record = Record {
+                    process: process.started().map_err(cannot)?,
+                    hardware: self.hardware.clone(),
+                };
+                record.write(directory.path()).map_err(cannot)?;
+                let socket = detached::monitor(directory.path());
+                match connect(&socket, &process).await {
+                    Ok(monitor) => monitor,
+                    Err(error) => return Err(process.explain(cannot(error))),
+                }
+            }
+        };
         let qmp = match Qmp::connect(monitor).await {
             Ok(qmp) => qmp,
             // That the monitor has ended says less than why QEMU has.
@@ -112,7 +143,15 @@ impl VmBuilder {
             ports: Ports::new(qmp.clone(), directory.path()),
             qmp,
             hardware: self.hardware.clone(),
-            directory,
+            directory: directory.path().to_owned(),
+            _temporary: match self.detached {
+                true => {
+                    // Whoever reaches the VM again needs it; its owner removes it.
+                    let _ = directory.keep();
+                    None
+                }
+                false => Some(directory),
+            },
         }))
     }
 
@@ -126,6 +165,25 @@ impl VmBuilder {
             resumed.next(timeout).await.map_err(what)?;
         }
         vm.connect(&self.agent, timeout).await.map(drop)
+    }
+}
+
+/// Connects to the monitor that QEMU makes at its start.
+async fn connect(socket: &Path, process: &Process) -> io::Result<UnixStream> {
+    /// As long as a busy machine needs to load QEMU.
+    const APPEARING: Duration = Duration::from_secs(10);
+    let connecting = async {
+        loop {
+            match UnixStream::connect(socket).await {
+                Ok(stream) => return stream,
+                // There is no event for a socket.
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    tokio::select! {
+        connected = timeout(APPEARING, connecting) => Ok(connected?),
+        () = process.read_out() => Err(io::Error::other("QEMU has ended")),
     }
 }
 

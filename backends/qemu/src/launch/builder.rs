@@ -50,6 +50,7 @@ pub struct VmBuilder {
     states: Option<States>,
     pub(super) agent: String,
     timeout: Duration,
+    pub(super) detached: bool,
 }
 
 impl Vm {
@@ -70,6 +71,7 @@ impl VmBuilder {
             states: None,
             agent: "blockmount.agent".to_owned(),
             timeout: Duration::from_secs(120),
+            detached: false,
         }
     }
 
@@ -163,6 +165,14 @@ impl VmBuilder {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// Makes a VM that can live on when this process ends ([`Vm::outlive`]), for another to reach it again by its directory
+    /// ([`Vm::reattach`]), which is not removed with it.
+    #[must_use]
+    pub fn detached(mut self) -> Self {
+        self.detached = true;
         self
     }
 
@@ -291,7 +301,11 @@ impl VmBuilder {
         if open(states, key).await?.is_some() {
             return Ok(());
         }
-        let vm = self.launch(accelerator, None, timeout).await?;
+        let maker = VmBuilder {
+            detached: false,
+            ..self.clone()
+        };
+        let vm = maker.launch(accelerator, None, timeout).await?;
         let saved = self.write_state(&vm, &states.draft()).await;
         vm.shut_down().await;
         saved?;

@@ -1,8 +1,7 @@
 //! The hardware of a VM, and where on its bus everything is, which the guest has to be told.
 
-use std::os::fd::RawFd;
-
 use blockmount::PciAddress;
+use serde::{Deserialize, Serialize};
 
 use super::kernel::GuestKernel;
 
@@ -36,7 +35,7 @@ fn on_root_bus(device: u8, function: u8) -> PciAddress {
 }
 
 /// What a VM has besides a processor: memory, SCSI controllers, ports for persistent memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Hardware {
     /// A machine of QEMU's of the kind q35.
     pub(super) machine: String,
@@ -144,11 +143,11 @@ impl Words {
 pub(super) const KERNEL_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check nokaslr \
     mitigations=off random.trust_cpu=on cryptomgr.notests nowatchdog";
 
-/// The words about the monitor and the console: the monitor is an inherited descriptor, the console is what
-/// QEMU prints.
-pub(super) fn streams(monitor: RawFd) -> Vec<String> {
+/// The words about the monitor and the console: the monitor is an inherited descriptor or a socket with a path, the console is
+/// what QEMU prints.
+pub(super) fn streams(monitor: &str) -> Vec<String> {
     let mut words = Words::default();
-    words.pair("-chardev", format!("socket,id=monitor,fd={monitor}"));
+    words.pair("-chardev", format!("socket,id=monitor,{monitor}"));
     words.pair("-mon", "chardev=monitor,mode=control");
     words.pair("-chardev", "file,id=console,path=/dev/stdout");
     words.pair("-serial", "chardev:console");

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
@@ -16,7 +17,10 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 use super::error::VmError;
-use crate::qmp::{Event, Events, Qmp, QmpError};
+use crate::qmp::{Event, Events, NONE, Qmp, QmpError};
+
+/// What begins the id of each port in QEMU.
+const PORT: &str = "port";
 
 /// How long taking a port out may take, in which QEMU asks nobody.
 const REMOVAL: Duration = Duration::from_secs(10);
@@ -82,6 +86,32 @@ impl Ports {
         }
     }
 
+    /// Takes out the ports of an earlier process.
+    pub(super) async fn remove_earlier(&self) -> Result<(), VmError> {
+        #[derive(Deserialize)]
+        struct Chardev {
+            label: String,
+        }
+        let chardevs: Result<Vec<Chardev>, _> = self.qmp.query("query-chardev", NONE).await;
+        let what = |error| VmError::new("cannot list the ports of the VM").because(error);
+        let labels = chardevs.map_err(what)?.into_iter();
+        for id in labels.map(|chardev| chardev.label) {
+            if id
+                .strip_prefix(PORT)
+                .is_some_and(|number| number.parse::<u64>().is_ok())
+            {
+                let port = Port {
+                    qmp: self.qmp.clone(),
+                    id,
+                    name: String::new(),
+                    present: self.present.clone(),
+                };
+                port.remove().await;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a name, when the port that has it is taken out.
     async fn enter(&self, name: &str, deadline: Duration) -> Result<Port, VmError> {
         let mut present = self.present.subscribe();
@@ -106,7 +136,7 @@ impl Ports {
         entered.await.map_err(taken)?;
         Ok(Port {
             qmp: self.qmp.clone(),
-            id: format!("port{}", self.next.fetch_add(1, Ordering::Relaxed)),
+            id: format!("{PORT}{}", self.next.fetch_add(1, Ordering::Relaxed)),
             name: name.to_owned(),
             present: self.present.clone(),
         })

@@ -2,13 +2,19 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
@@ -19,11 +25,21 @@ use super::spawn::spawn;
 /// How much of what is printed is kept, in bytes: enough for the last words of a kernel.
 const KEPT: usize = 16 << 10;
 
-/// A process. Dropping it kills it; the kernel does so if we are killed.
+/// Which process it is, also after its number was given to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Started {
+    pub(super) pid: i32,
+    /// When, in ticks since the boot.
+    pub(super) at: u64,
+}
+
+/// A process. Dropping it kills it, and the kernel does so if we are killed, unless it is detached.
 #[derive(Debug)]
 pub(super) struct Process {
     pidfd: OwnedFd,
     pid: Pid,
+    /// Whether it lives on when this is dropped.
+    outlives: AtomicBool,
     /// How it ended, once it has.
     ended: watch::Receiver<Option<String>>,
     /// The standard output, where the guest's console is.
@@ -33,12 +49,21 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts a process that inherits descriptors. Its standard input is empty.
-    pub(super) async fn start(mut command: Command, inherited: Vec<OwnedFd>) -> io::Result<Self> {
+    /// Starts a process that inherits descriptors. Its standard input is empty. A detached one prints to files in a directory.
+    pub(super) async fn start(
+        mut command: Command,
+        inherited: Vec<OwnedFd>,
+        detached: Option<&Path>,
+    ) -> io::Result<Self> {
+        let output = |name: &str| {
+            let file = detached.map(|directory| File::create(directory.join(name)));
+            file.map_or(Ok(Stdio::piped()), |file| file.map(Stdio::from))
+        };
         command
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stdout(output(CONSOLE)?)
+            .stderr(output(COMPLAINTS)?);
+        let is_detached = detached.is_some();
         let (started, start) = oneshot::channel();
         let (ending, ended) = watch::channel(None);
         // A thread of its own, which lives exactly as long as the process: the kernel kills the process when
@@ -46,7 +71,7 @@ impl Process {
         thread::Builder::new()
             .name("qemu".to_owned())
             .spawn(move || {
-                let mut child = match spawn(&mut command, inherited) {
+                let mut child = match spawn(&mut command, inherited, is_detached) {
                     Ok(child) => child,
                     Err(error) => return drop(started.send(Err(error))),
                 };
@@ -69,10 +94,51 @@ impl Process {
         Ok(Process {
             pidfd,
             pid,
+            outlives: AtomicBool::new(false),
             ended,
-            console: Tail::of(stdout.map(OwnedFd::from))?,
-            complaints: Tail::of(stderr.map(OwnedFd::from))?,
+            console: Tail::of(
+                stdout.map(OwnedFd::from),
+                detached.map(|at| at.join(CONSOLE)),
+            )?,
+            complaints: Tail::of(
+                stderr.map(OwnedFd::from),
+                detached.map(|at| at.join(COMPLAINTS)),
+            )?,
         })
+    }
+
+    /// A detached process that another has started.
+    pub(super) fn find(started: &Started, directory: &Path) -> io::Result<Self> {
+        let pidfd = started.open()?;
+        let pid = Pid::from_raw(started.pid);
+        let (ending, ended) = watch::channel(None);
+        let watched = pidfd.try_clone()?;
+        let watch = move || {
+            let mut ready = [PollFd::new(&watched, PollFlags::IN)];
+            while matches!(poll(&mut ready, None), Err(Errno::INTR)) {}
+            // Only its parent is told how.
+            ending.send_replace(Some("it has ended".to_owned()));
+        };
+        thread::Builder::new()
+            .name("qemu".to_owned())
+            .spawn(watch)?;
+        Ok(Process {
+            pidfd,
+            pid: pid.ok_or(io::ErrorKind::NotFound)?,
+            outlives: AtomicBool::new(true),
+            ended,
+            console: Tail::of(None, Some(directory.join(CONSOLE)))?,
+            complaints: Tail::of(None, Some(directory.join(COMPLAINTS)))?,
+        })
+    }
+
+    /// Has it live on when this is dropped.
+    pub(super) fn outlive(&self) {
+        self.outlives.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn started(&self) -> io::Result<Started> {
+        Started::of(self.pid)
     }
 
     /// Waits until it has ended, and says how. Cancel safe.
@@ -137,24 +203,36 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.kill();
+        if !self.outlives.load(Ordering::Relaxed) {
+            self.kill();
+        }
     }
 }
+
+/// The files to which a detached process prints.
+const CONSOLE: &str = "console";
+const COMPLAINTS: &str = "complaints";
 
 /// The end of what a process prints; the rest is forgotten. Clones share it.
 #[derive(Clone)]
 pub(super) struct Tail {
     kept: Arc<Mutex<VecDeque<u8>>>,
+    /// Where all of it is, if it is not read from a pipe.
+    file: Option<PathBuf>,
     /// Closed at the end of the stream.
     reading: watch::Receiver<()>,
 }
 
 impl Tail {
     /// Reads a pipe until its end, in a task.
-    fn of(stream: Option<OwnedFd>) -> io::Result<Self> {
+    fn of(stream: Option<OwnedFd>, file: Option<PathBuf>) -> io::Result<Self> {
         let (at_end, reading) = watch::channel(());
         let kept = Arc::default();
-        let tail = Tail { kept, reading };
+        let tail = Tail {
+            kept,
+            file,
+            reading,
+        };
         if let Some(stream) = stream {
             let mut stream = pipe::Receiver::from_owned_fd(stream)?;
             let kept = tail.clone();
@@ -188,7 +266,10 @@ impl Tail {
 
     /// All that is kept, without control characters but the line feed: a guest writes what it likes.
     pub(super) fn text(&self) -> String {
-        let bytes: Vec<u8> = self.bytes().iter().copied().collect();
+        let bytes: Vec<u8> = match &self.file {
+            None => self.bytes().iter().copied().collect(),
+            Some(file) => last_of(file).unwrap_or_default(),
+        };
         let text = String::from_utf8_lossy(&bytes);
         text.chars()
             .filter(|c| *c == '\n' || !c.is_control())
@@ -212,6 +293,16 @@ impl Tail {
     }
 }
 
+/// The end of a file.
+fn last_of(file: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(file)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(KEPT as u64)))?;
+    let mut bytes = Vec::new();
+    file.take(KEPT as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 impl fmt::Debug for Tail {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.last_words())
@@ -233,7 +324,9 @@ mod tests {
     #[tokio::test]
     async fn says_how_it_ended_and_what_it_printed() {
         let script = "echo one; echo two >&2; exit 3";
-        let process = Process::start(shell(script), Vec::new()).await.unwrap();
+        let process = Process::start(shell(script), Vec::new(), None)
+            .await
+            .unwrap();
         assert_eq!(process.ended().await, "exit status: 3");
         assert!(!process.is_running());
         // The pipes are read in tasks, which may come later than the end.
@@ -249,7 +342,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dropped_process_is_killed() {
-        let process = Process::start(shell("exec sleep 1000"), Vec::new())
+        let process = Process::start(shell("exec sleep 1000"), Vec::new(), None)
             .await
             .unwrap();
         let mut ended = process.ended.clone();
@@ -267,19 +360,21 @@ mod tests {
         let script = format!(
             "test -e /proc/self/fd/{named_number} && ! test -e /proc/self/fd/{other_number}"
         );
-        let process = Process::start(shell(&script), vec![named]).await.unwrap();
+        let process = Process::start(shell(&script), vec![named], None)
+            .await
+            .unwrap();
         assert_eq!(process.ended().await, "exit status: 0");
     }
 
     #[tokio::test]
     async fn a_program_that_is_not_there_is_an_error() {
-        let error = Process::start(Command::new("/no/such/program"), Vec::new()).await;
+        let error = Process::start(Command::new("/no/such/program"), Vec::new(), None).await;
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
     fn the_tail_is_bounded_and_printable() {
-        let tail = Tail::of(None).unwrap();
+        let tail = Tail::of(None, None).unwrap();
         tail.add(&[b'x'; 3 * KEPT]);
         tail.add(b"\x1b[2Jlast\r\n\n");
         assert_eq!(tail.bytes().len(), KEPT);

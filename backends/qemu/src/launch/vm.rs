@@ -1,7 +1,7 @@
 //! A virtual machine: started, reached, and ended.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +37,9 @@ pub(super) struct Inner {
     pub(super) scsi: QemuScsi,
     pub(super) ports: Ports,
     pub(super) hardware: Hardware,
-    pub(super) directory: TempDir,
+    pub(super) directory: PathBuf,
+    /// Removes the directory when this is dropped.
+    pub(super) _temporary: Option<TempDir>,
 }
 
 impl Vm {
@@ -85,7 +87,7 @@ impl Vm {
 
     /// Where its files are, for others that belong to it.
     pub fn directory(&self) -> &Path {
-        self.0.directory.path()
+        &self.0.directory
     }
 
     /// The last 16 KiB that the guest has printed on its console, without control characters.
@@ -132,6 +134,12 @@ impl Vm {
             true => error,
             false => self.explain(error),
         }
+    }
+
+    /// Has a [detached](super::VmBuilder::detached) VM live on when this process ends. Until then dropping it ends it; after
+    /// that, only [`shut_down`](Self::shut_down) and [`kill`](Self::kill) do.
+    pub fn outlive(&self) {
+        self.0.process.outlive();
     }
 
     pub(super) fn was_cut_off(&self) -> bool {

@@ -1,0 +1,133 @@
+//! VMs that live on when the process ends that has started them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+
+use super::error::VmError;
+use super::hardware::Hardware;
+use super::port::Ports;
+use super::process::{Process, Started};
+use super::vm::{Inner, Vm};
+use crate::qmp::Qmp;
+use crate::scsi::QemuScsi;
+use tokio::net::UnixStream;
+
+/// What is written beside a detached VM: which process it is, and what it has.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) process: Started,
+    pub(super) hardware: Hardware,
+}
+
+/// The monitor, in the directory of a detached VM.
+pub(super) fn monitor(directory: &Path) -> PathBuf {
+    directory.join("qmp")
+}
+
+impl Record {
+    fn path(directory: &Path) -> PathBuf {
+        directory.join("vm.json")
+    }
+
+    pub(super) fn write(&self, directory: &Path) -> io::Result<()> {
+        let text = serde_json::to_vec(self).map_err(io::Error::other)?;
+        fs::write(Self::path(directory), text)
+    }
+
+    fn read(directory: &Path) -> io::Result<Self> {
+        let text = fs::read(Self::path(directory))?;
+        serde_json::from_slice(&text).map_err(io::Error::other)
+    }
+}
+
+impl Vm {
+    /// Whether the [detached](super::VmBuilder::detached) VM with this directory runs. Blocks for a moment.
+    pub fn is_alive_in(directory: &Path) -> bool {
+        Record::read(directory).is_ok_and(|record| record.process.is_there())
+    }
+
+    /// Kills the detached VM with this directory, if it runs. Blocks for a moment.
+    pub fn kill_in(directory: &Path) {
+        if let Ok(record) = Record::read(directory)
+            && let Ok(pidfd) = record.process.open()
+        {
+            // It may end by itself in this moment.
+            let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    }
+
+    /// Reaches a [detached](super::VmBuilder::detached) VM again that another process has started, which has ended, by the
+    /// directory of the VM. Streams of that process into the guest are taken out.
+    ///
+    /// # Errors
+    ///
+    /// If the VM has ended, or its monitor does not answer. It goes on as it is.
+    ///
+    /// # Cancel safety
+    ///
+    /// The VM goes on as it is.
+    pub async fn reattach(directory: impl Into<PathBuf>) -> Result<Vm, VmError> {
+        let directory = directory.into();
+        let failed = |error: io::Error| {
+            let at = directory.display();
+            VmError::new(format!("there is no VM to reach again in {at}")).because(error)
+        };
+        let record = Record::read(&directory).map_err(failed)?;
+        let process = Process::find(&record.process, &directory).map_err(failed)?;
+        let stream = UnixStream::connect(monitor(&directory))
+            .await
+            .map_err(failed)?;
+        let what = |error| VmError::new("the monitor of the VM does not answer").because(error);
+        let qmp = Qmp::connect(stream).await.map_err(what)?;
+        let ports = Ports::new(qmp.clone(), &directory);
+        ports.remove_earlier().await?;
+        let scsi = QemuScsi::new(qmp.clone(), record.hardware.controller_ids());
+        let scsi = scsi.map_err(|error| VmError::new("cannot use its disks").because(error))?;
+        Ok(Vm::of(Inner {
+            scsi,
+            process,
+            ports,
+            qmp,
+            hardware: record.hardware,
+            directory,
+            _temporary: None,
+        }))
+    }
+}
+
+impl Started {
+    /// The process with this number, as it is now.
+    pub(super) fn of(pid: Pid) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()))?;
+        // The fields after the name, which may have spaces itself; the start is field 22 (proc_pid_stat(5)).
+        let fields = stat.rsplit(") ").next().unwrap_or_default();
+        let at = fields
+            .split(' ')
+            .nth(19)
+            .and_then(|field| field.parse().ok());
+        let at = at.ok_or_else(|| io::Error::other("the start of a process cannot be read"))?;
+        let pid = pid.as_raw_pid();
+        Ok(Started { pid, at })
+    }
+
+    fn is_there(&self) -> bool {
+        let now = Pid::from_raw(self.pid).map(Started::of);
+        now.is_some_and(|now| now.is_ok_and(|now| now == *self))
+    }
+
+    /// A descriptor of exactly this process.
+    pub(super) fn open(&self) -> io::Result<std::os::fd::OwnedFd> {
+        let ended = || io::Error::from(io::ErrorKind::NotFound);
+        let pid = Pid::from_raw(self.pid).ok_or_else(ended)?;
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        // The number may have been another process's before it was opened.
+        match self.is_there() {
+            true => Ok(pidfd),
+            false => Err(ended()),
+        }
+    }
+}
