@@ -86,6 +86,7 @@ const RULE: [(&str, &[&str]); 14] = [
             "blockmount-agent",
             "blockmount-bridge",
             "blockmount-checker",
+            "blockmount-journal",
             "blockmount-linux",
             "blockmount-loopback",
             "blockmount-qemu",

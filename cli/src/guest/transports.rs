@@ -24,8 +24,10 @@ struct Line {
     /// Tells the agent of the guest where the hardware is, one argument each.
     agent_arguments: fn() -> Vec<String>,
     /// Starts it in a running VM, with files of its own in a directory.
-    start: fn(&Vm, &Path) -> Result<Arc<dyn VmTransport>, Failure>,
+    start: Start,
 }
+
+type Start = fn(&Vm, &Path) -> Result<Arc<dyn VmTransport>, Failure>;
 
 /// Each disk goes to the first that takes it. The last takes every disk, and is the default.
 const LINES: [Line; 2] = [

@@ -147,10 +147,12 @@ impl Qmp {
     /// Waits until the VM is stopped for so long without a pause, and says why. Cancel safe.
     pub async fn stands_still(&self, long: Duration) -> Health {
         let mut health = self.health();
-        let ended = "a connection keeps the state of its VM";
         loop {
             let is_stopped = |health: &Health| health.stopped.is_some();
-            drop(health.wait_for(is_stopped).await.expect(ended));
+            if health.wait_for(is_stopped).await.is_err() {
+                // Never, since the connection keeps the sender.
+                return std::future::pending().await;
+            }
             let resumed = health.wait_for(|health| health.stopped.is_none());
             if tokio::time::timeout(long, resumed).await.is_err() {
                 return health.borrow().clone();
