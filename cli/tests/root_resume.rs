@@ -75,8 +75,7 @@ impl Wanted {
 }
 
 fn kill(held: Held) {
-    common::signal(held.pid(), Signal::KILL);
-    held.wait();
+    held.kill();
 }
 
 #[test]

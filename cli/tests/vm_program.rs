@@ -234,9 +234,7 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     ];
     let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
     let first = held.json.clone();
-    common::signal(held.pid(), Signal::KILL);
-    let killed = held.wait();
-    let id = run_id(&killed.stderr).unwrap().to_owned();
+    let id = run_id(&held.kill()).unwrap().to_owned();
     assert_eq!(machines_of(&id).len(), 1);
     let (kept, removed) = kept_and_removed();
     assert!(
@@ -248,8 +246,7 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     assert_eq!(held.json["layers"], first["layers"]);
     assert_eq!(held.json["scratch"], first["scratch"]);
-    common::signal(held.pid(), Signal::KILL);
-    held.wait();
+    held.kill();
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     let answer = held.end(Signal::TERM);
     answer.says(0, &["nothing is left"]);
@@ -258,9 +255,7 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
 
     // One whose machine has ended is dead.
     let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
-    common::signal(held.pid(), Signal::KILL);
-    let killed = held.wait();
-    let id = run_id(&killed.stderr).unwrap().to_owned();
+    let id = run_id(&held.kill()).unwrap().to_owned();
     let machine = machine_in(&id);
     common::signal(machine, Signal::KILL);
     eventually("the end of the machine", || machines_of(&id).is_empty());

@@ -101,6 +101,15 @@ impl Held {
         answer
     }
 
+    /// Kills it, and returns what it has said on stderr.
+    pub fn kill(mut self) -> String {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let stderr = self.child.stderr.as_mut().unwrap();
+        stderr.read_to_end(&mut self.said).unwrap();
+        String::from_utf8_lossy(&self.said).into_owned()
+    }
+
     /// Waits for a line on stderr that has these words.
     pub fn wait_for(&mut self, words: &str) -> String {
         let watch = kill_after(self.child.id(), LONGEST);
