@@ -32,7 +32,7 @@ use driver::{MountJob, Mounting};
 /// Two requests with equal locator and options are one mount, wherever the first one requested it: the
 /// second caller gets the first one's path. A path that is taken, or that lies above or below one
 /// that is, is a `Conflict`; so are options that the device cannot have beside those it is mounted with
-/// ([`MountOptions::is_compatible_with`]).
+/// ([`is_compatible_with`](crate::MountOptions::is_compatible_with)).
 ///
 /// Cloning is cheap, and clones are the same manager.
 #[derive(Clone)]

@@ -46,10 +46,3 @@ mod file_journal;
 mod format;
 
 pub use file_journal::{FileJournal, FileJournalBuilder};
-
-/// What the parser makes of any bytes, for fuzzing: how many records they have, if they are a journal.
-#[doc(hidden)]
-#[cfg(fuzzing)]
-pub fn fuzz(bytes: &[u8]) -> Option<usize> {
-    format::read(bytes).ok().map(|read| read.changes.len())
-}
