@@ -37,7 +37,8 @@
 //! error and is left as it is. The length has a checksum of its own, so that a damaged length is not taken for the end.
 //!
 //! Once the file has more outdated changes than live ones, the live ones are written to a new file, which is renamed into
-//! place. A change takes one `write`.
+//! place. A change takes one `write`: 0.3 µs in a tmpfs, where a commit of an embedded database (redb 3) takes 20; an add has
+//! four changes, and one more if it has a holder.
 
 #![cfg(target_os = "linux")]
 
