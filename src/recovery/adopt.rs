@@ -126,7 +126,7 @@ impl Restoring {
         }
         let below = self.mounted.contains(&id) && record.locator.is_some();
         let key = RecordKey::Attachment(id.clone());
-        if let Some(left) = self.judge(key, answer, whole, below)
+        if let Some(left) = self.what_is_left(key, answer, whole, below)
             && let Some(attachment) = self.manager.attachments().restore(&record, left)?
         {
             self.attachments.insert(id, (attachment, left));
@@ -143,7 +143,7 @@ impl Restoring {
         let whole = record.progress == Progress::Up && on_whole;
         let below = self.stacked.contains(&record.key);
         let key = RecordKey::Mount(record.key.clone());
-        let Some(left) = self.judge(key, answer, whole, below) else {
+        let Some(left) = self.what_is_left(key, answer, whole, below) else {
             return Ok(());
         };
         if let Some(attachment) = &attachment {
@@ -161,7 +161,7 @@ impl Restoring {
         let on_whole = all().all(|key| under(key).is_some_and(|(_, left)| *left == Left::Up));
         let whole = record.progress == Progress::Up && on_whole;
         let key = RecordKey::Stack(record.overlay.target.clone());
-        let Some(left) = self.judge(key.clone(), answer, whole, false) else {
+        let Some(left) = self.what_is_left(key.clone(), answer, whole, false) else {
             return Ok(());
         };
         let share = |key: &MountKey| Some(self.mounts.get(key)?.0.share(None));
@@ -177,7 +177,7 @@ impl Restoring {
     }
 
     /// What is left of something: nothing, if its record is gone as well. `below`: it has something above it that goes first.
-    fn judge<T>(
+    fn what_is_left<T>(
         &mut self,
         key: RecordKey,
         answer: Answer<T>,
