@@ -22,6 +22,14 @@ cargo clippy --workspace --all-targets --all-features -- -D warnings
 say "docs"
 RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --all-features
 
+say "the oldest Rust that the manifest names"
+oldest=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+if [ "$(rustc --version | cut -d. -f1,2)" != "rustc $oldest" ]; then
+  command -v rustup >/dev/null || { echo "install rustup: it brings Rust $oldest, which this crate must compile with" >&2; exit 1; }
+  rustup toolchain install "$oldest" --profile minimal --no-self-update
+  CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/oldest cargo "+$oldest" check --workspace --all-features
+fi
+
 say "tests"
 cargo test --workspace --all-features
 
