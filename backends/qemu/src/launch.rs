@@ -6,6 +6,7 @@
 //! | `hardware.rs` | what a VM has, and where the guest finds it |
 //! | `builder.rs`, `saved.rs` | which start it is: by booting, or from a saved state; KVM where it works |
 //! | `boot.rs` | one start, until the guest is up |
+//! | `migrate.rs` | a VM that goes on in another QEMU |
 //! | `process.rs`, `spawn.rs`, `detached.rs` | the process, and one that outlives us |
 //! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the streams into its guest |
 
@@ -18,6 +19,7 @@ mod error;
 mod hardware;
 mod image;
 mod kernel;
+mod migrate;
 mod modules;
 mod port;
 mod process;
@@ -32,5 +34,6 @@ pub use error::VmError;
 pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
 pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES, PROGRAMS};
 pub use kernel::GuestKernel;
+pub use migrate::IncomingVm;
 pub use port::GuestStream;
 pub use vm::Vm;

@@ -89,8 +89,8 @@ pub mod vpmem;
 #[cfg(feature = "launch")]
 pub use launch::{
     Accelerator, AgentChannel, AgentPort, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
-    MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder, VmError,
-    controller_address, memory_port_address,
+    IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder,
+    VmError, controller_address, memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;

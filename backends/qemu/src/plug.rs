@@ -85,6 +85,9 @@ struct Node {
 #[derive(Deserialize)]
 struct Object {
     name: String,
+    #[cfg(feature = "launch")]
+    #[serde(rename = "type")]
+    kind: String,
 }
 
 impl Backend {
@@ -509,6 +512,15 @@ async fn nodes(qmp: &Qmp) -> Result<Vec<Node>, QmpError> {
 async fn objects(qmp: &Qmp, path: &str) -> Result<Vec<String>, QmpError> {
     let objects: Vec<Object> = qmp.query("qom-list", json!({"path": path})).await?;
     Ok(objects.into_iter().map(|object| object.name).collect())
+}
+
+/// The ids of the devices of one type.
+#[cfg(feature = "launch")]
+pub(crate) async fn of_type(qmp: &Qmp, name: &str) -> Result<Vec<String>, QmpError> {
+    let devices: Vec<Object> = qmp.query("qom-list", json!({"path": DEVICES})).await?;
+    let (kind, devices) = (format!("child<{name}>"), devices.into_iter());
+    let of_it = devices.filter(|device| device.kind == kind);
+    Ok(of_it.map(|device| device.name).collect())
 }
 
 /// Refuses ids of a list that are no ids of QEMU's, or named twice; `what` says what they are of.

@@ -26,6 +26,16 @@ use crate::scsi::QemuScsi;
 /// How long a QEMU whose monitor has ended may take to end as well, and say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// What the guest boots, in the directory of its VM.
+const INITRAMFS: &str = "initramfs";
+
+/// Where the state of a VM comes from that does not boot.
+pub(super) enum Incoming {
+    Saved(File),
+    /// The monitor will be told.
+    Later,
+}
+
 impl VmBuilder {
     /// Starts QEMU, from a state if there is one, and waits until the guest's program opens a port.
     pub(super) async fn launch(
@@ -34,11 +44,12 @@ impl VmBuilder {
         state: Option<File>,
         timeout: Duration,
     ) -> Result<Vm, VmError> {
-        let directory = self.make_directory().map_err(cannot)?;
-        let initramfs = directory.path().join("initramfs");
-        let written = tokio::fs::write(&initramfs, self.image.initramfs()).await;
-        written.map_err(cannot)?;
-        let vm = self.run(accelerator, state, directory, &initramfs).await?;
+        let vm = self.run(accelerator, state.map(Incoming::Saved)).await?;
+        self.wait_until_up(vm, timeout).await
+    }
+
+    /// Waits until the guest's program opens a port; ends a VM whose guest does not come up.
+    pub(super) async fn wait_until_up(&self, vm: Vm, timeout: Duration) -> Result<Vm, VmError> {
         // Nobody else stops it before it is up.
         let mut stops = vm.qmp().events("STOP");
         let stopped = async {
@@ -52,7 +63,7 @@ impl VmBuilder {
             () = stopped => Err(VmError::new("the processor has stopped on an error")),
         };
         // A guest that is up has read all of it, and one from a state never does.
-        let _ = tokio::fs::remove_file(&initramfs).await;
+        let _ = tokio::fs::remove_file(vm.directory().join(INITRAMFS)).await;
         if let Err(error) = up {
             let cut_off = vm.was_cut_off();
             vm.kill();
@@ -73,13 +84,15 @@ impl VmBuilder {
     }
 
     /// Starts the process, and connects to its monitor.
-    async fn run(
+    pub(super) async fn run(
         &self,
         accelerator: &str,
-        state: Option<File>,
-        directory: TempDir,
-        initramfs: &Path,
+        incoming: Option<Incoming>,
     ) -> Result<Vm, VmError> {
+        let directory = self.make_directory().map_err(cannot)?;
+        let initramfs = directory.path().join(INITRAMFS);
+        let written = tokio::fs::write(&initramfs, self.image.initramfs()).await;
+        written.map_err(cannot)?;
         let mut words = self.hardware.arguments(accelerator);
         let mut inherited = Vec::new();
         let ours = match self.detached {
@@ -100,9 +113,13 @@ impl VmBuilder {
         };
         let initramfs = initramfs.to_string_lossy();
         words.extend(hardware::boot(self.image.kernel(), &initramfs));
-        if let Some(state) = state {
-            words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
-            inherited.push(state.into());
+        match incoming {
+            None => {}
+            Some(Incoming::Later) => words.extend(["-incoming".to_owned(), "defer".to_owned()]),
+            Some(Incoming::Saved(state)) => {
+                words.extend(["-incoming".to_owned(), format!("fd:{}", state.as_raw_fd())]);
+                inherited.push(state.into());
+            }
         }
         let mut command = Command::new(&self.qemu);
         command.args(words);

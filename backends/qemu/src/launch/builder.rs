@@ -49,7 +49,7 @@ pub struct VmBuilder {
     pub(super) directory: Option<PathBuf>,
     states: Option<States>,
     pub(super) agent: String,
-    timeout: Duration,
+    pub(super) timeout: Duration,
     pub(super) detached: bool,
 }
 
@@ -215,7 +215,16 @@ impl VmBuilder {
         !NO_KVM.load(Ordering::Relaxed) && !known && opens()
     }
 
-    fn check(&self) -> Result<(), VmError> {
+    /// What it would be started with, if no start has to show whether KVM works.
+    pub(super) fn known_accelerator(&self) -> &'static str {
+        match self.accelerator {
+            Accelerator::Kvm => KVM,
+            Accelerator::Auto if self.may_have_kvm() => KVM,
+            _ => EMULATION,
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<(), VmError> {
         let Hardware {
             controllers,
             memory_ports,

@@ -48,6 +48,7 @@ pub(super) struct Ports {
     next: AtomicU64,
     /// The names of those that there are in QEMU, which has each name once.
     present: watch::Sender<BTreeSet<String>>,
+    closing: watch::Sender<()>,
 }
 
 /// A port that is being set up or in use. The names of its two halves in QEMU are the same.
@@ -58,6 +59,8 @@ struct Port {
     /// What the guest knows it by.
     name: String,
     present: watch::Sender<BTreeSet<String>>,
+    /// Changes when all ports are to be taken out.
+    closing: watch::Receiver<()>,
 }
 
 impl Drop for Port {
@@ -74,6 +77,7 @@ impl Ports {
             directory: directory.to_owned(),
             next: AtomicU64::new(0),
             present: watch::Sender::default(),
+            closing: watch::Sender::default(),
         }
     }
 
@@ -84,6 +88,12 @@ impl Ports {
             Ok(_) => Ok(()),
             Err(elapsed) => Err(VmError::new("a port stays in the VM").because(elapsed)),
         }
+    }
+
+    /// Ends all streams, and waits until their ports are taken out.
+    pub(super) async fn close_all(&self) -> Result<(), VmError> {
+        self.closing.send_replace(());
+        self.settled().await
     }
 
     /// Takes out the ports of an earlier process.
@@ -105,6 +115,7 @@ impl Ports {
                     id,
                     name: String::new(),
                     present: self.present.clone(),
+                    closing: self.closing.subscribe(),
                 };
                 port.remove().await;
             }
@@ -139,6 +150,7 @@ impl Ports {
             id: format!("{PORT}{}", self.next.fetch_add(1, Ordering::Relaxed)),
             name: name.to_owned(),
             present: self.present.clone(),
+            closing: self.closing.subscribe(),
         })
     }
 
@@ -221,9 +233,11 @@ impl Port {
                 // was too slow for the truth.
                 while let Err(QmpError::TimedOut { .. }) = changes.find(LISTENING, is_ours).await {}
             };
+            let mut all_closing = self.closing.clone();
             tokio::select! {
                 () = closing => {}
                 _ = is_dropped => {}
+                Ok(()) = all_closing.changed() => {}
             }
             // Ends the reading of whoever has the other handle, which QEMU itself would leave open.
             let _ = closer.shutdown(Shutdown::Both);

@@ -1,6 +1,6 @@
-//! The state of a whole VM, into a file.
+//! The state of a whole VM, into a file or to another QEMU.
 //!
-//! QEMU 7.2 can only migrate to a socket or a shell, and says that it has completed before the shell has. So it
+//! For a file: QEMU 7.2 can only migrate to a socket or a shell, and says that it has completed before the shell has. So it
 //! gets a socket, and the file is written here: its last byte is known.
 
 use std::io;
@@ -36,8 +36,52 @@ impl Qmp {
     /// Dropping the future leaves no file; QEMU's migration then fails.
     pub async fn migrate_to(&self, file: &Path, deadline: Duration) -> Result<u64, QmpError> {
         const COMMAND: &str = "migrate";
-        let saving = self.save(COMMAND, file);
-        let outcome = within(COMMAND, deadline, saving).await;
+        self.or_call_off(within(COMMAND, deadline, self.save(COMMAND, file)))
+            .await
+    }
+
+    /// Sends the state of the VM to a QEMU that listens at a Unix socket, and returns when that has it. The VM is stopped
+    /// afterwards, and its disks are the other one's.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::Failed`] if the other one does not take it, with the reason; [`QmpError::TimedOut`] if that takes longer than
+    /// `deadline`. The migration is then called off, and the VM goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves it open whether the VM has migrated: QEMU goes on migrating.
+    pub async fn migrate_over(&self, socket: &Path, deadline: Duration) -> Result<(), QmpError> {
+        const COMMAND: &str = "migrate";
+        let migrating = async {
+            let mut changes = self.migration_events().await?;
+            let uri = json!({"uri": uri(socket, COMMAND)?});
+            self.execute(COMMAND, uri).await?;
+            self.completion(COMMAND, &mut changes).await
+        };
+        self.or_call_off(within(COMMAND, deadline, migrating)).await
+    }
+
+    /// Listens at a Unix socket for the state of another VM. QEMU was started with `-incoming defer`.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::Refused`] if QEMU cannot listen there, or does not wait for a state.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves it open whether QEMU listens.
+    pub async fn listen_for_state(&self, socket: &Path) -> Result<(), QmpError> {
+        const COMMAND: &str = "migrate-incoming";
+        let uri = json!({"uri": uri(socket, COMMAND)?});
+        self.execute(COMMAND, uri).await.map(drop)
+    }
+
+    async fn or_call_off<T>(
+        &self,
+        migrating: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, QmpError> {
+        let outcome = migrating.await;
         if outcome.is_err() {
             // If it cannot even be called off, the first reason is still the one to tell.
             let _ = timeout(CALL_OFF, self.call_off()).await;
@@ -61,7 +105,7 @@ impl Qmp {
         let written = std::fs::File::create(&partial.0).map_err(failed)?;
         let mut written = File::from_std(written);
         let mut changes = self.migration_events().await?;
-        self.execute(command, json!({"uri": socket.uri(command)?}))
+        self.execute(command, json!({"uri": uri(&socket.0, command)?}))
             .await?;
         let receive = async {
             let (mut stream, _) = listener.accept().await.map_err(failed)?;
@@ -157,6 +201,16 @@ async fn within<T>(
     timeout(deadline, work).await.unwrap_or_else(late)
 }
 
+fn uri(socket: &Path, command: &str) -> Result<String, QmpError> {
+    let path = std::path::absolute(socket).ok();
+    let path = path.as_deref().and_then(Path::to_str);
+    let path = path.ok_or_else(|| QmpError::Unfit {
+        command: command.to_owned(),
+        reason: format!("{} is no path in UTF-8", socket.display()),
+    })?;
+    Ok(format!("unix:{path}"))
+}
+
 /// A path that is removed when it is no longer needed.
 struct Temporary(PathBuf);
 
@@ -168,16 +222,6 @@ impl Temporary {
         let mut name = file.as_os_str().to_owned();
         name.push(format!(".{}-{number}.{what}", std::process::id()));
         Temporary(name.into())
-    }
-
-    fn uri(&self, command: &str) -> Result<String, QmpError> {
-        let path = std::path::absolute(&self.0).ok();
-        let path = path.as_deref().and_then(Path::to_str);
-        let path = path.ok_or_else(|| QmpError::Unfit {
-            command: command.to_owned(),
-            reason: format!("{} is no path in UTF-8", self.0.display()),
-        })?;
-        Ok(format!("unix:{path}"))
     }
 }
 

@@ -14,6 +14,7 @@ mod rig;
 mod disks;
 mod failure;
 mod life;
+mod migration;
 mod restart;
 mod sharing;
 mod teardown;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{Disk, Manager, MountOptions, MountRequest};
+use blockmount::{Disk, Manager, ManagerBuilder, MountOptions, MountRequest, Recovery, Snapshot};
 use blockmount_bridge::BridgeGuest;
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
@@ -101,6 +101,38 @@ pub struct Rig {
 #[derive(Debug, PartialEq, Eq)]
 pub struct State(BTreeMap<&'static str, Value>);
 
+/// What the manager of a VM is built from.
+struct Backends {
+    scsi: Arc<ScsiTransport<QemuScsi>>,
+    vpmem: Arc<VpmemTransport<QemuVpmem>>,
+    guest: BridgeGuest<AgentChannel>,
+}
+
+impl Backends {
+    async fn of(vm: &Vm, dir: &TempDir, mode: Option<Mode>) -> (Self, ManagerBuilder) {
+        let attacher = vm.vpmem(MEMORY_SIZE, dir.path()).unwrap();
+        let geometry = attacher.geometry();
+        let mode_or_other = mode.unwrap_or(Mode::WholeDevices);
+        let vpmem = VpmemTransport::new(attacher, geometry, mode_or_other, &[]);
+        let vpmem = Arc::new(vpmem.unwrap());
+        let attacher = vm.scsi();
+        let geometry = attacher.geometry();
+        let scsi = Arc::new(ScsiTransport::new(attacher, geometry, &[]).unwrap());
+        let guest = vm.guest("blockmount.agent").await.unwrap();
+        let mut builder = Manager::builder();
+        if mode.is_some() {
+            builder = builder.transport(vpmem.clone());
+        }
+        let builder = builder
+            .transport(scsi.clone())
+            .unplugger(guest.clone())
+            .mounter(guest.clone())
+            .combiner(guest.clone())
+            .mount_root(MOUNTS);
+        (Backends { scsi, vpmem, guest }, builder)
+    }
+}
+
 impl Rig {
     /// A VM whose disks are all on SCSI.
     pub async fn start() -> Rig {
@@ -113,30 +145,28 @@ impl Rig {
     }
 
     async fn start_with(mode: Option<Mode>) -> Rig {
-        let vm = start().await;
-        let dir = kit::temp();
-        let attacher = vm.vpmem(MEMORY_SIZE, dir.path()).unwrap();
-        let geometry = attacher.geometry();
-        let mode_or_other = mode.unwrap_or(Mode::WholeDevices);
-        let vpmem = VpmemTransport::new(attacher, geometry, mode_or_other, &[]);
-        let vpmem = Arc::new(vpmem.unwrap());
-        let attacher = vm.scsi();
-        let geometry = attacher.geometry();
-        let scsi = Arc::new(ScsiTransport::new(attacher, geometry, &[]).unwrap());
-        let guest = vm.guest("blockmount.agent").await.unwrap();
-        let mut manager = Manager::builder();
-        if mode.is_some() {
-            manager = manager.transport(vpmem.clone());
-        }
-        let manager = manager
-            .transport(scsi.clone())
-            .unplugger(guest.clone())
-            .mounter(guest.clone())
-            .combiner(guest.clone())
-            .mount_root(MOUNTS)
-            .build();
+        let (vm, dir) = (start().await, kit::temp());
+        let (backends, builder) = Backends::of(&vm, &dir, mode).await;
+        let mut rig = Self::around(vm, backends, builder.build(), dir).await;
+        rig.before = rig.state().await;
+        rig
+    }
+
+    /// The VM of a rig that goes on in another QEMU, which has its disks, with a manager that is restored; then the first QEMU ends.
+    pub async fn go_on_in(self, vm: Vm, snapshot: Snapshot) -> (Rig, Recovery) {
+        let (backends, builder) = Backends::of(&vm, &self.dir, None).await;
+        let recovery = builder.restore(snapshot, None).await.unwrap();
+        self.vm.shut_down().await;
+        let manager = recovery.manager().clone();
+        let mut rig = Self::around(vm, backends, manager, self.dir).await;
+        rig.before = self.before;
+        (rig, recovery)
+    }
+
+    async fn around(vm: Vm, backends: Backends, manager: Manager, dir: TempDir) -> Rig {
         let debug_agent = vm.connect("blockmount.debug", OPENING).await.unwrap();
-        let mut rig = Rig {
+        let Backends { scsi, vpmem, guest } = backends;
+        Rig {
             vm,
             scsi,
             vpmem,
@@ -145,9 +175,7 @@ impl Rig {
             dir,
             debug_agent: Mutex::new(Some(debug_agent)),
             before: State(BTreeMap::new()),
-        };
-        rig.before = rig.state().await;
-        rig
+        }
     }
 
     /// Asks the debug agent, and expects an answer.
