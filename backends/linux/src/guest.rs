@@ -19,6 +19,7 @@ use crate::filesystem::probe::probe;
 use crate::kernel::Kernel;
 use crate::mount::mounting::{self, Request};
 use crate::mount::target::{MountPoint, Target};
+use crate::mount::writes::Writes;
 use crate::mount::{directory, overlay, unmount};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -332,7 +333,7 @@ fn mount_once(
         }))
     };
     let is_dax = dax::is_asked(options);
-    mount_request(list, &mut request, options, kernel, step)
+    mount_request(list, &mut request, options, number, kernel, step)
         .map_err(|error| match is_dax {
             true => dax::explained(error, node),
             false => error,
@@ -351,6 +352,7 @@ fn mount_request(
     list: &UndoList<'_>,
     request: &mut Request,
     options: &MountOptions,
+    device: DeviceNumber,
     kernel: Kernel,
     step: impl Fn(Identity) -> Undo,
 ) -> Result<(), BackendError> {
@@ -366,12 +368,15 @@ fn mount_request(
         built => built?,
     };
     let at = directory::prepare(list)?;
-    match detached {
-        Some(mount) => mounting::attach(&mount, &at, options.propagation(), kernel, list, step),
+    match &detached {
+        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, step)?,
         None => {
             let expected = request.expected();
             let make = |at: &MountPoint| request.mount_at(at);
-            mounting::in_one_step(at, kernel, list, step, expected, make)
+            mounting::in_one_step(at, kernel, list, step, expected, make)?;
         }
     }
+    let is_writable = !options.is_read_only();
+    list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));
+    Ok(())
 }

@@ -9,3 +9,4 @@ pub(crate) mod overlay;
 pub(crate) mod target;
 pub(crate) mod unmount;
 pub(crate) mod users;
+pub(crate) mod writes;

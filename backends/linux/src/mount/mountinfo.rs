@@ -33,12 +33,18 @@ pub struct MountInfo {
 impl MountInfo {
     /// Whether an option is set, on the mount or on its filesystem: `nodev`, `data=ordered`.
     pub fn has_option(&self, option: &str) -> bool {
-        let list = |list: &OsStr| {
-            list.as_bytes()
-                .split(|b| *b == b',')
-                .any(|o| o == option.as_bytes())
-        };
-        list(&self.options) || list(&self.super_options)
+        lists(&self.options, option) || lists(&self.super_options, option)
+    }
+
+    /// Whether the filesystem takes no writes although the mount is writable: it stopped by itself, or can only be
+    /// read. Somebody who remounts it read-only does so to both.
+    pub(crate) fn is_stopped(&self) -> bool {
+        // The last two are of ext4 since Linux 6.15, which does not show `ro` any more.
+        let stopped = ["ro", "emergency_ro", "shutdown"];
+        lists(&self.options, "rw")
+            && stopped
+                .iter()
+                .any(|option| lists(&self.super_options, option))
     }
 
     fn parse(line: &[u8]) -> Option<Self> {
@@ -78,6 +84,11 @@ impl MountInfo {
             super_options,
         })
     }
+}
+
+fn lists(options: &OsStr, option: &str) -> bool {
+    let mut options = options.as_bytes().split(|byte| *byte == b',');
+    options.any(|listed| listed == option.as_bytes())
 }
 
 fn number(field: &[u8]) -> Option<u64> {

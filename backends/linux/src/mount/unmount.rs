@@ -1,17 +1,15 @@
 //! Finding a mount of ours at its target, and unmounting it.
 
-use std::os::fd::{AsFd, OwnedFd};
-
 use blockmount::BackendError;
-use rustix::fs::{CWD, Mode, OFlags, openat, syncfs};
 use rustix::io::Errno;
-use rustix::mount::{OpenTreeFlags, UnmountFlags, open_tree};
+use rustix::mount::UnmountFlags;
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
 use crate::mount::mount_id::MountId;
 use crate::mount::mountinfo::{self, MountInfo};
 use crate::mount::target::{PathAt, Target};
+use crate::mount::writes::Writes;
 use crate::undo::step::{Identity, MountStep};
 
 /// What is at a target now.
@@ -81,72 +79,48 @@ fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
         && options.iter().all(|option| line.has_option(option))
 }
 
-/// Unmounts what we have mounted at a target. Never lazily: a lazy unmount hides who still uses it. Blocks.
+/// Unmounts what we have mounted at a target. Never lazily: a lazy unmount hides who still uses it. Takes `writes` as
+/// soon as the mount is gone. Blocks.
 ///
 /// # Errors
 ///
 /// `Busy` if somebody uses it, `Conflict` if somebody else mounted something over it or in its place. `LostWrites` if
-/// it is unmounted, and the device did not take what was written.
-pub(crate) fn undo(target: &Target, step: &MountStep, kernel: Kernel) -> Result<(), BackendError> {
+/// it is unmounted, and writes to it were lost.
+pub(crate) fn undo(
+    target: &Target,
+    step: &MountStep,
+    writes: &mut Option<Writes>,
+    kernel: Kernel,
+) -> Result<(), BackendError> {
     let path = target.path().display();
     let foreign = |what: &str| {
         let message = format!("cannot unmount {path}: somebody else mounted {what}");
         Err(BackendError::conflict(message))
     };
     match now(target, &step.mount, kernel)? {
-        Now::Covered => foreign("something over it"),
-        Now::Replaced => foreign("something else in its place"),
-        Now::Gone => Ok(()),
-        Now::Ours(_, at) => {
-            let unmount = || match rustix::mount::unmount(at.path(), UnmountFlags::NOFOLLOW) {
-                Ok(()) => Ok(()),
-                Err(Errno::BUSY) => {
-                    let message = format!("cannot unmount {path}: it is in use");
-                    Err(BackendError::busy(message))
-                }
-                Err(errno) => Err(errno_error(format!("cannot unmount {path}"), errno)),
-            };
-            if !step.is_writable() {
-                return unmount();
+        Now::Covered => return foreign("something over it"),
+        Now::Replaced => {
+            *writes = None;
+            return foreign("something else in its place");
+        }
+        Now::Gone => {}
+        Now::Ours(mount, at) => {
+            if let Some(device) = step.writable_device() {
+                writes
+                    .get_or_insert_with(|| Writes::to_old(&at, device, kernel.contexts))
+                    .look(mount, &at);
             }
-            let written = match last_mount(&at, kernel) {
-                // The filesystem lives as long as this mount, and nothing writes to it any more.
-                Some(last) => {
-                    unmount()?;
-                    write_back(&last)
-                }
-                None => {
-                    let written = at.open().and_then(write_back);
-                    unmount()?;
-                    written
-                }
-            };
-            written.map_err(|errno| {
-                let message = format!(
-                    "{path} is unmounted, but its device did not take all that was written"
-                );
-                BackendError::lost_writes(message).with_source(std::io::Error::from(errno))
-            })
+            rustix::mount::unmount(at.path(), UnmountFlags::NOFOLLOW).map_err(
+                |errno| match errno {
+                    Errno::BUSY => {
+                        BackendError::busy(format!("cannot unmount {path}: it is in use"))
+                    }
+                    errno => errno_error(format!("cannot unmount {path}"), errno),
+                },
+            )?;
         }
     }
-}
-
-/// Another mount of the same filesystem, which only this process has, so that errors of writing can be asked for
-/// after the one that others can see has gone. Nothing where the kernel has no such mounts.
-fn last_mount(at: &PathAt, kernel: Kernel) -> Option<OwnedFd> {
-    if !kernel.contexts {
-        return None;
-    }
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
-    open_tree(CWD, at.path(), flags).ok()
-}
-
-/// Writes back what is cached of the filesystem of a mount. Reports each error that nothing else was told of.
-fn write_back(mount: impl AsFd) -> rustix::io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    syncfs(openat(mount, ".", flags, Mode::empty())?)
+    writes.take().map_or(Ok(()), |writes| writes.end(path))
 }
 
 /// A target that we have not mounted is unmounted, unless somebody else mounted it. Blocks.

@@ -8,6 +8,7 @@ use blockmount::{BackendError, MountOptions};
 
 use crate::device::number::DeviceNumber;
 use crate::mount::target::{FileId, Target};
+use crate::mount::writes::Writes;
 use crate::undo::journal::{Journal, Note};
 use crate::undo::locks::{Held, Key, Locks};
 use crate::undo::record::Record;
@@ -36,6 +37,8 @@ struct List {
     /// Whether nothing is mounted any more, and what is on the list could not be undone: such as a directory with
     /// somebody else's files. Who shares it may undo it.
     left: bool,
+    /// Of a writable mount that this process made.
+    writes: Option<Writes>,
     /// Why writes to the mount were lost, until the tear-down has ended and says so.
     lost: Option<BackendError>,
 }
@@ -104,7 +107,7 @@ impl Ledger {
             note: Some(note),
             saved: true,
             left: true,
-            lost: None,
+            ..List::default()
         };
         lists.insert(target.path().to_owned(), list);
         Ok(())
@@ -269,6 +272,18 @@ impl<'a> UndoList<'a> {
         });
         drop(lists);
         over.into_iter().for_each(List::remove_record);
+    }
+
+    /// Keeps what tells of the writes to a mount, for as long as the list lives or until it is taken.
+    pub(crate) fn keep_writes(&self, writes: Option<Writes>) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+            list.writes = writes;
+        }
+    }
+
+    pub(crate) fn take_writes(&self) -> Option<Writes> {
+        let mut lists = self.ledger.lists();
+        lists.get_mut(self.target.path())?.writes.take()
     }
 
     /// Remembers that writes were lost on the way out.

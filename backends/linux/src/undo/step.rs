@@ -83,11 +83,10 @@ impl MountStep {
         })
     }
 
-    /// Whether files of the device can be written to through it.
-    pub(crate) fn is_writable(&self) -> bool {
-        self.device
-            .as_ref()
-            .is_some_and(|used| !used.options.is_read_only())
+    /// The device, if files of it can be written to through the mount.
+    pub(crate) fn writable_device(&self) -> Option<DeviceNumber> {
+        let used = self.device.as_ref()?;
+        (!used.options.is_read_only()).then_some(used.number)
     }
 }
 

@@ -14,7 +14,7 @@ use crate::undo::step::{Identity, Undo};
 /// # Errors
 ///
 /// `Busy` if a step is busy, which the next attempt goes on with. `Conflict` if somebody else mounted something over
-/// the mount or in its place. `LostWrites` if all is undone, and the device did not take what was written.
+/// the mount or in its place. `LostWrites` if all is undone, and writes to the mount were lost.
 pub(crate) fn undo_all(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
     undo(list, 0, kernel)?;
     list.end().map_or(Ok(()), Err)
@@ -36,10 +36,15 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
         return Ok(());
     }
     match step {
-        Undo::Unmount(mount) => match unmount::undo(list.target(), mount, kernel) {
-            Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
-            done => done?,
-        },
+        Undo::Unmount(mount) => {
+            let mut writes = list.take_writes();
+            let done = unmount::undo(list.target(), mount, &mut writes, kernel);
+            list.keep_writes(writes);
+            match done {
+                Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
+                done => done?,
+            }
+        }
         Undo::RemoveRange(range) => dm_linear::undo(range)?,
         Undo::DeletePartition(step) => partition::undo(step)?,
         // One that somebody else has put something into stays on the list, without keeping up the rest.
