@@ -32,6 +32,8 @@ pub(crate) struct Machine {
     helper: Manager,
     helper_recorder: Recorder,
     targets: Vec<PathBuf>,
+    /// The errors of what was released, and has lost writes.
+    lost: Vec<blockmount::Error>,
     /// What an earlier program of this run has left, until it is claimed.
     recovery: Option<Recovery>,
 }
@@ -140,6 +142,7 @@ impl Machine {
             helper,
             helper_recorder,
             targets: Vec::new(),
+            lost: Vec::new(),
             recovery,
         })
     }
@@ -195,9 +198,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Releases a stack. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
+    pub(crate) async fn release(&mut self, stack: Stack) {
+        if let Err(error) = stack.release().await {
+            tracing::info!(%error, "the stack could not be released at once");
+            self.lost.extend(lost_writes(error.errors()));
+        }
+    }
+
     /// Ends the run: waits for work under way, tears down whatever is still there, ends the guest, removes the files.
     ///
     /// What somebody uses is waited for; a further signal makes it give up, with an error that names what stays.
+    /// Writes that were lost are an error too, though nothing stays.
     pub(crate) async fn end(mut self, interrupt: &Interrupt) -> Ended {
         let ours = self.ours();
         interrupt.now("waiting for the work under way to stop");
@@ -224,6 +236,12 @@ impl Machine {
             // What a clean-up needs to know stays as it is. The lock goes with the process.
             std::mem::forget(self.run);
         }
+        let result = result.and_then(|()| match self.lost.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::new("everything is released, but writes were lost")
+                .because(describe(&self.lost, 0))
+                .advise("see the kernel's log, and free some space where the image is: a scratch is below /var/tmp")),
+        });
         Ended {
             ours,
             left_in_guest,
@@ -250,7 +268,7 @@ impl Machine {
         }
     }
 
-    async fn drain(&self, interrupt: &Interrupt) -> Result<(), Failure> {
+    async fn drain(&mut self, interrupt: &Interrupt) -> Result<(), Failure> {
         let mut attempts = 0;
         let mut said = String::new();
         loop {
@@ -261,6 +279,7 @@ impl Machine {
             let in_use = helper.in_use + main.in_use;
             let failed: Vec<blockmount::Error> =
                 helper.failed.into_iter().chain(main.failed).collect();
+            self.lost.extend(lost_writes(&failed));
             let busy = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
             attempts += u32::from(!busy);
             let waiting = describe(&failed, in_use);
@@ -311,6 +330,13 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
         .mounter(guest.clone())
         .combiner(guest)
         .mount_root(mount_root)
+}
+
+fn lost_writes<'a>(
+    errors: impl IntoIterator<Item = &'a blockmount::Error>,
+) -> impl Iterator<Item = blockmount::Error> {
+    let errors = errors.into_iter().cloned();
+    errors.filter(|error| error.kind() == ErrorKind::LostWrites)
 }
 
 /// What keeps a tear-down from being done, on one line.

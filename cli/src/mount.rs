@@ -80,7 +80,7 @@ async fn hold_until_the_end(
     args: &MountArgs,
     target: &Path,
     stack: Result<Stack, Failure>,
-    machine: Machine,
+    mut machine: Machine,
     interrupt: &Interrupt,
     before: &Tables,
 ) -> Result<u8, Failure> {
@@ -98,10 +98,7 @@ async fn hold_until_the_end(
                 ));
             }
             interrupt.now("releasing the stack");
-            // What fails here stays pending in the manager; the end of the run retries it, or says who uses it.
-            if let Err(error) = stack.release().await {
-                tracing::info!(%error, "the stack could not be released at once");
-            }
+            machine.release(stack).await;
             shown
         }
         Err(failure) => Err(failure),

@@ -5,8 +5,10 @@
 mod common;
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
 use common::{Held, assert_nothing_left, hold, image, in_kernel, temp};
 use rustix::process::Signal;
@@ -158,4 +160,34 @@ fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
     let cleanup = common::run(["cleanup"]);
     assert_eq!(cleanup.code, Some(0), "{cleanup}");
     assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_x07_writes_to_the_scratch_that_were_lost_are_an_error_of_the_mount() {
+    for is_told in [false, true] {
+        // Not below /var/tmp, where the images of a run are: the program sees a small one there, of its own.
+        let dir = tempfile::tempdir().unwrap();
+        let mut arguments = layers(&dir);
+        arguments.extend(["--scratch", "400M"].map(str::to_owned));
+        let command =
+            common::after_mounting("mount -t tmpfs -o size=24m small /var/tmp", arguments);
+        let held = common::hold_by(command).unwrap_or_else(|answer| panic!("{answer}"));
+        let inside = Path::new("/proc").join(held.pid().to_string()).join("root");
+        let at = inside
+            .join(dir.path().strip_prefix("/").unwrap())
+            .join("at");
+        let full = fs::write(inside.join("var/tmp/fill"), vec![1; 30 << 20]);
+        assert_eq!(full.unwrap_err().kind(), ErrorKind::StorageFull);
+        fs::write(at.join("large"), vec![1; 30 << 20]).unwrap();
+        if is_told {
+            let sync = Command::new("sync").arg("-f").arg(&at).status().unwrap();
+            assert!(!sync.success());
+        }
+        let answer = held.end(Signal::TERM);
+        answer.says(
+            1,
+            &["everything is released, but writes were lost", "scratch"],
+        );
+        assert_nothing_left(&answer, &dir);
+    }
 }

@@ -55,10 +55,27 @@ pub struct Held {
 /// Starts `blockmount mount --json` and waits until it holds.
 pub fn hold<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Held, Answer> {
     let mut command = program(["mount", "--json"]);
+    command.args(arguments);
+    hold_by(command)
+}
+
+/// The same after a shell command in a mount namespace of its own.
+pub fn after_mounting(script: &str, arguments: Vec<String>) -> Command {
+    let program = program(["mount", "--json"]);
+    let mut command = Command::new("unshare");
     command
+        .args(["--mount", "--propagation", "private", "sh", "-ec"])
+        .arg(format!("{script}; exec \"$0\" \"$@\""))
+        .arg(program.get_program())
+        .args(program.get_args())
         .args(arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+        .stdin(Stdio::null());
+    command
+}
+
+/// Starts such a command, and waits until it holds.
+pub fn hold_by(mut command: Command) -> Result<Held, Answer> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut text = String::new();
