@@ -15,7 +15,7 @@ use crate::harness::{SHORT, ScsiVm, bridged, device, host_and_peer, vm_with_disk
 use crate::wire::{BridgeGuest, NULL, Peer, documented, format, host_and_peer_of, options};
 
 /// A guest whose requests are given up after a short time, and its agent.
-async fn impatient() -> (BridgeGuest, Peer) {
+async fn with_a_short_deadline() -> (BridgeGuest, Peer) {
     let deadlines = Deadlines {
         call: SHORT,
         ..Deadlines::default()
@@ -64,7 +64,7 @@ fn encrypted() -> MountOptions {
 
 #[tokio::test(start_paused = true)]
 async fn f02_a_mount_in_doubt_is_unmounted_without_its_device() {
-    let (guest, mut peer) = impatient().await;
+    let (guest, mut peer) = with_a_short_deadline().await;
     let target = "/m".as_ref();
     let plain = MountOptions::default();
     let device = device(1);
@@ -78,7 +78,7 @@ async fn f02_a_mount_in_doubt_is_unmounted_without_its_device() {
 
 #[tokio::test(start_paused = true)]
 async fn f02_an_unmount_without_an_answer_is_repeated_without_the_device() {
-    let (guest, mut peer) = impatient().await;
+    let (guest, mut peer) = with_a_short_deadline().await;
     let target = "/m".as_ref();
     let plain = MountOptions::default();
     let device = device(1);
@@ -134,7 +134,7 @@ async fn f02_f05_nothing_waits_twice_for_a_device_that_is_not_there() {
 
 #[tokio::test(start_paused = true)]
 async fn f05_what_a_late_mount_may_do_is_undone_before_the_disk_is_removed() {
-    let (guest, mut peer) = impatient().await;
+    let (guest, mut peer) = with_a_short_deadline().await;
     let target = "/m".as_ref();
     let plain = MountOptions::default();
     let (one, two) = (device(1), device(2));
