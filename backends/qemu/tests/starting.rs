@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockmount_qemu::{Accelerator, GuestImage, GuestKernel, Vm, VmBuilder};
@@ -12,6 +12,21 @@ async fn running(program: &str) -> VmBuilder {
     let kernel = GuestKernel::find().expect("tests/setup.sh fetches a kernel");
     let image = GuestImage::builder(kernel).program(program).build();
     Vm::builder(image.await.unwrap()).accelerator(Accelerator::Emulation)
+}
+
+/// The process of this machine whose command line has this word, once there is one.
+async fn process_with(word: &str) -> PathBuf {
+    let has_word = |process: &PathBuf| {
+        let line = std::fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+        line.split('\0').any(|part| part == word)
+    };
+    loop {
+        let mut processes = Path::new("/proc").read_dir().unwrap().flatten();
+        if let Some(found) = processes.find(|process| has_word(&process.path())) {
+            return found.path();
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// An error with its causes, on one line.
@@ -75,6 +90,46 @@ async fn a_qemu_that_is_not_there_is_named() {
     assert!(error.contains("cannot run /no/such/qemu"), "{error}");
     assert!(error.contains("is QEMU for x86-64 installed?"), "{error}");
     assert!(is_empty(room.path()));
+}
+
+#[tokio::test]
+async fn qemu_has_no_descriptor_that_other_code_has_left_open_on_exec() {
+    let room = tempfile::tempdir().unwrap();
+    let file = room.path().join("lock");
+    std::fs::write(&file, "").unwrap();
+    let (flags, mode) = (rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+    let _left_open = rustix::fs::open(&file, flags, mode).unwrap();
+    for detached in [false, true] {
+        // It waits for input that never comes.
+        let name = format!("descriptors-{detached}-{}", std::process::id());
+        let vm = running("/bin/cat").await.directory(room.path());
+        let vm = vm.arguments(["-name", &name]);
+        let vm = if detached { vm.detached() } else { vm };
+        let process = tokio::select! {
+            ended = vm.start() => panic!("{ended:?}"),
+            process = process_with(&name) => {
+                let descriptors = process.join("fd").read_dir().unwrap().flatten();
+                let open = descriptors.filter_map(|link| link.path().read_link().ok());
+                let open: Vec<PathBuf> = open.collect();
+                assert!(open.len() > 3, "detached: {detached}: {open:?}");
+                assert!(!open.contains(&file), "detached: {detached}: {open:?}");
+                process
+            }
+        };
+        let ended = async {
+            while process
+                .join("fd")
+                .read_dir()
+                .is_ok_and(|mut open| open.next().is_some())
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        // One that nobody waits for does not live on.
+        tokio::time::timeout(Duration::from_secs(10), ended)
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test]

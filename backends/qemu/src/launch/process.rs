@@ -355,7 +355,9 @@ mod tests {
     async fn inherits_the_descriptors_that_were_named_and_no_others() {
         use std::os::fd::AsRawFd;
         let named = OwnedFd::from(std::fs::File::open("/etc/hostname").unwrap());
-        let other = std::fs::File::open("/etc/hosts").unwrap();
+        // Not closed on exec by itself.
+        let flags = rustix::fs::OFlags::RDONLY;
+        let other = rustix::fs::open("/etc/hosts", flags, rustix::fs::Mode::empty()).unwrap();
         let (named_number, other_number) = (named.as_raw_fd(), other.as_raw_fd());
         let script = format!(
             "test -e /proc/self/fd/{named_number} && ! test -e /proc/self/fd/{other_number}"

@@ -12,8 +12,8 @@ use std::process::{Child, Command};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 
-/// Starts a process that has the descriptors, under their numbers here. The kernel kills it when the **thread** that calls
-/// this ends, unless it is `detached`: then it is also none of our terminal's.
+/// Starts a process that has the descriptors, under their numbers here, and no others of ours. The kernel kills it when the
+/// **thread** that calls this ends, unless it is `detached`: then it is also none of our terminal's.
 pub(super) fn spawn(
     command: &mut Command,
     inherited: Vec<OwnedFd>,
@@ -25,6 +25,7 @@ pub(super) fn spawn(
             true => drop(setsid()?),
             false => end_with(parent)?,
         }
+        close_on_exec()?;
         for fd in &inherited {
             fcntl_setfd(fd, FdFlags::empty())?;
         }
@@ -34,6 +35,25 @@ pub(super) fn spawn(
     // before: no allocation, no lock, no environment.
     unsafe { command.pre_exec(prepare) };
     command.spawn()
+}
+
+/// Marks all descriptors but the standard streams: other code of this process may have opened some without the mark, and a
+/// process that outlives us would keep their files locked or in use.
+fn close_on_exec() -> io::Result<()> {
+    const FIRST: libc::c_uint = 3;
+    // SAFETY: only marks of descriptors change. This calls the kernel (Linux 5.11) itself: not all C libraries have it.
+    let marked = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    match marked {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn end_with(parent: Pid) -> io::Result<()> {
