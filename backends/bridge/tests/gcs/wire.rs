@@ -20,6 +20,10 @@ pub(crate) type RedialingChannel<D> = blockmount_bridge::RedialingChannel<D, Gcs
 /// The limit of a frame, as an error names it.
 pub(crate) const LIMIT: &str = "64 KiB";
 
+/// Why the checks of adoptions are not run.
+pub(crate) const NO_ADOPTIONS: Option<&str> =
+    Some("GCS has no question for what is mounted: an adoption is answered with `Unknown`");
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[r#"{"Result":"no number"}"#, r#"{"Result":99999999999}"#];
 

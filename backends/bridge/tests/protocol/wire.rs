@@ -16,6 +16,9 @@ pub(crate) const HEADER: usize = 12;
 /// The limit of a frame, as an error names it.
 pub(crate) const LIMIT: &str = "1024 KiB";
 
+/// Why the checks of adoptions are not run.
+pub(crate) const NO_ADOPTIONS: Option<&str> = None;
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[
     r#""Later""#,

@@ -93,6 +93,10 @@ impl Vm {
         self.state().present.keys().copied().collect()
     }
 
+    pub(crate) fn disks(&self) -> BTreeMap<ScsiAddress, Disk> {
+        self.state().present.clone()
+    }
+
     /// Others attach something, which the hypervisor shows as this disk.
     pub(crate) fn put_foreign(&self, at: &str, shown: Option<&Disk>) {
         self.state().foreign.insert(address(at), shown.map(id));

@@ -148,6 +148,10 @@ impl Vm {
         self.state().present.keys().copied().collect()
     }
 
+    pub(crate) fn disks(&self) -> BTreeMap<VpmemAddress, Disk> {
+        self.state().present.clone()
+    }
+
     /// Others attach something, which the hypervisor does not show by name.
     pub(crate) fn put_foreign(&self, at: &str) {
         self.state().foreign.insert(address(at));
