@@ -5,9 +5,12 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use blockmount_checker::Checker;
+use blockmount_checker::tree::{Node, Tree, digest_bytes};
+use blockmount_qemu::{GuestStream, Vm};
 use common::{Held, assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
 use rustix::process::Signal;
 
@@ -243,10 +246,22 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     );
     assert_eq!(machines_of(&id).len(), 1);
 
+    let (written, content) = (Path::new("/mnt/tree/written"), "before the second kill");
+    in_guest(&id, async |checker| {
+        checker.write(written, content).await.unwrap();
+    });
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     assert_eq!(held.json["layers"], first["layers"]);
     assert_eq!(held.json["scratch"], first["scratch"]);
     held.kill();
+    in_guest(&id, async |checker| {
+        let mut expected = Tree::default();
+        for (name, content) in [("file", "x"), ("written", content)] {
+            let digest = digest_bytes(content.as_bytes());
+            expected.insert(Path::new(name), Node::File(digest));
+        }
+        assert_eq!(checker.tree("/mnt/tree").await.unwrap(), expected);
+    });
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     let answer = held.end(Signal::TERM);
     answer.says(0, &["nothing is left"]);
@@ -265,11 +280,28 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
 }
 
+/// The directory of the machine that a run has kept.
+fn directory_of(id: &str) -> PathBuf {
+    let work = std::fs::read_dir(format!("/var/tmp/blockmount-{id}")).unwrap();
+    let mut directories = work.flatten().map(|entry| entry.path());
+    directories
+        .find(|directory| directory.join("vm.json").exists())
+        .unwrap()
+}
+
+/// Asks the guest that a run has kept, between that run and the next.
+fn in_guest(id: &str, ask: impl AsyncFnOnce(&mut Checker<GuestStream>)) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let vm = Vm::reattach(directory_of(id)).await.unwrap();
+        let stream = vm.connect(blockmount_checker::PORT, Duration::from_secs(30));
+        ask(&mut Checker::new(stream.await.unwrap())).await;
+    });
+}
+
 /// The process of the machine that a run has kept.
 fn machine_in(id: &str) -> u32 {
-    let work = std::fs::read_dir(format!("/var/tmp/blockmount-{id}")).unwrap();
-    let mut records = work.flatten().map(|entry| entry.path().join("vm.json"));
-    let record = records.find(|path| path.exists()).unwrap();
+    let record = directory_of(id).join("vm.json");
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
     record["process"]["pid"]
