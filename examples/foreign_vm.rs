@@ -10,7 +10,7 @@
 //! $ cargo run -p blockmount-qemu --no-default-features --example foreign_vm -- /run/vm/qmp /run/vm/agent base.erofs
 //! ```
 //!
-//! In the guest runs `blockmount-agent --port blockmount.0 --scsi-controller pci:0000:00:10.0`.
+//! In the guest runs `blockmount-agent --virtio-port blockmount.0 --scsi-controller pci:0000:00:10.0`.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The "hypervisor" is a directory in which each attached disk is a link in a file named after its port. What it
-//! shows is what every transport does: identify, reserve, attach, and say what happened.
+//! shows is what every transport does: identify, reserve, attach, say what happened, and find again after a restart.
 
 use std::error::Error;
 use std::io;
@@ -13,8 +13,8 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use blockmount::placement::Placement;
-use blockmount::slots::{Occupied, Policy, Slots};
+use blockmount::placement::{Occupant, Placement};
+use blockmount::slots::{Occupied, Policy, Slot, Slots};
 use blockmount::testing::conformance::{self, TransportFixture};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 
@@ -38,6 +38,27 @@ impl Ports {
     fn link(&self, port: u16) -> PathBuf {
         self.directory.join(port.to_string())
     }
+
+    fn reserve_at(&self, index: u16) -> Option<(Occupied, u16)> {
+        let slot = self.slots.reserve_at(Slot { group: 0, index }).ok()?;
+        Some((slot.fill(), index))
+    }
+
+    /// What the hypervisor has, whoever attached it.
+    fn list(&self) -> Result<Vec<Occupant<u16>>, BackendError> {
+        let trouble = |error| failed("cannot list the ports".to_owned(), error);
+        let mut list = Vec::new();
+        for entry in std::fs::read_dir(&self.directory).map_err(trouble)? {
+            let entry = entry.map_err(trouble)?;
+            let Ok(port) = entry.file_name().to_string_lossy().parse() else {
+                continue;
+            };
+            let id = std::fs::metadata(entry.path()).ok();
+            let id = id.map(|found| DiskId::inode(found.dev(), found.ino()));
+            list.push(Occupant::new(port, id));
+        }
+        Ok(list)
+    }
 }
 
 /// What a failed system call means for a caller.
@@ -59,6 +80,11 @@ impl Transport for Ports {
     }
 
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        // What somebody else has at a port is never taken out: no disk is given that port.
+        let survey = self
+            .placement
+            .survey(async { self.list() }, |port| self.reserve_at(*port));
+        survey.await?;
         let call = self.placement.attach(disk, || {
             let slot = self.slots.reserve()?;
             let port = slot.slot().index;
@@ -71,12 +97,13 @@ impl Transport for Ports {
         // The name may mean another file by now: what was identified is what is attached.
         let proven = match (linked, self.identify(disk).await) {
             (Ok(()), Ok(now)) if now == *id => Ok(()),
-            (Ok(()), _) => {
+            (Ok(()), now) => {
                 std::fs::remove_file(self.link(port)).map_err(|error| {
                     let tried = format!("cannot take back disk {disk}");
                     BackendError::uncertain(tried).with_source(error)
                 })?;
-                Err(BackendError::conflict(format!("disk {disk} was replaced")))
+                let replaced = || BackendError::conflict(format!("disk {disk} was replaced"));
+                Err(now.err().unwrap_or_else(replaced))
             }
             (Err(error), _) => Err(error),
         };
@@ -99,11 +126,24 @@ impl Transport for Ports {
 
     async fn adopt(
         &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
+        disk: &Disk,
+        id: &DiskId,
+        locator: Option<&DeviceLocator>,
     ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
+        let port = match locator {
+            Some(locator) if locator.transport() == "port" => locator.address().parse().ok(),
+            Some(_) => return Ok(Presence::Absent), // of another transport
+            None => None, // the attach was cut off: looked for by the disk
+        };
+        let found = self.placement.adopt(
+            disk,
+            id,
+            port,
+            self.list(),
+            |port| self.reserve_at(*port),
+            PartialEq::eq,
+        )?;
+        Ok(found.map(|port| DeviceLocator::new("port", port).expect("a number is an address")))
     }
 }
 
@@ -134,9 +174,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let missing = Disk::virtual_disk(images.join("missing"));
     let transport = Ports::new(&ports, 4)?;
-    let fixture = TransportFixture::new(disks, missing, snapshot).capacity(4);
+    let restarted = move || Ports::new(&ports, 4).expect("4 ports are a table of slots");
+    let fixture = TransportFixture::new(disks, missing, snapshot)
+        .capacity(4)
+        .successor(restarted);
     let passed = runtime.block_on(conformance::transport(&transport, &fixture));
     println!("{passed:?}");
     std::fs::remove_dir_all(&directory)?;
     Ok(())
+}
+
+#[test]
+fn it_passes_the_suite() {
+    main().unwrap();
 }

@@ -33,7 +33,8 @@ Examples:
   blockmount agent                            in a guest: do what its host asks for
 
 Exit status: 0 if all is well, 1 after a failure, 2 if the command line makes no sense,
-130 if interrupted by a signal (after everything was released).";
+130 if a signal interrupted it (after everything was released);
+a mount that a signal ends while it holds is 0.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Cmd {

@@ -12,7 +12,7 @@ use blockmount_checker::Checker;
 use blockmount_checker::tree::{Node, Tree, digest_bytes};
 use blockmount_qemu::{GuestStream, Vm};
 use common::{Held, assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process_group};
 
 /// The processes of QEMU that have something to do with a run.
 fn machines_of(id: &str) -> Vec<String> {
@@ -188,6 +188,18 @@ fn vm_u06_a_mount_ends_with_an_error_when_its_machine_dies() {
     let answer = held.wait();
     assert!(started.elapsed() < Duration::from_secs(5), "{answer}");
     answer.says(1, &["the VM is gone", "SIGKILL", "did not live"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
+}
+
+#[test]
+fn vm_a_ctrl_c_at_the_terminal_is_not_for_the_machine() {
+    let dir = temp();
+    let (held, id, _) = held_in_a_machine(&dir);
+    let group = Pid::from_raw(held.pid().cast_signed()).unwrap();
+    kill_process_group(group, Signal::INT).unwrap();
+    let answer = held.wait();
+    answer.says(0, &["SIGINT: releasing"]);
     assert_nothing_left(&answer, &dir);
     assert_eq!(machines_of(&id), Vec::<String>::new());
 }

@@ -11,6 +11,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
@@ -52,7 +53,7 @@ pub struct Held {
     said: Vec<u8>,
 }
 
-/// Starts `blockmount mount --json` and waits until it holds.
+/// Starts `blockmount mount --json`, and waits until it holds.
 pub fn hold<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Held, Answer> {
     let mut command = program(["mount", "--json"]);
     command.args(arguments);
@@ -73,9 +74,12 @@ pub fn after_mounting(script: &str, arguments: Vec<String>) -> Command {
     command
 }
 
-/// Starts such a command, and waits until it holds.
+/// Starts such a command in a process group of its own, as a shell does, and waits until it holds.
 pub fn hold_by(mut command: Command) -> Result<Held, Answer> {
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .process_group(0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut text = String::new();

@@ -67,19 +67,18 @@ pub async fn await_partition(
     let mut reader = disk
         .try_clone()
         .map_err(|error| errno_error("cannot open the disk once more", error))?;
-    let mut is_hopeless = false;
     let look = move || {
         let mut known = partitions(id)?;
         if let Some(node) = known.remove(&number.get()) {
             return Ok(Some(Ok(node)));
         }
-        if !is_hopeless {
-            is_hopeless = !table_has(&mut reader, number).unwrap_or(true);
-        }
-        Ok(is_hopeless.then_some(Err(known)))
+        let listed = table_of(&mut reader);
+        Ok(listed
+            .filter(|listed| !listed.contains(&number.get()))
+            .map(Err))
     };
-    let absent = |known: BTreeMap<u32, PathBuf>| {
-        let known: Vec<String> = known.keys().map(u32::to_string).collect();
+    let absent = |known: Vec<u32>| {
+        let known: Vec<String> = known.iter().map(u32::to_string).collect();
         let known = if known.is_empty() {
             "none".to_owned()
         } else {
@@ -91,18 +90,19 @@ pub async fn await_partition(
     };
     match uevent::wait_until(deadline, look).await? {
         Some(Ok(node)) => Ok(node),
-        Some(Err(known)) => Err(absent(known)),
-        None => Err(absent(blocking(move || partitions(id)).await?)),
+        Some(Err(listed)) => Err(absent(listed)),
+        None => {
+            let known = blocking(move || partitions(id)).await?;
+            Err(absent(known.into_keys().collect()))
+        }
     }
 }
 
-/// Whether the table on a disk has the partition; `None` if there is no table to ask.
-fn table_has(disk: &mut File, number: NonZeroU32) -> Option<bool> {
+/// The partitions that the table on a disk lists; `None` if the disk's content does not say.
+fn table_of(disk: &mut File) -> Option<Vec<u32>> {
     match probe(disk).ok()?.content {
-        Content::PartitionTable(table) => {
-            Some(table.partitions.iter().any(|p| p.number == number.get()))
-        }
+        Content::PartitionTable(table) => Some(table.partitions.iter().map(|p| p.number).collect()),
         Content::Unknown => None,
-        _ => Some(false),
+        _ => Some(Vec::new()),
     }
 }

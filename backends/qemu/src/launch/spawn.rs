@@ -13,13 +13,17 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
 
 /// Starts a process that has the descriptors, under their numbers here, and no others of ours. The kernel kills it when the
-/// **thread** that calls this ends, unless it is `detached`: then it is also none of our terminal's.
+/// **thread** that calls this ends, unless it is `detached`: then it is also none of our terminal's. In either case a Ctrl-C
+/// at our terminal is for us alone: a VM that heard it would end with its disks mounted.
 pub(super) fn spawn(
     command: &mut Command,
     inherited: Vec<OwnedFd>,
     detached: bool,
 ) -> io::Result<Child> {
     let parent = rustix::process::getpid();
+    if !detached {
+        command.process_group(0);
+    }
     let prepare = move || {
         match detached {
             true => drop(setsid()?),
