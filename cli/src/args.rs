@@ -207,7 +207,7 @@ pub(crate) struct CleanupArgs {
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
-    /// Also remove the mounts of killed runs that could be resumed by their names
+    /// Also remove the mounts of killed runs that have a name, with all that was written to them
     #[arg(long)]
     pub(crate) resumable: bool,
 

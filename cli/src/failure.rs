@@ -159,6 +159,8 @@ fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         ErrorKind::Busy => Some(
             "somebody uses it: find them with \"fuser -vm PATH\" or \"lsof PATH\", end them, and try again",
         ),
+        // The cause of a full file system says it better.
+        ErrorKind::Full if is_storage_full(error) => None,
         ErrorKind::Full => Some("no slot is free: release other disks first"),
         ErrorKind::Unsuitable => Some(
             "this kernel or transport cannot do it: load the module it needs, or use another filesystem",
@@ -172,6 +174,12 @@ fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         ErrorKind::Invalid => Some("see \"blockmount mount --help\" for what can be asked for"),
         _ => None,
     }
+}
+
+fn is_storage_full(error: &(dyn StdError + 'static)) -> bool {
+    std::iter::successors(error.source(), |&cause| cause.source())
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::StorageFull)
 }
 
 /// What is wrong with a request depends on how far it came.
@@ -197,7 +205,7 @@ fn advice_on_io(kind: io::ErrorKind) -> Option<&'static str> {
     match kind {
         io::ErrorKind::NotFound => Some("check the name"),
         io::ErrorKind::PermissionDenied => Some("run it as a user who may read it, or with sudo"),
-        io::ErrorKind::StorageFull => Some("free some space, most of all below /var/tmp"),
+        io::ErrorKind::StorageFull => Some("free some space, most of all below /var/tmp and /run"),
         _ => None,
     }
 }
@@ -244,6 +252,15 @@ mod tests {
         assert_eq!(lines[..2], ["error: umount of /x", "  because: EBUSY"]);
         assert!(lines[2].starts_with("advice: somebody uses it"), "{text}");
         assert_eq!(lines.len(), 3);
+    }
+
+    #[test]
+    fn a_full_file_system_is_no_lack_of_slots() {
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        let text = Failure::from(BackendError::full("cannot write x").with_source(full));
+        assert!(text.to_string().contains("free some space"), "{text}");
+        let text = Failure::from(BackendError::full("all slots are taken"));
+        assert!(text.to_string().contains("no slot is free"), "{text}");
     }
 
     #[test]

@@ -72,13 +72,9 @@ impl Interrupt {
         self.signal().unwrap_or("a signal")
     }
 
-    /// Waits for one more signal after the call, and names it; the first does not count. Cancel safe.
-    pub(crate) async fn further(&self) -> &'static str {
-        let mut further = self.0.further.subscribe();
-        if further.changed().await.is_err() {
-            std::future::pending().await
-        }
-        *further.borrow()
+    /// The signals after this call; the first of all does not count.
+    pub(crate) fn further(&self) -> Further {
+        Further(self.0.further.subscribe())
     }
 
     /// Says what a further signal has to wait for.
@@ -134,6 +130,20 @@ impl Interrupt {
     }
 }
 
+/// Further signals, also those that come while nobody waits for them.
+#[derive(Debug)]
+pub(crate) struct Further(watch::Receiver<&'static str>);
+
+impl Further {
+    /// Waits for the next one, and names it. Cancel safe.
+    pub(crate) async fn next(&mut self) -> &'static str {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
+        }
+        *self.0.borrow_and_update()
+    }
+}
+
 /// What blocking work looks at between two pieces.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop(Interrupt);
@@ -165,5 +175,23 @@ impl Stop {
             doing: Mutex::default(),
             workers: TaskTracker::new(),
         })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_further_signal_between_two_waits_is_not_lost() {
+        let Stop(interrupt) = Stop::never();
+        let mut further = interrupt.further();
+        let no_time = Duration::from_millis(1);
+        assert!(tokio::time::timeout(no_time, further.next()).await.is_err());
+        interrupt.0.further.send_replace("SIGTERM");
+        assert_eq!(further.next().await, "SIGTERM");
+        assert!(tokio::time::timeout(no_time, further.next()).await.is_err());
     }
 }

@@ -36,6 +36,9 @@ pub(crate) struct Machine {
     lost: Vec<blockmount::Error>,
     /// What an earlier program of this run has left, until it is claimed.
     recovery: Option<Recovery>,
+    /// The mount of an earlier program could not be resumed. Its files stay, and what uses its disks is no other user
+    /// that would end, but mounts of its own that are not known any more.
+    not_resumed: bool,
 }
 
 /// How a run has ended.
@@ -46,6 +49,8 @@ pub(crate) struct Ended {
     /// What was found in the guest and in its hypervisor that had not been there at the start.
     pub(crate) left_in_guest: Vec<String>,
     pub(crate) result: Result<(), Failure>,
+    /// The image files of an earlier program's mount that could not be resumed.
+    pub(crate) kept: Option<PathBuf>,
 }
 
 /// Between two attempts to release what somebody uses. The kernel has no event for the end of a use.
@@ -144,6 +149,7 @@ impl Machine {
             targets: Vec::new(),
             lost: Vec::new(),
             recovery,
+            not_resumed: false,
         })
     }
 
@@ -152,6 +158,9 @@ impl Machine {
         let no_name = || Failure::new("a mount without a name cannot be resumed");
         let recovery = self.recovery.take().ok_or_else(no_name)?;
         let claimed = recovery.claim(name);
+        if claimed.is_err() {
+            self.keep_if_resumed();
+        }
         let settled = recovery.settle().await;
         for error in &settled.failed {
             tracing::warn!(%error, "what was left half-way is not all released");
@@ -159,6 +168,11 @@ impl Machine {
         let what = || format!("the mount with the name {name} cannot be resumed");
         let stack = claimed.context(what)?.into_stack();
         stack.ok_or_else(|| Failure::new(what()).because("it is no stack"))
+    }
+
+    /// Says that the mount of an earlier program, if this is one, could not be resumed.
+    pub(crate) fn keep_if_resumed(&mut self) {
+        self.not_resumed = self.run.is_resumed();
     }
 
     /// Where the containers run.
@@ -212,6 +226,7 @@ impl Machine {
     /// Writes that were lost are an error too, though nothing stays.
     pub(crate) async fn end(mut self, interrupt: &Interrupt) -> Ended {
         let ours = self.ours();
+        let kept = self.not_resumed.then(|| self.run.work_dir().to_owned());
         interrupt.now("waiting for the work under way to stop");
         interrupt.settled().await;
         interrupt.now("releasing disks and mounts");
@@ -225,10 +240,15 @@ impl Machine {
             }
             // A VM that did not live explains whatever else has failed.
             result = guest.verdict().await.and(result);
-            guest.end().await;
+            // What it has mounted, unknown to us, is not all written yet.
+            if !self.not_resumed || result.is_ok() && left_in_guest.is_empty() {
+                guest.end().await;
+            }
         }
-        // A VM that is gone has taken along whatever could not be released.
-        if result.is_ok() || matches!(self.guest, Guest::Qemu(_)) {
+        // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
+        // whoever knows its name.
+        let gone = matches!(self.guest, Guest::Qemu(_)) && !self.run.is_named();
+        if !self.not_resumed && (result.is_ok() || gone) {
             interrupt.now("removing this run's files");
             drop(self.guest);
             result = result.and(self.run.finish());
@@ -246,6 +266,7 @@ impl Machine {
             ours,
             left_in_guest,
             result,
+            kept,
         }
     }
 
@@ -271,6 +292,7 @@ impl Machine {
     async fn drain(&mut self, interrupt: &Interrupt) -> Result<(), Failure> {
         let mut attempts = 0;
         let mut said = String::new();
+        let mut further = interrupt.further();
         loop {
             let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
             if helper.is_clean() && main.is_clean() {
@@ -280,11 +302,12 @@ impl Machine {
             let failed: Vec<blockmount::Error> =
                 helper.failed.into_iter().chain(main.failed).collect();
             self.lost.extend(lost_writes(&failed));
-            let busy = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
+            let in_use_elsewhere = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
+            let busy = !self.not_resumed && in_use_elsewhere;
             attempts += u32::from(!busy);
             let waiting = describe(&failed, in_use);
             if attempts >= ATTEMPTS {
-                return Err(stays(&waiting));
+                return Err(self.stays(&waiting));
             }
             interrupt.now(format!("waiting for another user: {waiting}"));
             if busy && waiting != said {
@@ -296,9 +319,22 @@ impl Machine {
             }
             tokio::select! {
                 () = tokio::time::sleep(BETWEEN_ATTEMPTS) => {}
-                _ = interrupt.further(), if busy => return Err(stays(&waiting)),
+                _ = further.next(), if busy => return Err(self.stays(&waiting)),
             }
         }
+    }
+
+    fn stays(&self, what: &str) -> Failure {
+        let named = if self.run.is_named() {
+            " --resumable"
+        } else {
+            ""
+        };
+        Failure::new("not everything could be released")
+            .because(what.to_owned())
+            .advise(format!(
+                "when it is no longer in use, run: sudo blockmount cleanup{named}"
+            ))
     }
 }
 
@@ -349,10 +385,4 @@ fn describe(failed: &[blockmount::Error], in_use: usize) -> String {
         lines.push(format!("{in_use} still held by this program"));
     }
     lines.join("; ")
-}
-
-fn stays(what: &str) -> Failure {
-    Failure::new("not everything could be released")
-        .because(what.to_owned())
-        .advise("when it is no longer in use, run: sudo blockmount cleanup")
 }

@@ -44,8 +44,10 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     if let Some(name) = &args.resume {
         let (run, remembered) = Run::resume(name)?;
         let guest = remembered.guest();
+        let kept = discard_advice(run.work_dir());
         let machine = Machine::start(guest, args.transport, || Ok(run), &interrupt);
-        let mut machine = machine.await?;
+        let machine = machine.await.map_err(|failure| failure.advise(kept));
+        let mut machine = machine?;
         let target = remembered.target();
         machine.note_target(&target)?;
         args.layers.0 = remembered.layers();
@@ -97,6 +99,9 @@ async fn hold_until_the_end(
                     printable(&target.display().to_string())
                 ));
             }
+            if shown.is_err() {
+                machine.keep_if_resumed();
+            }
             interrupt.now("releasing the stack");
             machine.release(stack).await;
             shown
@@ -104,6 +109,14 @@ async fn hold_until_the_end(
         Err(failure) => Err(failure),
     };
     let ended = machine.end(interrupt).await;
+    if let Some(work) = ended.kept {
+        if let Err(ended) = ended.result {
+            tracing::info!(%ended, "not all of what is left could be released");
+        }
+        return held
+            .map(|()| 0)
+            .map_err(|failure| failure.advise(discard_advice(&work)));
+    }
     let mut left_over = Tables::read()?.left_over(&ended.ours, before);
     left_over.extend(ended.left_in_guest);
     match (held, ended.result) {
@@ -124,6 +137,14 @@ async fn hold_until_the_end(
             Ok(0)
         }
     }
+}
+
+/// What to do with a mount that could not be resumed.
+fn discard_advice(work: &Path) -> String {
+    let work = printable(&work.display().to_string());
+    format!(
+        "what was written stays in {work}, mounted or not; to discard it: sudo blockmount cleanup --resumable"
+    )
 }
 
 /// Refuses names for what a kill would take along, or leave where it cannot be found again.

@@ -33,7 +33,7 @@ use crate::failure::{Context, Failure};
 use files::{absent_is_done, open_directory, remove_directories_in, remove_directory, remove_in};
 
 pub(crate) use files::remove_empty;
-pub(crate) use remembered::Remembered;
+pub(crate) use remembered::{Kept, Remembered};
 
 /// Where runs have their directories: empty after each boot, as are the tables that they describe.
 pub(crate) const RUNS: &str = "/run/blockmount";
@@ -163,14 +163,8 @@ impl RunPaths {
     /// The work directory has the run's image files; the run's own only empty directories
     /// besides the journal and the lock. Anything else stays, with an error.
     pub(crate) fn remove(&self) -> Result<(), Failure> {
-        self.remove_work()?;
+        self.remove_images()?;
         let what = || format!("cannot remove {}", self.dir.display());
-        self.refuse_mounted(&self.dir)?;
-        // From here on it cannot be resumed.
-        absent_is_done(fs::remove_file(self.remembered_file())).context(what)?;
-        for name in [STATE, ENGINE] {
-            absent_is_done(remove_in(&self.dir, name)).context(what)?;
-        }
         // Journal and lock go last: with them, what could not be removed is found again.
         absent_is_done(remove_directories_in(&self.dir)).context(what)?;
         absent_is_done(fs::remove_file(self.journal())).context(what)?;
@@ -178,8 +172,23 @@ impl RunPaths {
         absent_is_done(remove_directory(&self.dir, false)).context(what)
     }
 
-    fn remove_work(&self) -> Result<(), Failure> {
+    /// Removes the name of the run and its image files, unless something is mounted below its directories.
+    pub(crate) fn remove_images(&self) -> Result<(), Failure> {
+        self.refuse_mounted(&self.dir)?;
         self.refuse_mounted(&self.work)?;
+        // A run with a name keeps its image files, so the name goes first, and its last sign at the end.
+        let what = || {
+            format!(
+                "cannot remove the name of the run in {}",
+                self.dir.display()
+            )
+        };
+        for name in [STATE, ENGINE] {
+            absent_is_done(remove_in(&self.dir, name)).context(what)?;
+        }
+        for file in [self.remembered_draft(), self.remembered_file()] {
+            absent_is_done(fs::remove_file(file)).context(what)?;
+        }
         absent_is_done(remove_directory(&self.work, true))
             .context(|| format!("cannot remove {}", self.work.display()))
     }
@@ -246,6 +255,10 @@ impl Run {
 
     pub(crate) fn is_resumed(&self) -> bool {
         self.resumed
+    }
+
+    pub(crate) fn is_named(&self) -> bool {
+        self.paths.is_named()
     }
 
     /// Where the manager of a run that can be resumed keeps its journal, and where the guest engine does; none if the run

@@ -339,6 +339,21 @@ fn root_a_directory_that_is_no_longer_empty_stays() {
 }
 
 #[test]
+fn root_a_directory_that_could_not_be_removed_is_removed_by_the_next_clean_up() {
+    let _alone = alone();
+    let killed = Killed::new();
+    let mine = killed.dir.path().join("made/mine");
+    fs::write(&mine, "the user's").unwrap();
+    for _ in 0..2 {
+        cleanup().says(1, &[]);
+    }
+    fs::remove_file(&mine).unwrap();
+    let answer = cleanup();
+    answer.says(0, &[]);
+    killed.assert_gone(&answer);
+}
+
+#[test]
 fn root_two_clean_ups_at_once_do_not_hurt_each_other() {
     let _alone = alone();
     let killed = [Killed::new(), Killed::new()];

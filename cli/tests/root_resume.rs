@@ -6,11 +6,11 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Held, assert_nothing_left, hold, image, in_kernel, run, temp};
+use common::{Answer, Held, assert_nothing_left, hold, image, in_kernel, run, temp};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -65,6 +65,22 @@ impl Wanted {
         hold(["--resume", &self.name]).unwrap_or_else(|answer| panic!("{answer}"))
     }
 
+    /// Holds it, writes a file to it, kills the program, and says where its scratch and its records are.
+    fn killed_with_a_file(&self) -> Killed {
+        let held = self.hold();
+        let scratch = PathBuf::from(held.json["scratch"]["source"].as_str().unwrap());
+        let mounted = PathBuf::from(held.json["scratch"]["path"].as_str().unwrap());
+        fs::write(self.tree().join("precious"), PRECIOUS).unwrap();
+        shell(&["sync", "-f", self.tree().to_str().unwrap()]);
+        let said = held.kill();
+        let records = Path::new("/run/blockmount").join(common::run_id(&said).unwrap());
+        Killed {
+            scratch,
+            mounted,
+            records,
+        }
+    }
+
     /// Whether a clean-up says that it keeps this mount.
     #[track_caller]
     fn is_kept(&self) -> bool {
@@ -72,6 +88,38 @@ impl Wanted {
         let resumable = answer.json()["resumable"].as_array().unwrap().clone();
         resumable.iter().any(|kept| kept["name"] == *self.name)
     }
+}
+
+const PRECIOUS: &str = "what must not be lost";
+
+/// A named mount whose program was killed.
+struct Killed {
+    scratch: PathBuf,
+    mounted: PathBuf,
+    records: PathBuf,
+}
+
+impl Killed {
+    #[track_caller]
+    fn assert_precious_is_there(&self, answer: &Answer) {
+        let image = fs::read(&self.scratch).unwrap_or_else(|error| panic!("{error}: {answer}"));
+        let precious = PRECIOUS.as_bytes();
+        let is_there = image.windows(precious.len()).any(|part| part == precious);
+        assert!(is_there, "the scratch has lost the file: {answer}");
+    }
+
+    /// Cuts a record to part of its length.
+    fn cut(&self, name: &str, length: impl Fn(u64) -> u64) {
+        let path = self.records.join(name);
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(length(file.metadata().unwrap().len()))
+            .unwrap();
+    }
+}
+
+fn shell(words: &[&str]) {
+    let status = Command::new(words[0]).args(&words[1..]).status().unwrap();
+    assert!(status.success(), "{words:?}");
 }
 
 fn kill(held: Held) {
@@ -159,7 +207,7 @@ fn root_a_named_mount_that_is_killed_at_any_moment_of_its_set_up_can_be_ended() 
             // It was killed before the name was written down, or before the stack was whole.
             Err(answer) => {
                 assert_eq!(answer.code, Some(1), "{answer}");
-                run(["cleanup"]).says(0, &[]);
+                run(["cleanup", "--resumable"]).says(0, &[]);
             }
         }
         assert_eq!(
@@ -170,4 +218,97 @@ fn root_a_named_mount_that_is_killed_at_any_moment_of_its_set_up_can_be_ended() 
         assert!(!wanted.is_kept());
     }
     assert!(Path::new(&wanted.dir.path().join("a.ext4")).exists());
+}
+
+/// Resumes after some damage, which must fail, soon and clearly, and keep what was written until it is discarded.
+fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
+    let wanted = Wanted::new(test);
+    let killed = wanted.killed_with_a_file();
+    damage(&wanted, &killed);
+    for round in 0..2 {
+        let started = Instant::now();
+        let Err(answer) = hold(["--resume", &wanted.name]) else {
+            panic!("{test}: it was resumed");
+        };
+        assert!(started.elapsed() < Duration::from_secs(30), "{answer}");
+        let work = killed.scratch.parent().unwrap().to_str().unwrap();
+        answer.says(1, &[work, "cleanup --resumable"]);
+        for wrong in ["everything was released", "inspect IMAGE", "--help"] {
+            assert!(!answer.stderr.contains(wrong), "{test}, {round}: {answer}");
+        }
+        killed.assert_precious_is_there(&answer);
+    }
+    let answer = run(["cleanup"]);
+    killed.assert_precious_is_there(&answer);
+    run(["cleanup", "--resumable"]).says(0, &[]);
+    assert!(!killed.scratch.exists() && !killed.records.exists());
+    let name = wanted.dir.path().file_name().unwrap();
+    assert_eq!(in_kernel(name), Vec::<String>::new());
+}
+
+#[test]
+fn root_a_failed_resume_after_an_unmount_keeps_the_scratch() {
+    let _alone = alone();
+    let unmount = |path: &Path| shell(&["umount", path.to_str().unwrap()]);
+    resume_fails_and_keeps("no-tree", |wanted, _| unmount(&wanted.tree()));
+    resume_fails_and_keeps("no-scratch", |wanted, killed| {
+        unmount(&wanted.tree());
+        unmount(&killed.mounted);
+    });
+}
+
+#[test]
+fn root_a_failed_resume_with_a_damaged_journal_keeps_the_scratch() {
+    let _alone = alone();
+    let state = "state/journal";
+    resume_fails_and_keeps("torn", |_, killed| killed.cut(state, |length| length - 5));
+    resume_fails_and_keeps("empty", |_, killed| killed.cut(state, |_| 0));
+    resume_fails_and_keeps("gone", |_, killed| {
+        fs::remove_file(killed.records.join(state)).unwrap();
+    });
+    resume_fails_and_keeps("garbage", |_, killed| {
+        fs::write(killed.records.join(state), "garbage").unwrap();
+    });
+}
+
+#[test]
+fn root_a_resume_without_the_journal_of_the_engine_ends_and_keeps_the_scratch() {
+    let _alone = alone();
+    resume_fails_and_keeps("no-engine", |_, killed| {
+        fs::remove_dir_all(killed.records.join("engine")).unwrap();
+    });
+    resume_fails_and_keeps("halved", |_, killed| {
+        let half = |length| length / 2;
+        killed.cut("state/journal", half);
+        for file in fs::read_dir(killed.records.join("engine")).unwrap() {
+            let name = file.unwrap().file_name().into_string().unwrap();
+            killed.cut(&format!("engine/{name}"), half);
+        }
+    });
+}
+
+#[test]
+fn root_a_named_mount_whose_name_is_unreadable_is_removed_only_on_request() {
+    let _alone = alone();
+    let damages: [(&str, fn(&Killed)); 3] = [
+        ("cut", |killed| {
+            killed.cut("mount.json", |length| length / 2)
+        }),
+        ("emptied", |killed| killed.cut("mount.json", |_| 0)),
+        ("removed", |killed| {
+            fs::remove_file(killed.records.join("mount.json")).unwrap();
+        }),
+    ];
+    for (test, damage) in damages {
+        let wanted = Wanted::new(test);
+        let killed = wanted.killed_with_a_file();
+        damage(&killed);
+        let answer = run(["cleanup"]);
+        killed.assert_precious_is_there(&answer);
+        assert_eq!(answer.code, Some(1), "{answer}");
+        assert!(answer.stdout.contains("cleanup --resumable"), "{answer}");
+        assert!(wanted.tree().join("precious").exists(), "{answer}");
+        run(["cleanup", "--resumable"]).says(0, &[]);
+        assert!(!killed.scratch.exists() && !killed.records.exists());
+    }
 }

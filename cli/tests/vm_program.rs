@@ -280,16 +280,76 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     assert_nothing_left(&answer, &dir);
     assert_eq!(machines_of(&id), Vec::<String>::new());
 
-    // One whose machine has ended is dead.
+    // One whose machine has ended cannot be resumed, and has its scratch still.
     let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
     let id = run_id(&held.kill()).unwrap().to_owned();
     let machine = machine_in(&id);
     common::signal(machine, Signal::KILL);
     eventually("the end of the machine", || machines_of(&id).is_empty());
-    run(["mount", "--resume", &name]).says(1, &["has ended"]);
-    let (kept, removed) = kept_and_removed();
-    assert!(!kept.contains(&name) && removed.contains(&id), "{removed}");
+    let scratch = format!("/var/tmp/blockmount-{id}/scratch.ext4");
+    run(["mount", "--resume", &name]).says(1, &["has ended", "cleanup --resumable"]);
+    let answer = run(["cleanup"]);
+    assert!(
+        answer.code == Some(1) && answer.stdout.contains("machine has ended"),
+        "{answer}"
+    );
+    assert!(Path::new(&scratch).exists(), "{answer}");
+    run(["cleanup", "--resumable"]).says(0, &[]);
+    assert!(!Path::new(&scratch).exists());
     assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
+}
+
+#[test]
+fn vm_a_machine_whose_record_is_unreadable_keeps_its_scratch() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.to_str().unwrap();
+    let damages: [(&str, fn(&Path)); 3] = [
+        ("cut", |record| {
+            std::fs::write(record, "{\"process\":").unwrap()
+        }),
+        ("removed", |record| std::fs::remove_file(record).unwrap()),
+        ("another", |record| {
+            let text = std::fs::read_to_string(record).unwrap();
+            let text = text.replacen("\"pid\":", "\"pid\":9", 1);
+            std::fs::write(record, text).unwrap();
+        }),
+    ];
+    for (test, damage) in damages {
+        let name = format!("{test}-{}", std::process::id());
+        let arguments = [
+            "--guest",
+            "qemu",
+            "--keep-vm",
+            "--name",
+            &name,
+            "--scratch",
+            "8M",
+            "--at",
+            "/mnt/tree",
+            "--layer",
+            layer,
+        ];
+        let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+        let id = run_id(&held.kill()).unwrap().to_owned();
+        let machine = machine_in(&id);
+        damage(&directory_of(&id).join("vm.json"));
+        let scratch = format!("/var/tmp/blockmount-{id}/scratch.ext4");
+        run(["mount", "--resume", &name]).says(1, &["cleanup --resumable"]);
+        for arguments in [vec!["cleanup"], vec!["cleanup", "--resumable"]] {
+            let answer = run(&arguments);
+            assert_eq!(answer.code, Some(1), "{answer}");
+            assert!(Path::new(&scratch).exists(), "{answer}");
+            let names_it = answer.stdout.contains(&format!("process {machine}"));
+            assert_eq!(names_it, arguments.len() > 1, "{answer}");
+        }
+        assert_eq!(machines_of(&id).len(), 1);
+        common::signal(machine, Signal::KILL);
+        eventually("the end of the machine", || machines_of(&id).is_empty());
+        run(["cleanup", "--resumable"]).says(0, &[]);
+        assert!(!Path::new(&scratch).exists());
+    }
 }
 
 /// The directory of the machine that a run has kept.

@@ -30,7 +30,7 @@ const USERS: usize = 4;
 
 /// Says what would be removed, in the order of the removal.
 pub(crate) fn show(found: &Found) -> Vec<Item> {
-    let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
+    let mut items = kept(found);
     for dead in &found.dead {
         let machine = kept_vm(&dead.paths.work);
         items.extend(machine.map(|at| Item::new(dead, What::Machine, &at, Outcome::Found)));
@@ -59,7 +59,7 @@ pub(crate) fn show(found: &Found) -> Vec<Item> {
 
 /// Removes all of it that is not in use. A signal ends it between two steps.
 pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
-    let mut items: Vec<Item> = found.unknown.iter().flat_map(unknown).collect();
+    let mut items = kept(found);
     items.extend(found.dead.iter().flat_map(foreign));
     let deadline = Instant::now() + DEFAULT_TIMEOUT;
     for dead in &found.dead {
@@ -95,6 +95,15 @@ pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
         remove_files(dead, stays, &mut items);
     }
     Ok(items)
+}
+
+/// What stays, whether it is in use or not.
+fn kept(found: &Found) -> Vec<Item> {
+    let lost = found.lost.iter().map(|(run, why)| {
+        let why = format!("{why}; with all that was written: blockmount cleanup --resumable");
+        Item::new(run, What::Files, &run.paths.work, Outcome::Left(why))
+    });
+    found.unknown.iter().flat_map(unknown).chain(lost).collect()
 }
 
 /// What is not ours to remove, and is in the way.
@@ -204,22 +213,42 @@ fn users(mount: &MountInfo) -> String {
     let mounts = blockmount_linux::mountinfo::read().unwrap_or_default();
     let above = mounts.iter().filter(|other| other.parent == mount.id);
     let above = above.map(|other| format!("the mount at {}", other.mount_point.display()));
+    let users: Vec<String> = above
+        .chain(processes_in(&mount.mount_point))
+        .take(USERS)
+        .collect();
+    match users.is_empty() {
+        true => String::new(),
+        false => format!(" by {}", users.join(", ")),
+    }
+}
+
+/// The processes that use what is below a directory, for the message.
+fn processes_in(directory: &Path) -> impl Iterator<Item = String> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let processes = processes
         .map(|entry| entry.path())
-        .filter(|path| uses(path, &mount.mount_point));
-    let processes = processes.filter_map(|path| {
+        .filter(|path| uses(path, directory));
+    processes.filter_map(|path| {
         let name = fs::read_to_string(path.join("comm")).ok()?;
         Some(format!(
             "process {} ({})",
             path.file_name()?.to_str()?,
             name.trim_end()
         ))
-    });
-    let users: Vec<String> = above.chain(processes).take(USERS).collect();
-    match users.is_empty() {
-        true => String::new(),
-        false => format!(" by {}", users.join(", ")),
+    })
+}
+
+/// Waits until no process uses the image files of a run, or says who does: a virtual machine of which nothing else is
+/// known any more.
+fn wait_until_unused(dead: &Dead, deadline: Instant) -> Result<(), String> {
+    loop {
+        let users: Vec<String> = processes_in(&dead.paths.work).take(USERS).collect();
+        match users.is_empty() {
+            true => return Ok(()),
+            false if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            false => return Err(format!("it is in use by {}; end it", users.join(", "))),
+        }
     }
 }
 
@@ -254,21 +283,34 @@ fn remove_files(dead: &Dead, stays: bool, items: &mut Vec<Item>) {
     if there.is_empty() {
         return;
     }
-    let result = match stays {
+    let removed = match stays {
         true => Err("what is still there needs it".to_owned()),
-        false => dead
-            .paths
-            .remove()
-            .map_err(|failure| failure.to_string().replace('\n', ";")),
+        false => remove_paths(dead, items.iter().any(|item| item.is_left_of(dead))),
     };
     for path in there {
         // The work may be gone although the rest is not.
         let result = if path.exists() {
-            result.clone()
+            removed.clone()
         } else {
             Ok(())
         };
         items.push(Item::new(dead, What::Files, path, outcome(result)));
+    }
+}
+
+/// Removes the image files of a run, and its record unless directories are left that only the record knows.
+fn remove_paths(dead: &Dead, directories_left: bool) -> Result<(), String> {
+    if dead.paths.is_named() {
+        wait_until_unused(dead, Instant::now() + DEFAULT_TIMEOUT)?;
+    }
+    let removed = match directories_left {
+        true => dead.paths.remove_images(),
+        false => dead.paths.remove(),
+    };
+    removed.map_err(|failure| failure.to_string().replace('\n', ";"))?;
+    match directories_left {
+        true => Err("it is the record of the directories that are left".to_owned()),
+        false => Ok(()),
     }
 }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::failure::{Context, Failure};
-use crate::run::{self, Entry, RunPaths};
+use crate::run::{self, Entry, Kept, RunPaths};
 
 /// What is there.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub(crate) struct Found {
     pub(crate) living: usize,
     /// Runs that have ended, and are kept because they can be resumed.
     pub(crate) resumable: Vec<Resumable>,
+    /// Runs with a name that have ended and cannot be resumed, and why. They are kept for their scratch.
+    pub(crate) lost: Vec<(Dead, &'static str)>,
     /// What carries the mark of a run that the directory of runs does not know: it may be alive where another directory
     /// is, such as outside of this container.
     pub(crate) unknown: Vec<Dead>,
@@ -54,24 +56,27 @@ pub(crate) struct Dead {
 }
 
 /// Looks for what dead runs have left, and shuts out other clean-ups and starts until it is dropped.
-/// Runs that can be resumed count as dead only if their mounts are `unwanted`.
+/// Runs with a name count as dead only if their mounts are `unwanted`.
 pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
     let (living, mut dead) =
         sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
-    let mut resumable = Vec::new();
+    let (mut resumable, mut lost) = (Vec::new(), BTreeMap::new());
     if !unwanted {
-        dead.retain(|id| match RunPaths::recorded(id).resumable() {
-            None => true,
-            Some(remembered) => {
-                resumable.push(Resumable {
+        dead.retain(|id| {
+            match RunPaths::recorded(id).kept() {
+                Kept::No => return true,
+                Kept::Lost(why) => {
+                    lost.insert(id.clone(), why);
+                }
+                Kept::Resumable(remembered) => resumable.push(Resumable {
                     run: id.clone(),
                     target: remembered.target(),
                     name: remembered.name,
-                });
-                false
+                }),
             }
+            false
         });
     }
     let loops = bound_loops()?;
@@ -81,14 +86,15 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let overlay_marks = overlays.map(|mount| mount.source.to_string_lossy().into_owned());
     let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
     let marked = marks.iter().filter_map(|mark| run::id_in(mark));
-    let is_resumable = |id: &str| resumable.iter().any(|kept| kept.run == id);
-    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id) && !is_resumable(id);
+    let is_kept = |id: &str| lost.contains_key(id) || resumable.iter().any(|kept| kept.run == id);
+    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id) && !is_kept(id);
     let unknown: BTreeSet<&str> = marked.filter(is_unknown).collect();
     let look_at = |id: &str| look_at(id, &loops, &mounts);
     Ok(Found {
         unknown: unknown.into_iter().map(look_at).collect(),
         dead: dead.iter().map(|id| look_at(id)).collect(),
         living: living.len(),
+        lost: lost.iter().map(|(id, why)| (look_at(id), *why)).collect(),
         resumable,
         _runs: runs,
     })

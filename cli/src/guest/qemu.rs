@@ -63,15 +63,16 @@ impl Drop for Guard {
 }
 
 impl Guard {
-    fn start(vm: Vm, interrupt: Interrupt) -> Self {
+    fn start(vm: Vm, interrupt: &Interrupt) -> Self {
         let killed = Arc::<OnceLock<_>>::default();
         let kills = killed.clone();
+        let mut further = interrupt.further();
         let task = tokio::spawn(async move {
             let mut health = vm.qmp().health();
             let mut told = 0;
             loop {
                 tokio::select! {
-                    signal = interrupt.further() => {
+                    signal = further.next() => {
                         say(format_args!("{signal}: giving up on the guest; its virtual machine is killed"));
                         // Before the end that it causes.
                         let _ = kills.set(signal);
@@ -159,7 +160,7 @@ impl QemuGuest {
             transports,
             agent,
             checker: Mutex::new(checker),
-            guard: Guard::start(vm.clone(), interrupt.clone()),
+            guard: Guard::start(vm.clone(), interrupt),
             vm,
         })
     }

@@ -10,10 +10,20 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Name, RUNS, Run, RunPaths, create, is_id, lock, open_runs};
+use super::{ENGINE, Name, RUNS, Run, RunPaths, STATE, create, is_id, lock, open_runs};
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
 use crate::guest::{GuestKind, kept_vm};
+
+/// Whether a run that has ended is kept, and why.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    /// It has no name.
+    No,
+    Resumable(Remembered),
+    /// It has a name and cannot be resumed, for this reason. Its scratch may be all that is left of somebody's work.
+    Lost(&'static str),
+}
 
 /// What was asked for. It is in the run's directory from before the first disk until after the last.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -70,16 +80,33 @@ impl RunPaths {
         self.dir.join("mount.json")
     }
 
-    /// What the run can be resumed as, if it has a name.
-    pub(crate) fn remembered(&self) -> Option<Remembered> {
+    /// The file while it is written.
+    pub(super) fn remembered_draft(&self) -> std::path::PathBuf {
+        self.dir.join("mount.json.new")
+    }
+
+    /// Whether the run was started with a name, also where the name itself cannot be read any more.
+    pub(crate) fn is_named(&self) -> bool {
+        let [state, engine] = [STATE, ENGINE].map(|name| self.dir.join(name));
+        let signs = [state, engine, self.remembered_file()];
+        signs.iter().any(|path| path.symlink_metadata().is_ok())
+    }
+
+    fn remembered(&self) -> Option<Remembered> {
         let text = fs::read(self.remembered_file()).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
-    /// As [`remembered`](Self::remembered), unless its virtual machine has ended.
-    pub(crate) fn resumable(&self) -> Option<Remembered> {
-        let is_there = |found: &Remembered| !found.keeps_vm || kept_vm(&self.work).is_some();
-        self.remembered().filter(is_there)
+    /// Whether a clean-up keeps the run.
+    pub(crate) fn kept(&self) -> Kept {
+        match self.remembered() {
+            None if !self.is_named() => Kept::No,
+            None => Kept::Lost("it has a name that cannot be read"),
+            Some(found) if found.keeps_vm && kept_vm(&self.work).is_none() => {
+                Kept::Lost("its virtual machine has ended or cannot be found")
+            }
+            Some(found) => Kept::Resumable(found),
+        }
     }
 }
 
@@ -101,8 +128,10 @@ impl Run {
         }
         let run = Run::make()?;
         let text = serde_json::to_vec(remembered).context(what)?;
-        let file = run.paths.remembered_file();
-        let written = create(&file).and_then(|mut file| io::Write::write_all(&mut file, &text));
+        // Whole or not at all: a run has its name, or has nothing yet that is worth keeping.
+        let (draft, file) = (run.paths.remembered_draft(), run.paths.remembered_file());
+        let written = create(&draft).and_then(|mut file| io::Write::write_all(&mut file, &text));
+        let written = written.and_then(|()| fs::rename(&draft, &file));
         written.context(|| format!("cannot write {}", file.display()))?;
         Ok(run)
     }
