@@ -290,7 +290,8 @@ fn root_a_resume_without_the_journal_of_the_engine_ends_and_keeps_the_scratch() 
 #[test]
 fn root_a_named_mount_whose_name_is_unreadable_is_removed_only_on_request() {
     let _alone = alone();
-    let damages: [(&str, fn(&Killed)); 3] = [
+    type Damage = fn(&Killed);
+    let damages: [(&str, Damage); 3] = [
         ("cut", |killed| {
             killed.cut("mount.json", |length| length / 2)
         }),

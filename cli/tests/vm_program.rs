@@ -305,7 +305,8 @@ fn vm_a_machine_whose_record_is_unreadable_keeps_its_scratch() {
     let layer = dir.path().join("layer.erofs");
     image("erofs", &layer, &[("file", "x")]);
     let layer = layer.to_str().unwrap();
-    let damages: [(&str, fn(&Path)); 3] = [
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 3] = [
         ("cut", |record| {
             std::fs::write(record, "{\"process\":").unwrap()
         }),

@@ -46,7 +46,8 @@ pub fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Answer {
 
 /// A `mount` that holds its stack.
 pub struct Held {
-    child: Child,
+    /// Until it has been waited for.
+    child: Option<Child>,
     pub json: Value,
     stdout: BufReader<ChildStdout>,
     /// What was read of stderr so far.
@@ -89,7 +90,7 @@ pub fn hold_by(mut command: Command) -> Result<Held, Answer> {
             let json = serde_json::from_str(&text).unwrap();
             drop(watch);
             return Ok(Held {
-                child,
+                child: Some(child),
                 json,
                 stdout,
                 said: Vec::new(),
@@ -102,12 +103,12 @@ pub fn hold_by(mut command: Command) -> Result<Held, Answer> {
 
 impl Held {
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.as_ref().unwrap().id()
     }
 
     /// Sends a signal, and waits for the end.
     pub fn end(self, with: Signal) -> Answer {
-        signal(self.child.id(), with);
+        signal(self.pid(), with);
         self.wait()
     }
 
@@ -115,7 +116,7 @@ impl Held {
     pub fn wait(mut self) -> Answer {
         let mut rest = String::new();
         self.stdout.read_to_string(&mut rest).unwrap();
-        let mut answer = finish(self.child);
+        let mut answer = finish(self.child.take().unwrap());
         answer
             .stderr
             .insert_str(0, &String::from_utf8_lossy(&self.said));
@@ -124,17 +125,19 @@ impl Held {
 
     /// Kills it, and returns what it has said on stderr.
     pub fn kill(mut self) -> String {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        let stderr = self.child.stderr.as_mut().unwrap();
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let stderr = child.stderr.as_mut().unwrap();
         stderr.read_to_end(&mut self.said).unwrap();
         String::from_utf8_lossy(&self.said).into_owned()
     }
 
     /// Waits for a line on stderr that has these words.
     pub fn wait_for(&mut self, words: &str) -> String {
-        let watch = kill_after(self.child.id(), LONGEST);
-        let stderr = self.child.stderr.as_mut().unwrap();
+        let watch = kill_after(self.pid(), LONGEST);
+        let child = self.child.as_mut().unwrap();
+        let stderr = child.stderr.as_mut().unwrap();
         let (start, mut byte) = (self.said.len(), [0]);
         // Byte by byte: what comes after the line is for `end` to read.
         while stderr.read(&mut byte).unwrap() > 0 {
@@ -146,6 +149,19 @@ impl Held {
             }
         }
         panic!("no {words:?} in {}", String::from_utf8_lossy(&self.said));
+    }
+}
+
+impl Drop for Held {
+    /// A test that fails leaves nothing that holds mounts, disks and locks.
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let watch = kill_after(child.id(), LONGEST);
+        signal(child.id(), Signal::TERM);
+        drop(child.wait());
+        drop(watch);
     }
 }
 
