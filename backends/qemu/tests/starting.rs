@@ -105,17 +105,18 @@ async fn qemu_has_no_descriptor_that_other_code_has_left_open_on_exec() {
         let vm = running("/bin/cat").await.directory(room.path());
         let vm = vm.arguments(["-name", &name]);
         let vm = if detached { vm.detached() } else { vm };
-        let process = tokio::select! {
-            ended = vm.start() => panic!("{ended:?}"),
-            process = process_with(&name) => {
-                let descriptors = process.join("fd").read_dir().unwrap().flatten();
-                let open = descriptors.filter_map(|link| link.path().read_link().ok());
-                let open: Vec<PathBuf> = open.collect();
-                assert!(open.len() > 3, "detached: {detached}: {open:?}");
-                assert!(!open.contains(&file), "detached: {detached}: {open:?}");
-                process
-            }
+        let looking = async {
+            let process = process_with(&name).await;
+            let descriptors = process.join("fd").read_dir().unwrap().flatten();
+            let open = descriptors.filter_map(|link| link.path().read_link().ok());
+            (process, open.collect::<Vec<PathBuf>>())
         };
+        let (process, open) = tokio::select! {
+            ended = vm.start() => panic!("{ended:?}"),
+            found = looking => found,
+        };
+        assert!(open.len() >= 3, "detached: {detached}: {open:?}");
+        assert!(!open.contains(&file), "detached: {detached}: {open:?}");
         let ended = async {
             while process
                 .join("fd")

@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::error::VmError;
 use crate::qmp::{Event, Events, NONE, Qmp, QmpError};
@@ -24,6 +24,9 @@ const PORT: &str = "port";
 
 /// How long taking a port out may take, in which QEMU asks nobody.
 const REMOVAL: Duration = Duration::from_secs(10);
+
+/// When a busy port is tried again: QEMU takes milliseconds.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// How long one wait for the end of a port lasts; then comes the next. Any time will do.
 const LISTENING: Duration = Duration::from_secs(3600);
@@ -257,9 +260,16 @@ impl Port {
             let ours = |event: &Event| event.data["device"] == *self.id;
             let _ = deleted.find(REMOVAL, ours).await;
         }
-        if let Err(error) = self.qmp.execute("chardev-remove", id).await {
-            tracing::debug!(%error, port = self.id, "a port was not there to be removed");
-        }
+        let removing = async {
+            while let Err(error) = self.qmp.execute("chardev-remove", id.clone()).await {
+                // The device of an earlier process may be about to go, which that process was told of and not this one.
+                if !error.to_string().contains("is busy") {
+                    return tracing::debug!(%error, port = self.id, "a port was not there to be removed");
+                }
+                sleep(RETRY).await;
+            }
+        };
+        let _ = timeout(REMOVAL, removing).await;
     }
 }
 

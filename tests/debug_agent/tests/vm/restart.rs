@@ -49,6 +49,8 @@ async fn vm_a_new_runtime_is_told_what_the_agent_has_mounted() {
     guest.separate(stack.target()).await.unwrap();
     let found = LayerCombiner::adopt(&guest, &overlay).await;
     assert_eq!(found.unwrap(), Presence::Absent);
+    // It keeps the VM.
+    drop(guest);
     stack.release().await.unwrap();
     mount.release().await.unwrap();
     rig.end().await;
