@@ -285,7 +285,9 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     let id = run_id(&held.kill()).unwrap().to_owned();
     let machine = machine_in(&id);
     common::signal(machine, Signal::KILL);
-    eventually("the end of the machine", || machines_of(&id).is_empty());
+    // Its command line goes before it does.
+    let process = format!("/proc/{machine}");
+    eventually("the end of the machine", || !Path::new(&process).exists());
     let scratch = format!("/var/tmp/blockmount-{id}/scratch.ext4");
     run(["mount", "--resume", &name]).says(1, &["has ended", "cleanup --resumable"]);
     let answer = run(["cleanup"]);
