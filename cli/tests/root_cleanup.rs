@@ -9,22 +9,15 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::{Answer, in_kernel, run, temp};
+use common::{Answer, alone, in_kernel, run, temp};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
 const RUNS: &str = "/run/blockmount";
-
-/// A clean-up removes what every dead run has left, also that of the test next door: one at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A stack that was mounted by a run that was killed.
 struct Killed {

@@ -7,18 +7,11 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::{Answer, Held, assert_nothing_left, hold, image, in_kernel, run, temp};
+use common::{Answer, Held, alone, assert_nothing_left, hold, image, in_kernel, run, temp};
 use rustix::process::Signal;
 use tempfile::TempDir;
-
-/// A clean-up is about all runs, also that of the test next door: one at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// What is asked for: two layers and a scratch at `tree`, under a name of this test's own.
 struct Wanted {

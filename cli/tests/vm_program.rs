@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use blockmount_checker::Checker;
 use blockmount_checker::tree::{Node, Tree, digest_bytes};
 use blockmount_qemu::{GuestStream, Vm};
-use common::{Held, assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp};
+use common::{
+    Held, alone, assert_nothing_left, eventually, hold, image, partitioned, run, run_id, temp,
+};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 /// The processes of QEMU that have something to do with a run.
@@ -121,6 +123,7 @@ fn vm_a_mount_is_held_until_a_signal() {
 
 #[test]
 fn vm_a_killed_program_takes_its_machine_along_and_cleanup_removes_the_rest() {
+    let _alone = alone();
     let dir = temp();
     let layer = dir.path().join("layer.erofs");
     image("erofs", &layer, &[("file", "x")]);
@@ -229,6 +232,7 @@ fn kept_and_removed() -> (Vec<String>, String) {
 
 #[test]
 fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
+    let _alone = alone();
     let dir = temp();
     let layer = dir.path().join("layer.erofs");
     image("erofs", &layer, &[("file", "x")]);
@@ -303,6 +307,7 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
 
 #[test]
 fn vm_a_machine_whose_record_is_unreadable_keeps_its_scratch() {
+    let _alone = alone();
     let dir = temp();
     let layer = dir.path().join("layer.erofs");
     image("erofs", &layer, &[("file", "x")]);

@@ -219,11 +219,36 @@ async fn requests_for_a_linux_guest_byte_for_byte() {
         let mount = guest.mount(&device, Path::new(target), &options);
         assert_eq!(document(&model, mount).await, inlined(expected));
     }
+    // What may be mounted is unmounted by its path alone.
     let undone = document(&model, guest.unmount(Path::new("/run/mounts/scsi/m1"))).await;
     assert_eq!(
         undone,
         inlined(
-            r#"{"RequestType":"Remove","ResourceType":"MappedVirtualDisk","Settings":{"MountPath":"/run/mounts/scsi/m1","Lun":2,"Controller":1,"Partition":3,"ReadOnly":true}}"#
+            r#"{"RequestType":"Remove","ResourceType":"CombinedLayers","Settings":{"ContainerRootPath":"/run/mounts/scsi/m1"}}"#
+        )
+    );
+    let third = built(
+        MountOptions::builder()
+            .read_only()
+            .partition(3.try_into().unwrap()),
+    );
+    let target = Path::new("/run/mounts/scsi/m5");
+    let (scsi, images) = (
+        ScsiAttacher::new(model.clone(), GuestOs::Linux),
+        Images::new(),
+    );
+    let disk = images.disk("a.vhdx").read_only();
+    scsi.attach_identified(address("1/5"), &disk).await.unwrap();
+    guest
+        .mount(&locator("scsi:1/5"), target, &third)
+        .await
+        .unwrap();
+    model.documents();
+    let undone = document(&model, guest.unmount(target)).await;
+    assert_eq!(
+        undone,
+        inlined(
+            r#"{"RequestType":"Remove","ResourceType":"MappedVirtualDisk","Settings":{"MountPath":"/run/mounts/scsi/m5","Lun":5,"Controller":1,"Partition":3,"ReadOnly":true}}"#
         )
     );
     for (device, settings) in [
@@ -244,7 +269,7 @@ async fn requests_for_a_linux_guest_byte_for_byte() {
     assert_eq!(
         document(&model, guest.combine(&overlay)).await,
         inlined(
-            r#"{"RequestType":"Add","ResourceType":"CombinedLayers","Settings":{"ContainerRootPath":"/run/gcs/c/abc/rootfs","Layers":[{"Path":"/run/layers/p0"},{"Path":"/run/mounts/scsi/m1"}],"ScratchPath":"/run/gcs/c/abc/scratch/abc"}}"#
+            r#"{"RequestType":"Add","ResourceType":"CombinedLayers","Settings":{"ContainerID":"abc","ContainerRootPath":"/run/gcs/c/abc/rootfs","Layers":[{"Path":"/run/layers/p0"},{"Path":"/run/mounts/scsi/m1"}],"ScratchPath":"/run/gcs/c/abc/scratch/abc"}}"#
         )
     );
     assert_eq!(

@@ -112,6 +112,9 @@ async fn g11_a_vm_that_does_not_answer_is_sent_nothing_more() {
         let scsi = transport(system, 1);
         let images = Images::new();
         let disk = images.disk("a.vhdx");
+        // The first attach also asks whether the VM lives.
+        scsi.attach_identified(&disk).await.unwrap();
+        scsi.detach(&disk).await.unwrap();
         model.next(Answer::Silent { happens: true });
         model.next_properties(Answer::Silent { happens: false });
         scsi.attach_identified(&disk).await.unwrap_err();

@@ -14,6 +14,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockmount_debug_agent::kit;
 pub use blockmount_debug_agent::kit::images::{image, partitioned};
@@ -150,6 +151,12 @@ impl Held {
         }
         panic!("no {words:?} in {}", String::from_utf8_lossy(&self.said));
     }
+}
+
+/// A clean-up is about all runs, also that of the test next door: one at a time.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Held {
