@@ -172,9 +172,7 @@ impl ManagerBuilder {
         let adopted = Adopted::ask(&manager, recorded).await;
         adopted.restore(manager, holders)
     }
-}
 
-impl ManagerBuilder {
     /// The manager of what was frozen elsewhere, such as on the host that a VM has migrated from: a recovery from these
     /// records, which are written to `journal` if one is given. That must be empty.
     ///

@@ -72,6 +72,17 @@ impl<P: Allocation> Call<P> {
         answer
     }
 
+    /// Whether an attach was answered with `Conflict`. From then on what is at the address counts as
+    /// [foreign](Outcome::Foreign) if this is dropped, because it must not be detached.
+    pub fn met_conflict(&mut self, answer: &Result<(), BackendError>) -> bool {
+        let kind = answer.as_ref().map_err(BackendError::kind);
+        let is_conflict = kind == Err(ErrorKind::Conflict);
+        if is_conflict {
+            self.assume(Outcome::Foreign);
+        }
+        is_conflict
+    }
+
     /// Ends an adoption by what was found, which it returns. Where something else was found at the address, end the call
     /// with [`Outcome::Foreign`] and answer [`Presence::Absent`].
     ///

@@ -1,6 +1,6 @@
 //! What a VM has, as its hypervisor shows it: which disks of an earlier process are there, and what is foreign.
 
-use super::{Allocation, Outcome, Placement};
+use super::{Allocation, Call, Outcome, Placement};
 use crate::{BackendError, Disk, DiskId, ErrorKind, Presence};
 
 /// A disk that a VM has, attached by any process.
@@ -50,6 +50,32 @@ impl<P: Allocation> Placement<P> {
             Ok(())
         };
         self.0.surveyed.get_or_try_init(survey).await.map(drop)
+    }
+
+    /// As [`attach`](Self::attach), and where nothing is free, once more after the foreign allocations are free whose occupant
+    /// `list` does not show any more. `list` is awaited only then. `is_in` says whether what is at its first address is in
+    /// the way of its second.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if the disk is attached, or may be. Where `list` fails, all foreign allocations stay.
+    pub async fn attach_or_vacate(
+        &self,
+        disk: &Disk,
+        allocate: impl Fn() -> Option<P>,
+        list: impl Future<Output = Result<Vec<Occupant<P::Address>>, BackendError>>,
+        is_in: impl Fn(&P::Address, &P::Address) -> bool,
+    ) -> Result<Option<Call<P>>, BackendError> {
+        if let Some(call) = self.attach(disk, &allocate)? {
+            return Ok(Some(call));
+        }
+        if !self.foreign().is_empty()
+            && let Ok(list) = list.await
+        {
+            let is_there = |at: &P::Address| list.iter().any(|found| is_in(&found.address, at));
+            self.vacate_foreign(|kept| !is_there(&kept.address()));
+        }
+        self.attach(disk, allocate)
     }
 
     /// Adopts a disk by what the hypervisor lists; see [`Transport::adopt`](crate::Transport::adopt). `at` is where a journal

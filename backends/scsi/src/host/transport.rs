@@ -3,9 +3,9 @@
 use std::fmt;
 
 use async_trait::async_trait;
-use blockmount::placement::{self, Call, Outcome, Placement};
+use blockmount::placement::{self, Call, Placement};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
+use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 use thiserror::Error;
 
 use crate::{Attacher, Geometry, ScsiAddress};
@@ -100,18 +100,11 @@ impl<A: Attacher> ScsiTransport<A> {
 
     /// Begins to attach a disk at an address that is free, or from which a foreign disk has gone.
     async fn begin(&self, disk: &Disk) -> Result<Call<(Occupied, ScsiAddress)>, BackendError> {
-        if let Some(call) = self.placement.attach(disk, || self.allocate())? {
-            return Ok(call);
-        }
-        if let (false, Ok(list)) = (
-            self.placement.foreign().is_empty(),
-            self.attacher.list().await,
-        ) {
-            let is_there = |at: &ScsiAddress| list.iter().any(|found| found.address == *at);
-            self.placement.vacate_foreign(|(_, at)| !is_there(at));
-        }
-        let call = self.placement.attach(disk, || self.allocate())?;
-        call.ok_or_else(|| self.full())
+        let (list, allocate) = (self.attacher.list(), || self.allocate());
+        let call = self
+            .placement
+            .attach_or_vacate(disk, allocate, list, PartialEq::eq);
+        call.await?.ok_or_else(|| self.full())
     }
 
     /// Whether an attach met something else at the address, and not a disk that was replaced.
@@ -172,12 +165,8 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
             let mut call = self.begin(disk).await?;
             let address = call.address();
             let answer = self.attacher.attach(address, disk, id).await;
-            if is_conflict(&answer) {
-                // From here on, what is there is not ours, and must not be detached.
-                call.assume(Outcome::Foreign);
-                if self.is_taken(address, disk, id).await {
-                    continue;
-                }
+            if call.met_conflict(&answer) && self.is_taken(address, disk, id).await {
+                continue;
             }
             call.attached(answer)?;
             return Ok(address.into());
@@ -208,12 +197,6 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
             .adopt(disk, id, at, list, allocate, PartialEq::eq)?;
         Ok(found.map(DeviceLocator::from))
     }
-}
-
-fn is_conflict(answer: &Result<(), BackendError>) -> bool {
-    answer
-        .as_ref()
-        .is_err_and(|error| error.kind() == ErrorKind::Conflict)
 }
 
 impl<A> fmt::Debug for ScsiTransport<A> {

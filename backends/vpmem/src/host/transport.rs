@@ -131,22 +131,11 @@ impl<A: Attacher> VpmemTransport<A> {
         disk: &Disk,
         version: &DiskVersion,
     ) -> Result<Call<Allocated>, BackendError> {
-        let attach = || {
-            let allocate = || self.devices.allocate(version.clone());
-            self.placement.attach(disk, allocate)
-        };
-        if let Some(call) = attach()? {
-            return Ok(call);
-        }
-        if let (false, Ok(list)) = (
-            self.placement.foreign().is_empty(),
-            self.attacher.list().await,
-        ) {
-            let is_there = |at: &VpmemAddress| list.iter().any(|found| is_in(&found.address, at));
-            self.placement
-                .vacate_foreign(|kept| !is_there(&kept.address()));
-        }
-        attach()?.ok_or_else(|| self.devices.full(version.size, &self.placement))
+        let allocate = || self.devices.allocate(version.clone());
+        let list = self.attacher.list();
+        let call = self.placement.attach_or_vacate(disk, allocate, list, is_in);
+        call.await?
+            .ok_or_else(|| self.devices.full(version.size, &self.placement))
     }
 
     /// Keeps what others have attached from all disks, before the first attach.
@@ -205,12 +194,8 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
                 None => self.attacher.attach(device, disk, id).await,
                 Some(range) => self.attacher.map(device, range, disk, id).await,
             };
-            if is_conflict(&answer) {
-                // From here on, what is there is not ours, and must not be detached.
-                call.assume(Outcome::Foreign);
-                if self.is_taken(address, disk, id).await {
-                    continue;
-                }
+            if call.met_conflict(&answer) && self.is_taken(address, disk, id).await {
+                continue;
             }
             call.attached(answer)?;
             return Ok(address.into());
@@ -265,12 +250,6 @@ fn is_in(one: &VpmemAddress, other: &VpmemAddress) -> bool {
         _ => false,
     };
     one.device == other.device && !are_apart
-}
-
-fn is_conflict(answer: &Result<(), BackendError>) -> bool {
-    answer
-        .as_ref()
-        .is_err_and(|error| error.kind() == ErrorKind::Conflict)
 }
 
 impl<A> fmt::Debug for VpmemTransport<A> {
