@@ -5,93 +5,22 @@
 // A bench that cannot set up has nothing to measure.
 #![allow(clippy::unwrap_used)]
 
+mod nothing;
 mod report;
 
-use std::path::Path;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, HolderName, Manager, MountOptions, MountRequest,
-    Mounter, Presence, Transport, Unplugger,
-};
+use blockmount::{HolderName, Manager, MountRequest};
 use blockmount_journal::FileJournal;
 use criterion::Criterion;
+use nothing::{Nothing, disk, request};
 use report::{Report, Row};
 use tokio::runtime::{Builder, Runtime};
-
-/// Backends that do nothing.
-#[derive(Clone, Copy)]
-struct Nothing;
-
-#[async_trait]
-impl Transport for Nothing {
-    async fn identify(&self, _: &Disk) -> Result<DiskId, BackendError> {
-        Ok(DiskId::inode(1, 1))
-    }
-
-    async fn attach(&self, _: &Disk, _: &DiskId) -> Result<DeviceLocator, BackendError> {
-        Ok(DeviceLocator::new("nothing", 0).unwrap())
-    }
-
-    async fn detach(&self, _: &Disk) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn adopt(
-        &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
-    ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Absent)
-    }
-}
-
-#[async_trait]
-impl Unplugger for Nothing {
-    async fn unplug(&self, _: &DeviceLocator) -> Result<(), BackendError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Mounter for Nothing {
-    async fn mount(
-        &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
-    ) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn adopt(
-        &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
-    ) -> Result<Presence, BackendError> {
-        Ok(Presence::Absent)
-    }
-}
-
-fn disk() -> Disk {
-    Disk::virtual_disk("/var/lib/images/layers/sha256-000001").read_only()
-}
-
-fn request() -> MountRequest {
-    MountRequest::new(MountOptions::read_only())
-}
 
 /// An add alone, without its release, is timed by the caller.
 async fn add(manager: &Manager, request: &MountRequest) -> Duration {
     let began = std::time::Instant::now();
-    let mount = manager.add(&disk(), request).await.unwrap();
+    let mount = manager.add(&disk(1), request).await.unwrap();
     let took = began.elapsed();
     mount.release().await.unwrap();
     took
@@ -117,9 +46,9 @@ fn measure(
         });
     }
     for (name, manager, _) in managers.iter().take(2) {
-        let held = runtime.block_on(manager.add(&disk(), &request())).unwrap();
+        let held = runtime.block_on(manager.add(&disk(1), &request())).unwrap();
         group.bench_function(format!("join_{name}"), |bencher| {
-            bencher.iter(|| runtime.block_on(manager.add(&disk(), &request())).unwrap());
+            bencher.iter(|| runtime.block_on(manager.add(&disk(1), &request())).unwrap());
         });
         drop(held);
         runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
@@ -133,8 +62,9 @@ fn main() {
     let runtime = Builder::new_current_thread().enable_time().build().unwrap();
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let builder = || {
-        let builder = Manager::builder().transport(Nothing);
-        builder.unplugger(Nothing).mounter(Nothing)
+        let nothing = Nothing::default();
+        let builder = Manager::builder().transport(nothing).unplugger(nothing);
+        builder.mounter(nothing)
     };
     let journal = FileJournal::open(directory.path().join("vm1")).unwrap();
     let recovery = runtime.block_on(builder().recover(journal)).unwrap();

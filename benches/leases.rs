@@ -14,20 +14,17 @@
 #![allow(clippy::unwrap_used)]
 
 mod counting;
+mod nothing;
 mod report;
 
 use std::future::Future;
 use std::hint::black_box;
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, Manager, Mount, MountOptions, MountRequest, Mounter,
-    Presence, Transport, Unplugger,
-};
+use blockmount::{Disk, Manager, Mount};
 use criterion::{BenchmarkId, Criterion, SamplingMode};
+use nothing::{Nothing, disk, request};
 use report::{Report, Row, Target};
 use tokio::runtime::{Builder, Runtime};
 
@@ -35,98 +32,10 @@ const LIVE: [usize; 3] = [1, 256, 100_000];
 const OCCUPANCIES: [usize; 3] = [0, 255, 100_000];
 const LAYERS: usize = 64;
 
-/// Backends that take `step` for each step, and do nothing.
-#[derive(Clone, Copy)]
-struct Nothing {
-    step: Duration,
-}
-
-impl Nothing {
-    async fn step(&self) {
-        if !self.step.is_zero() {
-            tokio::time::sleep(self.step).await;
-        }
-    }
-}
-
-/// The number that [`disk`] has put at the end of the name.
-fn number(disk: &Disk) -> u64 {
-    let name = disk.source().as_os_str().as_encoded_bytes();
-    u64::from_str_radix(std::str::from_utf8(&name[name.len() - 6..]).unwrap(), 16).unwrap()
-}
-
-#[async_trait]
-impl Transport for Nothing {
-    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
-        Ok(DiskId::inode(1, number(disk)))
-    }
-
-    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
-        self.step().await;
-        Ok(DeviceLocator::new("nothing", number(disk)).unwrap())
-    }
-
-    async fn detach(&self, _: &Disk) -> Result<(), BackendError> {
-        self.step().await;
-        Ok(())
-    }
-
-    async fn adopt(
-        &self,
-        _: &Disk,
-        _: &DiskId,
-        _: Option<&DeviceLocator>,
-    ) -> Result<Presence<DeviceLocator>, BackendError> {
-        Ok(Presence::Unknown)
-    }
-}
-
-#[async_trait]
-impl Unplugger for Nothing {
-    async fn unplug(&self, _: &DeviceLocator) -> Result<(), BackendError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Mounter for Nothing {
-    async fn mount(
-        &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
-    ) -> Result<(), BackendError> {
-        self.step().await;
-        Ok(())
-    }
-
-    async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
-        self.step().await;
-        Ok(())
-    }
-
-    async fn adopt(
-        &self,
-        _: &DeviceLocator,
-        _: &Path,
-        _: &MountOptions,
-    ) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
-    }
-}
-
 fn manager(step: Duration) -> Manager {
     let nothing = Nothing { step };
     let builder = Manager::builder().transport(nothing).unplugger(nothing);
     builder.mounter(nothing).build()
-}
-
-fn disk(number: usize) -> Disk {
-    Disk::virtual_disk(format!("/var/lib/images/layers/sha256-{number:06x}")).read_only()
-}
-
-fn request() -> MountRequest {
-    MountRequest::new(MountOptions::read_only())
 }
 
 async fn live(manager: &Manager, count: usize) -> Vec<Mount> {

@@ -222,6 +222,23 @@ fn vm_x06_the_second_signal_gives_up_on_a_machine_that_hangs() {
     assert_eq!(machines_of(&id), Vec::<String>::new());
 }
 
+/// A mount whose machine outlives its program.
+fn keeping<'a>(name: &'a str, layer: &'a str) -> [&'a str; 11] {
+    [
+        "--guest",
+        "qemu",
+        "--keep-vm",
+        "--name",
+        name,
+        "--scratch",
+        "8M",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        layer,
+    ]
+}
+
 /// What a clean-up keeps, by name, and what it removes.
 fn kept_and_removed() -> (Vec<String>, String) {
     let answer = run(["cleanup", "--json"]);
@@ -238,19 +255,7 @@ fn vm_a_machine_that_is_kept_is_resumed_after_a_kill() {
     image("erofs", &layer, &[("file", "x")]);
     let layer = layer.display().to_string();
     let name = format!("kept-{}", std::process::id());
-    let arguments = [
-        "--guest",
-        "qemu",
-        "--keep-vm",
-        "--name",
-        &name,
-        "--scratch",
-        "8M",
-        "--at",
-        "/mnt/tree",
-        "--layer",
-        &layer,
-    ];
+    let arguments = keeping(&name, &layer);
     let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
     let first = held.json.clone();
     let id = run_id(&held.kill()).unwrap().to_owned();
@@ -326,19 +331,7 @@ fn vm_a_machine_whose_record_is_unreadable_keeps_its_scratch() {
     ];
     for (test, damage) in damages {
         let name = format!("{test}-{}", std::process::id());
-        let arguments = [
-            "--guest",
-            "qemu",
-            "--keep-vm",
-            "--name",
-            &name,
-            "--scratch",
-            "8M",
-            "--at",
-            "/mnt/tree",
-            "--layer",
-            layer,
-        ];
+        let arguments = keeping(&name, layer);
         let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
         let id = run_id(&held.kill()).unwrap().to_owned();
         let machine = machine_in(&id);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockmount::journal::{Journal, Record, RecordKey};
 use blockmount::testing::{Call, FakeVm, Gate, MemoryJournal};
-use blockmount::{BackendError, Manager, ManagerBuilder};
+use blockmount::{BackendError, Manager, ManagerBuilder, Recovery};
 use tokio::sync::Notify;
 
 /// What outlives a process: the VM and the journal.
@@ -49,6 +49,10 @@ impl World {
         let builder = Manager::builder().transport(self.vm.clone());
         let builder = builder.unplugger(self.vm.clone()).mounter(self.vm.clone());
         builder.combiner(self.vm.clone()).mount_root("/run/m")
+    }
+
+    pub(crate) async fn recover(&self) -> Recovery {
+        self.builder().recover(self.journal.clone()).await.unwrap()
     }
 }
 

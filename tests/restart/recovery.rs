@@ -22,11 +22,7 @@ fn leave<T>(handle: T) {
 #[tokio::test(start_paused = true)]
 async fn a_holder_gets_the_very_mount_back_and_others_are_released() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let manager = recovery.manager().clone();
     let web = manager
         .add(&layer(0), &ro().held_by(name("web")))
@@ -37,7 +33,7 @@ async fn a_holder_gets_the_very_mount_back_and_others_are_released() {
     assert!(recovery.settle().await.failed.is_empty());
 
     let next = world.restart();
-    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let recovery = next.recover().await;
     let states: Vec<_> = recovery
         .report()
         .found
@@ -67,11 +63,7 @@ async fn a_holder_gets_the_very_mount_back_and_others_are_released() {
 #[tokio::test(start_paused = true)]
 async fn one_name_has_one_handle() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let manager = recovery.manager().clone();
     let held = manager
         .add(&layer(0), &ro().held_by(name("x")))
@@ -104,11 +96,7 @@ async fn one_name_has_one_handle() {
 #[tokio::test(start_paused = true)]
 async fn a_recovery_that_is_dropped_leaves_everything_to_the_next_one() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let request = StackRequest::new("/tree")
         .layer(layer(0), ro())
         .scratch(scratch(1), rw());
@@ -120,12 +108,12 @@ async fn a_recovery_that_is_dropped_leaves_everything_to_the_next_one() {
 
     let mut next = world.restart();
     for _ in 0..2 {
-        let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+        let recovery = next.recover().await;
         drop(recovery);
         assert_eq!(next.vm.left(), before);
         next = next.restart();
     }
-    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let recovery = next.recover().await;
     let stack = recovery.claim(&name("s")).unwrap().into_stack().unwrap();
     assert_eq!(stack.layers().len(), 1);
     assert!(stack.scratch().is_some());
@@ -138,11 +126,7 @@ async fn a_recovery_that_is_dropped_leaves_everything_to_the_next_one() {
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_told_is_torn_down_from_the_top() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let request = StackRequest::new("/tree")
         .layer(layer(0), ro())
         .held_by(name("s"));
@@ -152,18 +136,14 @@ async fn what_cannot_be_told_is_torn_down_from_the_top() {
     // The transport, the mounter or the combiner does not know.
     for unknown in 0..3 {
         let world = World::new();
-        let recovery = world
-            .builder()
-            .recover(world.journal.clone())
-            .await
-            .unwrap();
+        let recovery = world.recover().await;
         leave(recovery.manager().stack(&request).await.unwrap());
         drop(recovery);
         let next = world.restart();
         next.vm.gate_next(VmStep::Adopt, unknown, Gate::Ok);
         let lost = Gate::Uncertain { happened: true };
         next.vm.gate_next(VmStep::Adopt, 1, lost);
-        let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+        let recovery = next.recover().await;
         assert_eq!(kind(recovery.claim(&name("s"))), ErrorKind::NotFound);
         // Nobody can have it half done, and nothing below it goes before it.
         let manager = recovery.manager().clone();
@@ -182,11 +162,7 @@ async fn what_cannot_be_told_is_torn_down_from_the_top() {
 #[tokio::test(start_paused = true)]
 async fn of_a_vm_that_is_gone_nothing_is_left() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let request = StackRequest::new("/tree")
         .layer(layer(0), ro())
         .held_by(name("s"));
@@ -194,7 +170,7 @@ async fn of_a_vm_that_is_gone_nothing_is_left() {
     drop(recovery);
     let next = world.restart();
     next.vm.kill();
-    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let recovery = next.recover().await;
     let found = &recovery.report().found;
     assert!(
         found.iter().all(|one| one.state == FoundState::Gone),
@@ -218,11 +194,7 @@ async fn of_a_vm_that_is_gone_nothing_is_left() {
 #[tokio::test(start_paused = true)]
 async fn u03_a_foreign_disk_in_our_slot_is_not_touched() {
     let world = World::new();
-    let recovery = world
-        .builder()
-        .recover(world.journal.clone())
-        .await
-        .unwrap();
+    let recovery = world.recover().await;
     let held = recovery
         .manager()
         .attach_held_by(&layer(0), &name("a"))
@@ -235,7 +207,7 @@ async fn u03_a_foreign_disk_in_our_slot_is_not_touched() {
     next.vm.take_out(&layer(0));
     assert_eq!(next.vm.attach_foreign(&layer(7)), locator);
     let before = next.vm.left();
-    let recovery = next.builder().recover(next.journal.clone()).await.unwrap();
+    let recovery = next.recover().await;
     assert_eq!(kind(recovery.claim(&name("a"))), ErrorKind::NotFound);
     let manager = recovery.manager().clone();
     let other = manager.attach(&layer(0)).await.unwrap();
@@ -249,11 +221,7 @@ async fn u03_a_foreign_disk_in_our_slot_is_not_touched() {
 async fn a_journal_that_fails_sets_up_nothing_and_keeps_what_is_to_be_torn_down() {
     for writes in 0..12 {
         let world = World::new();
-        let recovery = world
-            .builder()
-            .recover(world.journal.clone())
-            .await
-            .unwrap();
+        let recovery = world.recover().await;
         let manager = recovery.manager().clone();
         world.journal.fail_after(writes);
         let added = manager.add(&layer(0), &ro().held_by(name("x"))).await;

@@ -1,0 +1,98 @@
+//! Backends that do nothing: what is left is the managers' own time.
+
+use std::path::Path;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blockmount::{
+    BackendError, DeviceLocator, Disk, DiskId, MountOptions, MountRequest, Mounter, Presence,
+    Transport, Unplugger,
+};
+
+/// Backends that take `step` for each step, and do nothing.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Nothing {
+    pub(crate) step: Duration,
+}
+
+impl Nothing {
+    async fn step(&self) {
+        if !self.step.is_zero() {
+            tokio::time::sleep(self.step).await;
+        }
+    }
+}
+
+/// The number that [`disk`] has put at the end of the name.
+fn number(disk: &Disk) -> u64 {
+    let name = disk.source().as_os_str().as_encoded_bytes();
+    u64::from_str_radix(std::str::from_utf8(&name[name.len() - 6..]).unwrap(), 16).unwrap()
+}
+
+#[async_trait]
+impl Transport for Nothing {
+    async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
+        Ok(DiskId::inode(1, number(disk)))
+    }
+
+    async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
+        self.step().await;
+        Ok(DeviceLocator::new("nothing", number(disk)).unwrap())
+    }
+
+    async fn detach(&self, _: &Disk) -> Result<(), BackendError> {
+        self.step().await;
+        Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        _: &Disk,
+        _: &DiskId,
+        _: Option<&DeviceLocator>,
+    ) -> Result<Presence<DeviceLocator>, BackendError> {
+        Ok(Presence::Unknown)
+    }
+}
+
+#[async_trait]
+impl Unplugger for Nothing {
+    async fn unplug(&self, _: &DeviceLocator) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Mounter for Nothing {
+    async fn mount(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<(), BackendError> {
+        self.step().await;
+        Ok(())
+    }
+
+    async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
+        self.step().await;
+        Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        _: &DeviceLocator,
+        _: &Path,
+        _: &MountOptions,
+    ) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
+}
+
+pub(crate) fn disk(number: usize) -> Disk {
+    Disk::virtual_disk(format!("/var/lib/images/layers/sha256-{number:06x}")).read_only()
+}
+
+pub(crate) fn request() -> MountRequest {
+    MountRequest::new(MountOptions::read_only())
+}
