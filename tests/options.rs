@@ -123,3 +123,22 @@ fn i06_every_flag_is_parsed_by_its_name_and_excludes_its_opposite() {
         [&MountFlag::Sync, &MountFlag::DirSync, &MountFlag::LazyTime]
     );
 }
+
+#[test]
+fn u14_a_security_label_has_commas_and_may_be_quoted() {
+    let built = |option: &str| MountOptions::builder().option(option).build();
+    let label = "context=system_u:object_r:svirt_sandbox_file_t:s0:c1,c2";
+    let quoted = "context=\"system_u:object_r:svirt_sandbox_file_t:s0:c1,c2\"";
+    let options = built(label).unwrap();
+    assert_eq!(options.data(), [label]);
+    assert_eq!(built(quoted).unwrap(), options);
+    let crossed = serde_json::to_string(&options).unwrap();
+    assert_eq!(
+        serde_json::from_str::<MountOptions>(&crossed).unwrap(),
+        options
+    );
+    for refused in ["context=a\",b", "commit=1,noatime", "xcontext=a,b"] {
+        let error = built(refused).unwrap_err();
+        assert!(matches!(error, InvalidOptions::Malformed(..)), "{refused}");
+    }
+}

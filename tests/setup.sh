@@ -8,6 +8,7 @@ needed=(
   mkfs.ext4:e2fsprogs
   mkfs.xfs:xfsprogs
   mkfs.erofs:erofs-utils
+  mkfs.btrfs:btrfs-progs
   mksquashfs:squashfs-tools
   sfdisk:fdisk
   losetup:mount

@@ -27,7 +27,7 @@ struct Image {
 /// What is on a device or partition.
 #[derive(Debug, Default, Serialize)]
 struct Found {
-    /// `filesystem`, `partition-table`, `volume`, `ambiguous`, `blank` or `unknown`.
+    /// `filesystem`, `partition-table`, `volume`, `disk-image`, `ambiguous`, `blank` or `unknown`.
     kind: &'static str,
     /// In words.
     description: String,
@@ -41,6 +41,12 @@ struct Found {
     uuid: Option<String>,
     /// Whether the filesystem needs more than there is.
     truncated: bool,
+    /// Whether its journal or log has changes that are not in their places.
+    needs_recovery: bool,
+    /// How many more devices the filesystem needs.
+    more_devices: u32,
+    /// Features that not every kernel knows.
+    features: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -111,7 +117,10 @@ fn inspect(image: &Path) -> Result<Image, Failure> {
                 size: partition.size,
                 type_id: partition.type_id.clone(),
                 name: partition.name.clone(),
-                content: describe(&probe::probe(&mut window).context(what)?),
+                content: match window.size == partition.size {
+                    true => describe(&probe::probe(&mut window).context(what)?),
+                    false => past_the_end(),
+                },
             });
         }
     }
@@ -132,6 +141,9 @@ impl Found {
             "ambiguous" => Some(
                 "remove the stale signatures with wipefs, or name the filesystem when mounting",
             ),
+            "disk-image" => {
+                Some("attach it in its format, or convert it: qemu-img convert -O raw IMAGE RAW")
+            }
             "unknown" => Some("it is no filesystem or partition table that is known here"),
             "blank" if self.description.contains("empty") => {
                 Some("the file has no content: make the image again")
@@ -146,6 +158,7 @@ fn describe(probe: &probe::ProbeResult) -> Found {
         Content::Filesystem(_) => "filesystem",
         Content::PartitionTable(_) => "partition-table",
         Content::Volume(_) => "volume",
+        Content::DiskImage(_) => "disk-image",
         Content::Ambiguous(_) => "ambiguous",
         Content::Blank => "blank",
         _ => "unknown",
@@ -174,12 +187,34 @@ fn describe(probe: &probe::ProbeResult) -> Found {
             uuid,
             size_bytes,
             block_size,
+            needs_recovery,
+            more_devices,
+            features,
+            ..
         } = superblock.clone();
+        if needs_recovery {
+            found.description += " (needs recovery)";
+        }
+        if more_devices > 0 {
+            found.description += &format!(" (needs {more_devices} more devices)");
+        }
+        (found.needs_recovery, found.more_devices, found.features) =
+            (needs_recovery, more_devices, features);
         found.filesystem = (kind == "filesystem").then(|| name.to_owned());
         (found.label, found.uuid) = (label, uuid);
         (found.filesystem_size, found.block_size) = (size_bytes, block_size);
     }
     found
+}
+
+/// A partition of which the disk has not all.
+fn past_the_end() -> Found {
+    Found {
+        kind: "unknown",
+        description: "past the end of the disk".to_owned(),
+        truncated: true,
+        ..Found::default()
+    }
 }
 
 fn to_text(images: &[Image]) -> String {

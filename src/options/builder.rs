@@ -56,7 +56,8 @@ impl MountOptionsBuilder {
     }
 
     /// Adds an option by its name in mount(8): `noatime`, `rslave`, or one for the filesystem, such
-    /// as `dax=always`. Names that are not known here are passed to the filesystem.
+    /// as `dax=always`. Names that are not known here are passed to the filesystem. The label of an option of SELinux, such
+    /// as `context=system_u:object_r:svirt_sandbox_file_t:s0:c1,c2`, may have commas, and quotes around it.
     #[must_use]
     pub fn option(mut self, option: impl Into<String>) -> Self {
         self.options.push(option.into());
@@ -186,9 +187,14 @@ impl Words {
         if option.chars().any(char::is_control) {
             return malformed("it has control characters");
         }
-        if option.contains(',') {
+        let unquoted = unquoted_label(option);
+        if unquoted.as_deref().is_some_and(|label| label.contains('"')) {
+            return malformed("it has a quote within the security label");
+        }
+        if unquoted.is_none() && option.contains(',') {
             return malformed("it has a comma; give each option by itself");
         }
+        let option = unquoted.as_deref().unwrap_or(option);
         if let "bind" | "rbind" | "remount" | "move" = option {
             let reason = "the mount of a device is always a new one";
             return Err(InvalidOptions::Inapplicable(option.to_owned(), reason));
@@ -202,6 +208,20 @@ impl Words {
             }
         }
     }
+}
+
+/// The options of SELinux, whose labels may have commas: `system_u:object_r:svirt_sandbox_file_t:s0:c1,c2`.
+const LABELS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
+
+/// An option of SELinux without the quotes that mount(8) wants around its label; nothing if it is another option.
+fn unquoted_label(option: &str) -> Option<String> {
+    let (name, label) = option
+        .split_once('=')
+        .filter(|(name, _)| LABELS.contains(name))?;
+    let inner = label
+        .strip_prefix('"')
+        .and_then(|label| label.strip_suffix('"'));
+    Some(format!("{name}={}", inner.unwrap_or(label)))
 }
 
 /// Puts an answer where none is, or the same.

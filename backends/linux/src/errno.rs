@@ -22,6 +22,18 @@ pub fn is_absent(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))
 }
 
+/// Whether a system call cannot be used: the kernel is older than it, or a filter of a container refuses it (seccomp), with
+/// the number of a missing permission. If it is really permission that is missing, the older call says so as well.
+pub(crate) fn is_call_missing(errno: Errno) -> bool {
+    matches!(errno, Errno::NOSYS | Errno::PERM)
+}
+
+/// The number of the kernel's error that an error was made of.
+pub(crate) fn errno_of(error: &BackendError) -> Option<Errno> {
+    let source = std::error::Error::source(error)?;
+    Errno::from_io_error(source.downcast_ref::<io::Error>()?)
+}
+
 /// An error about `what` was tried, of the kind that the error number means for mounting and
 /// unmounting.
 pub(crate) fn errno_error(what: impl Into<String>, cause: impl Into<io::Error>) -> BackendError {

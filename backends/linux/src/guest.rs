@@ -14,8 +14,10 @@ use crate::device::number::DeviceNumber;
 use crate::device::stack::{self, Timeouts};
 use crate::device::{dax, node};
 use crate::errno::{blocking, errno_error, retry_while_busy};
-use crate::filesystem::preflight::{choose_filesystem, explained, refuse_unsupported};
-use crate::filesystem::probe::probe;
+use crate::filesystem::preflight::{
+    choose_filesystem, explained, refuse_incomplete, refuse_unsupported,
+};
+use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
 use crate::mount::mounting::{self, Request};
 use crate::mount::target::{MountPoint, Target};
@@ -318,6 +320,9 @@ fn mount_once(
             "block device {number} is mounted already with options that exclude these"
         )));
     }
+    if let Content::Filesystem(found) = &found.content {
+        refuse_incomplete(node, found, options, others.is_empty())?;
+    }
     let mut request = Request::new(&filesystem, node, options);
     request.exclusive = others.is_empty();
     let device = DeviceUse {
@@ -338,7 +343,7 @@ fn mount_once(
             true => dax::explained(error, node),
             false => error,
         })
-        .map_err(|error| explained(error, node))?;
+        .map_err(|error| explained(error, node, &found, request.read_only))?;
     if let Some(propagation) = options.propagation() {
         mounting::propagate(list.target(), propagation, kernel)?;
     }
@@ -368,13 +373,15 @@ fn mount_request(
         built => built?,
     };
     let at = directory::prepare(list)?;
-    match &detached {
-        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, step)?,
-        None => {
-            let expected = request.expected();
-            let make = |at: &MountPoint| request.mount_at(at);
-            mounting::in_one_step(at, kernel, list, step, expected, make)?;
-        }
+    let moved = match &detached {
+        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, &step)?,
+        None => false,
+    };
+    let detached = detached.filter(|_| moved);
+    if !moved {
+        let expected = request.expected();
+        let make = |at: &MountPoint| request.mount_at(at);
+        mounting::in_one_step(at, kernel, list, step, expected, make)?;
     }
     let is_writable = !options.is_read_only();
     list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));

@@ -2,10 +2,12 @@
 
 pub(crate) mod directory;
 pub(crate) mod fscontext;
+pub(crate) mod kernel_log;
 pub(crate) mod mount_id;
 pub mod mountinfo;
 pub(crate) mod mounting;
 pub(crate) mod overlay;
+pub(crate) mod permission;
 pub(crate) mod target;
 pub(crate) mod unmount;
 pub(crate) mod users;

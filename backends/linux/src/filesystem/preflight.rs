@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use blockmount::{BackendError, ErrorKind, Expose, MountOptions};
+use blockmount::{BackendError, Expose, MountOptions};
+use rustix::io::Errno;
 
-use crate::errno::DAMAGED;
-use crate::filesystem::probe::{Content, ProbeResult};
-use crate::mount::users;
+use crate::device::free;
+use crate::errno::{DAMAGED, errno_of};
+use crate::filesystem::probe::{Content, ProbeResult, Superblock};
+use crate::mount::{permission, users};
 
 /// Refuses what this engine does not do, before anything is touched.
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {
@@ -72,6 +74,10 @@ pub(crate) fn choose_filesystem(
                 numbers.join(", ")
             ))
         }
+        (Content::DiskImage(format), _) => Err(BackendError::invalid(format!(
+            "{node} holds a disk image of the format {format}, attached as if it were the disk itself: attach it in that \
+             format, or convert it to a raw image"
+        ))),
         (Content::Ambiguous(_), None) => Err(BackendError::invalid(format!(
             "{node} has {}: name the filesystem to mount",
             found.content
@@ -88,31 +94,159 @@ fn is_same_driver(found: &str, asked: &str) -> bool {
     found == asked || (is_ext(found) && is_ext(asked)) || (is_fat(found) && is_fat(asked))
 }
 
+/// What a filesystem may lack on its device, and the options by which a client says how to do without.
+struct Driver {
+    names: &'static [&'static str],
+    /// What it replays when it is mounted.
+    journal: &'static str,
+    /// Options that mount it without a replay.
+    no_replay: &'static [&'static str],
+    /// Options that name its other devices, or that do without them.
+    devices: &'static [&'static str],
+}
+
+const DRIVERS: [Driver; 5] = [
+    Driver {
+        names: &["ext3", "ext4"],
+        journal: "journal",
+        no_replay: &["noload", "norecovery"],
+        devices: &["journal_dev", "journal_path", "noload", "norecovery"],
+    },
+    Driver {
+        names: &["xfs"],
+        journal: "log",
+        no_replay: &["norecovery"],
+        devices: &["logdev", "rtdev"],
+    },
+    Driver {
+        names: &["btrfs"],
+        journal: "log tree",
+        no_replay: &["norecovery", "nologreplay", "rescue"],
+        devices: &["device", "degraded"],
+    },
+    Driver {
+        names: &["f2fs"],
+        journal: "log",
+        no_replay: &["norecovery", "disable_roll_forward"],
+        devices: &[],
+    },
+    Driver {
+        names: &["erofs"],
+        journal: "journal",
+        no_replay: &[],
+        devices: &["device"],
+    },
+];
+
+impl Driver {
+    fn of(filesystem: &str) -> Option<&'static Driver> {
+        DRIVERS
+            .iter()
+            .find(|driver| driver.names.contains(&filesystem))
+    }
+}
+
+/// Refuses a filesystem that would be mounted with other content than was written to it, unless the client says how.
+///
+/// # Errors
+///
+/// `Invalid` if it needs devices that are not named, or would be mounted read-only without what its journal has. `Busy` in
+/// place of the latter if the journal is in use: the filesystem is mounted elsewhere.
+pub(crate) fn refuse_incomplete(
+    node: &Path,
+    found: &Superblock,
+    options: &MountOptions,
+    is_first: bool,
+) -> Result<(), BackendError> {
+    let Some(driver) = Driver::of(found.name) else {
+        return Ok(());
+    };
+    let names =
+        |given: &str, known: &[&str]| known.contains(&given.split('=').next().unwrap_or(given));
+    let says = |known: &[&str]| options.data().iter().any(|given| names(given, known));
+    let (name, at) = (found.name, node.display());
+    if found.more_devices > 0 && !says(driver.devices) {
+        let devices = match found.more_devices {
+            1 => "1 more device, which is".to_owned(),
+            more => format!("{more} more devices, which are"),
+        };
+        return Err(BackendError::invalid(format!(
+            "the {name} filesystem on {at} needs {devices} not part of the request"
+        )));
+    }
+    if found.needs_recovery && options.is_read_only() && !says(driver.no_replay) {
+        if is_first {
+            free::prove_free(node)?;
+        }
+        return Err(not_replayed(node, found.name));
+    }
+    Ok(())
+}
+
+fn not_replayed(node: &Path, filesystem: &str) -> BackendError {
+    let driver = Driver::of(filesystem);
+    let journal = driver.map_or("journal", |driver| driver.journal);
+    let option = driver.and_then(|driver| driver.no_replay.first());
+    let or_without = option.map_or(String::new(), |option| {
+        format!(", or give the option {option} to see the older state")
+    });
+    BackendError::invalid(format!(
+        "the {journal} of the {filesystem} filesystem on {} was not replayed, and without that a read-only mount shows an older \
+         state: mount it writable once{or_without}",
+        node.display()
+    ))
+}
+
 /// Says more where the kernel's number alone says little.
-pub(crate) fn explained(error: BackendError, node: &Path) -> BackendError {
-    let errno = std::error::Error::source(&error)
-        .and_then(|source| source.downcast_ref::<std::io::Error>())
-        .and_then(rustix::io::Errno::from_io_error);
-    if errno.is_some_and(|errno| DAMAGED.contains(&errno)) {
-        return explain(error, ErrorKind::Invalid, || {
-            format!("the filesystem on {} is damaged", node.display())
-        });
-    }
-    if errno == Some(rustix::io::Errno::BUSY) {
-        return explain(error, ErrorKind::Busy, || {
+pub(crate) fn explained(
+    error: BackendError,
+    node: &Path,
+    found: &ProbeResult,
+    read_only: bool,
+) -> BackendError {
+    let at = node.display();
+    let superblock = match &found.content {
+        Content::Filesystem(superblock) => Some(superblock),
+        _ => None,
+    };
+    match errno_of(&error) {
+        Some(errno) if DAMAGED.contains(&errno) => {
+            explain(error, &format!("the filesystem on {at} is damaged"))
+        }
+        Some(Errno::BUSY) => {
             let by = users::listed(&users::of_device_at(node));
-            format!("device {} is in use by {by}", node.display())
-        });
+            explain(error, &format!("device {at} is in use by {by}"))
+        }
+        // What the kernel finds in a journal may be more than its superblock says.
+        Some(Errno::ROFS) if read_only && superblock.is_some() => {
+            let name = superblock.map_or("", |found| found.name);
+            BackendError::invalid(format!(
+                "{}: {}",
+                error.message(),
+                not_replayed(node, name).message()
+            ))
+            .with_source(error)
+        }
+        Some(Errno::ROFS | Errno::ACCESS) => explain(
+            error,
+            &format!("device {at} is read-only; mount it with ro"),
+        ),
+        Some(Errno::INVAL | Errno::OPNOTSUPP) => {
+            let features = superblock.map(|found| found.features.join(", "));
+            match features.filter(|features| !features.is_empty()) {
+                None => error,
+                Some(features) => explain(
+                    error,
+                    &format!("the filesystem uses features that not every kernel has: {features}"),
+                ),
+            }
+        }
+        Some(Errno::PERM) => explain(error, &permission::missing()),
+        _ => error,
     }
-    explain(error, ErrorKind::Conflict, || {
-        format!("device {} is read-only; mount it with ro", node.display())
-    })
 }
 
 /// Adds to an error of mounting what else is known, without a change of its kind.
-fn explain(error: BackendError, kind: ErrorKind, more: impl FnOnce() -> String) -> BackendError {
-    if error.kind() != kind {
-        return error;
-    }
-    BackendError::new(kind, format!("{}: {}", error.message(), more())).with_source(error)
+fn explain(error: BackendError, more: &str) -> BackendError {
+    BackendError::new(error.kind(), format!("{}: {more}", error.message())).with_source(error)
 }

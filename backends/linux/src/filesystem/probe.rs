@@ -4,12 +4,18 @@
 #![deny(clippy::arithmetic_side_effects)]
 
 mod blank;
+mod btrfs;
+mod disk_image;
 mod ext;
+mod f2fs;
+mod fat;
+mod features;
 mod gpt;
 mod mbr;
-mod others;
+mod optical;
 mod readonly;
 mod source;
+mod volumes;
 mod xfs;
 
 use std::fmt;
@@ -37,6 +43,9 @@ pub enum Content {
     /// Something else that must not be overwritten: swap space, an encrypted volume, a member of an
     /// array.
     Volume(Superblock),
+    /// An image of a disk in a format of a hypervisor, by name: `qcow2`, `vhd`, `vhdx` or `vmdk`. What is in it can only
+    /// be seen through that format.
+    DiskImage(&'static str),
     /// Signatures of several filesystems or volumes that exclude each other, by name.
     Ambiguous(Vec<&'static str>),
     /// Proven blank: zeros in each place where anything known keeps a signature.
@@ -47,6 +56,7 @@ pub enum Content {
 
 /// What the superblock of a filesystem or volume says.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Superblock {
     /// The filesystem by its kernel name (`ext4`), or the kind of volume (`luks`, `swap`).
     pub name: &'static str,
@@ -58,6 +68,14 @@ pub struct Superblock {
     pub size_bytes: Option<u64>,
     /// The size of a block, in bytes, where it has blocks.
     pub block_size: Option<u32>,
+    /// Whether its journal or log has changes that are not in their places yet. A mount without replay shows an older
+    /// state, without an error. A filesystem that is mounted read-write elsewhere looks the same.
+    pub needs_recovery: bool,
+    /// How many more devices it needs: blobs of an erofs, an external journal or log, a realtime device, the other
+    /// devices of a btrfs.
+    pub more_devices: u32,
+    /// Its features that not every kernel since Linux 4.19 knows, by name, or by their bits (`incompat 0x80000`).
+    pub features: Vec<String>,
 }
 
 /// A partition table.
@@ -101,6 +119,9 @@ impl Superblock {
             uuid: None,
             size_bytes: None,
             block_size: None,
+            needs_recovery: false,
+            more_devices: 0,
+            features: Vec::new(),
         }
     }
 }
@@ -123,6 +144,7 @@ impl fmt::Display for Content {
         match self {
             Content::Filesystem(found) | Content::Volume(found) => f.write_str(found.name),
             Content::PartitionTable(table) => write!(f, "a {} partition table", table.kind),
+            Content::DiskImage(format) => write!(f, "a {format} disk image"),
             Content::Ambiguous(names) => write!(f, "signatures of {}", names.join(" and ")),
             Content::Blank => f.write_str("nothing (blank)"),
             Content::Unknown => f.write_str("unknown content"),
@@ -163,13 +185,20 @@ fn content<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Content> {
     filesystems.extend(xfs::probe(source)?);
     filesystems.extend(readonly::erofs(source)?);
     filesystems.extend(readonly::squashfs(source)?);
-    filesystems.extend(others::btrfs(source)?);
-    filesystems.extend(others::iso9660(source)?);
-    let volumes = others::volumes(source)?;
+    filesystems.extend(btrfs::probe(source)?);
+    filesystems.extend(f2fs::probe(source)?);
+    filesystems.extend(fat::exfat(source)?);
+    filesystems.extend(optical(source)?);
+    let mut volumes = volumes::volumes(source)?;
+    volumes.extend(filesystems.extract_if(.., |found| ext::is_journal(found)));
+    let image = disk_image::by_header(source)?;
     let all = filesystems.iter().chain(&volumes);
-    let names: Vec<_> = all.map(|found| found.name).collect();
+    let names: Vec<_> = all.map(|found| found.name).chain(image).collect();
     if names.len() > 1 {
         return Ok(Content::Ambiguous(names));
+    }
+    if let Some(format) = image {
+        return Ok(Content::DiskImage(format));
     }
     let gpt = gpt::probe(source)?;
     // Hybrid images boot from discs and from USB sticks, and their partitions hold the same files.
@@ -179,21 +208,32 @@ fn content<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Content> {
     if let Some(found) = filesystems.pop() {
         return Ok(Content::Filesystem(found));
     }
-    if let Some(found) = volumes.into_iter().next() {
+    if let Some(found) = volumes.pop() {
         return Ok(Content::Volume(found));
     }
     // A FAT boot sector ends like an MBR: the stricter one goes first.
-    if let Some(found) = others::vfat(source)? {
+    if let Some(found) = fat::vfat(source)? {
         return Ok(Content::Filesystem(found));
     }
     if let Some(table) = mbr::probe(source)? {
         return Ok(Content::PartitionTable(table));
+    }
+    if disk_image::has_vhd_footer(source)? {
+        return Ok(Content::DiskImage("vhd"));
     }
     Ok(if blank::is_blank(source)? {
         Content::Blank
     } else {
         Content::Unknown
     })
+}
+
+/// A bridge disc has both filesystems over the same files; the kernel's tools take UDF.
+fn optical<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Option<Superblock>> {
+    match optical::udf(source)? {
+        Some(found) => Ok(Some(found)),
+        None => optical::iso9660(source),
+    }
 }
 
 /// The text of a field that is padded with NULs or spaces; nothing if it is empty.
@@ -205,6 +245,15 @@ fn text(field: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(&field[..end]);
     let text = text.trim_end();
     (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// The text of a field of 16-bit characters, little-endian, that is padded with NULs; nothing if it is empty.
+fn utf16(field: &[u8]) -> Option<String> {
+    let units = field.chunks_exact(2);
+    let units = units.map(|unit| u16::from_le_bytes([unit[0], unit[1]]));
+    let units: Vec<u16> = units.take_while(|unit| *unit != 0).collect();
+    let text = String::from_utf16_lossy(&units);
+    (!text.is_empty()).then_some(text)
 }
 
 /// A UUID as its sixteen bytes print; nothing if all are zero.

@@ -2,7 +2,7 @@
 //! words where it refuses something.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, MountFlag, MountFlags};
 use rustix::io::Errno;
@@ -11,8 +11,9 @@ use rustix::mount::{
     fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
 };
 
-use crate::errno::errno_error;
+use crate::errno::{errno_error, is_call_missing};
 use crate::kernel::Kernel;
+use crate::mount::kernel_log::{KernelLog, printable};
 
 /// The longest string that a context takes, in bytes (`strndup_user` in `fsconfig(2)`).
 const LONGEST_STRING: usize = 255;
@@ -24,20 +25,32 @@ const LONGEST_MESSAGE: usize = 4096;
 pub(crate) struct Context {
     fd: OwnedFd,
     filesystem: String,
+    source: PathBuf,
+    log: KernelLog,
 }
 
 impl Context {
-    /// Starts to configure a filesystem; `None` if this kernel knows no contexts.
-    pub(crate) fn open(filesystem: &str, kernel: Kernel) -> Result<Option<Self>, BackendError> {
+    /// Starts to configure a filesystem of a source: the device, or whatever is to be seen in the mount table. `None` if
+    /// this kernel knows no contexts, or this process may not use them.
+    pub(crate) fn open(
+        filesystem: &str,
+        source: &Path,
+        kernel: Kernel,
+    ) -> Result<Option<Self>, BackendError> {
         if !kernel.contexts {
             return Ok(None);
         }
         match fsopen(filesystem, FsOpenFlags::FSOPEN_CLOEXEC) {
-            Ok(fd) => Ok(Some(Context {
-                fd,
-                filesystem: filesystem.to_owned(),
-            })),
-            Err(Errno::NOSYS) => Ok(None),
+            Ok(fd) => {
+                let context = Context {
+                    fd,
+                    filesystem: filesystem.to_owned(),
+                    source: source.to_owned(),
+                    log: KernelLog::from_now(),
+                };
+                context.name_source().map(|()| Some(context))
+            }
+            Err(errno) if is_call_missing(errno) => Ok(None),
             Err(Errno::NODEV) => {
                 let message = format!("this kernel does not know the filesystem {filesystem}");
                 Err(BackendError::unsuitable(message)
@@ -50,17 +63,14 @@ impl Context {
         }
     }
 
-    /// Names the device, or whatever is to be seen in the mount table as the source.
-    pub(crate) fn source(&self, source: &Path) -> Result<(), BackendError> {
-        if source.as_os_str().len() > LONGEST_STRING {
-            let message = format!(
-                "the name {} is too long for a mount's source",
-                source.display()
-            );
+    fn name_source(&self) -> Result<(), BackendError> {
+        let source = self.source.display();
+        if self.source.as_os_str().len() > LONGEST_STRING {
+            let message = format!("the name {source} is too long for a mount's source");
             return Err(BackendError::invalid(message));
         }
-        let done = fsconfig_set_string(&self.fd, "source", source);
-        done.map_err(|errno| self.refused(&format!("source {}", source.display()), errno))
+        fsconfig_set_string(&self.fd, "source", &self.source)
+            .map_err(|errno| self.refused(&format!("source {source}"), errno))
     }
 
     /// Sets the flags that belong to the filesystem.
@@ -146,7 +156,7 @@ impl Context {
         )
     }
 
-    /// What the kernel has to say, for the end of a message.
+    /// What the kernel has to say, for the end of a message: in the context, or else in its log.
     fn said(&self) -> String {
         let mut said = String::new();
         let mut buffer = [0; LONGEST_MESSAGE];
@@ -159,9 +169,12 @@ impl Context {
             let line = line.trim_end();
             // Each starts with its level: e(rror), w(arning) or i(nfo), and a space.
             said.push_str(if said.is_empty() { ": " } else { "; " });
-            said.push_str(line.get(2..).unwrap_or(line));
+            said.push_str(&printable(line.get(2..).unwrap_or(line)));
         }
-        said
+        match said.is_empty() {
+            true => self.log.said(&self.filesystem, &self.source),
+            false => said,
+        }
     }
 }
 

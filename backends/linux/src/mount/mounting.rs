@@ -10,9 +10,10 @@ use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags};
 
 use crate::device::free;
-use crate::errno::errno_error;
+use crate::errno::{errno_error, errno_of, is_call_missing};
 use crate::kernel::Kernel;
 use crate::mount::fscontext::Context;
+use crate::mount::kernel_log::KernelLog;
 use crate::mount::mount_id::MountId;
 use crate::mount::target::{MountPoint, Target};
 use crate::sys;
@@ -21,6 +22,9 @@ use crate::undo::step::{Identity, Undo};
 
 /// One page, less its NUL: all that `mount(2)` takes as options of a filesystem, in bytes.
 pub(crate) const LONGEST_DATA: usize = 4095;
+
+/// Of xfs: whether another filesystem has the same UUID does not matter.
+const NO_UUID: &str = "nouuid";
 
 /// A filesystem of a device, and how to mount it.
 #[derive(Debug)]
@@ -45,15 +49,9 @@ impl Request {
         let read_only =
             options.is_read_only() || matches!(filesystem, "erofs" | "squashfs" | "iso9660");
         let mut data = options.data().to_vec();
-        let no_replay = match filesystem {
-            _ if !read_only => None,
-            // Even a read-only mount writes, when it finds a journal to replay.
-            "ext3" | "ext4" => Some("noload"),
-            "xfs" => Some("norecovery"),
-            _ => None,
-        };
-        if let Some(option) = no_replay.filter(|option| !data.iter().any(|given| given == option)) {
-            data.push(option.to_owned());
+        // The kernel mounts no two filesystems with one UUID, and clones of an image have one.
+        if read_only && filesystem == "xfs" && !data.iter().any(|given| given == NO_UUID) {
+            data.push(NO_UUID.to_owned());
         }
         let (filesystem, source) = (filesystem.to_owned(), source.to_owned());
         Request {
@@ -67,12 +65,15 @@ impl Request {
     }
 
     /// Builds the mount detached: nobody sees it, and it goes when the answer is dropped. `None` if
-    /// this kernel cannot.
+    /// this kernel cannot, or this process may not.
     pub(crate) fn build(&self, kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
-        let Some(context) = Context::open(&self.filesystem, kernel)? else {
+        or_without_call(self.build_in_context(kernel))
+    }
+
+    fn build_in_context(&self, kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
+        let Some(context) = Context::open(&self.filesystem, &self.source, kernel)? else {
             return Ok(None);
         };
-        context.source(&self.source)?;
         context.flags(self.read_only, self.flags)?;
         for option in &self.data {
             context.option(option)?;
@@ -103,7 +104,7 @@ impl Request {
         if self.exclusive {
             self.prove_exclusive()?;
         }
-        let data = self.data.join(",");
+        let data = options_string(&self.data);
         if data.len() > LONGEST_DATA {
             return Err(BackendError::invalid(
                 "the options of the filesystem are longer than 4,095 bytes",
@@ -114,6 +115,7 @@ impl Request {
         })?;
         let flags = flags(self.read_only, self.flags);
         let at = path_of(at.directory());
+        let log = KernelLog::from_now();
         sys_mount::mount(
             &self.source,
             &at,
@@ -122,15 +124,15 @@ impl Request {
             data.as_c_str(),
         )
         .map_err(|errno| {
+            let said = log.said(&self.filesystem, &self.source);
             let what = format!(
-                "cannot mount {} as {}",
+                "cannot mount {} as {}{said}",
                 self.source.display(),
                 self.filesystem
             );
-            let hint = if errno == Errno::INVAL {
-                ": see the kernel's log for what it refused"
-            } else {
-                ""
+            let hint = match errno {
+                Errno::INVAL if said.is_empty() => ": see the kernel's log for what it refused",
+                _ => "",
             };
             errno_error(what + hint, errno)
         })
@@ -203,12 +205,32 @@ fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags {
     all
 }
 
+/// Options as `mount(2)` takes them. A comma in one is within quotes, which SELinux understands.
+fn options_string(options: &[String]) -> String {
+    let quoted = options.iter().map(|option| match option.split_once('=') {
+        Some((name, value)) if value.contains(',') => format!("{name}=\"{value}\""),
+        _ => option.clone(),
+    });
+    quoted.collect::<Vec<_>>().join(",")
+}
+
+/// `None` in place of the error of a call that this process may not make: the older way is tried.
+pub(crate) fn or_without_call<T>(
+    built: Result<Option<T>, BackendError>,
+) -> Result<Option<T>, BackendError> {
+    match built {
+        Err(error) if errno_of(&error).is_some_and(is_call_missing) => Ok(None),
+        built => built,
+    }
+}
+
 /// A path for system calls that take no file descriptor. Valid while `fd` is open.
 pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
-/// Moves a detached mount into place, on the undo list before it is seen. After an error it is gone.
+/// Moves a detached mount into place, on the undo list before it is seen. False if this process may not, and after an error:
+/// then nothing has happened.
 pub(crate) fn attach(
     detached: &OwnedFd,
     at: &MountPoint,
@@ -216,15 +238,22 @@ pub(crate) fn attach(
     kernel: Kernel,
     list: &UndoList<'_>,
     step: impl Fn(Identity) -> Undo,
-) -> Result<(), BackendError> {
+) -> Result<bool, BackendError> {
     propagate_detached(detached, propagation, kernel)?;
     list.add(step(Identity::Known(MountId::of(detached, kernel)?)))?;
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    sys_mount::move_mount(detached, "", at.directory(), "", empty).map_err(|errno| {
-        list.retain(|step| !matches!(step, Undo::Unmount(_)));
-        let target = list.target().path().display();
-        errno_error(format!("cannot move the mount to {target}"), errno)
-    })
+    let Err(errno) = sys_mount::move_mount(detached, "", at.directory(), "", empty) else {
+        return Ok(true);
+    };
+    list.retain(|step| !matches!(step, Undo::Unmount(_)));
+    if is_call_missing(errno) {
+        return Ok(false);
+    }
+    let target = list.target().path().display();
+    Err(errno_error(
+        format!("cannot move the mount to {target}"),
+        errno,
+    ))
 }
 
 /// Makes a mount in its place, with what the kernel's table will say of it on the undo list before. After an error
@@ -258,7 +287,8 @@ fn propagate_detached(
     match propagation {
         Some(shared) if shared.mode == PropagationMode::Shared && kernel.set_attributes => {
             match sys::set_propagation(mount, shared) {
-                Err(Errno::NOSYS) | Ok(()) => Ok(()),
+                Ok(()) => Ok(()),
+                Err(errno) if is_call_missing(errno) => Ok(()),
                 Err(errno) => Err(errno_error("cannot make the mount shared", errno)),
             }
         }
@@ -282,7 +312,7 @@ pub(crate) fn propagate(
     } else {
         Err(Errno::NOSYS)
     };
-    if done != Err(Errno::NOSYS) {
+    if !done.is_err_and(is_call_missing) {
         return done.map_err(|errno| errno_error(what(), errno));
     }
     let mut flags = match propagation.mode {
@@ -293,4 +323,18 @@ pub(crate) fn propagate(
     };
     flags.set(MountPropagationFlags::REC, propagation.recursive);
     sys_mount::mount_change(path_of(mount), flags).map_err(|errno| errno_error(what(), errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn u14_a_label_with_commas_is_quoted_for_mount() {
+        let options = ["context=u:o:t:s0:c1,c2", "noacl", "commit=5"].map(str::to_owned);
+        assert_eq!(
+            options_string(&options),
+            "context=\"u:o:t:s0:c1,c2\",noacl,commit=5"
+        );
+    }
 }

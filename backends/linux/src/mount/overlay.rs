@@ -16,6 +16,7 @@ use crate::errno::errno_error;
 use crate::kernel::Kernel;
 use crate::mount::directory::{self, open_tree, readable};
 use crate::mount::fscontext::Context;
+use crate::mount::kernel_log::KernelLog;
 use crate::mount::mounting::{self, LONGEST_DATA, path_of};
 use crate::mount::target::MountPoint;
 use crate::undo::ledger::UndoList;
@@ -94,15 +95,16 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
         false => None,
     };
     let lowers: Vec<&OwnedFd> = stack.layers.iter().chain(&empty).collect();
-    match stack.build(&lowers, kernel)? {
-        Some(mount) => mounting::attach(&mount, &at, None, kernel, list, step),
-        None => {
-            let options = stack.options(&lowers)?;
-            let expected = stack.expected(&options);
-            let make = |at: &MountPoint| stack.mount_at(&options, at);
-            mounting::in_one_step(at, kernel, list, step, expected, make)
-        }
+    let detached = mounting::or_without_call(stack.build(&lowers, kernel))?;
+    if let Some(mount) = detached
+        && mounting::attach(&mount, &at, None, kernel, list, step)?
+    {
+        return Ok(());
     }
+    let options = stack.options(&lowers)?;
+    let expected = stack.expected(&options);
+    let make = |at: &MountPoint| stack.mount_at(&options, at);
+    mounting::in_one_step(at, kernel, list, step, expected, make)
 }
 
 /// The layers of an overlay.
@@ -188,10 +190,9 @@ impl Stack<'_> {
     }
 
     fn open(&self, kernel: Kernel) -> Result<Option<Context>, BackendError> {
-        let Some(context) = Context::open("overlay", kernel)? else {
+        let Some(context) = Context::open("overlay", Path::new(self.mark), kernel)? else {
             return Ok(None);
         };
-        context.source(Path::new(self.mark))?;
         context.flags(self.scratch.is_none(), MountFlags::default())?;
         Ok(Some(context))
     }
@@ -240,14 +241,15 @@ impl Stack<'_> {
         let at = path_of(at.directory());
         let mut flags = sys_mount::MountFlags::empty();
         flags.set(sys_mount::MountFlags::RDONLY, self.scratch.is_none());
-        let mark = self.mark;
+        let (mark, log) = (self.mark, KernelLog::from_now());
         among_descriptors(|| sys_mount::mount(mark, &at, "overlay", flags, data.as_c_str()))?
             .map_err(|errno| {
-                let what = format!(
-                    "cannot mount an overlay of {} layers: see the kernel's log",
-                    self.layers.len()
-                );
-                errno_error(what, errno)
+                let said = log.said("overlay", Path::new(mark));
+                let layers = self.layers.len();
+                errno_error(
+                    format!("cannot mount an overlay of {layers} layers{said}"),
+                    errno,
+                )
             })
     }
 }

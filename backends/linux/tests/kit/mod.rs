@@ -172,6 +172,7 @@ pub(crate) enum Image {
     Gpt,
     Mbr,
     Swap,
+    Btrfs,
 }
 
 impl Image {
@@ -195,6 +196,7 @@ impl Image {
             Image::Gpt => "gpt",
             Image::Mbr => "mbr",
             Image::Swap => "swap",
+            Image::Btrfs => "btrfs",
         }
     }
 
@@ -205,7 +207,7 @@ impl Image {
     /// A copy of the image for one test. There is a file `hello` in it.
     pub(crate) fn copy(self, to: &Path) -> PathBuf {
         let to = to.join(format!("{}.img", self.name()));
-        if self == Image::Xfs {
+        if matches!(self, Image::Xfs | Image::Btrfs) {
             // The kernel mounts no two of them with one UUID.
             let dir = tempfile::tempdir().unwrap();
             fs::rename(self.make(dir.path()), &to).unwrap();
@@ -216,7 +218,7 @@ impl Image {
     }
 
     fn made(self) -> &'static Kept {
-        static MADE: [OnceLock<Kept>; 9] = [const { OnceLock::new() }; 9];
+        static MADE: [OnceLock<Kept>; 10] = [const { OnceLock::new() }; 10];
         MADE[self as usize].get_or_init(|| {
             let dir = tempfile::tempdir().unwrap();
             Kept::of(&self.make(dir.path()))
@@ -265,6 +267,10 @@ impl Image {
                         path,
                     ],
                 );
+            }
+            Image::Btrfs => {
+                blank(&image, 128 << 20);
+                run("mkfs.btrfs", &["-q", "-r", tree, path]);
             }
             Image::Erofs => {
                 run("mkfs.erofs", &["--quiet", path, tree]);

@@ -4,6 +4,7 @@ use std::io::{self, Read, Seek};
 
 use crc::{CRC_32_ISCSI, Crc};
 
+use super::features::FeatureSet;
 use super::source::{Bytes, Source};
 use super::{Superblock, text, uuid};
 
@@ -12,6 +13,8 @@ const LENGTH: usize = 1024;
 const MAGIC: u16 = 0xef53;
 
 const COMPAT_HAS_JOURNAL: u32 = 0x4;
+/// The journal has changes that were not written to their places.
+const INCOMPAT_RECOVER: u32 = 0x4;
 /// The device of a journal that belongs to another filesystem.
 const INCOMPAT_JOURNAL_DEV: u32 = 0x8;
 const INCOMPAT_64BIT: u32 = 0x80;
@@ -21,47 +24,96 @@ const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
 const INCOMPAT_OF_EXT3: u32 = 0x2 | 0x4 | 0x10;
 const RO_COMPAT_OF_EXT3: u32 = 0x1 | 0x2 | 0x4;
 
+const INCOMPAT: FeatureSet = FeatureSet {
+    name: "incompat",
+    common: 0x2 | 0x4 | 0x8 | 0x10 | 0x40 | 0x80 | 0x100 | 0x200,
+    named: &[
+        (0x1, "compression"),
+        (0x400, "ea_inode"),
+        (0x1000, "dirdata"),
+        (0x2000, "metadata_csum_seed"),
+        (0x4000, "large_dir"),
+        (0x8000, "inline_data"),
+        (0x1_0000, "encrypt"),
+        (0x2_0000, "casefold"),
+    ],
+};
+const RO_COMPAT: FeatureSet = FeatureSet {
+    name: "ro_compat",
+    common: 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x200 | 0x400 | 0x2000,
+    named: &[
+        (0x80, "has_snapshot"),
+        (0x800, "replica"),
+        (0x1000, "read-only"),
+        (0x4000, "shared_blocks"),
+        (0x8000, "verity"),
+        (0x1_0000, "orphan_present"),
+    ],
+};
+
 pub(super) fn probe<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Option<Superblock>> {
-    Ok(source.bytes(OFFSET, LENGTH)?.and_then(|block| read(&block)))
+    let block = source.checked(OFFSET, LENGTH, is_consistent, checksum_fits)?;
+    Ok(block.map(|block| read(&block)))
 }
 
-fn read(block: &Bytes) -> Option<Superblock> {
-    if block.le16(0x38) != MAGIC {
-        return None;
-    }
-    let log_block_size = block.le32(0x18);
-    let (per_group, inodes, revision) = (block.le32(0x20), block.le32(0x28), block.le32(0x4c));
+/// Whether it is the device of a journal that belongs to another filesystem.
+pub(super) fn is_journal(found: &Superblock) -> bool {
+    found.name == "jbd"
+}
+
+fn is_consistent(block: &Bytes) -> bool {
     // The largest block is 64 KiB.
-    if log_block_size > 6 || per_group == 0 || inodes == 0 || revision > 1 {
-        return None;
-    }
-    let (compat, incompat, ro_compat) = match revision {
+    block.le16(0x38) == MAGIC
+        && block.le32(0x18) <= 6
+        && block.le32(0x20) != 0
+        && block.le32(0x28) != 0
+        && block.le32(0x4c) <= 1
+        && blocks(block) != 0
+}
+
+/// Compatible, incompatible and read-only compatible features.
+fn features(block: &Bytes) -> (u32, u32, u32) {
+    match block.le32(0x4c) {
         0 => (0, 0, 0),
         _ => (block.le32(0x5c), block.le32(0x60), block.le32(0x64)),
-    };
-    if ro_compat & RO_COMPAT_METADATA_CSUM != 0 && !checksum_fits(block) {
-        return None;
     }
-    let high = if incompat & INCOMPAT_64BIT != 0 {
-        block.le32(0x150)
-    } else {
-        0
+}
+
+fn blocks(block: &Bytes) -> u64 {
+    let (_, incompat, _) = features(block);
+    let high = match incompat & INCOMPAT_64BIT {
+        0 => 0,
+        _ => block.le32(0x150),
     };
-    let blocks = u64::from(high) << 32 | u64::from(block.le32(0x04));
-    if blocks == 0 {
-        return None;
-    }
-    let block_size = 1024 << log_block_size;
-    Some(Superblock {
-        name: name(compat, incompat, ro_compat),
+    u64::from(high) << 32 | u64::from(block.le32(0x04))
+}
+
+fn read(block: &Bytes) -> Superblock {
+    let (compat, incompat, ro_compat) = features(block);
+    let block_size = 1024u32 << block.le32(0x18).min(6);
+    let has_journal = compat & COMPAT_HAS_JOURNAL != 0;
+    // An inode number of its own journal, or the UUID of another device's.
+    let is_external = has_journal && block.le32(0xe0) == 0 && block.array::<16>(0xd0) != [0; 16];
+    Superblock {
         label: text(&block.array::<16>(0x78)),
         uuid: uuid(block.array(0x68)),
-        size_bytes: Some(blocks.saturating_mul(u64::from(block_size))),
+        size_bytes: Some(blocks(block).saturating_mul(u64::from(block_size))),
         block_size: Some(block_size),
-    })
+        needs_recovery: incompat & INCOMPAT_RECOVER != 0,
+        more_devices: u32::from(is_external),
+        features: INCOMPAT
+            .uncommon(incompat.into())
+            .chain(RO_COMPAT.uncommon(ro_compat.into()))
+            .collect(),
+        ..Superblock::named(name(compat, incompat, ro_compat))
+    }
 }
 
 fn checksum_fits(block: &Bytes) -> bool {
+    let (_, _, ro_compat) = features(block);
+    if ro_compat & RO_COMPAT_METADATA_CSUM == 0 {
+        return true;
+    }
     // The kernel keeps the remainder without the final inversion.
     let crc = Crc::<u32>::new(&CRC_32_ISCSI).checksum(&block.0[..LENGTH - 4]);
     !crc == block.le32(LENGTH - 4)

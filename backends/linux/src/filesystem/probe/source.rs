@@ -38,6 +38,33 @@ impl<'a, R: Read + Seek> Source<'a, R> {
     }
 }
 
+/// How often what does not fit its checksum is read in all. Of the superblocks of filesystems under heavy writes, about one
+/// in a hundred is read while it changes.
+const ATTEMPTS: usize = 16;
+
+impl<R: Read + Seek> Source<'_, R> {
+    /// The bytes at an offset, if they are what is looked for and their checksum fits. A superblock of a mounted
+    /// filesystem may change while it is read, and then fits when it is read again.
+    pub(super) fn checked(
+        &mut self,
+        offset: u64,
+        length: usize,
+        is_it: impl Fn(&Bytes) -> bool,
+        fits: impl Fn(&Bytes) -> bool,
+    ) -> io::Result<Option<Bytes>> {
+        for _ in 0..ATTEMPTS {
+            let Some(bytes) = self.bytes(offset, length)?.filter(&is_it) else {
+                return Ok(None);
+            };
+            if fits(&bytes) {
+                return Ok(Some(bytes));
+            }
+            std::thread::yield_now();
+        }
+        Ok(None)
+    }
+}
+
 /// Bytes whose fields are read by offset. A field that is not inside reads as zeros.
 pub(super) struct Bytes(pub(super) Vec<u8>);
 

@@ -4,9 +4,9 @@
 // The images of these tests are made here, with numbers that fit.
 #![allow(clippy::arithmetic_side_effects)]
 
-use std::io::Cursor;
+use std::io::{Cursor, SeekFrom};
 
-use crc::{CRC_32_ISO_HDLC, Crc};
+use crc::{CRC_32_ISCSI, CRC_32_ISO_HDLC, Crc};
 use proptest::prelude::*;
 
 use super::*;
@@ -49,6 +49,8 @@ fn samples() -> Vec<(&'static str, Vec<u8>)> {
     put(&mut btrfs, 65536 + 0x30, &65536u64.to_le_bytes());
     put(&mut btrfs, 65536 + 0x40, b"_BHRfS_M");
     put(&mut btrfs, 65536 + 0x90, &4096u32.to_le_bytes());
+    let crc = Crc::<u32>::new(&CRC_32_ISCSI).checksum(&btrfs[65536 + 0x20..65536 + 4096]);
+    put(&mut btrfs, 65536, &crc.to_le_bytes());
     let mut vfat = blank();
     put(&mut vfat, 11, &[0, 2, 4, 1, 0, 2, 0, 2, 0, 8, 0xf8, 1]);
     put(&mut vfat, 43, b"NO NAME    FAT16   ");
@@ -62,7 +64,47 @@ fn samples() -> Vec<(&'static str, Vec<u8>)> {
     let mut lvm = blank();
     put(&mut lvm, 512, b"LABELONE");
     put(&mut lvm, 512 + 24, b"LVM2 001");
+    let mut qcow2 = blank();
+    put(&mut qcow2, 0, b"QFI\xfb\0\0\0\x03");
+    let mut vhd = blank();
+    put(&mut vhd, (1 << 20) - 512, b"conectix");
+    let mut vhdx = blank();
+    put(&mut vhdx, 0, b"vhdxfile");
+    let mut vmdk = blank();
+    put(&mut vmdk, 0, b"KDMV\x01\0\0\0");
+    let mut exfat = blank();
+    put(&mut exfat, 3, b"EXFAT   ");
+    put(&mut exfat, 108, &[9, 3, 1]);
+    put(&mut exfat, 510, b"\x55\xaa");
+    let mut f2fs = blank();
+    put(&mut f2fs, 1024, &0xf2f5_2010u32.to_le_bytes());
+    for (at, value) in [(8, 9u32), (12, 3), (16, 12), (20, 9), (36, 256)] {
+        put(&mut f2fs, 1024 + at, &value.to_le_bytes());
+    }
+    let mut iso9660 = blank();
+    put(&mut iso9660, 32768, b"\x01CD001\x01");
+    let mut udf = blank();
+    put(&mut udf, 32768, b"\0BEA01\x01");
+    put(&mut udf, 32768 + 2048, b"\0NSR03\x01");
+    put(
+        &mut udf,
+        256 * 2048,
+        &[2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    );
+    let mut bcache = blank();
+    put(&mut bcache, 4096 + 8, &8u64.to_le_bytes());
+    let magic = b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81";
+    put(&mut bcache, 4096 + 24, magic);
     vec![
+        ("a qcow2 disk image", qcow2),
+        ("a vhd disk image", vhd),
+        ("a vhdx disk image", vhdx),
+        ("a vmdk disk image", vmdk),
+        ("exfat", exfat),
+        ("f2fs", f2fs),
+        ("iso9660", iso9660),
+        ("udf", udf),
+        ("bcache", bcache),
         ("ext2", ext2),
         ("squashfs", squashfs),
         ("erofs", erofs),
@@ -235,9 +277,12 @@ fn x11_the_farthest_mbr_partitions_do_not_overflow() {
 
 #[test]
 fn two_filesystems_are_ambiguous() {
-    let samples = samples();
-    let mut both = samples[0].1.clone();
-    put(&mut both, 0, &samples[1].1[..96]);
+    let sample = |wanted: &str| {
+        let mut samples = samples().into_iter();
+        samples.find(|(name, _)| *name == wanted).unwrap().1
+    };
+    let mut both = sample("ext2");
+    put(&mut both, 0, &sample("squashfs")[..96]);
     assert_eq!(
         content_of(&both),
         Content::Ambiguous(vec!["ext2", "squashfs"])
@@ -264,12 +309,132 @@ fn a_copy_of_an_erased_superblock_is_not_blank() {
     assert_eq!(content_of(&image), Content::Unknown);
 }
 
+/// An xfs with a log of 1,024 basic blocks in its second round, whose last record is at a block and says that the
+/// filesystem was unmounted.
+fn xfs_with_log(record: usize) -> Vec<u8> {
+    const LOG: usize = 64 << 10;
+    const BLOCKS: usize = 1024;
+    let (_, mut image) = samples()
+        .into_iter()
+        .find(|(name, _)| *name == "xfs")
+        .unwrap();
+    put(&mut image, 48, &16u64.to_be_bytes());
+    put(&mut image, 84, &256u32.to_be_bytes());
+    put(&mut image, 96, &128u32.to_be_bytes());
+    put(&mut image, 124, &[8]);
+    let head = (record + 2) % BLOCKS;
+    for block in 0..BLOCKS {
+        let round: u32 = if block < head || head == 0 { 3 } else { 2 };
+        put(&mut image, LOG + block * 512, &round.to_be_bytes());
+    }
+    let (header, data) = (LOG + record * 512, LOG + (record + 1) % BLOCKS * 512);
+    let round: [u8; 4] = image[header..header + 4].try_into().unwrap();
+    put(&mut image, header, &0xfeed_babe_u32.to_be_bytes());
+    put(&mut image, header + 4, &round);
+    for (at, value) in [(8, 2u32), (12, 512), (40, 1), (320, 32 << 10)] {
+        put(&mut image, header + at, &value.to_be_bytes());
+    }
+    put(&mut image, data + 9, &[0x20]);
+    image
+}
+
+fn needs_recovery(image: &[u8]) -> bool {
+    match content_of(image) {
+        Content::Filesystem(found) => found.needs_recovery,
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn u01_the_log_of_an_xfs_is_clean_only_if_its_end_says_unmounted() {
+    const LOG: usize = 64 << 10;
+    // The last three end at the end of the ring, and go on at its start.
+    for record in [0, 5, 700, 1021, 1022, 1023] {
+        let clean = xfs_with_log(record);
+        assert!(!needs_recovery(&clean), "{record}");
+        let header = LOG + record * 512;
+        let data = LOG + (record + 1) % 1024 * 512;
+        for (at, byte) in [
+            (data + 9, 0),
+            (header + 43, 2),
+            (header + 14, 4),
+            (header, 0),
+        ] {
+            let mut dirty = clean.clone();
+            dirty[at] = byte;
+            assert!(needs_recovery(&dirty), "{record} {at}");
+        }
+        // One more block was written.
+        let mut dirty = clean;
+        let after = LOG + (record + 2) % 1024 * 512;
+        dirty[after + 3] += 1;
+        assert!(needs_recovery(&dirty), "{record}");
+    }
+}
+
+#[test]
+fn u01_a_log_that_nothing_was_written_to_is_clean_and_one_that_is_not_there_is_not() {
+    let mut blank = xfs_with_log(5);
+    blank[64 << 10..].fill(0);
+    assert!(!needs_recovery(&blank));
+    let mut beyond = xfs_with_log(5);
+    put(&mut beyond, 48, &400u64.to_be_bytes());
+    assert!(needs_recovery(&beyond));
+}
+
+/// A device whose superblock is torn in the first reads of it.
+struct Torn {
+    image: Cursor<Vec<u8>>,
+    at: u64,
+    reads_left: usize,
+}
+
+impl Read for Torn {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (start, read) = (self.image.position(), self.image.read(buffer)?);
+        let torn = self.at.checked_sub(start).map(|at| at as usize);
+        if let Some(byte) = torn.and_then(|at| buffer[..read].get_mut(at)) {
+            if self.reads_left > 0 {
+                *byte ^= 0xff;
+            }
+            self.reads_left = self.reads_left.saturating_sub(1);
+        }
+        Ok(read)
+    }
+}
+
+impl Seek for Torn {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.image.seek(to)
+    }
+}
+
+#[test]
+fn u16_a_superblock_that_changes_while_it_is_read_is_read_again() {
+    let (_, image) = samples()
+        .into_iter()
+        .find(|(name, _)| *name == "btrfs")
+        .unwrap();
+    let found_after = |reads_left| {
+        let mut device = Torn {
+            image: Cursor::new(image.clone()),
+            // In its label, which only the checksum covers.
+            at: 65536 + 0x12b,
+            reads_left,
+        };
+        probe(&mut device).unwrap().content.to_string()
+    };
+    assert_eq!(found_after(0), "btrfs");
+    assert_eq!(found_after(10), "btrfs");
+    assert_eq!(found_after(1000), "unknown content");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn nothing_makes_it_panic_and_no_remains_are_blank(
-        sample in 0..12usize,
+        sample in 0..21usize,
         damage in proptest::collection::vec((0..70_000usize, any::<u8>()), 0..40),
         superblock in proptest::collection::vec((0..1600usize, prop_oneof![Just(0u8), Just(0xff), any::<u8>()]), 0..40),
         length in prop_oneof![Just(1usize << 20), 0..3000usize, 0..(1usize << 20)],

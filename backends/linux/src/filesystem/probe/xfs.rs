@@ -1,17 +1,41 @@
 //! XFS. Layout: "XFS Algorithms & Data Structures", section "Superblocks".
 
+mod log;
+
 use std::io::{self, Read, Seek};
 
 use crc::{CRC_32_ISCSI, Crc};
 
+use super::features::FeatureSet;
 use super::source::{Bytes, Source};
 use super::{Superblock, text, uuid};
 
 /// The superblock fills one sector.
 const SECTORS: std::ops::RangeInclusive<u16> = 512..=32768;
 const BLOCKS: std::ops::RangeInclusive<u32> = 512..=65536;
-/// Offset and length of the checksum, which version 5 has.
+/// Offset of the checksum, which version 5 has.
 const CHECKSUM: usize = 224;
+const INCOMPAT_ZONED: u32 = 0x200;
+
+const RO_COMPAT: FeatureSet = FeatureSet {
+    name: "ro_compat",
+    common: 0x1 | 0x2 | 0x4,
+    named: &[(0x8, "inobtcount")],
+};
+const INCOMPAT: FeatureSet = FeatureSet {
+    name: "incompat",
+    common: 0x1 | 0x2 | 0x4,
+    named: &[
+        (0x8, "bigtime"),
+        (0x10, "needsrepair"),
+        (0x20, "nrext64"),
+        (0x40, "exchange"),
+        (0x80, "parent"),
+        (0x100, "metadir"),
+        (0x200, "zoned"),
+        (0x400, "zone_gaps"),
+    ],
+};
 
 pub(super) fn probe<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Option<Superblock>> {
     let Some(start) = source.bytes(0, 512)?.filter(|start| start.has(0, b"XFSB")) else {
@@ -21,33 +45,56 @@ pub(super) fn probe<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Op
     if !SECTORS.contains(&sector) || !sector.is_power_of_two() {
         return Ok(None);
     }
-    Ok(source
-        .bytes(0, usize::from(sector))?
-        .and_then(|sector| read(&sector)))
+    let found = source.checked(0, usize::from(sector), is_consistent, checksum_fits)?;
+    let Some(sector) = found else { return Ok(None) };
+    let mut found = read(&sector);
+    if let Some(log) = log::Log::of(&sector) {
+        found.needs_recovery = !log.is_clean(source)?;
+    }
+    Ok(Some(found))
 }
 
-fn read(sector: &Bytes) -> Option<Superblock> {
-    let (block_size, blocks) = (sector.be32(4), sector.be64(8));
-    let version = sector.be16(100) & 0xf;
-    let consistent = BLOCKS.contains(&block_size)
+fn version(sector: &Bytes) -> u16 {
+    sector.be16(100) & 0xf
+}
+
+fn is_consistent(sector: &Bytes) -> bool {
+    let block_size = sector.be32(4);
+    BLOCKS.contains(&block_size)
         && block_size.is_power_of_two()
-        && matches!(version, 4 | 5)
-        && blocks != 0
+        && matches!(version(sector), 4 | 5)
+        && sector.be64(8) != 0
         && u32::from(sector.0[120]) == block_size.ilog2()
-        && sector.be32(88) != 0;
-    if !consistent || (version == 5 && !checksum_fits(sector)) {
-        return None;
-    }
-    Some(Superblock {
-        name: "xfs",
+        && sector.be32(88) != 0
+}
+
+fn read(sector: &Bytes) -> Superblock {
+    let (block_size, blocks) = (sector.be32(4), sector.be64(8));
+    let (ro_compat, incompat) = match version(sector) {
+        5 => (sector.be32(212), sector.be32(216)),
+        _ => (0, 0),
+    };
+    let has_external_log = sector.be64(48) == 0;
+    // The realtime part of a zoned filesystem may follow on the same device.
+    let has_realtime = sector.be64(16) != 0 && incompat & INCOMPAT_ZONED == 0;
+    Superblock {
         label: text(&sector.array::<12>(108)),
         uuid: uuid(sector.array(32)),
         size_bytes: Some(blocks.saturating_mul(u64::from(block_size))),
         block_size: Some(block_size),
-    })
+        more_devices: u32::from(has_external_log).saturating_add(u32::from(has_realtime)),
+        features: INCOMPAT
+            .uncommon(incompat.into())
+            .chain(RO_COMPAT.uncommon(ro_compat.into()))
+            .collect(),
+        ..Superblock::named("xfs")
+    }
 }
 
 fn checksum_fits(sector: &Bytes) -> bool {
+    if version(sector) != 5 {
+        return true;
+    }
     let crc = Crc::<u32>::new(&CRC_32_ISCSI);
     let mut digest = crc.digest();
     digest.update(&sector.0[..CHECKSUM]);

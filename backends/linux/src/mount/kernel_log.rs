@@ -1,0 +1,149 @@
+//! What the kernel's log says about a mount that it refuses. Only ever for messages, and for nothing that is decided.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::OFlags;
+
+use crate::device::number::DeviceNumber;
+
+/// The longest record that the kernel gives (`PRINTK_MESSAGE_MAX`), in bytes.
+const LONGEST_RECORD: usize = 2048;
+/// More lines than these do not help.
+const MOST_LINES: usize = 4;
+/// Reading ends after as many records, whatever the kernel goes on to log.
+const MOST_RECORDS: usize = 1000;
+/// Warnings and what is worse.
+const WARNING: u32 = 4;
+
+/// The kernel's log from a moment on. Empty where it cannot be read: it may be for root alone.
+#[derive(Debug)]
+pub(crate) struct KernelLog(Option<File>);
+
+impl KernelLog {
+    pub(crate) fn from_now() -> Self {
+        let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
+        let open = File::options()
+            .read(true)
+            .custom_flags(flags)
+            .open("/dev/kmsg");
+        let from_end = |mut log: File| log.seek(SeekFrom::End(0)).map(|_| log);
+        KernelLog(open.and_then(from_end).ok())
+    }
+
+    /// The warnings since then that name the device, or that the driver of the filesystem begins with its name, for the end
+    /// of a message. Control characters are escaped: names and labels of an image may be among them.
+    pub(crate) fn said(&self, filesystem: &str, source: &Path) -> String {
+        let device = DeviceNumber::at(source).ok().and_then(kernel_name);
+        let driver = match filesystem {
+            "ext2" | "ext3" => "ext",
+            other => other,
+        };
+        let is_about = |line: &str| {
+            let names_device = device.as_deref().is_some_and(|name| has_word(line, name));
+            names_device || line.to_ascii_lowercase().starts_with(driver)
+        };
+        let mut lines = self.warnings();
+        lines.retain(|line| is_about(line));
+        lines.dedup();
+        lines.truncate(MOST_LINES);
+        match lines.is_empty() {
+            true => String::new(),
+            false => format!(": the kernel says {}", printable(&lines.join("; "))),
+        }
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let Some(mut log) = self.0.as_ref() else {
+            return Vec::new();
+        };
+        let mut lines = Vec::new();
+        let mut buffer = [0; LONGEST_RECORD];
+        for _ in 0..MOST_RECORDS {
+            match log.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => lines.extend(warning(&buffer[..length])),
+                // The kernel has dropped the oldest records, and goes on with the next.
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+                Err(_nothing_more) => break,
+            }
+        }
+        lines
+    }
+}
+
+/// The text of a record, if it is a warning or worse: `4,1234,567890,-;text`, and lines with fields after it.
+fn warning(record: &[u8]) -> Option<String> {
+    let record = String::from_utf8_lossy(record);
+    let (prefix, text) = record.split_once(';')?;
+    let priority: u32 = prefix.split(',').next()?.parse().ok()?;
+    let text = text.lines().next()?.trim();
+    (priority & 7 <= WARNING && !text.is_empty()).then(|| text.to_owned())
+}
+
+/// The name that the kernel has for a device in its log.
+fn kernel_name(device: DeviceNumber) -> Option<String> {
+    let link = fs::read_link(device.sysfs()).ok()?;
+    Some(link.file_name()?.to_str()?.to_owned())
+}
+
+fn has_word(line: &str, word: &str) -> bool {
+    let is_part = |c: char| c.is_ascii_alphanumeric();
+    line.match_indices(word).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        let after = line[at + word.len()..].chars().next();
+        !before.is_some_and(is_part) && !after.is_some_and(is_part)
+    })
+}
+
+/// Escapes control characters, which a terminal or a log would obey.
+pub(crate) fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => printable.extend(c.escape_default()),
+            false => printable.push(c),
+        }
+    }
+    printable
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn u10_warnings_are_told_from_the_rest() {
+        let warn = |record: &str| warning(record.as_bytes());
+        let text =
+            "EXT4-fs (loop3): Couldn't mount because of unsupported optional features (80000)";
+        assert_eq!(
+            warn(&format!("3,1,2,-;{text}\n SUBSYSTEM=block\n")).as_deref(),
+            Some(text)
+        );
+        assert_eq!(warn("6,1,2,-;loop3: detected capacity change"), None);
+        assert_eq!(
+            warn("12,1,2,-;a user's own").as_deref(),
+            Some("a user's own")
+        );
+        for damaged in ["", ";", "x,1;text", "3,1,2,-", "3,1,2,-;\n"] {
+            assert_eq!(warn(damaged), None, "{damaged:?}");
+        }
+    }
+
+    #[test]
+    fn u10_a_device_is_named_as_a_word() {
+        assert!(has_word("XFS (loop3): bad", "loop3") && has_word("dev sda, sector 2", "sda"));
+        assert!(!has_word("XFS (loop33): bad", "loop3") && !has_word("xsda", "sda"));
+        assert!(
+            has_word("loop33 and loop3", "loop3") && has_word("erofs (device dm-0): x", "dm-0")
+        );
+    }
+
+    #[test]
+    fn x13_control_characters_are_escaped() {
+        assert_eq!(printable("a\n\u{1b}[2Jb"), "a\\n\\u{1b}[2Jb");
+    }
+}
