@@ -11,9 +11,10 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 14] = [
+const RULE: [(&str, &[&str]); 15] = [
     ("blockmount", &[]),
     ("blockmount-journal", &["blockmount"]),
+    ("blockmount-source", &["blockmount"]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
     ("blockmount-vpmem", &["blockmount", "blockmount-linux"]),
@@ -23,7 +24,12 @@ const RULE: [(&str, &[&str]); 14] = [
     ),
     (
         "blockmount-loopback",
-        &["blockmount", "blockmount-linux", "blockmount-scsi"],
+        &[
+            "blockmount",
+            "blockmount-linux",
+            "blockmount-scsi",
+            "blockmount-source",
+        ],
     ),
     (
         "blockmount-qemu",
@@ -31,6 +37,7 @@ const RULE: [(&str, &[&str]); 14] = [
             "blockmount",
             "blockmount-bridge",
             "blockmount-scsi",
+            "blockmount-source",
             "blockmount-vpmem",
         ],
     ),

@@ -1,6 +1,5 @@
 //! Finds block devices: sysfs, the kernel's events.
 
 pub mod node;
-pub mod source;
 pub mod sysfs;
 pub mod uevent;

@@ -101,7 +101,7 @@ mod undo;
 
 pub use builder::LinuxGuestBuilder;
 pub use device::mapper;
-pub use discover::{node, source, sysfs, uevent};
+pub use discover::{node, sysfs, uevent};
 pub use errno::{Backoff, is_absent};
 pub use filesystem::probe;
 pub use guest::LinuxGuest;

@@ -6,7 +6,6 @@
 use std::io;
 
 use blockmount::DiskId;
-use blockmount_linux::device::DeviceNumber;
 use blockmount_linux::is_absent;
 
 use crate::device::{Device, Status, bound_numbers};
@@ -32,7 +31,7 @@ impl Wanted<'_> {
     fn is(&self, status: &Status) -> bool {
         let id = match status.device_number {
             0 => DiskId::inode(status.binding.inode.device, status.binding.inode.inode),
-            device => DeviceNumber::from_rdev(device).id(),
+            device => blockmount_source::device_id(device),
         };
         id == *self.id
             && status.binding.mark == self.mark

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
 use blockmount_linux::is_absent;
-use blockmount_linux::source::Source;
+use blockmount_source::Source;
 use rustix::io::Errno;
 
 use crate::device::{Device, Status, bound_numbers, failed, is, numbers, unbind, usual_node};

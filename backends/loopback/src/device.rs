@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use blockmount::BackendError;
 use blockmount_linux::device::{DeviceNumber, in_use};
-use blockmount_linux::source::Inode;
 use blockmount_linux::sysfs::numbered;
 use blockmount_linux::{Backoff, is_absent, node};
+use blockmount_source::Inode;
 use rustix::io::Errno;
 
 use crate::ioctl;

@@ -12,7 +12,7 @@ use blockmount::slots::{Occupied, Slots};
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Presence, Transport, blocking,
 };
-use blockmount_linux::source;
+use blockmount_source as source;
 
 use crate::adopt;
 use crate::bind::{self, Bound, Claim, LoopConfig};

@@ -80,10 +80,10 @@ pub mod fuzzing {
 }
 #[cfg(feature = "launch")]
 mod launch;
+mod open_file;
 mod plug;
 pub mod qmp;
 pub mod scsi;
-mod source;
 pub mod vpmem;
 
 #[cfg(feature = "launch")]

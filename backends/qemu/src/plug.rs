@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::warn;
 
+use crate::open_file::OpenFile;
 use crate::qmp::{Event, Events, Passed, Qmp, QmpError};
-use crate::source::OpenFile;
 use std::collections::HashMap;
 
 /// Where QEMU keeps the devices, and the other objects, that have ids.

@@ -10,9 +10,9 @@ use blockmount::placement::Occupant;
 use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOption, DiskOptions};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
+use crate::open_file;
 use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
-use crate::source;
 use image::Image;
 use serde_json::{Value, json};
 
@@ -199,7 +199,7 @@ impl QemuScsi {
 impl Attacher for QemuScsi {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
         let looked_at = disk.clone();
-        self.blocking(disk, move |_: &_| source::identify(&looked_at))
+        self.blocking(disk, move |_: &_| blockmount_source::identify(&looked_at))
             .await
     }
 
@@ -278,8 +278,8 @@ impl QemuScsi {
         work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
     ) -> Result<T, BackendError> {
         let deadline = self.qmp.deadlines().call;
-        let done = source::blocking(&disk.to_string(), deadline, work).await;
-        done.map_err(source::nothing_done)
+        let done = open_file::blocking(&disk.to_string(), deadline, work).await;
+        done.map_err(open_file::nothing_done)
     }
 }
 

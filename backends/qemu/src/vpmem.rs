@@ -17,9 +17,9 @@ use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress
 use serde_json::json;
 use tracing::warn;
 
+use crate::open_file::{self, OpenFile, nothing_done};
 use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::Qmp;
-use crate::source::{self, OpenFile, nothing_done};
 use backing::{Image, Private};
 
 /// What the size and the alignment of a device are multiples of, in bytes: 2 MiB, below which Linux makes no
@@ -282,7 +282,7 @@ impl QemuVpmem {
         work: impl FnOnce(&AtomicBool) -> Result<T, BackendError> + Send + 'static,
     ) -> Result<T, BackendError> {
         let copying = Duration::from_secs(bytes.div_ceil(SLOWEST_COPY));
-        source::blocking(what, self.0.qmp.deadlines().call + copying, work).await
+        open_file::blocking(what, self.0.qmp.deadlines().call + copying, work).await
     }
 }
 

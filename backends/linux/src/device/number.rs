@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use blockmount::{BackendError, DiskId};
+use blockmount::BackendError;
 use serde::{Deserialize, Serialize};
 
 use crate::errno::errno_error;
@@ -57,11 +57,6 @@ impl DeviceNumber {
             major: rustix::fs::major(rdev),
             minor: rustix::fs::minor(rdev),
         }
-    }
-
-    /// What [`source::identify`](crate::source::identify) calls it.
-    pub fn id(self) -> DiskId {
-        DiskId::name(&format!("block device {self}"))
     }
 
     /// Its directory in sysfs.

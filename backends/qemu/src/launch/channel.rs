@@ -5,16 +5,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
 use blockmount_bridge::{
-    BridgeGuest, Dialer, GuestChannel, GuestConnection, RedialingChannel, Reply, Request,
+    BridgeGuest, Deadlines, Dialer, GuestChannel, GuestConnection, RedialingChannel, Reply, Request,
 };
 
 use super::error::VmError;
 use super::port::GuestStream;
 use super::vm::Vm;
 use crate::qmp::{NONE, Qmp};
-
-/// How long an agent may take to open a port: one that was killed has to be started again first.
-const OPENING: Duration = Duration::from_secs(10);
 
 /// How long QEMU is given to show that it lives, after the connection to the agent was lost.
 const DYING: Duration = Duration::from_millis(500);
@@ -60,6 +57,8 @@ const STANDING: Duration = Duration::from_secs(2);
 pub struct AgentPort {
     vm: Vm,
     name: String,
+    /// How long an agent may take to open a port: one that was killed has to be started again first.
+    opening: Duration,
 }
 
 #[async_trait]
@@ -68,7 +67,7 @@ impl Dialer for AgentPort {
     type Stream = GuestStream;
 
     async fn dial(&self) -> Result<GuestStream, BackendError> {
-        let stream = self.vm.connect(&self.name, OPENING).await;
+        let stream = self.vm.connect(&self.name, self.opening).await;
         stream.map_err(|error| {
             BackendError::other("the agent in the guest cannot be reached").with_source(error)
         })
@@ -97,8 +96,26 @@ impl Vm {
     ///
     /// Nothing is left when the future is dropped.
     pub async fn guest(&self, port: &str) -> Result<BridgeGuest<AgentChannel>, VmError> {
-        let stream = self.connect(port, OPENING).await?;
-        let connected = GuestConnection::connect(stream).await;
+        self.guest_within(port, Deadlines::default()).await
+    }
+
+    /// The same with other deadlines; the one of the negotiation is also that of opening the port.
+    ///
+    /// # Errors
+    ///
+    /// As for [`guest`](Self::guest).
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is left when the future is dropped.
+    pub async fn guest_within(
+        &self,
+        port: &str,
+        deadlines: Deadlines,
+    ) -> Result<BridgeGuest<AgentChannel>, VmError> {
+        let opening = deadlines.negotiation;
+        let stream = self.connect(port, opening).await?;
+        let connected = GuestConnection::connect_with(stream, deadlines).await;
         let connection = connected.map_err(|error| {
             let error = VmError::new("the agent in the guest does not answer").because(error);
             self.with_last_words(error)
@@ -106,6 +123,7 @@ impl Vm {
         let port = AgentPort {
             vm: self.clone(),
             name: port.to_owned(),
+            opening,
         };
         Ok(BridgeGuest::new(AgentChannel {
             channel: RedialingChannel::over(port, connection),

@@ -9,7 +9,7 @@ use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOptions};
 use serde_json::{Value, json};
 
 use super::qcow2::{self, Backing, Header};
-use crate::source::{self, OpenFile, Source};
+use crate::open_file::OpenFile;
 
 /// How many images a disk may be the difference to, one after the other. A circle ends here.
 const MAX_BACKING_FILES: usize = 64;
@@ -46,10 +46,10 @@ impl Image {
             read_only: disk.is_read_only(),
             options: disk.options().clone(),
         };
-        let source = source::open(disk, id)?;
+        let source = blockmount_source::open(disk, id)?;
         let format = format(disk.source());
         if format == Format::Raw {
-            let size = source::size(disk, &source)?;
+            let size = blockmount_source::size(disk, &source)?;
             ensure_whole_sectors(disk, size)?;
         }
         let mut next = image.add(disk.source(), source, format, allowed)?;
@@ -60,7 +60,8 @@ impl Image {
                 )));
             }
             let backing = read_only_disk(&path);
-            let source = source::open(&backing, &source::identify(&backing)?)?;
+            let source =
+                blockmount_source::open(&backing, &blockmount_source::identify(&backing)?)?;
             next = image.add(&path, source, format, allowed)?;
         }
         Ok(image)
@@ -70,7 +71,7 @@ impl Image {
     fn add(
         &mut self,
         path: &Path,
-        source: Source,
+        source: blockmount_source::Source,
         format: Format,
         allowed: bool,
     ) -> Result<Option<(PathBuf, Format)>, BackendError> {
@@ -78,7 +79,7 @@ impl Image {
             Format::Qcow2 => accept_qcow2(path, &source.file, allowed)?.backing,
             Format::Raw => None,
         };
-        let is_device = source.is_device;
+        let is_device = source.is_device();
         self.layers.push(Layer { format, is_device });
         self.files.push(OpenFile::new(source.file, path)?);
         backing.map(|backing| locate(path, backing)).transpose()
@@ -247,7 +248,7 @@ mod tests {
         std::fs::write(&path, header).unwrap();
         let image = {
             let disk = Disk::virtual_disk(&path);
-            Image::inspect(&disk, &source::identify(&disk).unwrap(), true)
+            Image::inspect(&disk, &blockmount_source::identify(&disk).unwrap(), true)
         }
         .unwrap();
         let paths = [image.files()[0].path().to_owned()];

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::ALIGNMENT;
-use crate::source::{self, OpenFile};
+use crate::open_file::OpenFile;
 
 /// How much is copied before anybody looks whether it is still wanted, in bytes.
 const CHUNK: u64 = 8 << 20;
@@ -92,7 +92,7 @@ impl Image {
 /// Says which disk is meant. Blocks.
 pub(super) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     ensure_file(disk)?;
-    source::identify(disk)
+    blockmount_source::identify(disk)
 }
 
 fn ensure_file(disk: &Disk) -> Result<(), BackendError> {
@@ -111,8 +111,8 @@ pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
 
 fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
     ensure_file(disk)?;
-    let source = source::open(disk, id)?;
-    let size = source::size(disk, &source)?;
+    let source = blockmount_source::open(disk, id)?;
+    let size = blockmount_source::size(disk, &source)?;
     Ok((source.file, size))
 }
 

@@ -10,8 +10,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::backing::{self, Private};
 use super::{Contents, QemuVpmem, used_otherwise};
+use crate::open_file::{OpenFile, nothing_done};
 use crate::plug::Presence;
-use crate::source::{OpenFile, nothing_done};
 
 impl QemuVpmem {
     pub(super) async fn map_range(

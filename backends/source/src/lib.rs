@@ -1,18 +1,32 @@
-//! The file or block device of this machine behind a [`Disk`]: which one it is, and opening it without being
-//! surprised.
+//! The file or block device of a Unix host behind a [`Disk`]: which one it is, and opening just that one.
+//!
+//! Every transport whose disks are opened on the host needs the three functions here: [`identify`] for
+//! `Transport::identify`, then [`open`] and [`size`] for `Transport::attach`. All of them block; give them to
+//! [`blockmount::blocking`].
+//!
+//! ```
+//! # use blockmount::{BackendError, Disk};
+//! fn bytes_of(disk: &Disk) -> Result<u64, BackendError> {
+//!     let id = blockmount_source::identify(disk)?;
+//!     // Fails if another file has the name by now.
+//!     let source = blockmount_source::open(disk, &id)?;
+//!     blockmount_source::size(disk, &source)
+//! }
+//! # let image = tempfile::NamedTempFile::new().unwrap();
+//! # image.as_file().set_len(4096).unwrap();
+//! # assert_eq!(bytes_of(&Disk::virtual_disk(image.path())).unwrap(), 4096);
+//! ```
+#![cfg(unix)]
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
-use crate::device::node;
-use crate::device::number::DeviceNumber;
-
-/// The size of a sector, in bytes: the smallest disk, and the unit of every size (the kernel's
-/// `SECTOR_SIZE`).
+/// The smallest disk, and what the size of every disk is a multiple of, in bytes (the kernel's `SECTOR_SIZE`).
 const SECTOR: u64 = 512;
 
 /// A file by device and inode number, as the loop driver reports its own.
@@ -40,8 +54,15 @@ pub struct Source {
     pub file: File,
     /// Which file it is.
     pub inode: Inode,
-    /// The number of the block device; 0 for a file.
+    /// The number of the block device (`st_rdev`); 0 for a file.
     pub device_number: u64,
+}
+
+impl Source {
+    /// Whether it is a block device, in place of an image file.
+    pub fn is_device(&self) -> bool {
+        self.device_number != 0
+    }
 }
 
 /// Says which disk is meant, without opening it: a file by its inode, a block device by its number. Blocks.
@@ -54,11 +75,18 @@ pub fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
     Ok(id_of(&inspect(disk)?))
 }
 
-fn id_of(metadata: &Metadata) -> DiskId {
+/// What [`identify`] answers for a file with this metadata.
+pub fn id_of(metadata: &Metadata) -> DiskId {
     if metadata.file_type().is_block_device() {
-        return DeviceNumber::from_rdev(metadata.rdev()).id();
+        return device_id(metadata.rdev());
     }
     DiskId::inode(metadata.dev(), metadata.ino())
+}
+
+/// What [`identify`] answers for the block device with this number (`st_rdev`).
+pub fn device_id(number: u64) -> DiskId {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    DiskId::name(&format!("block device {major}:{minor}"))
 }
 
 /// Looks at the source through links, and refuses what can never be attached.
@@ -113,8 +141,8 @@ fn kind_of(metadata: &Metadata) -> &'static str {
 ///
 /// # Errors
 ///
-/// As for [`identify`]; `Invalid` if it cannot be written to and the disk is not read-only, `Conflict` if somebody
-/// else has claimed it.
+/// As for [`identify`]; `Invalid` if it cannot be written to and the disk is not read-only, `Conflict` if another
+/// program has claimed it, or if it is another disk by now.
 pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
     let seen = inspect(disk)?;
     let is_device = seen.file_type().is_block_device();
@@ -159,20 +187,19 @@ pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
 pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     let path = disk.source().display();
     // Unlike the metadata, the end of the file also knows the size of a block device.
-    let size =
-        node::size(&source.file).map_err(|error| no_source(disk, "find the size of", error))?;
+    let size = (&source.file).seek(SeekFrom::End(0));
+    let size = size.map_err(|error| no_source(disk, "find the size of", error))?;
     let advice = match size {
         0 => {
-            return Err(BackendError::invalid(format!(
-                "{path} is empty, so it is no disk"
-            )));
+            let message = format!("{path} is empty, so it is no disk");
+            return Err(BackendError::invalid(message));
         }
         1..SECTOR => "a disk has at least one sector of 512 bytes",
-        _ if size % SECTOR != 0 => {
+        _ if size.is_multiple_of(SECTOR) => return Ok(size),
+        _ => {
             "a disk has whole sectors of 512 bytes; if the image is not cut short, pad it \
              (truncate --size=%512)"
         }
-        _ => return Ok(size),
     };
     Err(BackendError::invalid(format!(
         "{path} has {size} bytes, but {advice}"
@@ -181,15 +208,15 @@ pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
 
 /// Sorts an error about the source by what the caller can do.
 fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
-    use rustix::io::Errno;
     let path = disk.source().display();
     let tried = format!("cannot {verb} {path}");
     let classified = match Errno::from_io_error(&error) {
-        Some(Errno::NOENT | Errno::NOTDIR) => BackendError::not_found(tried),
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::NXIO | Errno::NOMEDIUM) => {
+            BackendError::not_found(tried)
+        }
         Some(Errno::LOOP | Errno::NAMETOOLONG) => BackendError::invalid(tried),
-        Some(Errno::NXIO | Errno::NOMEDIUM) => BackendError::not_found(tried),
         Some(Errno::BUSY) => BackendError::conflict(format!(
-            "{path} is mounted or claimed by somebody else; attach it read-only, or free it first"
+            "{path} is mounted or claimed by another program; attach it read-only, or free it first"
         )),
         Some(Errno::ROFS | Errno::PERM | Errno::TXTBSY) if !disk.is_read_only() => {
             BackendError::invalid(format!("{path} cannot be written to; attach it read-only"))
