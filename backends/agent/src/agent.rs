@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use crate::clock;
 use crate::error::Context;
 use crate::guest::AgentGuest;
-use crate::{AgentError, GuestTransport, Service, ServiceError};
+use crate::{AgentError, GuestTransport, Service, ServiceError, Timeouts};
 
 /// Below these the hosts that are known mount: Hyper-V's (the first three), and our own.
 pub const ROOTS: [&str; 4] = ["/run/mounts", "/run/gcs", "/run/layers", "/run/blockmount"];
@@ -60,6 +60,7 @@ pub struct AgentBuilder {
     pub(crate) roots: Vec<PathBuf>,
     pub(crate) journal: PathBuf,
     pub(crate) sets_clock: bool,
+    pub(crate) timeouts: Timeouts,
 }
 
 impl Default for AgentBuilder {
@@ -69,6 +70,7 @@ impl Default for AgentBuilder {
             roots: ROOTS.map(PathBuf::from).into(),
             journal: "/run/blockmount-agent".into(),
             sets_clock: false,
+            timeouts: Timeouts::default(),
         }
     }
 }
@@ -107,6 +109,13 @@ impl AgentBuilder {
         self
     }
 
+    /// Waits so long, in place of the defaults.
+    #[must_use]
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.timeouts = timeouts;
+        self
+    }
+
     /// The kernel modules that its transports need, by name: a guest's image must have them.
     pub fn modules(&self) -> Vec<&str> {
         let transports = self.transports.iter();
@@ -124,7 +133,7 @@ impl AgentBuilder {
     pub async fn build(self) -> Result<Agent, AgentError> {
         let mut transports = Transports::new();
         for transport in &self.transports {
-            if let Some(devices) = transport.devices() {
+            if let Some(devices) = transport.devices(self.timeouts) {
                 let scheme = transport.scheme();
                 transports = transports
                     .with(scheme, devices.resolver)
@@ -133,6 +142,7 @@ impl AgentBuilder {
         }
         let engine = LinuxGuest::builder()
             .transports(transports)
+            .busy_timeout(self.timeouts.busy)
             .allow_targets_under(&self.roots)
             .journal(&self.journal)
             .await

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lexopt::{Arg, ValueExt};
 
@@ -24,7 +25,7 @@ command line. It keeps the programs of /etc/blockmount/programs running too: eac
 in its first line, and an argument in each of the others.";
 
 /// The agent's own arguments.
-const OWN: [Argument; 5] = [
+const OWN: [Argument; 7] = [
     Argument::new(
         "root",
         "DIR",
@@ -43,6 +44,16 @@ const OWN: [Argument; 5] = [
          Always so where pid 1 is this program",
     ),
     Argument::new(
+        "device-timeout",
+        "SECONDS",
+        "How long a device may take to appear. By default 45; hosts of ours wait 90 seconds for an answer",
+    ),
+    Argument::new(
+        "busy-timeout",
+        "SECONDS",
+        "How long the users of a device or a mount may take to go before it counts as in use. By default 5",
+    ),
+    Argument::new(
         "log",
         "FILTER",
         "What is logged to stderr, such as \"blockmount_agent=debug,blockmount_linux=trace\" or \"info\"; overrides -v",
@@ -53,6 +64,9 @@ const OWN: [Argument; 5] = [
         "Log more: -v the steps, -vv their details, -vvv everything",
     ),
 ];
+
+/// The longest time that can be waited for: a day.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -98,6 +112,8 @@ pub(crate) fn parse(
             "root" => roots.push(parser.value()?.into()),
             "journal" => agent.journal = parser.value()?.into(),
             "set-clock" => agent.sets_clock = true,
+            "device-timeout" => agent.timeouts.device = seconds(&long, &mut parser)?,
+            "busy-timeout" => agent.timeouts.busy = seconds(&long, &mut parser)?,
             "log" => options.log = Some(parser.value()?.string()?),
             long if options.endpoints.argument(long, &mut parser)? => {}
             long => set(agent, long, &mut parser)?,
@@ -107,6 +123,15 @@ pub(crate) fn parse(
         agent.roots = roots;
     }
     Ok(Asked::Serve(Box::new(options)))
+}
+
+fn seconds(name: &str, parser: &mut lexopt::Parser) -> Result<Duration, lexopt::Error> {
+    let value = parser.value()?.string()?;
+    let seconds = value.parse().ok();
+    let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    // A deadline further away than this is none, and could be past the end of the clock.
+    let seconds = seconds.filter(|seconds| *seconds <= LONGEST);
+    seconds.ok_or_else(|| format!("--{name} {value:?}: not a number of seconds up to a day").into())
 }
 
 /// Gives an argument to the transport that knows it.
@@ -170,7 +195,7 @@ mod tests {
         fn modules(&self) -> &[&str] {
             &["toy"]
         }
-        fn devices(&self) -> Option<crate::GuestDevices> {
+        fn devices(&self, _timeouts: crate::Timeouts) -> Option<crate::GuestDevices> {
             None
         }
     }
@@ -214,6 +239,8 @@ mod tests {
             (&["--toy-size", "x"][..], "a size is a number"),
             (&["--toy-size"], "toy-size"),
             (&["--roof", "/"], "--roof"),
+            (&["--busy-timeout", "-1"], "a number of seconds"),
+            (&["--device-timeout=1e9"], "a number of seconds"),
             (&["extra"], "extra"),
             (&["--vsock", "--vsock-listen=x"], "vsock port"),
         ] {

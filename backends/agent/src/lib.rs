@@ -7,7 +7,7 @@
 //! ```no_run
 //! use std::process::ExitCode;
 //!
-//! use blockmount_agent::{Argument, GuestDevices, GuestTransport, Program, standard};
+//! use blockmount_agent::{Argument, GuestDevices, GuestTransport, Program, Timeouts, standard};
 //!
 //! /// Devices that this guest has never.
 //! #[derive(Debug, Default)]
@@ -18,7 +18,7 @@
 //!     fn arguments(&self) -> &[Argument] { &[] }
 //!     fn set(&mut self, argument: &str, _: &str) -> Result<(), String> { Err(argument.to_owned()) }
 //!     fn modules(&self) -> &[&str] { &[] }
-//!     fn devices(&self) -> Option<GuestDevices> { None }
+//!     fn devices(&self, _: Timeouts) -> Option<GuestDevices> { None }
 //! }
 //!
 //! /// A whole agent of one's own, also as `/init`: the standard one and one line.
@@ -64,4 +64,4 @@ pub use endpoints::{Endpoints, Service, ServiceError};
 pub use error::{AgentError, one_line};
 pub use init::{ARGUMENTS, PROGRAMS};
 pub use program::{Program, termination};
-pub use transport::{Argument, GuestDevices, GuestTransport};
+pub use transport::{Argument, GuestDevices, GuestTransport, Timeouts};

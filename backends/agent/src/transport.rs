@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockmount::{Resolver, Unplugger};
 
@@ -29,7 +30,29 @@ pub trait GuestTransport: fmt::Debug + Send + Sync {
     fn modules(&self) -> &[&str];
 
     /// What finds and unplugs its devices; nothing if this guest has none, as far as can be known now.
-    fn devices(&self) -> Option<GuestDevices>;
+    /// What finds is to wait no longer than `timeouts.device`, what unplugs no longer than `timeouts.busy` for a user to go.
+    fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices>;
+}
+
+/// How long an agent waits for what a guest does by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Timeouts {
+    /// For a device to appear. Default: 45 seconds, because of hundreds that a host plugs at once a small guest finds a few
+    /// dozen a second. Hosts of ours wait 90 seconds for an answer.
+    pub device: Duration,
+    /// For the users of a device or a mount to go, before it counts as in use. Default: five seconds, since
+    /// a guest under emulation on a busy host takes one for what is done in milliseconds elsewhere.
+    pub busy: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts {
+            device: Duration::from_secs(45),
+            busy: Duration::from_secs(5),
+        }
+    }
 }
 
 /// What finds the devices of a transport, and what takes them out.

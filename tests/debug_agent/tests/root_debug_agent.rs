@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_agent-under-test");
 const DEBUG_AGENT: &str = env!("CARGO_BIN_EXE_blockmount-debug-agent");
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(300);
 
 fn debug_agent() -> Serving {
     Serving::start(DEBUG_AGENT, temp(), &["--agent", AGENT])

@@ -7,19 +7,20 @@ use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, PciAddress, Resolver, Unplugger, blocking,
 };
-use blockmount_agent::{Argument, GuestDevices, GuestTransport};
+use blockmount_agent::{Argument, GuestDevices, GuestTransport, Timeouts};
 use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 
 use crate::SCHEME;
 
-/// How long a disk may take to appear, to become free, or to go.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// How long the kernel may take to remove a disk.
+const REMOVAL: Duration = Duration::from_secs(30);
 
 /// The ports that an agent is told of, in the order of their numbers: port 0 is the first.
 #[derive(Debug, Clone, Default)]
 pub struct VirtioBlk {
     ports: Vec<PciAddress>,
+    timeouts: Timeouts,
 }
 
 impl GuestTransport for VirtioBlk {
@@ -47,8 +48,10 @@ impl GuestTransport for VirtioBlk {
         &["virtio_blk"]
     }
 
-    fn devices(&self) -> Option<GuestDevices> {
-        (!self.ports.is_empty()).then(|| GuestDevices::new(self.clone(), self.clone()))
+    fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices> {
+        let ports = self.ports.clone();
+        let devices = VirtioBlk { ports, timeouts };
+        (!self.ports.is_empty()).then(|| GuestDevices::new(devices.clone(), devices))
     }
 }
 
@@ -100,7 +103,12 @@ fn disk(port: &Path) -> Probe<Disk> {
 impl Resolver for VirtioBlk {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let port = self.port(device)?;
-        let found = wait_for(Instant::now() + DEADLINE, |_| true, move || disk(&port)).await?;
+        let found = wait_for(
+            Instant::now() + self.timeouts.device,
+            |_| true,
+            move || disk(&port),
+        )
+        .await?;
         Ok(BlockDevice::new(found.node()))
     }
 }
@@ -109,12 +117,12 @@ impl Resolver for VirtioBlk {
 impl Unplugger for VirtioBlk {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let port = self.port(device)?;
-        let deadline = Instant::now() + DEADLINE;
+        let deadline = Instant::now() + REMOVAL;
         let at = port.clone();
         let (disk, slot) = blocking(move || Ok((present(disk(&at))?, slot(&at)?))).await?;
         let Some(disk) = disk else { return Ok(()) };
         // Proven free, and held so that it stays free while it goes.
-        let Some(held) = disk.hold(Duration::from_secs(1)).await? else {
+        let Some(held) = disk.hold(self.timeouts.busy).await? else {
             return Ok(());
         };
         let slot = slot

@@ -2,7 +2,7 @@
 
 use blockmount_loopback::{LoopResolver, LoopUnplugger, SCHEME};
 
-use crate::{Argument, GuestDevices, GuestTransport};
+use crate::{Argument, GuestDevices, GuestTransport, Timeouts};
 
 /// Loop devices, which somebody else binds.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,7 +25,8 @@ impl GuestTransport for Loop {
         &["loop"]
     }
 
-    fn devices(&self) -> Option<GuestDevices> {
-        Some(GuestDevices::new(LoopResolver, LoopUnplugger::default()))
+    fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices> {
+        let unplugger = LoopUnplugger::with_timeout(timeouts.busy);
+        Some(GuestDevices::new(LoopResolver, unplugger))
     }
 }

@@ -1,19 +1,14 @@
 //! SCSI disks of the guest.
 
 use std::path::Path;
-use std::time::Duration;
 
 use blockmount::BackendError;
 use blockmount_scsi::{ControllerId, SCHEME, ScsiResolver, ScsiUnplugger};
 
-use crate::{Argument, GuestDevices, GuestTransport};
+use crate::{Argument, GuestDevices, GuestTransport, Timeouts};
 
 /// Here there are the channels of Hyper-V, in a guest of it.
 const VMBUS: &str = "/sys/bus/vmbus/devices";
-
-/// How long a disk may take to appear: of hundreds that a host plugs at once, a small guest finds a few dozen a second.
-/// Hosts wait longer for an answer.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// The disks on SCSI controllers that are given, or on those that Hyper-V gives its guests.
 #[derive(Debug, Clone, Default)]
@@ -46,16 +41,16 @@ impl GuestTransport for Scsi {
         &["virtio_scsi", "sd_mod"]
     }
 
-    fn devices(&self) -> Option<GuestDevices> {
+    fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices> {
         let resolver = match &*self.controllers {
             [] if !Path::new(VMBUS).exists() => return None,
             [] => ScsiResolver::hyper_v(),
             given => ScsiResolver::new(given.iter().copied()),
         };
-        let resolver = resolver.with_timeout(DEFAULT_TIMEOUT);
+        let resolver = resolver.with_timeout(timeouts.device);
         Some(GuestDevices::new(
             resolver.clone(),
-            ScsiUnplugger::new(resolver),
+            ScsiUnplugger::new(resolver).with_timeout(timeouts.busy),
         ))
     }
 }
@@ -95,8 +90,11 @@ mod tests {
     #[test]
     fn disks_are_found_on_the_controllers_that_are_given() {
         let mut scsi = Scsi::default();
-        assert_eq!(scsi.devices().is_some(), Path::new(VMBUS).exists());
+        assert_eq!(
+            scsi.devices(Timeouts::default()).is_some(),
+            Path::new(VMBUS).exists()
+        );
         scsi.set("scsi-controller", "pci:0000:00:10.0").unwrap();
-        assert!(scsi.devices().is_some());
+        assert!(scsi.devices(Timeouts::default()).is_some());
     }
 }

@@ -3,7 +3,7 @@
 use blockmount::BackendError;
 use blockmount_vpmem::{DeviceNumber, PmemId, SCHEME, VpmemResolver, VpmemUnplugger};
 
-use crate::{Argument, GuestDevices, GuestTransport};
+use crate::{Argument, GuestDevices, GuestTransport, Timeouts};
 
 /// Persistent memory by its handles in the NFIT, unless devices are given.
 #[derive(Debug, Clone, Default)]
@@ -47,16 +47,17 @@ impl GuestTransport for Vpmem {
         &["nfit", "nd_pmem", "virtio_pmem", "dm_mod"]
     }
 
-    fn devices(&self) -> Option<GuestDevices> {
+    fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices> {
         let rule = match self.nfit || !self.given {
             true => VpmemResolver::nfit(),
             false => VpmemResolver::new(|_| None),
         };
         let devices = self.devices.iter();
         let resolver = devices.fold(rule, |resolver, (number, id)| resolver.with(*number, *id));
+        let resolver = resolver.with_timeout(timeouts.device);
         Some(GuestDevices::new(
             resolver.clone(),
-            VpmemUnplugger::new(resolver),
+            VpmemUnplugger::new(resolver).with_timeout(timeouts.busy),
         ))
     }
 }

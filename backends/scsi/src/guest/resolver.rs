@@ -12,7 +12,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::controller::{self, ControllerId};
 use super::identity;
-use super::scan::{Turns, scan};
+use super::scan::{AddressLocks, scan};
 use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
@@ -38,7 +38,7 @@ pub struct ScsiResolver {
     controllers: Arc<[ControllerId]>,
     timeout: Duration,
     sysfs: PathBuf,
-    turns: Arc<Turns>,
+    locks: Arc<AddressLocks>,
 }
 
 impl ScsiResolver {
@@ -48,7 +48,7 @@ impl ScsiResolver {
             controllers: controllers.into_iter().collect(),
             timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
-            turns: Arc::default(),
+            locks: Arc::default(),
         }
     }
 
@@ -88,19 +88,19 @@ impl ScsiResolver {
         })
     }
 
-    /// The turn of an address, which excludes scans for it.
-    pub(super) async fn turn(&self, address: ScsiAddress) -> OwnedMutexGuard<()> {
-        self.turns.of(address).await
+    /// The lock of an address, which excludes scans for it.
+    pub(super) async fn lock(&self, address: ScsiAddress) -> OwnedMutexGuard<()> {
+        self.locks.of(address).await
     }
 
     fn scan(&self, lookup: &Lookup, wanted: Weak<()>) {
         let Ok(host) = lookup.controller.host(&self.sysfs) else {
             return;
         };
-        let (turns, address) = (self.turns.clone(), lookup.address);
+        let (locks, address) = (self.locks.clone(), lookup.address);
         tracing::warn!(host, %address, "no disk was announced, having the kernel look for it");
         let directory = self.sysfs.join(format!("class/scsi_host/host{host}"));
-        tokio::spawn(scan(turns, directory.into(), address, wanted));
+        tokio::spawn(scan(locks, directory.into(), address, wanted));
     }
 }
 

@@ -13,35 +13,35 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use super::controller::shown;
 use crate::ScsiAddress;
 
-/// The turns of the addresses that are scanned or unplugged now.
+/// One lock for each of the addresses that are scanned or unplugged now.
 #[derive(Debug, Default)]
-pub(super) struct Turns(Mutex<HashMap<ScsiAddress, Arc<AsyncMutex<()>>>>);
+pub(super) struct AddressLocks(Mutex<HashMap<ScsiAddress, Arc<AsyncMutex<()>>>>);
 
-impl Turns {
+impl AddressLocks {
     /// Waits until nothing else scans or unplugs an address, and keeps others from it until the answer is dropped.
     pub(super) async fn of(&self, address: ScsiAddress) -> OwnedMutexGuard<()> {
-        let turn = {
-            let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-            Arc::clone(turns.entry(address).or_default())
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(locks.entry(address).or_default())
         };
-        turn.lock_owned().await
+        lock.lock_owned().await
     }
 }
 
 /// Has the kernel look for exactly this LUN, unless `wanted` has been dropped by then: looking for all of them costs a
 /// command for each. What is found announces itself.
 pub(super) async fn scan(
-    turns: Arc<Turns>,
+    locks: Arc<AddressLocks>,
     host_directory: Box<Path>,
     address: ScsiAddress,
     wanted: Weak<()>,
 ) {
-    let turn = turns.of(address).await;
+    let lock = locks.of(address).await;
     let value = format!("0 0 {}", shown(address.lun));
     let scan = move || {
-        // The turn is kept until the kernel has answered, which may be long after the caller has given up.
-        let _turn = turn;
+        // The lock is kept until the kernel has answered, which may be long after the caller has given up.
+        let _lock = lock;
         match wanted.upgrade() {
             Some(_) => sysfs::command(&host_directory, "scan", &value),
             None => Ok(false),

@@ -68,8 +68,8 @@ impl Unplugger for ScsiUnplugger {
         let lookup = self.resolver.lookup(device)?;
         let (root, lun) = (lookup.sysfs().to_owned(), lookup.lun());
         let deadline = Instant::now() + self.removal;
-        let turn = self.resolver.turn(lookup.address());
-        let _turn = tokio::time::timeout_at(deadline.into(), turn)
+        let lock = self.resolver.lock(lookup.address());
+        let _lock = tokio::time::timeout_at(deadline.into(), lock)
             .await
             .map_err(|_| BackendError::busy(format!("the kernel is still looking for {device}")))?;
         let Some(UnplugTarget { device: at, disk }) = blocking(move || target(&lookup)).await?

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::rig::{self, Rig, read_only};
 
-const MIGRATING: Duration = Duration::from_secs(60);
+const MIGRATING: Duration = Duration::from_secs(300);
 
 fn name(name: &str) -> HolderName {
     HolderName::new(name).unwrap()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::{Disk, Manager, ManagerBuilder, MountOptions, MountRequest, Recovery, Snapshot};
-use blockmount_bridge::BridgeGuest;
+use blockmount_bridge::{BridgeGuest, Deadlines};
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
     Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
@@ -29,7 +29,10 @@ const MEMORY_PORTS: u8 = 4;
 /// How large each device of persistent memory is, in bytes.
 pub const MEMORY_SIZE: u64 = 64 << 20;
 /// Long enough for a busy machine.
-const OPENING: Duration = Duration::from_secs(30);
+const OPENING: Duration = Duration::from_secs(60);
+
+/// How long a disk may take to appear: with 256 plugged at once under emulation, on a machine with a load of ten.
+const APPEARING: Duration = Duration::from_secs(240);
 
 /// The guest's files, read and packed once for all tests of this program.
 static IMAGE: OnceCell<GuestImage> = OnceCell::const_new();
@@ -50,6 +53,8 @@ async fn image() -> GuestImage {
             let address = blockmount_qemu::memory_port_address(number);
             arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
         }
+        let appearing = APPEARING.as_secs().to_string();
+        arguments.extend(["--device-timeout".to_owned(), appearing]);
         let kernel = GuestKernel::find().unwrap();
         GuestImage::builder(kernel)
             .program(env!("CARGO_BIN_EXE_agent-under-test"))
@@ -118,7 +123,16 @@ impl Backends {
         let attacher = vm.scsi();
         let geometry = attacher.geometry();
         let scsi = Arc::new(ScsiTransport::new(attacher, geometry, &[]).unwrap());
-        let guest = vm.guest("blockmount.agent").await.unwrap();
+        // The guest gives up first, and both only where the machine is not just busy.
+        let deadlines = Deadlines {
+            call: 2 * APPEARING,
+            negotiation: OPENING,
+            ..Deadlines::default()
+        };
+        let guest = vm
+            .guest_within("blockmount.agent", deadlines)
+            .await
+            .unwrap();
         let mut builder = Manager::builder();
         if mode.is_some() {
             builder = builder.transport(vpmem.clone());
@@ -198,7 +212,7 @@ impl Rig {
             stream.read_exact(&mut answer).await.unwrap();
             serde_json::from_slice(&answer).unwrap()
         };
-        let answered = tokio::time::timeout(Duration::from_secs(60), exchange).await;
+        let answered = tokio::time::timeout(Duration::from_secs(300), exchange).await;
         answered.unwrap_or_else(|_| panic!("the debug agent does not answer {question}"))
     }
 
