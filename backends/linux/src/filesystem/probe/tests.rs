@@ -253,6 +253,17 @@ fn x11_sizes_in_superblocks_do_not_overflow() {
     assert_eq!(largest("erofs", &[(1024 + 36, 4)]), blocks * 4096);
     assert_eq!(largest("vfat", &[(19, 2)]), u64::from(u16::MAX) * 512);
     assert_eq!(largest("swap", &[(1024 + 4, 4)]), (blocks + 1) * 4096);
+    let mut samples = samples().into_iter();
+    let (_, mut image) = samples.find(|(sample, _)| *sample == "ext2").unwrap();
+    // Revision 1, the feature "64bit", and all bits of the number of blocks.
+    image[1024 + 0x4c] = 1;
+    image[1024 + 0x60] |= 0x80;
+    image[1024 + 4..][..4].fill(0xff);
+    image[1024 + 0x150..][..4].fill(0xff);
+    match probe(&mut Cursor::new(&image)).unwrap().content {
+        Content::Filesystem(found) => assert_eq!(found.size_bytes, Some(u64::MAX)),
+        other => panic!("{other}"),
+    }
 }
 
 #[test]
