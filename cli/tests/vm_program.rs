@@ -189,7 +189,7 @@ fn vm_u06_a_mount_ends_with_an_error_when_its_machine_dies() {
     let started = Instant::now();
     common::signal(qemu, Signal::KILL);
     let answer = held.wait();
-    assert!(started.elapsed() < Duration::from_secs(5), "{answer}");
+    assert!(started.elapsed() < Duration::from_secs(60), "{answer}");
     answer.says(1, &["the VM is gone", "SIGKILL", "did not live"]);
     assert_nothing_left(&answer, &dir);
     assert_eq!(machines_of(&id), Vec::<String>::new());
@@ -216,7 +216,8 @@ fn vm_x06_the_second_signal_gives_up_on_a_machine_that_hangs() {
     std::thread::sleep(Duration::from_millis(500));
     let started = Instant::now();
     let answer = held.end(Signal::TERM);
-    assert!(started.elapsed() < Duration::from_secs(2), "{answer}");
+    // It takes some milliseconds; without the second signal it would be the 90 seconds of a request.
+    assert!(started.elapsed() < Duration::from_secs(30), "{answer}");
     answer.says(1, &["giving up on the guest", "second signal"]);
     assert_nothing_left(&answer, &dir);
     assert_eq!(machines_of(&id), Vec::<String>::new());

@@ -65,7 +65,7 @@ async fn f01_a_lost_connection_is_uncertain_now_and_later() {
     let begun = Instant::now();
     let later = connection.call(unplug(0)).await.unwrap_err();
     assert_eq!(later.kind(), ErrorKind::Uncertain, "{later}");
-    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert!(begun.elapsed() < Duration::from_secs(30));
 }
 
 #[tokio::test]
