@@ -9,7 +9,7 @@ use tracing::info_span;
 use crate::call::{call, catch_panic, within};
 use crate::holders::{Holder, Holders};
 use crate::journal::{AttachmentRecord, Record, RecordKey};
-use crate::lease::{Lease, Left, Table};
+use crate::lease::{Lease, Left, Table, Tables};
 use crate::release::Releasing;
 use crate::{
     DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, HolderName, Presence,
@@ -27,12 +27,15 @@ use driver::{Attach, AttachJob, Attached};
 /// under the name of one that is attached (an image that was replaced).
 ///
 /// Tear-down unplugs the device in the guest ([`Unplugger::unplug`]), then detaches it on the host. The next
-/// attempt begins at the step that failed.
+/// attempt begins at the step that failed. A disk that meets no free slot, or a `Conflict`, waits for the tear-downs that
+/// are under way or pending, and is tried once more.
 ///
 /// Cloning is cheap, and clones are the same manager.
 #[derive(Clone)]
 pub struct AttachManager {
     table: Arc<Table<Attach>>,
+    /// Its own, and those of what stands on attachments.
+    pub(crate) tables: Tables,
 }
 
 /// One share of an attached disk. An attachment alone mounts nothing and unmounts nothing.
@@ -42,7 +45,7 @@ pub struct AttachManager {
 #[must_use = "dropping an attachment releases it in the background, where an error is only logged"]
 pub struct Attachment {
     /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
-    holder: Option<Holder>,
+    holder: Option<Arc<Holder>>,
     lease: Lease<Attach>,
 }
 
@@ -72,10 +75,9 @@ impl AttachManager {
         timeout: Duration,
         holders: Holders,
     ) -> Self {
-        let driver = Attach::new(transport, unplugger, holders);
-        AttachManager {
-            table: Table::new(driver, timeout),
-        }
+        let table = Table::new(Attach::new(transport, unplugger, holders), timeout);
+        let tables = Tables::one(&table);
+        AttachManager { table, tables }
     }
 
     /// Attaches a disk, or shares it if it is attached already.
@@ -124,7 +126,7 @@ impl AttachManager {
         let holder = holder.map_err(|cause| Error::new(Step::Attach, cause).on_disk(disk))?;
         let mut attachment = self.attach(disk).await?;
         match holder.hold(attachment.key()) {
-            Ok(()) => attachment.holder = Some(holder),
+            Ok(()) => attachment.holder = Some(Arc::new(holder)),
             Err(error) => {
                 give_back(attachment.releasing()).await;
                 return Err(error.on_disk(disk));
@@ -178,10 +180,16 @@ impl AttachManager {
         id: DiskId,
         disk: &Disk,
     ) -> Result<Attachment, Error> {
-        let lease = match self.table.join(&id, |up| up.check(disk)) {
+        let ask = || self.attach_once(&id, disk);
+        self.tables.clearing(ask).await
+    }
+
+    async fn attach_once(&self, id: &DiskId, disk: &Disk) -> Result<Attachment, Error> {
+        let lease = match self.table.join(id, |up| up.check(disk)) {
             Some(joined) => joined?,
             None => {
-                let lease = self.table.acquire(id, AttachJob::new(disk)).await;
+                let acquired = self.table.acquire(id.clone(), AttachJob::new(disk));
+                let lease = acquired.await;
                 lease.map_err(|error| match error.disk() {
                     Some(_) => error,
                     None => error.on_disk(disk),
@@ -216,10 +224,6 @@ impl AttachManager {
             failed,
             in_use: self.in_use(),
         }
-    }
-
-    pub(crate) async fn clear_pending(&self) -> bool {
-        self.table.clear_pending().await
     }
 
     pub(crate) fn records(&self) -> Vec<Record> {
@@ -273,7 +277,13 @@ impl Attachment {
 
     /// One more share of it, for a holder or for what is above it.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
-        let lease = self.lease.share();
+        let (holder, lease) = (holder.map(Arc::new), self.lease.share());
+        Attachment { holder, lease }
+    }
+
+    /// One more share of it for the same holder, who has it until both are released.
+    pub(crate) fn again(&self) -> Self {
+        let (holder, lease) = (self.holder.clone(), self.lease.share());
         Attachment { holder, lease }
     }
 }

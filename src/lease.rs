@@ -46,12 +46,14 @@ use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release}
 use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
 use crate::{BackendError, Error, ErrorKind};
 
+mod clearing;
 mod entry;
 mod handle;
 #[cfg(test)]
 mod interleavings;
 mod request;
 
+pub(crate) use clearing::Tables;
 use entry::{Entry, Phase, State};
 pub(crate) use handle::Lease;
 use handle::PendingTeardown;
@@ -401,7 +403,7 @@ impl<D: Driver> Table<D> {
 
     /// Runs the tear-downs that are pending or under way, but waits for no set-up. Whether one of them has succeeded: a
     /// path or a slot may be free that was not.
-    pub(crate) async fn clear_pending(self: &Arc<Self>) -> bool {
+    async fn clear_pending(self: &Arc<Self>) -> bool {
         let pending = self.snapshot().into_iter();
         let pending = pending.filter(|entry| entry.is_pending());
         let running: Vec<_> = pending

@@ -10,15 +10,15 @@ use futures_util::future::join_all;
 
 use crate::attach::give_back;
 use crate::holders::Holders;
-use crate::lease::Table;
+use crate::lease::{Table, Tables};
 use crate::mount::ensure_writable;
 use crate::stack::{Combining, combine, release_all, reserve};
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::{
     AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, Error,
-    ErrorKind, HolderName, LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay,
-    Presence, Stack, StackRequest, Transport, Unplugger,
+    HolderName, LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence,
+    Stack, StackRequest, Transport, Unplugger,
 };
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
@@ -96,7 +96,7 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn attach(&self, disk: &Disk) -> Result<Attachment, Error> {
-        self.clearing(|| self.attachments.attach(disk)).await
+        self.attachments.attach(disk).await
     }
 
     /// As [`attach`](Self::attach), for a holder who comes back for it after a restart.
@@ -117,8 +117,7 @@ impl Manager {
         disk: &Disk,
         name: &HolderName,
     ) -> Result<Attachment, Error> {
-        self.clearing(|| self.attachments.attach_held_by(disk, name))
-            .await
+        self.attachments.attach_held_by(disk, name).await
     }
 
     /// Attaches a disk and mounts it, or shares what there is.
@@ -138,27 +137,7 @@ impl Manager {
     /// Outside of a tokio runtime.
     pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
         let _running = self.mounts.enter()?;
-        self.clearing(|| self.add_running(disk, request)).await
-    }
-
-    /// Asks, and asks once more if a slot or a path was taken by what is only to be torn down, or is on its way down.
-    async fn clearing<T, F: Future<Output = Result<T, Error>>>(
-        &self,
-        ask: impl Fn() -> F,
-    ) -> Result<T, Error> {
-        match ask().await {
-            Err(error) if matches!(error.kind(), ErrorKind::Full | ErrorKind::Conflict) => {
-                // From the top down: each releases what the next one tears down.
-                let stacks = self.stacks.clear_pending().await;
-                let mounts = self.mounts.clear_pending().await;
-                let attachments = self.attachments.clear_pending().await;
-                match stacks || mounts || attachments {
-                    true => ask().await,
-                    false => Err(error),
-                }
-            }
-            answer => answer,
-        }
+        self.add_running(disk, request).await
     }
 
     async fn add_running(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
@@ -194,7 +173,8 @@ impl Manager {
     pub async fn stack(&self, request: &StackRequest) -> Result<Stack, Error> {
         request.validate()?;
         let _running = self.mounts.enter()?;
-        self.clearing(|| self.stack_running(request)).await
+        let ask = || self.stack_running(request);
+        self.mounts.tables.clearing(ask).await
     }
 
     async fn stack_running(&self, request: &StackRequest) -> Result<Stack, Error> {
@@ -202,7 +182,7 @@ impl Manager {
         // All in this one future: dropping it cancels all of them at once.
         let adding = request
             .disks()
-            .map(|(disk, mount)| self.clearing(move || self.add_running(disk, mount)));
+            .map(|(disk, mount)| self.add_running(disk, mount));
         let (mut mounts, mut first_error) = (Vec::new(), None);
         for added in join_all(adding).await {
             match added {
@@ -327,21 +307,24 @@ impl ManagerBuilder {
             (Some(_), None) => Box::new(Missing("an unplugger")),
         };
         let claims = Claims::new(mount_root);
-        Manager {
+        let combining = Combining::new(combiner, claims.clone(), holders.clone());
+        let mut manager = Manager {
             attachments: AttachManager::with_holders(
                 transport,
                 unplugger,
                 timeout,
                 holders.clone(),
             ),
-            mounts: BlockMountManager::with_claims(
-                mounter,
-                claims.clone(),
-                timeout,
-                holders.clone(),
-            ),
-            stacks: Table::new(Combining::new(combiner, claims, holders), timeout),
-        }
+            mounts: BlockMountManager::with_claims(mounter, claims, timeout, holders),
+            stacks: Table::new(combining, timeout),
+        };
+        let (mounts, attachments) = (&manager.mounts.tables, &manager.attachments.tables);
+        let all = attachments
+            .below(mounts)
+            .below(&Tables::one(&manager.stacks));
+        manager.mounts.tables = all.clone();
+        manager.attachments.tables = all;
+        manager
     }
 }
 

@@ -11,7 +11,7 @@ use crate::attach::{Attachment, give_back};
 use crate::call::{call, within};
 use crate::holders::{Holder, Holders, Running};
 use crate::journal::{MountKey, MountRecord, Record, RecordKey};
-use crate::lease::{Lease, Left, Table};
+use crate::lease::{Lease, Left, Table, Tables};
 use crate::release::Releasing;
 use crate::target::Claims;
 use crate::{
@@ -32,12 +32,15 @@ use driver::{MountJob, Mounting};
 /// Two requests with equal locator and options are one mount, wherever the first one requested it: the
 /// second caller gets the first one's path. A path that is taken, or that lies above or below one
 /// that is, is a `Conflict`; so are options that the device cannot have beside those it is mounted with
-/// ([`is_compatible_with`](crate::MountOptions::is_compatible_with)).
+/// ([`is_compatible_with`](crate::MountOptions::is_compatible_with)). If that may be because of a mount that is on its way
+/// down, or whose tear-down is pending, that is torn down first, and the request is tried once more.
 ///
 /// Cloning is cheap, and clones are the same manager.
 #[derive(Clone)]
 pub struct BlockMountManager {
     table: Arc<Table<Mounting>>,
+    /// Its own, and those of what stands on mounts or is below them.
+    pub(crate) tables: Tables,
 }
 
 /// One share of a mounted device. While a mount exists, so does the attachment under it.
@@ -89,9 +92,9 @@ impl BlockMountManager {
             claims,
             holders,
         };
-        BlockMountManager {
-            table: Table::new(driver, timeout),
-        }
+        let table = Table::new(driver, timeout);
+        let tables = Tables::one(&table);
+        BlockMountManager { table, tables }
     }
 
     /// Mounts an attached disk, or shares the mount if there is one.
@@ -145,10 +148,6 @@ impl BlockMountManager {
         &self.table.driver().holders
     }
 
-    pub(crate) async fn clear_pending(&self) -> bool {
-        self.table.clear_pending().await
-    }
-
     pub(crate) fn records(&self) -> Vec<Record> {
         self.table.records()
     }
@@ -196,13 +195,16 @@ impl BlockMountManager {
         if let Some(attachment) = &attachment {
             ensure_writable(attachment.disk(), request)?;
         }
-        let options = request.options().clone();
-        let key = MountKey::new(device, options);
-        let lease = match self.table.join(&key, |up| up.check(attachment.as_ref())) {
-            Some(joined) => joined?,
-            None => {
-                let job = MountJob::new(attachment, request.target());
-                self.table.acquire(key, job).await?
+        let key = MountKey::new(device, request.options().clone());
+        let ask = || self.mount_once(&key, attachment.as_ref(), request);
+        let lease = match self.tables.clearing(ask).await {
+            // The mount has a share of the attachment, so this one is not the last.
+            Ok(lease) => lease,
+            Err(error) => {
+                if let Some(attachment) = attachment {
+                    give_back(attachment.releasing()).await;
+                }
+                return Err(error);
             }
         };
         let mut mount = Mount {
@@ -220,6 +222,19 @@ impl BlockMountManager {
             }
         }
         Ok(mount)
+    }
+
+    async fn mount_once(
+        &self,
+        key: &MountKey,
+        attachment: Option<&Attachment>,
+        request: &MountRequest,
+    ) -> Result<Lease<Mounting>, Error> {
+        if let Some(joined) = self.table.join(key, |up| up.check(attachment)) {
+            return joined;
+        }
+        let job = MountJob::new(attachment.map(Attachment::again), request.target());
+        self.table.acquire(key.clone(), job).await
     }
 
     /// Asks the mounter whether a mount is there that the journal remembers.
