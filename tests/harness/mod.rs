@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use blockmount::testing::{FakeVm, VmStep};
 use blockmount::{
-    Attachment, Disk, ErrorKind, Manager, Mount, MountOptions, MountRequest, ReleaseError, Stack,
+    Attachment, Disk, ErrorKind, Manager, ManagerBuilder, Mount, MountOptions, MountRequest,
+    ReleaseError, Stack,
 };
 
 /// How many drains may be needed once nothing fails any more.
@@ -19,14 +20,16 @@ const DRAINS: usize = 3;
 
 /// A manager of a VM. `timeout` is how long its callers wait.
 pub(crate) fn manager_of(vm: &FakeVm, timeout: Duration) -> Manager {
+    builder_of(vm).timeout(timeout).build()
+}
+
+pub(crate) fn builder_of(vm: &FakeVm) -> ManagerBuilder {
     Manager::builder()
         .transport(vm.clone())
         .unplugger(vm.clone())
         .mounter(vm.clone())
         .combiner(vm.clone())
         .mount_root("/run/m")
-        .timeout(timeout)
-        .build()
 }
 
 /// Disk number `n`, read-only or not.

@@ -1,7 +1,8 @@
 //! The manager against a model of it: maps of counts, and a rule for each request.
 //!
-//! Requests come one after the other, with faults of single calls. After each one the answer, the number
-//! of calls of each kind, what is in use and where everything is must be as the model predicts.
+//! Requests come one after the other, with faults of single calls, lines to the guest that are lost, VMs that end, and
+//! processes that end and are followed by another. After each one the answer, the number of calls of each kind, what is
+//! in use and where everything is must be as the model predicts. The last act of each case is a restart.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,8 +15,8 @@ mod real;
 mod reference;
 mod requests;
 
-use blockmount::ErrorKind;
 use blockmount::testing::{Gate, VmStep};
+use blockmount::{ErrorKind, HolderName};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use proptest_state_machine::prop_state_machine;
@@ -80,6 +81,18 @@ enum Act {
     Retry(usize),
     Drain,
     Fault(VmStep, Gate),
+    /// From now on no call of the guest is answered, whether it happens or not.
+    LoseLine {
+        happened: bool,
+    },
+    /// The guest answers again.
+    MendLine,
+    EndVm,
+    /// The process ends, and the next one recovers. Of the holders with a name those come back whose bit is set; nobody
+    /// else does. A VM that has ended is replaced.
+    Restart {
+        back: u64,
+    },
 }
 
 /// What the caller is told.
@@ -92,6 +105,18 @@ enum Said {
     Refused(Kinds),
     Released(Kinds),
     Drained(Kinds, usize),
+}
+
+/// The calls that a lost line cuts off.
+fn is_in_guest(step: VmStep) -> bool {
+    use VmStep::{Combine, Mount, Separate, Unmount, Unplug};
+    matches!(step, Mount | Combine | Separate | Unmount | Unplug)
+}
+
+/// Three of four handles have a name, by which they are claimed after a restart.
+fn name_of(request: u32) -> Option<HolderName> {
+    let name = || HolderName::new(format!("holder {request}")).unwrap();
+    (request % 4 > 0).then(name)
 }
 
 fn sorted(mut kinds: Kinds) -> Kinds {

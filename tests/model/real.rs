@@ -5,31 +5,42 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use blockmount::testing::{FakeVm, VmStep};
+use blockmount::testing::{FakeVm, Gate, MemoryJournal, VmStep};
 use blockmount::{Disk, Manager, MountRequest, ReleaseError, StackRequest};
 use proptest_state_machine::StateMachineTest;
 use tokio::runtime::Runtime;
 
-use crate::harness::{Held, calls, clean, disk, manager_of, request, soon};
+use crate::harness::{Held, builder_of, calls, clean, disk, request, soon};
 use crate::reference::{Has, Model};
 use crate::{
-    ALIAS, Act, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE, sorted,
+    ALIAS, Act, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE,
+    is_in_guest, name_of, sorted,
 };
 
 /// The manager, and what its caller holds in the order of the model.
 pub(crate) struct Real {
     runtime: Rc<Runtime>,
     vm: FakeVm,
+    journal: MemoryJournal,
     manager: Manager,
+    /// How often each step was called when this process had recovered.
+    before: [usize; VmStep::ALL.len()],
     handles: Vec<Held>,
     errors: Vec<ReleaseError>,
+    is_gone: bool,
 }
 
 impl Real {
-    async fn act(&mut self, act: Act) -> Said {
+    /// Does what the model has predicted.
+    async fn act(&mut self, act: Act, model: &Model) -> Said {
+        let holder = name_of(model.requests);
         match act {
             Act::Attach { name, read_only } => {
-                let got = self.manager.attach(&named(name, read_only)).await;
+                let disk = named(name, read_only);
+                let got = match &holder {
+                    Some(holder) => self.manager.attach_held_by(&disk, holder).await,
+                    None => self.manager.attach(&disk).await,
+                };
                 self.got(got.map(Held::Attachment))
             }
             Act::Add {
@@ -39,6 +50,10 @@ impl Real {
                 target,
             } => {
                 let request = request(OPTIONS[options], target.map(|target| TARGETS[target].0));
+                let request = match holder {
+                    Some(holder) => request.held_by(holder),
+                    None => request,
+                };
                 let got = self.manager.add(&named(name, read_only), &request).await;
                 self.got(got.map(Held::Mount))
             }
@@ -47,7 +62,12 @@ impl Real {
                 scratch,
                 tree,
             } => {
-                let got = self.manager.stack(&stack(&layers, scratch, tree)).await;
+                let stack = stack(&layers, scratch, tree);
+                let stack = match holder {
+                    Some(holder) => stack.held_by(holder),
+                    None => stack,
+                };
+                let got = self.manager.stack(&stack).await;
                 self.got(got.map(Held::Stack))
             }
             Act::Release(index) => {
@@ -71,7 +91,66 @@ impl Real {
                 self.vm.gate_next(step, 1, gate);
                 Said::Nothing
             }
+            Act::LoseLine { happened } => {
+                self.vm.gate_by(move |call| match is_in_guest(call.step) {
+                    true => Gate::Uncertain { happened },
+                    false => Gate::Ok,
+                });
+                Said::Nothing
+            }
+            Act::MendLine => {
+                self.vm.gate_by(|_| Gate::Ok);
+                Said::Nothing
+            }
+            Act::EndVm => {
+                self.vm.open_gates();
+                self.vm.kill();
+                self.is_gone = true;
+                Said::Nothing
+            }
+            Act::Restart { .. } => {
+                self.restart(model).await;
+                Said::Nothing
+            }
         }
+    }
+
+    /// Ends the process as a kill does, and has the next one recover, in which the holders of the model come back.
+    async fn restart(&mut self, model: &Model) {
+        let handles = std::mem::take(&mut self.handles);
+        std::mem::forget((handles, std::mem::take(&mut self.errors)));
+        self.vm.open_gates();
+        self.vm.check().unwrap();
+        self.vm = match self.is_gone {
+            true => new_vm(),
+            false => self.vm.restart(),
+        };
+        self.journal = self.journal.restart();
+        let recovery = soon(
+            "recover",
+            builder_of(&self.vm).recover(self.journal.clone()),
+        )
+        .await;
+        let recovery = recovery.unwrap();
+        self.manager = recovery.manager().clone();
+        let mut holders = recovery.report().holders.iter();
+        assert!(
+            holders.all(|holder| holder.is_up != self.is_gone),
+            "{recovery:?}"
+        );
+        self.is_gone = false;
+        for (_, request) in &model.handles {
+            let name = name_of(*request).unwrap();
+            self.handles.push(match recovery.claim(&name).unwrap() {
+                blockmount::Held::Attachment(attachment) => Held::Attachment(attachment),
+                blockmount::Held::Mount(mount) => Held::Mount(mount),
+                blockmount::Held::Stack(stack) => Held::Stack(stack),
+                held => panic!("{held:?} is new to this test"),
+            });
+        }
+        let settled = soon("settle", recovery.settle()).await;
+        assert!(settled.failed.is_empty(), "{settled:?}");
+        self.before = calls(&self.vm);
     }
 
     fn got(&mut self, got: Result<Held, blockmount::Error>) -> Said {
@@ -97,8 +176,11 @@ impl Real {
     fn check_places(&self, model: &Model) {
         let mut locators = BTreeMap::new();
         let mut paths = BTreeMap::new();
-        for (held, has) in self.handles.iter().zip(&model.handles) {
-            held.check(&self.vm);
+        assert_eq!(self.handles.len(), model.handles.len());
+        for (held, (has, _)) in self.handles.iter().zip(&model.handles) {
+            if !model.gone {
+                held.check(&self.vm);
+            }
             match (held, has) {
                 (Held::Attachment(attachment), Has::Attachment(disk)) => {
                     let there = locators
@@ -127,6 +209,12 @@ impl Real {
             }
         }
     }
+}
+
+fn new_vm() -> FakeVm {
+    let vm = FakeVm::with_slots(SLOTS as u32);
+    vm.alias("/links/0.img", "/images/0.img");
+    vm
 }
 
 fn named(name: usize, read_only: bool) -> Disk {
@@ -161,15 +249,18 @@ impl StateMachineTest for Real {
             .enable_time()
             .start_paused(true)
             .build();
-        let vm = FakeVm::with_slots(SLOTS as u32);
-        vm.alias("/links/0.img", "/images/0.img");
-        let manager = manager_of(&vm, Duration::from_secs(300));
+        let runtime = Rc::new(runtime.unwrap());
+        let (vm, journal) = (new_vm(), MemoryJournal::new());
+        let recovery = runtime.block_on(builder_of(&vm).recover(journal.clone()));
         Real {
-            runtime: Rc::new(runtime.unwrap()),
+            runtime,
+            manager: recovery.unwrap().manager().clone(),
             vm,
-            manager,
+            journal,
+            before: Default::default(),
             handles: Vec::new(),
             errors: Vec::new(),
+            is_gone: false,
         }
     }
 
@@ -177,7 +268,7 @@ impl StateMachineTest for Real {
         let what = format!("{act:?}");
         let runtime = Rc::clone(&real.runtime);
         let said = runtime.block_on(async {
-            let said = soon(&what, real.act(act)).await;
+            let said = soon(&what, real.act(act, model)).await;
             // What was dropped is torn down in the background.
             tokio::time::sleep(Duration::from_secs(1)).await;
             said
@@ -192,7 +283,12 @@ impl StateMachineTest for Real {
     }
 
     fn check_invariants(real: &Real, model: &Model) {
-        assert_eq!(calls(&real.vm), model.calls, "calls of {:?}", VmStep::ALL);
+        let (mut called, before) = (calls(&real.vm), real.before);
+        called
+            .iter_mut()
+            .zip(before)
+            .for_each(|(now, before)| *now -= before);
+        assert_eq!(called, model.calls, "calls of {:?}", VmStep::ALL);
         let [attachments, mounts, trees] = model.in_use();
         assert_eq!(real.manager.attachments().in_use(), attachments);
         assert_eq!(real.manager.mounts().in_use(), mounts);
@@ -202,30 +298,23 @@ impl StateMachineTest for Real {
             model.owed_attachments(),
         ]
         .concat();
-        if owed.is_empty() {
-            assert_eq!(
-                real.vm.left().len(),
-                attachments + mounts + trees,
-                "{:?}",
-                real.vm.left()
-            );
+        if owed.is_empty() && !model.gone {
+            let left = real.vm.left();
+            assert_eq!(left.len(), attachments + mounts + trees, "{left:?}");
         }
         real.check_places(model);
         real.vm.check().unwrap();
     }
 
-    fn teardown(real: Real, _: Model) {
-        let Real {
-            runtime,
-            vm,
-            manager,
-            handles,
-            errors,
-        } = real;
+    fn teardown(mut real: Real, mut model: Model) {
+        model.restart(u64::MAX);
+        let runtime = Rc::clone(&real.runtime);
         runtime.block_on(async {
-            vm.open_gates();
-            drop((handles, errors));
-            assert_eq!(clean(&vm, &manager).await, 1);
+            real.restart(&model).await;
+            real.check_places(&model);
+            real.handles.clear();
+            assert_eq!(clean(&real.vm, &real.manager).await, 1);
+            assert!(real.journal.is_empty(), "{:?}", real.journal);
         });
     }
 }

@@ -8,6 +8,7 @@ use blockmount::testing::VmStep;
 
 use crate::{
     DISKS, Kinds, MountKey, SCRATCH_TARGET, SLOTS, SUPERBLOCK, Said, TARGETS, TREES, WRITABLE,
+    is_in_guest, name_of,
 };
 
 /// What a caller can hold.
@@ -60,7 +61,12 @@ pub(crate) struct Model {
     pub(crate) trees: BTreeMap<usize, Combined>,
     pub(crate) faults: BTreeMap<usize, ErrorKind>,
     pub(crate) calls: [usize; VmStep::ALL.len()],
-    pub(crate) handles: Vec<Has>,
+    /// What callers hold, each with the number of its request.
+    pub(crate) handles: Vec<(Has, u32)>,
+    /// How many requests there were.
+    pub(crate) requests: u32,
+    pub(crate) line_is_lost: bool,
+    pub(crate) gone: bool,
     pub(crate) errors: Vec<Vec<PendingRelease>>,
     pub(crate) ids: u64,
     pub(crate) said: Said,
@@ -77,7 +83,57 @@ impl Model {
 
     fn call(&mut self, step: VmStep) -> Result<(), ErrorKind> {
         self.calls[step as usize] += 1;
-        self.faults.remove(&(step as usize)).map_or(Ok(()), Err)
+        self.answer(step)
+    }
+
+    fn answer(&mut self, step: VmStep) -> Result<(), ErrorKind> {
+        match self.faults.remove(&(step as usize)) {
+            _ if self.gone => Err(ErrorKind::Gone),
+            Some(fault) => Err(fault),
+            None if self.line_is_lost && is_in_guest(step) => Err(ErrorKind::Uncertain),
+            None => Ok(()),
+        }
+    }
+
+    /// What was in a VM that has ended is torn down.
+    fn call_down(&mut self, step: VmStep) -> Result<(), ErrorKind> {
+        match self.call(step) {
+            Err(ErrorKind::Gone) => Ok(()),
+            answer => answer,
+        }
+    }
+
+    /// What the next process has once its holders have come back, and all else is released. It is not predicted which
+    /// calls of the tear-downs that were pending it has to repeat.
+    pub(crate) fn restart(&mut self, back: u64) {
+        self.faults.clear();
+        (self.line_is_lost, self.errors) = (false, Vec::new());
+        if self.gone {
+            let requests = self.requests;
+            *self = Model {
+                requests,
+                ..Model::default()
+            };
+            return;
+        }
+        let handles = std::mem::take(&mut self.handles).into_iter().enumerate();
+        for (index, (has, request)) in handles {
+            match name_of(request) {
+                Some(_) if back >> (index % 64) & 1 == 1 => self.handles.push((has, request)),
+                _ => drop(self.give(&has)),
+            }
+        }
+        let owed = [
+            Model::owed_trees,
+            Model::owed_mounts,
+            Model::owed_attachments,
+        ];
+        for owed in owed {
+            for pending in owed(self) {
+                self.retry(&pending);
+            }
+        }
+        self.calls = Default::default();
     }
 
     pub(crate) fn attach(&mut self, name: usize, read_only: bool) -> Result<usize, ErrorKind> {
@@ -127,10 +183,10 @@ impl Model {
 
     fn lower_attachment(&mut self, disk: usize) -> Result<(), ErrorKind> {
         if !self.attached[&disk].unplugged {
-            self.call(VmStep::Unplug)?;
+            self.call_down(VmStep::Unplug)?;
         }
         self.attached.get_mut(&disk).unwrap().unplugged = true;
-        self.call(VmStep::Detach)?;
+        self.call_down(VmStep::Detach)?;
         self.attached.remove(&disk);
         Ok(())
     }
@@ -197,11 +253,9 @@ impl Model {
             pending: false,
         };
         self.calls[VmStep::Mount as usize] += 1;
-        let fault =
-            |model: &mut Self, step| model.faults.remove(&(step as usize)).map_or(Ok(()), Err);
         match self
             .call(VmStep::Resolve)
-            .and_then(|()| fault(self, VmStep::Mount))
+            .and_then(|()| self.answer(VmStep::Mount))
         {
             Ok(()) => drop(self.mounted.insert(key, up)),
             Err(ErrorKind::Uncertain) => {
@@ -212,7 +266,7 @@ impl Model {
                         ..up
                     },
                 );
-                if self.call(VmStep::Unmount).is_ok() {
+                if self.call_down(VmStep::Unmount).is_ok() {
                     self.mounted.remove(&key);
                 }
                 return Err(ErrorKind::Uncertain);
@@ -246,7 +300,7 @@ impl Model {
     }
 
     fn lower_mount(&mut self, key: MountKey) -> Result<Failed, ErrorKind> {
-        self.call(VmStep::Unmount)?;
+        self.call_down(VmStep::Unmount)?;
         self.mounted.remove(&key);
         Ok(self.give_attachment(key.0))
     }
@@ -321,7 +375,7 @@ impl Model {
         self.free(TREES[tree].1, inside.map(Path::new))?;
         let id = self.id();
         match self.call(VmStep::Combine) {
-            Err(ErrorKind::Uncertain) if self.call(VmStep::Separate).is_err() => {
+            Err(ErrorKind::Uncertain) if self.call_down(VmStep::Separate).is_err() => {
                 self.trees.insert(
                     tree,
                     Combined {
@@ -348,7 +402,7 @@ impl Model {
     }
 
     fn lower_tree(&mut self, tree: usize) -> Result<Failed, ErrorKind> {
-        self.call(VmStep::Separate)?;
+        self.call_down(VmStep::Separate)?;
         let down = self.trees.remove(&tree).unwrap();
         Ok(down
             .mounts

@@ -55,7 +55,7 @@ impl Model {
     fn got(&mut self, outcome: Result<Has, Kinds>) -> Said {
         match outcome {
             Ok(has) => {
-                self.handles.push(has);
+                self.handles.push((has, self.requests));
                 Said::Got
             }
             Err(kinds) => Said::Refused(kinds),
@@ -99,6 +99,8 @@ impl ReferenceStateMachine for Model {
             Gate::Panic { happened: true },
             Gate::Panic { happened: false },
         ]);
+        let mut asked = VmStep::ALL.to_vec();
+        asked.retain(|step| *step != VmStep::Adopt);
         let mut acts = vec![
             (
                 3,
@@ -135,11 +137,27 @@ impl ReferenceStateMachine for Model {
             (1, Just(Act::Drain).boxed()),
             (
                 4,
-                (prop::sample::select(VmStep::ALL.to_vec()), gate)
+                (prop::sample::select(asked), gate)
                     .prop_map(|(step, gate)| Act::Fault(step, gate))
                     .boxed(),
             ),
+            (
+                1,
+                any::<bool>()
+                    .prop_map(|happened| Act::LoseLine { happened })
+                    .boxed(),
+            ),
+            (
+                2,
+                any::<u64>().prop_map(|back| Act::Restart { back }).boxed(),
+            ),
         ];
+        if model.line_is_lost {
+            acts.push((6, Just(Act::MendLine).boxed()));
+        }
+        if model.requests > 6 {
+            acts.push((1, Just(Act::EndVm).boxed()));
+        }
         if handles > 0 {
             acts.push((6, (0..handles).prop_map(Act::Release).boxed()));
             acts.push((2, (0..handles).prop_map(Act::Drop).boxed()));
@@ -182,7 +200,7 @@ impl ReferenceStateMachine for Model {
                 independent && !(guess && (all > 1 || model.trees.contains_key(tree)))
             }
             Act::Release(index) | Act::Drop(index) => match model.handles.get(*index) {
-                Some(Has::Stack(_)) => !guess,
+                Some((Has::Stack(_), _)) => !guess,
                 has => has.is_some(),
             },
             Act::Retry(index) => match model.errors.get(*index).map(Vec::as_slice) {
@@ -195,12 +213,23 @@ impl ReferenceStateMachine for Model {
                 trees <= 1 && (lonely || !guess)
             }
             Act::Fault(step, _) => {
-                !model.faults.contains_key(&(*step as usize)) && model.faults.len() < 2
+                let is_new = !model.faults.contains_key(&(*step as usize));
+                is_new && model.faults.len() < 2 && !model.gone
             }
+            Act::LoseLine { .. } => !model.line_is_lost && !model.gone,
+            Act::MendLine => model.line_is_lost,
+            Act::EndVm => !model.gone,
+            Act::Restart { .. } => true,
         }
     }
 
     fn apply(mut model: Model, act: &Act) -> Model {
+        if matches!(
+            act,
+            Act::Attach { .. } | Act::Add { .. } | Act::Stack { .. }
+        ) {
+            model.requests += 1;
+        }
         model.said = match act {
             Act::Attach { name, read_only } => {
                 let disk = model.attach(*name, *read_only);
@@ -224,12 +253,12 @@ impl ReferenceStateMachine for Model {
                 model.got(stack.map(|()| Has::Stack(*tree)))
             }
             Act::Release(index) => {
-                let has = model.handles.swap_remove(*index);
+                let (has, _) = model.handles.swap_remove(*index);
                 let failed = model.give(&has);
                 model.released(failed)
             }
             Act::Drop(index) => {
-                let has = model.handles.swap_remove(*index);
+                let (has, _) = model.handles.swap_remove(*index);
                 model.give(&has);
                 Said::Nothing
             }
@@ -248,6 +277,19 @@ impl ReferenceStateMachine for Model {
                     _ => ErrorKind::Uncertain,
                 };
                 model.faults.insert(*step as usize, kind);
+                Said::Nothing
+            }
+            Act::LoseLine { .. } | Act::MendLine => {
+                model.line_is_lost = !model.line_is_lost;
+                Said::Nothing
+            }
+            Act::EndVm => {
+                model.faults.clear();
+                (model.gone, model.line_is_lost) = (true, false);
+                Said::Nothing
+            }
+            Act::Restart { back } => {
+                model.restart(*back);
                 Said::Nothing
             }
         };
