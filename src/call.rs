@@ -36,20 +36,14 @@ pub(crate) async fn call_down(
     }
 }
 
-/// How far the tear-down of one thing has got.
+/// The steps of one tear-down that are done.
 #[derive(Default)]
 pub(crate) struct Teardown {
-    done: bool,
     /// The first error of a step that is done and has lost writes, until whoever releases is told.
     lost: Option<Error>,
 }
 
 impl Teardown {
-    /// Whether only its record is left to be removed.
-    pub(crate) fn is_done(&self) -> bool {
-        self.done
-    }
-
     /// The step is done, unless this is another error than `LostWrites`.
     pub(crate) fn step(&mut self, outcome: Result<(), Error>) -> Result<(), Error> {
         match outcome {
@@ -61,10 +55,8 @@ impl Teardown {
         }
     }
 
-    /// Ends a tear-down whose steps are all done, once its record is `removed`.
-    pub(crate) fn end(&mut self, removed: Result<(), Error>) -> Result<(), Error> {
-        self.done = true;
-        removed?;
+    /// Ends a tear-down whose steps are all done.
+    pub(crate) fn end(&mut self) -> Result<(), Error> {
         self.lost.take().map_or(Ok(()), Err)
     }
 }

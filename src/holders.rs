@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use tracing::error;
 
 use crate::journal::{HolderRecord, Record, RecordKey, Recorder};
 use crate::{BackendError, Error, HolderName};
@@ -98,8 +97,8 @@ impl Holders {
     fn give_back(&self, name: &HolderName) {
         let inner = &self.0;
         let held = inner.names.lock().get(name).is_some_and(Option::is_some);
-        if held && let Err(error) = inner.records.remove(|| RecordKey::Holder(name.clone())) {
-            error!(holder = %name, cause = %error.cause(), "a holder that has released stays in the journal");
+        if held {
+            inner.records.remove(|| RecordKey::Holder(name.clone()));
         }
         inner.names.lock().remove(name);
     }

@@ -13,11 +13,20 @@
 //! | `Begun` | before the set-up. If this cannot be written, nothing is set up |
 //! | `Up` | after the set-up, before a caller has a handle. If this cannot be written, the set-up is torn down again |
 //! | `Ending` | before the tear-down, and again once the guest has unplugged a device |
-//! | removed | after the tear-down, or after a set-up that left nothing. If this cannot be written, the tear-down is pending |
+//! | removed | after the tear-down, or after a set-up that left nothing |
 //! | a holder | once what it holds is up, before its caller has the handle; removed before its handle's tear-down begins |
+//!
+//! A tear-down does not wait for a journal that cannot be written, such as one on a full disk. What it could not write is
+//! kept in memory, and written before anything new is set up; until then set-ups fail, and
+//! [`Manager::drain`](crate::Manager::drain) says why. A process that ends before that leaves records of what is not there
+//! any more, which the next recovery finds out.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tracing::warn;
 
 use crate::{BackendError, Error, ErrorKind, Step};
 
@@ -54,7 +63,7 @@ pub trait Journal: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If it cannot be written; the record is kept.
+    /// If it cannot be written; the record is kept. The manager goes on, and calls again before the next set-up.
     fn remove(&self, key: &RecordKey) -> Result<(), BackendError>;
 }
 
@@ -74,28 +83,91 @@ impl<J: Journal + ?Sized> Journal for Arc<J> {
 }
 
 /// Writes to the journal, if there is one. Without one nothing is even put together.
+///
+/// A set-up waits for its record; a tear-down does not, since a journal that cannot be written (its disk is full) must not
+/// keep anything up. What a tear-down could not write is kept here, and is written before the record of any set-up: nothing
+/// new is recorded in a place that the journal has still taken.
 #[derive(Clone, Default)]
-pub(crate) struct Recorder(Option<Arc<dyn Journal>>);
+pub(crate) struct Recorder(Option<Arc<Inner>>);
+
+struct Inner {
+    journal: Arc<dyn Journal>,
+    /// The record, or its removal, that is not written yet. Held for each write, which waits for nothing slow.
+    behind: Mutex<Behind>,
+}
+
+type Behind = HashMap<RecordKey, Option<Record>>;
+
+impl Inner {
+    fn write(&self, key: &RecordKey, record: Option<&Record>) -> Result<(), BackendError> {
+        match record {
+            Some(record) => self.journal.put(record),
+            None => self.journal.remove(key),
+        }
+    }
+
+    /// Writes what could not be written before.
+    fn catch_up(&self, behind: &mut Behind) -> Result<(), BackendError> {
+        let mut first = None;
+        behind.retain(|key, record| {
+            let written = self.write(key, record.as_ref());
+            written.map_err(|error| first.get_or_insert(error)).is_err()
+        });
+        first.map_or(Ok(()), Err)
+    }
+
+    fn write_or_keep(&self, key: RecordKey, record: Option<Record>) {
+        let mut behind = self.behind.lock();
+        if behind.is_empty() && self.write(&key, record.as_ref()).is_ok() {
+            return;
+        }
+        behind.insert(key, record);
+        if let Err(error) = self.catch_up(&mut behind) {
+            let records = behind.len();
+            warn!(%error, records, "the journal is behind; it goes on with what is torn down");
+        }
+    }
+}
 
 impl Recorder {
     pub(crate) fn new(journal: Arc<dyn Journal>) -> Self {
-        Recorder(Some(journal))
+        let behind = Mutex::default();
+        Recorder(Some(Arc::new(Inner { journal, behind })))
     }
 
+    /// Writes down what is about to be set up, or is.
     pub(crate) fn put(&self, record: impl FnOnce() -> Record) -> Result<(), Error> {
-        let Some(journal) = &self.0 else {
+        let Some(inner) = &self.0 else {
             return Ok(());
         };
-        let written = journal.put(&record());
+        let mut behind = inner.behind.lock();
+        let written = inner.catch_up(&mut behind);
+        let written = written.and_then(|()| inner.journal.put(&record()));
         written.map_err(|cause| Error::new(Step::Record, cause))
     }
 
-    pub(crate) fn remove(&self, key: impl FnOnce() -> RecordKey) -> Result<(), Error> {
-        let Some(journal) = &self.0 else {
+    /// Writes down what is about to be torn down, now or later.
+    pub(crate) fn ending(&self, record: impl FnOnce() -> Record) {
+        if let Some(inner) = &self.0 {
+            let record = record();
+            inner.write_or_keep(record.key(), Some(record));
+        }
+    }
+
+    /// Removes the record of what is torn down, now or later.
+    pub(crate) fn remove(&self, key: impl FnOnce() -> RecordKey) {
+        if let Some(inner) = &self.0 {
+            inner.write_or_keep(key(), None);
+        }
+    }
+
+    /// Writes what could not be written before.
+    pub(crate) fn catch_up(&self) -> Result<(), Error> {
+        let Some(inner) = &self.0 else {
             return Ok(());
         };
-        let removed = journal.remove(&key());
-        removed.map_err(|cause| Error::new(Step::Record, cause))
+        let written = inner.catch_up(&mut inner.behind.lock());
+        written.map_err(|cause| Error::new(Step::Record, cause))
     }
 
     /// Writes down what came of a set-up. One that cannot be written down is `Uncertain`, so that it is torn down.
@@ -105,19 +177,16 @@ impl Recorder {
         up: impl FnOnce() -> Record,
         key: impl FnOnce() -> RecordKey,
     ) -> Result<T, Error> {
-        let written = match &outcome {
-            Ok(_) => self.put(up),
-            Err(error) if error.kind() == ErrorKind::Uncertain => Ok(()),
+        match &outcome {
+            Ok(_) => self.put(up).map_err(|unwritten| {
+                let what = "the journal cannot be written, so it is torn down again";
+                let cause = BackendError::uncertain(what).with_source(unwritten.cause().clone());
+                Error::new(Step::Record, cause)
+            })?,
+            Err(error) if error.kind() == ErrorKind::Uncertain => {}
             Err(_) => self.remove(key),
-        };
-        match written {
-            Ok(()) => outcome,
-            Err(unwritten) => Err(Error::new(
-                Step::Record,
-                BackendError::uncertain("the journal cannot be written, so it is torn down again")
-                    .with_source(unwritten.cause().clone()),
-            )),
         }
+        outcome
     }
 }
 

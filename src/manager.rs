@@ -56,7 +56,8 @@ pub struct ManagerBuilder {
 #[must_use = "what failed is still there"]
 #[non_exhaustive]
 pub struct Drained {
-    /// The errors of the tear-downs that failed once more, and are still pending.
+    /// The errors of the tear-downs that failed once more, and are still pending. One of [`Step::Record`](crate::Step::Record)
+    /// is about the journal alone, which could not be told yet of what is torn down.
     pub failed: Vec<Error>,
     /// How many attachments, mounts and stacks are up, because callers hold them.
     pub in_use: usize,
@@ -231,6 +232,7 @@ impl Manager {
             failed.extend(drained.failed);
             in_use += drained.in_use;
         }
+        failed.extend(self.holders().records().catch_up().err());
         Drained { failed, in_use }
     }
 }

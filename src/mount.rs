@@ -198,8 +198,11 @@ impl BlockMountManager {
         let key = MountKey::new(device, request.options().clone());
         let ask = || self.mount_once(&key, attachment.as_ref(), request);
         let lease = match self.tables.clearing(ask).await {
-            // The mount has a share of the attachment, so this one is not the last.
-            Ok(lease) => lease,
+            Ok(lease) => {
+                // The mount has a share of it, so this one is not the last.
+                drop(attachment);
+                lease
+            }
             Err(error) => {
                 if let Some(attachment) = attachment {
                     give_back(attachment.releasing()).await;

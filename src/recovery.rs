@@ -17,7 +17,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tracing::{error, warn};
+use tracing::warn;
 
 use crate::holders::Holders;
 use crate::journal::{Journal, RecordKey, Recorded, Recorder};
@@ -294,10 +294,7 @@ impl Recovery {
 
 /// Removes the record of a holder that has lost what it held.
 fn forget(holders: &Holders, name: &HolderName) {
-    let removed = holders.records().remove(|| RecordKey::Holder(name.clone()));
-    if let Err(error) = removed {
-        error!(holder = %name, cause = %error.cause(), "a holder that has nothing stays in the journal");
-    }
+    holders.records().remove(|| RecordKey::Holder(name.clone()));
 }
 
 impl Drop for Recovery {

@@ -349,16 +349,13 @@ impl Driver for Combining {
 
     async fn teardown(&self, target: &PathBuf, job: &mut CombineJob) -> Result<(), Error> {
         let records = self.holders.records();
-        if !job.down.is_done() {
-            let recorded = records.put(|| job.record(Progress::Ending));
-            recorded.map_err(|error| error.on_path(target))?;
-            let span = info_span!("separate", path = %target.display());
-            let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
-            job.down
-                .step(outcome.map_err(|error| error.on_path(target)))?;
-        }
-        let removed = records.remove(|| RecordKey::Stack(target.clone()));
-        job.down.end(removed.map_err(|error| error.on_path(target)))
+        records.ending(|| job.record(Progress::Ending));
+        let span = info_span!("separate", path = %target.display());
+        let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
+        job.down
+            .step(outcome.map_err(|error| error.on_path(target)))?;
+        records.remove(|| RecordKey::Stack(target.clone()));
+        job.down.end()
     }
 
     fn release_held(&self, job: CombineJob) -> Releasing {

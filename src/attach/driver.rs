@@ -189,7 +189,8 @@ impl Attach {
         let outcome = outcome.map_err(|error| error.on_disk(disk).on_device(locator));
         job.down.step(outcome)?;
         job.unplugged = true;
-        self.record_end(id, job)
+        self.record_end(id, job);
+        Ok(())
     }
 
     async fn detach_job(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
@@ -207,12 +208,9 @@ impl Attach {
         })
     }
 
-    fn record_end(&self, id: &DiskId, job: &AttachJob) -> Result<(), Error> {
-        let recorded = self
-            .holders
-            .records()
-            .put(|| job.record(id, Progress::Ending));
-        recorded.map_err(|error| error.on_disk(&job.disk))
+    fn record_end(&self, id: &DiskId, job: &AttachJob) {
+        let records = self.holders.records();
+        records.ending(|| job.record(id, Progress::Ending));
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), Error> {
@@ -264,17 +262,12 @@ impl Driver for Attach {
     }
 
     async fn teardown(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
-        if !job.down.is_done() {
-            self.record_end(id, job)?;
-            self.unplug(id, job).await?;
-            self.detach_job(id, job).await?;
-        }
-        let removed = self
-            .holders
-            .records()
-            .remove(|| RecordKey::Attachment(id.clone()));
-        job.down
-            .end(removed.map_err(|error| error.on_disk(&job.disk)))
+        self.record_end(id, job);
+        self.unplug(id, job).await?;
+        self.detach_job(id, job).await?;
+        let records = self.holders.records();
+        records.remove(|| RecordKey::Attachment(id.clone()));
+        job.down.end()
     }
 
     fn release_held(&self, job: AttachJob) -> Releasing {

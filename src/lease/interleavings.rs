@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Mutex as StdMutex;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::task::Poll;
 
 use shuttle::future::{JoinHandle, block_on, spawn, yield_now};
@@ -19,6 +20,8 @@ const SCHEDULES: usize = 20_000;
 /// A backend that yields in the middle of each call, and panics when the order of calls is wrong.
 struct Fake {
     faulty: bool,
+    /// The VM has ended: nothing can be set up, and everything counts as torn down.
+    ended: AtomicBool,
     resources: StdMutex<HashMap<u8, Status>>,
 }
 
@@ -76,6 +79,10 @@ impl Driver for Fake {
     async fn setup(&self, _: &u8, job: &mut Work) -> Result<u8, Error> {
         self.change(job.key, &[Status::Down], Status::SettingUp);
         yield_now().await;
+        if self.ended.load(SeqCst) {
+            self.change(job.key, &[Status::SettingUp], Status::Down);
+            return Err(failure(ErrorKind::Gone));
+        }
         if self.goes_wrong() {
             if thread_rng().r#gen() {
                 self.change(job.key, &[Status::SettingUp], Status::Doubtful);
@@ -95,9 +102,14 @@ impl Driver for Fake {
             Status::TearingDown,
         );
         yield_now().await;
-        if self.goes_wrong() {
-            self.change(job.key, &[Status::TearingDown], Status::Up);
-            return Err(failure(ErrorKind::Busy));
+        if self.goes_wrong() && !self.ended.load(SeqCst) {
+            // Over a line that is lost it may have happened.
+            let (left, kind) = match thread_rng().r#gen() {
+                true => (Status::Up, ErrorKind::Busy),
+                false => (Status::Doubtful, ErrorKind::Uncertain),
+            };
+            self.change(job.key, &[Status::TearingDown], left);
+            return Err(failure(kind));
         }
         self.change(job.key, &[Status::TearingDown], Status::Down);
         Ok(())
@@ -131,6 +143,7 @@ fn table(faulty: bool) -> Leases {
     Table::new(
         Fake {
             faulty,
+            ended: AtomicBool::new(false),
             resources: StdMutex::default(),
         },
         Duration::from_secs(1),
@@ -205,28 +218,59 @@ async fn drain(table: &Leases) {
 }
 
 fn explore(callers: usize, keys: u8, faulty: bool) {
-    let scenario = move || {
-        block_on(async move {
-            let table = table(faulty);
-            let tasks: Vec<JoinHandle<()>> = (0..callers)
-                .map(|caller_number| {
-                    let key = caller_number as u8 % keys;
-                    spawn(caller(Arc::clone(&table), key))
-                })
-                .collect();
-            let drains = spawn({
-                let table = Arc::clone(&table);
-                async move { drop(table.drain().await) }
-            });
-            for task in tasks {
-                task.await.unwrap();
-            }
-            drains.await.unwrap();
-            drain(&table).await;
-        });
-    };
-    shuttle::check_random(scenario, SCHEDULES);
-    shuttle::check_pct(scenario, SCHEDULES, 3);
+    check(move || async move {
+        let table = table(faulty);
+        let callers = (0..callers).map(|number| spawn(caller(table.clone(), number as u8 % keys)));
+        let tasks: Vec<JoinHandle<()>> = callers.collect();
+        finish(&table, tasks).await;
+    });
+}
+
+fn check<F: Future<Output = ()> + 'static>(
+    scenario: impl Fn() -> F + Copy + Send + Sync + 'static,
+) {
+    shuttle::check_random(move || block_on(scenario()), SCHEDULES);
+    shuttle::check_pct(move || block_on(scenario()), SCHEDULES, 3);
+}
+
+/// Drains while the tasks are at work, and once more after they have ended.
+async fn finish(table: &Leases, tasks: Vec<JoinHandle<()>>) {
+    let draining = Arc::clone(table);
+    let drains = spawn(async move { drop(draining.drain().await) });
+    for task in tasks {
+        task.await.unwrap();
+    }
+    drains.await.unwrap();
+    drain(table).await;
+}
+
+/// The table as a restart has left it: key 0 is up and has its holder back, key 1 is only to be torn down. Others ask for
+/// both, and the VM may end.
+fn explore_restart(ends: bool) {
+    check(move || async move {
+        let table = table(true);
+        let left = [(0, Status::Up), (1, Status::Doubtful)];
+        table.driver.resources.lock().unwrap().extend(left);
+        let held = table.restore(0, Work { key: 0 }, Some(0)).unwrap();
+        assert!(table.restore(1, Work { key: 1 }, None).is_none());
+        let mut tasks = vec![
+            spawn(caller(table.clone(), 0)),
+            spawn(caller(table.clone(), 1)),
+        ];
+        let holders = table.clone();
+        tasks.push(spawn(async move {
+            hold(&holders, &held).await;
+            drop(held.release().await);
+        }));
+        if ends {
+            let ending = table.clone();
+            tasks.push(spawn(async move {
+                yield_now().await;
+                ending.driver.ended.store(true, SeqCst);
+            }));
+        }
+        finish(&table, tasks).await;
+    });
 }
 
 #[test]
@@ -242,4 +286,14 @@ fn three_callers_of_one_key_with_faults() {
 #[test]
 fn four_callers_of_two_keys_with_faults() {
     explore(4, 2, true);
+}
+
+#[test]
+fn what_a_restart_has_left_is_claimed_and_asked_for() {
+    explore_restart(false);
+}
+
+#[test]
+fn a_vm_ends_after_a_restart() {
+    explore_restart(true);
 }

@@ -177,17 +177,13 @@ impl Driver for Mounting {
         };
         let (device, target) = (&key.device, Arc::clone(claim.target()));
         let records = self.holders.records();
-        if !job.down.is_done() {
-            let recorded = records.put(|| job.record(key, &target, Progress::Ending));
-            recorded.map_err(|error| job.explain(device, error))?;
-            let span = info_span!("unmount", locator = %device, path = %target.display());
-            let outcome = call_down(Step::Unmount, span, self.mounter.unmount(&target)).await;
-            let outcome = outcome.map_err(|error| job.explain(device, error));
-            job.down.step(outcome)?;
-        }
-        let removed = records.remove(|| RecordKey::Mount(key.clone()));
-        let removed = removed.map_err(|error| job.explain(device, error));
-        job.down.end(removed)
+        records.ending(|| job.record(key, &target, Progress::Ending));
+        let span = info_span!("unmount", locator = %device, path = %target.display());
+        let outcome = call_down(Step::Unmount, span, self.mounter.unmount(&target)).await;
+        let outcome = outcome.map_err(|error| job.explain(device, error));
+        job.down.step(outcome)?;
+        records.remove(|| RecordKey::Mount(key.clone()));
+        job.down.end()
     }
 
     fn release_held(&self, job: MountJob) -> Releasing {

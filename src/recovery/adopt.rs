@@ -189,8 +189,8 @@ impl Restoring {
             Err(error) => error.kind() == ErrorKind::Gone,
             _ => false,
         };
-        // Whatever cannot be removed from the journal is torn down once more, and removed then.
-        let left = if gone && self.holders.records().remove(|| key.clone()).is_ok() {
+        let left = if gone {
+            self.holders.records().remove(|| key.clone());
             None
         } else if whole && matches!(answer, Ok(Presence::Present(_))) {
             Some(Left::Up)

@@ -138,6 +138,8 @@ fn config() -> ProptestConfig {
             RngSeed::Random => RngSeed::Fixed(1),
             fixed => fixed,
         },
+        // They grow with the number of cases.
+        max_local_rejects: u32::MAX,
         failure_persistence: None,
         ..given
     }

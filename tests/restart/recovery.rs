@@ -1,6 +1,6 @@
 //! What a recovery finds, and what it does with it.
 
-use blockmount::testing::{Gate, VmStep};
+use blockmount::testing::{FakeVm, Gate, VmStep};
 use blockmount::{Error, ErrorKind, FoundState, HolderName, StackRequest, Step};
 
 use crate::common::{calls, layer, ro, rw, scratch};
@@ -218,7 +218,7 @@ async fn u03_a_foreign_disk_in_our_slot_is_not_touched() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_journal_that_fails_sets_up_nothing_and_keeps_what_is_to_be_torn_down() {
+async fn a_journal_that_fails_sets_up_nothing_and_keeps_nothing_up() {
     for writes in 0..12 {
         let world = World::new();
         let recovery = world.recover().await;
@@ -235,23 +235,51 @@ async fn a_journal_that_fails_sets_up_nothing_and_keeps_what_is_to_be_torn_down(
             }
             Ok(mount) => {
                 assert!(writes >= 5, "{writes}");
-                drop(mount.release().await);
+                mount.release().await.unwrap();
             }
         }
         if writes == 0 {
             assert_eq!(world.vm.calls(VmStep::Attach), 0);
         }
-        world.journal.mend();
-        assert!(manager.drain().await.is_clean(), "{writes}");
         world.vm.check().unwrap();
         world.vm.assert_empty();
-        let kept = writes == 5;
-        assert_eq!(
-            world.journal.is_empty(),
-            !kept,
-            "{writes}: {:?}",
-            world.journal
-        );
+        let behind = (1..11).contains(&writes);
+        let drained = manager.drain().await;
+        assert_eq!(!behind, drained.is_clean(), "{writes}: {drained:?}");
+        let mut failed = drained.failed.iter();
+        assert!(failed.all(|error| error.step() == Step::Record));
+        if behind {
+            let refused = manager.attach(&layer(1)).await.unwrap_err();
+            assert_eq!(refused.step(), Step::Record);
+        }
+        world.journal.mend();
+        assert!(manager.drain().await.is_clean(), "{writes}");
+        assert!(world.journal.is_empty(), "{writes}: {:?}", world.journal);
         drop(recovery);
     }
+}
+
+/// A detach frees a locator for the next disk, also if the journal could not be told of it.
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_is_behind_catches_up_before_the_next_disk() {
+    let world = World::over(FakeVm::with_slots(1));
+    let recovery = world.recover().await;
+    let manager = recovery.manager().clone();
+    let first = manager.attach(&layer(0)).await.unwrap();
+    world.journal.fail_after(0);
+    first.release().await.unwrap();
+    world.vm.assert_empty();
+    manager.attach(&layer(1)).await.unwrap_err();
+    world.journal.mend();
+    let second = manager.attach_held_by(&layer(1), &name("a")).await.unwrap();
+    leave(second);
+    drop(recovery);
+    let next = world.restart();
+    let recovery = next.recover().await;
+    let held = recovery.claim(&name("a")).unwrap();
+    assert_eq!(recovery.report().found.len(), 1);
+    assert!(recovery.settle().await.failed.is_empty());
+    held.release().await.unwrap();
+    next.vm.assert_empty();
+    assert!(next.journal.is_empty());
 }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 use rustix::fs::{
-    CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, fsync, openat, renameat,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, fsync, openat,
+    renameat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -66,14 +67,20 @@ impl Directory {
         let tried = || format!("cannot rewrite {}", self.path.join(NAME).display());
         // A draft that a killed process left is overwritten.
         let mut file = self.open_file(NEW_NAME, OFlags::CREATE | OFlags::TRUNC)?;
-        let written = file.write_all(bytes);
-        written.map_err(|error| failed(tried(), error))?;
-        if sync {
-            file.sync_all().map_err(|error| failed(tried(), error))?;
-        }
-        renameat(&self.fd, NEW_NAME, &self.fd, NAME).map_err(|errno| failed(tried(), errno))?;
-        if sync {
-            fsync(&self.fd).map_err(|errno| failed(tried(), errno))?;
+        let replaced = file.write_all(bytes).and_then(|()| {
+            if sync {
+                file.sync_all()?;
+            }
+            renameat(&self.fd, NEW_NAME, &self.fd, NAME)?;
+            if sync {
+                fsync(&self.fd)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = replaced {
+            // Part of a draft would take up the space that others wait for.
+            let _ = unlinkat(&self.fd, NEW_NAME, AtFlags::empty());
+            return Err(failed(tried(), error));
         }
         Ok(file)
     }

@@ -259,7 +259,14 @@ impl Journal for FileJournal {
         if !state.records.contains_key(key) {
             return Ok(());
         }
-        self.append(&mut state, &PutRef::Remove(key))?;
+        if let Err(error) = self.append(&mut state, &PutRef::Remove(key)) {
+            // Without its last record the file is as a new one, and cutting it off takes no space.
+            let is_last = state.records.len() == 1 && !state.torn && !self.sync;
+            if !is_last || state.file.set_len(MAGIC.len() as u64).is_err() {
+                return Err(error);
+            }
+            state.length = MAGIC.len();
+        }
         state.forget(key);
         self.compact(&mut state);
         Ok(())
