@@ -134,6 +134,7 @@ impl HostCodec for GcsHost {
         translated: Translated,
     ) -> Result<Reply, Failure> {
         let end = Instant::now() + link.deadline;
+        let mut lost_writes = None;
         for request in translated.requests() {
             // All of them have one deadline.
             let deadline = end.saturating_duration_since(Instant::now());
@@ -159,11 +160,14 @@ impl HostCodec for GcsHost {
                 continue;
             }
             let error = failure(what, answer, adds);
-            if !translated.is_done_anyway(request, &error) {
+            if !adds && error.kind() == ErrorKind::LostWrites {
+                // It is torn down all the same, and so is the rest.
+                lost_writes.get_or_insert(error);
+            } else if !translated.is_done_anyway(request, &error) {
                 return Err(error.into());
             }
         }
-        Ok(Reply::Done)
+        lost_writes.map_or(Ok(Reply::Done), |lost| Err(lost.into()))
     }
 
     fn settle(&self, translated: &Translated, outcome: &Result<Reply, BackendError>) {

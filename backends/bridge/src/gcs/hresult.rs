@@ -52,6 +52,9 @@ codes! {
     BUSY = 0x8007_00aa;
     /// Already there.
     ALREADY_EXISTS = 0x8007_00b7;
+    /// Written data was lost on its way to the disk (`ERROR_LOST_WRITEBEHIND_DATA`). Our agent says so of a tear-down that
+    /// is done; the agent of hcsshim has no number for it.
+    LOST_WRITES = 0x8007_0254;
     /// Not there.
     NOT_FOUND = 0x8007_0490;
     /// Not possible in this state.
@@ -87,7 +90,7 @@ codes! {
 }
 
 /// What each number means to a caller, where the number alone says so.
-const KINDS: [(Hresult, ErrorKind); 17] = [
+const KINDS: [(Hresult, ErrorKind); 18] = [
     (Hresult::NOT_IMPLEMENTED, ErrorKind::Unsuitable),
     (Hresult::NOT_SUPPORTED, ErrorKind::Unsuitable),
     (Hresult::UNKNOWN_MESSAGE, ErrorKind::Unsuitable),
@@ -99,6 +102,7 @@ const KINDS: [(Hresult, ErrorKind); 17] = [
     (Hresult::SHARING_VIOLATION, ErrorKind::Busy),
     (Hresult::ALREADY_EXISTS, ErrorKind::Conflict),
     (Hresult::SYSTEM_ALREADY_EXISTS, ErrorKind::Conflict),
+    (Hresult::LOST_WRITES, ErrorKind::LostWrites),
     (Hresult::NOT_FOUND, ErrorKind::NotFound),
     (Hresult::FILE_NOT_FOUND, ErrorKind::NotFound),
     (Hresult::PATH_NOT_FOUND, ErrorKind::NotFound),
@@ -158,6 +162,7 @@ impl From<ErrorKind> for Hresult {
             ErrorKind::Unsuitable => Hresult::NOT_SUPPORTED,
             ErrorKind::NotFound => Hresult::NOT_FOUND,
             ErrorKind::Conflict => Hresult::ALREADY_EXISTS,
+            ErrorKind::LostWrites => Hresult::LOST_WRITES,
             ErrorKind::Invalid => Hresult::INVALID_ARGUMENT,
             _ => Hresult::FAIL,
         }
@@ -241,7 +246,10 @@ mod tests {
     #[test]
     fn a_kind_survives_the_number_where_there_is_one() {
         use ErrorKind::*;
-        for kind in [Uncertain, Busy, Unsuitable, NotFound, Conflict, Invalid] {
+        let numbered = [
+            Uncertain, Busy, Unsuitable, NotFound, Conflict, Invalid, LostWrites,
+        ];
+        for kind in numbered {
             assert_eq!(Hresult::from(kind).kind(), Some(kind));
         }
         for kind in [Gone, Full, Other] {

@@ -150,3 +150,22 @@ async fn a_path_that_is_not_utf8_is_refused_before_it_is_sent() {
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     guest.unplug(&device(0)).await.unwrap();
 }
+
+#[tokio::test]
+async fn x07_a_tear_down_that_lost_writes_says_so_and_is_done() {
+    let vm = vm_with_disks(1).await;
+    let (guest, _server) = bridged(&vm).await;
+    let (target, options) = (Path::new("/m"), MountOptions::default());
+    guest.mount(&device(0), target, &options).await.unwrap();
+    let lost = Gate::Err(ErrorKind::LostWrites);
+    vm.gate_next(VmStep::Unmount, 1, lost);
+    let error = guest.unmount(target).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LostWrites, "{error}");
+    // There is nothing to undo any more, and the target is free.
+    guest.mount(&device(0), target, &options).await.unwrap();
+    guest.unmount(target).await.unwrap();
+    vm.gate_next(VmStep::Unplug, 1, lost);
+    let error = guest.unplug(&device(0)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LostWrites, "{error}");
+    vm.check().unwrap();
+}
