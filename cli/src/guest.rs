@@ -74,6 +74,14 @@ impl Guest {
         }
     }
 
+    /// Why nothing in the guest can be released any more, if that is so: its agent has ended and does not come back.
+    pub(crate) fn lost(&self) -> Option<&str> {
+        match self {
+            Guest::Local(_) => None,
+            Guest::Qemu(guest) => guest.lost(),
+        }
+    }
+
     /// What is mounted; of several at a path the topmost.
     pub(crate) async fn mounts(&self) -> Result<Mounts, Failure> {
         let Guest::Qemu(guest) = self else {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::{
-    ErrorKind, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
+    ErrorKind, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack, Step,
     Transport, Unplugger,
 };
 use blockmount_journal::FileJournal;
@@ -158,8 +158,9 @@ impl Machine {
         let no_name = || Failure::new("a mount without a name cannot be resumed");
         let recovery = self.recovery.take().ok_or_else(no_name)?;
         let claimed = recovery.claim(name);
-        if claimed.is_err() {
-            self.keep_if_resumed();
+        match &claimed {
+            Ok(_) => self.run.unmark_lost(),
+            Err(_) => self.keep_if_resumed(),
         }
         let settled = recovery.settle().await;
         for error in &settled.failed {
@@ -173,6 +174,14 @@ impl Machine {
     /// Says that the mount of an earlier program, if this is one, could not be resumed.
     pub(crate) fn keep_if_resumed(&mut self) {
         self.not_resumed = self.run.is_resumed();
+        if self.not_resumed {
+            self.run.mark_lost("its mount could not be resumed");
+        }
+    }
+
+    /// Leaves everything to the next program that resumes the run, as if this one had been killed.
+    pub(crate) fn leave(self, stack: Stack) {
+        std::mem::forget((self, stack));
     }
 
     /// Where the containers run.
@@ -197,6 +206,11 @@ impl Machine {
         self.run.work_dir()
     }
 
+    /// The image for what is written to a stack, if it has one.
+    pub(crate) fn scratch(&self) -> PathBuf {
+        self.work_dir().join("scratch.ext4")
+    }
+
     /// A path of this run's own in the guest, for an overlay.
     pub(crate) fn own_target(&self, name: &str) -> PathBuf {
         self.run.directory().join(name)
@@ -214,6 +228,10 @@ impl Machine {
 
     /// Releases a stack. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
     pub(crate) async fn release(&mut self, stack: Stack) {
+        if self.guest.lost().is_some() {
+            // Nobody is there who could release it.
+            return std::mem::forget(stack);
+        }
         if let Err(error) = stack.release().await {
             tracing::info!(%error, "the stack could not be released at once");
             self.lost.extend(lost_writes(error.errors()));
@@ -227,28 +245,41 @@ impl Machine {
     pub(crate) async fn end(mut self, interrupt: &Interrupt) -> Ended {
         let ours = self.ours();
         let kept = self.not_resumed.then(|| self.run.work_dir().to_owned());
+        let scratch = Some(self.scratch()).filter(|scratch| scratch.exists());
         interrupt.now("waiting for the work under way to stop");
         interrupt.settled().await;
         interrupt.now("releasing disks and mounts");
-        let mut result = self.drain(interrupt).await;
+        let lost_guest = self.guest.lost().map(str::to_owned);
+        let mut result = match &lost_guest {
+            Some(why) => Err(Failure::new("nothing could be released").because(why.clone())),
+            None => self.drain(interrupt).await,
+        };
         let mut left_in_guest = Vec::new();
         if let Guest::Qemu(guest) = &mut self.guest {
             interrupt.now("ending the virtual machine");
-            match guest.left_over().await {
-                Ok(left) => left_in_guest = left,
-                Err(failure) => result = result.and(Err(failure)),
+            if lost_guest.is_none() {
+                match guest.left_over().await {
+                    Ok(left) => left_in_guest = left,
+                    Err(failure) => result = result.and(Err(failure)),
+                }
             }
             // A VM that did not live explains whatever else has failed.
             result = guest.verdict().await.and(result);
-            // What it has mounted, unknown to us, is not all written yet.
-            if !self.not_resumed || result.is_ok() && left_in_guest.is_empty() {
+            // What it has mounted, unknown to us or out of reach, is not all written yet.
+            let may_be_resumed = lost_guest.is_some() && self.run.is_named();
+            let is_empty = result.is_ok() && left_in_guest.is_empty();
+            if is_empty || !self.not_resumed && !may_be_resumed {
                 guest.end().await;
             }
         }
         // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
         // whoever knows its name.
         let gone = matches!(self.guest, Guest::Qemu(_)) && !self.run.is_named();
-        if !self.not_resumed && (result.is_ok() || gone) {
+        let lost_writes = !self.lost.is_empty();
+        if lost_writes && scratch.is_some() {
+            self.run.mark_lost("writes to its scratch were lost");
+            std::mem::forget(self.run);
+        } else if !self.not_resumed && (result.is_ok() || gone) {
             interrupt.now("removing this run's files");
             drop(self.guest);
             result = result.and(self.run.finish());
@@ -256,12 +287,9 @@ impl Machine {
             // What a clean-up needs to know stays as it is. The lock goes with the process.
             std::mem::forget(self.run);
         }
-        let result = result.and_then(|()| match self.lost.is_empty() {
-            true => Ok(()),
-            false => Err(Failure::new("everything is released, but writes were lost")
-                .because(describe(&self.lost, 0))
-                .advise("see the kernel's log, and free some space where the image is: a scratch is below /var/tmp")),
-        });
+        if result.is_ok() && lost_writes {
+            result = Err(lost_writes_failure(&self.lost, scratch.as_deref()));
+        }
         Ended {
             ours,
             left_in_guest,
@@ -295,12 +323,14 @@ impl Machine {
         let mut further = interrupt.further();
         loop {
             let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
-            if helper.is_clean() && main.is_clean() {
+            let in_use = helper.in_use + main.in_use;
+            // A journal that cannot be told of what is torn down is removed with the other files of this run.
+            let failed = helper.failed.into_iter().chain(main.failed);
+            let failed = failed.filter(|error| error.step() != Step::Record);
+            let failed: Vec<blockmount::Error> = failed.collect();
+            if failed.is_empty() && in_use == 0 {
                 return Ok(());
             }
-            let in_use = helper.in_use + main.in_use;
-            let failed: Vec<blockmount::Error> =
-                helper.failed.into_iter().chain(main.failed).collect();
             self.lost.extend(lost_writes(&failed));
             let in_use_elsewhere = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
             let busy = !self.not_resumed && in_use_elsewhere;
@@ -373,6 +403,24 @@ fn lost_writes<'a>(
 ) -> impl Iterator<Item = blockmount::Error> {
     let errors = errors.into_iter().cloned();
     errors.filter(|error| error.kind() == ErrorKind::LostWrites)
+}
+
+/// Everything is released, but not all that was written has reached the image.
+fn lost_writes_failure(lost: &[blockmount::Error], scratch: Option<&Path>) -> Failure {
+    let failure = Failure::new("everything is released, but writes were lost");
+    let advice =
+        "see the kernel's log, and free some space where the image is: a scratch is below /var/tmp";
+    let advice = match scratch {
+        None => advice.to_owned(),
+        Some(scratch) => {
+            let scratch = printable(&scratch.display().to_string());
+            format!(
+                "{advice}; this one is kept as {scratch} with what has reached it; to discard it: \
+                 sudo blockmount cleanup --resumable"
+            )
+        }
+    };
+    failure.because(describe(lost, 0)).advise(advice)
 }
 
 /// What keeps a tear-down from being done, on one line.

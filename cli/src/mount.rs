@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blockmount::{Disk, MountPoint, MountRequest, Stack, StackRequest};
+use blockmount::{Disk, HolderName, MountPoint, MountRequest, Stack, StackRequest};
 use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
@@ -41,18 +41,8 @@ struct HeldDisk {
 pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8, Failure> {
     require_root("mount")?;
     let before = Tables::read()?;
-    if let Some(name) = &args.resume {
-        let (run, remembered) = Run::resume(name)?;
-        let guest = remembered.guest();
-        let kept = discard_advice(run.work_dir());
-        let machine = Machine::start(guest, args.transport, || Ok(run), &interrupt);
-        let machine = machine.await.map_err(|failure| failure.advise(kept));
-        let mut machine = machine?;
-        let target = remembered.target();
-        machine.note_target(&target)?;
-        args.layers.0 = remembered.layers();
-        let claimed = machine.claim(name).await;
-        return hold_until_the_end(&args, &target, claimed, machine, &interrupt, &before).await;
+    if let Some(name) = args.resume.take() {
+        return resume(args, &name, &interrupt, &before).await;
     }
     refuse_lost_vm(&args)?;
     let target = absolute(args.at.as_deref().unwrap_or(Path::new("")))?;
@@ -75,6 +65,37 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     let mut machine = Machine::start(args.guest, args.transport, run, &interrupt).await?;
     let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
     hold_until_the_end(&args, &target, stack, machine, &interrupt, &before).await
+}
+
+/// Goes on with the mount of a program that has ended. A signal that comes before the mount is taken over leaves it as it is.
+async fn resume(
+    mut args: MountArgs,
+    name: &HolderName,
+    interrupt: &Interrupt,
+    before: &Tables,
+) -> Result<u8, Failure> {
+    let (run, remembered) = Run::resume(name)?;
+    let guest = remembered.guest();
+    let kept = discard_advice(run.work_dir());
+    let left = |failure: Failure| {
+        failure.advise(format!(
+            "the mount is left as it was; go on with it: sudo blockmount mount --resume {name}"
+        ))
+    };
+    let machine = Machine::start(guest, args.transport, || Ok(run), interrupt).await;
+    interrupt.check().map_err(left)?;
+    let mut machine = machine.map_err(|failure| failure.advise(kept))?;
+    let target = remembered.target();
+    machine.note_target(&target)?;
+    args.layers.0 = remembered.layers();
+    let claimed = match (machine.claim(name).await, interrupt.check()) {
+        (Ok(stack), Err(interrupted)) => {
+            machine.leave(stack);
+            return Err(left(interrupted));
+        }
+        (claimed, _) => claimed,
+    };
+    hold_until_the_end(&args, &target, claimed, machine, interrupt, before).await
 }
 
 /// Shows a stack, holds it until a signal or until it is lost, and releases everything.
@@ -188,7 +209,7 @@ async fn hold(
         stack = stack.layer(Disk::virtual_disk(&layer.image).read_only(), request);
     }
     if let Some(size) = args.scratch {
-        let image = machine.work_dir().join("scratch.ext4");
+        let image = machine.scratch();
         images::scratch(&image, size, interrupt).await?;
         stack = stack.scratch(Disk::virtual_disk(image), MountRequest::default());
     }
@@ -213,7 +234,7 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
         })
     };
     let scratch = Layer {
-        image: machine.work_dir().join("scratch.ext4"),
+        image: machine.scratch(),
         partition: None,
     };
     let held = Held {

@@ -186,7 +186,11 @@ impl RunPaths {
         for name in [STATE, ENGINE] {
             absent_is_done(remove_in(&self.dir, name)).context(what)?;
         }
-        for file in [self.remembered_draft(), self.remembered_file()] {
+        for file in [
+            self.remembered_draft(),
+            self.remembered_file(),
+            self.lost_file(),
+        ] {
             absent_is_done(fs::remove_file(file)).context(what)?;
         }
         absent_is_done(remove_directory(&self.work, true))

@@ -132,6 +132,14 @@ impl<C: HostCodec> Connection<C> {
         }
     }
 
+    /// Waits until the present stream has ended; if there is none, not at all.
+    pub(crate) async fn closed(&self) {
+        let stream = self.current().stream.clone();
+        if let Some(stream) = stream {
+            stream.closed().await;
+        }
+    }
+
     /// Has the guest do something, within the usual deadline.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::codec::{Ask, HostCodec};
 use crate::connection::Connection;
@@ -99,6 +99,28 @@ impl<D: Dialer, C: HostCodec> RedialingChannel<D, C> {
     /// The connection, such as it is now.
     pub fn connection(&self) -> &Connection<C> {
         &self.connection
+    }
+
+    /// Waits until the stream is lost and the guest cannot be reached again, and says why: the [`Dialer`] has given up, or the
+    /// deadline of a call has passed; `Gone` if the VM has ended. A stream that can be made anew is made anew at once, before
+    /// the next request.
+    ///
+    /// # Cancel safety
+    ///
+    /// The next request, or the next call of this, dials in its place.
+    pub async fn lost(&self) -> BackendError {
+        loop {
+            let generation = self.generation.load(Ordering::Acquire);
+            self.connection.closed().await;
+            let call = self.connection.deadlines().call;
+            let what = "the guest has closed the connection, and cannot be reached again";
+            let error = match timeout(call, self.redial(generation)).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(why)) => BackendError::uncertain(what).with_source(why),
+                Err(_) => BackendError::uncertain(format!("{what} within {call:?}")),
+            };
+            return self.checked(error).await;
+        }
     }
 
     /// Sends a message, over a new stream where it must, within one deadline. `repeatable` if it may be sent again

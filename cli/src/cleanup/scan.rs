@@ -23,8 +23,8 @@ pub(crate) struct Found {
     pub(crate) living: usize,
     /// Runs that have ended, and are kept because they can be resumed.
     pub(crate) resumable: Vec<Resumable>,
-    /// Runs with a name that have ended and cannot be resumed, and why. They are kept for their scratch.
-    pub(crate) lost: Vec<(Dead, &'static str)>,
+    /// Runs that have ended and cannot be resumed, and why they are kept for their scratch.
+    pub(crate) lost: Vec<(Dead, String)>,
     /// What carries the mark of a run that the directory of runs does not know: it may be alive where another directory
     /// is, such as outside of this container.
     pub(crate) unknown: Vec<Dead>,
@@ -94,7 +94,10 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
         unknown: unknown.into_iter().map(look_at).collect(),
         dead: dead.iter().map(|id| look_at(id)).collect(),
         living: living.len(),
-        lost: lost.iter().map(|(id, why)| (look_at(id), *why)).collect(),
+        lost: lost
+            .iter()
+            .map(|(id, why)| (look_at(id), why.clone()))
+            .collect(),
         resumable,
         _runs: runs,
     })

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use blockmount::{BackendError, ErrorKind};
 use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
 use blockmount_bridge::BridgeGuest;
 use blockmount_checker::Checker;
@@ -15,7 +16,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::failure::{Context, Failure};
+use crate::failure::{Context, Failure, printable};
 use crate::guest::transports::{self, Transports, VmTransport};
 use crate::interrupt::Interrupt;
 use crate::report::SlotReport;
@@ -46,6 +47,8 @@ pub(crate) struct QemuGuest {
     /// What the guest's kernel had before anything was asked of it; not known of a VM that was resumed.
     before: Option<Tables>,
     guard: Guard,
+    /// Why its agent cannot be reached any more, once that is known.
+    lost: OnceLock<String>,
 }
 
 /// Says what happens to a VM, and kills it when a second signal comes: its guest may hang.
@@ -161,6 +164,7 @@ impl QemuGuest {
             agent,
             checker: Mutex::new(checker),
             guard: Guard::start(vm.clone(), interrupt),
+            lost: OnceLock::new(),
             vm,
         })
     }
@@ -253,7 +257,23 @@ impl QemuGuest {
         Ok(left)
     }
 
-    /// Waits until the VM has ended, was reset, has crashed or stands still, and says why. Cancel safe.
+    /// Waits until the agent cannot be reached any more though the VM lives, and says why. Cancel safe.
+    async fn agent_lost(&self) -> String {
+        let lost = self.agent.channel().lost().await;
+        if lost.kind() == ErrorKind::Gone {
+            // Whoever watches the VM says how it has ended.
+            std::future::pending::<()>().await;
+        }
+        let why = describe(&lost);
+        self.lost.get_or_init(|| why).clone()
+    }
+
+    pub(crate) fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
+    }
+
+    /// Waits until the VM has ended, was reset, has crashed or stands still, or its agent does not come back, and says why.
+    /// Cancel safe.
     pub(crate) async fn failed(&self) -> String {
         let qmp = self.vm.qmp();
         let mut health = qmp.health();
@@ -262,6 +282,7 @@ impl QemuGuest {
                 ended.expect("a connection keeps the state of its VM").to_string()
             }
             stopped = qmp.stands_still(STANDING) => stopped.to_string(),
+            lost = self.agent_lost() => return lost,
         };
         match timeout(ENDING, self.vm.ended()).await {
             Ok(how) => format!("{health} ({how})"),
@@ -299,6 +320,17 @@ impl QemuGuest {
         self.vm.shut_down().await;
         self.guard.stop().await;
     }
+}
+
+/// An error with its causes, on one line.
+fn describe(error: &BackendError) -> String {
+    let mut said = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        said = format!("{said}: {cause}");
+        source = cause.source();
+    }
+    printable(&said)
 }
 
 /// Where the files of a VM are that a run has kept with its image files, if it still runs.

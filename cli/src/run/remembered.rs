@@ -21,8 +21,8 @@ pub(crate) enum Kept {
     /// It has no name.
     No,
     Resumable(Remembered),
-    /// It has a name and cannot be resumed, for this reason. Its scratch may be all that is left of somebody's work.
-    Lost(&'static str),
+    /// It cannot be resumed, for this reason. Its scratch may be all that is left of somebody's work.
+    Lost(String),
 }
 
 /// What was asked for. It is in the run's directory from before the first disk until after the last.
@@ -97,13 +97,22 @@ impl RunPaths {
         serde_json::from_slice(&text).ok()
     }
 
+    /// Says why the run is kept though it cannot be resumed.
+    pub(super) fn lost_file(&self) -> std::path::PathBuf {
+        self.dir.join("lost")
+    }
+
     /// Whether a clean-up keeps the run.
     pub(crate) fn kept(&self) -> Kept {
+        let lost = |why: &str| Kept::Lost(why.to_owned());
+        if let Ok(why) = fs::read_to_string(self.lost_file()) {
+            return Kept::Lost(why);
+        }
         match self.remembered() {
             None if !self.is_named() => Kept::No,
-            None => Kept::Lost("it has a name that cannot be read"),
+            None => lost("it has a name that cannot be read"),
             Some(found) if found.keeps_vm && kept_vm(&self.work).is_none() => {
-                Kept::Lost("its virtual machine has ended or cannot be found")
+                lost("its virtual machine has ended or cannot be found")
             }
             Some(found) => Kept::Resumable(found),
         }
@@ -134,6 +143,20 @@ impl Run {
         let written = written.and_then(|()| fs::rename(&draft, &file));
         written.context(|| format!("cannot write {}", file.display()))?;
         Ok(run)
+    }
+
+    /// Says for a clean-up why the run cannot be resumed; it keeps the files until they are discarded.
+    pub(crate) fn mark_lost(&self, why: &str) {
+        let file = self.paths.lost_file();
+        if let Err(error) = fs::write(&file, why) {
+            tracing::warn!(%error, file = %file.display(), "a clean-up will not know that the run is lost");
+        }
+    }
+
+    /// The run can be resumed after all.
+    pub(crate) fn unmark_lost(&self) {
+        // There is nothing to be removed unless it was lost.
+        let _ = fs::remove_file(self.paths.lost_file());
     }
 
     /// Takes over a run by its name, whose program has ended without releasing its mount.

@@ -359,3 +359,36 @@ async fn f01_a_manager_redials_and_is_clean_after_its_vm_has_ended() {
     assert!(manager.drain().await.is_clean());
     vm.assert_empty();
 }
+
+#[tokio::test(start_paused = true)]
+async fn u06_a_guest_that_does_not_come_back_is_noticed_without_a_request() {
+    let vm = vm_with_disks(1).await;
+    let server = GuestServer::new(vm.clone());
+    let (way, mut ends) = Way::new();
+    let agent = tokio::spawn(async move {
+        while let Some(stream) = ends.recv().await {
+            let server = server.clone();
+            tokio::spawn(async move { server.serve(stream).await });
+        }
+    });
+    let channel = redialing(&way).await;
+    // One that comes back is connected to at once.
+    let lost = channel.lost();
+    tokio::pin!(lost);
+    for dials in 2..5 {
+        channel.connection().close();
+        let no_end = tokio::time::timeout(LONG, &mut lost).await;
+        assert!(no_end.is_err());
+        assert_eq!(way.dials(), dials);
+    }
+    channel.call(unplug(0)).await.unwrap();
+    assert_eq!(way.dials(), 4);
+
+    way.works.store(false, Ordering::SeqCst);
+    channel.connection().close();
+    let error = tokio::time::timeout(LONG, &mut lost).await.unwrap();
+    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error}");
+    way.alive.store(false, Ordering::SeqCst);
+    assert_eq!(channel.lost().await.kind(), ErrorKind::Gone);
+    agent.abort();
+}

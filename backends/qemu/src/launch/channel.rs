@@ -28,6 +28,19 @@ pub struct AgentChannel {
     qmp: Qmp,
 }
 
+impl AgentChannel {
+    /// Waits until the agent has closed its port and does not open it again within ten seconds, and says why; `Gone` if
+    /// the VM has ended. For a program that holds what is in the guest and has nothing to ask it for. An agent that
+    /// comes back is connected to at once.
+    ///
+    /// # Cancel safety
+    ///
+    /// The next request, or the next call of this, dials in its place.
+    pub async fn lost(&self) -> BackendError {
+        self.channel.lost().await
+    }
+}
+
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl GuestChannel for AgentChannel {
