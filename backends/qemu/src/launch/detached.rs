@@ -100,15 +100,16 @@ impl Vm {
 }
 
 impl Started {
-    /// The process with this number, as it is now.
+    /// The process with this number, as it is now. `NotFound` if there is none, or it has ended and is only not waited for.
     pub(super) fn of(pid: Pid) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()))?;
-        // The fields after the name, which may have spaces itself; the start is field 22 (proc_pid_stat(5)).
-        let fields = stat.rsplit(") ").next().unwrap_or_default();
-        let at = fields
-            .split(' ')
-            .nth(19)
-            .and_then(|field| field.parse().ok());
+        // The fields after the name, which may have spaces itself: the state is field 3, the start field 22
+        // (proc_pid_stat(5)).
+        let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        if matches!(fields.next(), Some("Z" | "X")) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let at = fields.nth(18).and_then(|field| field.parse().ok());
         let at = at.ok_or_else(|| io::Error::other("the start of a process cannot be read"))?;
         let pid = pid.as_raw_pid();
         Ok(Started { pid, at })
@@ -129,5 +130,42 @@ impl Started {
             true => Ok(pidfd),
             false => Err(ended()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn u06_a_process_that_has_ended_and_is_not_waited_for_is_dead() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = Command::new("/bin/cat")
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Started::of(Pid::from_child(&child)).unwrap();
+        let record = Record {
+            process,
+            hardware: Hardware::default(),
+        };
+        record.write(directory.path()).unwrap();
+        assert!(Vm::is_alive_in(directory.path()));
+        let pidfd = record.process.open().unwrap();
+        drop(child.stdin.take());
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
+
+        assert!(!Vm::is_alive_in(directory.path()));
+        assert!(record.process.open().is_err());
+        let error = Vm::reattach(directory.path()).await.unwrap_err();
+        assert!(
+            error.to_string().contains("no VM to reach again"),
+            "{error}"
+        );
+        child.wait().unwrap();
     }
 }
