@@ -82,7 +82,7 @@ fn root_a_runtime_that_is_killed_at_any_moment_loses_nothing() {
         ..
     } = world;
     println!("{kills} kills, {restarts} runtimes: {back} handles came back, {gone} had gone");
-    assert!(back >= kills / 4, "{back}");
+    assert!(back >= kills / 2, "{back}");
 }
 
 /// What an onlooker knows.
@@ -189,9 +189,10 @@ impl<'d> World<'d> {
                 self.back += 1;
             }
             "gone" => {
-                let unsure = self.unsure.remove(&name);
+                // The kernel unbinds a loop device that is not mounted when its process ends.
+                let may_go = self.unsure.remove(&name) || name == "attachment";
                 let held = self.held.remove(&name);
-                assert!(held.is_none() || unsure, "{name} has lost {held:?}");
+                assert!(held.is_none() || may_go, "{name} has lost {held:?}");
                 self.gone += 1;
             }
             "asking" => drop(self.unsure.insert(name)),
@@ -284,7 +285,11 @@ fn runtime(directory: &Path) {
         loop {
             let name = NAMES[seed.below(3) as usize];
             match held.remove(name) {
-                Some(handle) if seed.below(4) == 0 => give_up(name, handle),
+                Some(handle) if seed.below(3) > 0 => {
+                    check(name, &handle, directory).await;
+                    held.insert(name.to_owned(), handle);
+                }
+                Some(handle) if seed.below(3) == 0 => give_up(name, handle),
                 Some(handle) => release(name, handle).await,
                 None => {
                     let handle = ask(&manager, name, directory).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{Disk, ErrorKind, Manager, MountOptions, MountRequest, Mounter, Unplugger};
-use blockmount_bridge::Deadlines;
+use blockmount_bridge::{Deadlines, GuestChannel as _};
 use tokio::io::{DuplexStream, duplex};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
