@@ -14,7 +14,7 @@ use blockmount::{HolderName, Manager, MountRequest};
 use blockmount_journal::FileJournal;
 use criterion::Criterion;
 use nothing::{Nothing, disk, request};
-use report::{Report, Row};
+use report::{Report, Row, Target};
 use tokio::runtime::{Builder, Runtime};
 
 /// An add alone, without its release, is timed by the caller.
@@ -77,12 +77,14 @@ fn main() {
     ];
     measure(&mut criterion, &runtime, &managers);
     criterion.final_summary();
-    let row = |what: &str, name: &str, baseline: &str| {
-        Row::new(what, format!("durable/{name}")).baseline(format!("durable/{baseline}"))
+    let row = |what: &str, name: &str, baseline: &str, most: f64| {
+        let row = Row::new(what, format!("durable/{name}"));
+        let row = row.baseline(format!("durable/{baseline}"));
+        row.target(Target::MaxAdded(most))
     };
     report.print(&[
-        row("durable add", "file", "none"),
-        row("durable add with a name", "file_named", "none"),
-        row("join", "join_file", "join_none"),
+        row("durable add", "file", "none", 50e3),
+        row("durable add with a name", "file_named", "none", 50e3),
+        row("join", "join_file", "join_none", 20.0),
     ]);
 }

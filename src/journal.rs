@@ -116,15 +116,12 @@ impl Inner {
         first.map_or(Ok(()), Err)
     }
 
-    fn write_or_keep(&self, key: RecordKey, record: Option<Record>) {
-        let mut behind = self.behind.lock();
-        if behind.is_empty() && self.write(&key, record.as_ref()).is_ok() {
-            return;
-        }
+    /// Keeps what could not be written, unless it can be written now.
+    fn keep(&self, behind: &mut Behind, key: RecordKey, record: Option<Record>) {
         behind.insert(key, record);
-        if let Err(error) = self.catch_up(&mut behind) {
+        if let Err(error) = self.catch_up(behind) {
             let records = behind.len();
-            warn!(%error, records, "the journal is behind; it goes on with what is torn down");
+            warn!(%error, records, "the journal cannot be told what is torn down; it is once it can be written");
         }
     }
 }
@@ -148,16 +145,19 @@ impl Recorder {
 
     /// Writes down what is about to be torn down, now or later.
     pub(crate) fn ending(&self, record: impl FnOnce() -> Record) {
-        if let Some(inner) = &self.0 {
-            let record = record();
-            inner.write_or_keep(record.key(), Some(record));
+        let Some(inner) = &self.0 else { return };
+        let (record, mut behind) = (record(), inner.behind.lock());
+        if !behind.is_empty() || inner.journal.put(&record).is_err() {
+            inner.keep(&mut behind, record.key(), Some(record));
         }
     }
 
     /// Removes the record of what is torn down, now or later.
     pub(crate) fn remove(&self, key: impl FnOnce() -> RecordKey) {
-        if let Some(inner) = &self.0 {
-            inner.write_or_keep(key(), None);
+        let Some(inner) = &self.0 else { return };
+        let (key, mut behind) = (key(), inner.behind.lock());
+        if !behind.is_empty() || inner.journal.remove(&key).is_err() {
+            inner.keep(&mut behind, key, None);
         }
     }
 

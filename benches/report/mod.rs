@@ -41,6 +41,8 @@ pub(crate) enum Target {
     MinRatio(f64),
     /// The slowest of ours and the others takes at most `factor` times as long as the fastest.
     FlatWithin { of: Vec<String>, factor: f64 },
+    /// At most so many nanoseconds more than the baseline; how many they are is shown.
+    MaxAdded(f64),
     /// At most `factor` times as long as the baseline, for a floor that nothing can beat.
     WithinBaseline { factor: f64 },
 }
@@ -136,6 +138,18 @@ impl Report {
                         format!("flat within {factor} x"),
                         shown_ratio.map(|spread| spread <= *factor),
                     )
+                }
+                Target::MaxAdded(most) => {
+                    let added = baseline.map(|baseline| ours - baseline);
+                    let shown = added.map_or_else(String::new, |added| {
+                        format!(
+                            " (it is {} {})",
+                            if added < 0.0 { "-" } else { "+" },
+                            time(added.abs())
+                        )
+                    });
+                    let text = format!("<= baseline + {}{shown}", time(*most));
+                    (text, added.map(|added| added <= *most))
                 }
                 Target::WithinBaseline { factor } => {
                     let reached = ratio.map(|ratio| 1.0 / ratio <= *factor);

@@ -163,20 +163,22 @@ fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
 }
 
 #[test]
-fn root_x07_writes_to_the_scratch_that_were_lost_are_an_error_of_the_mount() {
+fn root_x07_a_scratch_that_lost_writes_is_kept_and_the_mount_ends_with_an_error() {
+    let _alone = common::alone();
     for is_told in [false, true] {
-        // Not below /var/tmp, where the images of a run are: the program sees a small one there, of its own.
+        // The program has its images on a small disk: it sees that one, of all that are, as its /var/tmp.
         let dir = tempfile::tempdir().unwrap();
+        let small = Small::new("24m");
         let mut arguments = layers(&dir);
         arguments.extend(["--scratch", "400M"].map(str::to_owned));
-        let command =
-            common::after_mounting("mount -t tmpfs -o size=24m small /var/tmp", arguments);
+        let bind = format!("mount --bind {} /var/tmp", small.0.path().display());
+        let command = common::after_mounting(&bind, arguments);
         let held = common::hold_by(command).unwrap_or_else(|answer| panic!("{answer}"));
         let inside = Path::new("/proc").join(held.pid().to_string()).join("root");
         let at = inside
             .join(dir.path().strip_prefix("/").unwrap())
             .join("at");
-        let full = fs::write(inside.join("var/tmp/fill"), vec![1; 30 << 20]);
+        let full = fs::write(small.0.path().join("fill"), vec![1; 30 << 20]);
         assert_eq!(full.unwrap_err().kind(), ErrorKind::StorageFull);
         fs::write(at.join("large"), vec![1; 30 << 20]).unwrap();
         if is_told {
@@ -184,10 +186,43 @@ fn root_x07_writes_to_the_scratch_that_were_lost_are_an_error_of_the_mount() {
             assert!(!sync.success());
         }
         let answer = held.end(Signal::TERM);
-        answer.says(
-            1,
-            &["everything is released, but writes were lost", "scratch"],
+        let id = common::run_id(&answer.stderr).unwrap();
+        let scratch = format!("blockmount-{id}/scratch.ext4");
+        let kept = format!("kept as /var/tmp/{scratch}");
+        let lost = "everything is released, but writes were lost";
+        answer.says(1, &[lost, &kept, "cleanup --resumable"]);
+        assert!(small.0.path().join(scratch).exists(), "{answer}");
+        assert_eq!(common::in_kernel(id), Vec::<String>::new(), "{answer}");
+        // It is removed only on request.
+        let cleanup = common::run(["cleanup"]);
+        assert_eq!(cleanup.code, Some(1), "{cleanup}");
+        assert!(
+            cleanup.stdout.contains("writes to its scratch were lost"),
+            "{cleanup}"
         );
+        common::run(["cleanup", "--resumable"]).says(0, &[]);
         assert_nothing_left(&answer, &dir);
+    }
+}
+
+/// A small disk of the host.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new(size: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let options = format!("size={size}");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "small"]);
+        assert!(mount.arg(directory.path()).status().unwrap().success());
+        Small(directory)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let mut unmount = Command::new("umount");
+        let unmounted = unmount.arg("--lazy").arg(self.0.path()).status();
+        assert!(unmounted.unwrap().success() || std::thread::panicking());
     }
 }

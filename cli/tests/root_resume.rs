@@ -230,6 +230,8 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
             assert!(!answer.stderr.contains(wrong), "{test}, {round}: {answer}");
         }
         killed.assert_precious_is_there(&answer);
+        let is_lost = answer.stderr.contains("cannot be resumed");
+        assert!(!is_lost || !wanted.is_kept(), "{answer}");
     }
     let answer = run(["cleanup"]);
     killed.assert_precious_is_there(&answer);
@@ -305,4 +307,45 @@ fn root_a_named_mount_whose_name_is_unreadable_is_removed_only_on_request() {
         run(["cleanup", "--resumable"]).says(0, &[]);
         assert!(!killed.scratch.exists() && !killed.records.exists());
     }
+}
+
+/// A signal that comes before the mount is taken over leaves it to the next program.
+#[test]
+fn root_an_interrupted_resume_leaves_the_mount_as_it_was() {
+    let _alone = alone();
+    let wanted = Wanted::new("interrupted");
+    let mut killed = wanted.killed_with_a_file();
+    let left = in_kernel(wanted.dir.path().file_name().unwrap());
+    let (mut interrupted, mut released) = (0, 0);
+    for moment in 0..16 {
+        let mut command = common::program(["mount", "--json", "--resume", &wanted.name]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(moment * 8));
+        common::signal(child.id(), Signal::TERM);
+        let answer = common::finish(child);
+        if answer.stdout.contains("\n}\n") {
+            // It was taken over in time.
+            answer.says(0, &["nothing is left"]);
+            released += 1;
+            killed = wanted.killed_with_a_file();
+            continue;
+        }
+        interrupted += 1;
+        // Before it could listen to signals, this one has ended it.
+        assert!(
+            answer.code.is_none() || answer.stderr.contains("left as it was"),
+            "{answer}"
+        );
+        assert!(wanted.is_kept(), "{answer}");
+        let now = in_kernel(wanted.dir.path().file_name().unwrap());
+        assert_eq!(now.len(), left.len(), "{now:?}");
+        killed.assert_precious_is_there(&answer);
+    }
+    println!("{interrupted} interrupted, {released} released");
+    assert!(interrupted > 0);
+    let held = wanted.resume();
+    let precious = fs::read_to_string(wanted.tree().join("precious"));
+    assert_eq!(precious.unwrap(), PRECIOUS);
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
 }

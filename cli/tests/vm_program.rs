@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use blockmount_checker::Checker;
@@ -352,6 +353,93 @@ fn vm_a_machine_whose_record_is_unreadable_keeps_its_scratch() {
         run(["cleanup", "--resumable"]).says(0, &[]);
         assert!(!Path::new(&scratch).exists());
     }
+}
+
+/// How often the program is killed in the next test, unless `BLOCKMOUNT_VM_KILLS` says otherwise.
+const KILLS: u64 = 10;
+
+/// The program that resumes a mount is killed at random moments: while it recovers, while it holds, while it releases.
+#[test]
+fn vm_a_kept_machine_outlives_programs_that_are_killed_at_any_moment() {
+    let _alone = alone();
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.display().to_string();
+    let name = format!("kills-{}", std::process::id());
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
+    let kills = number("BLOCKMOUNT_VM_KILLS").unwrap_or(KILLS);
+    let mut seed: u64 = number("BLOCKMOUNT_SEED").unwrap_or(1);
+    let mut below = |end: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % end
+    };
+    let mut expected = Tree::default();
+    for (name, content) in [("file", "x"), ("written", "written before")] {
+        let digest = digest_bytes(content.as_bytes());
+        expected.insert(Path::new(name), Node::File(digest));
+    }
+    let begin = || {
+        let held = hold(keeping(&name, &layer)).unwrap_or_else(|answer| panic!("{answer}"));
+        let id = run_id(&held.kill()).unwrap().to_owned();
+        let content = "written before";
+        in_guest(&id, async |checker| {
+            checker
+                .write(Path::new("/mnt/tree/written"), content)
+                .await
+                .unwrap();
+        });
+        id
+    };
+    let mut id = begin();
+    let started = Instant::now();
+    let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
+    let (first, takes) = (held.json.clone(), started.elapsed().as_millis() as u64);
+    held.kill();
+    let (mut back, mut gone) = (0, 0);
+    for kill in 0..kills {
+        if below(4) > 0 {
+            let mut command = common::program(["mount", "--resume", &name]);
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+            let mut child = command.spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(below(takes * 5 / 4)));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        } else {
+            let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
+            common::signal(held.pid(), Signal::TERM);
+            std::thread::sleep(Duration::from_millis(below(takes)));
+            held.kill();
+        }
+        // The next one has it as it was, or is told that it was released.
+        match hold(["--resume", &name]) {
+            Ok(held) => {
+                assert_eq!(held.json["layers"], first["layers"]);
+                assert_eq!(held.json["scratch"]["path"], first["scratch"]["path"]);
+                held.kill();
+                in_guest(&id, async |checker| {
+                    let tree = checker.tree("/mnt/tree").await.unwrap();
+                    assert_eq!(tree, expected, "after {kill} kills");
+                });
+                back += 1;
+            }
+            Err(answer) => {
+                assert_eq!(answer.code, Some(1), "{answer}");
+                run(["cleanup", "--resumable"]).says(0, &[]);
+                assert_nothing_left(&answer, &dir);
+                eventually("the end of the machine", || machines_of(&id).is_empty());
+                id = begin();
+                gone += 1;
+            }
+        }
+    }
+    println!("{kills} kills: {back} came back, {gone} were released; a resume takes {takes} ms");
+    assert!(back > 0);
+    let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
 }
 
 /// The directory of the machine that a run has kept.

@@ -116,7 +116,7 @@ fn is_in_guest(step: VmStep) -> bool {
 /// Three of four handles have a name, by which they are claimed after a restart.
 fn name_of(request: u32) -> Option<HolderName> {
     let name = || HolderName::new(format!("holder {request}")).unwrap();
-    (request % 4 > 0).then(name)
+    (!request.is_multiple_of(4)).then(name)
 }
 
 fn sorted(mut kinds: Kinds) -> Kinds {

@@ -36,6 +36,9 @@
 //! zeros there: both are cut off when the file is opened. Anything else that does not fit its checksum is damage, which is an
 //! error and is left as it is. The length has a checksum of its own, so that a damaged length is not taken for the end.
 //!
+//! Where there is no space left, a change is refused and the file stays as it was; a manager goes on with its tear-downs (see
+//! [`blockmount::journal`]). The last record can be removed without any space.
+//!
 //! Once the file has more outdated changes than live ones, the live ones are written to a new file, which is renamed into
 //! place. A change takes one `write`: 0.3 µs in a tmpfs, where a commit of an embedded database (redb 3) takes 20; an add has
 //! four changes, and one more if it has a holder.
