@@ -321,7 +321,7 @@ fn root_an_interrupted_resume_leaves_the_mount_as_it_was() {
         let mut command = common::program(["mount", "--json", "--resume", &wanted.name]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(moment * 8));
+        std::thread::sleep(Duration::from_micros(moment * 1_500));
         common::signal(child.id(), Signal::TERM);
         let answer = common::finish(child);
         if answer.stdout.contains("\n}\n") {
