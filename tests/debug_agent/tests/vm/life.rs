@@ -144,8 +144,7 @@ async fn vm_u06_an_agent_that_never_comes_back_is_noticed_without_a_request() {
     let rig = Rig::start().await;
     let layer = rig.layer("layer");
     let mount = rig.manager.add(&layer, &read_only()).await.unwrap();
-    let lost = rig.guest.channel().lost();
-    tokio::pin!(lost);
+    let mut lost = Box::pin(rig.guest.channel().lost());
     // One that is started again is none that is lost: it answers over a new line.
     rig.ask(json!("kill_agent")).await;
     let comes_back = async {
@@ -171,6 +170,7 @@ async fn vm_u06_an_agent_that_never_comes_back_is_noticed_without_a_request() {
         }
     });
     let error = noticed.await.unwrap();
+    drop(lost);
     assert_eq!(error.kind(), ErrorKind::Uncertain, "{error:?}");
     assert!(rig.vm.is_running());
     mount.release().await.unwrap();
