@@ -117,8 +117,9 @@ pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
-    Encryption, Expose, Format, InvalidOptions, MountFlag, MountFlags, MountOptions,
-    MountOptionsBuilder, MountRequest, Overwrite, Propagation, PropagationMode, Verity,
+    Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
+    MountFlags, MountOptions, MountOptionsBuilder, MountRequest, OnCorruption, Overwrite,
+    Propagation, PropagationMode, Verity,
 };
 pub use pci::PciAddress;
 pub use recovery::{Found, FoundHolder, FoundState, Held, Recovery, Report};

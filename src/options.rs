@@ -2,6 +2,7 @@
 
 mod builder;
 mod flags;
+mod verity;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU32;
@@ -15,6 +16,7 @@ use crate::HolderName;
 
 pub use builder::MountOptionsBuilder;
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
+pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
 
 /// How a device is mounted in the guest.
 ///
@@ -71,46 +73,6 @@ pub enum InvalidOptions {
     /// Something that no kernel could be given.
     #[error("mount option {0:?} is malformed: {1}")]
     Malformed(String, &'static str),
-}
-
-/// Where dm-verity finds the hash tree of a device, and the root that vouches for it.
-///
-/// Nothing here is read from the device: the client knows what it trusts.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Verity {
-    /// The digest of the root, as lower-case hexadecimal digits.
-    pub root_digest: String,
-    /// The salt, as lower-case hexadecimal digits; empty for none.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub salt: String,
-    /// The digest algorithm by its kernel name; `sha256` everywhere so far.
-    pub algorithm: String,
-    /// The size of a data block, in bytes.
-    pub data_block_size: u32,
-    /// The size of a hash block, in bytes.
-    pub hash_block_size: u32,
-    /// The number of data blocks that are covered.
-    pub data_blocks: u64,
-    /// The first block of the hash tree, in hash blocks from the start of the device.
-    pub hash_start_block: u64,
-}
-
-impl Verity {
-    /// A SHA-256 tree without salt over `data_blocks` blocks of 4,096 bytes, in blocks of that size right
-    /// behind the data. The fields say what differs.
-    pub fn new(root_digest: impl Into<String>, data_blocks: u64) -> Self {
-        Verity {
-            root_digest: root_digest.into(),
-            salt: String::new(),
-            algorithm: "sha256".into(),
-            data_block_size: 4096,
-            hash_block_size: 4096,
-            data_blocks,
-            hash_start_block: data_blocks,
-        }
-    }
 }
 
 /// How the content of a device is encrypted.

@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use blockmount::{
-    Encryption, Expose, Format, InvalidOptions, MountFlag, MountOptions, MountRequest, Overlay,
-    Verity,
+    Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
+    MountOptions, MountRequest, OnCorruption, Overlay, Verity,
 };
 use serde_json::{Value, json, to_value};
 
@@ -37,6 +37,89 @@ fn what_is_at_its_default_is_left_out() {
         json!({"layers": ["/l"], "target": "/t"})
     );
     assert_eq!(to_value(format()).unwrap(), json!({"filesystem": "ext4"}));
+}
+
+#[test]
+fn of_an_integrity_check_only_what_differs_travels() {
+    let root = "ab".repeat(32);
+    let plain = json!({"root_digest": root, "algorithm": "sha256", "data_block_size": 4096, "hash_block_size": 4096,
+                       "data_blocks": 16, "hash_start_block": 16});
+    assert_eq!(to_value(verity()).unwrap(), plain);
+    let mut all = verity();
+    (all.on_corruption, all.signature_key) = (OnCorruption::Panic, Some("key:1".into()));
+    (all.check_at_most_once, all.try_verify_in_tasklet) = (true, true);
+    all.error_correction = Some(ErrorCorrection::new(2, 17, 17));
+    let options = MountOptions::builder()
+        .read_only()
+        .verity(all.clone())
+        .build();
+    let value = to_value(options.unwrap()).unwrap();
+    assert_eq!(value["verity"]["on_corruption"], "panic");
+    assert_eq!(read::<MountOptions>(value).unwrap().verity(), Some(&all));
+}
+
+#[test]
+fn y2_an_integrity_check_that_no_kernel_could_be_given_is_refused() {
+    type Change = fn(&mut Verity);
+    let refused: [(Change, &str); 18] = [
+        (|verity| verity.root_digest = "ab".repeat(31), "root digest"),
+        (|verity| verity.root_digest = "xy".repeat(32), "root digest"),
+        (
+            |verity| verity.algorithm = HashAlgorithm::Sha512,
+            "root digest",
+        ),
+        (|verity| verity.salt = "abc".into(), "salt"),
+        (|verity| verity.salt = "0 ".into(), "salt"),
+        (|verity| verity.salt = "00".repeat(257), "salt"),
+        (|verity| verity.data_block_size = 0, "block size"),
+        (|verity| verity.data_block_size = 4095, "block size"),
+        (|verity| verity.hash_block_size = 256, "block size"),
+        (|verity| verity.hash_block_size = 1 << 17, "block size"),
+        (|verity| verity.data_blocks = 0, "number of blocks"),
+        (|verity| verity.data_blocks = 1 << 52, "number of blocks"),
+        (
+            |verity| verity.hash_start_block = u64::MAX,
+            "number of blocks",
+        ),
+        (|verity| verity.hash_start_block = 15, "first hash block"),
+        (
+            |verity| verity.signature_key = Some("a b".into()),
+            "signature key",
+        ),
+        (
+            |verity| verity.signature_key = Some(String::new()),
+            "signature key",
+        ),
+        (
+            |verity| verity.error_correction = Some(ErrorCorrection::new(1, 17, 17)),
+            "error correction",
+        ),
+        (
+            |verity| verity.error_correction = Some(ErrorCorrection::new(2, 16, 17)),
+            "error correction",
+        ),
+    ];
+    for (change, what) in refused {
+        let mut verity = verity();
+        change(&mut verity);
+        let built = MountOptions::builder().read_only().verity(verity).build();
+        let error = built.unwrap_err();
+        assert!(
+            matches!(&error, InvalidOptions::Malformed(named, _) if named.contains(what)),
+            "{what}: {error}"
+        );
+    }
+    let mut upper = verity();
+    upper.root_digest.make_ascii_uppercase();
+    let built = MountOptions::builder().read_only().verity(upper).build();
+    assert_eq!(built.unwrap().verity(), Some(&verity()));
+    let unknown = json!({"options": ["ro"], "verity": {"root_digest": "ab", "algorithm": "md5"}});
+    assert!(
+        read::<MountOptions>(unknown)
+            .unwrap_err()
+            .to_string()
+            .contains("md5")
+    );
 }
 
 #[test]

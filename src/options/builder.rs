@@ -116,6 +116,7 @@ impl MountOptionsBuilder {
             well_formed_filesystem(name)?;
         }
         self.check_combination(read_only, &words)?;
+        let verity = self.verity.map(Verity::canonical).transpose()?;
         Ok(MountOptions::from_fields(Fields {
             partition: self.partition,
             filesystem: self.filesystem,
@@ -130,7 +131,7 @@ impl MountOptionsBuilder {
                 .chosen
                 .get("propagation")
                 .and_then(|word| Propagation::from_name(word)),
-            verity: self.verity.map(Box::new),
+            verity: verity.map(Box::new),
             encryption: self.encryption,
             format: self.format.map(Box::new),
             expose: self.expose,

@@ -4,7 +4,8 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use blockmount::{
-    BackendError, Encryption, Expose, Format, MountOptions, MountOptionsBuilder, Overlay, Verity,
+    BackendError, Encryption, Expose, Format, InvalidOptions, MountOptions, MountOptionsBuilder,
+    Overlay, Verity,
 };
 
 use crate::Request;
@@ -165,7 +166,10 @@ fn verity(info: VerityInfo) -> Result<Verity, BackendError> {
     let data_blocks = size / u64::from(block);
     let mut verity = Verity::new(info.root_digest, data_blocks);
     verity.salt = info.salt;
-    verity.algorithm = info.algorithm;
+    verity.algorithm = info
+        .algorithm
+        .parse()
+        .map_err(|error: InvalidOptions| BackendError::invalid(error.to_string()))?;
     (verity.data_block_size, verity.hash_block_size) = (block, block);
     verity.hash_start_block += u64::from(info.super_block);
     Ok(verity)

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
-    BackendError, DeviceLocator, Encryption, ErrorKind, Expose, Format, LayerCombiner, MountFlag,
-    MountOptions, Mounter, Overlay, Presence, Propagation, Unplugger, Verity,
+    BackendError, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose, Format,
+    HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
+    Presence, Propagation, Unplugger, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -18,17 +19,59 @@ use tokio::io::duplex;
 use crate::harness::{bridged, device, dial, vm_with_disks};
 use crate::recorder::{Asked, Recorder};
 
+/// Of every kind that could be given to a kernel.
 fn verity() -> impl Strategy<Value = Verity> {
-    let blocks = (any::<u32>(), any::<u32>(), any::<u64>(), any::<u64>());
-    ("[0-9a-f]{2,64}", "[0-9a-f]{0,64}", "[a-z0-9]{1,10}", blocks).prop_map(
-        |(root, salt, algorithm, (data_size, hash_size, data_blocks, start))| {
-            let mut verity = Verity::new(root, data_blocks);
-            (verity.salt, verity.algorithm) = (salt, algorithm);
-            (verity.data_block_size, verity.hash_block_size) = (data_size, hash_size);
-            verity.hash_start_block = start;
-            verity
-        },
+    let sizes = (9u32..=16, 9u32..=16);
+    let blocks = (1u64..1 << 40, any::<u16>());
+    let algorithms = prop::sample::select(&HashAlgorithm::ALL[..]);
+    let salt = "([0-9a-f]{2}){0,32}";
+    let more = (
+        any::<bool>(),
+        any::<bool>(),
+        prop::option::of("[!-~]{1,20}"),
+    );
+    let policies = [
+        OnCorruption::Error,
+        OnCorruption::Ignore,
+        OnCorruption::Restart,
+        OnCorruption::Panic,
+    ];
+    let policies = prop::sample::select(policies.to_vec());
+    (
+        sizes,
+        blocks,
+        algorithms,
+        salt,
+        more,
+        policies,
+        any::<u64>(),
     )
+        .prop_map(
+            |(
+                (data, hash),
+                (data_blocks, gap),
+                algorithm,
+                salt,
+                (once, tasklet, key),
+                policy,
+                root,
+            )| {
+                let root = format!("{root:016x}").repeat(algorithm.digest_size() / 8);
+                let mut verity = Verity::new(root, data_blocks);
+                (verity.salt, verity.algorithm) = (salt, algorithm);
+                (verity.data_block_size, verity.hash_block_size) = (1 << data, 1 << hash);
+                let end = data_blocks << data;
+                verity.hash_start_block = end.div_ceil(1 << hash) + u64::from(gap);
+                (verity.check_at_most_once, verity.try_verify_in_tasklet) = (once, tasklet);
+                (verity.signature_key, verity.on_corruption) = (key, policy);
+                if data == hash {
+                    let (first, end) = (verity.hash_start_block, verity.end().unwrap() >> hash);
+                    let covered = data_blocks + end - first;
+                    verity.error_correction = Some(ErrorCorrection::new(2, covered, end));
+                }
+                verity
+            },
+        )
 }
 
 fn format() -> impl Strategy<Value = Format> {
