@@ -16,6 +16,7 @@ const RULE: [(&str, &[&str]); 15] = [
     ("blockmount-journal", &["blockmount"]),
     ("blockmount-source", &["blockmount"]),
     ("blockmount-linux", &["blockmount"]),
+    ("blockmount-verity", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
     ("blockmount-vpmem", &["blockmount", "blockmount-linux"]),
     (
@@ -98,6 +99,7 @@ const RULE: [(&str, &[&str]); 15] = [
             "blockmount-loopback",
             "blockmount-qemu",
             "blockmount-scsi",
+            "blockmount-verity",
             "blockmount-vpmem",
         ],
     ),

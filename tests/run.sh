@@ -37,7 +37,7 @@ say "tests"
 cargo test --workspace --all-features
 
 say "benches, each once and untimed"
-cargo test --package blockmount --package blockmount-vpmem --benches
+cargo test --package blockmount --package blockmount-verity --package blockmount-vpmem --benches
 
 say "Windows, under Wine"
 tests/windows.sh

@@ -16,6 +16,7 @@ needed=(
   cpio:cpio
   qemu-system-x86_64:qemu-system-x86
   qemu-img:qemu-utils
+  veritysetup:cryptsetup-bin
   cc:gcc
 )
 kernel=/var/lib/blockmount/kernel
