@@ -4,6 +4,7 @@
 pub(crate) mod dax;
 pub(crate) mod dm_linear;
 pub(crate) mod free;
+pub(crate) mod mapped;
 pub mod mapper;
 pub(crate) mod node;
 pub(crate) mod number;
@@ -11,6 +12,7 @@ pub(crate) mod partition;
 pub(crate) mod partitions;
 pub(crate) mod stack;
 pub(crate) mod subrange;
+pub(crate) mod verity;
 
 pub use free::{flush, hold_free, in_use, prove_free, release};
 pub use node::{await_open, logical_block_size, open, size};

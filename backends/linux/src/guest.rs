@@ -15,7 +15,7 @@ use crate::device::stack::{self, Timeouts};
 use crate::device::{dax, node};
 use crate::errno::{blocking, errno_error, retry_while_busy};
 use crate::filesystem::preflight::{
-    choose_filesystem, explained, refuse_incomplete, refuse_unsupported,
+    choose_filesystem, ensure_block_size, explained, refuse_incomplete, refuse_unsupported,
 };
 use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
@@ -207,8 +207,10 @@ impl Inner {
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
         let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
         let kernel = self.config.kernel;
-        let attempt =
-            move |list: &UndoList<'_>| mount_once(list, &locator, &device.node, &options, kernel);
+        let attempt = move |list: &UndoList<'_>| {
+            let mounted = mount_once(list, &locator, &device.node, &options, kernel);
+            mounted.map_err(|error| device.explained(error))
+        };
         self.attempt(target, attempt).await
     }
 
@@ -312,6 +314,7 @@ fn mount_once(
     let found = probe(&mut open)
         .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
     let filesystem = choose_filesystem(node, &found, options.filesystem())?;
+    ensure_block_size(node, &open, &found)?;
     drop(open);
     let _held = list.hold(Key::Device(number))?;
     let others = list.mounts_of(number);

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 
-use crate::device::mapper::{DeviceMapper, NAME_MARK, SECTOR, UUID_MARK};
-use crate::device::node;
+use crate::device::mapper::{Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
+use crate::device::{mapped, node};
 use crate::errno::errno_error;
 use crate::undo::ledger::UndoList;
-use crate::undo::locks::Key;
 use crate::undo::step::{RangeStep, Undo};
 
 impl RangeStep {
@@ -23,8 +22,8 @@ impl RangeStep {
         format!("range-{major}.{minor}-{}-{size}", self.start)
     }
 
-    fn name(&self) -> String {
-        format!("{NAME_MARK}{}", self.suffix())
+    pub(crate) fn names(&self) -> Names {
+        Names::new(&self.suffix())
     }
 }
 
@@ -43,24 +42,11 @@ pub(crate) fn open(
         BackendError::not_found(format!("device {} has vanished", path.display()))
     })?;
     let range = validate(path, &open, range)?;
-    let _held = list.hold(Key::Range(range.clone()))?;
-    let mapper = DeviceMapper::open()?;
-    let (name, step) = (range.name(), Undo::RemoveRange(range.clone()));
-    let is_made = mapper.find(&name)?;
-    let number = match is_made.filter(|_| list.join(|other| *other == step).is_some()) {
-        Some(number) => number,
-        None => {
-            if is_made.is_some() {
-                let message = format!("cannot make mapped device {name}: there is one already");
-                return Err(BackendError::conflict(message));
-            }
-            list.add(step)?;
-            let uuid = format!("{UUID_MARK}{}", range.suffix());
-            mapper.create_linear(&name, &uuid, range.backing, range.start..range.end)?
-        }
-    };
-    node::of(number)
-        .ok_or_else(|| BackendError::not_found(format!("mapped block device {number} has no node")))
+    let table = Target::linear(range.backing, range.start..range.end)?;
+    let step = Undo::RemoveRange(range.clone());
+    mapped::open(list, &range.names(), step, |mapper, names| {
+        mapper.create_mapped(names, &table)
+    })
 }
 
 /// Removes the device of a range. Blocks.
@@ -69,13 +55,12 @@ pub(crate) fn open(
 ///
 /// `Busy` while somebody uses it.
 pub(crate) fn undo(range: &RangeStep) -> Result<(), BackendError> {
-    DeviceMapper::open()?.remove(&range.name()).map(drop)
+    mapped::remove(&range.names())
 }
 
 /// The node of the device of a range. Blocks.
 pub(crate) fn node(range: &RangeStep) -> Option<PathBuf> {
-    let number = DeviceMapper::open().ok()?.find(&range.name()).ok()??;
-    node::of(number)
+    mapped::node(&range.names())
 }
 
 /// Whether a device has such a range, which may come from anybody.
@@ -119,10 +104,10 @@ mod tests {
             start,
             end,
         };
-        let longest = range(u32::MAX, u32::MAX, 0, u64::MAX).name();
+        let longest = range(u32::MAX, u32::MAX, 0, u64::MAX).names().name;
         assert!(longest.len() + 20 <= 127, "{longest}");
         assert_eq!(
-            range(259, 1, 4096, 12_288).name(),
+            range(259, 1, 4096, 12_288).names().name,
             "blockmount-range-259.1-4096-8192"
         );
     }

@@ -23,12 +23,29 @@ mod wire;
 use ioctl::Command;
 pub(crate) use wire::SECTOR;
 pub use wire::{Mapped, Target};
-use wire::{READ_ONLY, Reply, Request, STATUS_TABLE};
+use wire::{READ_ONLY, Reply, Request, SECURE, STATUS_TABLE};
 
 /// What the names of our devices start with.
 pub const NAME_MARK: &str = "blockmount-";
 /// What the UUIDs of our devices start with.
 pub const UUID_MARK: &str = "BLKMNT-";
+
+/// By what a device of ours is told from all others: the kernel lets each name and each UUID be there once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Names {
+    pub(crate) name: String,
+    pub(crate) uuid: String,
+}
+
+impl Names {
+    /// With our marks. The suffix says what is made of which device.
+    pub(crate) fn new(suffix: &str) -> Self {
+        Names {
+            name: format!("{NAME_MARK}{suffix}"),
+            uuid: format!("{UUID_MARK}{suffix}"),
+        }
+    }
+}
 
 /// The interface's version that is spoken; kernels speak all older ones of the same first number.
 const MAJOR_VERSION: u32 = 4;
@@ -102,15 +119,34 @@ impl DeviceMapper {
         range: Range<u64>,
     ) -> Result<DeviceNumber, BackendError> {
         let table = Target::linear(backing, range)?;
+        let names = Names {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+        };
+        self.create_mapped(&names, &table)
+    }
+
+    /// Makes a read-only device of a table. All or nothing.
+    ///
+    /// # Errors
+    ///
+    /// As for [`create_linear`](Self::create_linear); those of the kind of target as the kernel answers them.
+    pub(crate) fn create_mapped(
+        &self,
+        names: &Names,
+        table: &Target,
+    ) -> Result<DeviceNumber, BackendError> {
+        let Names { name, uuid } = names;
         self.create(name, uuid)?;
-        let made = self.load(name, &table).and_then(|()| self.resume(name));
-        made.map_err(|error| match self.remove(name) {
-            Ok(_) => error,
-            Err(left) => {
-                let message = format!("{}, and {}", error.message(), left.message());
-                BackendError::uncertain(message).with_source(left)
-            }
-        })
+        let made = self.load(name, table);
+        made.and_then(|()| self.resume(name))
+            .map_err(|error| match self.remove(name) {
+                Ok(_) => error,
+                Err(left) => {
+                    let message = format!("{}, and {}", error.message(), left.message());
+                    BackendError::uncertain(message).with_source(left)
+                }
+            })
     }
 
     fn create(&self, name: &str, uuid: &str) -> Result<(), BackendError> {
@@ -130,9 +166,10 @@ impl DeviceMapper {
     }
 
     fn load(&self, name: &str, table: &Target) -> Result<(), BackendError> {
-        let request = Request::new(name).flags(READ_ONLY).target(table);
+        // The kernel wipes its copy of the table, whatever is in it.
+        let request = Request::new(name).flags(READ_ONLY | SECURE).target(table);
         let done = self.run(Command::Load, request);
-        let what = || format!("cannot map {} for {name}", table.parameters);
+        let what = || format!("cannot make {name} a device of the kind {}", table.kind);
         done.map(drop).map_err(|errno| errno_error(what(), errno))
     }
 
@@ -156,6 +193,56 @@ impl DeviceMapper {
                 errno,
             )),
         }
+    }
+
+    /// Removes the device of a UUID, whatever it is called. False if there is none.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if it is in use; it stays as it was then.
+    pub(crate) fn remove_uuid(&self, uuid: &str) -> Result<bool, BackendError> {
+        match self.run(Command::Remove, Request::new("").uuid(checked(uuid)?)) {
+            Ok(_) => Ok(true),
+            Err(Errno::NXIO) => Ok(false),
+            Err(errno) => Err(errno_error(
+                format!("cannot remove the mapped device with UUID {uuid}"),
+                errno,
+            )),
+        }
+    }
+
+    /// The number of the device of a UUID. Nothing if there is none.
+    pub(crate) fn find_uuid(&self, uuid: &str) -> Result<Option<DeviceNumber>, BackendError> {
+        match self.run(Command::Status, Request::new("").uuid(checked(uuid)?)) {
+            Ok(reply) => Ok(Some(reply.number())),
+            Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(errno_error(
+                format!("cannot look for the mapped device with UUID {uuid}"),
+                errno,
+            )),
+        }
+    }
+
+    /// What the targets of the device of a UUID say of themselves. Nothing if there is no such device.
+    pub(crate) fn status(&self, uuid: &str) -> Result<Option<Vec<Target>>, BackendError> {
+        match self.run(Command::Table, Request::new("").uuid(checked(uuid)?)) {
+            Ok(reply) => Ok(Some(reply.targets())),
+            Err(Errno::NXIO) => Ok(None),
+            Err(errno) => Err(errno_error(
+                format!("cannot ask the mapped device with UUID {uuid} how it is"),
+                errno,
+            )),
+        }
+    }
+
+    /// The version of a kind of target, if the kernel has it loaded.
+    pub(crate) fn version_of(&self, kind: &str) -> Result<Option<[u32; 3]>, BackendError> {
+        let reply = self.run(Command::Versions, Request::new(""));
+        let reply =
+            reply.map_err(|errno| errno_error("cannot list the kinds of targets", errno))?;
+        let known = reply.versions().into_iter();
+        let mut known = known.filter(|(name, _)| name == kind);
+        Ok(known.next().map(|(_, version)| version))
     }
 
     /// All mapped devices, also those of others.

@@ -1,7 +1,7 @@
 //! The device stack: from what a resolver found to what is mounted.
 //!
 //! Each layer is a device that is opened from the one below it, and puts what it makes on the undo list before it makes
-//! it: the device itself, then a byte range or a partition of it. Layers to come (verity, encryption) go on top.
+//! it: the device itself, then a byte range or a partition of it, then what checks its integrity. The order is fixed.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -10,22 +10,37 @@ use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions};
 
-use crate::device::{dm_linear, free, node, partition, subrange};
+use crate::device::verity::Checked;
+use crate::device::{dm_linear, free, node, partition, subrange, verity};
 use crate::errno::{blocking, retry_while_busy};
 use crate::mount::target::Target;
-use crate::undo::ledger::Ledger;
+use crate::undo::ledger::{Ledger, UndoList};
 
 /// A device of the stack. As long as it is open, the kernel keeps what was read of it.
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) node: PathBuf,
     pub(crate) open: File,
+    checked: Option<Checked>,
 }
 
 impl Layer {
     async fn open(node: PathBuf, deadline: Instant) -> Result<Self, BackendError> {
         let open = node::await_open(&node, deadline).await?;
-        Ok(Layer { node, open })
+        let checked = None;
+        Ok(Layer {
+            node,
+            open,
+            checked,
+        })
+    }
+
+    /// Adds to an error of reading or mounting what the layers know of it. Blocks.
+    pub(crate) fn explained(&self, error: BackendError) -> BackendError {
+        match &self.checked {
+            Some(checked) => checked.explained(error),
+            None => error,
+        }
     }
 }
 
@@ -47,10 +62,11 @@ pub(crate) async fn open(
     let deadline = Instant::now() + timeouts.ready;
     let mut layer = Layer::open(found.path, deadline).await?;
     match (found.range, options.partition()) {
-        (None, None) => return Ok(layer),
+        (None, None) => {}
         (None, Some(number)) => {
             let disk = &layer.open;
-            layer.node = partition::open(ledger, target, disk, number, deadline).await?;
+            let node = partition::open(ledger, target, disk, number, deadline).await?;
+            layer = Layer::open(node, deadline).await?;
         }
         (Some(mut range), number) => {
             // The kernel looks for no partitions of a range: one is a smaller range.
@@ -59,15 +75,37 @@ pub(crate) async fn open(
                 let find = move || subrange::partition(&at, &layer.open, range, number);
                 range = blocking(find).await?;
             }
-            let (ledger, target, node) = (ledger.clone(), target.clone(), layer.node.clone());
-            let attempt = move || dm_linear::open(&ledger.list(&target), &node, range.clone());
-            layer.node = match retry_while_busy(timeouts.busy, attempt).await {
-                Err(error) if error.kind() == ErrorKind::Busy => {
-                    return blocking(move || Err(free::name_users(&layer.node, error))).await;
-                }
-                made => made?,
-            };
+            let node = layer.node.clone();
+            let open = move |list: &UndoList<'_>| dm_linear::open(list, &node, range.clone());
+            let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+            layer = Layer::open(node, deadline).await?;
         }
     }
-    Layer::open(layer.node, deadline).await
+    if let Some(options) = options.verity() {
+        let (node, options) = (layer.node.clone(), options.clone());
+        let open = move |list: &UndoList<'_>| verity::open(list, &node, &options);
+        let made = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+        let (node, checked) = made;
+        layer = Layer::open(node, deadline).await?;
+        layer.checked = Some(checked);
+    }
+    Ok(layer)
+}
+
+/// Tries to make a layer as long as the device below may be busy, and says who uses it if it stays so.
+async fn attempt<T: Send + 'static>(
+    ledger: &Arc<Ledger>,
+    target: &Target,
+    below: PathBuf,
+    timeout: Duration,
+    open: impl Fn(&UndoList<'_>) -> Result<T, BackendError> + Clone + Send + 'static,
+) -> Result<T, BackendError> {
+    let (ledger, target) = (ledger.clone(), target.clone());
+    let attempt = move || open(&ledger.list(&target));
+    match retry_while_busy(timeout, attempt).await {
+        Err(error) if error.kind() == ErrorKind::Busy => {
+            blocking(move || Err(free::name_users(&below, error))).await
+        }
+        made => made,
+    }
 }

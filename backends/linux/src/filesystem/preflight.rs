@@ -1,22 +1,19 @@
 //! Validating a request by what is on the device, and an error by what else is known.
 
+use std::fs::File;
 use std::path::Path;
 
 use blockmount::{BackendError, Expose, MountOptions};
 use rustix::io::Errno;
 
-use crate::device::free;
-use crate::errno::{DAMAGED, errno_of};
+use crate::device::{free, node};
+use crate::errno::{DAMAGED, errno_error, errno_of};
 use crate::filesystem::probe::{Content, ProbeResult, Superblock};
 use crate::mount::{permission, users};
 
 /// Refuses what this engine does not do, before anything is touched.
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {
     let unsupported = [
-        (
-            options.verity().is_some(),
-            "lay an integrity check over a device",
-        ),
         (options.encryption().is_some(), "encrypt a device"),
         (options.format().is_some(), "make a filesystem"),
         (
@@ -84,6 +81,28 @@ pub(crate) fn choose_filesystem(
         ))),
         (_, _) if found.device_bytes == 0 => absent("it has no bytes".to_owned()),
         (other, _) => absent(format!("it holds {other}")),
+    }
+}
+
+/// Refuses a filesystem whose blocks are smaller than what the device reads at once: the kernel says `EINVAL` then.
+pub(crate) fn ensure_block_size(
+    node: &Path,
+    device: &File,
+    found: &ProbeResult,
+) -> Result<(), BackendError> {
+    let Content::Filesystem(superblock) = &found.content else {
+        return Ok(());
+    };
+    let node = node.display();
+    let smallest = node::logical_block_size(device)
+        .map_err(|error| errno_error(format!("cannot ask {node} for its block size"), error))?;
+    match superblock.block_size {
+        Some(size) if size < smallest => Err(BackendError::invalid(format!(
+            "the {} on {node} has blocks of {size} bytes, and the device reads {smallest} at once: make the image \
+             with blocks of {smallest}, or its hash tree over blocks of {size}",
+            superblock.name
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -9,7 +9,7 @@ use blockmount::BackendError;
 
 use crate::device::number::DeviceNumber;
 use crate::mount::target::FileId;
-use crate::undo::step::{DirectoryStep, RangeStep, Undo};
+use crate::undo::step::{DirectoryStep, Undo};
 
 /// Making or removing such a thing takes milliseconds, and mounting a device whose log is replayed seconds: a call that
 /// waits longer meets a dead filesystem or device.
@@ -24,7 +24,8 @@ pub(crate) enum Key {
     Scratch(FileId),
     Directory(PathBuf),
     Partition(DeviceNumber, u32),
-    Range(RangeStep),
+    /// A mapped device, by its name.
+    Mapped(String),
 }
 
 impl Key {
@@ -32,7 +33,8 @@ impl Key {
     pub(crate) fn of(step: &Undo) -> Option<Key> {
         match step {
             Undo::Unmount(_) => None,
-            Undo::RemoveRange(range) => Some(Key::Range(range.clone())),
+            Undo::RemoveRange(range) => Some(Key::Mapped(range.names().name)),
+            Undo::CloseVerity(verity) => Some(Key::Mapped(verity.names().name)),
             Undo::DeletePartition(step) => Some(Key::Partition(step.disk, step.number)),
             Undo::RemoveDirectory(DirectoryStep { path, .. }) => {
                 Some(Key::Directory(path.0.clone()))

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::{DeviceLocator, MountOptions};
+use blockmount::{DeviceLocator, MountOptions, Verity};
 use serde::{Deserialize, Serialize};
 
 use crate::device::number::DeviceNumber;
@@ -23,6 +23,8 @@ use crate::mount::target::FileId;
 pub(crate) enum Undo {
     /// Unmount what is mounted at the target. Boxed because it is several times the size of the others.
     Unmount(Box<MountStep>),
+    /// Remove the device that checks the integrity of another. Boxed for its size.
+    CloseVerity(Box<VerityStep>),
     /// Remove the device that was made of a byte range.
     RemoveRange(RangeStep),
     /// Make the kernel forget a partition that it does not know by itself.
@@ -104,6 +106,17 @@ pub(crate) struct RangeStep {
     pub(crate) end: u64,
 }
 
+/// A device whose integrity is checked. The name of the device that does so follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VerityStep {
+    pub(crate) backing: DeviceNumber,
+    /// Tells the device from a later one with the same number: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+    pub(crate) verity: Verity,
+}
+
 /// A partition, with what tells it from one of a disk that got the same number later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -145,6 +158,7 @@ impl Undo {
             }
             (Undo::DeletePartition(one), Undo::DeletePartition(other)) => one == other,
             (Undo::RemoveRange(one), Undo::RemoveRange(other)) => one == other,
+            (Undo::CloseVerity(one), Undo::CloseVerity(other)) => one == other,
             _ => false,
         }
     }

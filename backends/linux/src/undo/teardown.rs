@@ -2,7 +2,7 @@
 
 use blockmount::{BackendError, ErrorKind};
 
-use crate::device::{dm_linear, free, partition};
+use crate::device::{dm_linear, free, partition, verity};
 use crate::kernel::Kernel;
 use crate::mount::{directory, unmount, users};
 use crate::undo::ledger::UndoList;
@@ -45,6 +45,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
                 done => done?,
             }
         }
+        Undo::CloseVerity(step) => verity::undo(step)?,
         Undo::RemoveRange(range) => dm_linear::undo(range)?,
         Undo::DeletePartition(step) => partition::undo(step)?,
         // One that somebody else has put something into stays on the list, without keeping up the rest.
@@ -68,6 +69,7 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             let by = users::listed(&users);
             return BackendError::busy(format!("{} by {by}", error.message()));
         }
+        Some(Undo::CloseVerity(step)) => verity::node(&step),
         Some(Undo::RemoveRange(range)) => dm_linear::node(&range),
         Some(Undo::DeletePartition(step)) => partition::node(&step),
         Some(Undo::RemoveDirectory(_)) | None => None,

@@ -13,7 +13,7 @@ use super::modules::Modules;
 use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
-pub const MODULES: [&str; 14] = [
+pub const MODULES: [&str; 16] = [
     "virtio_pci",
     "virtio_console",
     "virtio_scsi",
@@ -22,6 +22,8 @@ pub const MODULES: [&str; 14] = [
     "nd_pmem",
     "virtio_pmem",
     "dm_mod",
+    "dm_verity",
+    "sha512_generic",
     "ext4",
     "xfs",
     "erofs",

@@ -18,4 +18,5 @@ mod migration;
 mod restart;
 mod sharing;
 mod teardown;
+mod verity;
 mod vpmem;

@@ -20,8 +20,11 @@ pub(super) enum Command {
     Remove = 4,
     /// Suspends with a flag, and resumes without.
     Resume = 6,
+    Status = 7,
     Load = 9,
+    /// Tells tables with a flag, and their state without.
     Table = 12,
+    Versions = 13,
 }
 
 impl Command {
@@ -68,6 +71,8 @@ mod tests {
         assert_eq!(Command::Remove.request(), 0xc138_fd04);
         assert_eq!(Command::Resume.request(), 0xc138_fd06);
         assert_eq!(Command::Load.request(), 0xc138_fd09);
+        assert_eq!(Command::Status.request(), 0xc138_fd07);
         assert_eq!(Command::Table.request(), 0xc138_fd0c);
+        assert_eq!(Command::Versions.request(), 0xc138_fd0d);
     }
 }

@@ -17,6 +17,8 @@ pub(super) const LONGEST_NAME: usize = 127;
 pub(super) const READ_ONLY: u32 = 1 << 0;
 /// The flag that asks for tables in place of their state.
 pub(super) const STATUS_TABLE: u32 = 1 << 4;
+/// The flag by which the kernel wipes its copy of a request: Linux 2.6.39.
+pub(super) const SECURE: u32 = 1 << 15;
 /// The flag of an answer that did not fit.
 const BUFFER_FULL: u32 = 1 << 8;
 
@@ -203,6 +205,22 @@ impl Reply {
         found
     }
 
+    /// The kinds of targets: each has the distance to the next, its version, and a name.
+    pub(super) fn versions(&self) -> Vec<(String, [u32; 3])> {
+        let mut found = Vec::new();
+        let mut rest = self.data();
+        let word = |rest: &[u8], index: usize| u32_at(rest, 4 * index);
+        while let (Some(next), Some(name)) = (u32_at(rest, 0), string_at(rest, 16)) {
+            let version = [1, 2, 3].map(|index| word(rest, index).unwrap_or_default());
+            found.push((name, version));
+            match rest.get(next as usize..) {
+                Some(after) if next > 0 => rest = after,
+                _ => break,
+            }
+        }
+        found
+    }
+
     /// The table of a device: unlike in requests, each entry has the distance of the next from the start.
     pub(super) fn targets(&self) -> Vec<Target> {
         let data = self.data();
@@ -358,6 +376,21 @@ mod tests {
         assert_eq!(found, ["one 254:0", "two 254:261"]);
         assert_eq!(Reply::new(Request::new("").into_buffer(64)).names(), []);
 
+        let mut bytes = Request::new("").0;
+        for (next, version, name) in [
+            (24u32, [1u32, 9, 0], "verity\0\0"),
+            (0, [1, 4, 2], "linear\0\0"),
+        ] {
+            bytes.extend(next.to_ne_bytes());
+            bytes.extend(version.iter().flat_map(|part| part.to_ne_bytes()));
+            bytes.extend(name.as_bytes());
+        }
+        let expected = [
+            ("verity".to_owned(), [1, 9, 0]),
+            ("linear".to_owned(), [1, 4, 2]),
+        ];
+        assert_eq!(Reply::new(bytes).versions(), expected);
+
         let targets = [0, 8].map(|start| Target {
             start,
             length: 8,
@@ -376,7 +409,7 @@ mod tests {
         #[test]
         fn no_reply_panics(bytes in proptest::collection::vec(any::<u8>(), 0..600), count in 0u32..4, start in 0u32..700) {
             let reply = Reply::new(bytes.clone());
-            let _ = (reply.version(), reply.is_cut(), reply.number(), reply.names(), reply.targets());
+            let _ = (reply.version(), reply.is_cut(), reply.number(), reply.names(), reply.targets(), reply.versions());
             let mut near = Request::new("x").0;
             near[START..][..4].copy_from_slice(&start.to_ne_bytes());
             near[COUNT..][..4].copy_from_slice(&count.to_ne_bytes());
