@@ -5,7 +5,9 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use crate::guest::{GuestKind, Transports};
-use blockmount::HolderName;
+use crate::verity::Trusted;
+use blockmount::{HashAlgorithm, HolderName};
+use blockmount_verity::Parameters;
 use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
@@ -29,6 +31,7 @@ Examples:
   sudo blockmount demo                        the whole way of many layers, on this machine
   sudo blockmount mount --layer app.erofs --layer base.img --scratch 1G --at /mnt/tree
   blockmount inspect base.img                 what is in an image (no root needed)
+  blockmount seal app.erofs                   a hash tree for it: mount --layer app.erofs --verity app.erofs.dmverity
   sudo blockmount cleanup                     remove what a killed run has left
   blockmount agent                            in a guest: do what its host asks for
 
@@ -44,6 +47,8 @@ pub(crate) enum Cmd {
     Mount(MountArgs),
     /// Say what is in images: filesystem, sizes, partitions, label, UUID
     Inspect(InspectArgs),
+    /// Give an image a hash tree of dm-verity, and say what vouches for it
+    Seal(SealArgs),
     /// Find and remove what killed runs of this program have left
     Cleanup(CleanupArgs),
     /// Serve this machine, a guest, to its host: mount and unplug what the host asks for
@@ -123,6 +128,7 @@ Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
   sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer app.erofs --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
   sudo blockmount mount --resume web
 
@@ -169,7 +175,7 @@ pub(crate) struct MountArgs {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["layer", "partition", "guest", "transport", "scratch", "options", "at", "name", "keep_vm"]
+        conflicts_with_all = ["layer", "partition", "verity", "guest", "transport", "scratch", "options", "at", "name", "keep_vm"]
     )]
     pub(crate) resume: Option<HolderName>,
 
@@ -182,15 +188,78 @@ pub(crate) struct MountArgs {
 #[command(after_help = "\
 Examples:
   blockmount inspect base.img
-  blockmount inspect --json *.img /dev/sda | jq")]
+  blockmount inspect --json *.img /dev/sda | jq
+  blockmount inspect --verity app.erofs       its hash tree, and whether each block is intact")]
 pub(crate) struct InspectArgs {
     /// Image files or block devices
     #[arg(required = true, value_name = "IMAGE")]
     pub(crate) images: Vec<PathBuf>,
 
+    /// Say which hash tree each image has at its end, and check each block of it and of the data
+    #[arg(long)]
+    pub(crate) verity: bool,
+
     /// Print the answers as one JSON array on stdout
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The tree is appended to the image, whose data stays as it is, and IMAGE.dmverity is written, which containerd \
+reads as well. The root digest is printed: keep it where nobody can change it. A seal that is interrupted or \
+killed is taken back, by the next one if need be.
+
+Examples:
+  blockmount seal app.erofs
+  blockmount seal --tree app.tree app.erofs   for veritysetup open app.erofs NAME app.tree DIGEST")]
+pub(crate) struct SealArgs {
+    /// A raw image file; with --tree also a block device
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: PathBuf,
+
+    /// Write superblock and tree to this new file, and leave the image alone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tree: Option<PathBuf>,
+
+    /// What digests the blocks: sha256, sha384 or sha512
+    #[arg(long, value_name = "NAME", default_value_t = HashAlgorithm::Sha256)]
+    algorithm: HashAlgorithm,
+
+    /// Bytes in a data block, 512 to 4096 for most kernels [default: 4096, or those of the filesystem if smaller]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) block_size: Option<u32>,
+
+    /// Hexadecimal digits that are digested with each block [default: 32 zero bytes]
+    #[arg(long, value_name = "DIGITS", value_parser = parse_salt)]
+    salt: Option<Vec<u8>>,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl SealArgs {
+    /// How blocks are digested, unless the filesystem needs smaller ones.
+    pub(crate) fn parameters(&self) -> Parameters {
+        let default = Parameters::default();
+        Parameters {
+            algorithm: self.algorithm,
+            salt: self.salt.clone().unwrap_or(default.salt),
+            ..default
+        }
+    }
+}
+
+fn parse_salt(digits: &str) -> Result<Vec<u8>, String> {
+    let digit = |digit: char| digit.to_digit(16);
+    let digits: Option<Vec<u32>> = digits.chars().map(digit).collect();
+    let digits = digits.filter(|digits| digits.len().is_multiple_of(2) && digits.len() <= 512);
+    let digits = digits.ok_or("a salt is an even number of hexadecimal digits, 512 at most")?;
+    Ok(digits
+        .chunks_exact(2)
+        .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+        .collect())
 }
 
 #[derive(Debug, Args)]
@@ -221,11 +290,13 @@ pub(crate) struct CleanupArgs {
 pub(crate) struct Layer {
     pub(crate) image: PathBuf,
     pub(crate) partition: Option<NonZeroU32>,
+    /// What vouches for its blocks.
+    pub(crate) verity: Option<Trusted>,
 }
 
-/// `--layer IMAGE [--partition N]`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--verity FILE]`, as often as wanted.
 ///
-/// A partition is an argument of its own and belongs to the layer before it, so that a file may have any
+/// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Layers<const REQUIRED: bool>(pub(crate) Vec<Layer>);
@@ -253,7 +324,13 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             true => layer.required_unless_present("resume"),
             false => layer,
         };
-        command.arg(layer).arg(partition)
+        let verity = clap::Arg::new("verity")
+            .long("verity")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(Trusted))
+            .action(clap::ArgAction::Append)
+            .help("Check each block of the --layer before it, by its .dmverity file or root=DIGEST,offset=BYTES");
+        command.arg(layer).arg(partition).arg(verity)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -270,31 +347,39 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        let positions: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
         self.0 = images
             .map(|image| Layer {
                 image: image.clone(),
                 partition: None,
+                verity: None,
             })
             .collect();
-        let numbers = matches
-            .get_many::<NonZeroU32>("partition")
-            .into_iter()
-            .flatten();
-        let said_at = matches.indices_of("partition").into_iter().flatten();
-        for (number, at) in numbers.zip(said_at) {
+        self.add(matches, "partition", |layer| &mut layer.partition)?;
+        self.add(matches, "verity", |layer| &mut layer.verity)
+    }
+}
+
+impl<const REQUIRED: bool> Layers<REQUIRED> {
+    /// Adds what is said of layers to the layer that is before it.
+    fn add<T: Clone + Send + Sync + 'static>(
+        &mut self,
+        matches: &ArgMatches,
+        name: &str,
+        field: impl Fn(&mut Layer) -> &mut Option<T>,
+    ) -> Result<(), clap::Error> {
+        let positions: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
+        let values = matches.get_many::<T>(name).into_iter().flatten();
+        let said_at = matches.indices_of(name).into_iter().flatten();
+        for (value, at) in values.zip(said_at) {
             let before = positions.iter().rposition(|place| *place < at);
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
-                return Err(misplaced(format!(
-                    "--partition {number} has no --layer before it"
-                )));
+                return Err(misplaced(format!("--{name} has no --layer before it")));
             };
-            if let Some(first) = layer.partition.replace(*number) {
+            if field(layer).replace(value.clone()).is_some() {
                 let image = layer.image.display();
-                let message = format!(
-                    "partitions {first} and {number} are both given for --layer {image}; repeat the --layer"
-                );
-                return Err(misplaced(message));
+                return Err(misplaced(format!(
+                    "--{name} is given twice for --layer {image}; repeat the --layer"
+                )));
             }
         }
         Ok(())
@@ -359,7 +444,26 @@ mod tests {
         Layer {
             image: image.into(),
             partition: NonZeroU32::new(partition),
+            verity: None,
         }
+    }
+
+    #[test]
+    fn a_digest_belongs_to_the_layer_before_it() {
+        let given = layers(&["-l", "a", "--verity", "x", "-p", "1", "-l", "b"]).unwrap();
+        assert_eq!(given[0].verity, Some(Trusted::File("x".into())));
+        assert_eq!(
+            (&given[1].verity, given[0].partition.map(u32::from)),
+            (&None, Some(1))
+        );
+        assert_eq!(
+            layers(&["--verity", "x", "-l", "a"])
+                .unwrap_err()
+                .exit_code(),
+            2
+        );
+        let twice = layers(&["-l", "a", "--verity", "x", "--verity", "y"]);
+        assert_eq!(twice.unwrap_err().exit_code(), 2);
     }
 
     #[test]

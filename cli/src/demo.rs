@@ -260,6 +260,7 @@ impl Scene<'_> {
             let layer = Layer {
                 image: image.clone(),
                 partition: None,
+                verity: None,
             };
             let mount = stack
                 .scratch()

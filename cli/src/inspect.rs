@@ -13,6 +13,7 @@ use crate::args::InspectArgs;
 use crate::failure::{Context, FAILED, Failure, printable};
 use crate::report::table;
 use crate::terminal::{print, print_json, say};
+use crate::verity;
 
 /// What is in an image. Its JSON form is this structure, field by field.
 #[derive(Debug, Serialize)]
@@ -22,6 +23,9 @@ struct Image {
     size: u64,
     content: Found,
     partitions: Vec<PartitionFound>,
+    /// The hash tree at the end, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verity: Option<verity::Found>,
 }
 
 /// What is on a device or partition.
@@ -67,8 +71,16 @@ pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
     let mut found = Vec::new();
     let mut status = 0;
     for image in &args.images {
-        match inspect(image) {
+        match inspect(image, args.verity) {
             Ok(image) => {
+                if let Some(why) = image.verity.as_ref().and_then(verity::Found::corrupt) {
+                    let what = format!("{} is corrupt", image.image);
+                    say(format_args!(
+                        "{}",
+                        Failure::new(what).because(why.to_owned())
+                    ));
+                    status = FAILED;
+                }
                 if let Some(why) = image.content.unusable() {
                     let what = format!("{}: {}", image.image, image.content.description);
                     say(format_args!("{}", Failure::new(what).advise(why)));
@@ -90,7 +102,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
     Ok(status)
 }
 
-fn inspect(image: &Path) -> Result<Image, Failure> {
+fn inspect(image: &Path, with_verity: bool) -> Result<Image, Failure> {
     let what = || format!("cannot inspect {}", image.display());
     // A pipe without a writer would keep us waiting; the kernel ignores the flag for files.
     let open = File::options()
@@ -125,11 +137,13 @@ fn inspect(image: &Path) -> Result<Image, Failure> {
         }
     }
     let content = describe(&answer);
+    let verity = with_verity.then(|| verity::inspect(image)).transpose()?;
     Ok(Image {
         image: image.display().to_string(),
         size,
         content,
         partitions,
+        verity,
     })
 }
 
@@ -243,7 +257,16 @@ fn to_text(images: &[Image]) -> String {
             ));
         }
     }
-    table.to_string()
+    let mut trees = crate::report::table(&verity::COLUMNS);
+    for image in images {
+        if let Some(found) = &image.verity {
+            trees.add_row(found.row(printable(&image.image)));
+        }
+    }
+    match trees.is_empty() {
+        true => table.to_string(),
+        false => format!("{table}\n\n{trees}"),
+    }
 }
 
 fn row(

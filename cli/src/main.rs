@@ -17,10 +17,12 @@ mod mount;
 mod recorder;
 mod report;
 mod run;
+mod seal;
 mod speed;
 mod stacking;
 mod terminal;
 mod test_images;
+mod verity;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -73,6 +75,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
             Cmd::Agent(_) => unreachable!("the agent is started before"),
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
+            Cmd::Seal(args) => seal::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
             Cmd::Inspect(args) => inspect::run(args),
             Cmd::Checker(args) => check_for_host(args, &interrupt).await,

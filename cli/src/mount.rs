@@ -236,6 +236,7 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
     let scratch = Layer {
         image: machine.scratch(),
         partition: None,
+        verity: None,
     };
     let held = Held {
         target: stack.target().display().to_string(),

@@ -7,12 +7,16 @@ use blockmount::{MountOptions, MountRequest};
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
 use crate::terminal::say;
+use crate::verity;
 
 /// A read-only mount of a layer.
 pub(crate) fn layer_request(layer: &Layer, options: &[String]) -> Result<MountRequest, Failure> {
     let mut builder = MountOptions::builder().read_only().options(options);
     if let Some(number) = layer.partition {
         builder = builder.partition(number);
+    }
+    if let Some(verity) = verity::of_layer(layer)? {
+        builder = builder.verity(verity);
     }
     let options = builder
         .build()
@@ -32,7 +36,7 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                *other == file && upper.partition == layer.partition
+                *other == file && upper.partition == layer.partition && upper.verity == layer.verity
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());
@@ -60,6 +64,7 @@ mod tests {
         let layer = |name: &str, partition| Layer {
             image: directory.path().join(name),
             partition: NonZeroU32::new(partition),
+            verity: None,
         };
         std::fs::write(directory.path().join("a"), "a").unwrap();
         std::fs::write(directory.path().join("b"), "b").unwrap();

@@ -137,6 +137,7 @@ impl Recipe {
             layer: Layer {
                 image: written,
                 partition,
+                verity: None,
             },
             tree,
         })

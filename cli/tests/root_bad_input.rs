@@ -275,3 +275,36 @@ fn root_paths_of_4000_characters_work_or_are_refused_clearly() {
         &["error: "],
     );
 }
+
+#[test]
+fn root_a_hash_tree_needs_a_device_mapper_and_one_that_fits() {
+    let (dir, good) = good();
+    let at = dir.path().join("at");
+    common::run(["seal", good.to_str().unwrap()]).says(0, &[]);
+    let metadata = PathBuf::from(format!("{}.dmverity", good.display()));
+    let absent = dir.path().join("absent.dmverity");
+    for (verity, said) in [
+        (absent.as_os_str(), "cannot use --verity"),
+        (good.as_os_str(), "a .dmverity file"),
+        (OsStr::new("root=ab,offset=0"), "no superblock"),
+        (OsStr::new("root=ab,offset=1"), "multiple of 512"),
+    ] {
+        refused(
+            &dir,
+            words!["--layer", good, "--verity", verity, "--at", at],
+            &[said],
+        );
+    }
+    let arguments = words!["--layer", good, "--verity", metadata, "--at", at];
+    match Path::new("/dev/mapper/control").exists() {
+        false => drop(refused(
+            &dir,
+            arguments,
+            &["this kernel has no device-mapper"],
+        )),
+        true => {
+            let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+            held.end(Signal::TERM).says(0, &["nothing is left"]);
+        }
+    }
+}

@@ -475,6 +475,54 @@ fn machine_in(id: &str) -> u32 {
 }
 
 #[test]
+fn vm_a_layer_with_a_hash_tree_is_checked_by_the_guest() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.to_str().unwrap();
+    run(["seal", layer]).says(0, &[]);
+    let metadata = format!("{layer}.dmverity");
+    let words = [
+        "--guest",
+        "qemu",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        layer,
+        "--verity",
+    ];
+    let arguments = |verity: &str| {
+        words
+            .map(str::to_owned)
+            .into_iter()
+            .chain([verity.to_owned()])
+    };
+    for transport in ["scsi", "vpmem"] {
+        let more = ["--transport", transport].map(str::to_owned);
+        let held = hold(arguments(&metadata).chain(more));
+        let held = held.unwrap_or_else(|answer| panic!("{answer}"));
+        let seen = &held.json["layers"][0];
+        assert!(
+            seen["device"].as_str().unwrap().starts_with("/dev/dm-"),
+            "{seen}"
+        );
+        assert!(
+            seen["locator"].as_str().unwrap().starts_with(transport),
+            "{seen}"
+        );
+        let answer = held.end(Signal::TERM);
+        answer.says(0, &["nothing is left"]);
+    }
+    // The digest of another image.
+    let text = std::fs::read_to_string(&metadata).unwrap();
+    let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let table = format!("root={},offset={}", "ab".repeat(32), parsed["hashoffset"]);
+    let answer = hold(arguments(&table)).map(|_| ()).unwrap_err();
+    answer.says(1, &["root digest abab", "layer.erofs"]);
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
 fn vm_what_a_machine_cannot_have_is_refused() {
     let dir = temp();
     let layer = dir.path().join("layer.erofs");

@@ -70,6 +70,8 @@ impl Remembered {
         let layer = |layer: &RememberedLayer| Layer {
             image: layer.image.clone().into_path(),
             partition: layer.partition,
+            // It is mounted, and what vouches for it is with the mount.
+            verity: None,
         };
         self.layers.iter().map(layer).collect()
     }
