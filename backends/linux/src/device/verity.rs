@@ -12,7 +12,7 @@ use crate::device::mapper::{DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{mapped, node};
-use crate::errno::errno_error;
+use crate::errno::{errno_error, errno_of};
 use crate::undo::ledger::UndoList;
 use crate::undo::step::{Undo, VerityStep};
 
@@ -251,10 +251,7 @@ fn arguments(backing: DeviceNumber, verity: &Verity) -> Vec<Argument> {
 
 /// Says why the kernel refuses a table that is well-formed: it answers numbers, and logs the rest.
 fn explain_refusal(mapper: &DeviceMapper, error: BackendError, verity: &Verity) -> BackendError {
-    let source = std::error::Error::source(&error);
-    let errno = source
-        .and_then(|source| source.downcast_ref::<std::io::Error>())
-        .and_then(Errno::from_io_error);
+    let errno = errno_of(&error);
     let unsuitable = |what: String| {
         let message = format!("{}: {what}", error.message());
         BackendError::unsuitable(message).with_source(error.clone())
