@@ -232,7 +232,7 @@ pub(crate) struct SealArgs {
 
     /// Hexadecimal digits that are digested with each block [default: 32 zero bytes]
     #[arg(long, value_name = "DIGITS", value_parser = parse_salt)]
-    salt: Option<Vec<u8>>,
+    salt: Option<Salt>,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]
@@ -245,21 +245,25 @@ impl SealArgs {
         let default = Parameters::default();
         Parameters {
             algorithm: self.algorithm,
-            salt: self.salt.clone().unwrap_or(default.salt),
+            salt: self.salt.clone().map_or(default.salt, |Salt(bytes)| bytes),
             ..default
         }
     }
 }
 
-fn parse_salt(digits: &str) -> Result<Vec<u8>, String> {
+/// One value: a list of bytes would be several.
+#[derive(Debug, Clone)]
+struct Salt(Vec<u8>);
+
+fn parse_salt(digits: &str) -> Result<Salt, String> {
     let digit = |digit: char| digit.to_digit(16);
     let digits: Option<Vec<u32>> = digits.chars().map(digit).collect();
     let digits = digits.filter(|digits| digits.len().is_multiple_of(2) && digits.len() <= 512);
     let digits = digits.ok_or("a salt is an even number of hexadecimal digits, 512 at most")?;
-    Ok(digits
-        .chunks_exact(2)
-        .map(|pair| (pair[0] << 4 | pair[1]) as u8)
-        .collect())
+    let pairs = digits.chunks_exact(2);
+    Ok(Salt(
+        pairs.map(|pair| (pair[0] << 4 | pair[1]) as u8).collect(),
+    ))
 }
 
 #[derive(Debug, Args)]

@@ -53,6 +53,8 @@ impl FromStr for Trusted {
     }
 }
 
+const ADVICE: &str = "blockmount seal IMAGE makes a hash tree and IMAGE.dmverity; blockmount inspect --verity IMAGE says what there is";
+
 /// What the guest is told of a layer, if it is to be checked: the superblock is read here, where the image is, and the
 /// guest reads none.
 pub(crate) fn of_layer(layer: &Layer) -> Result<Option<Verity>, Failure> {
@@ -61,9 +63,9 @@ pub(crate) fn of_layer(layer: &Layer) -> Result<Option<Verity>, Failure> {
     };
     let metadata = match trusted {
         Trusted::Given(metadata) => metadata.clone(),
-        Trusted::File(path) => {
-            Metadata::read(path).context(|| format!("cannot use --verity {}", path.display()))?
-        }
+        Trusted::File(path) => Metadata::read(path)
+            .context(|| format!("cannot use --verity {}", path.display()))
+            .map_err(|failure| failure.advise(ADVICE))?,
     };
     let image = layer.image.display();
     let what = || format!("cannot read the hash tree of {image}");
@@ -78,7 +80,8 @@ pub(crate) fn of_layer(layer: &Layer) -> Result<Option<Verity>, Failure> {
     let superblock = Superblock::read(&part, size, place);
     let options =
         superblock.and_then(|found| found.options(&metadata.root_digest, metadata.hash_offset));
-    options.context(what).map(Some)
+    let options = options.context(what);
+    options.map(Some).map_err(|failure| failure.advise(ADVICE))
 }
 
 /// Where the layer is in its image, and how long it is, in bytes.

@@ -416,10 +416,11 @@ async fn vm_an_agent_that_is_killed_leaves_no_checked_device() {
         let (added, _) = tokio::join!(adding, killing);
         for outcome in added {
             match outcome {
-                Ok(mount) => match mount.release().await {
-                    Err(doubtful) => doubtful.retry().await.unwrap(),
-                    Ok(()) => {}
-                },
+                Ok(mount) => {
+                    if let Err(doubtful) = mount.release().await {
+                        doubtful.retry().await.unwrap();
+                    }
+                }
                 Err(error) => assert!(
                     matches!(error.kind(), ErrorKind::Uncertain | ErrorKind::Other),
                     "{error}: {}",
