@@ -36,4 +36,5 @@ pub use image::{GuestImage, GuestImageBuilder, MODULE_LIST, MODULES, PROGRAMS};
 pub use kernel::GuestKernel;
 pub use migrate::IncomingVm;
 pub use port::GuestStream;
+pub use saved::abandoned_state;
 pub use vm::Vm;

@@ -90,7 +90,7 @@ pub mod vpmem;
 pub use launch::{
     Accelerator, AgentChannel, AgentPort, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
     IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder,
-    VmError, controller_address, memory_port_address,
+    VmError, abandoned_state, controller_address, memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;

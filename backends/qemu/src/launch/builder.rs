@@ -1,5 +1,6 @@
 //! Starting a VM: by booting its guest, or from a saved state.
 
+use std::error::Error as StdError;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -145,7 +146,8 @@ impl VmBuilder {
     }
 
     /// Goes on from a saved state in this directory, and makes it first if it is not there. By default every VM
-    /// boots. The directory must be nobody else's to write to; states that were not used for two weeks are removed.
+    /// boots. The directory must be nobody else's to write to; states that were not used for two weeks are removed. Where no
+    /// state can be read or saved, the guest boots, and a warning is logged.
     #[must_use]
     pub fn saved_states(mut self, directory: impl AsRef<Path>) -> Self {
         self.states = Some(States::in_directory(directory.as_ref()));
@@ -247,22 +249,42 @@ impl VmBuilder {
         let Some(states) = &self.states else {
             return self.launch(accelerator, None, timeout).await;
         };
+        match self.start_saved(states, accelerator, timeout).await {
+            Ok(vm) => Ok(vm),
+            Err(NotStarted::Vm(error)) => Err(error),
+            Err(NotStarted::States(error)) => {
+                let error: &(dyn StdError + 'static) = &error;
+                tracing::warn!(error, "the guest boots, since no saved state can be used");
+                self.launch(accelerator, None, timeout).await
+            }
+        }
+    }
+
+    /// Goes on from a saved state, which is made if there is none.
+    async fn start_saved(
+        &self,
+        states: &States,
+        accelerator: &str,
+        timeout: Duration,
+    ) -> Result<Vm, NotStarted> {
         let key = self.key(accelerator).await?;
-        if let Some(state) = open(states, &key).await? {
+        if let Some(state) = open(states, &key).await.map_err(NotStarted::States)? {
             match self.launch(accelerator, Some(state), timeout).await {
-                Err(error) if error.was_cut_off() => return Err(error),
+                Err(error) if error.was_cut_off() => return Err(error.into()),
                 Err(error) => {
-                    tracing::warn!(%error, "a saved state does not work, and is made anew");
+                    let error: &(dyn StdError + 'static) = &error;
+                    tracing::warn!(error, "a saved state does not work, and is made anew");
                     states.forget(&key);
                 }
-                restored => return restored,
+                Ok(restored) => return Ok(restored),
             }
         }
         self.save(accelerator, states, &key, timeout).await?;
-        let state = open(states, &key).await?;
-        let state =
-            state.ok_or_else(|| VmError::new("the state that was just saved has vanished"))?;
-        self.launch(accelerator, Some(state), timeout).await
+        let vanished = || VmError::new("the state that was just saved has vanished");
+        let state = open(states, &key).await;
+        let state = state.and_then(|state| state.ok_or_else(vanished));
+        let state = state.map_err(NotStarted::States)?;
+        Ok(self.launch(accelerator, Some(state), timeout).await?)
     }
 
     /// A digest of all that a state depends on.
@@ -297,7 +319,7 @@ impl VmBuilder {
         states: &States,
         key: &str,
         timeout: Duration,
-    ) -> Result<(), VmError> {
+    ) -> Result<(), NotStarted> {
         let waiting = states.clone();
         let making = tokio::task::spawn_blocking(move || waiting.lock());
         let lost = |error| VmError::new("waiting for a saved state was lost").because(error);
@@ -305,9 +327,10 @@ impl VmBuilder {
         // The other one boots a guest with the same timeout, and then saves it.
         let making = tokio::time::timeout(2 * timeout, making)
             .await
-            .map_err(|elapsed| late().because(elapsed))?
-            .map_err(lost)??;
-        if open(states, key).await?.is_some() {
+            .map_err(|elapsed| late().because(elapsed))
+            .and_then(|made| made.map_err(lost)?)
+            .map_err(NotStarted::States)?;
+        if let Ok(Some(_)) = open(states, key).await {
             return Ok(());
         }
         let maker = VmBuilder {
@@ -317,8 +340,11 @@ impl VmBuilder {
         let vm = maker.launch(accelerator, None, timeout).await?;
         let saved = self.write_state(&vm, &states.draft()).await;
         vm.shut_down().await;
-        saved?;
-        states.publish(&making, key)
+        let published = saved.and_then(|()| states.publish(&making, key));
+        published.map_err(|error| {
+            states.forget_draft();
+            NotStarted::States(error)
+        })
     }
 
     async fn write_state(&self, vm: &Vm, file: &Path) -> Result<(), VmError> {
@@ -328,6 +354,20 @@ impl VmBuilder {
         saved
             .map(drop)
             .map_err(|error| VmError::new("cannot save the state of a VM").because(error))
+    }
+}
+
+/// Why a VM has not gone on from a saved state.
+enum NotStarted {
+    /// It does not start at all.
+    Vm(VmError),
+    /// The states cannot be used. They only save time.
+    States(VmError),
+}
+
+impl From<VmError> for NotStarted {
+    fn from(error: VmError) -> Self {
+        NotStarted::Vm(error)
     }
 }
 

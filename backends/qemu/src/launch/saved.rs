@@ -12,11 +12,26 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::error::VmError;
 
 /// How long a state that nobody has used is kept.
 const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// The lock of those who make states, in the directory of the states.
+const LOCK: &str = "lock";
+
+/// The state that a process has begun to save in a directory of [`VmBuilder::saved_states`](super::VmBuilder::saved_states)
+/// before it was killed: a file as large as the guest's memory in use. The next process that saves a state there writes over it;
+/// with `remove` it is removed now. Blocks.
+///
+/// # Errors
+///
+/// The system's.
+pub fn abandoned_state(directory: &Path, remove: bool) -> io::Result<Option<PathBuf>> {
+    States::in_directory(directory).abandoned(remove)
+}
 
 /// A directory of saved states.
 #[derive(Debug, Clone)]
@@ -83,7 +98,7 @@ impl States {
             .truncate(false)
             .write(true)
             .mode(0o600)
-            .open(self.0.join("lock"))
+            .open(self.0.join(LOCK))
             .map_err(|error| self.trouble(error))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|errno| self.trouble(errno))?;
         Ok(Making { _lock: lock })
@@ -92,6 +107,11 @@ impl States {
     /// Where a state is written before it is published. Its path is short, because sockets are made beside it.
     pub(super) fn draft(&self) -> PathBuf {
         self.0.join("draft")
+    }
+
+    /// Removes what was written of a draft. Blocks.
+    pub(super) fn forget_draft(&self) {
+        let _ = fs::remove_file(self.draft());
     }
 
     /// Gives the draft its name, and removes states that nobody has used for two weeks. Blocks.
@@ -114,6 +134,27 @@ impl States {
             }
         }
         Ok(())
+    }
+
+    /// The draft that a killed process has left, if no other one writes it now. It is removed if `remove` says so. Blocks.
+    fn abandoned(&self, remove: bool) -> io::Result<Option<PathBuf>> {
+        let lock = match File::open(self.0.join(LOCK)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            locked => locked?,
+        }
+        let draft = self.draft();
+        let looked = match remove {
+            true => fs::remove_file(&draft),
+            false => fs::symlink_metadata(&draft).map(drop),
+        };
+        match looked {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            looked => looked.map(|()| Some(draft)),
+        }
     }
 
     /// Notes that no guest comes up on KVM, until this machine is booted again. Blocks.
@@ -184,6 +225,23 @@ mod tests {
         states.publish(&making, "new").unwrap();
         let left = |name: &str| directory.join(name).exists();
         assert!(left("new.state") && left("young.state") && left("old.txt") && !left("old.state"));
+    }
+
+    #[test]
+    fn x14_a_draft_that_nobody_writes_is_found_and_removed() {
+        let room = tempfile::tempdir().unwrap();
+        let directory = room.path().join("states");
+        assert_eq!(abandoned_state(&directory, true).unwrap(), None);
+        let states = States::in_directory(&directory);
+        let making = states.lock().unwrap();
+        fs::write(states.draft(), "half of a state").unwrap();
+        assert_eq!(abandoned_state(&directory, true).unwrap(), None);
+        drop(making);
+        for remove in [false, false, true] {
+            let found = abandoned_state(&directory, remove).unwrap();
+            assert_eq!(found, Some(states.draft()));
+        }
+        assert_eq!(abandoned_state(&directory, false).unwrap(), None);
     }
 
     #[test]

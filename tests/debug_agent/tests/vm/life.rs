@@ -209,6 +209,23 @@ async fn vm_x06_a_start_that_is_stopped_is_not_taken_for_a_bad_state() {
     assert_eq!(states(), before, "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u18_a_vm_starts_where_no_state_can_be_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = Small::at(&dir.path().join("full"), "16M");
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::set_permissions(&shared, fs::Permissions::from_mode(0o777)).unwrap();
+    // A state of a guest has some 100 MB; others could put one of theirs in place of ours; there is no such directory.
+    for states in [full.0.join("states"), shared, "/proc/states".into()] {
+        let vm = rig::builder().await.saved_states(&states);
+        let vm = vm.start().await.unwrap();
+        vm.guest("blockmount.agent").await.unwrap();
+        vm.shut_down().await;
+        assert!(!states.join("draft").exists(), "{}", states.display());
+    }
+}
+
 /// A manager that knows nothing of what is in the VM, as after a restart without a journal.
 fn stranger(rig: &Rig, transport: impl Transport) -> Manager {
     Manager::builder()
