@@ -10,11 +10,12 @@ mod scan;
 
 use crate::args::CleanupArgs;
 use crate::failure::{FAILED, Failure};
+use crate::guest::abandoned_state;
 use crate::interrupt::{Interrupt, Stop};
 use crate::machine::require_root;
 use crate::terminal::{print, print_json};
 
-use report::Report;
+use report::{Item, Outcome, Report};
 
 /// Cleans up, or only looks. `Ok` is the exit status: 1 if something had to be left.
 pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, Failure> {
@@ -37,10 +38,18 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
 
 fn clean_up(dry_run: bool, resumable: bool, stop: &Stop) -> Result<Report, Failure> {
     let found = scan::scan(resumable)?;
-    let items = match dry_run {
+    let mut items = match dry_run {
         true => remove::show(&found),
         false => remove::remove(&found, stop)?,
     };
+    if let Some(draft) = abandoned_state(!dry_run)? {
+        let outcome = if dry_run {
+            Outcome::Found
+        } else {
+            Outcome::Removed
+        };
+        items.push(Item::state(&draft, outcome));
+    }
     Ok(Report {
         dry_run,
         living_runs: found.living,

@@ -119,6 +119,32 @@ fn mounted() -> (Child, TempDir, Value) {
     (child, dir, json)
 }
 
+#[test]
+fn root_x14_a_state_that_was_not_saved_to_its_end_is_removed() {
+    let _alone = alone();
+    let states = Path::new("/var/cache/blockmount/states");
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(states).unwrap();
+    let draft = states.join("draft");
+    {
+        let lock = File::create(states.join("lock")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        fs::write(&draft, "half of a state").unwrap();
+        let writing = cleanup();
+        writing.says(0, &[]);
+        assert!(draft.exists(), "{writing}");
+    }
+    let mine = |answer: &Answer| {
+        let items = answer.json()["items"].as_array().unwrap().clone();
+        let at_draft = |item: &&Value| item["where"] == draft.to_str().unwrap();
+        items.iter().find(at_draft).unwrap()["outcome"].clone()
+    };
+    assert_eq!(mine(&run(["cleanup", "--json", "--dry-run"])), "found");
+    assert!(draft.exists());
+    assert_eq!(mine(&cleanup()), "removed");
+    assert!(!draft.exists());
+}
+
 fn cleanup() -> Answer {
     run(["cleanup", "--json"])
 }

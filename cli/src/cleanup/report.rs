@@ -71,6 +71,17 @@ impl Item {
         }
     }
 
+    /// A state of a guest, which belongs to no run alone.
+    pub(crate) fn state(at: &Path, outcome: Outcome) -> Self {
+        Item {
+            run: "none".to_owned(),
+            what: What::Files,
+            at: at.display().to_string(),
+            of: "a state of a guest that was not saved to its end".to_owned(),
+            outcome,
+        }
+    }
+
     pub(crate) fn mount(dead: &Dead, mount: &MountInfo, outcome: Outcome) -> Self {
         let of = format!("{} {}", mount.filesystem, mount.source.to_string_lossy());
         Item {

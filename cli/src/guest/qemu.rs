@@ -24,6 +24,12 @@ use crate::terminal::say;
 
 /// Where saved states of guests are kept between runs.
 const STATES: &str = "/var/cache/blockmount/states";
+/// The state that a killed run has begun to save; it is removed if `remove` says so. Blocks.
+pub(crate) fn abandoned_state(remove: bool) -> Result<Option<PathBuf>, Failure> {
+    blockmount_qemu::abandoned_state(Path::new(STATES), remove)
+        .context(|| format!("cannot clean up the saved states in {STATES}"))
+}
+
 /// Below these the agent of such a guest may mount.
 const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
 /// Below this, mounts without a path of the caller's.
