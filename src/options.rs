@@ -2,6 +2,7 @@
 
 mod builder;
 mod flags;
+mod format;
 mod verity;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -16,6 +17,7 @@ use crate::HolderName;
 
 pub use builder::MountOptionsBuilder;
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
+pub use format::{Format, Overwrite};
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
 
 /// How a device is mounted in the guest.
@@ -81,53 +83,6 @@ pub enum InvalidOptions {
 pub enum Encryption {
     /// A random key that never leaves the guest: the content ends with the mount. For scratch disks.
     Ephemeral,
-}
-
-/// Making a filesystem where there is none.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Format {
-    /// The filesystem to make.
-    pub filesystem: String,
-    /// What may be overwritten.
-    #[serde(default, skip_serializing_if = "Overwrite::is_blank")]
-    pub overwrite: Overwrite,
-}
-
-impl Format {
-    /// Makes `filesystem` on a device that is blank.
-    pub fn new(filesystem: impl Into<String>) -> Self {
-        Format {
-            filesystem: filesystem.into(),
-            overwrite: Overwrite::Blank,
-        }
-    }
-
-    /// The same, whatever is on the device.
-    #[must_use]
-    pub fn overwriting_everything(mut self) -> Self {
-        self.overwrite = Overwrite::Everything;
-        self
-    }
-}
-
-/// What a format may overwrite.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum Overwrite {
-    /// Nothing: only a device that is proven blank is formatted; one that has the filesystem already
-    /// is mounted as it is.
-    #[default]
-    Blank,
-    /// Anything.
-    Everything,
-}
-
-impl Overwrite {
-    fn is_blank(&self) -> bool {
-        *self == Overwrite::Blank
-    }
 }
 
 /// What appears at the target.

@@ -35,8 +35,17 @@ pub(crate) async fn run<A: AsRef<OsStr>>(
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<(), Failure> {
     let mut command = Command::new(program);
+    command.args(arguments);
+    run_command(interrupt, program, command).await
+}
+
+/// The same for a program with its arguments and environment.
+pub(crate) async fn run_command(
+    interrupt: &Interrupt,
+    program: &Path,
+    mut command: Command,
+) -> Result<(), Failure> {
     command
-        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());

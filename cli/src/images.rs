@@ -7,7 +7,9 @@ use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use blockmount::{Disk, Manager, MountOptions, MountRequest};
+use blockmount_linux::mkfs;
 use gpt::disk::LogicalBlockSize;
+use tokio::process::Command;
 use walkdir::WalkDir;
 
 use crate::child;
@@ -50,10 +52,7 @@ impl Maker {
     /// Where the tool is, or why there is none.
     fn program(self) -> Result<PathBuf, Failure> {
         let (tool, package) = self.tool();
-        child::find(tool).ok_or_else(|| {
-            Failure::new(format!("there is no {tool} on this machine"))
-                .advise(format!("install it: apt-get install {package}"))
-        })
+        found(tool, package)
     }
 
     /// Makes an image with the content of a directory.
@@ -138,17 +137,24 @@ async fn is_known_to_kernel(filesystem: &str, interrupt: &Interrupt) -> Result<b
     listed()
 }
 
+/// Where a tool is, or which package has it.
+fn found(tool: &str, package: &str) -> Result<PathBuf, Failure> {
+    child::find(tool).ok_or_else(|| {
+        Failure::new(format!("there is no {tool} on this machine"))
+            .advise(format!("install it: apt-get install {package}"))
+    })
+}
+
 /// An empty image that can be written to.
 pub(crate) async fn scratch(image: &Path, size: u64, interrupt: &Interrupt) -> Result<(), Failure> {
-    let program = Maker::Ext4.program()?;
+    let program = found(mkfs::EXT4_TOOL, "e2fsprogs")?;
     sparse(image, size)?;
-    let arguments = ["-q", "-F", "-m", "0"].map(OsString::from).into_iter();
-    child::run(
-        interrupt,
-        &program,
-        arguments.chain([image.as_os_str().into()]),
-    )
-    .await
+    let mut command = Command::new(&program);
+    // What this machine has configured for its own filesystems may be more than the guest's kernel knows.
+    command
+        .args(mkfs::ext4_arguments(image))
+        .env("MKE2FS_CONFIG", "/dev/null");
+    child::run_command(interrupt, &program, command).await
 }
 
 /// A new file of a size, without content.

@@ -92,7 +92,8 @@ impl MountOptionsBuilder {
         self
     }
 
-    /// Chooses what appears at the target.
+    /// Chooses what appears at the target. The node of a block device has the mode 0600 (0400 if it is read-only) and
+    /// belongs to root; the options `mode=0660`, `uid=1000` and `gid=6` say otherwise.
     #[must_use]
     pub fn expose(mut self, expose: Expose) -> Self {
         self.expose = expose;
@@ -145,8 +146,11 @@ impl MountOptionsBuilder {
                 other.to_owned(),
             ))
         };
-        if read_only && self.format.is_some() {
-            return contradiction("format", "ro");
+        if let Some(format) = &self.format {
+            format.validate()?;
+            if read_only {
+                return contradiction("format", "ro");
+            }
         }
         if self.encryption.is_some() && self.verity.is_some() {
             return contradiction("encryption", "verity");
@@ -162,8 +166,11 @@ impl MountOptionsBuilder {
         {
             return contradiction(&format!("format {}", format.filesystem), named);
         }
-        let of_filesystem = words.data.values().next().or(self.filesystem.as_ref());
-        match (self.expose, of_filesystem) {
+        // Who may use the node of a device is all that can be said of it.
+        let is_of_node = |name: &str| matches!(name, "mode" | "uid" | "gid");
+        let mut of_filesystem = words.data.iter().filter(|(name, _)| !is_of_node(name));
+        let of_filesystem = of_filesystem.next().map(|(_, option)| option);
+        match (self.expose, of_filesystem.or(self.filesystem.as_ref())) {
             (Expose::BlockDevice, Some(option)) => contradiction("expose as block device", option),
             _ => Ok(()),
         }
@@ -242,7 +249,7 @@ fn put<K: Ord>(
 }
 
 /// A filesystem's name ends up in a request to the kernel and in log lines.
-fn well_formed_filesystem(name: &str) -> Result<(), InvalidOptions> {
+pub(super) fn well_formed_filesystem(name: &str) -> Result<(), InvalidOptions> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if !name.is_empty() && name.len() <= 32 && name.chars().all(fits) {
         return Ok(());

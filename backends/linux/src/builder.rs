@@ -28,6 +28,7 @@ impl Default for LinuxGuestBuilder {
                 transports: Transports::new(),
                 busy_timeout: Duration::from_secs(1),
                 device_timeout: Duration::from_secs(10),
+                format_timeout: Duration::from_secs(60),
                 allowed: Vec::new(),
                 overlay_mark: "blockmount".to_owned(),
                 kernel: Kernel::default(),
@@ -79,6 +80,14 @@ impl LinuxGuestBuilder {
     #[must_use]
     pub fn device_timeout(mut self, timeout: Duration) -> Self {
         self.config.device_timeout = timeout;
+        self
+    }
+
+    /// How long making a filesystem may take, after which the tool is killed; one minute by default. Making one on a fresh
+    /// disk takes less than a second.
+    #[must_use]
+    pub fn format_timeout(mut self, timeout: Duration) -> Self {
+        self.config.format_timeout = timeout;
         self
     }
 

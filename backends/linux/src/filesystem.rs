@@ -1,4 +1,7 @@
 //! What is on a device, and whether it may be mounted.
 
+pub(crate) mod format;
+pub mod mkfs;
 pub(crate) mod preflight;
 pub mod probe;
+pub(crate) mod tool;

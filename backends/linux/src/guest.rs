@@ -1,19 +1,21 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BlockDevice, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Presence, Resolver, Turns, Unplugger,
+    BackendError, BlockDevice, DeviceLocator, ErrorKind, Expose, LayerCombiner, MountOptions,
+    Mounter, Overlay, Presence, Resolver, Turns, Unplugger,
 };
 
 use crate::device::number::DeviceNumber;
 use crate::device::stack::{self, Timeouts};
 use crate::device::{dax, node};
 use crate::errno::{blocking, errno_error, retry_while_busy};
+use crate::filesystem::format;
 use crate::filesystem::preflight::{
     choose_filesystem, ensure_block_size, explained, refuse_incomplete, refuse_unsupported,
 };
@@ -22,7 +24,7 @@ use crate::kernel::Kernel;
 use crate::mount::mounting::{self, Request};
 use crate::mount::target::{MountPoint, Target};
 use crate::mount::writes::Writes;
-use crate::mount::{directory, overlay, unmount};
+use crate::mount::{directory, expose, overlay, unmount};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::locks::Key;
@@ -47,6 +49,7 @@ pub(crate) struct Config {
     pub(crate) transports: Transports,
     pub(crate) busy_timeout: Duration,
     pub(crate) device_timeout: Duration,
+    pub(crate) format_timeout: Duration,
     pub(crate) allowed: Vec<PathBuf>,
     pub(crate) overlay_mark: String,
     pub(crate) kernel: Kernel,
@@ -127,8 +130,9 @@ impl Mounter for LinuxGuest {
         options: &MountOptions,
     ) -> Result<Presence, BackendError> {
         let (device, options) = (device.clone(), options.clone());
-        self.presence(target, move |step| step.is_of(&device, &options))
-            .await
+        let is_it =
+            move |used: Option<&DeviceUse>| used.is_some_and(|used| used.is_of(&device, &options));
+        self.presence(target, is_it).await
     }
 }
 
@@ -149,7 +153,7 @@ impl LayerCombiner for LinuxGuest {
 
     /// As [`Mounter::adopt`]; an overlay is known by its target.
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
-        let is_overlay = |step: &MountStep| step.device.is_none();
+        let is_overlay = |used: Option<&DeviceUse>| used.is_none();
         self.presence(&overlay.target, is_overlay).await
     }
 }
@@ -167,7 +171,7 @@ impl LinuxGuest {
     async fn presence(
         &self,
         target: &Path,
-        is_it: impl Fn(&MountStep) -> bool + Send + 'static,
+        is_it: impl Fn(Option<&DeviceUse>) -> bool + Send + 'static,
     ) -> Result<Presence, BackendError> {
         let target = Target::parse(target, &[])?;
         let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
@@ -184,9 +188,13 @@ impl Inner {
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        let early = target.clone();
+        let (early, is_mount) = (target.clone(), options.expose() == Expose::Filesystem);
         // A bad target should not cost a wait for the device.
-        blocking(move || early.check_free()).await?;
+        blocking(move || match is_mount {
+            true => early.check_free(),
+            false => Ok(()),
+        })
+        .await?;
         let found = self.config.transports.resolve(device).await?;
         self.begin(target).await?;
         let done = self.mount_found(device, found, target, options).await;
@@ -205,11 +213,31 @@ impl Inner {
             busy: self.config.busy_timeout,
         };
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
+        if let Some(wanted) = options.format() {
+            let timeouts = format::Timeouts {
+                make: self.config.format_timeout,
+                busy: self.config.busy_timeout,
+            };
+            // What was encrypted with another key is noise.
+            let is_fresh = options.encryption().is_some();
+            format::ensure(
+                &self.ledger,
+                target,
+                &device.node,
+                wanted,
+                is_fresh,
+                timeouts,
+            )
+            .await?;
+        }
         let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
         let kernel = self.config.kernel;
         let attempt = move |list: &UndoList<'_>| {
-            let mounted = mount_once(list, &locator, &device.node, &options, kernel);
-            mounted.map_err(|error| device.explained(error))
+            let done = match options.expose() {
+                Expose::Filesystem => mount_once(list, &locator, &device.node, &options, kernel),
+                _ => expose_once(list, &locator, &device.open, &options),
+            };
+            done.map_err(|error| device.explained(error))
         };
         self.attempt(target, attempt).await
     }
@@ -274,6 +302,10 @@ impl Inner {
         let (ledger, at) = (self.ledger.clone(), target.clone());
         blocking(move || match ledger.list(&at).is_in_use() {
             true => Ok(()),
+            false if expose::is_taken(&at) => Err(BackendError::conflict(format!(
+                "cannot remove {}: somebody else made it",
+                at.path().display()
+            ))),
             false => unmount::refuse_foreign(&at),
         })
         .await?;
@@ -298,6 +330,21 @@ fn uncertain(error: &BackendError, left: &BackendError) -> BackendError {
     BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
 }
 
+/// One attempt to expose an opened device. Blocks. What was made of it until an error is on the undo list.
+fn expose_once(
+    list: &UndoList<'_>,
+    locator: &DeviceLocator,
+    device: &File,
+    options: &MountOptions,
+) -> Result<(), BackendError> {
+    let used = DeviceUse {
+        number: DeviceNumber::of(device)?,
+        options: options.clone(),
+        locator: Some(locator.clone()),
+    };
+    expose::make(list, used)
+}
+
 /// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
 fn mount_once(
     list: &UndoList<'_>,
@@ -313,7 +360,8 @@ fn mount_once(
     node::read_ahead(&open);
     let found = probe(&mut open)
         .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
-    let filesystem = choose_filesystem(node, &found, options.filesystem())?;
+    let made = options.format().map(|format| &*format.filesystem);
+    let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
     ensure_block_size(node, &open, &found)?;
     drop(open);
     let _held = list.hold(Key::Device(number))?;

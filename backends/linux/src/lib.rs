@@ -103,7 +103,7 @@ pub use builder::LinuxGuestBuilder;
 pub use device::mapper;
 pub use discover::{node, sysfs, uevent};
 pub use errno::{Backoff, is_absent};
-pub use filesystem::probe;
+pub use filesystem::{mkfs, probe};
 pub use guest::LinuxGuest;
 pub use mount::mountinfo;
 pub use transports::Transports;

@@ -1,6 +1,7 @@
 //! Mounts a device or an overlay at a target.
 
 pub(crate) mod directory;
+pub(crate) mod expose;
 pub(crate) mod fscontext;
 pub(crate) mod kernel_log;
 pub(crate) mod mount_id;

@@ -19,7 +19,8 @@ const MOUNTS: [(&str, &str, MountFlags, &CStr); 5] = [
     (
         "/run",
         "tmpfs",
-        HARMLESS.difference(MountFlags::NOEXEC),
+        // Block devices are exposed below it.
+        MountFlags::NOSUID,
         c"mode=0755",
     ),
     (

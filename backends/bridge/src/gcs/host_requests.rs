@@ -346,6 +346,9 @@ fn refuse_ignored(options: &MountOptions) -> Result<(), BackendError> {
         )));
     }
     match options.format() {
+        Some(format) if format.label.is_some() || format.uuid.is_some() => Err(unsuitable(
+            "a label or UUID of a new filesystem in this guest",
+        )),
         // What is encrypted with a new key has no content to lose.
         Some(format) if format.overwrite == Overwrite::Blank && options.encryption().is_none() => {
             Err(unsuitable(

@@ -8,24 +8,24 @@ use rustix::io::Errno;
 
 use crate::device::{free, node};
 use crate::errno::{DAMAGED, errno_error, errno_of};
+use crate::filesystem::mkfs;
 use crate::filesystem::probe::{Content, ProbeResult, Superblock};
-use crate::mount::{permission, users};
+use crate::mount::{expose, permission, users};
 
 /// Refuses what this engine does not do, before anything is touched.
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {
-    let unsupported = [
-        (options.encryption().is_some(), "encrypt a device"),
-        (options.format().is_some(), "make a filesystem"),
-        (
-            options.expose() != Expose::Filesystem,
-            "expose a block device at a path",
-        ),
-    ];
+    let unsupported = [(options.encryption().is_some(), "encrypt a device")];
     match unsupported.iter().find(|(asked, _)| *asked) {
         Some((_, what)) => Err(BackendError::unsuitable(format!(
             "this guest cannot {what} yet"
         ))),
-        None => Ok(()),
+        None => {
+            options.format().map_or(Ok(()), mkfs::validate)?;
+            match options.expose() {
+                Expose::Filesystem => Ok(()),
+                _ => expose::validate(options),
+            }
+        }
     }
 }
 
@@ -107,7 +107,7 @@ pub(crate) fn ensure_block_size(
 }
 
 /// Names under which one filesystem may be asked for.
-fn is_same_driver(found: &str, asked: &str) -> bool {
+pub(crate) fn is_same_driver(found: &str, asked: &str) -> bool {
     let is_ext = |name: &str| matches!(name, "ext2" | "ext3" | "ext4");
     let is_fat = |name: &str| matches!(name, "vfat" | "msdos");
     found == asked || (is_ext(found) && is_ext(asked)) || (is_fat(found) && is_fat(asked))

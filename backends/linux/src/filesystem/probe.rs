@@ -21,6 +21,7 @@ mod xfs;
 use std::fmt;
 use std::io::{self, Read, Seek};
 
+pub(crate) use blank::places as blank_places;
 use source::Source;
 
 /// What [`probe`] found on a device.

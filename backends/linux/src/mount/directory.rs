@@ -22,7 +22,31 @@ use crate::undo::step::{DirectoryStep, Undo};
 
 /// Goes to the target of a list, makes what is missing (mode 0700), and checks that it is free.
 pub(crate) fn prepare(list: &UndoList<'_>) -> Result<MountPoint, BackendError> {
-    let target = list.target();
+    let found = reach(list, list.target())?;
+    found.check_free(list.target().path())?;
+    Ok(found)
+}
+
+/// Goes to the directory that a list's target is to be in, and makes what is missing.
+pub(crate) fn prepare_parent(list: &UndoList<'_>) -> Result<OwnedFd, BackendError> {
+    let parent = list.target().path().parent().unwrap_or(Path::new("/"));
+    if parent == Path::new("/") {
+        return open_tree(parent, "directory");
+    }
+    let found = reach(list, &Target::directory(parent)?)?;
+    Ok(found.into_directory())
+}
+
+/// The directory at a path, through no symbolic link; nothing if it is not there.
+pub(crate) fn find(path: &Path) -> Option<OwnedFd> {
+    if path == Path::new("/") {
+        return open_tree(path, "directory").ok();
+    }
+    let found = Target::directory(path).and_then(|target| target.find());
+    found.ok().flatten().map(MountPoint::into_directory)
+}
+
+fn reach(list: &UndoList<'_>, target: &Target) -> Result<MountPoint, BackendError> {
     let found = target.walk(&mut |parent, name, path| {
         let _held = list.hold(Key::Directory(path.to_owned()))?;
         if let Some(there) = open_below(parent, name, path)? {
@@ -39,12 +63,10 @@ pub(crate) fn prepare(list: &UndoList<'_>) -> Result<MountPoint, BackendError> {
         make(list, &wanted)?;
         open_below(parent, name, path)
     })?;
-    let found = found.ok_or_else(|| {
+    found.ok_or_else(|| {
         let path = target.path().display();
         BackendError::other(format!("{path} was removed while it was prepared"))
-    })?;
-    found.check_free(target.path())?;
-    Ok(found)
+    })
 }
 
 /// Shares a directory, if it was made for a mount.

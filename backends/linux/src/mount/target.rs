@@ -229,6 +229,11 @@ impl MountPoint {
         fstat(&self.directory).map(|stat| FileId::of(&stat))
     }
 
+    /// The directory alone.
+    pub(crate) fn into_directory(self) -> OwnedFd {
+        self.directory
+    }
+
     /// Closes the directory and keeps only a path to it through the open parent, which no change of
     /// the tree above can lead elsewhere.
     pub(crate) fn into_path_at(self) -> PathAt {

@@ -12,7 +12,7 @@ use crate::mount::writes::Writes;
 use crate::undo::journal::{Journal, Note};
 use crate::undo::locks::{Held, Key, Locks};
 use crate::undo::record::Record;
-use crate::undo::step::{MountStep, Undo};
+use crate::undo::step::Undo;
 
 /// What there is to undo, by target.
 ///
@@ -343,29 +343,28 @@ impl<'a> UndoList<'a> {
         }
     }
 
-    /// How the other mounts of a device are mounted.
+    /// How the other mounts of a device are mounted, and how it is exposed.
     pub(crate) fn mounts_of(&self, device: DeviceNumber) -> Vec<MountOptions> {
-        let options = |step: &MountStep| {
-            let used = step.device.as_ref()?;
+        let options = |step: &Undo| {
+            let used = step.device_use()?;
             (used.number == device).then(|| used.options.clone())
         };
-        self.mounts(options)
+        self.look_for(options)
     }
 
     /// Whether an overlay has this scratch directory.
     pub(crate) fn has_scratch(&self, directory: FileId) -> bool {
-        let is = |step: &MountStep| (step.scratch == Some(directory)).then_some(());
-        !self.mounts(is).is_empty()
+        let is = |step: &Undo| match step {
+            Undo::Unmount(mount) if mount.scratch == Some(directory) => Some(()),
+            _ => None,
+        };
+        !self.look_for(is).is_empty()
     }
 
-    fn mounts<T>(&self, look: impl Fn(&MountStep) -> Option<T>) -> Vec<T> {
+    fn look_for<T>(&self, look: impl Fn(&Undo) -> Option<T>) -> Vec<T> {
         let lists = self.ledger.lists();
         let steps = lists.values().flat_map(|list| &list.steps);
-        let found = steps.filter_map(|step| match step {
-            Undo::Unmount(mount) => look(mount),
-            _ => None,
-        });
-        found.collect()
+        steps.filter_map(look).collect()
     }
 
     /// Whether the lists are on record.

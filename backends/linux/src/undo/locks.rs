@@ -32,7 +32,7 @@ impl Key {
     /// What is locked while a step is undone. A mount belongs to one target.
     pub(crate) fn of(step: &Undo) -> Option<Key> {
         match step {
-            Undo::Unmount(_) => None,
+            Undo::Unmount(_) | Undo::RemoveNode(_) => None,
             Undo::RemoveRange(range) => Some(Key::Mapped(range.names().name)),
             Undo::CloseVerity(verity) => Some(Key::Mapped(verity.names().name)),
             Undo::DeletePartition(step) => Some(Key::Partition(step.disk, step.number)),

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use crate::device::number::DeviceNumber;
     use crate::undo::step::{
-        DeviceUse, DirectoryStep, Identity, MountStep, PartitionStep, RangeStep,
+        DeviceUse, DirectoryStep, Identity, MountStep, NodeStep, PartitionStep, RangeStep,
     };
 
     /// A list with a step of each kind.
@@ -106,6 +106,16 @@ mod tests {
                         options: MountOptions::read_only(),
                     }),
                     scratch: None,
+                })),
+                Undo::RemoveNode(Box::new(NodeStep {
+                    path: RecordedPath::from(Path::new("/run/node")),
+                    staged: None,
+                    id: None,
+                    device: DeviceUse {
+                        locator: None,
+                        number: disk,
+                        options: MountOptions::default(),
+                    },
                 })),
             ],
         }

@@ -14,12 +14,13 @@ use std::sync::Arc;
 use blockmount::{BackendError, Presence};
 
 use crate::kernel::Kernel;
+use crate::mount::expose;
 use crate::mount::target::Target;
 use crate::mount::unmount::{Now, now};
 use crate::undo::journal::{Journal, Note};
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::record::Record;
-use crate::undo::step::{DirectoryStep, Identity, MountStep, Undo};
+use crate::undo::step::{DeviceUse, DirectoryStep, Identity, MountStep, Undo};
 
 /// The ledger as the journal has it, and the targets whose mounts are not there, which are to be undone. Blocks.
 ///
@@ -65,7 +66,7 @@ fn adopt(ledger: &Ledger, note: Note, record: Record) -> Option<Target> {
 pub(crate) fn presence(
     list: &UndoList<'_>,
     kernel: Kernel,
-    is_it: impl Fn(&MountStep) -> bool,
+    is_it: impl Fn(Option<&DeviceUse>) -> bool,
 ) -> Result<Presence, BackendError> {
     let steps = list.steps();
     if !list.is_in_use() {
@@ -76,22 +77,35 @@ pub(crate) fn presence(
             false => Presence::Unknown,
         });
     }
-    let Some(Undo::Unmount(step)) = steps.last() else {
-        return Ok(Presence::Unknown);
+    let step = match steps.last() {
+        Some(Undo::Unmount(step)) => step,
+        Some(Undo::RemoveNode(node)) if expose::is_there(node) => {
+            return Ok(match is_it(Some(&node.device)) {
+                true => Presence::Present(()),
+                false => Presence::Absent,
+            });
+        }
+        _ => return Ok(Presence::Unknown),
     };
     match now(list.target(), &step.mount, kernel)? {
-        Now::Ours(..) if is_it(step) => Ok(Presence::Present(())),
+        Now::Ours(..) if is_it(step.device.as_ref()) => Ok(Presence::Present(())),
         Now::Ours(..) => Ok(Presence::Absent),
         Now::Covered | Now::Replaced | Now::Gone => Ok(Presence::Unknown),
     }
 }
 
-/// Finds out whether the mount on a list is there.
+/// Finds out whether the mount or the device node on a list is there.
 fn recover_mount(list: &UndoList<'_>, kernel: Kernel) {
-    let Some(Undo::Unmount(step)) = list.steps().pop() else {
-        return;
-    };
     let path = list.target().path().display();
+    let step = match list.steps().pop() {
+        Some(Undo::Unmount(step)) => step,
+        // Under its first name, or under that of something else, it is none.
+        Some(Undo::RemoveNode(node)) if expose::is_there(&node) => {
+            list.keep();
+            return tracing::info!(%path, "took over a device node of an earlier process");
+        }
+        _ => return,
+    };
     let mount = match now(list.target(), &step.mount, kernel) {
         Ok(Now::Ours(mount, _)) => Identity::Known(mount),
         Ok(Now::Covered) => step.mount.clone(),

@@ -31,6 +31,8 @@ pub(crate) enum Undo {
     DeletePartition(PartitionStep),
     /// Remove a directory that was made for a mount.
     RemoveDirectory(DirectoryStep),
+    /// Remove the node of a device that is exposed at the target. Boxed for its size.
+    RemoveNode(Box<NodeStep>),
 }
 
 /// A mount, and what it keeps others from doing.
@@ -73,18 +75,18 @@ pub(crate) struct DeviceUse {
     pub(crate) locator: Option<DeviceLocator>,
 }
 
-impl MountStep {
-    /// Whether it is the mount of this device with these options.
+impl DeviceUse {
+    /// Whether it is the use of this device with these options.
     pub(crate) fn is_of(&self, device: &DeviceLocator, options: &MountOptions) -> bool {
-        self.device.as_ref().is_some_and(|used| {
-            let is_device = used
-                .locator
-                .as_ref()
-                .is_none_or(|locator| locator == device);
-            is_device && used.options == *options
-        })
+        let is_device = self
+            .locator
+            .as_ref()
+            .is_none_or(|locator| locator == device);
+        is_device && self.options == *options
     }
+}
 
+impl MountStep {
     /// The device, if files of it can be written to through the mount.
     pub(crate) fn writable_device(&self) -> Option<DeviceNumber> {
         let used = self.device.as_ref()?;
@@ -149,7 +151,30 @@ pub(crate) struct DirectoryStep {
     pub(crate) scratch: bool,
 }
 
+/// The node of a device. With a journal, it is made under a name that nobody else uses and then renamed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NodeStep {
+    pub(crate) path: RecordedPath,
+    /// The name that it has at first, in the same directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) staged: Option<String>,
+    /// Nothing until it is made under its first name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<FileId>,
+    pub(crate) device: DeviceUse,
+}
+
 impl Undo {
+    /// How a step of what appears at a target uses a device; nothing if it is something else, or of no device.
+    pub(crate) fn device_use(&self) -> Option<&DeviceUse> {
+        match self {
+            Undo::Unmount(step) => step.device.as_ref(),
+            Undo::RemoveNode(step) => Some(&step.device),
+            _ => None,
+        }
+    }
+
     /// Whether two steps are about the same thing, which several targets share.
     pub(crate) fn is_same(&self, other: &Undo) -> bool {
         match (self, other) {

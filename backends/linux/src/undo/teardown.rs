@@ -4,7 +4,7 @@ use blockmount::{BackendError, ErrorKind};
 
 use crate::device::{dm_linear, free, partition, verity};
 use crate::kernel::Kernel;
-use crate::mount::{directory, unmount, users};
+use crate::mount::{directory, expose, unmount, users};
 use crate::undo::ledger::UndoList;
 use crate::undo::locks::Key;
 use crate::undo::step::{Identity, Undo};
@@ -46,6 +46,10 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
             }
         }
         Undo::CloseVerity(step) => verity::undo(step)?,
+        Undo::RemoveNode(node) => match expose::undo(node) {
+            Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
+            done => done?,
+        },
         Undo::RemoveRange(range) => dm_linear::undo(range)?,
         Undo::DeletePartition(step) => partition::undo(step)?,
         // One that somebody else has put something into stays on the list, without keeping up the rest.
@@ -70,6 +74,8 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             return BackendError::busy(format!("{} by {by}", error.message()));
         }
         Some(Undo::CloseVerity(step)) => verity::node(&step),
+        // Who uses the device is in the error already.
+        Some(Undo::RemoveNode(_)) => None,
         Some(Undo::RemoveRange(range)) => dm_linear::node(&range),
         Some(Undo::DeletePartition(step)) => partition::node(&step),
         Some(Undo::RemoveDirectory(_)) | None => None,

@@ -1,7 +1,7 @@
 //! What a guest boots: a kernel, and a first file system with programs and the modules that they need.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
@@ -104,6 +104,18 @@ impl GuestImageBuilder {
     pub fn add_program(mut self, program: impl Into<PathBuf>) -> Self {
         self.programs.push(program.into());
         self
+    }
+
+    /// Adds the tools by which a guest makes filesystems, as far as this machine has them: `mke2fs` and `mkfs.xfs`.
+    #[must_use]
+    pub fn filesystem_tools(self) -> Self {
+        let directories = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+        let find = |name: &str| {
+            let mut candidates = directories.iter().map(|at| Path::new(at).join(name));
+            candidates.find(|path| path.is_file())
+        };
+        let tools = ["mke2fs", "mkfs.xfs"].into_iter().filter_map(find);
+        tools.fold(self, GuestImageBuilder::add_program)
     }
 
     /// The modules that are loaded, besides those that they need, in place of [`MODULES`].

@@ -13,6 +13,7 @@ mod rig;
 
 mod disks;
 mod failure;
+mod filesystems;
 mod life;
 mod migration;
 mod restart;

@@ -59,6 +59,7 @@ async fn image() -> GuestImage {
         GuestImage::builder(kernel)
             .program(env!("CARGO_BIN_EXE_agent-under-test"))
             .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
+            .filesystem_tools()
             .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
             .file("/etc/blockmount/programs/debug-agent", debug_agent)
             .build()

@@ -1,6 +1,7 @@
 //! Proves that a device is blank.
 
 use std::io::{self, Read, Seek};
+use std::ops::Range;
 
 use super::source::Source;
 
@@ -12,31 +13,32 @@ const EDGE: u64 = 1 << 20;
 const COPIES: [u64; 5] = [64 << 20, 256 << 30, 8193 << 10, 16384 << 11, 32768 << 12];
 const COPY_LENGTH: u64 = 4096;
 
+/// Where a device must have only zeros to be blank, within its size in bytes.
+pub(crate) fn places(size: u64) -> impl Iterator<Item = Range<u64>> {
+    let copies = COPIES.map(|copy| (copy, COPY_LENGTH));
+    let edges = [(0, EDGE), (size.saturating_sub(EDGE), EDGE)];
+    let places = edges.into_iter().chain(copies);
+    places.map(move |(start, length)| start..size.min(start.saturating_add(length)))
+}
+
 /// Whether there are only zeros wherever a known format has a signature. An empty device is not blank.
 pub(super) fn is_blank<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<bool> {
-    let size = source.size();
-    if size == 0 || !is_zero(source, 0, EDGE)? || !is_zero(source, size.saturating_sub(EDGE), EDGE)?
-    {
+    if source.size() == 0 {
         return Ok(false);
     }
-    for copy in COPIES {
-        if !is_zero(source, copy, COPY_LENGTH)? {
+    for place in places(source.size()) {
+        if !is_zero(source, place)? {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-/// Whether the part of the range that is on the device has only zeros.
-fn is_zero<R: Read + Seek>(
-    source: &mut Source<'_, R>,
-    start: u64,
-    length: u64,
-) -> io::Result<bool> {
+/// Whether a range has only zeros.
+fn is_zero<R: Read + Seek>(source: &mut Source<'_, R>, range: Range<u64>) -> io::Result<bool> {
     const PIECE: usize = 64 << 10;
-    let end = source.size().min(start.saturating_add(length));
-    for at in (start..end).step_by(PIECE) {
-        let piece = PIECE.min(end.saturating_sub(at) as usize);
+    for at in range.clone().step_by(PIECE) {
+        let piece = PIECE.min(range.end.saturating_sub(at) as usize);
         match source.bytes(at, piece)? {
             Some(bytes) if bytes.0.iter().all(|byte| *byte == 0) => {}
             _ => return Ok(false),
