@@ -9,6 +9,10 @@ needed=(
   mkfs.xfs:xfsprogs
   mkfs.erofs:erofs-utils
   mkfs.btrfs:btrfs-progs
+  mkfs.f2fs:f2fs-tools
+  mkfs.vfat:dosfstools
+  mkfs.exfat:exfatprogs
+  mkudffs:udftools
   mksquashfs:squashfs-tools
   sfdisk:fdisk
   losetup:mount

@@ -1,6 +1,5 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,24 +10,18 @@ use blockmount::{
     Mounter, Overlay, Presence, Resolver, Turns, Unplugger,
 };
 
-use crate::device::number::DeviceNumber;
+use crate::device::dax;
 use crate::device::stack::{self, Timeouts};
-use crate::device::{dax, node};
-use crate::errno::{blocking, errno_error, retry_while_busy};
+use crate::errno::{blocking, retry_while_busy};
 use crate::filesystem::format;
-use crate::filesystem::preflight::{
-    choose_filesystem, ensure_block_size, explained, refuse_incomplete, refuse_unsupported,
-};
-use crate::filesystem::probe::{Content, probe};
+use crate::filesystem::preflight::refuse_unsupported;
 use crate::kernel::Kernel;
-use crate::mount::mounting::{self, Request};
-use crate::mount::target::{MountPoint, Target};
-use crate::mount::writes::Writes;
-use crate::mount::{directory, expose, overlay, unmount};
+use crate::mount::attempt::{expose_once, mount_once};
+use crate::mount::target::Target;
+use crate::mount::{expose, overlay, unmount};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
-use crate::undo::locks::Key;
-use crate::undo::step::{DeviceUse, Identity, MountStep, Undo};
+use crate::undo::step::DeviceUse;
 use crate::undo::{recovery, teardown};
 
 /// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`] and [`Unplugger`] of a Linux guest.
@@ -328,113 +321,4 @@ impl Inner {
 
 fn uncertain(error: &BackendError, left: &BackendError) -> BackendError {
     BackendError::uncertain(format!("{}, and {}", error.message(), left.message()))
-}
-
-/// One attempt to expose an opened device. Blocks. What was made of it until an error is on the undo list.
-fn expose_once(
-    list: &UndoList<'_>,
-    locator: &DeviceLocator,
-    device: &File,
-    options: &MountOptions,
-) -> Result<(), BackendError> {
-    let used = DeviceUse {
-        number: DeviceNumber::of(device)?,
-        options: options.clone(),
-        locator: Some(locator.clone()),
-    };
-    expose::make(list, used)
-}
-
-/// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
-fn mount_once(
-    list: &UndoList<'_>,
-    locator: &DeviceLocator,
-    node: &Path,
-    options: &MountOptions,
-    kernel: Kernel,
-) -> Result<(), BackendError> {
-    let mut open = node::open(node)?.ok_or_else(|| {
-        BackendError::not_found(format!("device {} has vanished", node.display()))
-    })?;
-    let number = DeviceNumber::of(&open)?;
-    node::read_ahead(&open);
-    let found = probe(&mut open)
-        .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
-    let made = options.format().map(|format| &*format.filesystem);
-    let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
-    ensure_block_size(node, &open, &found)?;
-    drop(open);
-    let _held = list.hold(Key::Device(number))?;
-    let others = list.mounts_of(number);
-    if !others.iter().all(|other| other.is_compatible_with(options)) {
-        return Err(BackendError::conflict(format!(
-            "block device {number} is mounted already with options that exclude these"
-        )));
-    }
-    if let Content::Filesystem(found) = &found.content {
-        refuse_incomplete(node, found, options, others.is_empty())?;
-    }
-    let mut request = Request::new(&filesystem, node, options);
-    request.exclusive = others.is_empty();
-    let device = DeviceUse {
-        number,
-        options: options.clone(),
-        locator: Some(locator.clone()),
-    };
-    let step = |mount| {
-        Undo::Unmount(Box::new(MountStep {
-            mount,
-            device: Some(device.clone()),
-            scratch: None,
-        }))
-    };
-    let is_dax = dax::is_asked(options);
-    mount_request(list, &mut request, options, number, kernel, step)
-        .map_err(|error| match is_dax {
-            true => dax::explained(error, node),
-            false => error,
-        })
-        .map_err(|error| explained(error, node, &found, request.read_only))?;
-    if let Some(propagation) = options.propagation() {
-        mounting::propagate(list.target(), propagation, kernel)?;
-    }
-    match is_dax {
-        true => dax::prove(list.target().path()),
-        false => Ok(()),
-    }
-}
-
-fn mount_request(
-    list: &UndoList<'_>,
-    request: &mut Request,
-    options: &MountOptions,
-    device: DeviceNumber,
-    kernel: Kernel,
-    step: impl Fn(Identity) -> Undo,
-) -> Result<(), BackendError> {
-    let detached = match request.build(kernel) {
-        // Where the one driver for the whole family does not answer to the older names.
-        Err(error)
-            if error.kind() == ErrorKind::Unsuitable
-                && matches!(&*request.filesystem, "ext2" | "ext3") =>
-        {
-            request.filesystem = "ext4".to_owned();
-            request.build(kernel)?
-        }
-        built => built?,
-    };
-    let at = directory::prepare(list)?;
-    let moved = match &detached {
-        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, &step)?,
-        None => false,
-    };
-    let detached = detached.filter(|_| moved);
-    if !moved {
-        let expected = request.expected();
-        let make = |at: &MountPoint| request.mount_at(at);
-        mounting::in_one_step(at, kernel, list, step, expected, make)?;
-    }
-    let is_writable = !options.is_read_only();
-    list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));
-    Ok(())
 }

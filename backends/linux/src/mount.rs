@@ -1,5 +1,6 @@
 //! Mounts a device or an overlay at a target.
 
+pub(crate) mod attempt;
 pub(crate) mod directory;
 pub(crate) mod expose;
 pub(crate) mod fscontext;

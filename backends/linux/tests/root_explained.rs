@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
+use blockmount_linux::mountinfo;
 use crc::{CRC_32_ISCSI, Crc};
 use kit::{Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused};
 
@@ -222,4 +223,81 @@ fn root_u11_where_no_mount_is_permitted_the_reason_is_said() {
         dir.assert_clean();
     };
     std::thread::spawn(work).join().unwrap();
+}
+
+/// What keeps a layer in use after its overlay is gone from here, told by the error of the layer's device.
+async fn who_keeps_a_layer(keep: impl AsyncFnOnce(&TestDir)) -> String {
+    let dir = TestDir::new();
+    let layer = Loop::read_only(&Image::Erofs.copy(dir.path()));
+    // With its directory, a mount is gone in other namespaces too.
+    for target in ["layer", "tree"] {
+        fs::create_dir(dir.at(target)).unwrap();
+    }
+    let guest = guest();
+    mount(&guest, &layer, &dir.at("layer"), &["ro"])
+        .await
+        .unwrap();
+    let overlay = Overlay::new([dir.at("layer")], dir.at("tree"));
+    guest.combine(&overlay).await.unwrap();
+    keep(&dir).await;
+    guest.unmount(&dir.at("tree")).await.unwrap();
+    guest.unmount(&dir.at("layer")).await.unwrap();
+    let error = blockmount_linux::device::prove_free(layer.node()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    // The test ends it with the processes and mounts that it has made.
+    let at = dir.at("bind");
+    if at.exists() {
+        kit::run("umount", &[at.to_str().unwrap()]);
+    }
+    error.message().to_owned()
+}
+
+#[tokio::test]
+async fn root_u12_a_bind_mount_of_an_overlay_is_named_as_the_user_of_its_layers() {
+    let said = who_keeps_a_layer(async |dir| {
+        let (tree, bind) = (dir.at("tree"), dir.at("bind"));
+        fs::create_dir(&bind).unwrap();
+        kit::run(
+            "mount",
+            &["--bind", tree.to_str().unwrap(), bind.to_str().unwrap()],
+        );
+    })
+    .await;
+    assert!(said.contains("overlay") && said.contains("/bind"), "{said}");
+}
+
+#[tokio::test]
+async fn root_u12_a_copy_in_another_mount_namespace_is_named_with_its_process() {
+    let mut other = None;
+    let said = who_keeps_a_layer(async |dir| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-m", "--propagation", "private", "sleep", "60"]);
+        let child = command.spawn().unwrap();
+        let table = format!("/proc/{}/mountinfo", child.id());
+        let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+        let theirs = format!("/proc/{}/ns/mnt", child.id());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let tree = dir.at("tree");
+        // The copy is made before it is private.
+        let is_there = || {
+            let table = mountinfo::parse(&fs::read(&table).unwrap_or_default());
+            fs::read_link(&theirs).is_ok_and(|theirs| theirs != own)
+                && mountinfo::at(&table, &tree)
+                    .iter()
+                    .any(|mount| mount.propagation.is_empty())
+        };
+        while !is_there() {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        other = Some(child);
+    })
+    .await;
+    let mut other = other.unwrap();
+    let pid = other.id();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    for words in [&format!("process {pid} ("), "mount namespace 4", "/layer"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
 }

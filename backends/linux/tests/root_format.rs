@@ -135,7 +135,7 @@ async fn root_a_device_that_is_in_use_or_read_only_is_not_formatted() {
 async fn root_the_tools_words_are_in_the_error_and_the_device_is_blank_again() {
     for (filesystem, size, tool, words) in [
         ("ext4", 16 << 10, "mke2fs", "Not enough space"),
-        ("xfs", 8 << 20, "mkfs.xfs", "must be larger"),
+        ("xfs", 8 << 20, "mkfs.xfs", "too small"),
     ] {
         let mut dir = TestDir::new();
         blank(&dir.at("disk"), size);

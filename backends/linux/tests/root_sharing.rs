@@ -185,7 +185,8 @@ async fn root_a_mount_in_another_namespace_is_found_and_named() {
     guest.unmount(&dir.at("mnt")).await.unwrap();
     let message = refused(device::prove_free(disk.node()), ErrorKind::Busy);
     assert!(
-        message.contains(&format!("in the mount namespace of process {}", other.id())),
+        message.contains("in mount namespace 4")
+            && message.contains(&format!("of process {}", other.id())),
         "{message}"
     );
     other.kill().unwrap();

@@ -19,14 +19,14 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, ErrorKind, Format, Overwrite};
 use rustix::fs::OFlags;
 
 use crate::device::free;
 use crate::device::number::DeviceNumber;
-use crate::errno::{blocking, errno_error, retry_while_busy};
+use crate::errno::{Backoff, blocking, errno_error, retry_while_busy};
 use crate::filesystem::mkfs;
 use crate::filesystem::preflight::is_same_driver;
 use crate::filesystem::probe::{Content, blank_places, probe};
@@ -77,8 +77,7 @@ pub(crate) async fn ensure(
     if !retry_while_busy(timeouts.busy, look).await? {
         return Ok(());
     }
-    let made = mkfs::make(node, format, timeouts.make).await;
-    let Err(error) = made else {
+    let Err(error) = make_when_free(node, format, timeouts).await else {
         tracing::info!(device = %node.display(), filesystem = %format.filesystem, "made a filesystem");
         return Ok(());
     };
@@ -89,7 +88,9 @@ pub(crate) async fn ensure(
         error.message()
     );
     let error = BackendError::new(error.kind(), message).with_source(error);
-    if format.overwrite == Overwrite::Blank && error.kind() != ErrorKind::Unsuitable {
+    // What the tool did not begin is as it was, and what is in use is not ours.
+    let is_begun = !matches!(error.kind(), ErrorKind::Unsuitable | ErrorKind::Busy);
+    if format.overwrite == Overwrite::Blank && is_begun {
         let blank = blocking(move || wanted.make_blank_again()).await;
         if let Err(left) = blank {
             let message = format!("{}, and {}", error.message(), left.message());
@@ -97,6 +98,28 @@ pub(crate) async fn ensure(
         }
     }
     Err(error)
+}
+
+/// Runs the tool, again as long as the device may be busy: a process that is being started has a copy of the descriptor
+/// that held it a moment ago.
+async fn make_when_free(
+    node: &Path,
+    format: &Format,
+    timeouts: Timeouts,
+) -> Result<(), BackendError> {
+    let mut backoff = Backoff::until(Instant::now() + timeouts.busy);
+    loop {
+        match mkfs::make(node, format, timeouts.make).await {
+            Err(error) if error.kind() == ErrorKind::Busy => match backoff.pause() {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => {
+                    let node = node.to_owned();
+                    return blocking(move || Err(free::name_users(&node, error))).await;
+                }
+            },
+            made => return made,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]

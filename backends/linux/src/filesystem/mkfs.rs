@@ -136,7 +136,8 @@ fn version(said: &str) -> Option<(u32, u32)> {
 ///
 /// # Errors
 ///
-/// In the words of the tool; `Unsuitable` if it is not installed.
+/// In the words of the tool; `Busy` if it found the device in use, and has done nothing; `Unsuitable` if it is not
+/// installed.
 pub(crate) async fn make(
     device: &Path,
     format: &Format,
@@ -160,9 +161,15 @@ pub(crate) async fn make(
     let ended = tool.run(arguments, timeout).await?;
     match ended.status {
         Some(0) => Ok(()),
+        _ if BUSY.iter().any(|words| ended.said.contains(words)) => {
+            Err(BackendError::busy(tool.failed(&ended).message()))
+        }
         _ => Err(tool.failed(&ended)),
     }
 }
+
+/// How the tools say that somebody else holds the device exclusively.
+const BUSY: [&str; 2] = ["in use by the system", "Device or resource busy"];
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::device::number::DeviceNumber;
 use crate::device::partitions::partitions;
+use crate::mount::kernel_log::printable;
 use crate::mount::mountinfo::{self, MountInfo};
 
 /// Longer lists do not help.
@@ -29,12 +30,16 @@ pub(crate) fn of_device_at(path: &Path) -> Vec<String> {
     };
     let numbers = with_partitions(disk);
     let mut found: Vec<String> = numbers.iter().flat_map(|number| holders(*number)).collect();
-    let used = |mount: &MountInfo| {
+    let used = |mount: &MountInfo, _: &Path| {
         let (major, minor) = mount.device;
         numbers.contains(&DeviceNumber { major, minor })
     };
     found.extend(mounts_everywhere(used));
     found.extend(swap_on(path).then(|| "swap".to_owned()));
+    if found.is_empty() {
+        let overlays = mounts_everywhere(is_overlay_of_gone_layers).into_iter();
+        found.extend(overlays.map(|at| format!("perhaps an overlay that has it as a layer: {at}")));
+    }
     found.truncate(MOST_NAMED);
     found
 }
@@ -85,8 +90,30 @@ pub(crate) fn openers_of(path: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The mounts that fit, in every mount namespace that a process is in.
-fn mounts_everywhere(fits: impl Fn(&MountInfo) -> bool) -> Vec<String> {
+/// Whether a mount is an overlay of which a layer is no longer where it was. It keeps the layer's filesystem alive, which
+/// no table shows any more: a bind mount of an overlay, or a copy of it in another mount namespace.
+fn is_overlay_of_gone_layers(mount: &MountInfo, process: &Path) -> bool {
+    let options = mount.super_options.to_string_lossy();
+    let layers = options.split(',').filter_map(|option| {
+        let (name, paths) = option.split_once('=')?;
+        matches!(name, "lowerdir" | "lowerdir+" | "upperdir").then_some(paths)
+    });
+    let is_gone = |layer: &str| match layer.strip_prefix('/') {
+        Some(below) => {
+            let mut files = fs::read_dir(process.join("root").join(below))
+                .into_iter()
+                .flatten();
+            files.next().is_none()
+        }
+        // The number of a descriptor of who made it.
+        None => true,
+    };
+    mount.filesystem == "overlay" && layers.flat_map(|paths| paths.split(':')).any(is_gone)
+}
+
+/// The mounts that fit, in every mount namespace that a process is in. What decides is given the process's directory in
+/// `/proc` as well.
+fn mounts_everywhere(fits: impl Fn(&MountInfo, &Path) -> bool) -> Vec<String> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     let own = fs::read_link("/proc/self/ns/mnt").ok();
@@ -96,14 +123,15 @@ fn mounts_everywhere(fits: impl Fn(&MountInfo) -> bool) -> Vec<String> {
             continue;
         }
         let table = fs::read(directory.join("mountinfo")).unwrap_or_default();
-        for mount in mountinfo::parse(&table).iter().filter(|mount| fits(mount)) {
-            let elsewhere = if namespace == own {
-                String::new()
-            } else {
-                format!(
-                    " in the mount namespace of process {pid} ({})",
+        let mounts = mountinfo::parse(&table);
+        for mount in mounts.iter().filter(|mount| fits(mount, &directory)) {
+            let elsewhere = match &namespace {
+                namespace if *namespace == own => String::new(),
+                namespace => format!(
+                    " in mount namespace{} of process {pid} ({})",
+                    namespace.as_deref().map_or(String::new(), number_of),
                     command(&directory)
-                )
+                ),
             };
             found.push(format!(
                 "the mount at {}{elsewhere}",
@@ -112,6 +140,13 @@ fn mounts_everywhere(fits: impl Fn(&MountInfo) -> bool) -> Vec<String> {
         }
     }
     found
+}
+
+/// The number of a namespace, as tools name it: of `mnt:[4026532345]`.
+fn number_of(namespace: &Path) -> String {
+    let name = namespace.to_string_lossy();
+    let number = name.trim_start_matches("mnt:[").trim_end_matches(']');
+    format!(" {number}")
 }
 
 fn swap_on(path: &Path) -> bool {
@@ -180,5 +215,5 @@ fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
 
 fn command(process: &Path) -> String {
     let name = fs::read(process.join("comm")).unwrap_or_default();
-    String::from_utf8_lossy(&name).trim_end().to_owned()
+    printable(String::from_utf8_lossy(&name).trim_end())
 }

@@ -62,11 +62,12 @@ pub(super) fn is_journal(found: &Superblock) -> bool {
 }
 
 fn is_consistent(block: &Bytes) -> bool {
+    let (_, incompat, _) = features(block);
+    let has_groups = block.le32(0x20) != 0 && block.le32(0x28) != 0;
     // The largest block is 64 KiB.
     block.le16(0x38) == MAGIC
         && block.le32(0x18) <= 6
-        && block.le32(0x20) != 0
-        && block.le32(0x28) != 0
+        && (has_groups || incompat & INCOMPAT_JOURNAL_DEV != 0)
         && block.le32(0x4c) <= 1
         && blocks(block) != 0
 }

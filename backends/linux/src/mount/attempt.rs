@@ -1,0 +1,131 @@
+//! One attempt to mount or expose a device that is open.
+
+use std::fs::File;
+use std::path::Path;
+
+use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions};
+
+use crate::device::number::DeviceNumber;
+use crate::device::{dax, node};
+use crate::errno::errno_error;
+use crate::filesystem::preflight::{
+    choose_filesystem, ensure_block_size, explained, refuse_incomplete,
+};
+use crate::filesystem::probe::{Content, probe};
+use crate::kernel::Kernel;
+use crate::mount::mounting::{self, Request};
+use crate::mount::target::MountPoint;
+use crate::mount::writes::Writes;
+use crate::mount::{directory, expose};
+use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
+use crate::undo::step::{DeviceUse, Identity, MountStep, Undo};
+
+/// One attempt to expose an opened device. Blocks. What was made of it until an error is on the undo list.
+pub(crate) fn expose_once(
+    list: &UndoList<'_>,
+    locator: &DeviceLocator,
+    device: &File,
+    options: &MountOptions,
+) -> Result<(), BackendError> {
+    let used = DeviceUse {
+        number: DeviceNumber::of(device)?,
+        options: options.clone(),
+        locator: Some(locator.clone()),
+    };
+    expose::make(list, used)
+}
+
+/// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
+pub(crate) fn mount_once(
+    list: &UndoList<'_>,
+    locator: &DeviceLocator,
+    node: &Path,
+    options: &MountOptions,
+    kernel: Kernel,
+) -> Result<(), BackendError> {
+    let mut open = node::open(node)?.ok_or_else(|| {
+        BackendError::not_found(format!("device {} has vanished", node.display()))
+    })?;
+    let number = DeviceNumber::of(&open)?;
+    node::read_ahead(&open);
+    let found = probe(&mut open)
+        .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
+    let made = options.format().map(|format| &*format.filesystem);
+    let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
+    ensure_block_size(node, &open, &found)?;
+    drop(open);
+    let _held = list.hold(Key::Device(number))?;
+    let others = list.mounts_of(number);
+    if !others.iter().all(|other| other.is_compatible_with(options)) {
+        return Err(BackendError::conflict(format!(
+            "block device {number} is mounted already with options that exclude these"
+        )));
+    }
+    if let Content::Filesystem(found) = &found.content {
+        refuse_incomplete(node, found, options, others.is_empty())?;
+    }
+    let mut request = Request::new(&filesystem, node, options);
+    request.exclusive = others.is_empty();
+    let device = DeviceUse {
+        number,
+        options: options.clone(),
+        locator: Some(locator.clone()),
+    };
+    let step = |mount| {
+        Undo::Unmount(Box::new(MountStep {
+            mount,
+            device: Some(device.clone()),
+            scratch: None,
+        }))
+    };
+    let is_dax = dax::is_asked(options);
+    mount_request(list, &mut request, options, number, kernel, step)
+        .map_err(|error| match is_dax {
+            true => dax::explained(error, node),
+            false => error,
+        })
+        .map_err(|error| explained(error, node, &found, request.read_only))?;
+    if let Some(propagation) = options.propagation() {
+        mounting::propagate(list.target(), propagation, kernel)?;
+    }
+    match is_dax {
+        true => dax::prove(list.target().path()),
+        false => Ok(()),
+    }
+}
+
+fn mount_request(
+    list: &UndoList<'_>,
+    request: &mut Request,
+    options: &MountOptions,
+    device: DeviceNumber,
+    kernel: Kernel,
+    step: impl Fn(Identity) -> Undo,
+) -> Result<(), BackendError> {
+    let detached = match request.build(kernel) {
+        // Where the one driver for the whole family does not answer to the older names.
+        Err(error)
+            if error.kind() == ErrorKind::Unsuitable
+                && matches!(&*request.filesystem, "ext2" | "ext3") =>
+        {
+            request.filesystem = "ext4".to_owned();
+            request.build(kernel)?
+        }
+        built => built?,
+    };
+    let at = directory::prepare(list)?;
+    let moved = match &detached {
+        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, &step)?,
+        None => false,
+    };
+    let detached = detached.filter(|_| moved);
+    if !moved {
+        let expected = request.expected();
+        let make = |at: &MountPoint| request.mount_at(at);
+        mounting::in_one_step(at, kernel, list, step, expected, make)?;
+    }
+    let is_writable = !options.is_read_only();
+    list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));
+    Ok(())
+}
