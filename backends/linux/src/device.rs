@@ -1,9 +1,11 @@
 //! Block devices: opening them, proving that nobody uses them, and the device stack: from what a resolver found to what is
 //! mounted.
 
+pub(crate) mod crypt;
 pub(crate) mod dax;
 pub(crate) mod dm_linear;
 pub(crate) mod free;
+mod key;
 pub(crate) mod mapped;
 pub mod mapper;
 pub(crate) mod node;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 
-use crate::device::mapper::{Names, SECTOR, Target};
+use crate::device::mapper::{Access, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{mapped, node};
@@ -45,7 +45,7 @@ pub(crate) fn open(
     let table = Target::linear(range.backing, range.start..range.end)?;
     let step = Undo::RemoveRange(range.clone());
     mapped::open(list, &range.names(), step, |mapper, names| {
-        mapper.create_mapped(names, &table)
+        mapper.create_mapped(names, &table, Access::ReadOnly)
     })
 }
 

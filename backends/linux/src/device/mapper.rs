@@ -47,6 +47,13 @@ impl Names {
     }
 }
 
+/// Whether a device can be written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
 /// The interface's version that is spoken; kernels speak all older ones of the same first number.
 const MAJOR_VERSION: u32 = 4;
 const CONTROL: &str = "/dev/mapper/control";
@@ -123,10 +130,10 @@ impl DeviceMapper {
             name: name.to_owned(),
             uuid: uuid.to_owned(),
         };
-        self.create_mapped(&names, &table)
+        self.create_mapped(&names, &table, Access::ReadOnly)
     }
 
-    /// Makes a read-only device of a table. All or nothing.
+    /// Makes a device of a table. All or nothing.
     ///
     /// # Errors
     ///
@@ -135,10 +142,11 @@ impl DeviceMapper {
         &self,
         names: &Names,
         table: &Target,
+        access: Access,
     ) -> Result<DeviceNumber, BackendError> {
         let Names { name, uuid } = names;
         self.create(name, uuid)?;
-        let made = self.load(name, table);
+        let made = self.load(name, table, access);
         made.and_then(|()| self.resume(name))
             .map_err(|error| match self.remove(name) {
                 Ok(_) => error,
@@ -165,9 +173,13 @@ impl DeviceMapper {
         }
     }
 
-    fn load(&self, name: &str, table: &Target) -> Result<(), BackendError> {
+    fn load(&self, name: &str, table: &Target, access: Access) -> Result<(), BackendError> {
         // The kernel wipes its copy of the table, whatever is in it.
-        let request = Request::new(name).flags(READ_ONLY | SECURE).target(table);
+        let flags = match access {
+            Access::ReadOnly => READ_ONLY | SECURE,
+            Access::ReadWrite => SECURE,
+        };
+        let request = Request::new(name).flags(flags).target(table);
         let done = self.run(Command::Load, request);
         let what = || format!("cannot make {name} a device of the kind {}", table.kind);
         done.map(drop).map_err(|errno| errno_error(what(), errno))

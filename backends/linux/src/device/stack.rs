@@ -1,7 +1,8 @@
 //! The device stack: from what a resolver found to what is mounted.
 //!
 //! Each layer is a device that is opened from the one below it, and puts what it makes on the undo list before it makes
-//! it: the device itself, then a byte range or a partition of it, then what checks its integrity. The order is fixed.
+//! it: the device itself, then a byte range or a partition of it, then what checks its
+//! integrity, or what encrypts it. The order is fixed.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions};
 
 use crate::device::verity::Checked;
-use crate::device::{dm_linear, free, node, partition, subrange, verity};
+use crate::device::{crypt, dm_linear, free, node, partition, subrange, verity};
 use crate::errno::{blocking, retry_while_busy};
 use crate::mount::target::Target;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -88,6 +89,12 @@ pub(crate) async fn open(
         let (node, checked) = made;
         layer = Layer::open(node, deadline).await?;
         layer.checked = Some(checked);
+    }
+    if let Some(encryption) = options.encryption() {
+        let node = layer.node.clone();
+        let open = move |list: &UndoList<'_>| crypt::open(list, &node, encryption);
+        let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+        layer = Layer::open(node, deadline).await?;
     }
     Ok(layer)
 }

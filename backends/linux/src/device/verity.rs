@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use blockmount::{BackendError, ErrorCorrection, OnCorruption, Verity};
 use rustix::io::Errno;
 
-use crate::device::mapper::{DeviceMapper, Names, SECTOR, Target};
+use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{mapped, node};
@@ -64,7 +64,7 @@ pub(crate) fn open(
     let table = table(backing, verity)?;
     let undo = Undo::CloseVerity(Box::new(step.clone()));
     let made = mapped::open(list, &step.names(), undo, |mapper, names| {
-        let made = mapper.create_mapped(names, &table);
+        let made = mapper.create_mapped(names, &table, Access::ReadOnly);
         made.map_err(|error| explain_refusal(mapper, error, verity))
     });
     let below = below.to_owned();

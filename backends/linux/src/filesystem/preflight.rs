@@ -12,20 +12,18 @@ use crate::filesystem::mkfs;
 use crate::filesystem::probe::{Content, ProbeResult, Superblock};
 use crate::mount::{expose, permission, users};
 
-/// Refuses what this engine does not do, before anything is touched.
+/// Refuses what no guest could do, or this engine does not, before anything is touched.
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {
-    let unsupported = [(options.encryption().is_some(), "encrypt a device")];
-    match unsupported.iter().find(|(asked, _)| *asked) {
-        Some((_, what)) => Err(BackendError::unsuitable(format!(
-            "this guest cannot {what} yet"
-        ))),
-        None => {
-            options.format().map_or(Ok(()), mkfs::validate)?;
-            match options.expose() {
-                Expose::Filesystem => Ok(()),
-                _ => expose::validate(options),
-            }
-        }
+    options.format().map_or(Ok(()), mkfs::validate)?;
+    let is_mount = options.expose() == Expose::Filesystem;
+    if options.encryption().is_some() && options.format().is_none() && is_mount {
+        return Err(BackendError::invalid(
+            "a device that is encrypted with a new key holds noise: ask for a filesystem to be made on it",
+        ));
+    }
+    match is_mount {
+        true => Ok(()),
+        false => expose::validate(options),
     }
 }
 

@@ -23,6 +23,8 @@ use crate::mount::target::FileId;
 pub(crate) enum Undo {
     /// Unmount what is mounted at the target. Boxed because it is several times the size of the others.
     Unmount(Box<MountStep>),
+    /// Remove the device that encrypts another, and with it the key.
+    CloseCrypt(CryptStep),
     /// Remove the device that checks the integrity of another. Boxed for its size.
     CloseVerity(Box<VerityStep>),
     /// Remove the device that was made of a byte range.
@@ -108,6 +110,16 @@ pub(crate) struct RangeStep {
     pub(crate) end: u64,
 }
 
+/// A device that is encrypted. The name of the device that does so follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CryptStep {
+    pub(crate) backing: DeviceNumber,
+    /// Tells the device from a later one with the same number: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+}
+
 /// A device whose integrity is checked. The name of the device that does so follows from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,6 +195,7 @@ impl Undo {
             }
             (Undo::DeletePartition(one), Undo::DeletePartition(other)) => one == other,
             (Undo::RemoveRange(one), Undo::RemoveRange(other)) => one == other,
+            (Undo::CloseCrypt(one), Undo::CloseCrypt(other)) => one == other,
             (Undo::CloseVerity(one), Undo::CloseVerity(other)) => one == other,
             _ => false,
         }

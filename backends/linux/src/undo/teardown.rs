@@ -2,7 +2,7 @@
 
 use blockmount::{BackendError, ErrorKind};
 
-use crate::device::{dm_linear, free, partition, verity};
+use crate::device::{crypt, dm_linear, free, partition, verity};
 use crate::kernel::Kernel;
 use crate::mount::{directory, expose, unmount, users};
 use crate::undo::ledger::UndoList;
@@ -45,6 +45,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
                 done => done?,
             }
         }
+        Undo::CloseCrypt(step) => crypt::undo(step)?,
         Undo::CloseVerity(step) => verity::undo(step)?,
         Undo::RemoveNode(node) => match expose::undo(node) {
             Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
@@ -73,6 +74,7 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             let by = users::listed(&users);
             return BackendError::busy(format!("{} by {by}", error.message()));
         }
+        Some(Undo::CloseCrypt(step)) => crypt::node(&step),
         Some(Undo::CloseVerity(step)) => verity::node(&step),
         // Who uses the device is in the error already.
         Some(Undo::RemoveNode(_)) => None,

@@ -13,7 +13,7 @@ use super::modules::Modules;
 use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
-pub const MODULES: [&str; 16] = [
+pub const MODULES: [&str; 18] = [
     "virtio_pci",
     "virtio_console",
     "virtio_scsi",
@@ -23,6 +23,8 @@ pub const MODULES: [&str; 16] = [
     "virtio_pmem",
     "dm_mod",
     "dm_verity",
+    "dm_crypt",
+    "xts",
     "sha512_generic",
     "ext4",
     "xfs",
