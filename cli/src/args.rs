@@ -129,6 +129,7 @@ Examples:
   sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --verity app.erofs.dmverity --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt --at /mnt/tree
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
   sudo blockmount mount --resume web
 
@@ -155,6 +156,10 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) scratch: Option<u64>,
 
+    /// Encrypt the scratch disk with a key that only the guest's kernel has: what is written ends with the mount
+    #[arg(long, requires = "scratch")]
+    pub(crate) encrypt: bool,
+
     /// Mount option for every layer, such as nodev or noatime; repeatable
     #[arg(short, long = "option", value_name = "OPTION")]
     pub(crate) options: Vec<String>,
@@ -175,7 +180,7 @@ pub(crate) struct MountArgs {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["layer", "partition", "verity", "guest", "transport", "scratch", "options", "at", "name", "keep_vm"]
+        conflicts_with_all = ["layer", "partition", "verity", "guest", "transport", "scratch", "encrypt", "options", "at", "name", "keep_vm"]
     )]
     pub(crate) resume: Option<HolderName>,
 

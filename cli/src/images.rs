@@ -145,6 +145,11 @@ fn found(tool: &str, package: &str) -> Result<PathBuf, Failure> {
     })
 }
 
+/// An image without anything on it.
+pub(crate) fn blank(image: &Path, size: u64) -> Result<(), Failure> {
+    sparse(image, size)
+}
+
 /// An empty image that can be written to.
 pub(crate) async fn scratch(image: &Path, size: u64, interrupt: &Interrupt) -> Result<(), Failure> {
     let program = found(mkfs::EXT4_TOOL, "e2fsprogs")?;

@@ -210,14 +210,33 @@ async fn hold(
     }
     if let Some(size) = args.scratch {
         let image = machine.scratch();
-        images::scratch(&image, size, interrupt).await?;
-        stack = stack.scratch(Disk::virtual_disk(image), MountRequest::default());
+        let request = match args.encrypt {
+            true => {
+                images::blank(&image, size)?;
+                encrypted()?
+            }
+            false => {
+                images::scratch(&image, size, interrupt).await?;
+                MountRequest::default()
+            }
+        };
+        stack = stack.scratch(Disk::virtual_disk(image), request);
     }
     interrupt.check()?;
     machine.note_target(target)?;
     let stack = machine.manager().stack(&stack).await?;
     interrupt.check()?;
     Ok(stack)
+}
+
+/// A scratch whose filesystem is made in the guest, behind the encryption.
+fn encrypted() -> Result<MountRequest, Failure> {
+    let options = MountOptions::builder()
+        .encryption(Encryption::Ephemeral)
+        .format(Format::new("ext4"))
+        .build();
+    let options = options.context(|| "the scratch cannot be encrypted".to_owned())?;
+    Ok(MountRequest::new(options))
 }
 
 async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {

@@ -523,6 +523,36 @@ fn vm_a_layer_with_a_hash_tree_is_checked_by_the_guest() {
 }
 
 #[test]
+fn vm_a_scratch_is_encrypted_when_it_was_asked_for() {
+    let dir = temp();
+    let layer = dir.path().join("layer.erofs");
+    image("erofs", &layer, &[("file", "x")]);
+    let layer = layer.to_str().unwrap();
+    let words = [
+        "--guest",
+        "qemu",
+        "--at",
+        "/mnt/tree",
+        "--scratch",
+        "64M",
+        "--encrypt",
+        "--layer",
+        layer,
+    ];
+    let held = hold(words).unwrap_or_else(|answer| panic!("{answer}"));
+    let scratch = &held.json["scratch"];
+    assert!(
+        scratch["device"].as_str().unwrap().starts_with("/dev/dm-"),
+        "{scratch}"
+    );
+    assert_eq!(scratch["filesystem"], "ext4");
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    run(["mount", "--encrypt", "--layer", layer, "--at", "/mnt/x"]).says(2, &["--scratch"]);
+}
+
+#[test]
 fn vm_what_a_machine_cannot_have_is_refused() {
     let dir = temp();
     let layer = dir.path().join("layer.erofs");

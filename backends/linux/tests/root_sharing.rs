@@ -201,7 +201,7 @@ async fn root_a_mount_in_another_namespace_is_found_and_named() {
 }
 
 #[tokio::test]
-async fn root_what_this_guest_does_not_do_yet_is_refused_untouched() {
+async fn root_an_encrypted_device_without_a_filesystem_to_make_is_refused_untouched() {
     let mut dir = TestDir::new();
     let device = Loop::new(&Image::Ext4.copy(dir.path()));
     dir.settle();
@@ -212,7 +212,7 @@ async fn root_what_this_guest_does_not_do_yet_is_refused_untouched() {
         let result = guest
             .mount(&device.locator(), &dir.at("a"), &case.build().unwrap())
             .await;
-        assert!(refused(result, ErrorKind::Unsuitable).starts_with("this guest cannot"));
+        assert!(refused(result, ErrorKind::Invalid).contains("holds noise"));
     }
     assert!(fs::read(device.node()).unwrap() == before);
     dir.assert_clean();

@@ -123,6 +123,7 @@ impl QemuGuest {
         let image = GuestImage::builder(kernel)
             .file(ARGUMENTS, agent_arguments())
             .file(format!("{PROGRAMS}/checker"), checker_program())
+            .filesystem_tools()
             .build();
         let vm = transports::hardware(Vm::builder(image.await.context(what)?))
             .directory(directory)

@@ -14,6 +14,7 @@ use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{key, mapped, node};
 use crate::errno::{errno_error, errno_of};
+use crate::filesystem::probe::{Content, probe};
 use crate::undo::ledger::UndoList;
 use crate::undo::step::{CryptStep, Undo};
 
@@ -31,22 +32,24 @@ impl CryptStep {
     }
 }
 
-/// Makes a device that encrypts another with a new key, and names its node. What was on the other is noise then. Blocks.
+/// Makes a device that encrypts another with a new key, and names its node. What was on the other is lost then: it has to be
+/// blank, or the noise of an earlier key, unless anything `may_destroy`. Blocks.
 ///
 /// # Errors
 ///
-/// `Unsuitable` if this kernel has no dm-crypt, no such cipher or no keyring, or the encryption is another one; `Conflict` if
-/// somebody else has made a device of the name, or the device cannot be written to; `Busy` and others as they come.
+/// `Conflict` if there is something on the device that is known; `Unsuitable` if this kernel has no dm-crypt, no such cipher or no keyring, or the encryption is another one; `Conflict`
+/// also if somebody else has made a device of the name, or the device cannot be written to; `Busy` and others as they come.
 pub(crate) fn open(
     list: &UndoList<'_>,
     below: &Path,
     encryption: Encryption,
+    may_destroy: bool,
 ) -> Result<PathBuf, BackendError> {
     let Encryption::Ephemeral = encryption else {
         let message = format!("this guest does not know the encryption {encryption:?}");
         return Err(BackendError::unsuitable(message));
     };
-    let open = node::open(below)?.ok_or_else(|| {
+    let mut open = node::open(below)?.ok_or_else(|| {
         BackendError::not_found(format!("device {} has vanished", below.display()))
     })?;
     let length = length(below, &open)?;
@@ -57,6 +60,9 @@ pub(crate) fn open(
     };
     let undo = Undo::CloseCrypt(step.clone());
     mapped::open(list, &step.names(), undo, |mapper, names| {
+        if !may_destroy {
+            refuse_content(below, &mut open)?;
+        }
         let key = key::Ephemeral::new(&names.name)?;
         let table = table(backing, length, &key);
         let made = mapper.create_mapped(names, &table, Access::ReadWrite);
@@ -77,6 +83,18 @@ pub(crate) fn undo(step: &CryptStep) -> Result<(), BackendError> {
 /// The node of the device that encrypts another. Blocks.
 pub(crate) fn node(step: &CryptStep) -> Option<PathBuf> {
     mapped::node(&step.names())
+}
+
+/// Refuses a device with anything on it that is known. Noise is not.
+fn refuse_content(below: &Path, open: &mut File) -> Result<(), BackendError> {
+    let device = below.display();
+    let found = probe(open).map_err(|error| errno_error(format!("cannot read {device}"), error))?;
+    match found.content {
+        Content::Blank | Content::Unknown => Ok(()),
+        other => Err(BackendError::conflict(format!(
+            "cannot encrypt {device}: it holds {other}, which only a request to overwrite everything may destroy"
+        ))),
+    }
 }
 
 /// The size of a device that can be encrypted, in bytes.

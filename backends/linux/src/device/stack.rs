@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions};
+use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions, Overwrite};
 
 use crate::device::verity::Checked;
 use crate::device::{crypt, dm_linear, free, node, partition, subrange, verity};
@@ -92,7 +92,9 @@ pub(crate) async fn open(
     }
     if let Some(encryption) = options.encryption() {
         let node = layer.node.clone();
-        let open = move |list: &UndoList<'_>| crypt::open(list, &node, encryption);
+        let format = options.format();
+        let may_destroy = format.is_some_and(|format| format.overwrite == Overwrite::Everything);
+        let open = move |list: &UndoList<'_>| crypt::open(list, &node, encryption, may_destroy);
         let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
         layer = Layer::open(node, deadline).await?;
     }

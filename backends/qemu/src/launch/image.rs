@@ -13,7 +13,7 @@ use super::modules::Modules;
 use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
-pub const MODULES: [&str; 18] = [
+pub const MODULES: [&str; 20] = [
     "virtio_pci",
     "virtio_console",
     "virtio_scsi",
@@ -25,6 +25,8 @@ pub const MODULES: [&str; 18] = [
     "dm_verity",
     "dm_crypt",
     "xts",
+    "ecb",
+    "aesni_intel",
     "sha512_generic",
     "ext4",
     "xfs",

@@ -11,6 +11,7 @@
 
 mod rig;
 
+mod crypt;
 mod disks;
 mod failure;
 mod filesystems;
