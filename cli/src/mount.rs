@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use blockmount::{Disk, HolderName, MountPoint, MountRequest, Stack, StackRequest};
+use blockmount::{
+    Disk, Encryption, Format, HolderName, MountOptions, MountPoint, MountRequest, Stack,
+    StackRequest,
+};
 use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
