@@ -1,0 +1,223 @@
+//! The way out of a run: what is released, what is said of it, and which files stay.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use blockmount::{ErrorKind, Stack, Step};
+use blockmount_loopback::SCHEME;
+
+use super::Machine;
+use crate::failure::{Failure, printable};
+use crate::guest::Guest;
+use crate::interrupt::Interrupt;
+use crate::kernel::Ours;
+use crate::recorder::Recorder;
+use crate::terminal::say;
+
+/// How a run has ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// What was ours, for a look at the kernel's tables.
+    pub(crate) ours: Ours,
+    /// What was found in the guest and in its hypervisor that had not been there at the start.
+    pub(crate) left_in_guest: Vec<String>,
+    pub(crate) result: Result<(), Failure>,
+    /// The image files of an earlier program's mount that could not be resumed.
+    pub(crate) kept: Option<PathBuf>,
+}
+
+/// Between two attempts to release what somebody uses. The kernel has no event for the end of a use.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+/// How often a tear-down is tried that fails for another reason than being in use.
+const ATTEMPTS: u32 = 3;
+
+impl Machine {
+    /// Releases a stack. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
+    pub(crate) async fn release(&mut self, stack: Stack) {
+        if self.guest.lost().is_some() {
+            // Nobody is there who could release it.
+            return std::mem::forget(stack);
+        }
+        if let Err(error) = stack.release().await {
+            tracing::info!(%error, "the stack could not be released at once");
+            self.lost.extend(lost_writes(error.errors()));
+        }
+    }
+
+    /// Ends the run: waits for work under way, tears down whatever is still there, ends the guest, removes the files.
+    ///
+    /// What somebody uses is waited for; a further signal makes it give up, with an error that names what stays.
+    /// Writes that were lost are an error too, though nothing stays.
+    pub(crate) async fn end(mut self, interrupt: &Interrupt) -> Ended {
+        let ours = self.ours();
+        let kept = self.not_resumed.then(|| self.run.work_dir().to_owned());
+        let scratch = Some(self.scratch()).filter(|scratch| scratch.exists());
+        interrupt.now("waiting for the work under way to stop");
+        interrupt.settled().await;
+        interrupt.now("releasing disks and mounts");
+        let result = match self.guest.lost() {
+            Some(why) => Err(Failure::new("nothing could be released").because(why.to_owned())),
+            None => self.drain(interrupt).await,
+        };
+        let (left_in_guest, mut result) = self.end_guest(result, interrupt).await;
+        // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
+        // whoever knows its name.
+        let gone = matches!(self.guest, Guest::Qemu(_)) && !self.run.is_named();
+        let lost_writes = !self.lost.is_empty();
+        if lost_writes && scratch.is_some() {
+            self.run.mark_lost("writes to its scratch were lost");
+            std::mem::forget(self.run);
+        } else if !self.not_resumed && (result.is_ok() || gone) {
+            interrupt.now("removing this run's files");
+            drop(self.guest);
+            result = result.and(self.run.finish());
+        } else {
+            // What a clean-up needs to know stays as it is. The lock goes with the process.
+            std::mem::forget(self.run);
+        }
+        if result.is_ok() && lost_writes {
+            result = Err(lost_writes_failure(&self.lost, scratch.as_deref()));
+        }
+        Ended {
+            ours,
+            left_in_guest,
+            result,
+            kept,
+        }
+    }
+
+    /// Ends a guest that is a VM, unless what is in it could not be released and may be wanted. What was found in it that had
+    /// not been there at the start; and the result, with what the VM has to say.
+    async fn end_guest(
+        &mut self,
+        mut result: Result<(), Failure>,
+        interrupt: &Interrupt,
+    ) -> (Vec<String>, Result<(), Failure>) {
+        let mut left = Vec::new();
+        let Guest::Qemu(guest) = &mut self.guest else {
+            return (left, result);
+        };
+        interrupt.now("ending the virtual machine");
+        let is_lost = guest.lost().is_some();
+        if !is_lost {
+            match guest.left_over().await {
+                Ok(found) => left = found,
+                Err(failure) => result = result.and(Err(failure)),
+            }
+        }
+        // A VM that did not live explains whatever else has failed.
+        result = guest.verdict().await.and(result);
+        // What it has mounted, unknown to us or out of reach, is not all written yet.
+        let is_wanted = self.not_resumed || is_lost && self.run.is_named();
+        if !is_wanted || result.is_ok() && left.is_empty() {
+            guest.end().await;
+        }
+        (left, result)
+    }
+
+    fn ours(&self) -> Ours {
+        let recorders = [&self.recorder, &self.helper_recorder].into_iter();
+        let attached = recorders.flat_map(Recorder::all_attached);
+        let attached = attached.filter(|(_, at)| at.locator.transport() == SCHEME);
+        Ours {
+            directories: vec![
+                self.run.directory().to_owned(),
+                self.run.work_dir().to_owned(),
+            ],
+            targets: self.targets.clone(),
+            loops: attached
+                .map(|(source, at)| {
+                    let file = source.canonicalize().unwrap_or(source);
+                    (format!("{SCHEME}{}", at.locator.address()), file)
+                })
+                .collect(),
+        }
+    }
+
+    async fn drain(&mut self, interrupt: &Interrupt) -> Result<(), Failure> {
+        let mut attempts = 0;
+        let mut said = String::new();
+        let mut further = interrupt.further();
+        loop {
+            let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
+            let in_use = helper.in_use + main.in_use;
+            // A journal that cannot be told of what is torn down is removed with the other files of this run.
+            let failed = helper.failed.into_iter().chain(main.failed);
+            let failed = failed.filter(|error| error.step() != Step::Record);
+            let failed: Vec<blockmount::Error> = failed.collect();
+            if failed.is_empty() && in_use == 0 {
+                return Ok(());
+            }
+            self.lost.extend(lost_writes(&failed));
+            let in_use_elsewhere = failed.iter().any(|error| error.kind() == ErrorKind::Busy);
+            let busy = !self.not_resumed && in_use_elsewhere;
+            attempts += u32::from(!busy);
+            let waiting = describe(&failed, in_use);
+            if attempts >= ATTEMPTS {
+                return Err(self.stays(&waiting));
+            }
+            interrupt.now(format!("waiting for another user: {waiting}"));
+            if busy && waiting != said {
+                say(format_args!("waiting: {waiting}"));
+                say(format_args!(
+                    "  until they release it; another signal (Ctrl-C) gives up and leaves it"
+                ));
+                said = waiting.clone();
+            }
+            tokio::select! {
+                () = tokio::time::sleep(BETWEEN_ATTEMPTS) => {}
+                _ = further.next(), if busy => return Err(self.stays(&waiting)),
+            }
+        }
+    }
+
+    fn stays(&self, what: &str) -> Failure {
+        let named = if self.run.is_named() {
+            " --resumable"
+        } else {
+            ""
+        };
+        Failure::new("not everything could be released")
+            .because(what.to_owned())
+            .advise(format!(
+                "when it is no longer in use, run: sudo blockmount cleanup{named}"
+            ))
+    }
+}
+
+fn lost_writes<'a>(
+    errors: impl IntoIterator<Item = &'a blockmount::Error>,
+) -> impl Iterator<Item = blockmount::Error> {
+    let errors = errors.into_iter().cloned();
+    errors.filter(|error| error.kind() == ErrorKind::LostWrites)
+}
+
+/// Everything is released, but not all that was written has reached the image.
+fn lost_writes_failure(lost: &[blockmount::Error], scratch: Option<&Path>) -> Failure {
+    let failure = Failure::new("everything is released, but writes were lost");
+    let advice =
+        "see the kernel's log, and free some space where the image is: a scratch is below /var/tmp";
+    let advice = match scratch {
+        None => advice.to_owned(),
+        Some(scratch) => {
+            let scratch = printable(&scratch.display().to_string());
+            format!(
+                "{advice}; this one is kept as {scratch} with what has reached it; to discard it: \
+                 sudo blockmount cleanup --resumable"
+            )
+        }
+    };
+    failure.because(describe(lost, 0)).advise(advice)
+}
+
+/// What keeps a tear-down from being done, on one line.
+fn describe(failed: &[blockmount::Error], in_use: usize) -> String {
+    let mut lines: Vec<String> = failed
+        .iter()
+        .map(|error| printable(&format!("{error}: {}", error.cause())))
+        .collect();
+    if in_use > 0 {
+        lines.push(format!("{in_use} still held by this program"));
+    }
+    lines.join("; ")
+}
