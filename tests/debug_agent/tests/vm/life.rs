@@ -140,43 +140,6 @@ async fn vm_u06_the_end_of_a_vm_is_an_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_u06_an_agent_that_never_comes_back_is_noticed_without_a_request() {
-    let rig = Rig::start().await;
-    let layer = rig.layer("layer");
-    let mount = rig.manager.add(&layer, &read_only()).await.unwrap();
-    let mut lost = Box::pin(rig.guest.channel().lost());
-    // One that is started again is none that is lost: it answers over a new line.
-    rig.ask(json!("kill_agent")).await;
-    let comes_back = async {
-        let options = MountOptions::read_only();
-        let found = rig.guest.adopt(mount.locator(), mount.path(), &options);
-        assert_eq!(found.await.unwrap(), Presence::Present(()));
-    };
-    tokio::select! {
-        error = &mut lost => panic!("{error:?}"),
-        () = comes_back => {}
-    }
-    // One that dies before it has opened its port, whenever it is started, does not come back.
-    let dies = async {
-        loop {
-            rig.ask_and_see(json!("kill_agent")).await;
-        }
-    };
-    let noticed = tokio::time::timeout(Duration::from_secs(60), async {
-        tokio::select! {
-            error = &mut lost => error,
-            () = dies => unreachable!("it dies for ever"),
-        }
-    });
-    let error = noticed.await.unwrap();
-    drop(lost);
-    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error:?}");
-    assert!(rig.vm.is_running());
-    mount.release().await.unwrap();
-    rig.end().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_x06_a_start_that_is_stopped_is_not_taken_for_a_bad_state() {
     // There is a state from here on.
     rig::start().await.shut_down().await;
