@@ -210,7 +210,7 @@ fn describe(probe: &probe::ProbeResult) -> Found {
             found.description += " (needs recovery)";
         }
         if more_devices > 0 {
-            found.description += &format!(" (needs {more_devices} more devices)");
+            found.description += &format!(" (more devices needed: {more_devices})");
         }
         (found.needs_recovery, found.more_devices, found.features) =
             (needs_recovery, more_devices, features);

@@ -43,7 +43,7 @@ impl KernelLog {
         };
         let is_about = |line: &str| {
             let names_device = device.as_deref().is_some_and(|name| has_word(line, name));
-            names_device || line.to_ascii_lowercase().starts_with(driver)
+            names_device || is_from(driver, line)
         };
         let mut lines = self.warnings();
         lines.retain(|line| is_about(line));
@@ -87,6 +87,13 @@ fn warning(record: &[u8]) -> Option<String> {
 fn kernel_name(device: DeviceNumber) -> Option<String> {
     let link = fs::read_link(device.sysfs()).ok()?;
     Some(link.file_name()?.to_str()?.to_owned())
+}
+
+/// Whether a line begins with the name of a driver, and not with that of one of its functions (`btrfs_get_tree+0x5/0xb3`).
+fn is_from(driver: &str, line: &str) -> bool {
+    let line = line.to_ascii_lowercase();
+    let rest = line.strip_prefix(driver);
+    rest.is_some_and(|rest| !rest.starts_with('_') && !line.contains("+0x"))
 }
 
 fn has_word(line: &str, word: &str) -> bool {
@@ -140,6 +147,14 @@ mod tests {
         assert!(
             has_word("loop33 and loop3", "loop3") && has_word("erofs (device dm-0): x", "dm-0")
         );
+    }
+
+    #[test]
+    fn u10_lines_of_a_driver_are_told_from_those_of_a_trace() {
+        assert!(is_from("squashfs", "SQUASHFS error: xz is not supported"));
+        assert!(is_from("ext", "ext4: Unknown parameter 'x'"));
+        assert!(!is_from("btrfs", "btrfs_get_tree.cold+0xb/0xb3"));
+        assert!(!is_from("xfs", "ext4: Unknown parameter 'x'"));
     }
 
     #[test]
