@@ -19,6 +19,9 @@ use serde_json::json;
 use crate::rig::{self, Rig, read_only};
 use blockmount_debug_agent::kit::images;
 
+/// Longer than an agent is waited for, also on a busy machine.
+const LONG: Duration = Duration::from_secs(240);
+
 /// A file system of the host that is nearly full, unmounted when dropped.
 struct Small(std::path::PathBuf);
 
@@ -137,6 +140,40 @@ async fn vm_u06_the_end_of_a_vm_is_an_event() {
     let drained = rig.manager.drain().await;
     assert!(drained.is_clean(), "{drained:?}");
     rig.end_as_it_is().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u06_an_agent_that_cannot_be_reached_again_is_noticed_without_a_request() {
+    let rig = Rig::start().await;
+    let layer = rig.layer("layer");
+    let mount = rig.manager.add(&layer, &read_only()).await.unwrap();
+    let mut lost = Box::pin(rig.guest.channel().lost());
+    // One that is started again is none that is lost: it answers over a new line.
+    rig.ask(json!("kill_agent")).await;
+    let comes_back = async {
+        let options = MountOptions::read_only();
+        let ask = || rig.guest.adopt(mount.locator(), mount.path(), &options);
+        let found = match ask().await {
+            // It was on its way when the line was lost.
+            Err(error) if error.kind() == ErrorKind::Uncertain => ask().await,
+            found => found,
+        };
+        assert_eq!(found.unwrap(), Presence::Present(()));
+    };
+    tokio::select! {
+        error = &mut lost => panic!("{error:?}"),
+        () = comes_back => {}
+    }
+    // The next one is another host's, which takes the port as soon as the line is lost.
+    rig.ask(json!("kill_agent")).await;
+    let other = rig.vm.guest("blockmount.agent").await.unwrap();
+    let error = tokio::time::timeout(LONG, &mut lost).await.unwrap();
+    drop(lost);
+    assert_eq!(error.kind(), ErrorKind::Uncertain, "{error:?}");
+    assert!(rig.vm.is_running());
+    drop(other);
+    mount.release().await.unwrap();
+    rig.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -31,6 +31,8 @@ pub const MEMORY_SIZE: u64 = 64 << 20;
 /// Long enough for a busy machine.
 const OPENING: Duration = Duration::from_secs(60);
 
+/// How long an agent may take to open its port and to say hello, before it counts as lost.
+const ANSWERING: Duration = Duration::from_secs(20);
 /// How long a disk may take to appear: with 256 plugged at once under emulation, on a machine with a load of ten.
 const APPEARING: Duration = Duration::from_secs(240);
 
@@ -127,7 +129,7 @@ impl Backends {
         // The guest gives up first, and both only where the machine is not just busy.
         let deadlines = Deadlines {
             call: 2 * APPEARING,
-            negotiation: OPENING,
+            negotiation: ANSWERING,
             ..Deadlines::default()
         };
         let guest = vm
