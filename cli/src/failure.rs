@@ -1,10 +1,11 @@
 //! What the user is told when something went wrong: what, why, and what to do about it.
 
 use std::error::Error as StdError;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io;
 
 use blockmount::{BackendError, ErrorKind, InvalidOptions, Step};
+pub(crate) use blockmount_linux::printable;
 
 /// Why the program could not do what it was asked to.
 #[derive(Debug)]
@@ -119,18 +120,6 @@ impl fmt::Display for Failure {
             None => Ok(()),
         }
     }
-}
-
-/// Keeps a hostile file name from writing control sequences to the terminal or faking a line.
-pub(crate) fn printable(text: &str) -> String {
-    let mut printable = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() {
-            true => write!(printable, "{}", c.escape_default()).expect("a string takes everything"),
-            false => printable.push(c),
-        }
-    }
-    printable
 }
 
 fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {

@@ -2,6 +2,8 @@
 
 use std::error::Error;
 
+use blockmount_linux::printable;
+
 /// What an agent could not do, and why: the cause is its `source()`.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -43,18 +45,6 @@ pub fn one_line(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     printable(&line)
-}
-
-/// Escapes control characters, which a name of a file may have, and a terminal obeys.
-pub(crate) fn printable(text: &str) -> String {
-    let mut printable = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() {
-            true => printable.extend(c.escape_default()),
-            false => printable.push(c),
-        }
-    }
-    printable
 }
 
 #[cfg(test)]

@@ -6,13 +6,14 @@ use std::future::Future;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
+use blockmount_linux::printable;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::args::{self, Asked, Options, PORT};
-use crate::error::{AgentError, Context, printable};
+use crate::error::{AgentError, Context};
 use crate::{AgentBuilder, init};
 
 /// Exit status where the command line makes no sense.

@@ -105,5 +105,6 @@ pub use discover::{node, sysfs, uevent};
 pub use errno::{Backoff, is_absent};
 pub use filesystem::{mkfs, probe};
 pub use guest::LinuxGuest;
+pub use mount::kernel_log::printable;
 pub use mount::mountinfo;
 pub use transports::Transports;

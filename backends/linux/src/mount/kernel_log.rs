@@ -105,8 +105,9 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// Escapes control characters, which a terminal or a log would obey.
-pub(crate) fn printable(text: &str) -> String {
+/// Escapes control characters, which a terminal or a log would obey: a text of an image, of a guest or a name of a file may
+/// have them.
+pub fn printable(text: &str) -> String {
     let mut printable = String::with_capacity(text.len());
     for c in text.chars() {
         match c.is_control() {

@@ -136,21 +136,7 @@ async fn vm_an_agent_that_is_killed_leaves_no_encrypted_device() {
             rig.ask(json!("kill_agent")).await
         };
         let (added, _) = tokio::join!(rig.manager.add(&disk, &request), killing);
-        match added {
-            Ok(mount) => {
-                if let Err(doubtful) = mount.release().await {
-                    doubtful.retry().await.unwrap();
-                }
-            }
-            Err(error) => assert!(
-                matches!(error.kind(), ErrorKind::Uncertain | ErrorKind::Other),
-                "{error}: {}",
-                error.cause()
-            ),
-        }
-        let drained = rig.manager.drain().await;
-        assert!(drained.is_clean(), "{drained:?}");
-        rig.assert_as_at_first().await;
+        rig.settle([added]).await;
     }
     rig.end().await;
 }

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{Disk, Manager, ManagerBuilder, MountOptions, MountRequest, Recovery, Snapshot};
+use blockmount::{
+    Disk, ErrorKind, Manager, ManagerBuilder, Mount, MountOptions, MountRequest, Recovery, Snapshot,
+};
 use blockmount_bridge::{BridgeGuest, Deadlines};
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
@@ -151,6 +153,28 @@ impl Backends {
 }
 
 impl Rig {
+    /// Releases what was added while the agent was killed, and asserts that nothing is left, in doubt or pending.
+    pub async fn settle(&self, added: impl IntoIterator<Item = Result<Mount, blockmount::Error>>) {
+        for outcome in added {
+            match outcome {
+                Ok(mount) => {
+                    if let Err(doubtful) = mount.release().await {
+                        doubtful.retry().await.unwrap();
+                    }
+                }
+                // It may have been done, or the agent was not there.
+                Err(error) => assert!(
+                    matches!(error.kind(), ErrorKind::Uncertain | ErrorKind::Other),
+                    "{error}: {}",
+                    error.cause()
+                ),
+            }
+        }
+        let drained = self.manager.drain().await;
+        assert!(drained.is_clean(), "{drained:?}");
+        self.assert_as_at_first().await;
+    }
+
     /// A VM whose disks are all on SCSI.
     pub async fn start() -> Rig {
         Self::start_with(None).await

@@ -414,23 +414,7 @@ async fn vm_an_agent_that_is_killed_leaves_no_checked_device() {
             rig.ask(json!("kill_agent")).await
         };
         let (added, _) = tokio::join!(adding, killing);
-        for outcome in added {
-            match outcome {
-                Ok(mount) => {
-                    if let Err(doubtful) = mount.release().await {
-                        doubtful.retry().await.unwrap();
-                    }
-                }
-                Err(error) => assert!(
-                    matches!(error.kind(), ErrorKind::Uncertain | ErrorKind::Other),
-                    "{error}: {}",
-                    error.cause()
-                ),
-            }
-        }
-        let drained = rig.manager.drain().await;
-        assert!(drained.is_clean(), "{drained:?}");
-        rig.assert_as_at_first().await;
+        rig.settle(added).await;
     }
     let mount = rig.manager.add(&disk(&path), &read_only()).await.unwrap();
     mount.release().await.unwrap();
