@@ -139,7 +139,7 @@ mod tests {
         }
         let more = text.replace("\"mount\"", "\"mapping\":\"dm\",\"mount\"");
         assert!(refused(&more).contains("mapping"));
-        assert!(refused(&text.replace("remove-range", "close-crypt")).contains("close-crypt"));
+        assert!(refused(&text.replace("remove-range", "close-cache")).contains("close-cache"));
         for cut in 0..text.len() {
             assert!(refused(&text[..cut]).contains("damaged"));
         }
