@@ -39,7 +39,6 @@
 //! | [`probe`](mod@probe) | what is on a device or in an image |
 //! | [`mapper`] | devices made of ranges of others |
 //! | [`mountinfo`] | the kernel's table of mounts |
-//! | [`source`] | the file or block device behind a disk of the host |
 //!
 //! # What a mount is here
 //!
