@@ -25,20 +25,12 @@ cargo clippy --workspace --all-targets --all-features -- -D warnings
 say "docs"
 RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --all-features
 
-say "the oldest Rust that the manifest names"
-oldest=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
-if [ "$(rustc --version | cut -d. -f1,2)" != "rustc $oldest" ]; then
-  command -v rustup >/dev/null || { echo "install rustup: it brings Rust $oldest, which this crate must compile with" >&2; exit 1; }
-  rustup toolchain install "$oldest" --profile minimal --no-self-update
-  CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/oldest cargo "+$oldest" check --workspace --all-features
-fi
-
-# The tests mostly wait for devices, and leave the time to this build, which has a directory of its own.
-windows_log=$(mktemp)
-setsid tests/windows.sh >"$windows_log" 2>&1 &
-windows=$!
+# The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own.
+builds_log=$(mktemp)
+setsid bash -c 'tests/oldest.sh && tests/windows.sh' >"$builds_log" 2>&1 &
+builds=$!
 # With all that it has started, should a test fail first.
-trap 'kill -- "-$windows" 2>/dev/null || true; rm -f "$windows_log"' EXIT
+trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
 say "tests"
 cargo test --workspace --all-features
@@ -46,8 +38,8 @@ cargo test --workspace --all-features
 say "benches, each once and untimed"
 cargo test --package blockmount --package blockmount-verity --package blockmount-vpmem --benches
 
-say "Windows, under Wine"
-wait "$windows" || { cat "$windows_log" >&2; exit 1; }
-cat "$windows_log"
+say "the oldest Rust that the manifest names; Windows, under Wine"
+wait "$builds" || { cat "$builds_log" >&2; exit 1; }
+cat "$builds_log"
 
 say "all of it holds"

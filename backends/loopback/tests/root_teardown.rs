@@ -148,13 +148,14 @@ async fn root_an_attach_that_nobody_waits_for_leaves_nothing() {
         given_up > 0,
         "no attach was given up, so this shows nothing"
     );
-    bench.assert_nothing_left();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    // The last one may still be on its way out.
+    let deadline = Instant::now() + Duration::from_secs(60);
     while transport.attach_identified(&disk).await.is_err() {
         assert!(Instant::now() < deadline, "the slot never came back");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     transport.detach(&disk).await.unwrap();
+    bench.assert_nothing_left();
 }
 
 #[tokio::test]
