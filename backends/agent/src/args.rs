@@ -46,7 +46,7 @@ const OWN: [Argument; 7] = [
     Argument::new(
         "device-timeout",
         "SECONDS",
-        "How long a device may take to appear. By default 45; hosts of ours wait 90 seconds for an answer",
+        "How long a device may take to appear, and to be removed. By default 45; hosts of ours wait 90 seconds for an answer",
     ),
     Argument::new(
         "busy-timeout",

@@ -30,7 +30,7 @@ pub trait GuestTransport: fmt::Debug + Send + Sync {
     fn modules(&self) -> &[&str];
 
     /// What finds and unplugs its devices; nothing if this guest has none, as far as can be known now.
-    /// What finds is to wait no longer than `timeouts.device`, what unplugs no longer than `timeouts.busy` for a user to go.
+    /// What finds, and what removes in the end, is to wait no longer than `timeouts.device`, what unplugs no longer than `timeouts.busy` for a user to go.
     fn devices(&self, timeouts: Timeouts) -> Option<GuestDevices>;
 }
 
@@ -38,8 +38,8 @@ pub trait GuestTransport: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Timeouts {
-    /// For a device to appear. Default: 45 seconds, because of hundreds that a host plugs at once a small guest finds a few
-    /// dozen a second. Hosts of ours wait 90 seconds for an answer.
+    /// For a device to appear, and for the kernel to remove it. Default: 45 seconds, because of hundreds that a host plugs at
+    /// once a small guest finds a few dozen a second, and the disks of one SCSI host are removed one after the other. Hosts of ours wait 90 seconds for an answer.
     pub device: Duration,
     /// For the users of a device or a mount to go, before it counts as in use. Default: five seconds, since
     /// a guest under emulation on a busy host takes one for what is done in milliseconds elsewhere.

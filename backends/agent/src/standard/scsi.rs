@@ -48,10 +48,10 @@ impl GuestTransport for Scsi {
             given => ScsiResolver::new(given.iter().copied()),
         };
         let resolver = resolver.with_timeout(timeouts.device);
-        Some(GuestDevices::new(
-            resolver.clone(),
-            ScsiUnplugger::new(resolver).with_timeout(timeouts.busy),
-        ))
+        let unplugger = ScsiUnplugger::new(resolver.clone())
+            .with_timeout(timeouts.busy)
+            .with_removal_deadline(timeouts.device);
+        Some(GuestDevices::new(resolver, unplugger))
     }
 }
 

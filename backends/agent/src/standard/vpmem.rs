@@ -55,10 +55,10 @@ impl GuestTransport for Vpmem {
         let devices = self.devices.iter();
         let resolver = devices.fold(rule, |resolver, (number, id)| resolver.with(*number, *id));
         let resolver = resolver.with_timeout(timeouts.device);
-        Some(GuestDevices::new(
-            resolver.clone(),
-            VpmemUnplugger::new(resolver).with_timeout(timeouts.busy),
-        ))
+        let unplugger = VpmemUnplugger::new(resolver.clone())
+            .with_timeout(timeouts.busy)
+            .with_removal_deadline(timeouts.device);
+        Some(GuestDevices::new(resolver, unplugger))
     }
 }
 
