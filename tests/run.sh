@@ -25,9 +25,10 @@ cargo clippy --workspace --all-targets --all-features -- -D warnings
 say "docs"
 RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --all-features
 
-# The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own.
+# The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
+# they are built, it waits for them.
 builds_log=$(mktemp)
-setsid bash -c 'tests/oldest.sh && tests/windows.sh' >"$builds_log" 2>&1 &
+setsid nice -n 19 bash -c 'tests/oldest.sh && tests/windows.sh' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 /// How many requests wait for a peer that reads slowly; more wait with their callers.
@@ -63,11 +63,18 @@ struct Outgoing {
 
 #[derive(Debug)]
 struct Pending<A> {
-    requests: Mutex<HashMap<u64, Request<A>>>,
+    requests: Mutex<Requests<A>>,
     /// Counts on when a stream replaces another, so that a late answer never meets a new request.
     next_id: Arc<AtomicU64>,
     /// Why there are no more answers. Set under the lock of the requests.
     ended: watch::Sender<Option<Arc<str>>>,
+}
+
+#[derive(Debug)]
+struct Requests<A> {
+    waiting: HashMap<u64, Request<A>>,
+    /// When the last answer came.
+    last_answer: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -95,7 +102,10 @@ impl<A: Send + 'static> Multiplexer<A> {
         F: Future<Output = String> + Send + 'static,
     {
         let pending = Arc::new(Pending {
-            requests: Mutex::default(),
+            requests: Mutex::new(Requests {
+                waiting: HashMap::new(),
+                last_answer: None,
+            }),
             next_id: ids,
             ended: watch::Sender::new(None),
         });
@@ -134,19 +144,20 @@ impl<A: Send + 'static> Multiplexer<A> {
             return Err(Unanswered::Lost { sent, reason });
         }
         let id = self.pending.next_id.fetch_add(1, Ordering::Relaxed);
-        let sent = false;
-        requests.insert(id, Request { sent, answer });
+        let (sent, ahead) = (false, requests.waiting.len());
+        requests.waiting.insert(id, Request { sent, answer });
         drop(requests);
         Ok(Call {
             multiplexer: self,
             id,
+            ahead,
             answered,
         })
     }
 
     /// How many requests wait for an answer now.
     pub fn unanswered(&self) -> usize {
-        self.pending.lock().len()
+        self.pending.lock().waiting.len()
     }
 
     /// Ends the connection, and with it all requests under way.
@@ -184,6 +195,8 @@ impl<A> Drop for Multiplexer<A> {
 pub struct Call<'a, A> {
     multiplexer: &'a Multiplexer<A>,
     id: u64,
+    /// How many requests waited for an answer when this one began.
+    ahead: usize,
     answered: oneshot::Receiver<Result<A, Unanswered>>,
 }
 
@@ -193,7 +206,7 @@ impl<A: Send + 'static> Call<'_, A> {
         self.id
     }
 
-    /// Sends the bytes of the request, and waits for its answer.
+    /// Sends the bytes of the request, and waits for its answer, to a peer that does many requests at once.
     ///
     /// # Errors
     ///
@@ -202,24 +215,63 @@ impl<A: Send + 'static> Call<'_, A> {
     /// # Cancel safety
     ///
     /// Dropping the future gives up the wait; a request that was sent may be done by the peer.
-    pub async fn exchange(mut self, bytes: Vec<u8>, deadline: Duration) -> Result<A, Unanswered> {
-        let id = self.id;
-        let in_time = timeout(deadline, async {
-            // The queue is closed only after every request was given its answer.
-            let _ = self.multiplexer.queue.send(Outgoing { id, bytes }).await;
-            (&mut self.answered).await
-        });
-        let answer = match in_time.await {
-            Ok(answer) => answer.ok(),
-            Err(_) => match self.multiplexer.pending.lock().remove(&id) {
-                Some(Request { sent, .. }) => return Err(Unanswered::TimedOut { sent }),
-                // It came in the last moment.
-                None => self.answered.try_recv().ok(),
-            },
+    pub async fn exchange(self, bytes: Vec<u8>, deadline: Duration) -> Result<A, Unanswered> {
+        self.exchange_extended(bytes, deadline, 0).await
+    }
+
+    /// As [`exchange`](Self::exchange), to a peer that does one request after the other: the deadline begins again with each
+    /// answer, at most as often as requests were ahead of this one. A peer that is busy with those is not late.
+    ///
+    /// # Errors
+    ///
+    /// As for [`exchange`](Self::exchange).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`exchange`](Self::exchange).
+    pub async fn exchange_in_turn(
+        self,
+        bytes: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<A, Unanswered> {
+        let ahead = self.ahead;
+        self.exchange_extended(bytes, deadline, ahead).await
+    }
+
+    async fn exchange_extended(
+        mut self,
+        bytes: Vec<u8>,
+        deadline: Duration,
+        mut extensions: usize,
+    ) -> Result<A, Unanswered> {
+        let (id, Multiplexer { pending, queue, .. }) = (self.id, self.multiplexer);
+        let mut until = Instant::now() + deadline;
+        let in_time = {
+            let mut answer = pin!(async {
+                // The queue is closed only after every request was given its answer.
+                let _ = queue.send(Outgoing { id, bytes }).await;
+                (&mut self.answered).await
+            });
+            loop {
+                if let Ok(answer) = timeout_at(until, answer.as_mut()).await {
+                    break Some(answer.ok());
+                }
+                let last = pending.lock().last_answer;
+                match last.map(|last| last + deadline) {
+                    Some(later) if extensions > 0 && later > until => until = later,
+                    _ => break None,
+                }
+                extensions -= 1;
+            }
         };
+        let answer = in_time.unwrap_or_else(|| match pending.lock().waiting.remove(&id) {
+            Some(Request { sent, .. }) => Some(Err(Unanswered::TimedOut { sent })),
+            // It came in the last moment.
+            None => self.answered.try_recv().ok(),
+        });
         answer.unwrap_or_else(|| {
             // The task ended without a reason, and how far it came is unknown.
-            let reason = self.multiplexer.pending.reason();
+            let reason = pending.reason();
             Err(Unanswered::Lost { sent: true, reason })
         })
     }
@@ -227,7 +279,7 @@ impl<A: Send + 'static> Call<'_, A> {
 
 impl<A> Drop for Call<'_, A> {
     fn drop(&mut self) {
-        self.multiplexer.pending.lock().remove(&self.id);
+        self.multiplexer.pending.lock().waiting.remove(&self.id);
     }
 }
 
@@ -237,8 +289,12 @@ impl<A> Answers<A> {
     pub fn deliver(&self, id: u64, answer: A) {
         let mut requests = self.0.lock();
         // A request that was not sent cannot be answered: the number is guessed.
-        let asked = requests.get(&id).is_some_and(|request| request.sent);
-        let request = asked.then(|| requests.remove(&id)).flatten();
+        let waiting = &mut requests.waiting;
+        let asked = waiting.get(&id).is_some_and(|request| request.sent);
+        let request = asked.then(|| waiting.remove(&id)).flatten();
+        if request.is_some() {
+            requests.last_answer = Some(Instant::now());
+        }
         drop(requests);
         match request {
             // The caller may have been dropped just now.
@@ -261,7 +317,7 @@ impl<A, E: FnOnce(&Arc<str>)> Drop for EndOnDrop<A, E> {
 }
 
 impl<A> Pending<A> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Request<A>>> {
+    fn lock(&self) -> MutexGuard<'_, Requests<A>> {
         // Nothing under the lock panics half-way through a change.
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -269,7 +325,7 @@ impl<A> Pending<A> {
     /// Whether the caller still waits; from now on the peer may have seen the request.
     fn sending(&self, id: u64) -> bool {
         let mut requests = self.lock();
-        let request = requests.get_mut(&id);
+        let request = requests.waiting.get_mut(&id);
         request.map(|request| request.sent = true).is_some()
     }
 
@@ -280,7 +336,7 @@ impl<A> Pending<A> {
         }
         let reason: Arc<str> = reason.into();
         self.ended.send_replace(Some(reason.clone()));
-        for (_, Request { sent, answer }) in requests.drain() {
+        for (_, Request { sent, answer }) in requests.waiting.drain() {
             let reason = reason.clone();
             let _ = answer.send(Err(Unanswered::Lost { sent, reason }));
         }

@@ -71,7 +71,8 @@ pub const MAX_LINE: usize = 16 << 20;
 /// How long QEMU is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
-    /// For the answer to one command, from the moment it is given. Default: 10 seconds.
+    /// For the answer to one command, from the moment it is given, or from QEMU's last answer while it is busy with commands that
+    /// were given before. Default: 10 seconds.
     pub call: Duration,
     /// For the greeting, and then for the answer to `qmp_capabilities`. Default: 10 seconds.
     pub greeting: Duration,

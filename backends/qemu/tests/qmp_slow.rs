@@ -83,6 +83,58 @@ async fn a_peer_that_stops_reading_blocks_no_call_beyond_its_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn g11_a_command_is_not_late_while_qemu_answers_those_before_it() {
+    let (qmp, mut peer) = connected().await;
+    let begun = Instant::now();
+    let mut calls = JoinSet::new();
+    for _ in 0..64 {
+        let qmp = qmp.clone();
+        calls.spawn(async move { qmp.execute_within("device_add", NONE, 2 * SECOND).await });
+    }
+    for _ in 0..32 {
+        let command = peer.command().await;
+        tokio::time::sleep(SECOND).await;
+        peer.answer(&command, json!({})).await;
+    }
+    // From here on QEMU hangs: the others are given up one deadline after its last answer.
+    let answers = calls.join_all().await;
+    assert_eq!(begun.elapsed(), 32 * SECOND + 2 * SECOND);
+    let done = answers.iter().filter(|answer| answer.is_ok()).count();
+    assert_eq!(done, 32);
+}
+
+#[tokio::test(start_paused = true)]
+async fn g11_a_command_that_is_never_answered_ends_though_later_ones_are_answered() {
+    let (qmp, mut peer) = connected().await;
+    let begun = Instant::now();
+    let ahead = qmp.execute_within("ahead", NONE, 2 * SECOND);
+    let forgotten = async {
+        let forgotten = qmp.execute_within("forgotten", NONE, 2 * SECOND).await;
+        (forgotten.unwrap_err(), begun.elapsed())
+    };
+    let (ahead, (error, took), ()) = tokio::join!(ahead, forgotten, async {
+        let first = peer.command().await;
+        peer.command().await;
+        peer.answer(&first, json!({})).await;
+        for _ in 0..10 {
+            let (later, ()) = tokio::join!(qmp.execute_within("later", NONE, 2 * SECOND), async {
+                let later = peer.command().await;
+                tokio::time::sleep(SECOND).await;
+                peer.answer(&later, json!({})).await;
+            });
+            later.unwrap();
+        }
+    });
+    ahead.unwrap();
+    assert!(
+        matches!(error, QmpError::TimedOut { sent: true, .. }),
+        "{error}"
+    );
+    // One command was ahead of it, so its deadline began again once.
+    assert!((2 * SECOND..=4 * SECOND).contains(&took), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn nobody_can_answer_what_was_not_asked() {
     let (qmp, mut peer) = connected().await;
     let long = json!(["x".repeat(8 << 10)]);

@@ -58,7 +58,9 @@ impl Link {
         };
         let call = self.0.begin().map_err(unanswered)?;
         let line = line(call.id())?;
-        let outcome = call.exchange(line, deadline).await.map_err(unanswered)?;
+        // QEMU does one command after the other.
+        let outcome = call.exchange_in_turn(line, deadline).await;
+        let outcome = outcome.map_err(unanswered)?;
         outcome.map_err(|refusal| QmpError::Refused {
             command: command.to_owned(),
             class: one_line(&refusal.class),
