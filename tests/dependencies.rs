@@ -11,10 +11,11 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 16] = [
+const RULE: [(&str, &[&str]); 17] = [
     ("blockmount", &[]),
     ("blockmount-journal", &["blockmount"]),
     ("blockmount-source", &["blockmount"]),
+    ("blockmount-containerd", &["blockmount"]),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-verity", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),
