@@ -228,6 +228,7 @@ impl Port {
         let (dropped, is_dropped) = oneshot::channel();
         let stream = stream.into_std().map_err(what)?;
         let closer = stream.try_clone().map_err(what)?;
+        let mut deletions = self.qmp.events("DEVICE_DELETED");
         tokio::spawn(async move {
             let closing = async {
                 let is_ours = |event: &Event| event.data["id"] == *self.id;
@@ -236,9 +237,17 @@ impl Port {
                 // was too slow for the truth.
                 while let Err(QmpError::TimedOut { .. }) = changes.find(LISTENING, is_ours).await {}
             };
+            // A port that another client takes out is not closed, and QEMU leaves our end of it open.
+            let removed = async {
+                let is_ours = |event: &Event| event.data["device"] == *self.id;
+                while let Err(QmpError::TimedOut { .. }) = deletions.find(LISTENING, is_ours).await
+                {
+                }
+            };
             let mut all_closing = self.closing.clone();
             tokio::select! {
                 () = closing => {}
+                () = removed => {}
                 _ = is_dropped => {}
                 Ok(()) = all_closing.changed() => {}
             }
