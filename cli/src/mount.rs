@@ -85,7 +85,8 @@ async fn resume(
             "the mount is left as it was; go on with it: sudo blockmount mount --resume {name}"
         ))
     };
-    let machine = Machine::start(guest, args.transport, || Ok(run), interrupt).await;
+    // Whichever had the disks.
+    let machine = Machine::start(guest, Transports::Auto, || Ok(run), interrupt).await;
     interrupt.check().map_err(left)?;
     let mut machine = machine.map_err(|failure| failure.advise(kept))?;
     let target = remembered.target();
@@ -180,13 +181,7 @@ fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
         let what = "a mount with a --name outlives this program, and a virtual machine does not";
         return Err(Failure::usage(what).advise("add --keep-vm, or leave --name out"));
     }
-    match args.transport.required() {
-        Some(Transports::DEFAULT) => Ok(()),
-        _ => {
-            let what = "what is packed on VPMEM cannot be found again after a kill";
-            Err(Failure::usage(what).advise("leave --transport out"))
-        }
-    }
+    Ok(())
 }
 
 /// Makes the path absolute without following anything: whether a link may be on the way is for the guest

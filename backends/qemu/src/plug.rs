@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use crate::open_file::OpenFile;
-use crate::qmp::{Event, Events, Passed, Qmp, QmpError};
+use crate::qmp::{Event, Events, Kept, Passed, Qmp, QmpError};
 use std::collections::HashMap;
 
 /// Where QEMU keeps the devices, and the other objects, that have ids.
@@ -438,10 +438,19 @@ impl Plug<'_> {
 /// What QEMU has, by whoever added it.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// By names with our prefix, with the disk where QEMU shows that.
-    pub(crate) ours: HashMap<String, Option<DiskId>>,
+    /// What there is by names with our prefix.
+    pub(crate) ours: HashMap<String, Presence>,
+    /// The files that QEMU keeps, by their owners.
+    pub(crate) kept: HashMap<String, Kept>,
     /// Devices of other names, with the path of the bus that each is on.
     pub(crate) others: Vec<(String, String)>,
+}
+
+impl Found {
+    /// Which disk was attached under a name, where QEMU shows that.
+    pub(crate) fn disk(&self, name: &str) -> Option<DiskId> {
+        self.kept.get(name).map(|kept| kept.id.clone())
+    }
 }
 
 /// Asks QEMU for all devices, and for what devices of ours are made on.
@@ -449,18 +458,21 @@ pub(crate) async fn find(qmp: &Qmp, backend: Backend, prefix: &str) -> Result<Fo
     let failed = |error: QmpError| error.while_trying("cannot list the disks of the VM");
     let devices = objects(qmp, DEVICES).await.map_err(failed)?;
     let backends = backend.names(qmp).await.map_err(failed)?;
-    let disks = qmp.kept_disks().await.map_err(failed)?;
-    let (ours, others): (Vec<String>, Vec<String>) = devices
+    let kept = qmp.kept().await.map_err(failed)?;
+    let (devices, others): (Vec<String>, Vec<String>) = devices
         .into_iter()
         .partition(|name| name.starts_with(prefix));
-    let backends = backends.into_iter().filter(|name| name.starts_with(prefix));
-    let ours = ours.into_iter().chain(backends);
     let mut found = Found {
-        ours: ours
-            .map(|name| (name.clone(), disks.get(&name).cloned()))
-            .collect(),
+        ours: HashMap::new(),
+        kept,
         others: Vec::new(),
     };
+    for name in devices {
+        found.ours.entry(name).or_default().device = true;
+    }
+    for name in backends.into_iter().filter(|name| name.starts_with(prefix)) {
+        found.ours.entry(name).or_default().backend = true;
+    }
     for name in others {
         if let Some(bus) = property(qmp, &name, "parent_bus").await.map_err(failed)?
             && let Some(bus) = bus.as_str()

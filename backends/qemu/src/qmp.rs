@@ -49,7 +49,7 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
-pub(crate) use descriptors::Passed;
+pub(crate) use descriptors::{Kept, Passed};
 use descriptors::{MonitorSocket, PendingDescriptors};
 pub use error::QmpError;
 use error::one_line;

@@ -238,10 +238,12 @@ impl Attacher for QemuScsi {
 
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
         let found = plug::find(&self.qmp, Backend::Node, ScsiAddress::SERIAL_PREFIX).await?;
-        let ours = found.ours.into_iter();
-        let mut occupants: Vec<_> = ours
-            .filter_map(|(name, id)| Some(Occupant::new(ScsiAddress::from_serial(&name)?, id)))
-            .collect();
+        let ours = found.ours.keys();
+        let occupant = |name: &String| {
+            let address = ScsiAddress::from_serial(name)?;
+            Some(Occupant::new(address, found.disk(name)))
+        };
+        let mut occupants: Vec<_> = ours.filter_map(occupant).collect();
         for (device, bus) in found.others {
             let on_it = |id: &String| bus.ends_with(&format!("/{id}.0"));
             if let Some(controller) = self.controllers.iter().position(on_it)

@@ -1,18 +1,21 @@
 //! VPMEM devices of a running QEMU, by its monitor: whole disks, and many disks packed on one device.
 
 mod backing;
+mod kept;
 mod packed;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::placement::Occupant;
-use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind};
+use blockmount::{BackendError, Disk, DiskId, ErrorKind};
 use blockmount_vpmem::{Attacher, ByteRange, DeviceNumber, Geometry, VpmemAddress};
 use serde_json::json;
 use tracing::warn;
@@ -70,12 +73,23 @@ const SLOWEST_COPY: u64 = 16 << 20;
 ///   (`truncate --size=%2M`) to have neither the copy nor its pages twice.
 /// - *Packed devices* are a sparse file of ours, as long as a device. A disk that is mapped is copied to its
 ///   range, by sharing the blocks where the filesystem can; a range that is unmapped is a hole again. The device itself
-///   stays until QEMU ends.
+///   stays until QEMU ends. QEMU keeps an image open for as long as it is mapped.
 /// - *Files of ours* are made in a directory of the caller's choice, best on the filesystem of the images, and
 ///   lose their name as soon as QEMU has them open: none is left, whoever is killed.
 ///
 /// QEMU 7.2 keeps the file of a device that was ejected mapped until it ends. The space of a copy is freed
-/// nevertheless; an image that is deleted meanwhile keeps its space.
+/// nevertheless, unless an earlier process has made it; an image that is deleted meanwhile keeps its space.
+///
+/// # After a restart
+///
+/// A new process finds out from QEMU which disk is which device and which is mapped to which range, by the files that QEMU was
+/// passed and keeps ([`VpmemTransport::adopt`](blockmount_vpmem::VpmemTransport)). It goes on with the packed devices that are
+/// there if it can see QEMU's process and open its files (`/proc/PID/fd`: both as root, or both as one user).
+///
+/// For that the monitor must be a Unix socket to QEMU itself, and QEMU must have another monitor: with the last client of all
+/// monitors it closes what it was passed. One that nobody ever leaves is `-chardev ringbuf,id=last -mon
+/// chardev=last,mode=control`, which a detached VM of this crate has. Without it the disks of an earlier process
+/// are neither adopted nor touched, and what was mapped by it cannot be unmapped.
 ///
 /// # Deadlines and doubt
 ///
@@ -94,6 +108,8 @@ struct Inner {
     /// Ranges that are being written to, or were. A copy keeps its own locked to its very end, even when
     /// nobody waits for it any more.
     ranges: Mutex<HashMap<VpmemAddress, Arc<tokio::sync::Mutex<()>>>>,
+    /// Whether a disk was ever attached as a whole device.
+    whole_devices: AtomicBool,
 }
 
 enum Kind {
@@ -182,6 +198,7 @@ impl QemuVpmem {
             directory,
             devices: (0..devices).map(|_| nothing()).collect(),
             ranges: Mutex::default(),
+            whole_devices: AtomicBool::new(false),
         })))
     }
 
@@ -202,6 +219,11 @@ impl QemuVpmem {
     /// `Gone` without a QEMU, `Uncertain` if it does not answer.
     pub async fn left(&self) -> Result<Vec<String>, BackendError> {
         plug::left(&self.0.qmp, Backend::Memory, PREFIX).await
+    }
+
+    /// Whether a packed device without disks is in the way.
+    fn uses_whole_devices(&self) -> bool {
+        self.0.whole_devices.load(Ordering::Relaxed)
     }
 
     fn plug(&self, device: DeviceNumber) -> Plug<'_> {
@@ -256,6 +278,23 @@ impl QemuVpmem {
         let plug = self.plug(device);
         plug.attach(std::slice::from_ref(file), disk, memory, arguments)
             .await
+    }
+
+    /// Has QEMU keep an image open of which it has a copy: so no other file becomes this disk, also after this process.
+    async fn keep_open(&self, device: DeviceNumber, image: Option<io::Result<File>>) {
+        let kept = match image {
+            None => return,
+            Some(Ok(image)) => {
+                self.0
+                    .qmp
+                    .pass(image.into(), &Self::name(device), None)
+                    .await
+            }
+            Some(Err(error)) => return warn!(%error, "an image is not kept open"),
+        };
+        if let Err(error) = kept {
+            warn!(%error, "an image is not kept open");
+        }
     }
 
     /// None if the VM has no such device.
@@ -318,6 +357,7 @@ impl Attacher for QemuVpmem {
             .contents(device)
             .await
             .ok_or_else(|| self.no_such(device))?;
+        self.0.whole_devices.store(true, Ordering::Relaxed);
         if !matches!(*contents, Contents::Nothing) {
             return Err(used_otherwise(device));
         }
@@ -328,11 +368,15 @@ impl Attacher for QemuVpmem {
         let image = self.blocking(&disk.to_string(), longest, prepare).await;
         let image = image.map_err(nothing_done)?;
         let (file, size) = (image.file()?, image.size());
+        let copied = image.copied();
         // From here on it stays open, until it is certain that QEMU has it no more.
         *contents = Contents::Disk(image);
         let attached = self.plug_in(device, &file, Some(id), size).await;
         match &attached {
-            Ok(()) => contents.opened(),
+            Ok(()) => {
+                contents.opened();
+                self.keep_open(device, copied).await;
+            }
             Err(error) if error.kind() == ErrorKind::Uncertain => {}
             Err(_) => *contents = Contents::Nothing,
         }
@@ -380,34 +424,8 @@ impl Attacher for QemuVpmem {
         self.unmap_range(device, range).await
     }
 
-    /// A device that disks are mapped to is listed as a whole, and QEMU does not show what is on it.
     async fn list(&self) -> Result<Vec<Occupant<VpmemAddress>>, BackendError> {
-        let found = plug::find(&self.0.qmp, Backend::Memory, PREFIX).await?;
-        let whole = |device: u64, id| {
-            let device = device.try_into().ok()?;
-            let range = None;
-            Some(Occupant::new(VpmemAddress { device, range }, id))
-        };
-        let ours = found.ours.into_iter();
-        let ours = ours
-            .filter_map(|(name, id)| whole(DeviceLocator::number(name.strip_prefix(PREFIX)?)?, id));
-        let mut occupants: Vec<_> = ours.collect();
-        for (device, bus) in found.others {
-            let number = match &self.0.kind {
-                Kind::VirtioPmem { ports } => {
-                    let on_it = |port: &String| bus.contains(&format!("/{port}/"));
-                    ports.iter().position(on_it).map(|number| number as u64)
-                }
-                Kind::Nvdimm => {
-                    let slot = plug::property(&self.0.qmp, &device, "slot").await;
-                    let failed = "cannot list the VPMEM devices of the VM";
-                    let slot = slot.map_err(|error| error.while_trying(failed))?;
-                    slot.and_then(|slot| slot.as_u64())
-                }
-            };
-            occupants.extend(number.and_then(|number| whole(number, None)));
-        }
-        Ok(occupants)
+        self.occupants().await
     }
 }
 

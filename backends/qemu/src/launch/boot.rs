@@ -102,6 +102,7 @@ impl VmBuilder {
                     "path={},server=on,wait=off",
                     socket.display()
                 )));
+                words.extend(hardware::last_monitor());
                 None
             }
             false => {

@@ -154,6 +154,15 @@ pub(super) fn streams(monitor: &str) -> Vec<String> {
     words.0
 }
 
+/// The words about a monitor that nobody reads or leaves: with the last client of all monitors QEMU closes the files that it
+/// was passed, which say what an earlier process has attached (`monitor_fdsets_cleanup`).
+pub(super) fn last_monitor() -> Vec<String> {
+    let mut words = Words::default();
+    words.pair("-chardev", "ringbuf,id=last,size=4096");
+    words.pair("-mon", "chardev=last,mode=control");
+    words.0
+}
+
 /// The words about what the guest boots.
 pub(super) fn boot(kernel: &GuestKernel, initramfs: &str) -> Vec<String> {
     let mut words = Words::default();

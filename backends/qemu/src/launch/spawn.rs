@@ -10,7 +10,9 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal, setsid};
+use rustix::process::{
+    Pid, Resource, Signal, getppid, getrlimit, set_parent_process_death_signal, setrlimit, setsid,
+};
 
 /// Starts a process that has the descriptors, under their numbers here, and no others of ours. The kernel kills it when the
 /// **thread** that calls this ends, unless it is `detached`: then it is also none of our terminal's. In either case a Ctrl-C
@@ -30,6 +32,7 @@ pub(super) fn spawn(
             false => end_with(parent)?,
         }
         close_on_exec()?;
+        allow_many_files()?;
         for fd in &inherited {
             fcntl_setfd(fd, FdFlags::empty())?;
         }
@@ -58,6 +61,13 @@ fn close_on_exec() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// QEMU keeps the images of all disks open, which may be more than the usual 1,024.
+fn allow_many_files() -> io::Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
 fn end_with(parent: Pid) -> io::Result<()> {

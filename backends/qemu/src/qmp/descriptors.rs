@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -9,8 +10,10 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::SystemTime;
 
 use blockmount::DiskId;
+use blockmount_source::id_of;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::json;
@@ -39,8 +42,21 @@ struct Set {
 
 #[derive(Deserialize)]
 struct Member {
+    #[serde(rename = "fd")]
+    number: u64,
     #[serde(default)]
     opaque: String,
+}
+
+/// A file that QEMU keeps, whichever process has passed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Kept {
+    /// The number of the descriptor in QEMU.
+    number: u64,
+    /// Grows with each file that is passed: a QEMU that is stopped shows files that were taken back, too.
+    pub(crate) order: u64,
+    /// Which disk it was passed as.
+    pub(crate) id: DiskId,
 }
 
 impl Qmp {
@@ -89,19 +105,43 @@ impl Qmp {
         Ok(())
     }
 
-    /// Which disks the files are that QEMU keeps, by their owners.
-    pub(crate) async fn kept_disks(&self) -> Result<HashMap<String, DiskId>, QmpError> {
+    /// The files that QEMU keeps and that were passed with the id of a disk, by their owners; of several of an owner, the last.
+    pub(crate) async fn kept(&self) -> Result<HashMap<String, Kept>, QmpError> {
+        let mut kept = HashMap::<String, Kept>::new();
         if self.pending_descriptors().is_none() {
-            return Ok(HashMap::new());
+            return Ok(kept);
         }
         let sets: Vec<Set> = self.query("query-fdsets", NONE).await?;
-        let members = sets.iter().flat_map(|set| &set.fds);
-        let disk = |member: &Member| {
-            let (owner, rest) = member.opaque.split_once(SEPARATOR)?;
-            let (_, id) = rest.split_once(' ')?;
-            Some((owner.to_owned(), parse_id(id)))
+        for member in sets.iter().flat_map(|set| &set.fds) {
+            let Some((owner, found)) = parse_kept(member) else {
+                continue;
+            };
+            match kept.get(owner) {
+                Some(other) if other.order > found.order => {}
+                _ => drop(kept.insert(owner.to_owned(), found)),
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Opens a file once more that QEMU keeps, for reading and writing, and proves that it is the one that was passed. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If the process of QEMU cannot be seen from here, or its files not be opened.
+    pub(crate) fn reopen(&self, kept: &Kept) -> io::Result<File> {
+        let peer = self.pending_descriptors().and_then(|pending| pending.peer);
+        let peer = peer.ok_or_else(|| io::Error::other("the process of QEMU is not known"))?;
+        let path = format!("/proc/{peer}/fd/{}", kept.number);
+        let prove = |metadata: &std::fs::Metadata| match id_of(metadata) == kept.id {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("{path} is another file"))),
         };
-        Ok(members.filter_map(disk).collect())
+        // Before it is opened: what is no such file may do anything when it is.
+        prove(&std::fs::metadata(&path)?)?;
+        let file = File::options().read(true).write(true).open(&path)?;
+        prove(&file.metadata()?)?;
+        Ok(file)
     }
 
     async fn remove_set(&self, set: u64) -> Result<(), QmpError> {
@@ -111,6 +151,18 @@ impl Qmp {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Reads what [`PendingDescriptors::add`] has written.
+fn parse_kept(member: &Member) -> Option<(&str, Kept)> {
+    let (owner, rest) = member.opaque.split_once(SEPARATOR)?;
+    let (order, id) = rest.split_once(' ')?;
+    let kept = Kept {
+        number: member.number,
+        order: order.parse().ok()?,
+        id: parse_id(id),
+    };
+    Some((owner, kept))
 }
 
 /// Reads what [`DiskId`] displays.
@@ -130,15 +182,28 @@ const SEPARATOR: char = '#';
 
 /// The descriptors whose commands are not written yet.
 #[derive(Debug, Clone, Default)]
-pub(super) struct PendingDescriptors(Arc<Mutex<Vec<Named>>>);
+pub(super) struct PendingDescriptors {
+    named: Arc<Mutex<Vec<Named>>>,
+    /// The process at the other end, if it can be seen from here.
+    peer: Option<i32>,
+}
 
 /// A descriptor, and the name by which its command is recognised.
 type Named = (Arc<str>, OwnedFd);
 
 impl PendingDescriptors {
     fn add(&self, file: OwnedFd, owner: &str, id: Option<&DiskId>) -> Pending<'_> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let now = u64::try_from(since.as_nanos()).unwrap_or_default();
+        // Also greater than those of an earlier process.
+        let next = |last: u64| now.max(last + 1);
+        let number = next(
+            LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| {
+                Some(next(last))
+            })
+            .unwrap_or_default(),
+        );
         let id = id.map_or(String::new(), |id| format!(" {id}"));
         let name: Arc<str> = format!("{owner}{SEPARATOR}{number}{id}").into();
         self.lock().push((name.clone(), file));
@@ -147,7 +212,7 @@ impl PendingDescriptors {
 
     fn lock(&self) -> MutexGuard<'_, Vec<Named>> {
         // Entries are added and removed; a panic between leaves entries.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -176,7 +241,9 @@ impl MonitorSocket {
         let mut stream = Some(stream);
         let unix = (&mut stream as &mut dyn Any).downcast_mut::<Option<UnixStream>>();
         if let Some(stream) = unix.and_then(Option::take) {
-            let pending = PendingDescriptors::default();
+            let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
+            let named = Arc::default();
+            let pending = PendingDescriptors { named, peer };
             let socket = MonitorSocket {
                 stream,
                 pending: pending.clone(),

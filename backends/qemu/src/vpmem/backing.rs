@@ -74,6 +74,11 @@ impl Image {
         self.size
     }
 
+    /// Another descriptor of the image that QEMU has a copy of, if it has one.
+    pub(super) fn copied(&self) -> Option<io::Result<File>> {
+        self.copy.as_ref().map(|_| self.source.try_clone())
+    }
+
     /// QEMU has it open: a copy needs its name no more.
     pub(super) fn opened(&mut self) {
         if let Some(copy) = &mut self.copy {
@@ -156,6 +161,11 @@ impl Private {
         })
     }
 
+    /// One that an earlier process has made.
+    pub(super) fn found(file: File) -> Self {
+        Private { file, name: None }
+    }
+
     /// Empty once the name is forgotten.
     pub(super) fn path(&self) -> &Path {
         self.name.as_ref().map_or(Path::new(""), |name| &name.0)
@@ -187,14 +197,12 @@ fn create_new(directory: &Path) -> io::Result<(File, Name)> {
     }
 }
 
-/// Copies a disk to a range of a device. Blocks.
-pub(super) fn write_range(
+/// Opens a disk that is to be copied to a range; with its length. Blocks.
+pub(super) fn open_for(
     disk: &Disk,
     id: &DiskId,
-    device: &File,
     range: ByteRange,
-    given_up: &AtomicBool,
-) -> Result<(), BackendError> {
+) -> Result<(File, u64), BackendError> {
     let (source, length) = open(disk, id)?;
     if length > range.size() {
         return Err(BackendError::conflict(format!(
@@ -202,7 +210,18 @@ pub(super) fn write_range(
             range.size()
         )));
     }
-    copy_to(&source, device, range.offset(), length, given_up).map_err(|error| {
+    Ok((source, length))
+}
+
+/// Copies a disk of so many bytes to a range of a device. Blocks.
+pub(super) fn write_range(
+    disk: &Disk,
+    (source, length): (&File, u64),
+    device: &File,
+    range: ByteRange,
+    given_up: &AtomicBool,
+) -> Result<(), BackendError> {
+    copy_to(source, device, range.offset(), length, given_up).map_err(|error| {
         // The range is anybody's after this error.
         match clear_range(device, range) {
             Ok(()) => cannot_copy(disk, error),

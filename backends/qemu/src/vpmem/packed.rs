@@ -25,14 +25,24 @@ impl QemuVpmem {
             let message = format!("VPMEM device {device} has no range {range}");
             return Err(BackendError::invalid(message));
         }
+        let (opened, wanted) = (disk.clone(), id.clone());
+        let open = move |_: &AtomicBool| backing::open_for(&opened, &wanted, range);
+        let opened = self.blocking(&disk.to_string(), 0, open).await;
+        let (source, length) = opened.map_err(nothing_done)?;
         let file = self.packed(device).await?;
-        let lock = self.lock(address(device, range)).await?;
-        let (copied, id) = (disk.clone(), id.clone());
+        let place = address(device, range);
+        let lock = self.lock(place).await?;
+        self.note_range(&place, &source, id).await?;
+        let copied = disk.clone();
         let copy = move |given_up: &AtomicBool| {
             let _lock = lock;
-            backing::write_range(&copied, &id, &file, range, given_up)
+            backing::write_range(&copied, (&source, length), &file, range, given_up)
         };
-        self.blocking(&disk.to_string(), range.size(), copy).await
+        let written = self.blocking(&disk.to_string(), range.size(), copy).await;
+        match written.as_ref().map_err(BackendError::kind) {
+            Ok(()) | Err(ErrorKind::Uncertain) => written,
+            Err(_) => self.forget_range(&place).await.and(written),
+        }
     }
 
     pub(super) async fn unmap_range(
@@ -40,15 +50,10 @@ impl QemuVpmem {
         device: DeviceNumber,
         range: ByteRange,
     ) -> Result<(), BackendError> {
-        let file = match self.contents(device).await.as_deref() {
-            Some(Contents::Ranges { file, .. }) => file.file(),
-            // Nothing was ever there.
-            _ => return Ok(()),
+        let Some(file) = self.mapped_file(device).await? else {
+            return Ok(());
         };
         let what = format!("range {range} of VPMEM device {device}");
-        let file = file.map_err(|error| {
-            BackendError::other(format!("cannot clear {what}")).with_source(error)
-        })?;
         let place = address(device, range);
         let lock = self.lock(place).await?;
         let clear = move |_: &AtomicBool| {
@@ -56,9 +61,48 @@ impl QemuVpmem {
             backing::clear_range(&file, range)
         };
         self.blocking(&what, range.size(), clear).await?;
+        self.forget_range(&place).await?;
         let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
         ranges.remove(&place);
         Ok(())
+    }
+
+    /// The file of a packed device to which a disk may be mapped; none if nothing can ever have been.
+    async fn mapped_file(&self, device: DeviceNumber) -> Result<Option<File>, BackendError> {
+        let Some(mut contents) = self.contents(device).await else {
+            return Ok(None);
+        };
+        if let Contents::Nothing = *contents {
+            let lost = |error: BackendError| match error.kind() {
+                ErrorKind::Conflict => {
+                    let tried = format!("cannot unmap a disk from VPMEM device {device}");
+                    BackendError::uncertain(tried).with_source(error)
+                }
+                _ => error,
+            };
+            match self.reach(device).await.map_err(lost)? {
+                Some(file) => {
+                    *contents = Contents::Ranges {
+                        file,
+                        plugged: true,
+                    };
+                }
+                None if self.has_other(device).await? => {
+                    return Err(BackendError::uncertain(format!(
+                        "cannot unmap a disk from VPMEM device {device}: QEMU does not show any more what its file is; \
+                         it stays until QEMU ends"
+                    )));
+                }
+                None => {}
+            }
+        }
+        let Contents::Ranges { file, .. } = &*contents else {
+            return Ok(None);
+        };
+        file.file().map(Some).map_err(|error| {
+            BackendError::other(format!("cannot clear a range of VPMEM device {device}"))
+                .with_source(error)
+        })
     }
 
     /// The file of a packed device that QEMU has; made and plugged if it is not there.
@@ -67,6 +111,14 @@ impl QemuVpmem {
             .contents(device)
             .await
             .ok_or_else(|| self.no_such(device))?;
+        if let Contents::Nothing = *contents
+            && let Some(file) = self.reach(device).await.map_err(nothing_done)?
+        {
+            *contents = Contents::Ranges {
+                file,
+                plugged: true,
+            };
+        }
         let is_new = matches!(*contents, Contents::Nothing);
         if is_new {
             let (directory, size) = (self.0.directory.clone(), self.0.geometry.device_size());
@@ -88,6 +140,7 @@ impl QemuVpmem {
         if !*plugged && let Err(error) = self.plug_packed(device, file, is_new).await {
             if error.kind() != ErrorKind::Uncertain {
                 *contents = Contents::Nothing;
+                self.forget_device(device).await;
             }
             return Err(error);
         }
@@ -123,6 +176,7 @@ impl QemuVpmem {
                 BackendError::other(format!("cannot share the file of VPMEM device {device}"))
                     .with_source(error)
             })?;
+            self.note_device(device, &shared).await?;
             let shared = OpenFile::new(shared, file.path())?;
             let size = self.0.geometry.device_size();
             self.plug_in(device, &shared, None, size).await?;

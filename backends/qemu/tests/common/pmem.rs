@@ -38,6 +38,22 @@ impl Pmem {
     }
 
     pub fn start_with(ports: usize, room: u64) -> Self {
+        Self::start_further(ports, room, &[])
+    }
+
+    /// With a monitor that many can connect to, one after the other, at `qmp` in a directory. It runs, so that it closes the
+    /// files that are taken back.
+    pub fn start_reachable(ports: usize, directory: &Path) -> Self {
+        let monitor = format!(
+            "unix:{},server=on,wait=off",
+            directory.join("qmp").display()
+        );
+        let pmem = Self::start_further(ports, 1 << 30, &["-qmp", &monitor]);
+        pmem.qemu.execute("cont", json!({}));
+        pmem
+    }
+
+    fn start_further(ports: usize, room: u64, further: &[&str]) -> Self {
         let files = tempfile::tempdir_in("/var/tmp").unwrap();
         let ports: Vec<String> = (0..ports).map(|n| format!("rp{n}")).collect();
         let path = files.path().join("qtest");
@@ -52,7 +68,11 @@ impl Pmem {
             let port = format!("pcie-root-port,id={id},chassis={at},slot={at}");
             more.extend(["-device".to_owned(), port]);
         }
-        let more: Vec<&str> = more.iter().map(String::as_str).collect();
+        let more: Vec<&str> = more
+            .iter()
+            .map(String::as_str)
+            .chain(further.iter().copied())
+            .collect();
         let qemu = Qemu::start_with(0, &more);
         let (stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(LONG)).unwrap();
