@@ -9,6 +9,9 @@
     clippy::unwrap_used
 )]
 
+pub mod kills;
+pub mod machines;
+
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt as _;
