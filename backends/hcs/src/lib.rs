@@ -111,6 +111,15 @@
 //! their 32 bits, with either prefix that the service has for its own. A disk that is added after its time-out, when its address
 //! is free again, is noticed by the next one there, and removed.
 //!
+//! # After a restart
+//!
+//! The service does not say which disks a VM has. The properties of a VM (schema 2, as hcsshim has it in
+//! `internal/hcs/schema2/properties.go`) have nothing about its devices, and the query `MappedVirtualDisk` is answered for
+//! compute systems of schema 1 only (`internal/hcs/schema1`). So a disk that a journal remembers is `Absent` if the VM has ended,
+//! and else `Unknown`: its address is quarantined, whoever held it learns that it is lost, and the tear-down that follows, which
+//! the guest begins, frees the address. A removal where nothing is any more is a success. What others may have put at that
+//! address since cannot be told from ours, so nobody else may use the addresses of a transport.
+//!
 //! | file | concern |
 //! |---|---|
 //! | `documents.rs`, `documents/*.rs` | the documents: requests, paths, the part of a VM's document that is about disks, properties |

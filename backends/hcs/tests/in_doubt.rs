@@ -13,7 +13,7 @@ use blockmount::{Disk, ErrorKind, Presence, Transport};
 use blockmount_bridge::gcs::Hresult;
 use blockmount_hcs::{ComputeSystem, GuestOs, ScsiAttacher, VpmemAttacher};
 use blockmount_scsi::{Attacher as _, Geometry, ScsiTransport};
-use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber};
+use blockmount_vpmem::{Attacher as _, ByteRange, DeviceNumber, Mode, VpmemTransport};
 use common::{Answer, Images, Model, Reply, SHORT, WAYS, address};
 
 type Scsi = ScsiTransport<ScsiAttacher<Arc<dyn ComputeSystem>>>;
@@ -240,20 +240,57 @@ async fn u03_a_disk_that_others_have_attached_stays_and_its_address_is_left_out(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_journal_remembers_is_in_doubt_until_it_is_detached() {
+async fn u03_what_a_journal_remembers_is_in_doubt_until_it_is_detached() {
     let model = Model::linux().await;
     for system in model.ways().await {
         let images = Images::new();
         let disk = images.disk("a.vhdx");
         let earlier = transport(system.clone(), 2);
         let locator = earlier.attach_identified(&disk).await.unwrap();
+        let before = model.left();
         let scsi = transport(system, 2);
         let id = scsi.identify(&disk).await.unwrap();
         let found = scsi.adopt(&disk, &id, Some(&locator)).await.unwrap();
         assert_eq!(found, Presence::Unknown);
         assert_eq!(states(&scsi), [SlotUse::Quarantined]);
+        // Adopting has changed nothing, and another disk goes elsewhere.
+        assert_eq!(model.left(), before);
+        let other = images.disk("b.vhdx");
+        let elsewhere = scsi.attach_identified(&other).await.unwrap();
+        assert_ne!(elsewhere, locator);
+        scsi.detach(&other).await.unwrap();
         scsi.detach(&disk).await.unwrap();
         assert_eq!((states(&scsi), model.left().len()), (vec![], 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn u03_of_a_vm_that_has_ended_nothing_is_adopted() {
+    for way in 0..WAYS {
+        let model = Model::linux().await;
+        let system = model.ways().await.swap_remove(way);
+        let images = Images::new();
+        let (disk, layer) = (images.disk("a.vhdx"), images.disk("a.vhd").read_only());
+        let locator = transport(system.clone(), 2)
+            .attach_identified(&disk)
+            .await
+            .unwrap();
+        let scsi = transport(system.clone(), 2);
+        let attacher = VpmemAttacher::new(system, GuestOs::Linux);
+        let geometry = blockmount_vpmem::Geometry::default();
+        let vpmem = VpmemTransport::new(attacher, geometry, Mode::Packed, &[]).unwrap();
+        model.end();
+        let id = scsi.identify(&disk).await.unwrap();
+        let found = scsi.adopt(&disk, &id, Some(&locator)).await.unwrap();
+        assert_eq!((found, states(&scsi)), (Presence::Absent, vec![]));
+        let id = vpmem.identify(&layer).await.unwrap();
+        let range = "vpmem:1@0+4096".parse().unwrap();
+        let found = vpmem.adopt(&layer, &id, Some(&range)).await.unwrap();
+        assert_eq!((found, vpmem.slot_map()), (Presence::Absent, vec![]));
+        assert_eq!(
+            vpmem.adopt(&layer, &id, None).await.unwrap(),
+            Presence::Absent
+        );
     }
 }
 
