@@ -128,6 +128,7 @@ Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
   sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
+  sudo blockmount mount --layer merged.erofs --device app.blob --device base.blob --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt --at /mnt/tree
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
@@ -180,7 +181,7 @@ pub(crate) struct MountArgs {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["layer", "partition", "verity", "guest", "transport", "scratch", "encrypt", "options", "at", "name", "keep_vm"]
+        conflicts_with_all = ["layer", "partition", "verity", "device", "guest", "transport", "scratch", "encrypt", "options", "at", "name", "keep_vm"]
     )]
     pub(crate) resume: Option<HolderName>,
 
@@ -301,9 +302,23 @@ pub(crate) struct Layer {
     pub(crate) partition: Option<NonZeroU32>,
     /// What vouches for its blocks.
     pub(crate) verity: Option<Trusted>,
+    /// Further images that its filesystem has data in, in its order.
+    pub(crate) devices: Vec<PathBuf>,
 }
 
-/// `--layer IMAGE [--partition N] [--verity FILE]`, as often as wanted.
+impl Layer {
+    /// All of an image.
+    pub(crate) fn whole(image: PathBuf) -> Self {
+        Layer {
+            image,
+            partition: None,
+            verity: None,
+            devices: Vec::new(),
+        }
+    }
+}
+
+/// `--layer IMAGE [--partition N] [--verity FILE] [--device IMAGE]...`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -339,7 +354,13 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(Trusted))
             .action(clap::ArgAction::Append)
             .help("Check each block of the --layer before it, by its .dmverity file or root=DIGEST,offset=BYTES");
-        command.arg(layer).arg(partition).arg(verity)
+        let device = clap::Arg::new("device")
+            .long("device")
+            .value_name("IMAGE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .action(clap::ArgAction::Append)
+            .help("Image of a further device of the --layer before it, such as a blob of an erofs, in its order; repeatable");
+        command.arg(layer).arg(partition).arg(verity).arg(device)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -356,25 +377,27 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        self.0 = images
-            .map(|image| Layer {
-                image: image.clone(),
-                partition: None,
-                verity: None,
-            })
-            .collect();
-        self.add(matches, "partition", |layer| &mut layer.partition)?;
-        self.add(matches, "verity", |layer| &mut layer.verity)
+        self.0 = images.cloned().map(Layer::whole).collect();
+        self.add(matches, "partition", |layer, number: &NonZeroU32| {
+            layer.partition.replace(*number).is_none()
+        })?;
+        self.add(matches, "verity", |layer, trusted: &Trusted| {
+            layer.verity.replace(trusted.clone()).is_none()
+        })?;
+        self.add(matches, "device", |layer, image: &PathBuf| {
+            layer.devices.push(image.clone());
+            true
+        })
     }
 }
 
 impl<const REQUIRED: bool> Layers<REQUIRED> {
-    /// Adds what is said of layers to the layer that is before it.
+    /// Adds what is said of layers to the layer that is before it. `put` answers false if the layer has it already.
     fn add<T: Clone + Send + Sync + 'static>(
         &mut self,
         matches: &ArgMatches,
         name: &str,
-        field: impl Fn(&mut Layer) -> &mut Option<T>,
+        put: impl Fn(&mut Layer, &T) -> bool,
     ) -> Result<(), clap::Error> {
         let positions: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
         let values = matches.get_many::<T>(name).into_iter().flatten();
@@ -384,7 +407,7 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
                 return Err(misplaced(format!("--{name} has no --layer before it")));
             };
-            if field(layer).replace(value.clone()).is_some() {
+            if !put(layer, value) {
                 let image = layer.image.display();
                 return Err(misplaced(format!(
                     "--{name} is given twice for --layer {image}; repeat the --layer"
@@ -451,10 +474,23 @@ mod tests {
 
     fn layer(image: &str, partition: u32) -> Layer {
         Layer {
-            image: image.into(),
             partition: NonZeroU32::new(partition),
-            verity: None,
+            ..Layer::whole(image.into())
         }
+    }
+
+    #[test]
+    fn devices_belong_to_the_layer_before_them_in_their_order() {
+        let words = ["-l", "a", "--device", "y", "--device", "x", "-l", "b"];
+        let given = layers(&words).unwrap();
+        assert_eq!(given[0].devices, [PathBuf::from("y"), "x".into()]);
+        assert!(given[1].devices.is_empty());
+        assert_eq!(
+            layers(&["--device", "x", "-l", "a"])
+                .unwrap_err()
+                .exit_code(),
+            2
+        );
     }
 
     #[test]

@@ -257,11 +257,7 @@ impl Scene<'_> {
             layers.push(self.disk(layer, Role::Layer, mount, sharing.count(), &mounts)?);
         }
         for (image, stack) in self.scratches.iter().zip(&self.stacks) {
-            let layer = Layer {
-                image: image.clone(),
-                partition: None,
-                verity: None,
-            };
+            let layer = Layer::whole(image.clone());
             let mount = stack
                 .scratch()
                 .expect("each container was asked for with a scratch disk");

@@ -250,11 +250,7 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
             path: mount.path().display().to_string(),
         })
     };
-    let scratch = Layer {
-        image: machine.scratch(),
-        partition: None,
-        verity: None,
-    };
+    let scratch = Layer::whole(machine.scratch());
     let held = Held {
         target: stack.target().display().to_string(),
         writable: stack.scratch().is_some(),

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use blockmount::{MountOptions, MountRequest};
+use blockmount::{Disk, MountOptions, MountRequest};
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
@@ -21,7 +21,9 @@ pub(crate) fn layer_request(layer: &Layer, options: &[String]) -> Result<MountRe
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;
-    Ok(MountRequest::new(options))
+    let devices = layer.devices.iter().map(Disk::virtual_disk);
+    let devices = devices.map(Disk::read_only);
+    Ok(devices.fold(MountRequest::new(options), MountRequest::with_device))
 }
 
 /// The layers without those that are there a second time, under whatever name.
@@ -36,7 +38,14 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                *other == file && upper.partition == layer.partition && upper.verity == layer.verity
+                let Layer {
+                    partition,
+                    verity,
+                    devices,
+                    image: _,
+                } = layer;
+                let same = (&upper.partition, &upper.verity, &upper.devices);
+                *other == file && same == (partition, verity, devices)
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());
@@ -62,9 +71,8 @@ mod tests {
     fn the_upper_of_two_equal_layers_stays() {
         let directory = tempfile::tempdir().unwrap();
         let layer = |name: &str, partition| Layer {
-            image: directory.path().join(name),
             partition: NonZeroU32::new(partition),
-            verity: None,
+            ..Layer::whole(directory.path().join(name))
         };
         std::fs::write(directory.path().join("a"), "a").unwrap();
         std::fs::write(directory.path().join("b"), "b").unwrap();

@@ -135,9 +135,8 @@ impl Recipe {
         let partition = NonZeroU32::new(if self.partitioned { 2 } else { 0 });
         Ok(TestImage {
             layer: Layer {
-                image: written,
                 partition,
-                verity: None,
+                ..Layer::whole(written)
             },
             tree,
         })

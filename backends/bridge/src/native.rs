@@ -73,7 +73,9 @@ impl HostCodec for NativeHost {
     ) -> Result<Ask<Request>, BackendError> {
         Ok(match request {
             // An older agent cannot be asked.
-            Request::AdoptMount { .. } | Request::AdoptOverlay(_) if agreed.version < ADOPTS => {
+            Request::AdoptMount { .. } | Request::AdoptOverlay(_) | Request::AdoptView(_)
+                if agreed.version < ADOPTS =>
+            {
                 Ask::Answer(Reply::Presence(Presence::Unknown))
             }
             request => Ask::Send(request),

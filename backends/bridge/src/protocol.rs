@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence};
+use blockmount::{BackendError, BindMount, DeviceLocator, MountOptions, Overlay, Presence};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +26,7 @@ pub const MAX_FRAME: usize = 1 << 20;
 const HEADER_LEN: usize = 12;
 
 /// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
-/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt.
+/// version: an agent refuses a field or a request that it does not know, by name. Version 2 has the requests to adopt.
 const VERSIONS: (u32, u32) = (1, 2);
 
 /// The first version in which an agent can be asked what is there.
@@ -101,6 +101,15 @@ pub enum Request {
     },
     /// [`LayerCombiner::adopt`](blockmount::LayerCombiner::adopt).
     AdoptOverlay(Overlay),
+    /// [`Binder::bind`](blockmount::Binder::bind).
+    Bind(Box<BindMount>),
+    /// [`Binder::unbind`](blockmount::Binder::unbind).
+    Unbind {
+        /// Where the view is.
+        target: PathBuf,
+    },
+    /// [`Binder::adopt`](blockmount::Binder::adopt).
+    AdoptView(Box<BindMount>),
 }
 
 /// What a guest answers to a [`Request`] when all went well.
@@ -131,7 +140,7 @@ pub(crate) enum Key {
 }
 
 impl Request {
-    const NAMES: [&str; 7] = [
+    const NAMES: [&str; 10] = [
         "Mount",
         "Unmount",
         "Combine",
@@ -139,12 +148,18 @@ impl Request {
         "Unplug",
         "AdoptMount",
         "AdoptOverlay",
+        "Bind",
+        "Unbind",
+        "AdoptView",
     ];
 
     /// Whether it tears something down, so that it may be sent again.
     pub fn is_teardown(&self) -> bool {
-        use Request::{Separate, Unmount, Unplug};
-        matches!(self, Unmount { .. } | Separate { .. } | Unplug { .. })
+        use Request::{Separate, Unbind, Unmount, Unplug};
+        matches!(
+            self,
+            Unmount { .. } | Separate { .. } | Unbind { .. } | Unplug { .. }
+        )
     }
 
     /// What it asks for, for errors: `unmount of /run/layer`.
@@ -160,6 +175,9 @@ impl Request {
             Request::Unplug { locator } => format!("unplug of {locator}"),
             Request::AdoptMount { target, .. } => at("adoption of the mount at", target),
             Request::AdoptOverlay(overlay) => at("adoption of the overlay at", &overlay.target),
+            Request::Bind(bind) => at("view at", &bind.target),
+            Request::Unbind { target } => at("removal of the view at", target),
+            Request::AdoptView(bind) => at("adoption of the view at", &bind.target),
         }
     }
 
@@ -168,10 +186,12 @@ impl Request {
             Request::Mount { target, .. }
             | Request::AdoptMount { target, .. }
             | Request::Unmount { target }
-            | Request::Separate { target } => Key::Target(target.clone()),
+            | Request::Separate { target }
+            | Request::Unbind { target } => Key::Target(target.clone()),
             Request::Combine(overlay) | Request::AdoptOverlay(overlay) => {
                 Key::Target(overlay.target.clone())
             }
+            Request::Bind(bind) | Request::AdoptView(bind) => Key::Target(bind.target.clone()),
             Request::Unplug { locator } => Key::Device(locator.clone()),
         }
     }

@@ -68,10 +68,9 @@ impl Remembered {
 
     pub(crate) fn layers(&self) -> Vec<Layer> {
         let layer = |layer: &RememberedLayer| Layer {
-            image: layer.image.clone().into_path(),
             partition: layer.partition,
-            // It is mounted, and what vouches for it is with the mount.
-            verity: None,
+            // It is mounted, and what vouches for it and its further devices are with the mount.
+            ..Layer::whole(layer.image.clone().into_path())
         };
         self.layers.iter().map(layer).collect()
     }

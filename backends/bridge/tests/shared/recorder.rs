@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
+    BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
+    Presence, Unplugger,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -19,6 +20,8 @@ pub(crate) enum Asked {
     Unplug(String),
     Combine(Overlay),
     Separate(String),
+    Bind(BindMount),
+    Unbind(String),
 }
 
 impl Recorder {
@@ -81,6 +84,21 @@ impl LayerCombiner for Recorder {
     }
 
     async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
+}
+
+#[async_trait]
+impl Binder for Recorder {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.note(Asked::Bind(bind.clone()))
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.note(Asked::Unbind(text(target)))
+    }
+
+    async fn adopt(&self, _: &BindMount) -> Result<Presence, BackendError> {
         Ok(Presence::Unknown)
     }
 }

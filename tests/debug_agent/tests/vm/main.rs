@@ -12,6 +12,7 @@
 mod rig;
 
 mod crypt;
+mod devices;
 mod disks;
 mod failure;
 mod filesystems;
@@ -21,4 +22,5 @@ mod restart;
 mod sharing;
 mod teardown;
 mod verity;
+mod views;
 mod vpmem;
