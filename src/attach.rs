@@ -143,7 +143,7 @@ impl AttachManager {
         let AttachmentRecord {
             id, disk, locator, ..
         } = record;
-        let span = info_span!("adopt", disk = %disk.source().display());
+        let span = info_span!("adopt", disk = %crate::printable(disk.source().display()));
         let adopt = self
             .table
             .driver()

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceLocator, Disk};
+use crate::{DeviceLocator, Disk, printable};
 
 /// What a caller can do about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -202,7 +202,7 @@ constructors! {
 
 impl fmt::Display for BackendError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        printable(&self.message).fmt(f)
     }
 }
 
@@ -226,10 +226,6 @@ pub enum Step {
     Combine,
     /// Taking an overlay apart.
     Separate,
-    /// Showing a mount at a further place.
-    Bind,
-    /// Removing a view of a mount.
-    Unbind,
     /// Unmounting a device in the guest.
     Unmount,
     /// Removing a device from the guest.
@@ -252,8 +248,6 @@ impl fmt::Display for Step {
             Step::Mount => "mount",
             Step::Combine => "combine",
             Step::Separate => "separate",
-            Step::Bind => "bind",
-            Step::Unbind => "unbind",
             Step::Unmount => "unmount",
             Step::Unplug => "unplug",
             Step::Detach => "detach",
@@ -350,7 +344,7 @@ impl fmt::Display for Error {
         } = &*self.0;
         write!(f, "cannot {step}")?;
         if let Some(disk) = disk {
-            write!(f, " disk {disk}")?;
+            write!(f, " disk {}", printable(disk))?;
         }
         if let Some(locator) = locator {
             write!(
@@ -360,7 +354,7 @@ impl fmt::Display for Error {
             )?;
         }
         if let Some(path) = path {
-            write!(f, " at {}", path.display())?;
+            write!(f, " at {}", printable(path.display()))?;
         }
         Ok(())
     }
@@ -394,7 +388,7 @@ mod source_messages {
 
     impl fmt::Display for Message {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str(&self.text)
+            crate::printable(&self.text).fmt(f)
         }
     }
 

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::printable;
+
 /// Where an attached device sits: a transport and an address on it, such as `scsi:0/3`, `vpmem:2`,
 /// `vpmem:2@4194304+1052672` or `loop:7`.
 ///
@@ -33,7 +35,7 @@ pub struct DeviceLocator(Arc<str>);
 
 /// Why a string is not a [`DeviceLocator`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("{text:?} is not a device locator: {reason}")]
+#[error("\"{text}\" is not a device locator: {reason}")]
 pub struct InvalidLocator {
     text: String,
     reason: &'static str,
@@ -97,7 +99,7 @@ impl DeviceLocator {
         match reason_against(&text) {
             None => Ok(DeviceLocator(text.into())),
             Some(reason) => Err(InvalidLocator {
-                text: shortened(text),
+                text: printable(text).shortened(64).to_string(),
                 reason,
             }),
         }
@@ -120,14 +122,6 @@ fn reason_against(text: &str) -> Option<&'static str> {
         return Some("the address is empty or has characters that are not visible ASCII");
     }
     None
-}
-
-/// Keeps an error about a hostile string printable.
-fn shortened(text: String) -> String {
-    match text.char_indices().nth(64) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text,
-    }
 }
 
 impl fmt::Display for DeviceLocator {

@@ -19,10 +19,8 @@ use crate::{
     Mounter, Presence, ReleaseError, Step,
 };
 
-mod attachments;
 mod driver;
 
-pub(crate) use attachments::Attachments;
 use driver::{MountJob, Mounting};
 
 /// Mounts each device once for each set of options, shares the mount between all callers that request it,
@@ -125,34 +123,7 @@ impl BlockMountManager {
     ) -> Result<Mount, Error> {
         let _running = self.enter()?;
         let holder = self.reserve(request)?;
-        self.mount_for(holder, attachment, Vec::new(), request)
-            .await
-    }
-
-    /// Mounts an attached disk whose filesystem has further [devices](MountRequest::devices), or shares the mount if there
-    /// is one. `devices` are the attachments of those, in the order of the request; all of them are kept for as long as
-    /// the mount lives.
-    ///
-    /// # Errors
-    ///
-    /// As for [`mount`](Self::mount); `Invalid` if there are not as many attachments as the request has devices.
-    ///
-    /// # Cancel safety
-    ///
-    /// As for [`mount`](Self::mount).
-    ///
-    /// # Panics
-    ///
-    /// Outside of a tokio runtime.
-    pub async fn mount_with(
-        &self,
-        attachment: Attachment,
-        devices: Vec<Attachment>,
-        request: &MountRequest,
-    ) -> Result<Mount, Error> {
-        let _running = self.enter()?;
-        let holder = self.reserve(request)?;
-        self.mount_for(holder, attachment, devices, request).await
+        self.mount_for(holder, attachment, request).await
     }
 
     /// The same for a holder that has its name already.
@@ -160,12 +131,11 @@ impl BlockMountManager {
         &self,
         holder: Option<Holder>,
         attachment: Attachment,
-        devices: Vec<Attachment>,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
         let locator = attachment.locator().clone();
-        let under = Attachments::new(attachment, devices);
-        self.acquire(holder, locator, under, request).await
+        self.acquire(holder, locator, Some(attachment), request)
+            .await
     }
 
     /// Begins work that a freeze waits for.
@@ -212,25 +182,31 @@ impl BlockMountManager {
     ) -> Result<Mount, Error> {
         let _running = self.enter()?;
         let holder = self.reserve(request)?;
-        let under = Attachments::default();
-        self.acquire(holder, device.clone(), under, request).await
+        self.acquire(holder, device.clone(), None, request).await
     }
 
     async fn acquire(
         &self,
         holder: Option<Holder>,
         device: DeviceLocator,
-        mut under: Attachments,
+        attachment: Option<Attachment>,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
-        let lease = match self.lease(device, &mut under, request).await {
+        if let Some(attachment) = &attachment {
+            ensure_writable(attachment.disk(), request)?;
+        }
+        let key = MountKey::new(device, request.options().clone());
+        let ask = || self.mount_once(&key, attachment.as_ref(), request);
+        let lease = match self.tables.clearing(ask).await {
             Ok(lease) => {
-                // The mount has a share of each, so none of these is the last.
-                drop(under);
+                // The mount has a share of it, so this one is not the last.
+                drop(attachment);
                 lease
             }
             Err(error) => {
-                give_back(under.releasing()).await;
+                if let Some(attachment) = attachment {
+                    give_back(attachment.releasing()).await;
+                }
                 return Err(error);
             }
         };
@@ -251,45 +227,24 @@ impl BlockMountManager {
         Ok(mount)
     }
 
-    async fn lease(
-        &self,
-        device: DeviceLocator,
-        under: &mut Attachments,
-        request: &MountRequest,
-    ) -> Result<Lease<Mounting>, Error> {
-        under.ensure_writable(request)?;
-        if request.devices().len() != under.devices.len() {
-            let cause = BackendError::invalid(format!(
-                "the request has {} further devices, and {} are attached for it",
-                request.devices().len(),
-                under.devices.len()
-            ));
-            return Err(Error::new(Step::Mount, cause).on_device(&device));
-        }
-        let options = under.place(request);
-        let options = options.map_err(|error| error.on_device(&device))?;
-        let key = MountKey::new(device, options);
-        let ask = || self.mount_once(&key, under, request);
-        self.tables.clearing(ask).await
-    }
-
     async fn mount_once(
         &self,
         key: &MountKey,
-        under: &Attachments,
+        attachment: Option<&Attachment>,
         request: &MountRequest,
     ) -> Result<Lease<Mounting>, Error> {
-        if let Some(joined) = self.table.join(key, |up| up.check(under)) {
+        if let Some(joined) = self.table.join(key, |up| up.check(attachment)) {
             return joined;
         }
-        let job = MountJob::new(under.again(), request.target());
+        let job = MountJob::new(attachment.map(Attachment::again), request.target());
         self.table.acquire(key.clone(), job).await
     }
 
     /// Asks the mounter whether a mount is there that the journal remembers.
     pub(crate) async fn adopt(&self, record: &MountRecord) -> Result<Presence, Error> {
         let (MountKey { device, options }, target) = (&record.key, &record.target);
-        let span = info_span!("adopt", locator = %device, path = %target.display());
+        let span =
+            info_span!("adopt", locator = %device, path = %crate::printable(target.display()));
         let adopt = self.table.driver().mounter.adopt(device, target, options);
         let answer = within(self.table.timeout(), call(Step::Adopt, span, adopt)).await;
         let late = || Err(Error::new(Step::Adopt, self.table.timed_out()));
@@ -301,10 +256,10 @@ impl BlockMountManager {
     pub(crate) fn restore(
         &self,
         record: &MountRecord,
-        under: Attachments,
+        attachment: Option<Attachment>,
         left: Left,
     ) -> Result<Option<Mount>, Error> {
-        let (job, resource) = self.table.driver().restore(record, under, left)?;
+        let (job, resource) = self.table.driver().restore(record, attachment, left)?;
         let lease = self.table.restore(record.key.clone(), job, resource);
         let holder = None;
         Ok(lease.map(|lease| Mount { holder, lease }))
@@ -322,8 +277,7 @@ impl BlockMountManager {
         let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
         let holder = None;
         // Another disk may have this locator by now; the mount says which disk it is of.
-        let keeps = lease.resource().keeps.mounted.as_ref();
-        (keeps == Some(id)).then_some(Mount { holder, lease })
+        (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { holder, lease })
     }
 
     /// Retries all pending tear-downs: failed releases, dropped leases, uncertain mounts, and the

@@ -1,11 +1,9 @@
 //! How a device is mounted: canonical, so that equal requests compare equal.
 
 mod builder;
-mod devices;
 mod flags;
 mod format;
 mod verity;
-mod view;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU32;
@@ -15,14 +13,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{Disk, HolderName};
+use crate::HolderName;
 
 pub use builder::MountOptionsBuilder;
-pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
-pub use view::{IdMap, IdRange, ViewOptions};
 
 /// How a device is mounted in the guest.
 ///
@@ -64,7 +60,6 @@ struct Fields {
     encryption: Option<Encryption>,
     format: Option<Box<Format>>,
     expose: Expose,
-    devices: Box<[ExtraDevice]>,
 }
 
 /// Why [`MountOptions`] cannot be built.
@@ -171,18 +166,6 @@ impl MountOptions {
         self.0.fields.expose
     }
 
-    /// The devices that the filesystem has beside the one that is mounted, by role, and in their order.
-    pub fn devices(&self) -> &[ExtraDevice] {
-        &self.0.fields.devices
-    }
-
-    /// The same with further devices.
-    pub(crate) fn with_devices(&self, devices: Vec<ExtraDevice>) -> Result<Self, InvalidOptions> {
-        let builder = MountOptionsBuilder::from(self.clone());
-        let all = devices.into_iter();
-        all.fold(builder, MountOptionsBuilder::device).build()
-    }
-
     /// Whether a device can have a mount with these options and one with `other` at once.
     ///
     /// The kernel gives all mounts of one device one superblock: they can differ in what belongs to
@@ -197,7 +180,6 @@ impl MountOptions {
             && one.data == other.data
             && one.flags.of_superblock() == other.flags.of_superblock()
             && one.verity == other.verity
-            && one.devices == other.devices
             && one.expose == other.expose;
         apart(one.partition, other.partition)
             || (one.read_only && other.read_only && same_superblock)
@@ -258,8 +240,6 @@ pub struct MountRequest {
     target: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     held_by: Option<HolderName>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    devices: Vec<ExtraDisk>,
 }
 
 impl MountRequest {
@@ -269,7 +249,6 @@ impl MountRequest {
             options,
             target: None,
             held_by: None,
-            devices: Vec::new(),
         }
     }
 
@@ -289,26 +268,6 @@ impl MountRequest {
     pub fn at(mut self, target: impl Into<PathBuf>) -> Self {
         self.target = Some(target.into());
         self
-    }
-
-    /// Adds a disk that the filesystem has beside the one that is mounted, after those that are there: a blob of an erofs,
-    /// in the order of its table, or another device of a btrfs. All disks are attached together, and stay attached for as
-    /// long as the mount lives.
-    #[must_use]
-    pub fn with_device(self, disk: Disk) -> Self {
-        self.with_device_as(DeviceRole::Data, disk)
-    }
-
-    /// The same for a disk with something else on it, such as the log of an xfs.
-    #[must_use]
-    pub fn with_device_as(mut self, role: DeviceRole, disk: Disk) -> Self {
-        self.devices.push(ExtraDisk::new(role, disk));
-        self
-    }
-
-    /// The disks that are attached beside the one that is mounted.
-    pub fn devices(&self) -> &[ExtraDisk] {
-        &self.devices
     }
 
     /// How to mount.

@@ -220,7 +220,7 @@ pub(crate) async fn adopt(
     record: &StackRecord,
 ) -> Result<Presence, Error> {
     let target = &record.overlay.target;
-    let span = info_span!("adopt", path = %target.display());
+    let span = info_span!("adopt", path = %crate::printable(target.display()));
     let adopt = table.driver().combiner.adopt(&record.overlay);
     let answer = within(table.timeout(), call(Step::Adopt, span, adopt)).await;
     let late = || Err(Error::new(Step::Adopt, table.timed_out()));
@@ -336,7 +336,7 @@ impl Driver for Combining {
         let begun = records.put(|| job.record(Progress::Begun));
         begun.map_err(|error| error.on_path(target))?;
         let layers = job.overlay.layers.len();
-        let span = info_span!("combine", path = %target.display(), layers);
+        let span = info_span!("combine", path = %crate::printable(target.display()), layers);
         let outcome = call(Step::Combine, span, self.combiner.combine(&job.overlay)).await;
         let outcome = records.after_setup(
             outcome,
@@ -350,7 +350,7 @@ impl Driver for Combining {
     async fn teardown(&self, target: &PathBuf, job: &mut CombineJob) -> Result<(), Error> {
         let records = self.holders.records();
         records.ending(|| job.record(Progress::Ending));
-        let span = info_span!("separate", path = %target.display());
+        let span = info_span!("separate", path = %crate::printable(target.display()));
         let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
         job.down
             .step(outcome.map_err(|error| error.on_path(target)))?;

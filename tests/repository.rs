@@ -77,6 +77,29 @@ fn each_id_in_the_name_of_a_test_is_explained() {
     );
 }
 
+/// The threat model names tests, and not what once was one.
+#[test]
+fn each_test_that_the_threat_model_names_is_one() {
+    let model = include_str!("../SECURITY.md");
+    let (_, model) = model.split_once("## Threat model").unwrap();
+    let cells = model.lines().filter_map(|line| line.rsplit('|').nth(1));
+    let named: BTreeSet<&str> = cells
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .collect();
+    assert!(named.len() > 20, "only {named:?} were found");
+    let sources = files().into_iter();
+    let sources = sources.filter(|path| path.extension().is_some_and(|end| end == "rs"));
+    let all: String = sources
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    for name in named {
+        assert!(
+            all.contains(&format!("fn {name}(")),
+            "there is no test {name}"
+        );
+    }
+}
+
 #[test]
 fn an_id_is_found_where_a_test_has_one() {
     let text =

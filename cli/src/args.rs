@@ -4,40 +4,67 @@ use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use blockmount::{HashAlgorithm, HolderName};
+use blockmount_agent::LogFilter;
+use blockmount_verity::Parameters;
+use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
 use crate::guest::{GuestKind, Transports};
 use crate::verity::Trusted;
-use blockmount::{HashAlgorithm, HolderName};
-use blockmount_verity::Parameters;
-use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
-#[command(name = "blockmount", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(name = "blockmount", version, term_width = 80, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Cmd,
 
     /// Say more on stderr: -v the steps, -vv their details, -vvv everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
 
-    /// Log filter for stderr, such as "blockmount=debug,blockmount_linux=trace"; overrides -v
-    #[arg(long, global = true, value_name = "FILTER")]
+    /// Log filter for stderr, such as "info" or "blockmount=debug,blockmount_linux=trace"; overrides -v
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "FILTER", value_parser = log_filter)]
     pub(crate) log: Option<String>,
+
+    /// Say nothing on stderr but errors and what is waited for
+    #[arg(short, long, global = true, help_heading = EVERYWHERE, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+
+    /// Whether there are colours: always, never, or on a terminal where NO_COLOR is not set
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "WHEN", value_enum, default_value_t = Colour::Auto)]
+    pub(crate) color: Colour,
+}
+
+/// What every command takes is listed apart.
+const EVERYWHERE: &str = "Options of all commands";
+
+/// When there are colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Colour {
+    Auto,
+    Always,
+    Never,
+}
+
+/// A filter that the log will take.
+fn log_filter(text: &str) -> Result<String, String> {
+    LogFilter::parse(text).map(|_| text.to_owned())
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  sudo blockmount demo                        the whole way of many layers, on this machine
-  sudo blockmount mount --layer app.erofs --layer base.img --scratch 1G --at /mnt/tree
-  blockmount inspect base.img                 what is in an image (no root needed)
-  blockmount seal app.erofs                   a hash tree for it: mount --layer app.erofs --verity app.erofs.dmverity
-  sudo blockmount cleanup                     remove what a killed run has left
-  blockmount agent                            in a guest: do what its host asks for
+  sudo blockmount demo          the whole way of many layers, on this machine
+  sudo blockmount mount --layer app.erofs --scratch 1G --at /mnt/tree
+  blockmount inspect base.img   what is in an image (no root needed)
+  blockmount seal app.erofs     a hash tree for it
+  sudo blockmount cleanup       remove what a killed run has left
+  blockmount agent              in a guest: do what its host asks for
 
-Exit status: 0 if all is well, 1 after a failure, 2 if the command line makes no sense,
-130 if a signal interrupted it (after everything was released);
-a mount that a signal ends while it holds is 0.";
+Exit status: 0 if all is well, also for a mount that a signal ends while it \
+holds; 1 after a failure; 2 if the command line makes no sense; 130 if a signal \
+interrupted it (after everything was released).";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Cmd {
@@ -54,9 +81,33 @@ pub(crate) enum Cmd {
     /// Serve this machine, a guest, to its host: mount and unplug what the host asks for
     #[command(disable_help_flag = true)]
     Agent(AgentArgs),
-    /// Tell the host of this guest what is in it, for the demo
-    #[command(hide = true)]
-    Checker(CheckerArgs),
+    /// Print a script that completes the words of this program in a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write those of all commands
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  blockmount completions bash > /etc/bash_completion.d/blockmount
+  blockmount completions zsh > /usr/local/share/zsh/site-functions/_blockmount
+  blockmount completions fish > ~/.config/fish/completions/blockmount.fish")]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  blockmount man | man -l -
+  sudo blockmount man --to /usr/local/share/man/man1")]
+pub(crate) struct ManArgs {
+    /// Write a page for each command into this directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: Option<PathBuf>,
 }
 
 /// What the program `blockmount-agent` reads for itself.
@@ -81,13 +132,6 @@ impl AgentArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct CheckerArgs {
-    /// Directories below which the agent mounts
-    #[arg(value_name = "DIR")]
-    pub(crate) roots: Vec<PathBuf>,
-}
-
-#[derive(Debug, Args)]
 #[command(after_help = "\
 Without --layer, demo images are made from directories of this machine, with the mkfs tools that \
 are installed (mkfs.erofs, mksquashfs, mkfs.ext4, mkfs.xfs).
@@ -109,9 +153,13 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_enum, default_value_t = GuestKind::Local)]
     pub(crate) guest: GuestKind,
 
-    /// How disks get into a virtual machine
-    #[arg(long, value_parser = Transports::parser(), default_value = Transports::DEFAULT)]
-    pub(crate) transport: Transports,
+    /// How disks get into a virtual machine; scsi by default
+    #[arg(long, value_parser = Transports::parser())]
+    pub(crate) transport: Option<Transports>,
+
+    /// Take layers in qcow2 images that are differences to other files: QEMU opens whatever they name
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]
@@ -120,17 +168,24 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The layers are always read-only. Without --scratch the tree is read-only; what is written to a \
-scratch ends with the mount. A mount with a --name outlives a program that is killed, scratch \
-included, and another program goes on with it; with --keep-vm, so does its virtual machine.
+The layers are always read-only. Without --scratch the tree is read-only; what \
+is written to a scratch ends with the mount. A mount with a --name outlives a \
+program that is killed, scratch included, and another program goes on with it; \
+with --keep-vm, so does its virtual machine.
+
+What is said of a layer (--partition, --fs, --verity, --option) follows its \
+--layer. An --option before the first --layer is for all of them.
 
 Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
-  sudo blockmount mount --layer disk.img --partition 2 --scratch 512M --option nodev --at /mnt/tree
+  sudo blockmount mount -o nodev --layer disk.img --partition 2 --at /mnt/tree
+  sudo blockmount mount --layer app.erofs --layer a.xfs -o nouuid --at /mnt/tree
+  sudo blockmount mount --layer /dev/sdb --scratch 512M --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
-  sudo blockmount mount --layer merged.erofs --device app.blob --device base.blob --at /mnt/tree
-  sudo blockmount mount --guest qemu --layer app.erofs --verity app.erofs.dmverity --at /mnt/tree
-  sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer app.erofs \\
+                        --verity app.erofs.dmverity --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
+                        --at /mnt/tree
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
   sudo blockmount mount --resume web
 
@@ -149,9 +204,13 @@ pub(crate) struct MountArgs {
     #[arg(long, value_enum, default_value_t = GuestKind::Local)]
     pub(crate) guest: GuestKind,
 
-    /// How disks get into a virtual machine
-    #[arg(long, value_parser = Transports::parser(), default_value = Transports::DEFAULT)]
-    pub(crate) transport: Transports,
+    /// How disks get into a virtual machine; scsi by default
+    #[arg(long, value_parser = Transports::parser())]
+    pub(crate) transport: Option<Transports>,
+
+    /// Take layers in qcow2 images that are differences to other files: QEMU opens whatever they name
+    #[arg(long)]
+    pub(crate) allow_backing: bool,
 
     /// Make the tree writable, with an empty scratch disk of this size: 64M, 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -160,10 +219,6 @@ pub(crate) struct MountArgs {
     /// Encrypt the scratch disk with a key that only the guest's kernel has: what is written ends with the mount
     #[arg(long, requires = "scratch")]
     pub(crate) encrypt: bool,
-
-    /// Mount option for every layer, such as nodev or noatime; repeatable
-    #[arg(short, long = "option", value_name = "OPTION")]
-    pub(crate) options: Vec<String>,
 
     /// The directory where the tree appears: made if it is not there, otherwise empty
     #[arg(long, value_name = "DIR", required_unless_present = "resume")]
@@ -181,7 +236,10 @@ pub(crate) struct MountArgs {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["layer", "partition", "verity", "device", "guest", "transport", "scratch", "encrypt", "options", "at", "name", "keep_vm"]
+        conflicts_with_all = [
+            "layer", "partition", "fs", "verity", "option", "guest", "transport", "allow_backing", "scratch",
+            "encrypt", "at", "name", "keep_vm",
+        ]
     )]
     pub(crate) resume: Option<HolderName>,
 
@@ -296,29 +354,29 @@ pub(crate) struct CleanupArgs {
 }
 
 /// One image, and the part of it that is meant.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Layer {
     pub(crate) image: PathBuf,
     pub(crate) partition: Option<NonZeroU32>,
+    /// The kernel's name of the filesystem, where it is not to be found out.
+    pub(crate) filesystem: Option<String>,
     /// What vouches for its blocks.
     pub(crate) verity: Option<Trusted>,
-    /// Further images that its filesystem has data in, in its order.
-    pub(crate) devices: Vec<PathBuf>,
+    /// Mount options.
+    pub(crate) options: Vec<String>,
 }
 
 impl Layer {
-    /// All of an image.
-    pub(crate) fn whole(image: PathBuf) -> Self {
+    /// The whole of an image.
+    pub(crate) fn of(image: impl Into<PathBuf>) -> Self {
         Layer {
-            image,
-            partition: None,
-            verity: None,
-            devices: Vec::new(),
+            image: image.into(),
+            ..Layer::default()
         }
     }
 }
 
-/// `--layer IMAGE [--partition N] [--verity FILE] [--device IMAGE]...`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE] [--option OPTION...]`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -336,7 +394,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_name("IMAGE")
             .value_parser(clap::value_parser!(PathBuf))
             .action(clap::ArgAction::Append)
-            .help("Image of a layer, the topmost first; repeatable");
+            .help("Image file or block device of a layer, the topmost first; repeatable");
         let partition = clap::Arg::new("partition")
             .long("partition")
             .short('p')
@@ -354,13 +412,20 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(Trusted))
             .action(clap::ArgAction::Append)
             .help("Check each block of the --layer before it, by its .dmverity file or root=DIGEST,offset=BYTES");
-        let device = clap::Arg::new("device")
-            .long("device")
-            .value_name("IMAGE")
-            .value_parser(clap::value_parser!(PathBuf))
+        let filesystem = clap::Arg::new("fs")
+            .long("fs")
+            .value_name("NAME")
+            .value_parser(clap::value_parser!(String))
             .action(clap::ArgAction::Append)
-            .help("Image of a further device of the --layer before it, such as a blob of an erofs, in its order; repeatable");
-        command.arg(layer).arg(partition).arg(verity).arg(device)
+            .help("Mount the --layer before it as this filesystem, by the kernel's name, in place of what is found on it");
+        let option = clap::Arg::new("option")
+            .long("option")
+            .short('o')
+            .value_name("OPTION")
+            .value_parser(clap::value_parser!(String))
+            .action(clap::ArgAction::Append)
+            .help("Mount option, such as nodev, of the --layer before it, or of all if it stands before the first; repeatable");
+        command.args([layer, partition, filesystem, verity, option])
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -377,37 +442,41 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        self.0 = images.cloned().map(Layer::whole).collect();
-        self.add(matches, "partition", |layer, number: &NonZeroU32| {
-            layer.partition.replace(*number).is_none()
-        })?;
-        self.add(matches, "verity", |layer, trusted: &Trusted| {
-            layer.verity.replace(trusted.clone()).is_none()
-        })?;
-        self.add(matches, "device", |layer, image: &PathBuf| {
-            layer.devices.push(image.clone());
-            true
-        })
+        self.0 = images.map(Layer::of).collect();
+        self.add(matches, "partition", |layer| &mut layer.partition)?;
+        self.add(matches, "fs", |layer| &mut layer.filesystem)?;
+        self.add(matches, "verity", |layer| &mut layer.verity)?;
+        self.add_options(matches);
+        Ok(())
     }
 }
 
 impl<const REQUIRED: bool> Layers<REQUIRED> {
-    /// Adds what is said of layers to the layer that is before it. `put` answers false if the layer has it already.
+    /// Adds mount options to the layer that is before each, or to all if none is.
+    fn add_options(&mut self, matches: &ArgMatches) {
+        for (option, before) in placed::<String>(matches, "option") {
+            let layers = match before {
+                Some(index) => &mut self.0[index..=index],
+                None => &mut self.0[..],
+            };
+            for layer in layers {
+                layer.options.push(option.clone());
+            }
+        }
+    }
+
+    /// Adds what is said of layers to the layer that is before it.
     fn add<T: Clone + Send + Sync + 'static>(
         &mut self,
         matches: &ArgMatches,
         name: &str,
-        put: impl Fn(&mut Layer, &T) -> bool,
+        field: impl Fn(&mut Layer) -> &mut Option<T>,
     ) -> Result<(), clap::Error> {
-        let positions: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
-        let values = matches.get_many::<T>(name).into_iter().flatten();
-        let said_at = matches.indices_of(name).into_iter().flatten();
-        for (value, at) in values.zip(said_at) {
-            let before = positions.iter().rposition(|place| *place < at);
+        for (value, before) in placed::<T>(matches, name) {
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
                 return Err(misplaced(format!("--{name} has no --layer before it")));
             };
-            if !put(layer, value) {
+            if field(layer).replace(value.clone()).is_some() {
                 let image = layer.image.display();
                 return Err(misplaced(format!(
                     "--{name} is given twice for --layer {image}; repeat the --layer"
@@ -418,8 +487,20 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
     }
 }
 
+/// The values of an argument, each with the number of the layer that is before it.
+fn placed<'a, T: Clone + Send + Sync + 'static>(
+    matches: &'a ArgMatches,
+    name: &str,
+) -> impl Iterator<Item = (&'a T, Option<usize>)> + use<'a, T> {
+    let layers: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
+    let values = matches.get_many::<T>(name).into_iter().flatten();
+    let said_at = matches.indices_of(name).into_iter().flatten();
+    let placed = values.zip(said_at);
+    placed.map(move |(value, at)| (value, layers.iter().rposition(|layer| *layer < at)))
+}
+
 fn misplaced(message: String) -> clap::Error {
-    clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message + "\n")
+    clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message)
 }
 
 /// Reads a size in bytes: a number with K, M, G or T for powers of 1,024.
@@ -475,22 +556,8 @@ mod tests {
     fn layer(image: &str, partition: u32) -> Layer {
         Layer {
             partition: NonZeroU32::new(partition),
-            ..Layer::whole(image.into())
+            ..Layer::of(image)
         }
-    }
-
-    #[test]
-    fn devices_belong_to_the_layer_before_them_in_their_order() {
-        let words = ["-l", "a", "--device", "y", "--device", "x", "-l", "b"];
-        let given = layers(&words).unwrap();
-        assert_eq!(given[0].devices, [PathBuf::from("y"), "x".into()]);
-        assert!(given[1].devices.is_empty());
-        assert_eq!(
-            layers(&["--device", "x", "-l", "a"])
-                .unwrap_err()
-                .exit_code(),
-            2
-        );
     }
 
     #[test]
@@ -509,6 +576,20 @@ mod tests {
         );
         let twice = layers(&["-l", "a", "--verity", "x", "--verity", "y"]);
         assert_eq!(twice.unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn an_option_belongs_to_the_layer_before_it_or_to_all() {
+        let words = [
+            "-o", "nodev", "-l", "a", "--fs", "erofs", "-l", "b", "-o", "nouuid", "-o", "noatime",
+        ];
+        let given = layers(&words).unwrap();
+        assert_eq!(given[0].options, ["nodev"]);
+        assert_eq!(given[1].options, ["nodev", "nouuid", "noatime"]);
+        assert_eq!(given[0].filesystem.as_deref(), Some("erofs"));
+        assert_eq!(given[1].filesystem, None);
+        let misplaced = layers(&["--fs", "xfs", "-l", "a"]);
+        assert_eq!(misplaced.unwrap_err().exit_code(), 2);
     }
 
     #[test]

@@ -15,6 +15,9 @@ use crate::interrupt::Interrupt;
 /// How much of a tool's complaint is worth repeating, in bytes.
 const COMPLAINT: u64 = 2_000;
 
+/// What the C library says of `ENOSPC`.
+const NO_SPACE: &str = "No space left on device";
+
 /// Finds a program by name: in `PATH`, and where administrators' tools are although `su` without a login
 /// leaves them out.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
@@ -81,8 +84,15 @@ pub(crate) async fn run_command(
         if status.success() {
             return Ok(());
         }
-        let complaint = String::from_utf8_lossy(&complaint).trim().to_owned();
-        Err(Failure::new(format!("{name} failed with {status}")).because(complaint))
+        let complaint = String::from_utf8_lossy(&complaint);
+        let lines = complaint.lines().map(str::trim);
+        let complaint: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+        let failure = Failure::new(format!("{name} failed with {status}"));
+        let failure = failure.because(complaint.join("; "));
+        Err(match complaint.iter().any(|line| line.contains(NO_SPACE)) {
+            true => failure.advise("free some space, most of all below /var/tmp"),
+            false => failure,
+        })
     };
     match interrupt.spawn(work).await {
         Ok(result) => result,

@@ -52,7 +52,7 @@ fn clean_up(dry_run: bool, resumable: bool, stop: &Stop) -> Result<Report, Failu
     }
     Ok(Report {
         dry_run,
-        living_runs: found.living,
+        living_runs: found.living + found.living_elsewhere,
         resumable: found.resumable,
         dead_runs: found.dead.len(),
         items,

@@ -11,7 +11,7 @@ use blockmount_checker::tree::Tree;
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
-use crate::guest::{Guest, Mounts};
+use crate::guest::{Guest, Mounts, Place, Transports};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -19,8 +19,8 @@ use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
 use crate::run::Run;
 use crate::speed;
-use crate::stacking::{distinct, layer_request};
-use crate::terminal::{Progress, print, print_json, say};
+use crate::stacking::{distinct, layer_disk, layer_request};
+use crate::terminal::{Progress, complain, print, print_json, say};
 use crate::test_images::{TestImage, make};
 
 /// The containers that share the layers.
@@ -33,7 +33,8 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     require_root("demo")?;
     let progress = Progress::new();
     let before = Tables::read()?;
-    let machine = Machine::start(args.guest, args.transport, Run::start, &interrupt).await?;
+    let place = Place::of(args.guest, args.transport, args.allow_backing)?;
+    let machine = Machine::start(place, Run::start, &interrupt).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();
@@ -78,7 +79,7 @@ fn account_for(failure: Failure, ended: Result<(), Failure>, left_over: &[String
             .because(left_over.join("; "))
             .advise("run: sudo blockmount cleanup"),
         Err(ended) => {
-            say(format_args!("{failure}"));
+            complain(&failure);
             ended
         }
     }
@@ -93,13 +94,13 @@ async fn job(
 ) -> Result<Report, Failure> {
     let helper = machine.helper();
     let test_images = match args.layers.0.is_empty() {
-        true => make(machine.work_dir(), helper, interrupt, progress).await?,
+        true => make(machine.work_dir()?, helper, interrupt, progress).await?,
         false => given(&distinct(&args.layers.0), helper, interrupt, progress).await?,
     };
     progress.stage("making scratch disks");
     let mut scratches = Vec::new();
     for name in CONTAINERS {
-        let image = machine.work_dir().join(format!("scratch-{name}.ext4"));
+        let image = machine.work_dir()?.join(format!("scratch-{name}.ext4"));
         images::scratch(&image, SCRATCH_SIZE, interrupt).await?;
         scratches.push(image);
     }
@@ -118,10 +119,13 @@ async fn job(
         let target = machine.own_target(CONTAINERS[index]);
         request(&target, &layers, &scratches[index])
     });
+    let [one, two] = requests;
+    let requests = [one?, two?];
     let manager = machine.manager();
     let (one, two) = tokio::join!(manager.stack(&requests[0]), manager.stack(&requests[1]));
     let stacks = [one?, two?];
-    if let (Guest::Qemu(_), Some(scheme)) = (machine.guest(), args.transport.required()) {
+    let required = args.transport.map(Transports::required);
+    if let (Guest::Qemu(_), Some(Some(scheme))) = (machine.guest(), required) {
         refuse_others(&stacks, scheme)?;
     }
     let scene = Scene {
@@ -141,7 +145,7 @@ async fn job(
             .context(|| "cannot release a container".to_owned())?;
     }
     if let Guest::Qemu(guest) = machine.guest() {
-        let directory = machine.work_dir();
+        let directory = machine.work_dir()?;
         report.speed = Some(speed::measure(guest, directory, interrupt, progress).await?);
     }
     Ok(report)
@@ -160,14 +164,12 @@ fn refuse_others(stacks: &[Stack], scheme: &str) -> Result<(), Failure> {
     }
 }
 
-fn request(target: &Path, layers: &[Layer], scratch: &Path) -> StackRequest {
-    let stack = layers
-        .iter()
-        .fold(StackRequest::new(target), |stack, layer| {
-            let request = layer_request(layer, &[]).expect("one option cannot contradict itself");
-            stack.layer(Disk::virtual_disk(&layer.image).read_only(), request)
-        });
-    stack.scratch(Disk::virtual_disk(scratch), MountRequest::default())
+fn request(target: &Path, layers: &[Layer], scratch: &Path) -> Result<StackRequest, Failure> {
+    let mut stack = StackRequest::new(target);
+    for layer in layers {
+        stack = stack.layer(layer_disk(layer), layer_request(layer)?);
+    }
+    Ok(stack.scratch(Disk::virtual_disk(scratch), MountRequest::default()))
 }
 
 /// Reads what is in the user's images, each mounted by itself.
@@ -181,8 +183,8 @@ async fn given(
     for layer in layers {
         interrupt.check()?;
         progress.stage(format!("reading {}", layer.image.display()));
-        let disk = Disk::virtual_disk(&layer.image).read_only();
-        let mount = manager.add(&disk, &layer_request(layer, &[])?).await?;
+        let disk = layer_disk(layer);
+        let mount = manager.add(&disk, &layer_request(layer)?).await?;
         let path = mount.path().to_owned();
         let tree = interrupt
             .blocking(move |stop| stop.bound(|stop| Tree::read(&path, stop, || ())))
@@ -257,7 +259,7 @@ impl Scene<'_> {
             layers.push(self.disk(layer, Role::Layer, mount, sharing.count(), &mounts)?);
         }
         for (image, stack) in self.scratches.iter().zip(&self.stacks) {
-            let layer = Layer::whole(image.clone());
+            let layer = Layer::of(image);
             let mount = stack
                 .scratch()
                 .expect("each container was asked for with a scratch disk");
@@ -321,6 +323,7 @@ impl Scene<'_> {
             path: path.display().to_string(),
             attach_ms: milliseconds(attached.map_or(Duration::ZERO, |attached| attached.took)),
             mount_ms: milliseconds(recorder.mounted(path).unwrap_or_default()),
+            passed_on: recorder.passed_on(&layer.image),
             containers,
         })
     }

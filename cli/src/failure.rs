@@ -4,8 +4,9 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
+pub(crate) use blockmount::printable;
 use blockmount::{BackendError, ErrorKind, InvalidOptions, Step};
-pub(crate) use blockmount_linux::printable;
+use rustix::io::Errno;
 
 /// Why the program could not do what it was asked to.
 #[derive(Debug)]
@@ -72,21 +73,13 @@ impl Failure {
 
     /// What each cause says, the nearest first; a cause that only repeats is left out.
     fn causes(&self) -> Vec<String> {
-        let mut causes = Vec::new();
-        let mut last = self.what.clone();
-        let mut cause = self
-            .cause
-            .as_deref()
-            .map(|cause| cause as &(dyn StdError + 'static));
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if text != last {
-                causes.push(text.clone());
-            }
-            last = text;
-            cause = error.source();
-        }
-        causes
+        let Some(cause) = self.cause.as_deref() else {
+            return Vec::new();
+        };
+        let first = cause.to_string();
+        let is_said = self.what.ends_with(&first);
+        let first = (!is_said).then_some(first).into_iter();
+        first.chain(blockmount_agent::causes(cause)).collect()
     }
 
     /// What to do about it: said by who knows best, or else by the kind of the cause.
@@ -113,10 +106,10 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error: {}", printable(&self.what))?;
         for cause in self.causes() {
-            write!(f, "\n  because: {}", printable(&cause))?;
+            write!(f, "\n  because: {}", printable(cause))?;
         }
         match self.advice() {
-            Some(advice) => write!(f, "\nadvice: {advice}"),
+            Some(advice) => write!(f, "\nadvice: {}", printable(advice)),
             None => Ok(()),
         }
     }
@@ -129,7 +122,7 @@ fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         );
     }
     if let Some(error) = error.downcast_ref::<io::Error>() {
-        return advice_on_io(error.kind());
+        return advice_on_io(error.kind(), error.raw_os_error());
     }
     let kind = match error.downcast_ref::<blockmount::Error>() {
         Some(error) => match advice_on_step(error.step(), error.kind()) {
@@ -150,7 +143,9 @@ fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         ),
         // The cause of a full file system says it better.
         ErrorKind::Full if is_storage_full(error) => None,
-        ErrorKind::Full => Some("no slot is free: release other disks first"),
+        ErrorKind::Full => {
+            Some("no slot is free: use fewer layers, or --transport auto in a virtual machine")
+        }
         ErrorKind::Unsuitable => Some(
             "this kernel or transport cannot do it: load the module it needs, or use another filesystem",
         ),
@@ -178,10 +173,10 @@ fn advice_on_step(step: Step, kind: ErrorKind) -> Option<&'static str> {
             Some("check the name of the image, and that it is there")
         }
         (Step::Identify | Step::Attach, ErrorKind::Invalid) => Some(
-            "give a file with a whole image in it; \"blockmount inspect IMAGE\" says what is there",
+            "give a file with a whole image in it; \"blockmount inspect IMAGE\" says what is there; a qcow2 image that names other files needs --allow-backing",
         ),
         (Step::Mount, ErrorKind::NotFound | ErrorKind::Invalid) => Some(
-            "see with \"blockmount inspect IMAGE\" what is in the image and which --partition is meant, and in mount(8) which --option its filesystem takes",
+            "see with \"blockmount inspect IMAGE\" what is in the image and which --partition or --fs is meant, and in mount(8) which --option its filesystem takes",
         ),
         (Step::Combine, ErrorKind::NotFound | ErrorKind::Invalid | ErrorKind::Conflict) => {
             Some("name an empty directory of your own for the tree, or one that is not there yet")
@@ -190,11 +185,20 @@ fn advice_on_step(step: Step, kind: ErrorKind) -> Option<&'static str> {
     }
 }
 
-fn advice_on_io(kind: io::ErrorKind) -> Option<&'static str> {
+fn advice_on_io(kind: io::ErrorKind, errno: Option<i32>) -> Option<&'static str> {
     match kind {
         io::ErrorKind::NotFound => Some("check the name"),
         io::ErrorKind::PermissionDenied => Some("run it as a user who may read it, or with sudo"),
-        io::ErrorKind::StorageFull => Some("free some space, most of all below /var/tmp and /run"),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Some("free some space, most of all below /var/tmp and /run")
+        }
+        io::ErrorKind::ReadOnlyFilesystem => Some("it has to be writable"),
+        io::ErrorKind::FileTooLarge => {
+            Some("raise the limit of the size of files: ulimit -f unlimited")
+        }
+        _ if errno == Some(Errno::MFILE.raw_os_error()) => {
+            Some("raise the limit of open files: ulimit -n 65536")
+        }
         _ => None,
     }
 }

@@ -19,7 +19,7 @@ use crate::report::SlotReport;
 use crate::terminal::Progress;
 
 pub(crate) use qemu::{MOUNTS, QemuGuest, abandoned_state, kept_vm};
-pub(crate) use transports::Transports;
+pub(crate) use transports::{Hardware, Transports};
 
 /// Where containers can run, by their names on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,6 +28,40 @@ pub(crate) enum GuestKind {
     Local,
     /// A virtual machine of QEMU, started for this run
     Qemu,
+}
+
+/// Where a run does its work, and by which transports.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    Local,
+    Qemu(Hardware),
+}
+
+impl Place {
+    /// Refuses what only a virtual machine has.
+    pub(crate) fn of(
+        guest: GuestKind,
+        transports: Option<Transports>,
+        allows_backing: bool,
+    ) -> Result<Self, Failure> {
+        let refuse = |what: &str| {
+            let advice = "use --guest qemu, or leave that option out";
+            Err(Failure::usage(what).advise(advice))
+        };
+        match guest {
+            GuestKind::Qemu => Ok(Place::Qemu(Hardware {
+                transports: transports.unwrap_or_default(),
+                allows_backing,
+            })),
+            GuestKind::Local if transports.is_some() => {
+                refuse("this machine has loop devices for disks, and no --transport to choose")
+            }
+            GuestKind::Local if allows_backing => {
+                refuse("loop devices show an image as it is, so that --allow-backing means nothing")
+            }
+            GuestKind::Local => Ok(Place::Local),
+        }
+    }
 }
 
 /// A guest that is there.

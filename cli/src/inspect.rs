@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::InspectArgs;
 use crate::failure::{Context, FAILED, Failure, printable};
 use crate::report::table;
-use crate::terminal::{print, print_json, say};
+use crate::terminal::{complain, print, print_json};
 use crate::verity;
 
 /// What is in an image. Its JSON form is this structure, field by field.
@@ -31,7 +31,7 @@ struct Image {
 /// What is on a device or partition.
 #[derive(Debug, Default, Serialize)]
 struct Found {
-    /// `filesystem`, `partition-table`, `volume`, `disk-image`, `ambiguous`, `blank` or `unknown`.
+    /// `filesystem`, `partition-table`, `volume`, `disk-image`, `compressed`, `ambiguous`, `blank` or `unknown`.
     kind: &'static str,
     /// In words.
     description: String,
@@ -75,21 +75,18 @@ pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
             Ok(image) => {
                 if let Some(why) = image.verity.as_ref().and_then(verity::Found::corrupt) {
                     let what = format!("{} is corrupt", image.image);
-                    say(format_args!(
-                        "{}",
-                        Failure::new(what).because(why.to_owned())
-                    ));
+                    complain(&Failure::new(what).because(why.to_owned()));
                     status = FAILED;
                 }
                 if let Some(why) = image.content.unusable() {
                     let what = format!("{}: {}", image.image, image.content.description);
-                    say(format_args!("{}", Failure::new(what).advise(why)));
+                    complain(&Failure::new(what).advise(why));
                     status = FAILED;
                 }
                 found.push(image);
             }
             Err(failure) => {
-                say(format_args!("{failure}"));
+                complain(&failure);
                 status = FAILED;
             }
         }
@@ -153,11 +150,15 @@ impl Found {
         match self.kind {
             _ if self.truncated => Some("the end is missing: copy or download the image again"),
             "ambiguous" => Some(
-                "remove the stale signatures with wipefs, or name the filesystem when mounting",
+                "remove the stale signatures with wipefs, or name the filesystem when mounting: --fs NAME",
             ),
-            "disk-image" => {
-                Some("attach it in its format, or convert it: qemu-img convert -O raw IMAGE RAW")
-            }
+            "disk-image" => Some("convert it to a raw image: qemu-img convert -O raw IMAGE RAW"),
+            "compressed" => Some(match &*self.description {
+                gzip if gzip.ends_with("gzip") => "unpack it: gzip -dk IMAGE",
+                zstd if zstd.ends_with("zstd") => "unpack it: zstd -d IMAGE",
+                xz if xz.ends_with("xz") => "unpack it: xz -dk IMAGE",
+                _ => "unpack it: bzip2 -dk IMAGE",
+            }),
             "unknown" => Some("it is no filesystem or partition table that is known here"),
             "blank" if self.description.contains("empty") => {
                 Some("the file has no content: make the image again")
@@ -173,6 +174,7 @@ fn describe(probe: &probe::ProbeResult) -> Found {
         Content::PartitionTable(_) => "partition-table",
         Content::Volume(_) => "volume",
         Content::DiskImage(_) => "disk-image",
+        Content::Compressed(_) => "compressed",
         Content::Ambiguous(_) => "ambiguous",
         Content::Blank => "blank",
         _ => "unknown",
@@ -243,7 +245,7 @@ fn to_text(images: &[Image]) -> String {
         "uuid",
     ]);
     for image in images {
-        let name = printable(&image.image);
+        let name = printable(&image.image).to_string();
         table.add_row(row(name, String::new(), image.size, &image.content, None));
         for partition in &image.partitions {
             let number = partition.number.to_string();
@@ -260,7 +262,7 @@ fn to_text(images: &[Image]) -> String {
     let mut trees = crate::report::table(&verity::COLUMNS);
     for image in images {
         if let Some(found) = &image.verity {
-            trees.add_row(found.row(printable(&image.image)));
+            trees.add_row(found.row(printable(&image.image).to_string()));
         }
     }
     match trees.is_empty() {
@@ -286,7 +288,7 @@ fn row(
         found
             .block_size
             .map_or(String::new(), |size| size.to_string()),
-        printable(label),
+        printable(label).to_string(),
         found.uuid.clone().unwrap_or_default(),
     ]
 }

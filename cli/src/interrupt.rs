@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -20,6 +21,9 @@ use crate::terminal::say;
 #[derive(Clone, Debug)]
 pub(crate) struct Interrupt(Arc<State>);
 
+/// How soon after the first a signal of the same kind counts as the same: less than anybody takes to read what was said.
+const REPEATED: Duration = Duration::from_millis(200);
+
 #[derive(Debug)]
 struct State {
     token: CancellationToken,
@@ -31,7 +35,7 @@ struct State {
 }
 
 impl Interrupt {
-    /// Takes over SIGINT, SIGTERM and SIGHUP.
+    /// Takes over SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2, and has files that grow beyond a limit be errors.
     pub(crate) fn listen() -> io::Result<Self> {
         let interrupt = Interrupt(Arc::new(State {
             token: CancellationToken::new(),
@@ -44,9 +48,15 @@ impl Interrupt {
             (SignalKind::interrupt(), "SIGINT"),
             (SignalKind::terminate(), "SIGTERM"),
             (SignalKind::hangup(), "SIGHUP"),
+            // These mean nothing here, and would end the program without a release.
+            (SignalKind::user_defined1(), "SIGUSR1"),
+            (SignalKind::user_defined2(), "SIGUSR2"),
         ] {
             tokio::spawn(interrupt.clone().watch(signal(kind)?, name));
         }
+        // Whoever writes too much is told by EFBIG as well, as long as the signal does not end the program.
+        let too_large = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+        drop(signal(too_large)?);
         Ok(interrupt)
     }
 
@@ -54,6 +64,10 @@ impl Interrupt {
         while signals.recv().await.is_some() {
             if self.0.first.set(name).is_ok() {
                 self.0.token.cancel();
+                // What sudo, a shell and the terminal each pass on is one wish of the user's, who has seen no answer yet.
+                let answered = tokio::time::Instant::now() + REPEATED;
+                let again = async { while signals.recv().await.is_some() {} };
+                let _ = tokio::time::timeout_at(answered, again).await;
                 continue;
             }
             say(format_args!("{name}: not yet, still {}", self.doing()));
@@ -180,8 +194,6 @@ impl Stop {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]

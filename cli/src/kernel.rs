@@ -32,9 +32,13 @@ pub(crate) struct Ours {
 impl Tables {
     /// Reads `/proc/self/mountinfo` and `/sys/block`. Blocks.
     pub(crate) fn read() -> Result<Self, Failure> {
-        let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
+        let mounts = mountinfo::read()
+            .context(|| "cannot read the table of mounts".to_owned())
+            .map_err(|failure| failure.advise("mount /proc first: mount -t proc proc /proc"))?;
         let mut loops = BTreeMap::new();
-        let devices = fs::read_dir("/sys/block").context(|| "cannot read /sys/block".to_owned())?;
+        let devices = fs::read_dir("/sys/block")
+            .context(|| "cannot read /sys/block".to_owned())
+            .map_err(|failure| failure.advise("mount /sys first: mount -t sysfs sysfs /sys"))?;
         for device in devices.flatten() {
             // Devices without a file behind them have no such attribute.
             if let Ok(file) = fs::read(device.path().join("loop/backing_file")) {

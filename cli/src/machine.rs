@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockmount::{
-    Binder, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
-    Transport, Unplugger,
+    HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack, Transport,
+    Unplugger,
 };
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Context, Failure};
-use crate::guest::{Guest, GuestKind, MOUNTS, QemuGuest, Transports};
+use crate::guest::{Guest, MOUNTS, Place, QemuGuest};
 use crate::interrupt::Interrupt;
 use crate::recorder::Recorder;
 use crate::run::Run;
@@ -40,34 +40,31 @@ pub(crate) struct Machine {
     not_resumed: bool,
 }
 
+/// More than a stack has layers: what bounds it is the kernel.
+const LOOP_DEVICES: u16 = 16_384;
+
 /// Refuses early, and with advice, what the kernel would refuse late.
 pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    let what = format!("\"blockmount {command}\" attaches and mounts disks, which only root may");
+    let what = format!("\"blockmount {command}\" works on mounts and disks, which only root may");
     Err(Failure::new(what).advise(format!("run it with sudo: sudo blockmount {command} ...")))
 }
 
 impl Machine {
     /// Starts a run, and the guest if it is no part of this machine. Nothing is attached or mounted yet.
     pub(crate) async fn start(
-        kind: GuestKind,
-        transports: Transports,
+        place: Place,
         run: impl FnOnce() -> Result<Run, Failure>,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
-        if let (GuestKind::Local, Some(scheme)) = (kind, transports.required())
-            && scheme != Transports::DEFAULT
-        {
-            let name = scheme.to_uppercase();
-            let what = format!("this machine has loop devices for disks, and no {name}");
-            let advice = format!("use --guest qemu with --transport {scheme}");
-            return Err(Failure::usage(what).advise(advice));
-        }
         let run = run()?;
-        tracing::info!(directory = %run.directory().display(), "run started");
-        let loops = Arc::new(LoopTransport::builder().mark(run.mark()).build()?);
+        tracing::info!(directory = %blockmount::printable(run.directory().display()), "run started");
+        let loops = LoopTransport::builder()
+            .mark(run.mark())
+            .max_devices(LOOP_DEVICES);
+        let loops = Arc::new(loops.build()?);
         // The transport knows which devices are its own, also when the kernel gives a number to others.
         let engine = LinuxGuest::builder()
             .resolver(SCHEME, loops.clone())
@@ -87,8 +84,8 @@ impl Machine {
         )
         .build();
         let mut recovery = None;
-        let (guest, manager) = match kind {
-            GuestKind::Local => {
+        let (guest, manager) = match place {
+            Place::Local => {
                 let builder = build(
                     run.mount_root(),
                     [recorder.watch(loops.clone())],
@@ -98,12 +95,16 @@ impl Machine {
                 let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Local(loops), manager)
             }
-            GuestKind::Qemu => {
-                let (at, kept) = (run.work_dir(), journals.is_some());
+            Place::Qemu(hardware) => {
+                let kept = journals.is_some();
+                let at = match run.is_resumed() {
+                    true => run.work_dir(),
+                    false => run.make_work_dir()?,
+                };
                 let starting = async {
                     match run.is_resumed() {
-                        true => QemuGuest::resume(at, transports, interrupt).await,
-                        false => QemuGuest::start(at, transports, kept, interrupt).await,
+                        true => QemuGuest::resume(at, hardware, interrupt).await,
+                        false => QemuGuest::start(at, hardware, kept, interrupt).await,
                     }
                 };
                 let guest = tokio::select! {
@@ -183,14 +184,14 @@ impl Machine {
         &self.recorder
     }
 
-    /// A directory for image files, on a disk.
-    pub(crate) fn work_dir(&self) -> &Path {
-        self.run.work_dir()
+    /// A directory for image files, on a disk, which is made if it is not there.
+    pub(crate) fn work_dir(&self) -> Result<&Path, Failure> {
+        self.run.make_work_dir()
     }
 
     /// The image for what is written to a stack, if it has one.
     pub(crate) fn scratch(&self) -> PathBuf {
-        self.work_dir().join("scratch.ext4")
+        self.run.work_dir().join("scratch.ext4")
     }
 
     /// A path of this run's own in the guest, for an overlay.
@@ -222,7 +223,7 @@ async fn manage(
     Ok(recovery.insert(found).manager().clone())
 }
 
-fn build<T: Transport, G: Mounter + LayerCombiner + Binder + Clone>(
+fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
     mount_root: &Path,
     transports: impl IntoIterator<Item = T>,
     guest: G,
@@ -235,7 +236,6 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Binder + Clone>(
     builder
         .unplugger(unplugger)
         .mounter(guest.clone())
-        .combiner(guest.clone())
-        .binder(guest)
+        .combiner(guest)
         .mount_root(mount_root)
 }

@@ -4,6 +4,7 @@ mod args;
 mod check;
 mod child;
 mod cleanup;
+mod command_line;
 mod demo;
 mod failure;
 mod guest;
@@ -12,6 +13,7 @@ mod images;
 mod inspect;
 mod interrupt;
 mod kernel;
+mod limits;
 mod machine;
 mod mount;
 mod recorder;
@@ -20,36 +22,42 @@ mod run;
 mod seal;
 mod speed;
 mod stacking;
+mod target;
 mod terminal;
 mod test_images;
 mod verity;
 
-use std::io::{self, IsTerminal};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use blockmount_agent::{Endpoints, Program, standard};
+use blockmount_agent::{Endpoints, LogFilter, Program, standard};
 use blockmount_checker::CheckerServer;
-use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use tokio::runtime::Runtime;
 
-use args::{CheckerArgs, Cli, Cmd};
+use args::{Cli, Cmd};
 use failure::{Context, Failure};
 use interrupt::Interrupt;
-use terminal::say;
 
 fn main() -> ExitCode {
     if Program::is_init() {
         agent().init();
     }
-    let cli = Cli::parse();
+    if let Some(roots) = checked_roots() {
+        return ended(check_for_host(roots));
+    }
+    let cli = command_line::read();
     if let Cmd::Agent(args) = cli.command {
         return agent().run(args.words(cli.verbose, cli.log));
     }
-    let result = start_log(&cli).and_then(|()| execute(cli.command));
+    terminal::start(cli.color, cli.quiet);
+    ended(start_log(&cli).and_then(|()| execute(cli.command)))
+}
+
+fn ended(result: Result<u8, Failure>) -> ExitCode {
     match result {
         Ok(status) => status.into(),
         Err(failure) => {
-            say(format_args!("{failure}"));
+            terminal::complain(&failure);
             failure.status().into()
         }
     }
@@ -61,65 +69,72 @@ fn agent() -> Program {
 }
 
 fn execute(command: Cmd) -> Result<u8, Failure> {
+    let layers = match &command {
+        Cmd::Mount(args) => args.layers.0.len(),
+        Cmd::Demo(args) => args.layers.0.len(),
+        _ => 0,
+    };
+    limits::ensure_files(layers)?;
     // Reading a superblock needs no runtime, and ends by itself.
-    if let Cmd::Inspect(args) = command {
-        return inspect::run(args);
+    match command {
+        Cmd::Inspect(args) => return inspect::run(args),
+        Cmd::Completions(args) => return command_line::completions(args.shell),
+        Cmd::Man(args) => return command_line::man(args.to.as_deref()),
+        _ => {}
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context(|| "cannot start the runtime".to_owned())?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
         match command {
-            Cmd::Agent(_) => unreachable!("the agent is started before"),
+            Cmd::Agent(_) | Cmd::Inspect(_) | Cmd::Completions(_) | Cmd::Man(_) => {
+                unreachable!("these are done before")
+            }
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
             Cmd::Seal(args) => seal::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
-            Cmd::Inspect(args) => inspect::run(args),
-            Cmd::Checker(args) => check_for_host(args, &interrupt).await,
         }
     })
 }
 
-/// Serves the host of this guest, for the demo: it shows what the agent has done.
-async fn check_for_host(args: CheckerArgs, interrupt: &Interrupt) -> Result<u8, Failure> {
-    let server = CheckerServer::new(args.roots);
-    let ended = async {
-        interrupt.requested().await;
-    };
-    let endpoints = Endpoints::default().or_port(blockmount_checker::PORT);
-    endpoints.serve(server, ended).await?;
-    Ok(0)
+fn runtime() -> Result<Runtime, Failure> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime
+        .enable_all()
+        .build()
+        .context(|| "cannot start the runtime".to_owned())
 }
 
-/// Whether somebody looks at stderr who likes colours. The console of a guest ends up in a file.
-fn is_colourful() -> bool {
-    let declined = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    io::stderr().is_terminal() && !declined && std::process::id() != 1
+/// The first word for a program of a guest, which no user has a use for.
+const CHECKER: &str = "checker";
+
+/// The directories below which the agent of this guest mounts, if this program is its checker.
+fn checked_roots() -> Option<Vec<PathBuf>> {
+    let mut words = std::env::args_os().skip(1);
+    let is_checker = words.next().is_some_and(|word| word == CHECKER);
+    is_checker.then(|| words.map(PathBuf::from).collect())
+}
+
+/// Serves the host of this guest, for the demo: it shows what the agent has done.
+fn check_for_host(roots: Vec<PathBuf>) -> Result<u8, Failure> {
+    runtime()?.block_on(async {
+        let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
+        let ended = async {
+            interrupt.requested().await;
+        };
+        let endpoints = Endpoints::default().or_port(blockmount_checker::PORT);
+        endpoints.serve(CheckerServer::new(roots), ended).await?;
+        Ok(0)
+    })
 }
 
 /// Starts logging to stderr: only what goes wrong, unless more was asked for.
 fn start_log(cli: &Cli) -> Result<(), Failure> {
-    let default = match cli.verbose {
-        0 => "error",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
+    let filter = match &cli.log {
+        None => LogFilter::verbose(cli.verbose),
+        Some(text) => LogFilter::parse(text).map_err(Failure::usage)?,
     };
-    let filter = cli.log.as_deref().unwrap_or(default);
-    let filter = EnvFilter::try_new(filter).map_err(|error| {
-        Failure::usage(format!("--log {filter:?} is no log filter"))
-            .because(error)
-            .advise("use levels, such as --log debug, or --log blockmount_linux=trace,info")
-    })?;
-    // A log that cannot be written is no reason to panic while disks are attached.
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(is_colourful())
-        .log_internal_errors(false)
-        .init();
-    Ok(())
+    Ok(blockmount_agent::start_log(
+        filter,
+        terminal::is_colourful(),
+    )?)
 }

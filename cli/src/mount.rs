@@ -9,16 +9,17 @@ use blockmount::{
 use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
-use crate::failure::{Context, Failure, printable};
-use crate::guest::{GuestKind, Transports};
+use crate::failure::{Context, FAILED, Failure, printable};
+use crate::guest::{GuestKind, Place, Transports};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
 use crate::machine::{Machine, require_root};
-use crate::report::table;
-use crate::run::{Remembered, Run};
-use crate::stacking::{distinct, layer_request};
-use crate::terminal::{print, print_json, say};
+use crate::report::{passed_on, table};
+use crate::run::{self, Remembered, Run};
+use crate::stacking::{distinct, layer_disk, layer_request};
+use crate::target;
+use crate::terminal::{complain, note, print, print_json, say};
 
 /// Where everything is while the stack is held.
 #[derive(Debug, Serialize)]
@@ -38,6 +39,8 @@ struct HeldDisk {
     locator: String,
     device: String,
     path: String,
+    /// Why a transport that was asked before has not taken it.
+    passed_on: Option<String>,
 }
 
 /// Mounts, holds and releases. `Ok` is the exit status.
@@ -48,13 +51,10 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
         return resume(args, &name, &interrupt, &before).await;
     }
     refuse_lost_vm(&args)?;
-    let target = absolute(args.at.as_deref().unwrap_or(Path::new("")))?;
+    let target = target_of(&args)?;
     args.layers.0 = distinct(&args.layers.0);
-    let requests = args
-        .layers
-        .0
-        .iter()
-        .map(|layer| layer_request(layer, &args.options));
+    refuse_too_many(&args.layers.0)?;
+    let requests = args.layers.0.iter().map(layer_request);
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let run = || match &args.name {
         None => Run::start(),
@@ -65,8 +65,13 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
             args.guest,
         )),
     };
-    let mut machine = Machine::start(args.guest, args.transport, run, &interrupt).await?;
+    let place = Place::of(args.guest, args.transport, args.allow_backing)?;
+    let mut machine = Machine::start(place, run, &interrupt).await?;
     let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
+    let stack = stack.map_err(|failure| match args.guest {
+        GuestKind::Local if failure.status() == FAILED => in_the_way(failure, &target),
+        _ => failure,
+    });
     hold_until_the_end(&args, &target, stack, machine, &interrupt, &before).await
 }
 
@@ -86,7 +91,9 @@ async fn resume(
         ))
     };
     // Whichever had the disks.
-    let machine = Machine::start(guest, Transports::Auto, || Ok(run), interrupt).await;
+    let transports = (guest == GuestKind::Qemu).then_some(Transports::Auto);
+    let place = Place::of(guest, transports, false)?;
+    let machine = Machine::start(place, || Ok(run), interrupt).await;
     interrupt.check().map_err(left)?;
     let mut machine = machine.map_err(|failure| failure.advise(kept))?;
     let target = remembered.target();
@@ -121,7 +128,7 @@ async fn hold_until_the_end(
                 };
                 say(format_args!(
                     "{why}: releasing {}",
-                    printable(&target.display().to_string())
+                    printable(target.display())
                 ));
             }
             if shown.is_err() {
@@ -146,7 +153,7 @@ async fn hold_until_the_end(
     left_over.extend(ended.left_in_guest);
     match (held, ended.result) {
         (Err(failure), Err(ended)) => {
-            say(format_args!("{failure}"));
+            complain(&failure);
             Err(ended)
         }
         (Ok(()), Err(ended)) => Err(ended),
@@ -158,15 +165,23 @@ async fn hold_until_the_end(
             Err(failure)
         }
         (Ok(()), Ok(())) => {
-            say(format_args!("released; nothing is left"));
+            note(format_args!("released; nothing is left"));
             Ok(0)
         }
     }
 }
 
+/// Says what to do about a tree of another run at the target, if that is what was in the way.
+fn in_the_way(failure: Failure, target: &Path) -> Failure {
+    match run::in_the_way(target) {
+        Some(advice) => failure.advise(advice),
+        None => failure,
+    }
+}
+
 /// What to do with a mount that could not be resumed.
 fn discard_advice(work: &Path) -> String {
-    let work = printable(&work.display().to_string());
+    let work = printable(work.display());
     format!(
         "what was written stays in {work}, mounted or not; to discard it: sudo blockmount cleanup --resumable"
     )
@@ -184,12 +199,34 @@ fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes the path absolute without following anything: whether a link may be on the way is for the guest
-/// to say.
-fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    std::path::absolute(path)
-        .context(|| format!("--at {path:?} is no path"))
-        .map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))
+/// Where the tree is to be. In a virtual machine, whether a link may be on the way is for the guest to say.
+fn target_of(args: &MountArgs) -> Result<PathBuf, Failure> {
+    let given = args.at.as_deref().unwrap_or(Path::new(""));
+    if args.guest == GuestKind::Qemu {
+        return std::path::absolute(given)
+            .context(|| format!("--at {given:?} is no path"))
+            .map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"));
+    }
+    let target = target::resolve(given)?;
+    if std::path::absolute(given).is_ok_and(|plain| plain != target) {
+        let (given, at) = (printable(given.display()), printable(target.display()));
+        note(format_args!("note: {given} is {at}"));
+    }
+    Ok(target)
+}
+
+/// As many layers as the kernel stacks (`OVL_MAX_STACK`), which is better known before they are attached.
+const MOST_LAYERS: usize = 500;
+
+fn refuse_too_many(layers: &[Layer]) -> Result<(), Failure> {
+    if layers.len() <= MOST_LAYERS {
+        return Ok(());
+    }
+    let what = format!(
+        "{} layers are more than the {MOST_LAYERS} that Linux stacks",
+        layers.len()
+    );
+    Err(Failure::usage(what).advise("make one image of several layers"))
 }
 
 async fn hold(
@@ -204,9 +241,10 @@ async fn hold(
         stack = stack.held_by(name.clone());
     }
     for (layer, request) in args.layers.0.iter().zip(requests) {
-        stack = stack.layer(Disk::virtual_disk(&layer.image).read_only(), request);
+        stack = stack.layer(layer_disk(layer), request);
     }
     if let Some(size) = args.scratch {
+        machine.work_dir()?;
         let image = machine.scratch();
         let request = match args.encrypt {
             true => {
@@ -248,9 +286,10 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
             locator: mount.locator().to_string(),
             device: seen.device.clone(),
             path: mount.path().display().to_string(),
+            passed_on: machine.recorder().passed_on(&layer.image),
         })
     };
-    let scratch = Layer::whole(machine.scratch());
+    let scratch = Layer::of(machine.scratch());
     let held = Held {
         target: stack.target().display().to_string(),
         writable: stack.scratch().is_some(),
@@ -271,7 +310,7 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
         return print_json(&held);
     }
     print(&held.to_text())?;
-    say(format_args!(
+    note(format_args!(
         "held until Ctrl-C or SIGTERM to process {}",
         held.pid
     ));
@@ -286,18 +325,23 @@ impl Held {
                 .partition
                 .map_or(String::new(), |number| format!(" (partition {number})"));
             table.add_row([
-                printable(&format!("{}{partition}", disk.source)),
+                printable(format!("{}{partition}", disk.source)).to_string(),
                 disk.filesystem.clone(),
                 disk.locator.clone(),
                 disk.device.clone(),
-                printable(&disk.path),
+                printable(&disk.path).to_string(),
             ]);
         }
+        let why = self.layers.iter().chain(&self.scratch);
+        let why = passed_on(why.map(|disk| (&*disk.source, &disk.passed_on)));
         let access = if self.writable {
             "writable"
         } else {
             "read-only"
         };
-        format!("{table}\n\n{access} tree at {}", printable(&self.target))
+        format!(
+            "{table}\n{why}\n{access} tree at {}",
+            printable(&self.target)
+        )
     }
 }

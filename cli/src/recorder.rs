@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Transport,
+    BackendError, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions, Mounter,
+    Overlay, Presence, Transport,
 };
+use blockmount_agent::one_line;
 
 /// What was asked of the backends so far. Clones share one record.
 #[derive(Debug, Clone, Default)]
@@ -19,6 +20,8 @@ pub(crate) struct Recorder(Arc<Mutex<Record>>);
 struct Record {
     counts: Counts,
     attached: HashMap<PathBuf, Attached>,
+    /// Why a transport passed on a disk, by its source.
+    passed_on: HashMap<PathBuf, String>,
     mounted: HashMap<PathBuf, Duration>,
     combined: HashMap<PathBuf, Duration>,
 }
@@ -73,6 +76,11 @@ impl Recorder {
             .collect()
     }
 
+    /// Why the transport that was asked first has not taken a disk that another one has.
+    pub(crate) fn passed_on(&self, source: &Path) -> Option<String> {
+        self.record().passed_on.get(source).cloned()
+    }
+
     /// How long the mount at a target took.
     pub(crate) fn mounted(&self, target: &Path) -> Option<Duration> {
         self.record().mounted.get(target).copied()
@@ -105,7 +113,13 @@ impl<B: Transport> Transport for Recorded<B> {
 
     async fn attach(&self, disk: &Disk, id: &DiskId) -> Result<DeviceLocator, BackendError> {
         let start = Instant::now();
-        let locator = self.backend.attach(disk, id).await?;
+        let locator = self.backend.attach(disk, id).await.inspect_err(|error| {
+            if matches!(error.kind(), ErrorKind::Unsuitable | ErrorKind::Full) {
+                let mut record = self.recorder.record();
+                let why = one_line(error);
+                record.passed_on.insert(disk.source().to_owned(), why);
+            }
+        })?;
         let attached = Attached {
             locator: locator.clone(),
             took: start.elapsed(),
@@ -196,21 +210,5 @@ impl<B: LayerCombiner> LayerCombiner for Recorded<B> {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         LayerCombiner::adopt(&self.backend, overlay).await
-    }
-}
-
-#[async_trait]
-#[deny(clippy::missing_trait_methods)]
-impl<B: Binder> Binder for Recorded<B> {
-    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
-        self.backend.bind(bind).await
-    }
-
-    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
-        self.backend.unbind(target).await
-    }
-
-    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
-        Binder::adopt(&self.backend, bind).await
     }
 }

@@ -61,6 +61,8 @@ pub(crate) struct LayerReport {
     pub(crate) path: String,
     pub(crate) attach_ms: f64,
     pub(crate) mount_ms: f64,
+    /// Why a transport that was asked before has not taken it.
+    pub(crate) passed_on: Option<String>,
     /// How many containers had it at once.
     pub(crate) containers: usize,
 }
@@ -111,8 +113,13 @@ impl Report {
     /// Everything, for people.
     pub(crate) fn to_text(&self) -> String {
         let mut text = format!(
-            "{}\n\nSlots in use\n{}\n",
+            "{}\n{}\nSlots in use\n{}\n",
             self.layer_table(),
+            passed_on(
+                self.layers
+                    .iter()
+                    .map(|layer| (&*layer.source, &layer.passed_on))
+            ),
             self.slot_table()
         );
         text += &format!(
@@ -149,12 +156,12 @@ impl Report {
                 .partition
                 .map_or(String::new(), |number| format!(" (partition {number})"));
             table.add_row([
-                printable(&format!("{}{partition}", file_name(&layer.source))),
+                printable(format!("{}{partition}", file_name(&layer.source))).to_string(),
                 layer.filesystem.clone(),
                 layer.transport.clone(),
                 layer.locator.clone(),
                 layer.device.clone(),
-                printable(&layer.path),
+                printable(&layer.path).to_string(),
                 format!("{:.2}", layer.attach_ms),
                 format!("{:.2}", layer.mount_ms),
                 layer.containers.to_string(),
@@ -177,7 +184,7 @@ impl Report {
                 }
                 .to_owned(),
                 if slot.direct_io { "yes" } else { "no" }.to_owned(),
-                printable(&slot.disk),
+                printable(&slot.disk).to_string(),
             ]);
         }
         table
@@ -188,8 +195,8 @@ impl Report {
         for container in &self.containers {
             table.add_row([
                 container.name.to_owned(),
-                printable(&container.path),
-                printable(&container.scratch),
+                printable(&container.path).to_string(),
+                printable(&container.scratch).to_string(),
                 format!("{:.2}", container.overlay_ms),
                 container.files.to_string(),
             ]);
@@ -230,6 +237,15 @@ impl Comparison {
              {floor_ms:.1} ms; ratio {ratio:.2}"
         )
     }
+}
+
+/// Why disks are not on the transport that was asked first, a line each.
+pub(crate) fn passed_on<'a>(disks: impl Iterator<Item = (&'a str, &'a Option<String>)>) -> String {
+    let lines = disks.filter_map(|(source, why)| {
+        let (name, why) = (printable(file_name(source)), printable(why.as_ref()?));
+        Some(format!("{name}: {why}\n"))
+    });
+    lines.collect()
 }
 
 /// A table in the program's one style.

@@ -5,8 +5,9 @@
 //!   lives. The kernel releases it however the process ends, and unlike a process id it
 //!   is never given to somebody else.
 //! - Loop devices and overlays carry the [mark](Run::mark) `blockmount:<id>` in the kernel's own tables.
-//! - What neither shows is written to the `journal`, before it is made: the directory for image files,
-//!   and directories of the user's that are made for a target.
+//! - What neither shows is written to the `journal`, before it is made: directories of the user's that are made for a target.
+//! - `/var/tmp/blockmount-<id>/` has the image files of a run that makes some. It is locked as well, because it outlives `/run`,
+//!   and may be seen where that is not: in another container.
 //!
 //! A run with a name can be resumed ([`Remembered`]): its directory also has what it was asked for, and the journals of its
 //! manager and of its guest engine.
@@ -15,13 +16,15 @@
 //! a lock is one that was killed, never one that is just being made.
 
 mod files;
+mod liveness;
 mod remembered;
+mod work;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockmount_linux::mountinfo;
@@ -33,7 +36,9 @@ use crate::failure::{Context, Failure};
 use files::{absent_is_done, open_directory, remove_directories_in, remove_directory, remove_in};
 
 pub(crate) use files::remove_empty;
+pub(crate) use liveness::in_the_way;
 pub(crate) use remembered::{Kept, Remembered};
+pub(crate) use work::{Orphan, orphans};
 
 /// Where runs have their directories: empty after each boot, as are the tables that they describe.
 pub(crate) const RUNS: &str = "/run/blockmount";
@@ -42,8 +47,14 @@ const WORK: &str = "/var/tmp";
 /// The journals of a run that can be resumed: of its manager, and of its guest engine.
 const STATE: &str = "state";
 const ENGINE: &str = "engine";
+/// The filesystem of what carries a mark as its source. Anybody can mount another one with such a source (FUSE).
+pub(crate) const OVERLAY: &str = "overlay";
 /// What starts the mark of every run.
 const MARK: &str = "blockmount:";
+const NO_WORK: &str =
+    "image files of our own are below /var/tmp: it has to be writable, and have some space";
+const NO_RUN: &str = "what is mounted is noted in /run, so that \"blockmount cleanup\" finds it: it has to be writable, and \
+                      have some space; in a container it can be a tmpfs of its own";
 /// How long a start waits for a clean-up, and one clean-up for another.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -53,6 +64,8 @@ pub(crate) struct Run {
     paths: RunPaths,
     mounts: PathBuf,
     journal: Mutex<File>,
+    /// The directory for image files, locked, once there is one.
+    work: Mutex<Option<File>>,
     finished: bool,
     /// Whether an earlier program has started it.
     resumed: bool,
@@ -74,8 +87,6 @@ pub(crate) struct RunPaths {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Entry {
-    /// The directory for image files.
-    Work(Name),
     /// A directory that was not there, and is made for a target.
     Directory(Name),
 }
@@ -123,20 +134,6 @@ impl RunPaths {
         }
     }
 
-    /// As a run that is dead has written it down.
-    pub(crate) fn recorded(id: &str) -> Self {
-        let mut paths = RunPaths::of(id);
-        let noted = paths
-            .read_journal()
-            .into_iter()
-            .find_map(|entry| match entry {
-                Entry::Work(name) => Some(name.into_path()),
-                Entry::Directory(_) => None,
-            });
-        paths.work = noted.unwrap_or(paths.work);
-        paths
-    }
-
     /// What loop devices and overlays of the run carry.
     pub(crate) fn mark(&self) -> String {
         format!("{MARK}{}", self.id)
@@ -152,8 +149,9 @@ impl RunPaths {
 
     /// What the journal says. What a last line that was cut off names was never made.
     pub(crate) fn read_journal(&self) -> Vec<Entry> {
-        let text = fs::read_to_string(self.journal()).unwrap_or_default();
-        text.lines()
+        let text = files::read(&self.journal()).unwrap_or_default();
+        String::from_utf8_lossy(&text)
+            .lines()
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect()
     }
@@ -219,7 +217,9 @@ impl Run {
     /// Starts a run: makes its directories and takes its lock.
     pub(crate) fn start() -> Result<Run, Failure> {
         let what = || format!("cannot make a directory for this run in {RUNS}");
-        let runs = open_runs().context(what)?;
+        let runs = open_runs()
+            .context(what)
+            .map_err(|failure| failure.advise(NO_RUN))?;
         lock(&runs, FlockOperation::NonBlockingLockShared)?;
         Self::make()
     }
@@ -227,11 +227,12 @@ impl Run {
     fn make() -> Result<Run, Failure> {
         let what = || format!("cannot make a directory for this run in {RUNS}");
         let paths = RunPaths::of(&random_id().context(what)?);
-        make_private(&paths.dir).context(what)?;
         // From here on a failure removes what is there: nothing but empty directories and files of ours.
-        Self::fill(&paths).inspect_err(|_| {
+        let made = make_private(&paths.dir).context(what);
+        let made = made.and_then(|()| Self::fill(&paths)).inspect_err(|_| {
             let _ = paths.remove();
-        })
+        });
+        made.map_err(|failure| failure.advise(NO_RUN))
     }
 
     fn fill(paths: &RunPaths) -> Result<Run, Failure> {
@@ -239,11 +240,7 @@ impl Run {
         let lock_file = create(&paths.lock()).context(what)?;
         flock(&lock_file, FlockOperation::NonBlockingLockExclusive).context(what)?;
         let journal = create(&paths.journal()).context(what)?;
-        let run = Run::over(paths, journal, lock_file);
-        run.note(&Entry::Work(Name::of(&paths.work)))?;
-        make_private(&paths.work)
-            .context(|| format!("cannot make {} for image files", paths.work.display()))?;
-        Ok(run)
+        Ok(Run::over(paths, journal, lock_file))
     }
 
     fn over(paths: &RunPaths, journal: File, lock: File) -> Run {
@@ -251,6 +248,7 @@ impl Run {
             mounts: paths.dir.join("m"),
             paths: paths.clone(),
             journal: Mutex::new(journal),
+            work: Mutex::default(),
             finished: false,
             resumed: false,
             _lock: lock,
@@ -288,9 +286,21 @@ impl Run {
         &self.paths.dir
     }
 
-    /// The directory for image files.
+    /// The directory for image files, which is there once it was [made](Self::make_work_dir).
     pub(crate) fn work_dir(&self) -> &Path {
         &self.paths.work
+    }
+
+    /// Makes the directory for image files. A run that makes none needs no place for them.
+    pub(crate) fn make_work_dir(&self) -> Result<&Path, Failure> {
+        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        if work.is_none() {
+            let path = &self.paths.work;
+            let made = make_private(path).and_then(|()| work::lock(path, self.is_named()));
+            let made = made.context(|| format!("cannot make {} for image files", path.display()));
+            *work = Some(made.map_err(|failure| failure.advise(NO_WORK))?);
+        }
+        Ok(&self.paths.work)
     }
 
     /// Notes a directory outside of the run's own that is going to be made if it is not there, with
@@ -316,10 +326,7 @@ impl Run {
         let mut line = serde_json::to_string(entry).context(what)?;
         line.push('\n');
         // One write for a line: what is there after a kill is whole lines.
-        let mut journal = self
-            .journal
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
         journal.write_all(line.as_bytes()).context(what)
     }
 
@@ -419,9 +426,7 @@ mod tests {
             let path = Path::new(std::ffi::OsStr::from_bytes(bytes));
             let line = serde_json::to_string(&Entry::Directory(Name::of(path))).unwrap();
             assert!(!line.contains('\n'));
-            let Entry::Directory(name) = serde_json::from_str(&line).unwrap() else {
-                panic!()
-            };
+            let Entry::Directory(name) = serde_json::from_str(&line).unwrap();
             assert_eq!(name.into_path(), path);
         }
     }
@@ -450,7 +455,14 @@ mod tests {
         let id = dir.file_name().unwrap().to_str().unwrap();
         assert_eq!(id_in(&run.mark()), Some(id));
         assert_eq!(dir.metadata().unwrap().mode() & 0o777, 0o700);
-        assert_eq!(run.paths.read_journal(), [Entry::Work(Name::of(&work))]);
+        assert!(
+            !work.exists(),
+            "a run without image files needs no place for them"
+        );
+        assert_eq!(run.make_work_dir().unwrap(), work);
+        assert_eq!(run.make_work_dir().unwrap(), work);
+        assert_eq!(work.metadata().unwrap().mode() & 0o777, 0o700);
+        assert_eq!(run.paths.read_journal(), []);
         let other = File::open(run.paths.lock()).unwrap();
         assert_eq!(
             flock(&other, FlockOperation::NonBlockingLockExclusive),
@@ -473,7 +485,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         run.journal_dir(&dir.path().join("a/b")).unwrap();
         run.journal_dir(dir.path()).unwrap();
-        let noted = run.paths.read_journal().into_iter().skip(1);
+        let noted = run.paths.read_journal().into_iter();
         let expected = ["a", "a/b"].map(|name| Entry::Directory(Name::of(&dir.path().join(name))));
         assert!(noted.eq(expected));
         run.finish().unwrap();

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::SealArgs;
 use crate::failure::{Context, Failure, printable};
 use crate::interrupt::{Interrupt, Stop};
-use crate::terminal::{self, print, print_json, say};
+use crate::terminal::{self, note, print, print_json};
 use crate::verity::small_blocks;
 
 /// What was made. Its JSON form is this structure, field by field.
@@ -41,7 +41,7 @@ pub(crate) async fn run(args: SealArgs, interrupt: Interrupt) -> Result<u8, Fail
         false => {
             let beside = report.tree.iter().chain(&report.metadata);
             for file in beside {
-                say(format_args!("wrote {}", printable(file)));
+                note(format_args!("wrote {}", printable(file)));
             }
             print(&report.root_digest)?;
         }
@@ -120,8 +120,8 @@ fn append(image: &Path, parameters: &Parameters, progress: &Progress<'_>) -> Mad
     let path = Metadata::path_of(image);
     let sealed_before = || {
         Failure::new(what()).advise(format!(
-            "blockmount inspect --verity {} says what its tree is",
-            printable(&image.display().to_string())
+            "see what its tree is with: blockmount inspect --verity {}",
+            printable(image.display())
         ))
     };
     if path.symlink_metadata().is_ok() {

@@ -1,17 +1,32 @@
 //! From the layers of the command line to what is asked of the manager.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
 
 use blockmount::{Disk, MountOptions, MountRequest};
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
-use crate::terminal::say;
+use crate::terminal::note;
 use crate::verity;
 
+/// The disk of a layer: an image file, or a block device of this machine.
+pub(crate) fn layer_disk(layer: &Layer) -> Disk {
+    let image = &layer.image;
+    // One that cannot be looked at is told of when it is attached.
+    let kind = image.metadata().map(|metadata| metadata.file_type());
+    match kind.is_ok_and(|kind| kind.is_block_device()) {
+        true => Disk::physical_disk(image).read_only(),
+        false => Disk::virtual_disk(image).read_only(),
+    }
+}
+
 /// A read-only mount of a layer.
-pub(crate) fn layer_request(layer: &Layer, options: &[String]) -> Result<MountRequest, Failure> {
+pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
+    let options = &layer.options;
     let mut builder = MountOptions::builder().read_only().options(options);
+    if let Some(name) = &layer.filesystem {
+        builder = builder.filesystem(name);
+    }
     if let Some(number) = layer.partition {
         builder = builder.partition(number);
     }
@@ -21,9 +36,7 @@ pub(crate) fn layer_request(layer: &Layer, options: &[String]) -> Result<MountRe
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;
-    let devices = layer.devices.iter().map(Disk::virtual_disk);
-    let devices = devices.map(Disk::read_only);
-    Ok(devices.fold(MountRequest::new(options), MountRequest::with_device))
+    Ok(MountRequest::new(options))
 }
 
 /// The layers without those that are there a second time, under whatever name.
@@ -38,20 +51,13 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                let Layer {
-                    partition,
-                    verity,
-                    devices,
-                    image: _,
-                } = layer;
-                let same = (&upper.partition, &upper.verity, &upper.devices);
-                *other == file && same == (partition, verity, devices)
+                *other == file && upper.partition == layer.partition && upper.verity == layer.verity
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());
-                let note =
+                let same =
                     format!("{lower} is the same layer as {upper} above it, and adds nothing");
-                say(format_args!("note: {}", printable(&note)));
+                note(format_args!("note: {}", printable(same)));
                 continue;
             }
             seen.push((file, layer));
@@ -72,7 +78,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let layer = |name: &str, partition| Layer {
             partition: NonZeroU32::new(partition),
-            ..Layer::whole(directory.path().join(name))
+            ..Layer::of(directory.path().join(name))
         };
         std::fs::write(directory.path().join("a"), "a").unwrap();
         std::fs::write(directory.path().join("b"), "b").unwrap();

@@ -2,11 +2,72 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::args::Colour;
 use crate::failure::{Context, Failure};
+
+/// How this program talks, which is settled before it says the first word.
+#[derive(Debug, Clone, Copy)]
+struct Manner {
+    is_colourful: bool,
+    is_quiet: bool,
+}
+
+static MANNER: OnceLock<Manner> = OnceLock::new();
+
+/// Settles how the program talks.
+pub(crate) fn start(colour: Colour, is_quiet: bool) {
+    let is_colourful = match colour {
+        Colour::Always => true,
+        Colour::Never => false,
+        // The console of a guest ends up in a file.
+        Colour::Auto => {
+            let declined = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            io::stderr().is_terminal() && !declined && std::process::id() != 1
+        }
+    };
+    // It is settled once; a second time would be the same.
+    let _ = MANNER.set(Manner {
+        is_colourful,
+        is_quiet,
+    });
+}
+
+/// Whether what is said on stderr has colours.
+pub(crate) fn is_colourful() -> bool {
+    MANNER.get().is_some_and(|manner| manner.is_colourful)
+}
+
+fn is_quiet() -> bool {
+    MANNER.get().is_some_and(|manner| manner.is_quiet)
+}
+
+/// Says a line on stderr that nobody has to act on; not if the user wants it quiet.
+pub(crate) fn note(line: fmt::Arguments<'_>) {
+    if !is_quiet() {
+        say(line);
+    }
+}
+
+/// Says what went wrong.
+pub(crate) fn complain(failure: &Failure) {
+    let text = failure.to_string();
+    if !is_colourful() {
+        return say(format_args!("{text}"));
+    }
+    // The words that begin the lines, in the colours that help has.
+    for line in text.lines() {
+        match line.split_once(": ") {
+            Some(("error", rest)) => say(format_args!("\u{1b}[1;31merror:\u{1b}[0m {rest}")),
+            Some(("advice", rest)) => say(format_args!("\u{1b}[1;32madvice:\u{1b}[0m {rest}")),
+            _ => say(format_args!("{line}")),
+        }
+    }
+}
 
 /// Says a line on stderr. A stream that is gone is no reason to stop: what is held must be released
 /// all the same, so that `eprintln!`, which panics, will not do.
@@ -18,6 +79,15 @@ pub(crate) fn say(line: fmt::Arguments<'_>) {
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{text}")
+        .and_then(|()| stdout.flush())
+        .context(|| "cannot write the result to stdout".to_owned())
+}
+
+/// Prints what was made on stdout, as it is.
+pub(crate) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(bytes)
         .and_then(|()| stdout.flush())
         .context(|| "cannot write the result to stdout".to_owned())
 }
@@ -35,7 +105,7 @@ pub(crate) struct Progress(ProgressBar);
 
 impl Progress {
     pub(crate) fn new() -> Self {
-        let target = match io::stderr().is_terminal() {
+        let target = match io::stderr().is_terminal() && !is_quiet() {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
@@ -63,7 +133,7 @@ impl Progress {
 
     /// Says a line that stays, above what moves.
     pub(crate) fn note(&self, line: &str) {
-        self.0.suspend(|| say(format_args!("{line}")));
+        self.0.suspend(|| note(format_args!("{line}")));
     }
 
     /// Takes the moving line away.

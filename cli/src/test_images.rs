@@ -136,7 +136,7 @@ impl Recipe {
         Ok(TestImage {
             layer: Layer {
                 partition,
-                ..Layer::whole(written)
+                ..Layer::of(written)
             },
             tree,
         })

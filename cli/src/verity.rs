@@ -53,7 +53,7 @@ impl FromStr for Trusted {
     }
 }
 
-const ADVICE: &str = "blockmount seal IMAGE makes a hash tree and IMAGE.dmverity; blockmount inspect --verity IMAGE says what there is";
+const ADVICE: &str = "make a hash tree and IMAGE.dmverity with \"blockmount seal IMAGE\", or see what there is with \"blockmount inspect --verity IMAGE\"";
 
 /// What the guest is told of a layer, if it is to be checked: the superblock is read here, where the image is, and the
 /// guest reads none.

@@ -289,8 +289,9 @@ fn root_what_others_put_on_top_is_reported_and_left() {
     answer.says(1, &[]);
     let outcomes = outcomes(&killed.items(&answer));
     for place in [theirs.to_str().unwrap(), &device] {
-        let is_left =
-            |item: &&(String, String, String)| item.1 == place && item.2.contains("not ours");
+        let is_left = |item: &&(String, String, String)| {
+            item.1 == place && item.2.contains("not of a run of blockmount")
+        };
         assert!(
             outcomes.iter().any(|item| is_left(&item)),
             "{place} in {answer}"

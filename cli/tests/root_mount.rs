@@ -3,8 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
-#[path = "../../tests/common/merged_erofs.rs"]
-mod merged_erofs;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -25,6 +23,12 @@ fn layers(dir: &TempDir) -> Vec<String> {
         path("base"),
         &[("layer.txt", "base"), ("base", "b")],
     );
+    layers_of(dir)
+}
+
+/// The arguments for layers that are there.
+fn layers_of(dir: &TempDir) -> Vec<String> {
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     [
         "--layer",
         &path("top"),
@@ -142,6 +146,189 @@ fn root_a_busy_tree_is_reported_and_waited_for() {
 }
 
 #[test]
+fn root_u20_a_covered_tree_is_waited_for_as_a_busy_one() {
+    let dir = temp();
+    let mut held = held(layers(&dir));
+    let at = dir.path().join("at");
+    let mut mount = Command::new("mount");
+    assert!(
+        mount
+            .args(["-t", "tmpfs", "cover"])
+            .arg(&at)
+            .status()
+            .unwrap()
+            .success()
+    );
+    common::signal(held.pid(), Signal::TERM);
+    let said = held.wait_for("until they release it");
+    let by = format!("it is covered by the mount at {}", at.display());
+    assert!(said.contains(&by), "{said}");
+    assert!(Command::new("umount").arg(&at).status().unwrap().success());
+    let answer = held.wait();
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+}
+
+/// A shell, sudo and the terminal may each pass on one Ctrl-C.
+#[test]
+fn root_u20_a_signal_that_comes_several_times_at_once_is_one() {
+    let dir = temp();
+    let mut held = held(layers(&dir));
+    let file = fs::File::open(dir.path().join("at/base")).unwrap();
+    for _ in 0..20 {
+        common::signal(held.pid(), Signal::INT);
+        std::thread::sleep(std::time::Duration::from_millis(3));
+    }
+    held.wait_for("until they release it");
+    drop(file);
+    let answer = held.wait();
+    answer.says(0, &["nothing is left"]);
+    assert!(!answer.stderr.contains("not yet"), "{answer}");
+    assert_nothing_left(&answer, &dir);
+}
+
+/// Signals that mean nothing to the program would end it without a release.
+#[test]
+fn root_u20_signals_for_users_release_the_tree() {
+    for signal in [Signal::USR1, Signal::USR2] {
+        let dir = temp();
+        let answer = held(layers(&dir)).end(signal);
+        answer.says(0, &["nothing is left"]);
+        assert_nothing_left(&answer, &dir);
+    }
+    let dir = temp();
+    let held = held(layers(&dir));
+    common::signal(held.pid(), Signal::XFSZ);
+    assert!(dir.path().join("at/base").exists());
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_u17_a_tree_in_the_way_is_told_of_with_what_to_do() {
+    let _alone = common::alone();
+    let dir = temp();
+    let first = held(layers(&dir));
+    let refused = |words: &[&str]| match hold(layers_of(&dir)) {
+        Ok(held) => panic!("not refused: {}", held.end(Signal::TERM)),
+        Err(answer) => answer.says(1, words),
+    };
+    refused(&["another \"blockmount mount\" holds a tree there"]);
+    first.kill();
+    refused(&[
+        "a killed run has left its tree there",
+        "sudo blockmount cleanup",
+    ]);
+    common::clean_up(&[]);
+    let mut named = layers_of(&dir);
+    named.extend(["--name", "in-the-way"].map(str::to_owned));
+    held(named).kill();
+    refused(&["sudo blockmount mount --resume in-the-way"]);
+    common::clean_up(&["--resumable"]);
+    assert!(in_kernel(dir.path().file_name().unwrap()).is_empty());
+}
+
+/// On some systems `/mnt` and `/home` are links.
+#[test]
+fn root_u13_a_link_on_the_way_to_the_target_is_followed_once() {
+    let dir = temp();
+    let mut arguments = layers(&dir);
+    fs::create_dir(dir.path().join("real")).unwrap();
+    symlink("real", dir.path().join("link")).unwrap();
+    let at = arguments.last_mut().unwrap();
+    *at = dir.path().join("link/tree").to_str().unwrap().to_owned();
+    let held = held(arguments);
+    let real = dir.path().join("real/tree");
+    assert_eq!(held.json["target"], real.to_str().unwrap());
+    assert_eq!(fs::read_to_string(real.join("base")).unwrap(), "b");
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &[&format!("is {}", real.display())]);
+    assert!(!real.exists());
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_options_of_one_layer_are_for_that_layer() {
+    let dir = temp();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    layers(&dir);
+    let at = path("at");
+    let arguments = [
+        "-o",
+        "nodev",
+        "-l",
+        &path("top"),
+        "--fs",
+        "erofs",
+        "-l",
+        &path("base"),
+        "-o",
+        "noatime",
+        "--at",
+        &at,
+    ];
+    let held = held(arguments.map(str::to_owned).into());
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let options = |index: usize| {
+        let at = held.json["layers"][index]["path"].as_str().unwrap();
+        let line = table
+            .lines()
+            .find(|line| line.contains(&format!(" {at} ")))
+            .unwrap();
+        line.split(' ').nth(5).unwrap().to_owned()
+    };
+    let [top, base] = [options(0), options(1)];
+    assert!(top.contains("nodev") && !top.contains("noatime"), "{top}");
+    assert!(base.contains("nodev") && base.contains("noatime"), "{base}");
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &[]);
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_a_block_device_is_a_layer() {
+    let dir = temp();
+    let mut arguments = layers(&dir);
+    let image = dir.path().join("base");
+    let mut losetup = Command::new("losetup");
+    let made = losetup
+        .args(["--find", "--show", "--read-only"])
+        .arg(&image)
+        .output()
+        .unwrap();
+    let device = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    arguments[3].clone_from(&device);
+    let held = hold(arguments);
+    let answer = held.map(|held| {
+        assert_eq!(fs::read_to_string(dir.path().join("at/base")).unwrap(), "b");
+        held.end(Signal::TERM)
+    });
+    let detach = Command::new("losetup").args(["--detach", &device]).status();
+    assert!(detach.unwrap().success());
+    let answer = answer.unwrap_or_else(|answer| answer);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_quiet_says_nothing_when_all_is_well() {
+    let dir = temp();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blockmount"));
+    command
+        .args(["--quiet", "mount", "--json"])
+        .args(layers(&dir));
+    let held = common::hold_by(command).unwrap_or_else(|answer| panic!("{answer}"));
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &[]);
+    assert_eq!(
+        answer.stderr.lines().count(),
+        1,
+        "only why it ends: {answer}"
+    );
+}
+
+#[test]
 fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
     let dir = temp();
     let mut held = held(layers(&dir));
@@ -159,8 +346,7 @@ fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
     );
     assert!(!in_kernel(dir.path().file_name().unwrap()).is_empty());
     drop(file);
-    let cleanup = common::run(["cleanup"]);
-    assert_eq!(cleanup.code, Some(0), "{cleanup}");
+    common::clean_up(&[]);
     assert_nothing_left(&answer, &dir);
 }
 
@@ -202,7 +388,7 @@ fn root_x07_a_scratch_that_lost_writes_is_kept_and_the_mount_ends_with_an_error(
             cleanup.stdout.contains("writes to its scratch were lost"),
             "{cleanup}"
         );
-        common::run(["cleanup", "--resumable"]).says(0, &[]);
+        common::clean_up(&["--resumable"]);
         assert_nothing_left(&answer, &dir);
     }
 }
@@ -227,52 +413,4 @@ impl Drop for Small {
         let unmounted = unmount.arg("--lazy").arg(self.0.path()).status();
         assert!(unmounted.unwrap().success() || std::thread::panicking());
     }
-}
-
-#[test]
-fn root_u04_a_layer_is_mounted_with_its_further_devices() {
-    let dir = temp();
-    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    let content = |seed: &str| format!("{seed:4096}").repeat(2);
-    for name in ["one", "two"] {
-        image("erofs", path(name), &[("file", &content(name))]);
-    }
-    let contents = ["one", "two"].map(content);
-    let files = [("first", 0), ("second", 1)].map(|(name, image)| merged_erofs::Merged {
-        name,
-        image,
-        content: contents[image].as_bytes(),
-    });
-    let images = ["one", "two"].map(|name| dir.path().join(name));
-    let merged = dir.path().join("merged");
-    merged_erofs::write(&merged, &[&images[0], &images[1]], &files, true);
-    let arguments = |devices: [&str; 2]| -> Vec<String> {
-        let words = [
-            "--layer",
-            &path("merged"),
-            "--device",
-            &path(devices[0]),
-            "--device",
-            &path(devices[1]),
-        ];
-        let at = ["--at", &path("at")];
-        words
-            .iter()
-            .chain(&at)
-            .map(|word| (*word).to_owned())
-            .collect()
-    };
-    let held = held(arguments(["one", "two"]));
-    for (name, text) in ["first", "second"].iter().zip(&contents) {
-        assert_eq!(
-            &fs::read_to_string(dir.path().join("at").join(name)).unwrap(),
-            text
-        );
-    }
-    let answer = held.end(Signal::TERM);
-    answer.says(0, &["nothing is left"]);
-    assert_nothing_left(&answer, &dir);
-    let answer = hold(arguments(["two", "one"])).err().unwrap();
-    answer.says(1, &["further device 1"]);
-    assert_nothing_left(&answer, &dir);
 }

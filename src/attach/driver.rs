@@ -160,7 +160,7 @@ impl Attach {
 
     async fn attach(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
         let disk = &job.disk;
-        let span = info_span!("attach", disk = %disk.source().display());
+        let span = info_span!("attach", disk = %crate::printable(disk.source().display()));
         let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
         let locator = locator.map_err(|error| error.on_disk(disk))?;
         if !self.occupy(&locator, id) {
@@ -184,7 +184,8 @@ impl Attach {
             return Ok(());
         };
         let disk = &job.disk;
-        let span = info_span!("unplug", disk = %disk.source().display(), %locator);
+        let span =
+            info_span!("unplug", disk = %crate::printable(disk.source().display()), %locator);
         let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
         let outcome = outcome.map_err(|error| error.on_disk(disk).on_device(locator));
         job.down.step(outcome)?;
@@ -214,7 +215,7 @@ impl Attach {
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), Error> {
-        let span = info_span!("detach", disk = %disk.source().display());
+        let span = info_span!("detach", disk = %crate::printable(disk.source().display()));
         let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
         outcome.map_err(|error| error.on_disk(disk))
     }

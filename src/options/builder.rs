@@ -5,11 +5,10 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
-use super::devices;
 use super::flags::decides;
 use super::{
-    Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag, MountOptions,
-    Propagation, Verity,
+    Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions, Propagation,
+    Verity,
 };
 
 /// Collects the options of a mount; [`build`](Self::build) checks them and brings them into canonical form.
@@ -33,8 +32,6 @@ pub struct MountOptionsBuilder {
     format: Option<Format>,
     #[serde(skip_serializing_if = "Expose::is_filesystem")]
     expose: Expose,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    devices: Vec<ExtraDevice>,
 }
 
 impl MountOptionsBuilder {
@@ -103,21 +100,12 @@ impl MountOptionsBuilder {
         self
     }
 
-    /// Adds a device that the filesystem has beside the one that is mounted, after those that are there. It must be
-    /// attached for as long as the mount lives: [`MountRequest::with_device`](super::MountRequest::with_device) attaches it.
-    /// The whole device is used.
-    #[must_use]
-    pub fn device(mut self, device: ExtraDevice) -> Self {
-        self.devices.push(device);
-        self
-    }
-
     /// Brings everything that was said into canonical form.
     ///
     /// # Errors
     ///
     /// [`InvalidOptions`] where two options exclude each other (`ro` and `rw`, a format of a
-    /// read-only mount, `data=ordered` and `data=journal`, further devices and `device=`), where one does not apply to the mount of a
+    /// read-only mount, `data=ordered` and `data=journal`), where one does not apply to the mount of a
     /// device (`bind`), or where one could not be given to a kernel.
     pub fn build(self) -> Result<MountOptions, InvalidOptions> {
         let mut words = Words::default();
@@ -148,7 +136,6 @@ impl MountOptionsBuilder {
             encryption: self.encryption,
             format: self.format.map(Box::new),
             expose: self.expose,
-            devices: devices::canonical(self.devices)?,
         }))
     }
 
@@ -178,26 +165,6 @@ impl MountOptionsBuilder {
             && format.filesystem != *named
         {
             return contradiction(&format!("format {}", format.filesystem), named);
-        }
-        if let Some(device) = self.devices.first() {
-            let device = format!("{} device {}", device.role.name(), device.locator);
-            let named = words
-                .data
-                .values()
-                .find(|option| devices::is_named_by(option));
-            let excludes = [
-                (self.verity.is_some(), "verity"),
-                (self.encryption.is_some(), "encryption"),
-                (self.format.is_some(), "format"),
-                (!self.expose.is_filesystem(), "expose as block device"),
-            ];
-            let excluded = excludes.iter().find(|(is_given, _)| *is_given);
-            if let Some(other) = excluded
-                .map(|(_, name)| *name)
-                .or(named.map(String::as_str))
-            {
-                return contradiction(&device, other);
-            }
         }
         // Who may use the node of a device is all that can be said of it.
         let is_of_node = |name: &str| matches!(name, "mode" | "uid" | "gid");
@@ -318,7 +285,6 @@ impl From<MountOptions> for MountOptionsBuilder {
             encryption: fields.encryption,
             format: fields.format.map(|format| *format),
             expose: fields.expose,
-            devices: fields.devices.into(),
         }
     }
 }

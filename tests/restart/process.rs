@@ -48,8 +48,7 @@ impl World {
     pub(crate) fn builder(&self) -> ManagerBuilder {
         let builder = Manager::builder().transport(self.vm.clone());
         let builder = builder.unplugger(self.vm.clone()).mounter(self.vm.clone());
-        let builder = builder.combiner(self.vm.clone()).binder(self.vm.clone());
-        builder.mount_root("/run/m")
+        builder.combiner(self.vm.clone()).mount_root("/run/m")
     }
 
     pub(crate) async fn recover(&self) -> Recovery {

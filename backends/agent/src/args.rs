@@ -119,6 +119,7 @@ pub(crate) fn parse(
             long => set(agent, long, &mut parser)?,
         }
     }
+    options.endpoints.validate()?;
     if !roots.is_empty() {
         agent.roots = roots;
     }
@@ -161,16 +162,38 @@ fn help(name: &str, agent: &AgentBuilder) -> String {
     let arguments = arguments.chain(transports.flat_map(|known| known.arguments()));
     for Argument { name, value, help } in arguments.chain(&OWN) {
         let space = if value.is_empty() { "" } else { " " };
-        text += &format!("  --{name}{space}{value}\n      {help}\n");
+        text += &format!("  --{name}{space}{value}\n{}", wrapped(help, "      "));
     }
     text += &format!(
-        "\n{ABOUT}\n\n{INIT}\n\nExamples:\n  \
-         {name}                            in a guest of QEMU\n  \
-         {name} --vsock                    in a guest of Hyper-V\n  \
-         {name} --unix /run/agent.sock --journal /run/agent --root /srv/layers\n\n\
-         SIGTERM or Ctrl-C ends it."
+        "\n{}\n{}\nExamples:\n  \
+         {name}                  in a guest of QEMU\n  \
+         {name} --vsock          in a guest of Hyper-V\n  \
+         {name} --unix /run/agent.sock --journal /run/agent --root /srv\n\n\
+         SIGTERM or Ctrl-C ends it.",
+        wrapped(ABOUT, ""),
+        wrapped(INIT, "")
     );
     text
+}
+
+/// The columns of the narrowest terminal that help is written for.
+const COLUMNS: usize = 80;
+
+/// A text in lines that fit, each after an indent.
+fn wrapped(text: &str, indent: &str) -> String {
+    let mut lines = String::new();
+    let mut line = String::new();
+    for word in text.split_whitespace() {
+        if !line.is_empty() && indent.len() + line.len() + 1 + word.len() > COLUMNS {
+            lines += &format!("{indent}{line}\n");
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    lines + &format!("{indent}{line}\n")
 }
 
 #[cfg(test)]
@@ -243,6 +266,8 @@ mod tests {
             (&["--device-timeout=1e9"], "a number of seconds"),
             (&["extra"], "extra"),
             (&["--vsock", "--vsock-listen=x"], "vsock port"),
+            (&["--vsock-listen=7"], "needs --vsock-token"),
+            (&["--vsock-token=x"], "is for --vsock-listen"),
         ] {
             let error = parsed(words).0.unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

@@ -9,7 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::endpoints::{Service, as_error};
+use crate::endpoints::Service;
+use crate::error::one_line;
 
 /// How many connections a listener serves at once; more wait until one ends. A host has one or two.
 const CONNECTIONS: usize = 64;
@@ -34,7 +35,7 @@ where
                     let endpoint = endpoint.to_string();
                     connections.spawn(async move {
                         if let Err(error) = service.serve(stream).await {
-                            warn!(endpoint, error = as_error(&error), "a connection was given up");
+                            warn!(endpoint, error = %one_line(&*error), "a connection was given up");
                         }
                     });
                 }

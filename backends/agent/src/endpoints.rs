@@ -2,13 +2,14 @@
 
 use std::error::Error as StdError;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lexopt::ValueExt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
 use crate::error::Context;
+use crate::token::Token;
 use crate::{AgentError, Argument, ports, serial, unix, vsock};
 
 /// What is done for a peer at the other end of a stream.
@@ -24,13 +25,8 @@ pub trait Service: Clone + Send + Sync + 'static {
 /// Why a connection could not go on.
 pub type ServiceError = Box<dyn StdError + Send + Sync>;
 
-/// An error as the log takes it: with all that caused it.
-pub(crate) fn as_error(error: &ServiceError) -> &(dyn StdError + 'static) {
-    &**error
-}
-
 /// The arguments that say where to serve.
-pub(crate) const ARGUMENTS: [Argument; 5] = [
+pub(crate) const ARGUMENTS: [Argument; 6] = [
     Argument::new(
         "virtio-port",
         "NAME",
@@ -44,7 +40,13 @@ pub(crate) const ARGUMENTS: [Argument; 5] = [
     Argument::new(
         "vsock-listen",
         "PORT",
-        "Wait for the host on this vsock port",
+        "Wait for the host on this vsock port; needs --vsock-token, since any process of the host can connect",
+    ),
+    Argument::new(
+        "vsock-token",
+        "FILE",
+        "What the host writes first on each connection to --vsock-listen: the bytes of this file, from 16 to 4096, which \
+         only its owner may read",
     ),
     Argument::new(
         "unix",
@@ -64,6 +66,7 @@ pub struct Endpoints {
     virtio_ports: Vec<String>,
     vsock: Option<u32>,
     vsock_listen: Option<u32>,
+    vsock_token: Option<PathBuf>,
     unix: Vec<PathBuf>,
     serial: Vec<PathBuf>,
 }
@@ -83,11 +86,27 @@ impl Endpoints {
             "virtio-port" => self.virtio_ports.push(parser.value()?.string()?),
             "vsock" => self.vsock = Some(optional_port(parser)?),
             "vsock-listen" => self.vsock_listen = Some(parser.value()?.parse_with(parse_port)?),
+            "vsock-token" => self.vsock_token = Some(parser.value()?.into()),
             "unix" => self.unix.push(parser.value()?.into()),
             "serial" => self.serial.push(parser.value()?.into()),
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// Refuses a port that would let in whoever connects.
+    ///
+    /// # Errors
+    ///
+    /// If one of `--vsock-listen` and `--vsock-token` is there without the other.
+    pub fn validate(&self) -> Result<(), lexopt::Error> {
+        match (self.vsock_listen, &self.vsock_token) {
+            (Some(_), None) => Err("--vsock-listen needs --vsock-token FILE".into()),
+            (None, Some(_)) => {
+                Err("--vsock-token is for --vsock-listen, which is not given".into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// These, or ports of this name if there are none.
@@ -114,6 +133,7 @@ impl Endpoints {
         service: S,
         ended: impl Future<Output = ()>,
     ) -> Result<(), AgentError> {
+        self.validate().context(|| "cannot serve so".to_owned())?;
         let mut tasks = JoinSet::new();
         // What can fail at once comes first: no connection is served yet that a failure would interrupt.
         for path in self.unix {
@@ -121,8 +141,9 @@ impl Endpoints {
             tasks.spawn(unix::serve(socket, service.clone()));
         }
         if let Some(port) = self.vsock_listen {
+            let token = Token::read(self.vsock_token.as_deref().unwrap_or(Path::new("")))?;
             let listener = vsock::bind(port)?;
-            tasks.spawn(vsock::listen(listener, service.clone()));
+            tasks.spawn(vsock::listen(listener, token, service.clone()));
         }
         if let Some(port) = self.vsock {
             tasks.spawn(vsock::dial(port, service.clone()));

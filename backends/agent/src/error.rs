@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use blockmount_linux::printable;
+use blockmount::printable;
 
 /// What an agent could not do, and why: the cause is its `source()`.
 #[derive(Debug, thiserror::Error)]
@@ -36,15 +36,26 @@ impl<T, E: Into<Box<dyn Error + Send + Sync>>> Context<T> for Result<T, E> {
     }
 }
 
-/// An error with all its causes, on one line, with control characters escaped.
-pub fn one_line(error: &(dyn Error + 'static)) -> String {
-    let mut line = error.to_string();
+/// What each cause of an error says, the nearest first. One that only repeats what is said before it is left out.
+pub fn causes(error: &(dyn Error + 'static)) -> Vec<String> {
+    let mut said = error.to_string();
+    let mut causes = Vec::new();
     let mut cause = error.source();
     while let Some(error) = cause {
-        line = format!("{line}: {error}");
+        let text = error.to_string();
+        if !said.ends_with(&text) {
+            causes.push(text.clone());
+        }
+        said = text;
         cause = error.source();
     }
-    printable(&line)
+    causes
+}
+
+/// An error with all its causes, on one line, with control characters escaped.
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
+    let said = std::iter::once(error.to_string()).chain(causes(error));
+    printable(said.collect::<Vec<_>>().join(": ")).to_string()
 }
 
 #[cfg(test)]
@@ -56,5 +67,13 @@ mod tests {
         let cause: Result<(), _> = Err(std::io::Error::other("no\nroom"));
         let error = cause.context(|| "cannot listen".to_owned()).unwrap_err();
         assert_eq!(one_line(&error), "cannot listen: no\\nroom");
+    }
+
+    #[test]
+    fn a_cause_that_was_said_already_is_left_out() {
+        let cause: Result<(), _> = Err(std::io::Error::other("no room"));
+        let again = cause.context(|| "no room".to_owned());
+        let error = again.context(|| "cannot listen: no room".to_owned());
+        assert_eq!(causes(&error.unwrap_err()), Vec::<String>::new());
     }
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 use crate::AgentError;
 use crate::args::Asked;
 use crate::error::{Context, one_line};
-use crate::program::{Program, say, start_log};
+use crate::program::{Program, log_as_asked, say};
 use supervisor::Supervisor;
 
 /// The agent's arguments in the initramfs, one a line.
@@ -55,7 +55,7 @@ fn try_run(mut program: Program) -> Result<Infallible, AgentError> {
     let Asked::Serve(options) = asked else {
         return Err(AgentError::new("the arguments are not those of an agent"));
     };
-    start_log(&options)?;
+    log_as_asked(&options)?;
     modules::load_all(Path::new(MODULES));
     let mut supervisor = Supervisor::default();
     for (name, words) in programs(Path::new(PROGRAMS))? {

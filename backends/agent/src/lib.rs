@@ -35,6 +35,8 @@
 //! | `standard/` | the transports of the standard program (feature `standard`) |
 //! | `program.rs`, `args.rs` | the agent as a program, and its command line |
 //! | `endpoints.rs` | where a service is offered, and the files for each kind of endpoint |
+//! | `log.rs` | what is logged, with control characters escaped |
+//! | `token.rs` | the secret of a host that connects over vsock |
 //! | `ports.rs`, `port.rs`, `edges.rs` | virtio ports, which come and go with each connection |
 //! | `init.rs`, `init/` | the same program as pid 1 of a virtual machine |
 #![cfg(target_os = "linux")]
@@ -48,12 +50,14 @@ mod endpoints;
 mod error;
 mod guest;
 mod init;
+mod log;
 mod port;
 mod ports;
 mod program;
 mod serial;
 #[cfg(feature = "standard")]
 pub mod standard;
+mod token;
 mod transport;
 mod unix;
 mod vsock;
@@ -61,7 +65,8 @@ mod vsock;
 pub use agent::{Agent, AgentBuilder, ROOTS};
 pub use args::PORT;
 pub use endpoints::{Endpoints, Service, ServiceError};
-pub use error::{AgentError, one_line};
+pub use error::{AgentError, causes, one_line};
 pub use init::{ARGUMENTS, PROGRAMS};
+pub use log::{LogFilter, start_log};
 pub use program::{Program, termination};
 pub use transport::{Argument, GuestDevices, GuestTransport, Timeouts};

@@ -13,9 +13,10 @@ use tokio::task::{Id, JoinSet};
 use tracing::{debug, warn};
 
 use crate::AgentError;
-use crate::endpoints::{Service, as_error};
-use crate::error::Context;
+use crate::endpoints::Service;
+use crate::error::{Context, one_line};
 use crate::port::Port;
+use crate::program::say;
 
 /// Every virtio port has a directory here, with its name in it.
 const PORTS: &str = "/sys/class/virtio-ports";
@@ -34,6 +35,11 @@ pub(super) async fn serve<S: Service>(name: &str, service: S) -> Result<(), Agen
     // Before the first look: a port that comes after it is heard of.
     let listener = Listener::new().context(lost)?;
     let mut ports = Ports::new(service);
+    if named(Path::new(PORTS), name).is_empty() {
+        say(format_args!(
+            "waiting: this machine has no virtio port named {name} yet; --help names other ways to be reached"
+        ));
+    }
     loop {
         let all_open = ports.open_all(name);
         tokio::select! {
@@ -140,7 +146,7 @@ async fn converse<S: Service>(mut port: Port, name: OsString, service: S) {
         }
         debug!(port = ?name, "a host is there");
         if let Err(error) = service.serve(&mut port).await {
-            warn!(port = ?name, error = as_error(&error), "a connection was given up");
+            warn!(port = ?name, error = %one_line(&*error), "a connection was given up");
             port.discard();
         }
     }

@@ -1,19 +1,16 @@
 //! The agent as a program: an ordinary process, or pid 1.
 
-use std::error::Error as _;
 use std::ffi::OsString;
 use std::future::Future;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
-use blockmount_linux::printable;
+use blockmount::printable;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::args::{self, Asked, Options, PORT};
-use crate::error::{AgentError, Context};
+use crate::error::{AgentError, Context, causes};
+use crate::log::{LogFilter, start_log};
 use crate::{AgentBuilder, init};
 
 /// Exit status where the command line makes no sense.
@@ -106,7 +103,7 @@ impl Program {
     }
 
     fn serve(self, options: Options) -> Result<(), AgentError> {
-        start_log(&options)?;
+        log_as_asked(&options)?;
         if !rustix::process::geteuid().is_root() {
             let name = self.name();
             return Err(AgentError::new(format!(
@@ -144,30 +141,16 @@ pub fn termination() -> io::Result<impl Future<Output = ()> + Send> {
 }
 
 /// What is logged: only what goes wrong, unless more was asked for.
-fn filter(options: &Options) -> Result<Targets, AgentError> {
-    let default = match options.verbose {
-        0 => "error",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
+fn filter(options: &Options) -> Result<LogFilter, AgentError> {
+    let Some(text) = &options.log else {
+        return Ok(LogFilter::verbose(options.verbose));
     };
-    let filter = options.log.as_deref().unwrap_or(default);
-    filter
-        .parse()
-        .context(|| format!("--log {filter:?} is no log filter"))
+    LogFilter::parse(text).context(|| format!("--log {text:?} is no log filter"))
 }
 
-/// Starts logging to stderr. A log that cannot be written is no reason to stop while devices are mounted.
-pub(crate) fn start_log(options: &Options) -> Result<(), AgentError> {
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .log_internal_errors(false);
-    tracing_subscriber::registry()
-        .with(lines)
-        .with(filter(options)?)
-        .init();
-    Ok(())
+/// Starts the log that was asked for.
+pub(crate) fn log_as_asked(options: &Options) -> Result<(), AgentError> {
+    start_log(filter(options)?, false)
 }
 
 /// Says a line on stderr, which may be closed.
@@ -177,11 +160,9 @@ pub(crate) fn say(line: std::fmt::Arguments<'_>) {
 
 /// Says what went wrong, and each cause on a line of its own.
 fn complain(error: &AgentError, advice: &str) {
-    say(format_args!("error: {}", printable(&error.to_string())));
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        say(format_args!("  because: {}", printable(&error.to_string())));
-        cause = error.source();
+    say(format_args!("error: {}", printable(error)));
+    for cause in causes(error) {
+        say(format_args!("  because: {}", printable(cause)));
     }
     if !advice.is_empty() {
         say(format_args!("advice: {advice}"));

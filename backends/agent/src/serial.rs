@@ -8,7 +8,8 @@ use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 use tracing::{info, warn};
 
 use crate::AgentError;
-use crate::endpoints::{Service, as_error};
+use crate::endpoints::Service;
+use crate::error::one_line;
 use crate::port::{OtherEnd, Port};
 
 /// Between two attempts to open a line that is not there: nothing tells when it is.
@@ -28,7 +29,7 @@ pub(super) async fn serve<S: Service>(path: PathBuf, service: S) -> Result<(), A
             }
             Err(error) if !said => {
                 said = true;
-                warn!(path = %path.display(), %error, "cannot open the serial line yet");
+                warn!(path = %blockmount::printable(path.display()), %error, "cannot open the serial line yet");
             }
             Err(_) => {}
         }
@@ -40,12 +41,12 @@ pub(super) async fn serve<S: Service>(path: PathBuf, service: S) -> Result<(), A
 async fn converse<S: Service>(line: &mut Port, path: &Path, service: &S) {
     while let Ok(OtherEnd::Connected) = line.other_end() {
         if let Err(error) = service.serve(&mut *line).await {
-            let error = as_error(&error);
-            warn!(path = %path.display(), error, "a connection was given up");
+            let error = one_line(&*error);
+            warn!(path = %blockmount::printable(path.display()), error, "a connection was given up");
             line.discard();
         }
     }
-    info!(path = %path.display(), "the serial line hung up");
+    info!(path = %blockmount::printable(path.display()), "the serial line hung up");
 }
 
 fn open(path: &Path) -> io::Result<Port> {

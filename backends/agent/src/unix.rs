@@ -66,7 +66,7 @@ impl Drop for Socket {
         if found.is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.id)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
+            tracing::warn!(path = %blockmount::printable(self.path.display()), %error, "cannot remove the socket");
         }
     }
 }

@@ -8,8 +8,9 @@ use tracing::{debug, info, warn};
 
 use crate::AgentError;
 use crate::connections::serve_all;
-use crate::endpoints::{Service, as_error};
-use crate::error::Context;
+use crate::endpoints::Service;
+use crate::error::{Context, one_line};
+use crate::token::{Guarded, Token};
 
 /// Where a host of Hyper-V waits for the agent of its guest (`LinuxGcsVsockPort`).
 pub(super) const GCS_PORT: &str = "0x40000000";
@@ -26,7 +27,7 @@ pub(super) async fn dial<S: Service>(port: u32, service: S) -> Result<(), AgentE
                 last = None;
                 debug!(port, "connected to the host");
                 if let Err(error) = service.serve(stream).await {
-                    warn!(port, error = as_error(&error), "a connection was given up");
+                    warn!(port, error = %one_line(&*error), "a connection was given up");
                 }
             }
             // Said once, not ten times a second.
@@ -45,11 +46,13 @@ pub(super) fn bind(port: u32) -> Result<VsockListener, AgentError> {
         .context(|| format!("cannot listen on vsock port {port}"))
 }
 
-/// Serves the host when it connects, for ever. Only the host is served.
+/// Serves the host when it connects and has shown the token, for ever. Only the host is served.
 pub(super) async fn listen<S: Service>(
     listener: VsockListener,
+    token: Token,
     service: S,
 ) -> Result<(), AgentError> {
+    let service = Guarded { service, token };
     let accept = async || -> io::Result<VsockStream> {
         loop {
             let (stream, peer) = listener.accept().await?;

@@ -13,7 +13,7 @@ use crate::connection::Connection;
 use crate::link::{Failure, Link};
 use crate::protocol::{
     ADOPTS, Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame,
-    printable,
+    short_line,
 };
 use crate::server::{Guest, Server};
 
@@ -51,7 +51,7 @@ impl HostCodec for NativeHost {
         let host = Hello::of_host();
         match exchange(link, "negotiation", &First::Hello(host.clone())).await? {
             HelloAnswer::Chosen { version, software } => {
-                let software = printable(&software);
+                let software = short_line(&software);
                 if (host.min..=host.max).contains(&version) {
                     return Ok(Agreement { version, software });
                 }
@@ -73,9 +73,7 @@ impl HostCodec for NativeHost {
     ) -> Result<Ask<Request>, BackendError> {
         Ok(match request {
             // An older agent cannot be asked.
-            Request::AdoptMount { .. } | Request::AdoptOverlay(_) | Request::AdoptView(_)
-                if agreed.version < ADOPTS =>
-            {
+            Request::AdoptMount { .. } | Request::AdoptOverlay(_) if agreed.version < ADOPTS => {
                 Ask::Answer(Reply::Presence(Presence::Unknown))
             }
             request => Ask::Send(request),

@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockmount::{BackendError, BindMount, DeviceLocator, MountOptions, Overlay, Presence};
+use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +26,7 @@ pub const MAX_FRAME: usize = 1 << 20;
 const HEADER_LEN: usize = 12;
 
 /// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
-/// version: an agent refuses a field or a request that it does not know, by name. Version 2 has the requests to adopt.
+/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt.
 const VERSIONS: (u32, u32) = (1, 2);
 
 /// The first version in which an agent can be asked what is there.
@@ -101,15 +101,6 @@ pub enum Request {
     },
     /// [`LayerCombiner::adopt`](blockmount::LayerCombiner::adopt).
     AdoptOverlay(Overlay),
-    /// [`Binder::bind`](blockmount::Binder::bind).
-    Bind(Box<BindMount>),
-    /// [`Binder::unbind`](blockmount::Binder::unbind).
-    Unbind {
-        /// Where the view is.
-        target: PathBuf,
-    },
-    /// [`Binder::adopt`](blockmount::Binder::adopt).
-    AdoptView(Box<BindMount>),
 }
 
 /// What a guest answers to a [`Request`] when all went well.
@@ -140,7 +131,7 @@ pub(crate) enum Key {
 }
 
 impl Request {
-    const NAMES: [&str; 10] = [
+    const NAMES: [&str; 7] = [
         "Mount",
         "Unmount",
         "Combine",
@@ -148,18 +139,12 @@ impl Request {
         "Unplug",
         "AdoptMount",
         "AdoptOverlay",
-        "Bind",
-        "Unbind",
-        "AdoptView",
     ];
 
     /// Whether it tears something down, so that it may be sent again.
     pub fn is_teardown(&self) -> bool {
-        use Request::{Separate, Unbind, Unmount, Unplug};
-        matches!(
-            self,
-            Unmount { .. } | Separate { .. } | Unbind { .. } | Unplug { .. }
-        )
+        use Request::{Separate, Unmount, Unplug};
+        matches!(self, Unmount { .. } | Separate { .. } | Unplug { .. })
     }
 
     /// What it asks for, for errors: `unmount of /run/layer`.
@@ -175,9 +160,6 @@ impl Request {
             Request::Unplug { locator } => format!("unplug of {locator}"),
             Request::AdoptMount { target, .. } => at("adoption of the mount at", target),
             Request::AdoptOverlay(overlay) => at("adoption of the overlay at", &overlay.target),
-            Request::Bind(bind) => at("view at", &bind.target),
-            Request::Unbind { target } => at("removal of the view at", target),
-            Request::AdoptView(bind) => at("adoption of the view at", &bind.target),
         }
     }
 
@@ -186,12 +168,10 @@ impl Request {
             Request::Mount { target, .. }
             | Request::AdoptMount { target, .. }
             | Request::Unmount { target }
-            | Request::Separate { target }
-            | Request::Unbind { target } => Key::Target(target.clone()),
+            | Request::Separate { target } => Key::Target(target.clone()),
             Request::Combine(overlay) | Request::AdoptOverlay(overlay) => {
                 Key::Target(overlay.target.clone())
             }
-            Request::Bind(bind) | Request::AdoptView(bind) => Key::Target(bind.target.clone()),
             Request::Unplug { locator } => Key::Device(locator.clone()),
         }
     }
@@ -212,12 +192,12 @@ impl Request {
         if !Self::NAMES.contains(&name.as_str()) {
             let message = format!(
                 "this agent ({SOFTWARE}) does not know the request {:?}, update it",
-                printable(&name)
+                short_line(&name)
             );
             return Err(BackendError::unsuitable(message));
         }
         serde_json::from_value(value).map_err(|error| {
-            let why = printable(&error.to_string());
+            let why = short_line(&error.to_string());
             let message = format!("this agent ({SOFTWARE}) cannot do the {name} as asked: {why}");
             BackendError::unsuitable(message)
         })
@@ -317,7 +297,7 @@ impl Hello {
     pub(crate) fn disagreement(host: &Hello, agent: &Hello) -> String {
         let speaks = |hello: &Hello| {
             let (min, max) = (hello.min, hello.max);
-            format!("({}) speaks {min} to {max}", printable(&hello.software))
+            format!("({}) speaks {min} to {max}", short_line(&hello.software))
         };
         let (older, than) = match host.max < agent.min {
             true => ("host", "agent"),
@@ -414,6 +394,6 @@ pub(crate) fn frame<B: Serialize>(id: u64, body: &B) -> Result<Vec<u8>, BackendE
 }
 
 /// A text of the other end, as one short line.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(256).collect()
+pub(crate) fn short_line(text: &str) -> String {
+    blockmount::printable(text).shortened(256).to_string()
 }

@@ -8,7 +8,7 @@ mod devices;
 mod path;
 mod properties;
 
-use blockmount::{BackendError, Disk, DiskKind};
+use blockmount::{BackendError, Disk, DiskKind, printable};
 use blockmount_bridge::gcs::messages::{
     ModificationRequest, RequestType, Writer, decode, decode_value, encode, is_zero,
 };
@@ -206,7 +206,7 @@ pub enum UnreadableDocument {
     #[error(transparent)]
     Path(#[from] InvalidPath),
     /// The type of the request is none.
-    #[error("there is no request type {0:?}")]
+    #[error("there is no request type \"{0}\"")]
     RequestType(String),
     /// The request for the guest cannot be read.
     #[error("the request for the guest cannot be read")]
@@ -277,10 +277,9 @@ impl ModifySettingRequest {
         };
         let request_type = match request_type.as_str() {
             "" => None,
-            name => Some(
-                RequestType::from_name(name)
-                    .ok_or_else(|| UnreadableDocument::RequestType(shortened(name)))?,
-            ),
+            name => Some(RequestType::from_name(name).ok_or_else(|| {
+                UnreadableDocument::RequestType(printable(name).shortened(64).to_string())
+            })?),
         };
         let settings = match (&resource_path, settings) {
             (Some(path), Some(settings)) => Some(match path.address() {
@@ -310,11 +309,6 @@ fn guest_part(
     } else {
         ModificationRequest::from_value(request)
     }
-}
-
-/// Keeps an error about a hostile string printable.
-fn shortened(text: &str) -> String {
-    text.chars().take(64).collect()
 }
 
 /// Writes any document of this module.

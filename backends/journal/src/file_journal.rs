@@ -128,7 +128,9 @@ impl FileJournal {
             return;
         }
         match self.rewrite(state) {
-            Ok(()) => debug!(path = %self.path().display(), "rewrote the journal"),
+            Ok(()) => {
+                debug!(path = %blockmount::printable(self.path().display()), "rewrote the journal")
+            }
             Err(error) => warn!(%error, "the journal grows: it cannot be rewritten"),
         }
     }

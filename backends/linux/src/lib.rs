@@ -31,7 +31,7 @@
 //!
 //! | item | what is in it |
 //! |---|---|
-//! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner`, a `Binder` and an `Unplugger` |
+//! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner` and an `Unplugger` |
 //! | [`Transports`] | how devices of each transport are found and unplugged |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
 //! | [`sysfs`] | devices by address: PCI addresses, VMBus channels, disks |
@@ -104,6 +104,5 @@ pub use discover::{node, sysfs, uevent};
 pub use errno::{Backoff, is_absent};
 pub use filesystem::{mkfs, probe};
 pub use guest::LinuxGuest;
-pub use mount::kernel_log::printable;
 pub use mount::mountinfo;
 pub use transports::Transports;

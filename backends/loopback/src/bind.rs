@@ -100,7 +100,8 @@ fn open_control() -> Result<File, BackendError> {
     let opened = OpenOptions::new().read(true).write(true).open(path);
     opened.map_err(|error| match is_absent(&error) {
         true => BackendError::unsuitable(
-            "there are no loop devices here: /dev/loop-control is missing; load the module loop",
+            "there are no loop devices here: /dev/loop-control is missing; load the module (modprobe loop), or in a \
+             container make the node (mknod /dev/loop-control c 10 237)",
         )
         .with_source(error),
         false => loop_error("open /dev/loop-control", error),

@@ -300,6 +300,12 @@ impl Plug<'_> {
             {
                 ErrorKind::Full
             }
+            // The memory of a disk cannot be had; another transport needs none.
+            QmpError::Refused { command, .. }
+                if self.backend == Backend::Memory && command == "object-add" =>
+            {
+                ErrorKind::Unsuitable
+            }
             QmpError::Refused { desc, command, .. }
                 if command == "device_add" && OCCUPIED.iter().any(|said| desc.contains(said)) =>
             {

@@ -105,7 +105,8 @@ async fn a_refusal_is_told_in_qemus_words_on_one_line() {
         assert_eq!(error.kind(), kind, "{error}");
         let said = error.to_string();
         assert!(
-            said.starts_with("QEMU refuses stop: no xxx") && said.ends_with(&format!("({class})")),
+            said.starts_with("QEMU refuses stop: no\\nxxx")
+                && said.ends_with(&format!("({class})")),
             "{said}"
         );
         assert!(said.len() < 1_100 && !said.contains('\n'), "{said}");

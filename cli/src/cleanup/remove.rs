@@ -103,19 +103,24 @@ fn kept(found: &Found) -> Vec<Item> {
         let why = format!("{why}; with all that was written: blockmount cleanup --resumable");
         Item::new(run, What::Files, &run.paths.work, Outcome::Left(why))
     });
-    found.unknown.iter().flat_map(unknown).chain(lost).collect()
+    let doubtful = found.doubtful.iter().map(|(run, why)| {
+        let why = format!("cannot tell whether its run is alive: {why}");
+        Item::new(run, What::Files, &run.paths.dir, Outcome::Left(why))
+    });
+    let unknown = found.unknown.iter().flat_map(unknown);
+    unknown.chain(lost).chain(doubtful).collect()
 }
 
 /// What is not ours to remove, and is in the way.
 fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
-    const WHY: &str = "it is not ours; its owner has to remove it";
+    const WHY: &str = "it is not of a run of blockmount; whoever made it has to remove it";
     left(dead, &dead.foreign_mounts, &dead.foreign_loops, WHY)
 }
 
 /// What is a run's that may be alive elsewhere.
 fn unknown(run: &Dead) -> impl Iterator<Item = Item> {
-    const WHY: &str = "/run/blockmount here does not know its run, which may be alive in another container or outside \
-                       of this one";
+    const WHY: &str = "/run/blockmount here does not know its run, which may be alive in another container: run \
+                       \"blockmount cleanup\" where it was started";
     left(run, &run.mounts, &run.loops, WHY)
 }
 
@@ -165,7 +170,11 @@ fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
         match mount_at(target) {
             Ok(Some(id)) if id == mount.id => {}
             Ok(Some(_)) if is_mounted(mount) => {
-                return Err("another mount is on top of it".to_owned());
+                if Instant::now() >= deadline {
+                    return Err(format!("it is in use{}", users(mount)));
+                }
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
             }
             Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             Err(errno) => return Err(format!("cannot look at it: {errno}")),

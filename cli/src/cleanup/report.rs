@@ -120,7 +120,7 @@ impl Report {
             count => format!("; {count} runs are alive and were left alone"),
         };
         let kept = self.resumable.iter().map(|kept| {
-            let (name, target) = (&kept.name, printable(&kept.target.display().to_string()));
+            let (name, target) = (&kept.name, printable(kept.target.display()));
             format!(
                 "\n{name} at {target} is kept; go on with it: sudo blockmount mount --resume {name}"
             )
@@ -134,7 +134,8 @@ impl Report {
             let outcome = item.outcome.to_string();
             let what = item.what.to_string();
             table.add_row(
-                [&item.run, &what, &item.at, &item.of, &outcome].map(|text| printable(text)),
+                [&item.run, &what, &item.at, &item.of, &outcome]
+                    .map(|text| printable(text).to_string()),
             );
         }
         let verdict = match (self.dry_run, self.is_clean()) {

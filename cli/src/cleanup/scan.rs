@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use blockmount::HolderName;
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_loopback::{BoundLoop, bound_loops};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::fs::FlockOperation;
 use serde::Serialize;
 
 use crate::failure::{Context, Failure};
-use crate::run::{self, Entry, Kept, RunPaths};
+use crate::guest::kept_vm;
+use crate::run::{self, Entry, Kept, OVERLAY, Orphan, RunPaths};
 
 /// What is there.
 #[derive(Debug)]
@@ -28,6 +28,12 @@ pub(crate) struct Found {
     /// What carries the mark of a run that the directory of runs does not know: it may be alive where another directory
     /// is, such as outside of this container.
     pub(crate) unknown: Vec<Dead>,
+    /// Runs of which cannot be told whether they are alive, and why.
+    pub(crate) doubtful: Vec<(Dead, String)>,
+    /// How many runs are alive whose directory is elsewhere.
+    pub(crate) living_elsewhere: usize,
+    /// Keeps the directories of runs without a directory here from being anybody else's while we work.
+    _orphans: Vec<Orphan>,
     /// Keeps runs from starting, and other clean-ups from looking, while we work.
     _runs: File,
 }
@@ -60,12 +66,15 @@ pub(crate) struct Dead {
 pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
-    let (living, mut dead) =
-        sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
+    let Sorted {
+        living,
+        mut dead,
+        doubtful,
+    } = sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
     let (mut resumable, mut lost) = (Vec::new(), BTreeMap::new());
     if !unwanted {
         dead.retain(|id| {
-            match RunPaths::recorded(id).kept() {
+            match RunPaths::of(id).kept() {
                 Kept::No => return true,
                 Kept::Lost(why) => {
                     lost.insert(id.clone(), why);
@@ -87,10 +96,33 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
     let marked = marks.iter().filter_map(|mark| run::id_in(mark));
     let is_kept = |id: &str| lost.contains_key(id) || resumable.iter().any(|kept| kept.run == id);
-    let is_unknown = |id: &&str| !living.contains(*id) && !dead.contains(*id) && !is_kept(id);
+    let is_known = |id: &str| living.contains(id) || dead.contains(id) || doubtful.contains_key(id);
+    let is_unknown = |id: &&str| !is_known(id) && !is_kept(id);
     let unknown: BTreeSet<&str> = marked.filter(is_unknown).collect();
     let look_at = |id: &str| look_at(id, &loops, &mounts);
+    let orphans = run::orphans().unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot look for image files of runs without a directory");
+        Vec::new()
+    });
+    let orphans = orphans
+        .into_iter()
+        .filter(|orphan| !unknown.contains(&*orphan.id));
+    let (gone, elsewhere): (Vec<_>, Vec<_>) = orphans.partition(|orphan| orphan.lock.is_some());
+    let (kept, unneeded): (Vec<_>, Vec<_>) = gone
+        .iter()
+        .partition(|orphan| has_machine(orphan) || orphan.is_named && !unwanted);
+    dead.extend(unneeded.iter().map(|orphan| orphan.id.clone()));
+    lost.extend(
+        kept.iter()
+            .map(|orphan| (orphan.id.clone(), why_kept(orphan))),
+    );
     Ok(Found {
+        doubtful: doubtful
+            .into_iter()
+            .map(|(id, why)| (look_at(&id), why))
+            .collect(),
+        living_elsewhere: elsewhere.len(),
+        _orphans: gone,
         unknown: unknown.into_iter().map(look_at).collect(),
         dead: dead.iter().map(|id| look_at(id)).collect(),
         living: living.len(),
@@ -103,40 +135,46 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     })
 }
 
-/// The filesystem of what carries a mark as its source. Anybody can mount another one with such a source (FUSE).
-const OVERLAY: &str = "overlay";
+/// Whether a virtual machine lives that the run has started, and of which nothing else is known here.
+fn has_machine(orphan: &Orphan) -> bool {
+    kept_vm(&RunPaths::of(&orphan.id).work).is_some()
+}
 
-/// The ids of the runs that have a directory: alive, and dead.
-fn sort_runs() -> io::Result<(BTreeSet<String>, BTreeSet<String>)> {
-    let (mut living, mut dead) = (BTreeSet::new(), BTreeSet::new());
+fn why_kept(orphan: &Orphan) -> String {
+    match has_machine(orphan) {
+        true => "its virtual machine is alive, and /run/blockmount here does not know its run: end it first".to_owned(),
+        false => "/run/blockmount here does not know its run, which had a name".to_owned(),
+    }
+}
+
+/// The ids of the runs that have a directory.
+#[derive(Default)]
+struct Sorted {
+    living: BTreeSet<String>,
+    dead: BTreeSet<String>,
+    /// Those that cannot be told, and why.
+    doubtful: BTreeMap<String, String>,
+}
+
+fn sort_runs() -> io::Result<Sorted> {
+    let mut sorted = Sorted::default();
     for entry in fs::read_dir(run::RUNS)? {
         let name = entry?.file_name();
         let Some(id) = name.to_str().filter(|name| run::is_id(name)) else {
             continue;
         };
-        match is_alive(&RunPaths::of(id))? {
-            true => living.insert(id.to_owned()),
-            false => dead.insert(id.to_owned()),
-        };
+        let id = id.to_owned();
+        match RunPaths::of(&id).is_alive() {
+            Ok(true) => drop(sorted.living.insert(id)),
+            Ok(false) => drop(sorted.dead.insert(id)),
+            Err(error) => drop(sorted.doubtful.insert(id, error.to_string())),
+        }
     }
-    Ok((living, dead))
-}
-
-/// Whether somebody holds the run's lock. Without a lock, it was killed at its start or its end.
-fn is_alive(paths: &RunPaths) -> io::Result<bool> {
-    let file = match File::open(paths.lock()) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        file => file?,
-    };
-    match flock(&file, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => Ok(false),
-        Err(Errno::WOULDBLOCK) => Ok(true),
-        Err(errno) => Err(errno.into()),
-    }
+    Ok(sorted)
 }
 
 fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
-    let paths = RunPaths::recorded(id);
+    let paths = RunPaths::of(id);
     let mark = paths.mark();
     let (ours, others): (Vec<_>, Vec<_>) = loops
         .iter()
@@ -212,10 +250,7 @@ fn noted_directories(paths: &RunPaths) -> Vec<PathBuf> {
     let noted = paths
         .read_journal()
         .into_iter()
-        .filter_map(|entry| match entry {
-            Entry::Directory(name) => Some(name.into_path()),
-            Entry::Work(_) => None,
-        });
+        .map(|Entry::Directory(name)| name.into_path());
     noted
         .filter(|path| {
             path.symlink_metadata()

@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::failure::{Context, Failure, printable};
-use crate::guest::transports::{self, Transports, VmTransport};
+use crate::guest::transports::{self, Hardware, VmTransport};
 use crate::interrupt::Interrupt;
 use crate::report::SlotReport;
 use crate::terminal::say;
@@ -112,7 +112,7 @@ impl QemuGuest {
     /// Starts a VM with its files in a directory, which lives on if we are killed when it is to be `kept`.
     pub(crate) async fn start(
         directory: &Path,
-        transports: Transports,
+        hardware: Hardware,
         kept: bool,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
@@ -130,7 +130,7 @@ impl QemuGuest {
             .saved_states(STATES);
         let vm = if kept { vm.detached() } else { vm };
         let vm = vm.start().await.context(what)?;
-        let mut guest = Self::reach(vm, directory, transports, interrupt).await?;
+        let mut guest = Self::reach(vm, directory, hardware, interrupt).await?;
         guest.before = Some(guest.tables().await?);
         if kept {
             guest.vm.outlive();
@@ -141,24 +141,24 @@ impl QemuGuest {
     /// Reaches the VM again that an earlier program has kept, with its files in a directory.
     pub(crate) async fn resume(
         directory: &Path,
-        transports: Transports,
+        hardware: Hardware,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         let ended = || Failure::new("the virtual machine of this mount has ended");
         let found = kept_vm(directory).ok_or_else(ended)?;
         let vm = Vm::reattach(found).await;
         let vm = vm.context(|| "cannot reach the virtual machine of this mount".to_owned())?;
-        Self::reach(vm, directory, transports, interrupt).await
+        Self::reach(vm, directory, hardware, interrupt).await
     }
 
     async fn reach(
         vm: Vm,
         directory: &Path,
-        transports: Transports,
+        hardware: Hardware,
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         let what = || "cannot reach the guest of a virtual machine".to_owned();
-        let transports = transports.start(&vm, directory)?;
+        let transports = hardware.start(&vm, directory)?;
         let agent = vm.guest(PORT).await.context(what)?;
         let stream = vm
             .connect(blockmount_checker::PORT, OPENING)
@@ -337,7 +337,7 @@ fn describe(error: &BackendError) -> String {
         said = format!("{said}: {cause}");
         source = cause.source();
     }
-    printable(&said)
+    printable(said).to_string()
 }
 
 /// Where the files of a VM are that a run has kept with its image files, if it still runs.

@@ -27,7 +27,7 @@ struct Line {
     start: Start,
 }
 
-type Start = fn(&Vm, &Path) -> Result<Arc<dyn VmTransport>, Failure>;
+type Start = fn(&Vm, &Path, Hardware) -> Result<Arc<dyn VmTransport>, Failure>;
 
 /// Each disk goes to the first that takes it. The last takes every disk, and is the default.
 const LINES: [Line; 2] = [
@@ -39,7 +39,7 @@ const LINES: [Line; 2] = [
             let port = |number| format!("port:{}", blockmount_qemu::memory_port_address(number));
             arguments("--vpmem", (0..MEMORY_PORTS).map(port))
         },
-        start: |vm, directory| {
+        start: |vm, directory, _| {
             let attacher = vm.vpmem(MEMORY_SIZE, directory)?;
             let geometry = attacher.geometry();
             let transport = VpmemTransport::new(attacher, geometry, Mode::Packed, &[]);
@@ -56,8 +56,11 @@ const LINES: [Line; 2] = [
             let address = |number| format!("pci:{}", blockmount_qemu::controller_address(number));
             arguments("--scsi-controller", (0..CONTROLLERS).map(address))
         },
-        start: |vm, _| {
-            let attacher = vm.scsi();
+        start: |vm, _, hardware| {
+            let attacher = match hardware.allows_backing {
+                true => vm.scsi().allow_backing_files(),
+                false => vm.scsi(),
+            };
             let geometry = attacher.geometry();
             let transport = ScsiTransport::new(attacher, geometry, &[]);
             Ok(Arc::new(
@@ -119,6 +122,30 @@ fn slot(
     }
 }
 
+/// How disks get into a virtual machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Hardware {
+    pub(crate) transports: Transports,
+    /// Whether QEMU may open the files that an image names.
+    pub(crate) allows_backing: bool,
+}
+
+impl Hardware {
+    /// Starts the transports that are to be used, in the order in which disks are offered to them.
+    pub(super) fn start(
+        self,
+        vm: &Vm,
+        directory: &Path,
+    ) -> Result<Vec<Arc<dyn VmTransport>>, Failure> {
+        let is_used = |line: &&Line| match self.transports {
+            Transports::Auto => true,
+            Transports::Only(scheme) => [scheme, Transports::DEFAULT].contains(&line.scheme),
+        };
+        let used = LINES.iter().filter(is_used);
+        used.map(|line| (line.start)(vm, directory, self)).collect()
+    }
+}
+
 /// Which transports are to be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transports {
@@ -126,6 +153,12 @@ pub(crate) enum Transports {
     Auto,
     /// This one, and the last for disks that it cannot be.
     Only(&'static str),
+}
+
+impl Default for Transports {
+    fn default() -> Self {
+        Transports::Only(Self::DEFAULT)
+    }
 }
 
 impl Transports {
@@ -151,20 +184,6 @@ impl Transports {
             Transports::Auto => None,
             Transports::Only(scheme) => Some(scheme),
         }
-    }
-
-    /// Starts those that are to be used, in the order in which disks are offered to them.
-    pub(super) fn start(
-        self,
-        vm: &Vm,
-        directory: &Path,
-    ) -> Result<Vec<Arc<dyn VmTransport>>, Failure> {
-        let is_used = |line: &&Line| match self {
-            Transports::Auto => true,
-            Transports::Only(scheme) => [scheme, Self::DEFAULT].contains(&line.scheme),
-        };
-        let used = LINES.iter().filter(is_used);
-        used.map(|line| (line.start)(vm, directory)).collect()
     }
 }
 

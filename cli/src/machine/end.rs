@@ -200,7 +200,7 @@ fn lost_writes_failure(lost: &[blockmount::Error], scratch: Option<&Path>) -> Fa
     let advice = match scratch {
         None => advice.to_owned(),
         Some(scratch) => {
-            let scratch = printable(&scratch.display().to_string());
+            let scratch = printable(scratch.display());
             format!(
                 "{advice}; this one is kept as {scratch} with what has reached it; to discard it: \
                  sudo blockmount cleanup --resumable"
@@ -214,7 +214,7 @@ fn lost_writes_failure(lost: &[blockmount::Error], scratch: Option<&Path>) -> Fa
 fn describe(failed: &[blockmount::Error], in_use: usize) -> String {
     let mut lines: Vec<String> = failed
         .iter()
-        .map(|error| printable(&format!("{error}: {}", error.cause())))
+        .map(|error| format!("{error}: {}", error.cause()))
         .collect();
     if in_use > 0 {
         lines.push(format!("{in_use} still held by this program"));

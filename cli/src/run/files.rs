@@ -2,9 +2,10 @@
 //! leads anywhere else.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use rustix::fs::{
@@ -19,6 +20,32 @@ pub(super) fn absent_is_done(result: io::Result<()>) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
+}
+
+/// More than a run has to write down, in bytes.
+const LONGEST_FILE: u64 = 16 << 20;
+
+/// Opens a file of a run. What is no regular file is refused: a pipe would keep us waiting, and a link lead elsewhere.
+pub(crate) fn open_file(path: &Path, options: &mut fs::OpenOptions) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = options
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other(format!(
+            "{} is no regular file, so no run has made it",
+            path.display()
+        ))),
+    }
+}
+
+/// Reads a file of a run.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let file = open_file(path, File::options().read(true))?;
+    let mut bytes = Vec::new();
+    file.take(LONGEST_FILE).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Opens a directory; a link in its place is refused.
@@ -149,9 +176,23 @@ fn is_directory(found: &Stat) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
+
+    #[test]
+    fn root_u13_what_is_no_regular_file_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("file"), "text").unwrap();
+        let (mode, fifo) = (Mode::from_raw_mode(0o600), FileType::Fifo);
+        rustix::fs::mknodat(CWD, path("fifo"), fifo, mode, 0).unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        fs::create_dir(path("directory")).unwrap();
+        assert_eq!(read(&path("file")).unwrap(), b"text");
+        for name in ["fifo", "link", "directory"] {
+            read(&path(name)).unwrap_err();
+        }
+        assert!(read(&path("absent")).unwrap_err().kind() == io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn root_files_are_removed_only_where_asked_and_links_are_not_followed() {

@@ -4,13 +4,16 @@ use std::fs;
 use std::io;
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::Mutex;
 
 use blockmount::HolderName;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ENGINE, Name, RUNS, Run, RunPaths, STATE, create, is_id, lock, open_runs};
+use super::{
+    ENGINE, Name, RUNS, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, work,
+};
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
 use crate::guest::{GuestKind, kept_vm};
@@ -69,8 +72,8 @@ impl Remembered {
     pub(crate) fn layers(&self) -> Vec<Layer> {
         let layer = |layer: &RememberedLayer| Layer {
             partition: layer.partition,
-            // It is mounted, and what vouches for it and its further devices are with the mount.
-            ..Layer::whole(layer.image.clone().into_path())
+            // It is mounted, and all else that was said of it is with the mount.
+            ..Layer::of(layer.image.clone().into_path())
         };
         self.layers.iter().map(layer).collect()
     }
@@ -94,7 +97,7 @@ impl RunPaths {
     }
 
     fn remembered(&self) -> Option<Remembered> {
-        let text = fs::read(self.remembered_file()).ok()?;
+        let text = files::read(&self.remembered_file()).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
@@ -106,8 +109,12 @@ impl RunPaths {
     /// Whether a clean-up keeps the run.
     pub(crate) fn kept(&self) -> Kept {
         let lost = |why: &str| Kept::Lost(why.to_owned());
-        if let Ok(why) = fs::read_to_string(self.lost_file()) {
-            return Kept::Lost(why);
+        if let Ok(why) = files::read(&self.lost_file()) {
+            return match why.is_empty() {
+                // There was space for its name only.
+                true => lost("it has lost writes, or could not be resumed"),
+                false => Kept::Lost(String::from_utf8_lossy(&why).into_owned()),
+            };
         }
         match self.remembered() {
             None if !self.is_named() => Kept::No,
@@ -150,7 +157,7 @@ impl Run {
     pub(crate) fn mark_lost(&self, why: &str) {
         let file = self.paths.lost_file();
         if let Err(error) = fs::write(&file, why) {
-            tracing::warn!(%error, file = %file.display(), "a clean-up will not know that the run is lost");
+            tracing::warn!(%error, file = %blockmount::printable(file.display()), "a clean-up will not know that the run is lost");
         }
     }
 
@@ -171,7 +178,8 @@ impl Run {
                     .advise("see what can be resumed with: sudo blockmount cleanup --dry-run"),
             );
         };
-        let open = |path: std::path::PathBuf| fs::File::options().append(true).open(path);
+        let open =
+            |path: std::path::PathBuf| files::open_file(&path, fs::File::options().append(true));
         let lock_file = open(paths.lock()).context(what)?;
         match flock(&lock_file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -185,6 +193,7 @@ impl Run {
         }
         let journal = open(paths.journal()).context(what)?;
         let mut run = Run::over(&paths, journal, lock_file);
+        run.work = Mutex::new(work::relock(&paths.work).context(what)?);
         run.resumed = true;
         Ok((run, remembered))
     }
@@ -197,7 +206,7 @@ fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
         let Some(id) = id.to_str().filter(|id| is_id(id)) else {
             continue;
         };
-        let paths = RunPaths::recorded(id);
+        let paths = RunPaths::of(id);
         if let Some(remembered) = paths.remembered()
             && remembered.name == *name
         {

@@ -156,6 +156,21 @@ impl Held {
     }
 }
 
+/// Cleans up, and asserts that all that is there of runs that are known here is removed: what others on this machine have
+/// elsewhere is left.
+#[track_caller]
+pub fn clean_up(words: &[&str]) -> Answer {
+    let answer = run(["cleanup", "--json"].iter().chain(words));
+    let json = answer.json();
+    let items = json["items"].as_array().unwrap();
+    let is_elsewhere = |why: &Value| why.as_str().unwrap().contains("does not know its run");
+    for item in items {
+        let why = &item["outcome"]["left"];
+        assert!(why.is_null() || is_elsewhere(why), "{answer}");
+    }
+    answer
+}
+
 /// A clean-up is about all runs, also that of the test next door: one at a time.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());

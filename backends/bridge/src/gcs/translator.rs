@@ -138,12 +138,6 @@ impl Translator {
                 self.doubt(&overlay.target, undo);
                 Ok(unknown)
             }
-            Request::Bind(_) => Err(BackendError::unsuitable(
-                "GCS has no request for a view of a mount",
-            )),
-            // None was ever made.
-            Request::Unbind { .. } => Ok(Err(Reply::Done)),
-            Request::AdoptView(_) => Ok(Err(Reply::Presence(Presence::Absent))),
         }
     }
 

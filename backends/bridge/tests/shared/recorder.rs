@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Unplugger,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -20,8 +19,6 @@ pub(crate) enum Asked {
     Unplug(String),
     Combine(Overlay),
     Separate(String),
-    Bind(BindMount),
-    Unbind(String),
 }
 
 impl Recorder {
@@ -84,21 +81,6 @@ impl LayerCombiner for Recorder {
     }
 
     async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
-        Ok(Presence::Unknown)
-    }
-}
-
-#[async_trait]
-impl Binder for Recorder {
-    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
-        self.note(Asked::Bind(bind.clone()))
-    }
-
-    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
-        self.note(Asked::Unbind(text(target)))
-    }
-
-    async fn adopt(&self, _: &BindMount) -> Result<Presence, BackendError> {
         Ok(Presence::Unknown)
     }
 }

@@ -79,7 +79,7 @@ pub(crate) fn of_mount(target: &Path) -> Option<Dax> {
 /// `Unsuitable` if it is not.
 pub(crate) fn prove(target: &Path) -> Result<(), BackendError> {
     let found = of_mount(target);
-    tracing::info!(target = %target.display(), ?found, "mounted with dax=always");
+    tracing::info!(target = %blockmount::printable(target.display()), ?found, "mounted with dax=always");
     if found.is_some_and(|found| found.option || found.is_on()) {
         return Ok(());
     }

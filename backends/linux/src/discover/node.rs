@@ -77,7 +77,9 @@ fn remove_path(node: &Path) {
         // The last one out removes the directory.
         Ok(()) => drop(fs::remove_dir(OWN)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => tracing::warn!(node = %node.display(), %error, "cannot remove a device node"),
+        Err(error) => {
+            tracing::warn!(node = %blockmount::printable(node.display()), %error, "cannot remove a device node")
+        }
     }
 }
 

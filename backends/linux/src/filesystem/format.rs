@@ -78,7 +78,7 @@ pub(crate) async fn ensure(
         return Ok(());
     }
     let Err(error) = make_when_free(node, format, timeouts).await else {
-        tracing::info!(device = %node.display(), filesystem = %format.filesystem, "made a filesystem");
+        tracing::info!(device = %blockmount::printable(node.display()), filesystem = %format.filesystem, "made a filesystem");
         return Ok(());
     };
     let message = format!(

@@ -22,7 +22,6 @@ use std::fmt;
 use std::io::{self, Read, Seek};
 
 pub(crate) use blank::places as blank_places;
-pub(crate) use readonly::{ErofsDevice, erofs_devices};
 use source::Source;
 
 /// What [`probe`] found on a device.
@@ -48,6 +47,9 @@ pub enum Content {
     /// An image of a disk in a format of a hypervisor, by name: `qcow2`, `vhd`, `vhdx` or `vmdk`. What is in it can only
     /// be seen through that format.
     DiskImage(&'static str),
+    /// A compressed file, by the name of its format: `gzip`, `zstd`, `xz` or `bzip2`. What is in it is no disk until it is
+    /// unpacked.
+    Compressed(&'static str),
     /// Signatures of several filesystems or volumes that exclude each other, by name.
     Ambiguous(Vec<&'static str>),
     /// Proven blank: zeros in each place where anything known keeps a signature.
@@ -147,6 +149,7 @@ impl fmt::Display for Content {
             Content::Filesystem(found) | Content::Volume(found) => f.write_str(found.name),
             Content::PartitionTable(table) => write!(f, "a {} partition table", table.kind),
             Content::DiskImage(format) => write!(f, "a {format} disk image"),
+            Content::Compressed(format) => write!(f, "a file compressed with {format}"),
             Content::Ambiguous(names) => write!(f, "signatures of {}", names.join(" and ")),
             Content::Blank => f.write_str("nothing (blank)"),
             Content::Unknown => f.write_str("unknown content"),
@@ -212,6 +215,9 @@ fn content<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Content> {
     }
     if let Some(found) = volumes.pop() {
         return Ok(Content::Volume(found));
+    }
+    if let Some(format) = disk_image::compression(source)? {
+        return Ok(Content::Compressed(format));
     }
     // A FAT boot sector ends like an MBR: the stricter one goes first.
     if let Some(found) = fat::vfat(source)? {

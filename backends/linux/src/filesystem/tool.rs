@@ -12,7 +12,6 @@ use tokio::process::Command;
 use tokio::sync::Semaphore;
 
 use crate::errno::errno_error;
-use crate::mount::kernel_log::printable;
 
 /// Where tools are. An agent that is pid 1 has no `PATH`, and one that is not need not trust its own; the last is where
 /// guests that are only an agent have further programs.
@@ -117,7 +116,7 @@ impl Tool {
         let said = if error.is_empty() { out } else { error };
         Ok(Ended {
             status: status.code(),
-            said: printable(&said),
+            said: blockmount::printable(&said).to_string(),
         })
     }
 

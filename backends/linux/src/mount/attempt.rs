@@ -13,7 +13,6 @@ use crate::filesystem::preflight::{
 };
 use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
-use crate::mount::extra_devices::{self, Extra};
 use crate::mount::mounting::{self, Request};
 use crate::mount::target::MountPoint;
 use crate::mount::writes::Writes;
@@ -37,26 +36,14 @@ pub(crate) fn expose_once(
     expose::make(list, used)
 }
 
-/// A device that is to be mounted, and the further ones of its filesystem.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Found<'a> {
-    pub(crate) locator: &'a DeviceLocator,
-    pub(crate) node: &'a Path,
-    pub(crate) extra: &'a [Extra],
-}
-
 /// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
 pub(crate) fn mount_once(
     list: &UndoList<'_>,
-    device: Found<'_>,
+    locator: &DeviceLocator,
+    node: &Path,
     options: &MountOptions,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
-    let Found {
-        locator,
-        node,
-        extra,
-    } = device;
     let mut open = node::open(node)?.ok_or_else(|| {
         BackendError::not_found(format!("device {} has vanished", node.display()))
     })?;
@@ -67,7 +54,6 @@ pub(crate) fn mount_once(
     let made = options.format().map(|format| &*format.filesystem);
     let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
     ensure_block_size(node, &open, &found)?;
-    let wanted = extra_devices::wanted(&mut open, node, &found)?;
     drop(open);
     let _held = list.hold(Key::Device(number))?;
     let others = list.mounts_of(number);
@@ -79,9 +65,7 @@ pub(crate) fn mount_once(
     if let Content::Filesystem(found) = &found.content {
         refuse_incomplete(node, found, options, others.is_empty())?;
     }
-    let named = extra_devices::named(node, &filesystem, &wanted, extra)?;
     let mut request = Request::new(&filesystem, node, options);
-    request.data.extend(named);
     request.exclusive = others.is_empty();
     let device = DeviceUse {
         number,
@@ -93,7 +77,6 @@ pub(crate) fn mount_once(
             mount,
             device: Some(device.clone()),
             scratch: None,
-            view: None,
         }))
     };
     let is_dax = dax::is_asked(options);

@@ -184,7 +184,7 @@ pub(crate) fn undo(step: &DirectoryStep) -> bool {
         Err(Errno::NOTEMPTY) if step.scratch => true,
         Err(Errno::NOTEMPTY | Errno::BUSY) => false,
         Err(errno) => {
-            tracing::warn!(path = %path.display(), %errno, "cannot remove a directory made for a mount");
+            tracing::warn!(path = %blockmount::printable(path.display()), %errno, "cannot remove a directory made for a mount");
             false
         }
     }
@@ -196,7 +196,7 @@ fn remove_staged(path: &Path) {
     let Ok(Some(found)) = found else { return };
     let at = found.into_path_at();
     if let Err(errno) = at.id().and_then(|id| at.remove(id)) {
-        tracing::warn!(path = %path.display(), %errno, "cannot remove a directory made for a mount");
+        tracing::warn!(path = %blockmount::printable(path.display()), %errno, "cannot remove a directory made for a mount");
     }
 }
 

@@ -4,7 +4,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use blockmount::{BackendError, MountFlag, MountFlags};
+use blockmount::{BackendError, MountFlag, MountFlags, printable};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_create_exclusive,
@@ -13,7 +13,7 @@ use rustix::mount::{
 
 use crate::errno::{errno_error, is_call_missing};
 use crate::kernel::Kernel;
-use crate::mount::kernel_log::{KernelLog, printable};
+use crate::mount::kernel_log::KernelLog;
 
 /// The longest string that a context takes, in bytes (`strndup_user` in `fsconfig(2)`).
 const LONGEST_STRING: usize = 255;
@@ -169,7 +169,7 @@ impl Context {
             let line = line.trim_end();
             // Each starts with its level: e(rror), w(arning) or i(nfo), and a space.
             said.push_str(if said.is_empty() { ": " } else { "; " });
-            said.push_str(&printable(line.get(2..).unwrap_or(line)));
+            said.push_str(&printable(line.get(2..).unwrap_or(line)).to_string());
         }
         match said.is_empty() {
             true => self.log.said(&self.filesystem, &self.source),

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use blockmount::printable;
 use rustix::fs::OFlags;
 
 use crate::device::number::DeviceNumber;
@@ -105,19 +106,6 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// Escapes control characters, which a terminal or a log would obey: a text of an image, of a guest or a name of a file may
-/// have them.
-pub fn printable(text: &str) -> String {
-    let mut printable = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() {
-            true => printable.extend(c.escape_default()),
-            false => printable.push(c),
-        }
-    }
-    printable
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,10 +144,5 @@ mod tests {
         assert!(is_from("ext", "ext4: Unknown parameter 'x'"));
         assert!(!is_from("btrfs", "btrfs_get_tree.cold+0xb/0xb3"));
         assert!(!is_from("xfs", "ext4: Unknown parameter 'x'"));
-    }
-
-    #[test]
-    fn x13_control_characters_are_escaped() {
-        assert_eq!(printable("a\n\u{1b}[2Jb"), "a\\n\\u{1b}[2Jb");
     }
 }

@@ -82,7 +82,6 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
             mount,
             device: None,
             scratch,
-            view: None,
         }))
     };
     let at = directory::prepare(list)?;

@@ -84,8 +84,8 @@ fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
 ///
 /// # Errors
 ///
-/// `Busy` if somebody uses it, `Conflict` if somebody else mounted something over it or in its place. `LostWrites` if
-/// it is unmounted, and writes to it were lost.
+/// `Busy` if somebody uses it or has mounted something over it, `Conflict` if somebody else mounted something in its
+/// place. `LostWrites` if it is unmounted, and writes to it were lost.
 pub(crate) fn undo(
     target: &Target,
     step: &MountStep,
@@ -93,15 +93,16 @@ pub(crate) fn undo(
     kernel: Kernel,
 ) -> Result<(), BackendError> {
     let path = target.path().display();
-    let foreign = |what: &str| {
-        let message = format!("cannot unmount {path}: somebody else mounted {what}");
-        Err(BackendError::conflict(message))
-    };
     match now(target, &step.mount, kernel)? {
-        Now::Covered => return foreign("something over it"),
+        Now::Covered => {
+            let message = format!("cannot unmount {path}: it is covered");
+            return Err(BackendError::busy(message));
+        }
         Now::Replaced => {
             *writes = None;
-            return foreign("something else in its place");
+            let message =
+                format!("cannot unmount {path}: somebody else mounted something else in its place");
+            return Err(BackendError::conflict(message));
         }
         Now::Gone => {}
         Now::Ours(mount, at) => {

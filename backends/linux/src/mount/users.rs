@@ -6,9 +6,10 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use blockmount::printable;
+
 use crate::device::number::DeviceNumber;
 use crate::device::partitions::partitions;
-use crate::mount::kernel_log::printable;
 use crate::mount::mountinfo::{self, MountInfo};
 
 /// Longer lists do not help.
@@ -160,15 +161,32 @@ fn swap_on(path: &Path) -> bool {
     nodes.any(|node| node == path.as_os_str().as_bytes())
 }
 
-/// Who keeps a mount from being unmounted: mounts below it, and processes with files, programs
+/// A mount, and all that it stands on.
+fn below(mounts: &[MountInfo], id: u64) -> BTreeSet<u64> {
+    let mut below = BTreeSet::new();
+    let mut next = Some(id);
+    // The table was read in pieces while it changed; a circle must not hold us.
+    while let Some(id) = next.filter(|id| below.insert(*id)) {
+        let mount = mounts.iter().find(|mount| mount.id == id);
+        next = mount.map(|mount| mount.parent);
+    }
+    below
+}
+
+/// Who keeps a mount from being unmounted: mounts on it or over it, and processes with files, programs
 /// or directories on it.
 pub(crate) fn of_mount(target: &Path, id: u64) -> Vec<String> {
-    let mut found: Vec<String> = mountinfo::read()
-        .unwrap_or_default()
-        .iter()
-        .filter(|mount| mount.parent == id)
+    let mounts = mountinfo::read().unwrap_or_default();
+    let below = below(&mounts, id);
+    let is_above = |mount: &&MountInfo| {
+        let covers = target.starts_with(&mount.mount_point) && !below.contains(&mount.id);
+        mount.parent == id || covers
+    };
+    let above = mounts.iter().filter(is_above);
+    let mut found: Vec<String> = above
         .map(|mount| format!("the mount at {}", mount.mount_point.display()))
         .collect();
+    found.truncate(MOST_NAMED);
     for (pid, directory) in processes() {
         if found.len() >= MOST_NAMED {
             break;
@@ -215,5 +233,5 @@ fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
 
 fn command(process: &Path) -> String {
     let name = fs::read(process.join("comm")).unwrap_or_default();
-    printable(String::from_utf8_lossy(&name).trim_end())
+    printable(String::from_utf8_lossy(&name).trim_end()).to_string()
 }

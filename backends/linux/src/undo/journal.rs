@@ -119,7 +119,9 @@ impl Journal {
                     number,
                 }),
                 (Some(_), ".aside") => {}
-                _ => tracing::warn!(journal = %self.path.display(), ?name, "this is no record"),
+                _ => {
+                    tracing::warn!(journal = %blockmount::printable(self.path.display()), ?name, "this is no record")
+                }
             }
         }
         found.sort_by_key(|note| note.number);
@@ -195,7 +197,7 @@ impl Journal {
             Ok(()) | Err(Errno::NOENT) => {}
             // One record too many is harmless: what it is about is found to be gone.
             Err(errno) => {
-                tracing::warn!(journal = %self.path.display(), ?name, %errno, "cannot remove a record");
+                tracing::warn!(journal = %blockmount::printable(self.path.display()), ?name, %errno, "cannot remove a record");
             }
         }
     }
@@ -231,7 +233,7 @@ impl Note {
         let (journal, name) = (&self.journal, name_of(self.number));
         let aside = format!("{}.aside", self.number);
         tracing::error!(
-            journal = %journal.path.display(),
+            journal = %blockmount::printable(journal.path.display()),
             aside,
             "a record of what there is to undo cannot be used: {why}"
         );

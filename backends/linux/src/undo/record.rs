@@ -106,7 +106,6 @@ mod tests {
                         options: MountOptions::read_only(),
                     }),
                     scratch: None,
-                    view: None,
                 })),
                 Undo::RemoveNode(Box::new(NodeStep {
                     path: RecordedPath::from(Path::new("/run/node")),

@@ -20,7 +20,7 @@ use crate::mount::unmount::{Now, now};
 use crate::undo::journal::{Journal, Note};
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::record::Record;
-use crate::undo::step::{Appearance, DirectoryStep, Identity, MountStep, Undo};
+use crate::undo::step::{DeviceUse, DirectoryStep, Identity, MountStep, Undo};
 
 /// The ledger as the journal has it, and the targets whose mounts are not there, which are to be undone. Blocks.
 ///
@@ -66,7 +66,7 @@ fn adopt(ledger: &Ledger, note: Note, record: Record) -> Option<Target> {
 pub(crate) fn presence(
     list: &UndoList<'_>,
     kernel: Kernel,
-    is_it: impl Fn(Appearance<'_>) -> bool,
+    is_it: impl Fn(Option<&DeviceUse>) -> bool,
 ) -> Result<Presence, BackendError> {
     let steps = list.steps();
     if !list.is_in_use() {
@@ -80,16 +80,15 @@ pub(crate) fn presence(
     let step = match steps.last() {
         Some(Undo::Unmount(step)) => step,
         Some(Undo::RemoveNode(node)) if expose::is_there(node) => {
-            return Ok(match is_it(Appearance::Device(&node.device)) {
+            return Ok(match is_it(Some(&node.device)) {
                 true => Presence::Present(()),
                 false => Presence::Absent,
             });
         }
         _ => return Ok(Presence::Unknown),
     };
-    let appears = steps.last().and_then(Undo::appearance);
     match now(list.target(), &step.mount, kernel)? {
-        Now::Ours(..) if appears.is_some_and(is_it) => Ok(Presence::Present(())),
+        Now::Ours(..) if is_it(step.device.as_ref()) => Ok(Presence::Present(())),
         Now::Ours(..) => Ok(Presence::Absent),
         Now::Covered | Now::Replaced | Now::Gone => Ok(Presence::Unknown),
     }
@@ -103,7 +102,7 @@ fn recover_mount(list: &UndoList<'_>, kernel: Kernel) {
         // Under its first name, or under that of something else, it is none.
         Some(Undo::RemoveNode(node)) if expose::is_there(&node) => {
             list.keep();
-            return tracing::info!(%path, "took over a device node of an earlier process");
+            return tracing::info!(path = %blockmount::printable(&path), "took over a device node of an earlier process");
         }
         _ => return,
     };
@@ -111,11 +110,11 @@ fn recover_mount(list: &UndoList<'_>, kernel: Kernel) {
         Ok(Now::Ours(mount, _)) => Identity::Known(mount),
         Ok(Now::Covered) => step.mount.clone(),
         Ok(Now::Gone) => {
-            tracing::info!(%path, "a mount of an earlier process is gone");
+            tracing::info!(path = %blockmount::printable(&path), "a mount of an earlier process is gone");
             return list.retain(|step| !matches!(step, Undo::Unmount(_)));
         }
         Ok(Now::Replaced) => {
-            tracing::warn!(%path, "there is something else in the place of a mount of an earlier process");
+            tracing::warn!(path = %blockmount::printable(&path), "there is something else in the place of a mount of an earlier process");
             return list.retain(|step| !matches!(step, Undo::Unmount(_)));
         }
         Err(error) => return list.set_aside(&format!("{path} cannot be looked at: {error}")),
@@ -128,5 +127,5 @@ fn recover_mount(list: &UndoList<'_>, kernel: Kernel) {
         )
     });
     list.keep();
-    tracing::info!(%path, "took over a mount of an earlier process");
+    tracing::info!(path = %blockmount::printable(&path), "took over a mount of an earlier process");
 }

@@ -13,8 +13,8 @@ use crate::undo::step::{Identity, Undo};
 ///
 /// # Errors
 ///
-/// `Busy` if a step is busy, which the next attempt goes on with. `Conflict` if somebody else mounted something over
-/// the mount or in its place. `LostWrites` if all is undone, and writes to the mount were lost.
+/// `Busy` if a step is busy, which the next attempt goes on with; a mount is if somebody else mounted something over it.
+/// `Conflict` if somebody else mounted something in its place. `LostWrites` if all is undone, and writes to the mount were lost.
 pub(crate) fn undo_all(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
     undo(list, 0, kernel)?;
     list.end().map_or(Ok(()), Err)
@@ -37,9 +37,6 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     }
     match step {
         Undo::Unmount(mount) => {
-            let source = Key::Source(list.target().path().to_owned());
-            let _no_new_view = list.hold(source)?;
-            ensure_no_view(list)?;
             let mut writes = list.take_writes();
             let done = unmount::undo(list.target(), mount, &mut writes, kernel);
             list.keep_writes(writes);
@@ -64,16 +61,6 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     Ok(())
 }
 
-/// A view would keep up the filesystem that is to end.
-fn ensure_no_view(list: &UndoList<'_>) -> Result<(), BackendError> {
-    let Some(view) = list.view_of_it() else {
-        return Ok(());
-    };
-    let (path, view) = (list.target().path().display(), view.display());
-    let message = format!("cannot unmount {path}: there is a view of it at {view}");
-    Err(BackendError::busy(message))
-}
-
 /// The error `Busy` with the names of those who use what is to be undone next. They cost a walk through `/proc`. A
 /// directory that is in use is no error.
 pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendError {
@@ -83,9 +70,6 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             let Identity::Known(mount) = step.mount else {
                 return error;
             };
-            if list.view_of_it().is_some() {
-                return error;
-            }
             let users = users::of_mount(list.target().path(), mount.number());
             let by = users::listed(&users);
             return BackendError::busy(format!("{} by {by}", error.message()));

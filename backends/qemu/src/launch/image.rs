@@ -46,6 +46,10 @@ const MODULE_DIRECTORY: &str = "/lib/modules";
 pub const PROGRAMS: &str = "/programs";
 
 /// What a guest boots. Made once, it serves any number of VMs; cloning is cheap.
+///
+/// Besides the kernel this is an initramfs: one cpio archive of the format "newc" (magic `070701`, no checksums, as `cpio -o -H newc` writes and
+/// Linux unpacks), not compressed, in which all files are root's. It has the program as `/init`, with the loader and the libraries that
+/// an ELF file names, the modules below `/lib/modules` and their order in [`MODULE_LIST`], and what the builder was given.
 #[derive(Debug, Clone)]
 pub struct GuestImage(Arc<Inner>);
 

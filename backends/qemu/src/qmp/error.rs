@@ -116,13 +116,7 @@ impl From<QmpError> for BackendError {
 
 /// A text of another program as part of a line of ours.
 pub(super) fn one_line(text: &dyn fmt::Display) -> String {
-    let visible = |character: char| {
-        if character.is_control() {
-            ' '
-        } else {
-            character
-        }
-    };
     let text = text.to_string();
-    text.chars().take(KEPT).map(visible).collect()
+    let line = blockmount::printable(text.trim_end());
+    line.shortened(KEPT).to_string()
 }

@@ -213,7 +213,7 @@ mod tests {
             errors,
             [(
                 "bm-scsi-0-3",
-                "write of bm-scsi-0-3 failed: Input/output error "
+                "write of bm-scsi-0-3 failed: Input/output error"
             )]
         );
         assert!(!health.is_good());

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use blockmount::{BackendError, Disk, DiskId, DiskKind};
+use blockmount::{BackendError, Disk, DiskId, DiskKind, ErrorKind};
 use blockmount_vpmem::ByteRange;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
@@ -149,11 +149,11 @@ impl Private {
             Ok((file, name))
         });
         let (file, name) = made.map_err(|error| {
-            BackendError::other(format!(
-                "cannot make a file of {size} bytes in {}",
-                directory.display()
-            ))
-            .with_source(error)
+            let directory = directory.display();
+            refused(
+                format!("cannot make a file of {size} bytes in {directory}"),
+                error,
+            )
         })?;
         Ok(Private {
             file,
@@ -295,7 +295,21 @@ fn cannot_copy(disk: &Disk, error: io::Error) -> BackendError {
         io::ErrorKind::StorageFull => "; there is no space for it",
         _ => "",
     };
-    BackendError::other(format!("cannot copy {disk} to a file for QEMU{advice}")).with_source(error)
+    refused(
+        format!("cannot copy {disk} to a file for QEMU{advice}"),
+        error,
+    )
+}
+
+/// Files of our own cannot be had. Another transport needs none, and may take the disk.
+fn refused(tried: String, error: io::Error) -> BackendError {
+    let kind = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::Full,
+        // Nobody waits for it.
+        io::ErrorKind::Other => ErrorKind::Other,
+        _ => ErrorKind::Unsuitable,
+    };
+    BackendError::new(kind, tried).with_source(error)
 }
 
 #[cfg(test)]

@@ -12,7 +12,6 @@
 mod rig;
 
 mod crypt;
-mod devices;
 mod disks;
 mod failure;
 mod filesystems;
@@ -22,5 +21,4 @@ mod restart;
 mod sharing;
 mod teardown;
 mod verity;
-mod views;
 mod vpmem;

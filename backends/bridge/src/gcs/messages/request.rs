@@ -1,5 +1,6 @@
 //! A request to change something of the VM.
 
+use blockmount::printable;
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
@@ -175,10 +176,13 @@ impl ModificationRequest {
             resource_type,
             settings,
         } = outer;
-        let request_type = RequestType::from_name(&request_type)
-            .ok_or_else(|| UnreadableRequest::RequestType(shortened(request_type)))?;
+        let request_type = RequestType::from_name(&request_type).ok_or_else(|| {
+            UnreadableRequest::RequestType(printable(request_type).shortened(64).to_string())
+        })?;
         let Some(read) = reader(&resource_type) else {
-            return Err(UnreadableRequest::ResourceType(shortened(resource_type)));
+            return Err(UnreadableRequest::ResourceType(
+                printable(resource_type).shortened(64).to_string(),
+            ));
         };
         let Some(settings) = settings else {
             return Err(UnreadableRequest::NoSettings(resource_type));
@@ -214,11 +218,6 @@ fn windows_reader(resource_type: &str) -> Option<Reader> {
         }
         _ => return None,
     })
-}
-
-/// Keeps an error about a hostile string printable.
-fn shortened(text: String) -> String {
-    text.chars().take(64).collect()
 }
 
 impl Serialize for ModificationRequest {

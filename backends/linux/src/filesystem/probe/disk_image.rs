@@ -26,6 +26,22 @@ pub(super) fn by_header<R: Read + Seek>(
     })
 }
 
+/// The format of a compressed file, by its first bytes.
+pub(super) fn compression<R: Read + Seek>(
+    source: &mut Source<'_, R>,
+) -> io::Result<Option<&'static str>> {
+    // With the method of gzip (RFC 1952, the only one there is) and the block sizes of bzip2, no boot sector begins so.
+    const STARTS: [(&[u8], &str); 4] = [
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"BZh", "bzip2"),
+    ];
+    let start = source.bytes(0, 6)?;
+    let found = start.and_then(|start| STARTS.iter().find(|(magic, _)| start.has(0, magic)));
+    Ok(found.map(|(_, name)| *name))
+}
+
 /// Whether it ends with the footer of a VHD of a fixed size. What is before it is the disk itself.
 pub(super) fn has_vhd_footer<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<bool> {
     let Some(at) = source.size().checked_sub(VHD_FOOTER) else {

@@ -72,6 +72,11 @@ fn samples() -> Vec<(&'static str, Vec<u8>)> {
     put(&mut vhdx, 0, b"vhdxfile");
     let mut vmdk = blank();
     put(&mut vmdk, 0, b"KDMV\x01\0\0\0");
+    let compressed = |start: &[u8]| {
+        let mut file = vec![0xa5; 1 << 20];
+        put(&mut file, 0, start);
+        file
+    };
     let mut exfat = blank();
     put(&mut exfat, 3, b"EXFAT   ");
     put(&mut exfat, 108, &[9, 3, 1]);
@@ -100,6 +105,13 @@ fn samples() -> Vec<(&'static str, Vec<u8>)> {
         ("a vhd disk image", vhd),
         ("a vhdx disk image", vhdx),
         ("a vmdk disk image", vmdk),
+        ("a file compressed with gzip", compressed(b"\x1f\x8b\x08\0")),
+        (
+            "a file compressed with zstd",
+            compressed(b"\x28\xb5\x2f\xfd"),
+        ),
+        ("a file compressed with xz", compressed(b"\xfd7zXZ\0")),
+        ("a file compressed with bzip2", compressed(b"BZh9")),
         ("exfat", exfat),
         ("f2fs", f2fs),
         ("iso9660", iso9660),

@@ -1,0 +1,348 @@
+//! What the program says: help and errors as files, so that a change is seen; and advice that can be followed.
+//!
+//! `BLOCKMOUNT_GOLDEN=write` writes the files anew.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockmount_debug_agent::kit;
+use common::{Answer, as_nobody, run};
+
+/// All commands that a user can know.
+const COMMANDS: [&str; 8] = [
+    "demo",
+    "mount",
+    "inspect",
+    "seal",
+    "cleanup",
+    "agent",
+    "completions",
+    "man",
+];
+/// The columns of the narrowest terminal that help is written for.
+const COLUMNS: usize = 80;
+
+/// Compares a text with the file of this name, or writes the file.
+#[track_caller]
+fn assert_golden(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
+    if std::env::var_os("BLOCKMOUNT_GOLDEN").is_some_and(|value| value == "write") {
+        return fs::write(path, text).unwrap();
+    }
+    let kept = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        kept == text,
+        "{} is not what is said now (BLOCKMOUNT_GOLDEN=write changes it):\n{text}",
+        path.display()
+    );
+}
+
+fn help(command: &str) -> String {
+    let answer = match command {
+        "" => run(["--help"]),
+        command => run([command, "--help"]),
+    };
+    answer.says(0, &[]);
+    answer.stdout
+}
+
+#[test]
+fn the_help_of_each_command_is_as_it_was_and_fits_a_terminal() {
+    for command in COMMANDS.iter().chain(&[""]) {
+        let text = help(command);
+        for line in text.lines() {
+            let columns = line.chars().count();
+            assert!(columns <= COLUMNS, "{command}: {columns} columns: {line}");
+        }
+        let name = match *command {
+            "" => "help.txt".to_owned(),
+            command => format!("help-{command}.txt"),
+        };
+        assert_golden(&name, &text);
+    }
+    // None is forgotten.
+    for command in COMMANDS {
+        assert!(help("").contains(&format!("\n  {command} ")), "{command}");
+    }
+}
+
+/// Command lines that fail without root, and say why.
+const ERRORS: [&[&str]; 21] = [
+    &["mount", "--layer", "x"],
+    &["mount", "--at", "/mnt/x"],
+    &["mount", "--layer", "x", "--at", "/mnt/x"],
+    &[
+        "mount",
+        "--at",
+        "/mnt/x",
+        "--partition",
+        "1",
+        "--layer",
+        "x",
+    ],
+    &[
+        "mount", "--at", "/mnt/x", "--layer", "x", "--fs", "a", "--fs", "b",
+    ],
+    &[
+        "mount",
+        "--at",
+        "/mnt/x",
+        "--layer",
+        "x",
+        "--scratch",
+        "many",
+    ],
+    &["mount", "--at", "/mnt/x", "--layer", "x", "--scratch", "1K"],
+    &["mount", "--at", "/mnt/x", "--layer", "x", "--colour"],
+    &["mount", "--resume", "a", "--layer", "x"],
+    &[
+        "mount",
+        "--at",
+        "/mnt/x",
+        "--layer",
+        "x",
+        "--transport",
+        "usb",
+    ],
+    &["demo"],
+    &["cleanup"],
+    &["inspect"],
+    &["inspect", "absent"],
+    &["inspect", "gzip", "zstd", "xz", "bzip2"],
+    &["inspect", "qcow2"],
+    &["inspect", "--log", "debgu", "blank"],
+    &["seal", "empty"],
+    &["agent", "--vsock-listen", "7"],
+    &["agent", "--log", "debgu"],
+    &["agent", "--vsock", "many"],
+];
+
+#[test]
+fn errors_are_as_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, start: &[u8], length: usize| {
+        let mut bytes = start.to_vec();
+        bytes.resize(length, 0);
+        fs::write(dir.path().join(name), bytes).unwrap();
+    };
+    file("blank", b"", 1 << 20);
+    file("empty", b"", 0);
+    file("gzip", b"\x1f\x8b\x08", 4096);
+    file("zstd", b"\x28\xb5\x2f\xfd", 4096);
+    file("xz", b"\xfd7zXZ\0", 4096);
+    file("bzip2", b"BZh9", 4096);
+    file("qcow2", b"QFI\xfb\0\0\0\x03", 4096);
+    let mut text = String::new();
+    for words in ERRORS {
+        let answer = nobody(dir.path(), words);
+        assert_ne!(answer.code, Some(0), "{words:?}: {answer}");
+        assert!(answer.stderr.starts_with("error: "), "{words:?}: {answer}");
+        let code = answer.code.unwrap();
+        let line = words.join(" ");
+        text += &format!("$ blockmount {line}\n{}[{code}]\n\n", answer.stderr);
+    }
+    assert_golden("errors.txt", &text);
+}
+
+/// Runs the program by a user who may do nothing, in a directory.
+fn nobody(dir: &Path, words: &[&str]) -> Answer {
+    let mut command = as_nobody(dir, words);
+    command.current_dir(dir).env_remove("SUDO_UID");
+    kit::run(command)
+}
+
+/// The texts in the source of the program: what is between quotes, outside of tests and comments.
+fn literals() -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let source = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            found.extend(quoted(source).into_iter().map(|text| (path.clone(), text)));
+        }
+    }
+    found
+}
+
+fn quoted(source: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let code = source
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    let code: String = code.collect::<Vec<_>>().join("\n").replace("'\"'", "");
+    let mut rest = code.chars().peekable();
+    while let Some(character) = rest.next() {
+        if character != '"' {
+            continue;
+        }
+        let mut text = String::new();
+        while let Some(character) = rest.next() {
+            match character {
+                '"' => break,
+                '\\' => match rest.next().unwrap() {
+                    '\n' => while rest.next_if(|next| next.is_whitespace()).is_some() {},
+                    'n' => text.push('\n'),
+                    escaped => text.push(escaped),
+                },
+                character => text.push(character),
+            }
+        }
+        found.push(text);
+    }
+    found
+}
+
+/// The commands of this program in a text, up to where each ends, with something in each place that is to be filled.
+fn commands_in(text: &str) -> Vec<Vec<String>> {
+    // A command that goes on in the next line is one.
+    let lines = text.split("\\\n").map(str::trim);
+    let text = &lines.collect::<Vec<_>>().join(" ");
+    let starts = text.match_indices("blockmount ");
+    let commands = starts.filter_map(|(at, name)| {
+        let rest = &text[at + name.len()..];
+        let end = rest.find(['"', ';', ',', ':', '\n', '(', ')', '>', '|', '#']);
+        let rest = &rest[..end.unwrap_or(rest.len())];
+        // Two spaces divide an example from what is said of it.
+        let rest = rest.split("  ").next()?.trim_end_matches('\\');
+        let words: Vec<String> = rest.split_whitespace().map(filled).collect();
+        let is_command = words
+            .first()
+            .is_some_and(|word| COMMANDS.contains(&&**word));
+        is_command.then_some(words)
+    });
+    commands.collect()
+}
+
+fn filled(word: &str) -> String {
+    let is_place = word.contains('{') || word == "NAME" || word == "IMAGE" || word == "...";
+    match is_place {
+        true => "x".to_owned(),
+        false => word.to_owned(),
+    }
+}
+
+/// Whoever is told to run a command must not be told then that there is no such one.
+#[test]
+fn u17_each_command_that_is_advised_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = literals();
+    let mut commands: BTreeSet<Vec<String>> = BTreeSet::new();
+    for (_, text) in &all {
+        commands.extend(commands_in(text));
+    }
+    assert!(commands.len() > 25, "only {commands:?} were found");
+    for command in commands {
+        // It would go on for ever.
+        if command[0] == "agent" {
+            continue;
+        }
+        let words: Vec<&str> = command.iter().map(String::as_str).collect();
+        let mut answer = nobody(dir.path(), &words);
+        if answer.code == Some(2) && command.len() == 1 {
+            // The name of a command, and no more.
+            answer = nobody(dir.path(), &[words[0], "--help"]);
+        }
+        assert_ne!(answer.code, Some(2), "{command:?}: {answer}");
+    }
+}
+
+#[test]
+fn u17_each_option_that_is_advised_is_one() {
+    let help: String = COMMANDS.iter().map(|command| help(command)).collect();
+    let known: BTreeSet<&str> = options(&help).collect();
+    // Those of other programs, which are named with them.
+    let others = ["--size", "--long", "--word"];
+    let mut checked = 0;
+    for (path, text) in literals() {
+        for option in options(&text).filter(|option| !others.contains(option)) {
+            let path = path.display();
+            assert!(
+                known.contains(option),
+                "{path}: there is no {option}: {text:?}"
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 40, "only {checked} options were found");
+}
+
+fn options(text: &str) -> impl Iterator<Item = &str> {
+    let words = text.split(|character: char| !character.is_ascii_lowercase() && character != '-');
+    words.filter(|word| {
+        let name = word.strip_prefix("--");
+        name.is_some_and(|name| name.starts_with(|first: char| first.is_ascii_lowercase()))
+    })
+}
+
+#[test]
+fn the_scripts_for_shells_and_the_manual_pages_know_all_commands() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let answer = run(["completions", shell]);
+        answer.says(0, &[]);
+        for command in COMMANDS {
+            assert!(answer.stdout.contains(command), "{shell}: {command}");
+        }
+        assert!(!answer.stdout.contains("checker"), "what is for guests");
+    }
+    let bash = run(["completions", "bash"]).stdout;
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("script");
+    fs::write(&script, bash).unwrap();
+    let checked = Command::new("bash")
+        .arg("-n")
+        .arg(&script)
+        .status()
+        .unwrap();
+    assert!(checked.success());
+
+    run([OsStr::new("man"), "--to".as_ref(), dir.path().as_os_str()]).says(0, &[]);
+    for command in COMMANDS {
+        let page = fs::read_to_string(dir.path().join(format!("blockmount-{command}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS"), "{command}: {page}");
+    }
+    let page = run(["man"]).stdout;
+    assert!(
+        page.contains(".TH blockmount")
+            && page == fs::read_to_string(dir.path().join("blockmount.1")).unwrap()
+    );
+}
+
+#[test]
+fn colours_are_there_when_they_are_asked_for() {
+    let escape = '\u{1b}';
+    let coloured = |words: &[&str], no_color: Option<&str>| {
+        let mut command = common::program(words);
+        match no_color {
+            Some(value) => command.env("NO_COLOR", value),
+            None => command.env_remove("NO_COLOR"),
+        };
+        let answer = kit::run(command);
+        answer.stderr.contains(escape) || answer.stdout.contains(escape)
+    };
+    for words in [
+        &["inspect", "/absent"][..],
+        &["mount", "--help"],
+        &["mount", "--nonsense"],
+    ] {
+        let with = |choice: &'static str| [&["--color", choice], words].concat();
+        assert!(coloured(&with("always"), None), "{words:?}");
+        assert!(coloured(&with("always"), Some("1")), "{words:?}");
+        assert!(!coloured(&with("never"), None), "{words:?}");
+        assert!(!coloured(&with("auto"), None), "no terminal: {words:?}");
+    }
+}
