@@ -18,7 +18,7 @@
 //!   true of attach and detach of a disk, combine and separate of a target, and unplug and a later attach
 //!   at the same locator.
 //! - *What a restart left is found by asking.* After a manager was restarted, `adopt` says of each thing that its
-//!   [`Journal`](crate::Journal) remembers whether it is there, and makes it the implementor's own again.
+//!   [`Journal`](crate::journal::Journal) remembers whether it is there, and makes it the implementor's own again.
 //! - *Every wait ends.* A backend bounds its own waits and never panics, whatever it is given. (A
 //!   panic is caught and counts as `Uncertain`.)
 //!

@@ -66,7 +66,7 @@
 //! | `qmp.rs`, `qmp/` | the monitor's protocol |
 //! | `scsi.rs`, `scsi/` | SCSI disks |
 //! | `vpmem.rs`, `vpmem/` | persistent memory |
-//! | `plug.rs` | a device that comes and goes |
+//! | `plug.rs`, `plug/` | a device that comes and goes |
 //! | `source.rs` | the file behind a disk |
 //! | `launch.rs`, `launch/` | starting VMs: the feature `launch`, which is on by default |
 //!
