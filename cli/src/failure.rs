@@ -77,7 +77,8 @@ impl Failure {
             return Vec::new();
         };
         let first = cause.to_string();
-        let is_said = self.what.ends_with(&first);
+        // What the managers say of a step is what this says.
+        let is_said = self.what.ends_with(&first) || cause.is::<blockmount::Error>();
         let first = (!is_said).then_some(first).into_iter();
         first.chain(blockmount_agent::causes(cause)).collect()
     }
@@ -125,10 +126,12 @@ fn advice_on(error: &(dyn StdError + 'static)) -> Option<&'static str> {
         return advice_on_io(error.kind(), error.raw_os_error());
     }
     let kind = match error.downcast_ref::<blockmount::Error>() {
-        Some(error) => match advice_on_step(error.step(), error.kind()) {
-            Some(advice) => return Some(advice),
-            None => error.kind(),
-        },
+        Some(error) => {
+            match advice_on_image(error).or(advice_on_step(error.step(), error.kind())) {
+                Some(advice) => return Some(advice),
+                None => error.kind(),
+            }
+        }
         None => error.downcast_ref::<BackendError>()?.kind(),
     };
     match kind {
@@ -164,6 +167,15 @@ fn is_storage_full(error: &(dyn StdError + 'static)) -> bool {
     std::iter::successors(error.source(), |&cause| cause.source())
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
         .any(|cause| cause.kind() == io::ErrorKind::StorageFull)
+}
+
+/// What is in an image says best what to do about it.
+fn advice_on_image(error: &blockmount::Error) -> Option<&'static str> {
+    let is_of_image = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Invalid);
+    let disk = error
+        .disk()
+        .filter(|_| error.step() == Step::Mount && is_of_image)?;
+    crate::inspect::advice_on(disk.source())
 }
 
 /// What is wrong with a request depends on how far it came.
@@ -205,7 +217,20 @@ fn advice_on_io(kind: io::ErrorKind, errno: Option<i32>) -> Option<&'static str>
 
 impl From<blockmount::Error> for Failure {
     fn from(error: blockmount::Error) -> Self {
-        Failure::new(error.to_string()).because(error)
+        Failure::new(what_failed(&error)).because(error)
+    }
+}
+
+/// What could not be done, as the user has asked for it: where a layer is mounted and by which locator is no matter of theirs.
+fn what_failed(error: &blockmount::Error) -> String {
+    let source = error.disk().map(|disk| disk.source().display());
+    match (error.step(), source, error.path()) {
+        (Step::Identify | Step::Attach, Some(source), _) => format!("cannot attach {source}"),
+        (Step::Mount, Some(source), _) => format!("cannot mount {source}"),
+        (Step::Combine, _, Some(path)) => {
+            format!("cannot stack the layers at {}", path.display())
+        }
+        _ => error.to_string(),
     }
 }
 

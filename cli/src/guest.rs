@@ -18,7 +18,7 @@ use crate::kernel;
 use crate::report::SlotReport;
 use crate::terminal::Progress;
 
-pub(crate) use qemu::{MOUNTS, QemuGuest, abandoned_state, kept_vm};
+pub(crate) use qemu::{MOUNTS, QemuGuest, abandoned_state, ensure_allowed, kept_vm};
 pub(crate) use transports::{Hardware, Transports};
 
 /// Where containers can run, by their names on the command line.

@@ -144,6 +144,18 @@ fn inspect(image: &Path, with_verity: bool) -> Result<Image, Failure> {
     })
 }
 
+/// What to do about an image that cannot be mounted as it is. Blocks.
+pub(crate) fn advice_on(image: &Path) -> Option<&'static str> {
+    let found = inspect(image, false).ok()?.content;
+    found.unusable().or(match found.kind {
+        "partition-table" => Some(
+            "name one of its partitions with --partition N; \"blockmount inspect IMAGE\" lists them",
+        ),
+        "blank" => Some("make a filesystem on it, or choose another image"),
+        _ => None,
+    })
+}
+
 impl Found {
     /// What to do about an image that cannot be mounted as it is.
     fn unusable(&self) -> Option<&'static str> {

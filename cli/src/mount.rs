@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
 use crate::failure::{Context, FAILED, Failure, printable};
-use crate::guest::{GuestKind, Place, Transports};
+use crate::guest::{GuestKind, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -203,9 +203,11 @@ fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
 fn target_of(args: &MountArgs) -> Result<PathBuf, Failure> {
     let given = args.at.as_deref().unwrap_or(Path::new(""));
     if args.guest == GuestKind::Qemu {
-        return std::path::absolute(given)
-            .context(|| format!("--at {given:?} is no path"))
-            .map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"));
+        let target = std::path::absolute(given).context(|| format!("--at {given:?} is no path"));
+        let target =
+            target.map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))?;
+        ensure_allowed(&target)?;
+        return Ok(target);
     }
     let target = target::resolve(given)?;
     if std::path::absolute(given).is_ok_and(|plain| plain != target) {

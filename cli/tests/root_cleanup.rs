@@ -88,7 +88,7 @@ fn files_of(id: &str) -> Vec<PathBuf> {
 }
 
 /// A stack of two layers and a scratch at `made/tree`, held by a living run.
-fn mounted() -> (Child, TempDir, Value) {
+fn mounted() -> (Living, TempDir, Value) {
     let dir = temp();
     let path = |name: &str| dir.path().join(name);
     common::image("ext4", path("a.ext4"), &[("a", "of a")]);
@@ -116,7 +116,33 @@ fn mounted() -> (Child, TempDir, Value) {
         text.push(byte[0]);
     }
     let json = serde_json::from_slice(&text).unwrap();
-    (child, dir, json)
+    (Living(child), dir, json)
+}
+
+/// A run that a test that fails does not leave alive.
+struct Living(Child);
+
+impl std::ops::Deref for Living {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Living {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            common::signal(self.0.id(), Signal::TERM);
+            let _ = self.0.wait();
+        }
+    }
 }
 
 #[test]

@@ -153,3 +153,12 @@ fn root_refuses_what_is_no_layer() {
     assert_eq!(answer.stdout, "");
     assert_nothing_left(&answer, &dir);
 }
+
+#[test]
+fn root_u19_a_transport_is_refused_where_there_is_none_to_choose() {
+    for transport in ["auto", "scsi", "vpmem"] {
+        let answer = run(["demo", "--transport", transport]);
+        answer.says(2, &["no --transport to choose", "--guest qemu"]);
+        assert_eq!(common::run_id(&answer.stderr), None, "{answer}");
+    }
+}

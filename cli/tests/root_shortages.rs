@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -325,6 +326,30 @@ fn root_u13_with_all_streams_closed_a_mount_is_held_and_released() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert!(!dir.path().join("made").exists());
     assert!(in_kernel(dir.path().file_name().unwrap()).is_empty());
+}
+
+/// A host that has not plugged in the agent's port yet is waited for, and not in silence.
+#[test]
+fn root_u13_an_agent_without_a_port_says_what_it_waits_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = program(["agent", "--journal"]);
+    let mut agent = command
+        .arg(dir.path().join("journal"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let watch = common::kill_after(agent.id(), common::LONGEST);
+    let mut line = String::new();
+    BufReader::new(agent.stderr.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert!(
+        line.contains("waiting") && line.contains("blockmount.agent"),
+        "{line}"
+    );
+    signal(agent.id(), Signal::TERM);
+    assert_eq!(agent.wait().unwrap().code(), Some(0));
+    drop(watch);
 }
 
 /// `/run` is empty after a boot, and `/var/tmp` is not.

@@ -153,6 +153,99 @@ fn errors_are_as_they_were() {
     assert_golden("errors.txt", &text);
 }
 
+/// Mounts that fail, and say why.
+const REFUSED: [&[&str]; 22] = [
+    &["--layer", "absent"],
+    &["--layer", "blank"],
+    &["--layer", "gzip"],
+    &["--layer", "zstd"],
+    &["--layer", "cut"],
+    &["--layer", "empty"],
+    &["--layer", "odd"],
+    &["--layer", "qcow2"],
+    &["--layer", "."],
+    &["--layer", "/dev/null"],
+    &["--layer", "disk"],
+    &["--layer", "disk", "--partition", "7"],
+    &["--layer", "good", "--partition", "1"],
+    &["--layer", "good", "--fs", "xfs"],
+    &["--layer", "good", "--option", "rw"],
+    &["--layer", "good", "--option", "no_such_option"],
+    &["--layer", "good", "--verity", "absent.dmverity"],
+    &["--layer", "good", "--transport", "auto"],
+    &["--layer", "good", "--allow-backing"],
+    &["--layer", "good", "--guest", "qemu", "--name", "x"],
+    &["--layer", "good", "--guest", "qemu", "--at", "/etc/tree"],
+    &["--layer", "good", "--at", "full"],
+];
+
+#[test]
+fn root_errors_of_mounts_are_as_they_were() {
+    let dir = common::temp();
+    let path = |name: &str| dir.path().join(name);
+    let file = |name: &str, bytes: &[u8], length: usize| {
+        let mut bytes = bytes.to_vec();
+        bytes.resize(length, 0);
+        fs::write(path(name), bytes).unwrap();
+    };
+    common::image("ext4", path("good"), &[("file", "text")]);
+    common::partitioned(path("disk"), &[("file", "text")]);
+    let good = fs::read(path("good")).unwrap();
+    file("cut", &good[..1 << 20], 1 << 20);
+    file("odd", &good, good.len() + 100);
+    file("blank", b"", 1 << 20);
+    file("empty", b"", 0);
+    file("gzip", b"\x1f\x8b\x08", 4096);
+    file("zstd", b"\x28\xb5\x2f\xfd", 4096);
+    file("qcow2", b"QFI\xfb\0\0\0\x03", 4096);
+    fs::create_dir(path("full")).unwrap();
+    file("full/x", b"", 0);
+    let mut text = String::new();
+    for words in REFUSED {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blockmount"));
+        command.arg("mount").args(words).current_dir(dir.path());
+        let at = ["--at", "/mnt/tree"];
+        match words.contains(&"--at") || words.contains(&"qemu") {
+            true if words.contains(&"--at") => {}
+            true => drop(command.args(at)),
+            false => drop(command.args(["--at", "tree"])),
+        }
+        let answer = kit::run(command);
+        assert!(matches!(answer.code, Some(1 | 2)), "{words:?}: {answer}");
+        let said = normal(&answer.stderr, &dir.path().display().to_string());
+        text += &format!(
+            "$ blockmount mount {}\n{said}[{}]\n\n",
+            words.join(" "),
+            answer.code.unwrap()
+        );
+    }
+    assert_golden("errors-of-mounts.txt", &text);
+    assert!(
+        !text.contains("/run/blockmount/"),
+        "a path that is ours alone: {text}"
+    );
+    assert!(common::in_kernel(dir.path().file_name().unwrap()).is_empty());
+}
+
+/// Without what differs from run to run: the directory, and the kernel's numbers.
+fn normal(text: &str, directory: &str) -> String {
+    let text = text.replace(directory, "DIR");
+    let mut normal = String::new();
+    let mut rest = text.as_str();
+    let numbered = ["/dev/loop", "block device 7:"];
+    while let Some((at, name)) = numbered
+        .iter()
+        .filter_map(|name| Some((rest.find(name)?, *name)))
+        .min()
+    {
+        let end = at + name.len();
+        normal += &rest[..end];
+        normal.push('N');
+        rest = rest[end..].trim_start_matches(|digit: char| digit.is_ascii_digit());
+    }
+    normal + rest
+}
+
 /// Runs the program by a user who may do nothing, in a directory.
 fn nobody(dir: &Path, words: &[&str]) -> Answer {
     let mut command = as_nobody(dir, words);

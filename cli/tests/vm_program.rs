@@ -316,17 +316,53 @@ fn vm_a_scratch_is_encrypted_when_it_was_asked_for() {
 }
 
 #[test]
-fn vm_what_a_machine_cannot_have_is_refused() {
+fn root_u17_what_a_machine_cannot_have_is_refused_before_it_is_started() {
     let dir = temp();
     let layer = dir.path().join("layer.erofs");
     image("erofs", &layer, &[("file", "x")]);
     let layer = layer.to_str().unwrap();
     let answer = run(["demo", "--transport", "vpmem", "--layer", layer]);
-    answer.says(2, &["no VPMEM", "--guest qemu"]);
+    answer.says(2, &["no --transport to choose", "--guest qemu"]);
     let outside = [
         "mount", "--guest", "qemu", "--at", "/etc/x", "--layer", layer,
     ];
     let answer = run(outside);
-    answer.says(1, &["cannot combine", "/etc/x"]);
+    answer.says(2, &["mounts nothing at /etc/x", "/mnt"]);
+    assert_eq!(run_id(&answer.stderr), None, "{answer}");
     assert_nothing_left(&answer, &dir);
+}
+
+/// The packed device of persistent memory is a file in `/var/tmp`.
+#[test]
+fn vm_u19_a_layer_for_which_its_transport_has_no_space_goes_to_the_next_and_the_table_says_why() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let layer = dir.path().join("layer.ext4");
+    image("ext4", &layer, &[("file", "x")]);
+    // Sparse here, and copied as a whole.
+    let file = std::fs::File::options().write(true).open(&layer).unwrap();
+    file.set_len(400 << 20).unwrap();
+    let arguments = [
+        "--guest",
+        "qemu",
+        "--transport",
+        "auto",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        layer.to_str().unwrap(),
+    ];
+    let small = "mount -t tmpfs -o size=300m small /var/tmp";
+    let command = common::after_mounting(small, arguments.map(str::to_owned).into());
+    let held = common::hold_by(command).unwrap_or_else(|answer| panic!("{answer}"));
+    let layer = held.json["layers"][0].clone();
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert!(
+        layer["locator"].as_str().unwrap().starts_with("scsi:"),
+        "{layer}"
+    );
+    let why = layer["passed_on"].as_str().unwrap();
+    assert!(why.contains("there is no space for it"), "{why}");
+    assert!(common::in_kernel(dir.path().file_name().unwrap()).is_empty());
 }

@@ -32,6 +32,20 @@ pub(crate) fn abandoned_state(remove: bool) -> Result<Option<PathBuf>, Failure> 
 
 /// Below these the agent of such a guest may mount.
 const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
+/// Refuses a target where the agent would, before there is a guest.
+pub(crate) fn ensure_allowed(target: &Path) -> Result<(), Failure> {
+    let is_below = |root: &&str| target.starts_with(root) && target != Path::new(root);
+    if ROOTS.iter().any(|root| is_below(&root)) {
+        return Ok(());
+    }
+    let at = target.display();
+    let what = format!(
+        "a guest of QEMU mounts nothing at {at}, only below {}",
+        ROOTS.join(", ")
+    );
+    Err(Failure::usage(what).advise("name a directory there, such as --at /mnt/tree"))
+}
+
 /// Below this, mounts without a path of the caller's.
 pub(crate) const MOUNTS: &str = "/run/mounts";
 /// How long the checker may take to open its port.
