@@ -49,11 +49,9 @@ pub(crate) fn open(
         let message = format!("this guest does not know the encryption {encryption:?}");
         return Err(BackendError::unsuitable(message));
     };
-    let mut open = node::open(below)?.ok_or_else(|| {
-        BackendError::not_found(format!("device {} has vanished", below.display()))
-    })?;
-    let length = length(below, &open)?;
-    let backing = DeviceNumber::of(&open)?;
+    let mut device = node::measure(below)?;
+    let length = length(below, device.size)?;
+    let backing = device.number;
     let step = CryptStep {
         backing,
         sequence: sequence(backing),
@@ -61,7 +59,7 @@ pub(crate) fn open(
     let undo = Undo::CloseCrypt(step.clone());
     mapped::open(list, &step.names(), undo, |mapper, names| {
         if !may_destroy {
-            refuse_content(below, &mut open)?;
+            refuse_content(below, &mut device.open)?;
         }
         let key = key::Ephemeral::new(&names.name)?;
         let table = table(backing, length, &key);
@@ -98,14 +96,12 @@ fn refuse_content(below: &Path, open: &mut File) -> Result<(), BackendError> {
 }
 
 /// The size of a device that can be encrypted, in bytes.
-fn length(below: &Path, open: &File) -> Result<u64, BackendError> {
-    let device = below.display();
-    let size = node::size(open)
-        .map_err(|error| errno_error(format!("cannot ask {device} for its size"), error))?;
+fn length(below: &Path, size: u64) -> Result<u64, BackendError> {
     match size >= SECTOR {
         true => Ok(size / SECTOR * SECTOR),
         false => Err(BackendError::invalid(format!(
-            "cannot encrypt {device}: it has {size} bytes"
+            "cannot encrypt {}: it has {size} bytes",
+            below.display()
         ))),
     }
 }

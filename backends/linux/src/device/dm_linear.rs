@@ -1,16 +1,15 @@
 //! Byte ranges of devices as devices of their own: each is made once, for all who mount it.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
 
 use crate::device::mapper::{Access, Names, SECTOR, Target};
+use crate::device::node::Measured;
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{mapped, node};
-use crate::errno::errno_error;
 use crate::undo::ledger::UndoList;
 use crate::undo::step::{RangeStep, Undo};
 
@@ -38,10 +37,7 @@ pub(crate) fn open(
     path: &Path,
     range: Range<u64>,
 ) -> Result<PathBuf, BackendError> {
-    let open = node::open(path)?.ok_or_else(|| {
-        BackendError::not_found(format!("device {} has vanished", path.display()))
-    })?;
-    let range = validate(path, &open, range)?;
+    let range = validate(path, &node::measure(path)?, range)?;
     let table = Target::linear(range.backing, range.start..range.end)?;
     let step = Undo::RemoveRange(range.clone());
     mapped::open(list, &range.names(), step, |mapper, names| {
@@ -64,11 +60,10 @@ pub(crate) fn node(range: &RangeStep) -> Option<PathBuf> {
 }
 
 /// Whether a device has such a range, which may come from anybody.
-fn validate(path: &Path, open: &File, range: Range<u64>) -> Result<RangeStep, BackendError> {
+fn validate(path: &Path, device: &Measured, range: Range<u64>) -> Result<RangeStep, BackendError> {
     let node = path.display();
-    let trouble = |error| errno_error(format!("cannot ask {node} for its size"), error);
-    let size = node::size(open).map_err(trouble)?;
-    let block = u64::from(node::logical_block_size(open).map_err(trouble)?).max(SECTOR);
+    let Measured { size, number, .. } = *device;
+    let block = u64::from(device.block_size).max(SECTOR);
     let Range { start, end } = range;
     let refused = |why: String| {
         let message = format!("bytes {start} to {end} are no range of device {node}: {why}");
@@ -83,10 +78,9 @@ fn validate(path: &Path, open: &File, range: Range<u64>) -> Result<RangeStep, Ba
     if !start.is_multiple_of(block) || !end.is_multiple_of(block) {
         return refused(format!("they are not whole blocks of {block} bytes"));
     }
-    let backing = DeviceNumber::of(open)?;
     Ok(RangeStep {
-        backing,
-        sequence: sequence(backing),
+        backing: number,
+        sequence: sequence(number),
         start,
         end,
     })

@@ -48,6 +48,39 @@ pub fn open(path: &Path) -> Result<Option<File>, BackendError> {
     }
 }
 
+/// A device that is open, with what a layer of a device stack asks of the one below it.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    pub(crate) open: File,
+    pub(crate) number: DeviceNumber,
+    /// In bytes.
+    pub(crate) size: u64,
+    /// The smallest unit that it reads and writes, in bytes.
+    pub(crate) block_size: u32,
+}
+
+/// Opens a device that was there, and asks for its number and its sizes. Blocks.
+///
+/// # Errors
+///
+/// `NotFound` if it is not there any more; otherwise as for [`open`].
+pub(crate) fn measure(path: &Path) -> Result<Measured, BackendError> {
+    let vanished = || BackendError::not_found(format!("device {} has vanished", path.display()));
+    let open = open(path)?.ok_or_else(vanished)?;
+    let trouble = |error| {
+        errno_error(
+            format!("cannot ask device {} for its size", path.display()),
+            error,
+        )
+    };
+    Ok(Measured {
+        number: DeviceNumber::of(&open)?,
+        size: size(&open).map_err(trouble)?,
+        block_size: logical_block_size(&open).map_err(trouble)?,
+        open,
+    })
+}
+
 /// Waits until a device can be opened, and opens it for reading.
 ///
 /// # Errors

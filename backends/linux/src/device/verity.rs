@@ -2,17 +2,17 @@
 //!
 //! Nothing but the request says how: neither a superblock nor anything else is read from the device.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, ErrorCorrection, OnCorruption, Verity};
 use rustix::io::Errno;
 
 use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
+use crate::device::node::Measured;
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
 use crate::device::{mapped, node};
-use crate::errno::{errno_error, errno_of};
+use crate::errno::errno_of;
 use crate::undo::ledger::UndoList;
 use crate::undo::step::{Undo, VerityStep};
 
@@ -51,11 +51,9 @@ pub(crate) fn open(
     below: &Path,
     verity: &Verity,
 ) -> Result<(PathBuf, Checked), BackendError> {
-    let open = node::open(below)?.ok_or_else(|| {
-        BackendError::not_found(format!("device {} has vanished", below.display()))
-    })?;
-    validate(below, &open, verity)?;
-    let backing = DeviceNumber::of(&open)?;
+    let device = node::measure(below)?;
+    validate(below, &device, verity)?;
+    let backing = device.number;
     let step = VerityStep {
         backing,
         sequence: sequence(backing),
@@ -117,11 +115,9 @@ fn is_corrupt(step: &VerityStep) -> bool {
 }
 
 /// Whether a device can have such a tree. What is wrong for every device was refused with the request.
-fn validate(below: &Path, open: &File, verity: &Verity) -> Result<(), BackendError> {
+fn validate(below: &Path, device: &Measured, verity: &Verity) -> Result<(), BackendError> {
+    let (size, smallest) = (device.size, device.block_size);
     let device = below.display();
-    let trouble = |error| errno_error(format!("cannot ask {device} for its size"), error);
-    let size = node::size(open).map_err(trouble)?;
-    let smallest = node::logical_block_size(open).map_err(trouble)?;
     let page = rustix::param::page_size();
     let refused = |why: String| {
         let message = format!("cannot check the integrity of {device}: {why}");

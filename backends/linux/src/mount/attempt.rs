@@ -5,6 +5,7 @@ use std::path::Path;
 
 use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions};
 
+use crate::device::node::Measured;
 use crate::device::number::DeviceNumber;
 use crate::device::{dax, node};
 use crate::errno::errno_error;
@@ -44,10 +45,9 @@ pub(crate) fn mount_once(
     options: &MountOptions,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
-    let mut open = node::open(node)?.ok_or_else(|| {
-        BackendError::not_found(format!("device {} has vanished", node.display()))
-    })?;
-    let number = DeviceNumber::of(&open)?;
+    let Measured {
+        mut open, number, ..
+    } = node::measure(node)?;
     node::read_ahead(&open);
     let found = probe(&mut open)
         .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
