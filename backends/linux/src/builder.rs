@@ -11,7 +11,7 @@ use crate::guest::{Config, LinuxGuest};
 use crate::kernel::Kernel;
 use crate::transports::Transports;
 use crate::undo::journal::Journal;
-use crate::undo::ledger::Ledger;
+use crate::undo::ledger::{Ledger, StepHook};
 use crate::undo::recovery;
 
 /// Configures a [`LinuxGuest`].
@@ -19,6 +19,7 @@ use crate::undo::recovery;
 pub struct LinuxGuestBuilder {
     config: Config,
     at_journal_change: Option<fn()>,
+    at_step: Option<StepHook>,
 }
 
 impl Default for LinuxGuestBuilder {
@@ -34,6 +35,7 @@ impl Default for LinuxGuestBuilder {
                 kernel: Kernel::default(),
             },
             at_journal_change: None,
+            at_step: None,
         }
     }
 }
@@ -83,7 +85,7 @@ impl LinuxGuestBuilder {
         self
     }
 
-    /// How long making a filesystem may take, after which the tool is killed; one minute by default. Making one on a fresh
+    /// How long making a filesystem may take, and checking one, after which the tool is killed; one minute by default. Making one on a fresh
     /// disk takes less than a second.
     #[must_use]
     pub fn format_timeout(mut self, timeout: Duration) -> Self {
@@ -128,9 +130,19 @@ impl LinuxGuestBuilder {
         self
     }
 
+    /// Calls this at each step of a mount and of its tear-down, which fails if this does. For tests of what is left then.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn at_step(mut self, hook: fn() -> Result<(), BackendError>) -> Self {
+        self.at_step = Some(hook);
+        self
+    }
+
     /// The guest. Nothing is touched before it is asked for something.
     pub fn build(self) -> LinuxGuest {
-        LinuxGuest::new(self.config, Ledger::default())
+        let mut ledger = Ledger::default();
+        ledger.fail_at(self.at_step);
+        LinuxGuest::new(self.config, ledger)
     }
 
     /// The guest, with a journal in this directory of all there is to undo: one that is killed at any
@@ -159,10 +171,12 @@ impl LinuxGuestBuilder {
     /// What is begun is finished, and the journal is closed afterwards.
     pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
         let (config, hook, directory) = (self.config, self.at_journal_change, directory.into());
+        let at_step = self.at_step;
         let open = move || Journal::open(&directory, hook);
         let journal = retry_while_busy(config.busy_timeout, open).await?;
         let kernel = config.kernel;
-        let (ledger, left) = blocking(move || recovery::recover(journal, kernel)).await?;
+        let (mut ledger, left) = blocking(move || recovery::recover(journal, kernel)).await?;
+        ledger.fail_at(at_step);
         let guest = LinuxGuest::new(config, ledger);
         guest.undo_left(left).await;
         Ok(guest)

@@ -8,10 +8,12 @@
 //! |---|---|
 //! | `protocol.rs` | what is asked and answered besides a checker's requests |
 //! | `server.rs` | the guest's end |
+//! | `exercise.rs` | mounts of which each step fails or is killed once |
 //! | `agent_process.rs` | which process the agent is |
 //! | `kit.rs`, `kit/` | what tests of several crates share: processes, images, agents on sockets |
 
 mod agent_process;
+pub mod exercise;
 pub mod kit;
 mod protocol;
 mod server;

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use blockmount_checker::protocol::{Request, Response};
 use serde::{Deserialize, Serialize};
 
+use crate::exercise::Exercise;
+
 /// What a host asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -40,6 +42,10 @@ pub enum OwnRequest {
     },
     /// What time it is in the guest: [`OwnResponse::Clock`].
     Clock,
+    /// How all mapped devices are made: [`OwnResponse::MappedTables`].
+    MappedTables,
+    /// Does an exercise: [`OwnResponse::Steps`].
+    Exercise(Box<Exercise>),
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
     PowerOff,
 }
@@ -64,6 +70,10 @@ pub enum OwnResponse {
     Dax(bool),
     /// Milliseconds since 1970.
     Clock(u64),
+    /// One line for each, as `dmsetup table` prints it.
+    MappedTables(Vec<String>),
+    /// How many steps there were.
+    Steps(u32),
 }
 
 impl From<Response> for DebugResponse {

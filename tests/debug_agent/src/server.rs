@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use blockmount_agent::{Service, ServiceError};
 use blockmount_checker::protocol::Response;
 use blockmount_checker::{CheckerServer, Context, server};
+use blockmount_linux::mapper::DeviceMapper;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, statx};
 use rustix::system::{RebootCommand, reboot};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -68,6 +69,9 @@ impl DebugServer {
             let pid = agent_process::kill(&self.0.agent).await?;
             return Ok(OwnResponse::Pid(Some(pid)).into());
         }
+        if let OwnRequest::Exercise(exercise) = request {
+            return Ok(OwnResponse::Steps((*exercise).run().await?).into());
+        }
         let state = self.0.clone();
         tokio::task::spawn_blocking(move || state.answer(request)).await?
     }
@@ -101,11 +105,14 @@ impl State {
                 let time = u64::try_from(time).unwrap_or(u64::MAX);
                 Ok(OwnResponse::Clock(time).into())
             }
+            OwnRequest::MappedTables => mapped_tables().map(|tables| tables.into()),
             // What is done about it comes after the answer.
             OwnRequest::PowerOff => {
                 agent_process::is_our_machine(&self.agent).map(|()| Response::Done.into())
             }
-            OwnRequest::KillAgent => unreachable!("this waits, and is answered elsewhere"),
+            OwnRequest::KillAgent | OwnRequest::Exercise(_) => {
+                unreachable!("this waits, and is answered elsewhere")
+            }
         }
     }
 
@@ -113,6 +120,21 @@ impl State {
         // Never held while a file is opened or closed, which may block.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn mapped_tables() -> io::Result<OwnResponse> {
+    let mapper = DeviceMapper::open().map_err(io::Error::other)?;
+    let mut lines = Vec::new();
+    for mapped in mapper.list().map_err(io::Error::other)? {
+        let targets = mapper.table(&mapped.name).map_err(io::Error::other)?;
+        for target in targets.unwrap_or_default() {
+            lines.push(format!(
+                "{} {} {}",
+                mapped.name, target.kind, target.parameters
+            ));
+        }
+    }
+    Ok(OwnResponse::MappedTables(lines))
 }
 
 fn is_dax(path: &Path) -> io::Result<bool> {

@@ -25,7 +25,12 @@ pub(crate) struct Ledger {
     /// Held across a write to the journal, which is in memory, so that both say the same.
     lists: Mutex<HashMap<PathBuf, List>>,
     locks: Locks,
+    /// Whether the next step fails, for tests of what is left then.
+    at_step: Option<StepHook>,
 }
+
+/// What tests make steps fail with.
+pub(crate) type StepHook = fn() -> Result<(), BackendError>;
 
 /// In the order in which the steps were made.
 #[derive(Debug, Default)]
@@ -85,6 +90,11 @@ impl Ledger {
             journal,
             ..Ledger::default()
         }
+    }
+
+    /// Has each step fail that the hook lets fail.
+    pub(crate) fn fail_at(&mut self, hook: Option<StepHook>) {
+        self.at_step = hook;
     }
 
     /// The list of a target, whether or not there is anything on it.
@@ -166,6 +176,11 @@ impl<'a> UndoList<'a> {
         self.get(|list| list.steps.clone()).unwrap_or_default()
     }
 
+    /// A point at which a step can fail.
+    pub(crate) fn step(&self) -> Result<(), BackendError> {
+        self.ledger.at_step.map_or(Ok(()), |hook| hook())
+    }
+
     fn get<T>(&self, look: impl FnOnce(&List) -> T) -> Option<T> {
         self.ledger.lists().get(self.target.path()).map(look)
     }
@@ -184,15 +199,19 @@ impl<'a> UndoList<'a> {
 
     /// Adds a step that is about to be made, on record first.
     pub(crate) fn add(&self, step: Undo) -> Result<(), BackendError> {
+        self.step()?;
         self.change(|list| {
             list.steps.push(step);
             list.saved = false;
             self.save(list).inspect_err(|_| drop(list.steps.pop()))
-        })
+        })?;
+        // As if what is on record now could not be made.
+        self.step()
     }
 
     /// Replaces the last step by what is known of it now, and puts it on record.
     pub(crate) fn amend(&self, step: Undo) -> Result<(), BackendError> {
+        self.step()?;
         self.change(|list| {
             list.replace_last(step);
             self.save(list)

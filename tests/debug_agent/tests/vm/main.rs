@@ -13,12 +13,15 @@ mod rig;
 
 mod crypt;
 mod disks;
+mod exercise;
 mod failure;
 mod filesystems;
+mod gcs;
 mod life;
 mod migration;
 mod restart;
 mod sharing;
 mod teardown;
 mod verity;
+mod volumes;
 mod vpmem;

@@ -42,35 +42,37 @@ const APPEARING: Duration = Duration::from_secs(240);
 static IMAGE: OnceCell<GuestImage> = OnceCell::const_new();
 
 async fn image() -> GuestImage {
-    let build = || async {
-        let mut arguments = Vec::new();
-        for root in [MOUNTS, "/run/containers"] {
-            arguments.extend(["--root".to_owned(), root.to_owned()]);
-        }
-        let roots = arguments.join("\n");
-        let debug_agent = format!("/programs/blockmount-debug-agent\n{roots}\n");
-        for number in 0..CONTROLLERS {
-            let address = blockmount_qemu::controller_address(number);
-            arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
-        }
-        for number in 0..MEMORY_PORTS {
-            let address = blockmount_qemu::memory_port_address(number);
-            arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
-        }
-        let appearing = APPEARING.as_secs().to_string();
-        arguments.extend(["--device-timeout".to_owned(), appearing]);
-        let kernel = GuestKernel::find().unwrap();
-        GuestImage::builder(kernel)
-            .program(env!("CARGO_BIN_EXE_agent-under-test"))
-            .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
-            .filesystem_tools()
-            .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
-            .file("/etc/blockmount/programs/debug-agent", debug_agent)
-            .build()
-            .await
-            .unwrap()
-    };
-    IMAGE.get_or_init(build).await.clone()
+    IMAGE.get_or_init(|| build_image(&[])).await.clone()
+}
+
+/// The guest's files, with further arguments for its agent.
+async fn build_image(more: &[&str]) -> GuestImage {
+    let mut arguments: Vec<String> = more.iter().map(|word| (*word).to_owned()).collect();
+    for root in [MOUNTS, "/run/containers", "/run/gcs"] {
+        arguments.extend(["--root".to_owned(), root.to_owned()]);
+    }
+    let roots = arguments.join("\n");
+    let debug_agent = format!("/programs/blockmount-debug-agent\n{roots}\n");
+    for number in 0..CONTROLLERS {
+        let address = blockmount_qemu::controller_address(number);
+        arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
+    }
+    for number in 0..MEMORY_PORTS {
+        let address = blockmount_qemu::memory_port_address(number);
+        arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
+    }
+    let appearing = APPEARING.as_secs().to_string();
+    arguments.extend(["--device-timeout".to_owned(), appearing]);
+    let kernel = GuestKernel::find().unwrap();
+    GuestImage::builder(kernel)
+        .program(env!("CARGO_BIN_EXE_agent-under-test"))
+        .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
+        .filesystem_tools()
+        .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
+        .file("/etc/blockmount/programs/debug-agent", debug_agent)
+        .build()
+        .await
+        .unwrap()
 }
 
 /// Where the state is that all tests share.
@@ -85,12 +87,15 @@ pub async fn start() -> Vm {
 
 /// A VM that goes on from the state that all tests share.
 pub async fn builder() -> VmBuilder {
-    Vm::builder(image().await)
+    machine(image().await).saved_states(states())
+}
+
+fn machine(image: GuestImage) -> VmBuilder {
+    Vm::builder(image)
         // Whether there is a faster one must make no difference to what is tested.
         .accelerator(Accelerator::Emulation)
         .controllers(CONTROLLERS)
         .persistent_memory(MEMORY_PORTS, u64::from(MEMORY_PORTS) * MEMORY_SIZE)
-        .saved_states(states())
 }
 
 /// A VM with a manager of its disks.
@@ -185,8 +190,18 @@ impl Rig {
         Self::start_with(Some(mode)).await
     }
 
+    /// A VM whose agent logs everything that it can, on the console.
+    pub async fn start_logging() -> Rig {
+        let image = build_image(&["--log", "trace"]).await;
+        Self::start_in(machine(image).start().await.unwrap(), None).await
+    }
+
     async fn start_with(mode: Option<Mode>) -> Rig {
-        let (vm, dir) = (start().await, kit::temp());
+        Self::start_in(start().await, mode).await
+    }
+
+    async fn start_in(vm: Vm, mode: Option<Mode>) -> Rig {
+        let dir = kit::temp();
         let (backends, builder) = Backends::of(&vm, &dir, mode).await;
         let mut rig = Self::around(vm, backends, builder.build(), dir).await;
         rig.before = rig.state().await;

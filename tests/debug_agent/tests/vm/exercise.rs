@@ -1,0 +1,136 @@
+//! Each step of a mount fails once, or is the last of its process, in every combination of layers.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Stdio;
+
+use blockmount::testing::AttachIdentified as _;
+use blockmount::{DeviceLocator, Disk, Transport, Unplugger, Verity};
+use blockmount_debug_agent::exercise::{Appears, Exercise, Fault, Layer, Place, combinations};
+use blockmount_debug_agent::kit::images;
+use blockmount_verity::{Parameters, seal};
+use serde_json::json;
+
+use crate::rig::Rig;
+
+/// Where partition 1 is, in bytes: as large as what is to be in it.
+const START: u64 = 1 << 20;
+const BLANK: u64 = 16 << 20;
+
+/// A disk with one partition, which holds this content.
+fn partitioned(path: &Path, content: &[u8]) {
+    let file = File::create(path).unwrap();
+    file.set_len(2 * START + content.len() as u64).unwrap();
+    let mut sfdisk = images::tool("sfdisk")
+        .arg("-q")
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let table = format!("label: gpt\nstart=2048,size={}\n", content.len() / 512);
+    let mut input = sfdisk.stdin.take().unwrap();
+    input.write_all(table.as_bytes()).unwrap();
+    drop(input);
+    assert!(sfdisk.wait().unwrap().success());
+    file.write_all_at(content, START).unwrap();
+}
+
+/// A disk, its sizes in bytes, and where it is.
+struct Tried {
+    disk: Disk,
+    whole: u64,
+    used: u64,
+    locator: DeviceLocator,
+}
+
+impl Tried {
+    /// Its address in the guest, whose controllers have the numbers of the host's.
+    fn address(&self) -> String {
+        let (controller, lun) = self.locator.address().split_once('/').unwrap();
+        format!("{controller}:0:0:{lun}")
+    }
+}
+
+/// The four disks: whole and partitioned, sealed and blank.
+async fn disks(rig: &Rig) -> (Vec<Tried>, Verity) {
+    let sealed = rig.path("sealed");
+    images::image("erofs", &sealed, &[("file", "text")]);
+    let open = File::options().read(true).write(true).open(&sealed);
+    let made = seal(&open.unwrap(), &Parameters::default(), &|_| true).unwrap();
+    let verity = made.superblock.options(&made.root_digest, made.hash_offset);
+    let content = fs::read(&sealed).unwrap();
+    let blank = rig.path("blank");
+    File::create(&blank).unwrap().set_len(BLANK).unwrap();
+    for (name, content) in [
+        ("sealed-part", &content),
+        ("blank-part", &vec![0; 16 << 20]),
+    ] {
+        partitioned(&rig.path(name), content);
+    }
+    let mut tried = Vec::new();
+    for (name, used) in [
+        ("sealed", content.len() as u64),
+        ("sealed-part", content.len() as u64),
+        ("blank", BLANK),
+        ("blank-part", BLANK),
+    ] {
+        let mut disk = Disk::virtual_disk(rig.path(name));
+        if name.starts_with("sealed") {
+            disk = disk.read_only();
+        }
+        tried.push(Tried {
+            whole: fs::metadata(rig.path(name)).unwrap().len(),
+            used,
+            locator: rig.scsi.attach_identified(&disk).await.unwrap(),
+            disk,
+        });
+    }
+    (tried, verity.unwrap())
+}
+
+async fn exercise(fault: Fault) {
+    let rig = Rig::start().await;
+    let (disks, verity) = disks(&rig).await;
+    let mut tried = 0;
+    for (place, layer, appears) in combinations() {
+        let is_written = layer == Layer::Crypt || appears == Appears::NewFilesystem;
+        let disk = &disks[2 * usize::from(is_written) + usize::from(place != Place::Whole)];
+        let (start, end) = match place {
+            Place::Whole => (0, disk.used),
+            Place::Partition | Place::Range => (START, START + disk.used),
+            Place::PartitionOfRange => (0, disk.whole),
+        };
+        let exercise = Exercise {
+            place,
+            layer,
+            appears,
+            fault,
+            disk: disk.address().into(),
+            range: (start, end),
+            verity: (layer == Layer::Verity).then(|| verity.clone()),
+            directory: "/run/exercise".into(),
+        };
+        let steps = rig.ask(json!({ "exercise": exercise })).await["steps"].clone();
+        let steps = steps.as_u64().unwrap();
+        assert!(steps > 8, "{exercise:?} had {steps} steps");
+        tried += 1;
+    }
+    assert_eq!(tried, 20);
+    for Tried { disk, locator, .. } in &disks {
+        rig.guest.unplug(locator).await.unwrap();
+        rig.scsi.detach(disk).await.unwrap();
+    }
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_each_step_fails_once_in_every_combination_of_layers_and_nothing_is_left() {
+    exercise(Fault::Fails).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_process_killed_at_each_step_of_every_combination_leaves_nothing() {
+    exercise(Fault::Killed).await;
+}
