@@ -220,6 +220,10 @@ pub(crate) struct MountArgs {
     #[arg(long, requires = "scratch")]
     pub(crate) encrypt: bool,
 
+    /// Have the guest make this filesystem on the scratch disk, in place of an ext4 that is made here
+    #[arg(long, value_name = "FILESYSTEM", requires = "scratch", value_parser = ["ext4", "xfs"])]
+    pub(crate) format: Option<String>,
+
     /// The directory where the tree appears: made if it is not there, otherwise empty
     #[arg(long, value_name = "DIR", required_unless_present = "resume")]
     pub(crate) at: Option<PathBuf>,
@@ -238,7 +242,7 @@ pub(crate) struct MountArgs {
         value_name = "NAME",
         conflicts_with_all = [
             "layer", "partition", "fs", "verity", "option", "guest", "transport", "allow_backing", "scratch",
-            "encrypt", "at", "name", "keep_vm",
+            "encrypt", "format", "at", "name", "keep_vm",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

@@ -18,7 +18,7 @@ use crate::kernel;
 use crate::report::SlotReport;
 use crate::terminal::Progress;
 
-pub(crate) use qemu::{MOUNTS, QemuGuest, abandoned_state, ensure_allowed, kept_vm};
+pub(crate) use qemu::{MOUNTS, Needs, QemuGuest, abandoned_state, ensure_allowed, kept_vm};
 pub(crate) use transports::{Hardware, Transports};
 
 /// Where containers can run, by their names on the command line.
@@ -52,6 +52,7 @@ impl Place {
             GuestKind::Qemu => Ok(Place::Qemu(Hardware {
                 transports: transports.unwrap_or_default(),
                 allows_backing,
+                needs: Needs::default(),
             })),
             GuestKind::Local if transports.is_some() => {
                 refuse("this machine has loop devices for disks, and no --transport to choose")
@@ -60,6 +61,14 @@ impl Place {
                 refuse("loop devices show an image as it is, so that --allow-backing means nothing")
             }
             GuestKind::Local => Ok(Place::Local),
+        }
+    }
+
+    /// The same with what a guest that is started has to be able to do. This machine can do what it can.
+    pub(crate) fn needing(self, needs: Needs) -> Self {
+        match self {
+            Place::Local => Place::Local,
+            Place::Qemu(hardware) => Place::Qemu(Hardware { needs, ..hardware }),
         }
     }
 }

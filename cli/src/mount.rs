@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
 use crate::failure::{Context, FAILED, Failure, printable};
-use crate::guest::{GuestKind, Place, Transports, ensure_allowed};
+use crate::guest::{GuestKind, Needs, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::Tables;
@@ -65,7 +65,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
             args.guest,
         )),
     };
-    let place = Place::of(args.guest, args.transport, args.allow_backing)?;
+    let place = Place::of(args.guest, args.transport, args.allow_backing)?.needing(args.needs());
     let mut machine = Machine::start(place, run, &interrupt).await?;
     let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
     let stack = stack.map_err(|failure| match args.guest {
@@ -248,10 +248,10 @@ async fn hold(
     if let Some(size) = args.scratch {
         machine.work_dir()?;
         let image = machine.scratch();
-        let request = match args.encrypt {
+        let request = match args.is_formatted_in_guest() {
             true => {
                 images::blank(&image, size)?;
-                encrypted()?
+                formatted(args)?
             }
             false => {
                 images::scratch(&image, size, interrupt).await?;
@@ -267,14 +267,32 @@ async fn hold(
     Ok(stack)
 }
 
-/// A scratch whose filesystem is made in the guest, behind the encryption.
-fn encrypted() -> Result<MountRequest, Failure> {
-    let options = MountOptions::builder()
-        .encryption(Encryption::Ephemeral)
-        .format(Format::new("ext4"))
-        .build();
-    let options = options.context(|| "the scratch cannot be encrypted".to_owned())?;
+/// A scratch whose filesystem is made in the guest, behind the encryption if there is any.
+fn formatted(args: &MountArgs) -> Result<MountRequest, Failure> {
+    let filesystem = args.format.as_deref().unwrap_or("ext4");
+    let mut options = MountOptions::builder().format(Format::new(filesystem));
+    if args.encrypt {
+        options = options.encryption(Encryption::Ephemeral);
+    }
+    let options = options.build();
+    let options = options.context(|| "the scratch cannot be mounted so".to_owned())?;
     Ok(MountRequest::new(options))
+}
+
+impl MountArgs {
+    fn is_formatted_in_guest(&self) -> bool {
+        self.encrypt || self.format.is_some()
+    }
+
+    /// What a guest has to be able to do for these.
+    fn needs(&self) -> Needs {
+        let mut layers = self.layers.0.iter();
+        Needs {
+            verity: layers.any(|layer| layer.verity.is_some()),
+            encryption: self.encrypt,
+            filesystem_tools: self.is_formatted_in_guest(),
+        }
+    }
 }
 
 async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {

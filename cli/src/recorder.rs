@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Presence, Transport,
+    Overlay, Presence, Transport, Usage,
 };
 use blockmount_agent::one_line;
 
@@ -136,6 +136,10 @@ impl<B: Transport> Transport for Recorded<B> {
         Ok(())
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.backend.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,
@@ -177,6 +181,18 @@ impl<B: Mounter> Mounter for Recorded<B> {
         self.backend.unmount(target).await?;
         self.recorder.record().counts.unmounts += 1;
         Ok(())
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.backend.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.backend.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.backend.grow(target, bytes).await
     }
 
     async fn adopt(

@@ -88,9 +88,10 @@ pub mod vpmem;
 
 #[cfg(feature = "launch")]
 pub use launch::{
-    Accelerator, AgentChannel, AgentPort, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
-    IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES, PROGRAMS, Vm, VmBuilder,
-    VmError, abandoned_state, controller_address, memory_port_address,
+    Accelerator, AgentChannel, AgentPort, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder,
+    GuestKernel, GuestStream, IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES,
+    PROGRAMS, VERITY_MODULES, Vm, VmBuilder, VmError, abandoned_state, controller_address,
+    memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;

@@ -11,7 +11,10 @@ use blockmount_bridge::BridgeGuest;
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
 use blockmount_checker::tree::Tree;
-use blockmount_qemu::{AgentChannel, GuestImage, GuestKernel, GuestStream, Vm};
+use blockmount_qemu::{
+    AgentChannel, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
+    VERITY_MODULES, Vm,
+};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -122,6 +125,29 @@ impl Guard {
     }
 }
 
+/// What a guest has to be able to do besides mounting: what it is not asked for only makes it boot later.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Needs {
+    pub(crate) verity: bool,
+    pub(crate) encryption: bool,
+    pub(crate) filesystem_tools: bool,
+}
+
+impl Needs {
+    fn equip(self, mut image: GuestImageBuilder) -> GuestImageBuilder {
+        if !self.verity {
+            image = image.without_modules(&VERITY_MODULES);
+        }
+        if !self.encryption {
+            image = image.without_modules(&ENCRYPTION_MODULES);
+        }
+        match self.filesystem_tools {
+            true => image.filesystem_tools(),
+            false => image,
+        }
+    }
+}
+
 impl QemuGuest {
     /// Starts a VM with its files in a directory, which lives on if we are killed when it is to be `kept`.
     pub(crate) async fn start(
@@ -136,9 +162,8 @@ impl QemuGuest {
         let kernel = kernel.map_err(|failure| failure.advise(advice))?;
         let image = GuestImage::builder(kernel)
             .file(ARGUMENTS, agent_arguments())
-            .file(format!("{PROGRAMS}/checker"), checker_program())
-            .filesystem_tools()
-            .build();
+            .file(format!("{PROGRAMS}/checker"), checker_program());
+        let image = hardware.needs.equip(image).build();
         let vm = transports::hardware(Vm::builder(image.await.context(what)?))
             .directory(directory)
             .saved_states(STATES);

@@ -11,6 +11,7 @@ use blockmount_vpmem::{Mode, VpmemTransport};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use crate::failure::{Context, Failure};
+use crate::guest::Needs;
 use crate::report::SlotReport;
 
 /// What the program has to know of a transport.
@@ -128,6 +129,8 @@ pub(crate) struct Hardware {
     pub(crate) transports: Transports,
     /// Whether QEMU may open the files that an image names.
     pub(crate) allows_backing: bool,
+    /// What its guest has to be able to do.
+    pub(crate) needs: Needs,
 }
 
 impl Hardware {

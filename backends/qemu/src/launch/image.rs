@@ -36,6 +36,12 @@ pub const MODULES: [&str; 20] = [
     "vmw_vsock_virtio_transport",
 ];
 
+/// Those of [`MODULES`] by which a guest checks the integrity of a disk.
+pub const VERITY_MODULES: [&str; 2] = ["dm_verity", "sha512_generic"];
+
+/// Those of [`MODULES`] by which a guest encrypts a disk.
+pub const ENCRYPTION_MODULES: [&str; 4] = ["dm_crypt", "xts", "ecb", "aesni_intel"];
+
 /// Where a guest's program finds which modules to load: a path a line, in the order to load them in.
 pub const MODULE_LIST: &str = "/etc/blockmount/modules";
 
@@ -114,7 +120,15 @@ impl GuestImageBuilder {
         self
     }
 
-    /// Adds the tools by which a guest makes filesystems, as far as this machine has them: `mke2fs` and `mkfs.xfs`.
+    /// Leaves modules out that are loaded otherwise, such as [`VERITY_MODULES`] of a guest that checks no disk: it boots faster.
+    #[must_use]
+    pub fn without_modules(mut self, names: &[&str]) -> Self {
+        self.modules.retain(|module| !names.contains(&&**module));
+        self
+    }
+
+    /// Adds the tools by which a guest makes and checks filesystems, as far as this machine has them: `mke2fs`, `e2fsck`,
+    /// `mkfs.xfs` and `xfs_repair`.
     #[must_use]
     pub fn filesystem_tools(self) -> Self {
         let directories = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -122,7 +136,8 @@ impl GuestImageBuilder {
             let mut candidates = directories.iter().map(|at| Path::new(at).join(name));
             candidates.find(|path| path.is_file())
         };
-        let tools = ["mke2fs", "mkfs.xfs"].into_iter().filter_map(find);
+        let tools = ["mke2fs", "e2fsck", "mkfs.xfs", "xfs_repair"];
+        let tools = tools.into_iter().filter_map(find);
         tools.fold(self, GuestImageBuilder::add_program)
     }
 
@@ -242,6 +257,14 @@ mod tests {
         assert_eq!(one.digest(), two.digest());
         assert_ne!(one.digest(), other.digest());
         assert_eq!(one.initramfs(), two.initramfs());
+    }
+
+    #[test]
+    fn what_is_left_out_is_among_what_there_is() {
+        let kernel = GuestKernel::find().expect("tests/setup.sh fetches a kernel");
+        let all = [&VERITY_MODULES[..], &ENCRYPTION_MODULES].concat();
+        let small = GuestImage::builder(kernel).without_modules(&all);
+        assert_eq!(small.modules.len(), MODULES.len() - all.len());
     }
 
     #[tokio::test]
