@@ -3,6 +3,7 @@
 //! | target | whose bytes |
 //! |---|---|
 //! | `probe` | a filesystem image's, read by whoever mounts it |
+//! | `verity_superblock` | an image's, read by whoever seals or verifies it |
 //! | `qcow2` | an image's header, read by the host |
 //! | `journal_record` | a file's in `/run`, read by an agent that was started again |
 //! | `mountinfo`, `uevent` | the kernel's, with names in them that users chose |
@@ -112,6 +113,28 @@ pub fn probe(bytes: &[u8]) {
     let found = blockmount_linux::probe::probe(&mut Cursor::new(bytes));
     let found = found.expect("memory can be read");
     let _ = format!("{found:?}");
+}
+
+/// An image with a superblock of a hash tree: at its start with the data elsewhere, or behind the first half of it.
+pub fn verity_superblock(bytes: &[u8]) {
+    use blockmount_verity::{Place, Superblock};
+    let size = bytes.len() as u64;
+    let half = size / 1024 * 512;
+    let apart = Place::Apart {
+        offset: 0,
+        data_bytes: u64::MAX,
+    };
+    for (place, offset) in [
+        (Place::Behind(half), half),
+        (Place::Behind(512), 512),
+        (apart, 0),
+    ] {
+        if let Ok(found) = Superblock::read(bytes, size, place) {
+            let tree = found.tree(offset).expect("it was checked");
+            assert!(tree.end() <= size);
+            let _ = found.options(&"ab".repeat(32), offset);
+        }
+    }
 }
 
 /// The header of an image.

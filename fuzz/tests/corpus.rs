@@ -34,6 +34,7 @@ macro_rules! corpora {
 
 corpora! {
     bridge_host bridge_server gcs_host gcs_server hcs_documents mount_options mountinfo names probe qmp uevent
+    verity_superblock
 }
 #[cfg(fuzzing)]
 corpora! { journal_record qcow2 }

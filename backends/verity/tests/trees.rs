@@ -5,12 +5,14 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
+use std::sync::LazyLock;
 
 use blockmount::HashAlgorithm;
 use blockmount_verity::{
     Corrupt, Parameters, Place, ReadAt, SUPERBLOCK_SIZE, Superblock, Tree, VerityError, find, seal,
     verify,
 };
+use proptest::prelude::*;
 
 /// Different blocks, so that none can be taken for another.
 fn data(bytes: usize) -> Vec<u8> {
@@ -383,3 +385,32 @@ fn y5_short_reads_are_read_on() {
     let root = blockmount_verity::root_digest(&slow, &slow, &tree).unwrap();
     verify(&slow, &slow, &tree, &root, &|_| true).unwrap();
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+    /// Whatever is changed in a superblock, it is refused, or its data and its tree are inside of the disk.
+    #[test]
+    fn y2_what_a_superblock_says_is_inside_of_its_disk(
+        changes in prop::collection::vec((0usize..512, any::<u64>(), 1usize..=8), 0..4),
+        size in prop_oneof![Just(8192u64), any::<u64>()],
+    ) {
+        let mut image = HALF.clone();
+        for (at, value, length) in changes {
+            let length = length.min(512 - at);
+            image[4096 + at..][..length].copy_from_slice(&value.to_le_bytes()[..length]);
+        }
+        if let Ok(found) = Superblock::read(&image, size, Place::Behind(4096)) {
+            let tree = found.tree(4096).unwrap();
+            prop_assert!(tree.end() <= size && tree.start() >= 4096 + SUPERBLOCK_SIZE);
+            prop_assert!(found.data_blocks * u64::from(found.parameters.data_block_size) <= 4096);
+            let _ = found.options(&"ab".repeat(32), 4096);
+        }
+    }
+}
+
+/// Eight blocks of data, and a superblock of theirs.
+static HALF: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/verity_superblock");
+    fs::read(corpus.join("half")).unwrap()
+});
