@@ -124,6 +124,10 @@ impl Transport for Ports {
         call.detached(answer)
     }
 
+    async fn resize(&self, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("disks of ports keep their size"))
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

@@ -206,6 +206,15 @@ impl AttachManager {
             .peek(id, |up| up.check(disk).is_ok().then(|| up.locator.clone()))?
     }
 
+    /// Grows an attached disk.
+    pub(crate) async fn resize(&self, attachment: &Attachment, bytes: u64) -> Result<(), Error> {
+        let disk = attachment.disk();
+        let span = info_span!("resize", disk = %disk.source().display(), bytes);
+        let resize = self.table.driver().transport.resize(disk, bytes);
+        let resized = call(Step::Resize, span, resize).await;
+        resized.map_err(|error| error.on_device(attachment.locator()).on_disk(disk))
+    }
+
     /// Retries all pending tear-downs: failed releases, dropped leases, uncertain attachments.
     ///
     /// Every attachment that was released or dropped, and every [`attach`](Self::attach) that was given

@@ -34,7 +34,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::{BackendError, DeviceLocator, Disk, DiskId, MountOptions};
+use crate::{BackendError, DeviceLocator, Disk, DiskId, MountOptions, Usage};
 
 /// What is there of something that a journal remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +108,16 @@ pub trait Transport: Send + Sync + 'static {
     /// After any error the disk still has its slot, and the call may be repeated. `Gone` counts as
     /// done, and so does `LostWrites`.
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError>;
+
+    /// Grows an attached disk to `bytes`, and tells the VM. One that has this size already stays as it is.
+    ///
+    /// The implementor must never make a disk smaller, and must change nothing of a disk that it has not attached.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this transport cannot do it, `NotFound` if the disk is not attached, `Invalid` if it is larger or
+    /// attached read-only. After any error the call may be repeated.
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError>;
 
     /// Says whether a disk that an earlier process attached is there, and takes it over.
     ///
@@ -217,6 +227,30 @@ pub trait Mounter: Send + Sync + 'static {
     /// written has reached the disk.
     async fn unmount(&self, target: &Path) -> Result<(), BackendError>;
 
+    /// Says how much of the filesystem at a target is used. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if nothing of this implementor's is mounted there, `Unsuitable` if this guest cannot tell.
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError>;
+
+    /// Tells the device below a target which of its blocks the filesystem does not use, and answers how many bytes those are.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` as for [`usage`](Self::usage), `Unsuitable` if the device, the filesystem or this guest cannot do it,
+    /// `Invalid` if it is mounted read-only.
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError>;
+
+    /// Grows what is at a target after its disk has grown to `bytes`: the implementor waits until the guest has seen that, and
+    /// grows the devices in between and the filesystem, which stay in use. What has grown already stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` as for [`usage`](Self::usage), or if the guest has not seen the disk grow in time; `Unsuitable` if something
+    /// on the way cannot grow, with its name; `Invalid` if it is mounted read-only. The call may be repeated.
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError>;
+
     /// Says whether a mount that an earlier process made is there, and takes it over.
     ///
     /// It is called at most once for each mount that a journal remembers, by a manager that recovers, before any other
@@ -322,6 +356,7 @@ forward_through_pointers! {
         identify(disk: &Disk) -> DiskId;
         attach(disk: &Disk, id: &DiskId) -> DeviceLocator;
         detach(disk: &Disk) -> ();
+        resize(disk: &Disk, bytes: u64) -> ();
         adopt(disk: &Disk, id: &DiskId, locator: Option<&DeviceLocator>) -> Presence<DeviceLocator>;
     }
     Unplugger { unplug(device: &DeviceLocator) -> (); }
@@ -329,6 +364,9 @@ forward_through_pointers! {
     Mounter {
         mount(device: &DeviceLocator, target: &Path, options: &MountOptions) -> ();
         unmount(target: &Path) -> ();
+        usage(target: &Path) -> Usage;
+        trim(target: &Path) -> u64;
+        grow(target: &Path, bytes: u64) -> ();
         adopt(device: &DeviceLocator, target: &Path, options: &MountOptions) -> Presence;
     }
     LayerCombiner {

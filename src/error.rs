@@ -238,6 +238,14 @@ pub enum Step {
     Recover,
     /// Finding out what a restart has left.
     Adopt,
+    /// Making a disk larger.
+    Resize,
+    /// Making what is mounted as large as its disk.
+    Grow,
+    /// Asking how full a filesystem is.
+    Usage,
+    /// Telling a disk which of its blocks are not used.
+    Trim,
 }
 
 impl fmt::Display for Step {
@@ -254,6 +262,10 @@ impl fmt::Display for Step {
             Step::Record => "record",
             Step::Recover => "recover",
             Step::Adopt => "adopt",
+            Step::Resize => "resize",
+            Step::Grow => "grow",
+            Step::Usage => "usage",
+            Step::Trim => "trim",
         })
     }
 }

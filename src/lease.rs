@@ -157,6 +157,16 @@ impl<D: Driver> Table<D> {
         Some(check(lease.resource()).map(|()| lease))
     }
 
+    /// A share of each resource that is up and wanted.
+    pub(crate) fn shares(
+        self: &Arc<Self>,
+        is_wanted: impl Fn(&D::Resource) -> bool,
+    ) -> Vec<Lease<D>> {
+        let up = self.snapshot().into_iter();
+        let wanted = up.filter(|entry| entry.resource.get().is_some_and(&is_wanted));
+        wanted.filter_map(|entry| self.join_entry(entry)).collect()
+    }
+
     /// Reads a resource that was up a moment ago, and may be on its way down.
     pub(crate) fn peek<T>(&self, key: &D::Key, read: impl FnOnce(&D::Resource) -> T) -> Option<T> {
         self.entries.get(key)?.resource.get().map(read)

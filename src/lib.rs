@@ -104,6 +104,8 @@ mod target;
 pub mod testing;
 mod transports;
 mod turns;
+mod usage;
+mod volume;
 
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
@@ -118,7 +120,7 @@ pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
-    Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
+    Check, Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
     MountFlags, MountOptions, MountOptionsBuilder, MountRequest, OnCorruption, Overwrite,
     Propagation, PropagationMode, Verity,
 };
@@ -129,3 +131,4 @@ pub use release::ReleaseError;
 pub use snapshot::Snapshot;
 pub use stack::{Stack, StackRequest};
 pub use turns::Turns;
+pub use usage::{Space, Usage};

@@ -16,9 +16,9 @@ use crate::stack::{Combining, combine, release_all, reserve};
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::{
-    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, Error,
+    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, DiskId, Error,
     HolderName, LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence,
-    Stack, StackRequest, Transport, Unplugger,
+    Stack, StackRequest, Transport, Turns, Unplugger, Usage,
 };
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
@@ -38,6 +38,7 @@ pub struct Manager {
     attachments: AttachManager,
     mounts: BlockMountManager,
     pub(crate) stacks: Arc<Table<Combining>>,
+    pub(crate) resizing: Arc<Turns<DiskId>>,
 }
 
 /// Puts a [`Manager`] together from backends.
@@ -319,6 +320,7 @@ impl ManagerBuilder {
             ),
             mounts: BlockMountManager::with_claims(mounter, claims, timeout, holders),
             stacks: Table::new(combining, timeout),
+            resizing: Arc::default(),
         };
         let (mounts, attachments) = (&manager.mounts.tables, &manager.attachments.tables);
         let all = attachments
@@ -352,6 +354,18 @@ impl Mounter for Missing {
 
     async fn unmount(&self, _: &std::path::Path) -> Result<(), BackendError> {
         Ok(())
+    }
+
+    async fn usage(&self, _: &std::path::Path) -> Result<Usage, BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn trim(&self, _: &std::path::Path) -> Result<u64, BackendError> {
+        Err(self.refuse())
+    }
+
+    async fn grow(&self, _: &std::path::Path, _: u64) -> Result<(), BackendError> {
+        Err(self.refuse())
     }
 
     async fn adopt(

@@ -16,7 +16,7 @@ use crate::release::Releasing;
 use crate::target::Claims;
 use crate::{
     BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountRequest,
-    Mounter, Presence, ReleaseError, Step,
+    Mounter, Presence, ReleaseError, Step, Usage,
 };
 
 mod driver;
@@ -278,6 +278,44 @@ impl BlockMountManager {
         let holder = None;
         // Another disk may have this locator by now; the mount says which disk it is of.
         (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { holder, lease })
+    }
+
+    /// A share of each mount of a device.
+    pub(crate) fn shares_of(&self, device: &DeviceLocator) -> Vec<Mount> {
+        let leases = self.table.shares(|up| up.point.locator() == device);
+        let mount = |lease| Mount {
+            holder: None,
+            lease,
+        };
+        leases.into_iter().map(mount).collect()
+    }
+
+    /// Grows what is mounted after its disk has grown.
+    pub(crate) async fn grow(&self, mount: &Mount, bytes: u64) -> Result<(), Error> {
+        let grow = self.table.driver().mounter.grow(mount.path(), bytes);
+        self.ask(Step::Grow, mount, grow).await
+    }
+
+    pub(crate) async fn usage(&self, mount: &Mount) -> Result<Usage, Error> {
+        let usage = self.table.driver().mounter.usage(mount.path());
+        self.ask(Step::Usage, mount, usage).await
+    }
+
+    pub(crate) async fn trim(&self, mount: &Mount) -> Result<u64, Error> {
+        let trim = self.table.driver().mounter.trim(mount.path());
+        self.ask(Step::Trim, mount, trim).await
+    }
+
+    /// A call about a mount that its caller has a share of.
+    async fn ask<T>(
+        &self,
+        step: Step,
+        mount: &Mount,
+        ask: impl Future<Output = Result<T, BackendError>>,
+    ) -> Result<T, Error> {
+        let span = info_span!("ask", %step, path = %mount.path().display());
+        let answer = call(step, span, ask).await;
+        answer.map_err(|error| error.on_device(mount.locator()).on_path(mount.path()))
     }
 
     /// Retries all pending tear-downs: failed releases, dropped leases, uncertain mounts, and the

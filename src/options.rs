@@ -1,6 +1,7 @@
 //! How a device is mounted: canonical, so that equal requests compare equal.
 
 mod builder;
+mod check;
 mod flags;
 mod format;
 mod verity;
@@ -16,6 +17,7 @@ use thiserror::Error;
 use crate::HolderName;
 
 pub use builder::MountOptionsBuilder;
+pub use check::Check;
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
@@ -59,6 +61,7 @@ struct Fields {
     verity: Option<Box<Verity>>,
     encryption: Option<Encryption>,
     format: Option<Box<Format>>,
+    check: Option<Check>,
     expose: Expose,
 }
 
@@ -159,6 +162,11 @@ impl MountOptions {
     /// The filesystem to make before mounting.
     pub fn format(&self) -> Option<&Format> {
         self.0.fields.format.as_deref()
+    }
+
+    /// The check of the filesystem before mounting.
+    pub fn check(&self) -> Option<Check> {
+        self.0.fields.check
     }
 
     /// What appears at the target.

@@ -36,6 +36,9 @@
 //!         let Some(call) = self.placement.detach(disk)? else { return Ok(()) };
 //!         call.detached(async { /* hypervisor.unplug(call.address()).await */ Ok(()) }.await)
 //!     }
+//!     async fn resize(&self, _: &Disk, _: u64) -> Result<(), BackendError> {
+//!         Err(BackendError::unsuitable("toys do not grow"))
+//!     }
 //!     async fn adopt(
 //!         &self,
 //!         disk: &Disk,

@@ -90,6 +90,15 @@ impl Transport for Transports {
         Ok(())
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        let Some(index) = self.taken_by.get(disk).map(|index| *index) else {
+            return Err(BackendError::not_found(format!(
+                "disk {disk} is not attached"
+            )));
+        };
+        self.in_order[index].resize(disk, bytes).await
+    }
+
     /// The first transport that has the disk has it for good. One that cannot tell is to detach it, unless another
     /// one has it.
     async fn adopt(

@@ -79,6 +79,10 @@ impl Transport for OneLocatorForAll {
         self.0.detach(disk).await
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,
@@ -146,6 +150,10 @@ impl Transport for FreeBeforeItAnswers {
         self.0.detach(disk).await?;
         tokio::time::sleep(Duration::from_millis(5)).await;
         Ok(())
+    }
+
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
     }
 
     async fn adopt(

@@ -160,6 +160,10 @@ impl Transport for SecondScheme {
         self.0.detach(disk).await
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, MountOptions, MountRequest, Mounter, Presence,
-    Transport, Unplugger,
+    Transport, Unplugger, Usage,
 };
 
 /// Backends that take `step` for each step, and do nothing.
@@ -45,6 +45,10 @@ impl Transport for Nothing {
         Ok(())
     }
 
+    async fn resize(&self, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("nothing has a size"))
+    }
+
     async fn adopt(
         &self,
         _: &Disk,
@@ -77,6 +81,18 @@ impl Mounter for Nothing {
     async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
         self.step().await;
         Ok(())
+    }
+
+    async fn usage(&self, _: &Path) -> Result<Usage, BackendError> {
+        Err(BackendError::unsuitable("nothing has a size"))
+    }
+
+    async fn trim(&self, _: &Path) -> Result<u64, BackendError> {
+        Err(BackendError::unsuitable("nothing has a size"))
+    }
+
+    async fn grow(&self, _: &Path, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("nothing has a size"))
     }
 
     async fn adopt(

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::flags::decides;
 use super::{
-    Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions, Propagation,
-    Verity,
+    Check, Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions,
+    Propagation, Verity,
 };
 
 /// Collects the options of a mount; [`build`](Self::build) checks them and brings them into canonical form.
@@ -30,6 +30,8 @@ pub struct MountOptionsBuilder {
     encryption: Option<Encryption>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<Format>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Check>,
     #[serde(skip_serializing_if = "Expose::is_filesystem")]
     expose: Expose,
 }
@@ -92,6 +94,13 @@ impl MountOptionsBuilder {
         self
     }
 
+    /// Checks the filesystem before mounting.
+    #[must_use]
+    pub fn check(mut self, check: Check) -> Self {
+        self.check = Some(check);
+        self
+    }
+
     /// Chooses what appears at the target. The node of a block device has the mode 0600 (0400 if it is read-only) and
     /// belongs to root; the options `mode=0660`, `uid=1000` and `gid=6` say otherwise.
     #[must_use]
@@ -135,6 +144,7 @@ impl MountOptionsBuilder {
             verity: verity.map(Box::new),
             encryption: self.encryption,
             format: self.format.map(Box::new),
+            check: self.check,
             expose: self.expose,
         }))
     }
@@ -151,6 +161,12 @@ impl MountOptionsBuilder {
             if read_only {
                 return contradiction("format", "ro");
             }
+        }
+        if self.check == Some(Check::Repair) && read_only {
+            return contradiction("check with repair", "ro");
+        }
+        if self.check.is_some() && self.expose == Expose::BlockDevice {
+            return contradiction("check", "expose as block device");
         }
         if self.encryption.is_some() && self.verity.is_some() {
             return contradiction("encryption", "verity");
@@ -284,6 +300,7 @@ impl From<MountOptions> for MountOptionsBuilder {
             verity: fields.verity.map(|verity| *verity),
             encryption: fields.encryption,
             format: fields.format.map(|format| *format),
+            check: fields.check,
             expose: fields.expose,
         }
     }

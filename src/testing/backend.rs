@@ -8,7 +8,7 @@ use super::state::VmState;
 use super::{FakeVm, Key, Outcome, VmStep};
 use crate::{
     BackendError, BlockDevice, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Resolver, Transport, Unplugger,
+    Mounter, Overlay, Presence, Resolver, Transport, Unplugger, Usage,
 };
 
 #[async_trait]
@@ -40,6 +40,11 @@ impl Transport for FakeVm {
             Ok(())
         })
         .await
+    }
+
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        let id = self.id(disk);
+        self.state().vm.resize(&id, bytes)
     }
 
     async fn adopt(
@@ -102,6 +107,19 @@ impl Mounter for FakeVm {
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         let call = self.begin(VmStep::Unmount, Key::Target(target.into()), None);
         call.act(|state, _| state.unmount(target)).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.state().vm.usage(target)
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        let usage = self.state().vm.usage(target)?;
+        Ok(usage.bytes.available)
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.state().vm.grow(target, bytes)
     }
 
     async fn adopt(

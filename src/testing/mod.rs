@@ -88,6 +88,10 @@
 //!         Ok(())
 //!     }
 //!
+//!     async fn resize(&self, disk: &Disk, _: u64) -> Result<(), BackendError> {
+//!         Err(BackendError::unsuitable(format!("disk {disk} keeps its size")))
+//!     }
+//!
 //!     // After a restart: the hypervisor knows what is in its bays.
 //!     async fn adopt(
 //!         &self,
@@ -167,6 +171,7 @@ mod log;
 mod names;
 mod running;
 mod seed;
+mod sizes;
 mod state;
 
 pub use attach::AttachIdentified;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::names::{SCHEME, address, well_formed};
+use super::sizes;
 use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence};
 
 /// How many partitions each disk has.
@@ -30,17 +31,19 @@ pub(super) struct VmState {
     freed: BTreeSet<u32>,
     /// The lowest slot that was never used.
     fresh: u32,
-    slots: HashMap<u32, Slot>,
+    pub(super) slots: HashMap<u32, Slot>,
     by_disk: HashMap<DiskId, u32>,
-    mounts: BTreeMap<Arc<Path>, At>,
+    pub(super) mounts: BTreeMap<Arc<Path>, At>,
+    /// Of disks that have grown, in bytes.
+    pub(super) sizes: HashMap<DiskId, u64>,
     attachments: u64,
     pub(super) host_gone: bool,
     pub(super) guest_gone: bool,
 }
 
 /// A slot that is not free.
-struct Slot {
-    disk: DiskId,
+pub(super) struct Slot {
+    pub(super) disk: DiskId,
     locator: DeviceLocator,
     /// Tells this attachment from later ones in the same slot.
     attachment: u64,
@@ -55,14 +58,16 @@ struct Slot {
 }
 
 /// What is at a path of the guest.
-struct At {
-    what: What,
+pub(super) struct At {
+    pub(super) what: What,
+    /// How large its filesystem is, in bytes.
+    pub(super) size: u64,
     read_only: bool,
     /// How many layers of live overlays are in it.
     pins: u32,
 }
 
-enum What {
+pub(super) enum What {
     Device {
         slot: u32,
         attachment: u64,
@@ -81,6 +86,7 @@ impl VmState {
             slots: HashMap::new(),
             by_disk: HashMap::new(),
             mounts: BTreeMap::new(),
+            sizes: HashMap::new(),
             attachments: 0,
             host_gone: false,
             guest_gone: false,
@@ -322,6 +328,7 @@ impl VmState {
             .expect("a resolved device has a slot");
         slot.mounts += 1;
         let attachment = slot.attachment;
+        let size = self.sizes.get(&slot.disk).copied().unwrap_or(sizes::DISK);
         let what = What::Device {
             slot: number,
             attachment,
@@ -329,6 +336,7 @@ impl VmState {
         };
         let at = At {
             what,
+            size,
             read_only: options.is_read_only(),
             pins: 0,
         };
@@ -391,6 +399,7 @@ impl VmState {
             target.clone(),
             At {
                 what: What::Overlay(pinned),
+                size: 0,
                 read_only,
                 pins: 0,
             },

@@ -9,7 +9,8 @@ use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_combiner;
 use blockmount::{
-    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
+    BackendError, DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay,
+    Presence, Usage,
 };
 
 use super::{Everywhere, Mutant, OF_GUESTS, Outcome, Tried, panics, wrong};
@@ -228,6 +229,18 @@ impl Mounter for Mutant<Bug> {
             }
             _ => self.vm.unmount(target).await,
         }
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.vm.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.vm.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.vm.grow(target, bytes).await
     }
 
     async fn adopt(

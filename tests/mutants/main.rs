@@ -149,6 +149,10 @@ impl Transport for FixtureTransport {
         }
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

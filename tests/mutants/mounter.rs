@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicUsize;
 use async_trait::async_trait;
 use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_mounter;
-use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Presence};
+use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Presence, Usage};
 
 use super::{Everywhere, HIDDEN, Mutant, OF_GUESTS, Outcome, Tried, panics, suite, wrong};
 
@@ -36,6 +36,8 @@ pub(super) enum Bug {
     UnmountsWhatIsBusy,
     CannotRepeatAnUnmount,
     MountsLate,
+    TellsMoreUsageThanThereIs,
+    TellsUsageOfNothing,
     FailsInAnEndedVm,
     ForgetsMounts,
     KeepsWhatItAdopts,
@@ -44,7 +46,7 @@ pub(super) enum Bug {
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 25] = [
+const MUTANTS: [(Bug, &str); 27] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (
@@ -107,6 +109,14 @@ const MUTANTS: [(Bug, &str); 25] = [
     (
         MountsLate,
         "a mount that was given up has no effect after the unmount",
+    ),
+    (
+        TellsMoreUsageThanThereIs,
+        "the usage of a mount makes sense or cannot be told, and asking changes nothing",
+    ),
+    (
+        TellsUsageOfNothing,
+        "usage, trim and growth where nothing is mounted are refused and change nothing",
     ),
     (
         FailsInAnEndedVm,
@@ -228,6 +238,25 @@ impl Mounter for Mutant<Bug> {
             _ => {}
         }
         unmounted
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        match (self.bug, self.vm.usage(target).await) {
+            (TellsUsageOfNothing, Err(_)) => Ok(Usage::default()),
+            (TellsMoreUsageThanThereIs, Ok(mut usage)) => {
+                usage.bytes.used = usage.bytes.total + 1;
+                Ok(usage)
+            }
+            (_, told) => told,
+        }
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.vm.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.vm.grow(target, bytes).await
     }
 
     async fn adopt(

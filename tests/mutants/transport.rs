@@ -46,6 +46,8 @@ pub(super) enum Bug {
     AttachesLate,
     GivesAwaySlotsInDoubt,
     LosesSlotsThatWereInDoubt,
+    MakesDisksSmaller,
+    GrowsWhatIsAbsent,
     LeavesSomethingInAnEndedVm,
     ForgetsEverything,
     NeedsTheLocator,
@@ -57,7 +59,7 @@ pub(super) enum Bug {
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 38] = [
+const MUTANTS: [(Bug, &str); 40] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (CannotIdentify, "a disk that is there has an id"),
@@ -124,6 +126,11 @@ const MUTANTS: [(Bug, &str); 38] = [
     (
         LosesSlotsThatWereInDoubt,
         "detaching a disk in doubt frees its slot and touches no other disk",
+    ),
+    (MakesDisksSmaller, "a disk is never made smaller"),
+    (
+        GrowsWhatIsAbsent,
+        "growing a disk that is not attached is refused and changes nothing",
     ),
     (
         LeavesSomethingInAnEndedVm,
@@ -286,6 +293,16 @@ impl Transport for Mutant<Bug> {
             _ => {}
         }
         detached
+    }
+
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        let resized = self.vm.resize(disk, bytes).await;
+        let kind = resized.as_ref().err().map(BackendError::kind);
+        match (self.bug, kind) {
+            (MakesDisksSmaller, Some(ErrorKind::Invalid)) => Ok(()),
+            (GrowsWhatIsAbsent, Some(ErrorKind::NotFound)) => Ok(()),
+            _ => resized,
+        }
     }
 
     async fn adopt(

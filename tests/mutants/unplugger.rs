@@ -10,7 +10,7 @@ use blockmount::testing::FakeVm;
 use blockmount::testing::conformance::try_unplugger;
 use blockmount::{
     BackendError, DeviceLocator, ErrorKind, MountOptions, Mounter, Presence, Resolver as _,
-    Unplugger,
+    Unplugger, Usage,
 };
 
 use super::{Everywhere, Mutant, OF_GUESTS, Outcome, Tried, panics, wrong};
@@ -147,6 +147,18 @@ impl Mounter for Mutant<Bug> {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.vm.unmount(target).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.vm.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.vm.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.vm.grow(target, bytes).await
     }
 
     async fn adopt(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
-    Unplugger, blocking,
+    Unplugger, Usage, blocking,
 };
 use blockmount_linux::LinuxGuest;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
@@ -108,6 +108,18 @@ impl Mounter for AgentGuest {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.engine.unmount(target).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.engine.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.engine.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.engine.grow(target, bytes).await
     }
 
     async fn adopt(

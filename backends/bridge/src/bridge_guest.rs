@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
+    Unplugger, Usage,
 };
 
 use crate::codec::HostCodec;
@@ -21,7 +22,7 @@ use crate::protocol::{Reply, Request};
 #[async_trait]
 pub trait GuestChannel: Send + Sync + 'static {
     /// Has the guest do something, and returns when it has. To a question of what is there it answers
-    /// [`Reply::Presence`], to everything else [`Reply::Done`].
+    /// [`Reply::Presence`], to those about sizes [`Reply::Usage`] and [`Reply::Trimmed`], to everything else [`Reply::Done`].
     ///
     /// # Errors
     ///
@@ -86,6 +87,21 @@ impl<C: GuestChannel> Mounter for BridgeGuest<C> {
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         let target = target.to_owned();
         self.done(Request::Unmount { target }).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        let target = target.to_owned();
+        self.0.call(Request::Usage { target }).await?.usage()
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        let target = target.to_owned();
+        self.0.call(Request::Trim { target }).await?.trimmed()
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        let target = target.to_owned();
+        self.done(Request::Grow { target, bytes }).await
     }
 
     async fn adopt(

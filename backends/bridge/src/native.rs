@@ -12,7 +12,7 @@ use crate::codec::{AgentCodec, Ask, HostCodec, Step};
 use crate::connection::Connection;
 use crate::link::{Failure, Link};
 use crate::protocol::{
-    ADOPTS, Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame,
+    Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame,
     short_line,
 };
 use crate::server::{Guest, Server};
@@ -73,10 +73,15 @@ impl HostCodec for NativeHost {
     ) -> Result<Ask<Request>, BackendError> {
         Ok(match request {
             // An older agent cannot be asked.
-            Request::AdoptMount { .. } | Request::AdoptOverlay(_) if agreed.version < ADOPTS => {
+            request if request.is_known_to(agreed.version) => Ask::Send(request),
+            Request::AdoptMount { .. } | Request::AdoptOverlay(_) => {
                 Ask::Answer(Reply::Presence(Presence::Unknown))
             }
-            request => Ask::Send(request),
+            request => {
+                let (what, agent) = (request.describe(), &agreed.software);
+                let message = format!("the agent ({agent}) is too old for the {what}, update it");
+                return Err(BackendError::unsuitable(message));
+            }
         })
     }
 
@@ -89,6 +94,8 @@ impl HostCodec for NativeHost {
         match exchange(link, what, &request).await? {
             Answer::Ok => Ok(Reply::Done),
             Answer::Presence(found) => Ok(found.into()),
+            Answer::Usage(usage) => Ok(Reply::Usage(usage)),
+            Answer::Trimmed(bytes) => Ok(Reply::Trimmed(bytes)),
             Answer::Error(error) if error.kind() == ErrorKind::Gone => {
                 let message = format!("the guest says of the {what} that it is gone");
                 Err(BackendError::uncertain(message).with_source(error).into())

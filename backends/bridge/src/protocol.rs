@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence};
+use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence, Usage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,11 +26,14 @@ pub const MAX_FRAME: usize = 1 << 20;
 const HEADER_LEN: usize = 12;
 
 /// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
-/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt.
-const VERSIONS: (u32, u32) = (1, 2);
+/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt, version 3 those
+/// about the size of filesystems.
+const VERSIONS: (u32, u32) = (1, 3);
 
 /// The first version in which an agent can be asked what is there.
 pub(crate) const ADOPTS: u32 = 2;
+/// The first version in which an agent can be asked about the size of a filesystem.
+pub(crate) const SIZES: u32 = 3;
 
 /// This software, as it names itself to the other end.
 pub(crate) const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
@@ -101,6 +104,23 @@ pub enum Request {
     },
     /// [`LayerCombiner::adopt`](blockmount::LayerCombiner::adopt).
     AdoptOverlay(Overlay),
+    /// [`Mounter::usage`](blockmount::Mounter::usage).
+    Usage {
+        /// Where it is mounted.
+        target: PathBuf,
+    },
+    /// [`Mounter::trim`](blockmount::Mounter::trim).
+    Trim {
+        /// Where it is mounted.
+        target: PathBuf,
+    },
+    /// [`Mounter::grow`](blockmount::Mounter::grow).
+    Grow {
+        /// Where it is mounted.
+        target: PathBuf,
+        /// How large the disk is now.
+        bytes: u64,
+    },
 }
 
 /// What a guest answers to a [`Request`] when all went well.
@@ -111,6 +131,10 @@ pub enum Reply {
     Done,
     /// What was asked about is there, or not.
     Presence(Presence),
+    /// How much is used.
+    Usage(Usage),
+    /// How many bytes were trimmed.
+    Trimmed(u64),
 }
 
 impl Reply {
@@ -118,8 +142,26 @@ impl Reply {
     pub(crate) fn presence(self) -> Presence {
         match self {
             Reply::Presence(presence) => presence,
-            Reply::Done => Presence::Unknown,
+            _ => Presence::Unknown,
         }
+    }
+
+    pub(crate) fn usage(self) -> Result<Usage, BackendError> {
+        match self {
+            Reply::Usage(usage) => Ok(usage),
+            other => Err(other.misplaced()),
+        }
+    }
+
+    pub(crate) fn trimmed(self) -> Result<u64, BackendError> {
+        match self {
+            Reply::Trimmed(bytes) => Ok(bytes),
+            other => Err(other.misplaced()),
+        }
+    }
+
+    fn misplaced(self) -> BackendError {
+        BackendError::other(format!("the guest has answered another question: {self:?}"))
     }
 }
 
@@ -131,7 +173,7 @@ pub(crate) enum Key {
 }
 
 impl Request {
-    const NAMES: [&str; 7] = [
+    const NAMES: [&str; 10] = [
         "Mount",
         "Unmount",
         "Combine",
@@ -139,7 +181,20 @@ impl Request {
         "Unplug",
         "AdoptMount",
         "AdoptOverlay",
+        "Usage",
+        "Trim",
+        "Grow",
     ];
+
+    /// Whether an agent of this version of the protocol knows it.
+    pub(crate) fn is_known_to(&self, version: u32) -> bool {
+        use Request::{AdoptMount, AdoptOverlay, Grow, Trim, Usage};
+        match self {
+            AdoptMount { .. } | AdoptOverlay(_) => version >= ADOPTS,
+            Usage { .. } | Trim { .. } | Grow { .. } => version >= SIZES,
+            _ => true,
+        }
+    }
 
     /// Whether it tears something down, so that it may be sent again.
     pub fn is_teardown(&self) -> bool {
@@ -160,6 +215,9 @@ impl Request {
             Request::Unplug { locator } => format!("unplug of {locator}"),
             Request::AdoptMount { target, .. } => at("adoption of the mount at", target),
             Request::AdoptOverlay(overlay) => at("adoption of the overlay at", &overlay.target),
+            Request::Usage { target } => at("usage of", target),
+            Request::Trim { target } => at("trim of", target),
+            Request::Grow { target, .. } => at("growth of", target),
         }
     }
 
@@ -168,6 +226,9 @@ impl Request {
             Request::Mount { target, .. }
             | Request::AdoptMount { target, .. }
             | Request::Unmount { target }
+            | Request::Usage { target }
+            | Request::Trim { target }
+            | Request::Grow { target, .. }
             | Request::Separate { target } => Key::Target(target.clone()),
             Request::Combine(overlay) | Request::AdoptOverlay(overlay) => {
                 Key::Target(overlay.target.clone())
@@ -319,6 +380,10 @@ pub(crate) enum Answer {
     Ok,
     /// What was asked about is there, or not.
     Presence(Found),
+    /// How much is used.
+    Usage(Usage),
+    /// How many bytes were trimmed.
+    Trimmed(u64),
     /// It is not done, and why.
     Error(BackendError),
     /// No version was agreed on, and nothing is done: this agent was started after the connection was made.
@@ -367,6 +432,8 @@ impl From<Result<Reply, BackendError>> for Answer {
             Ok(Reply::Presence(Presence::Present(()))) => Answer::Presence(Found::Present),
             Ok(Reply::Presence(Presence::Absent)) => Answer::Presence(Found::Absent),
             Ok(Reply::Presence(_)) => Answer::Presence(Found::Unknown),
+            Ok(Reply::Usage(usage)) => Answer::Usage(usage),
+            Ok(Reply::Trimmed(bytes)) => Answer::Trimmed(bytes),
             Err(error) => Answer::Error(error),
         }
     }

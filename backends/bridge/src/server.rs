@@ -258,6 +258,9 @@ async fn run(guest: &dyn Guest, request: Request) -> Result<Reply, BackendError>
             let found = LayerCombiner::adopt(guest, &overlay).await;
             return found.map(Reply::Presence);
         }
+        Request::Usage { target } => return guest.usage(&target).await.map(Reply::Usage),
+        Request::Trim { target } => return guest.trim(&target).await.map(Reply::Trimmed),
+        Request::Grow { target, bytes } => guest.grow(&target, bytes).await,
     };
     done.map(|()| Reply::Done)
 }

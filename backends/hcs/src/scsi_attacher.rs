@@ -76,6 +76,13 @@ impl<S: ComputeSystem> Attacher for ScsiAttacher<S> {
         self.vm.remove(DiskAddress::Scsi(address)).await
     }
 
+    /// The service has no request for it: a virtual disk is grown by the storage interface of Windows.
+    async fn resize(&self, _: ScsiAddress, disk: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable(format!(
+            "cannot grow disk {disk}: Hyper-V does not grow the disks of a running VM by this interface"
+        )))
+    }
+
     /// The service does not show a VM's disks: `Gone` if the VM has ended, else `Unsuitable`.
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
         Err(self.vm.cannot_list().await)

@@ -2,23 +2,23 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, Expose, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Resolver, Turns, Unplugger,
+    Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
 };
 
 use crate::device::dax;
 use crate::device::stack::{self, Timeouts};
 use crate::errno::{blocking, retry_while_busy};
-use crate::filesystem::format;
 use crate::filesystem::preflight::refuse_unsupported;
+use crate::filesystem::{check, format};
 use crate::kernel::Kernel;
 use crate::mount::attempt::{expose_once, mount_once};
 use crate::mount::target::Target;
-use crate::mount::{expose, overlay, unmount};
+use crate::mount::{expose, overlay, unmount, volume};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::step::DeviceUse;
@@ -114,6 +114,21 @@ impl Mounter for LinuxGuest {
         self.0.turns.run(path, call).await
     }
 
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.look(target, volume::usage).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.look(target, volume::trim).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        let target = Target::parse(target, &[])?;
+        let (inner, path) = (self.0.clone(), target.path().to_owned());
+        let call = async move { inner.grow(&target, bytes).await };
+        self.0.turns.run(path, call).await
+    }
+
     /// A mount is known by the undo list of its target, so a guest that was started again needs its
     /// [journal](crate::LinuxGuestBuilder::journal). Without one, whatever is mounted at the target is `Unknown`.
     async fn adopt(
@@ -160,17 +175,27 @@ impl Unplugger for LinuxGuest {
 }
 
 impl LinuxGuest {
+    /// Does something with what is at a target.
+    async fn look<T: Send + 'static>(
+        &self,
+        target: &Path,
+        look: impl FnOnce(&UndoList<'_>, Kernel) -> Result<T, BackendError> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let target = Target::parse(target, &[])?;
+        let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
+        let path = target.path().to_owned();
+        let look = move || look(&ledger.list(&target), kernel);
+        self.0.turns.run(path, blocking(look)).await
+    }
+
     /// What is there of a mount that another process remembers, by the undo list and the kernel's table.
     async fn presence(
         &self,
         target: &Path,
         is_it: impl Fn(Option<&DeviceUse>) -> bool + Send + 'static,
     ) -> Result<Presence, BackendError> {
-        let target = Target::parse(target, &[])?;
-        let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
-        let path = target.path().to_owned();
-        let look = move || recovery::presence(&ledger.list(&target), kernel, is_it);
-        self.0.turns.run(path, blocking(look)).await
+        let look = move |list: &UndoList<'_>, kernel| recovery::presence(list, kernel, is_it);
+        self.look(target, look).await
     }
 }
 
@@ -222,6 +247,13 @@ impl Inner {
                 timeouts,
             )
             .await?;
+        }
+        if let Some(wanted) = options.check() {
+            let timeouts = check::Timeouts {
+                check: self.config.format_timeout,
+                busy: self.config.busy_timeout,
+            };
+            check::check(&self.ledger, target, &device.node, wanted, timeouts).await?;
         }
         let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
         let kernel = self.config.kernel;
@@ -289,6 +321,16 @@ impl Inner {
             Ok(()) => error,
             Err(left) => uncertain(&error, &left),
         })
+    }
+
+    async fn grow(&self, target: &Target, bytes: u64) -> Result<(), BackendError> {
+        let kernel = self.config.kernel;
+        let deadline = Instant::now() + self.config.device_timeout;
+        let (ledger, at) = (self.ledger.clone(), target.clone());
+        let find = move || volume::device_to_grow(&ledger.list(&at), kernel);
+        let bytes = volume::await_size(blocking(find).await?, bytes, deadline).await?;
+        let (ledger, at) = (self.ledger.clone(), target.clone());
+        blocking(move || volume::grow(&ledger.list(&at), bytes, kernel)).await
     }
 
     async fn unmount(&self, target: &Target) -> Result<(), BackendError> {

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use linux_raw_sys::loop_device::{
     LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LOOP_CLR_FD,
-    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_GET_STATUS64,
+    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_GET_STATUS64, LOOP_SET_CAPACITY,
 };
 pub(crate) use linux_raw_sys::loop_device::{loop_config, loop_info64};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
@@ -86,6 +86,13 @@ pub(crate) fn get_status(device: impl AsFd) -> io::Result<loop_info64> {
 pub(crate) fn clear(device: impl AsFd) -> io::Result<()> {
     // SAFETY: LOOP_CLR_FD takes no argument.
     unsafe { ioctl(device, Plain::<LOOP_CLR_FD>(0)) }?;
+    Ok(())
+}
+
+/// Has the device take the size of its file.
+pub(crate) fn set_capacity(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: LOOP_SET_CAPACITY takes no argument.
+    unsafe { ioctl(device, Plain::<LOOP_SET_CAPACITY>(0)) }?;
     Ok(())
 }
 

@@ -61,6 +61,7 @@ mod bind;
 mod bound;
 mod builder;
 mod device;
+mod grow;
 mod ioctl;
 mod locator;
 mod resolver;

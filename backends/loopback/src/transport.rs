@@ -14,11 +14,11 @@ use blockmount::{
 };
 use blockmount_source as source;
 
-use crate::adopt;
 use crate::bind::{self, Bound, Claim, LoopConfig};
 use crate::builder::{LoopTransportBuilder, Settings};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
 use crate::locator::{SCHEME, number_of};
+use crate::{adopt, grow};
 
 /// Attaches disks as loop devices of this machine.
 ///
@@ -170,6 +170,20 @@ impl Transport for LoopTransport {
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
         let (inner, disk) = (Arc::clone(&self.0), disk.clone());
         blocking(move || inner.unbind(&disk)).await
+    }
+
+    /// The image is made longer, as a sparse file.
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        let found = self.0.placement.map_disks(|other, allocation, _| {
+            let attached = allocation.attached.as_ref().filter(|_| other == disk)?;
+            Some((attached.number, attached.status.binding.clone()))
+        });
+        let Some((number, binding)) = found.into_iter().flatten().next() else {
+            let message = format!("disk {disk} is not attached");
+            return Err(BackendError::not_found(message));
+        };
+        let disk = disk.clone();
+        blocking(move || grow::grow(&disk, number, &binding, bytes)).await
     }
 
     /// A device counts as bound for the disk if it is bound to the same file or block device, with the same access and

@@ -12,7 +12,7 @@ use crate::open_file::OpenFile;
 use crate::qmp::{Event, Events, Passed, Qmp, QmpError};
 #[cfg(feature = "launch")]
 pub(crate) use listing::of_type;
-pub(crate) use listing::{Found, find, left, property};
+pub(crate) use listing::{Found, find, left, property, size_of_node};
 use listing::{nodes, objects};
 
 /// Where QEMU keeps the devices, and the other objects, that have ids.
@@ -85,6 +85,15 @@ struct Node {
     /// The path by which it was opened.
     #[serde(default)]
     file: String,
+    #[serde(default)]
+    image: Option<NodeImage>,
+}
+
+#[derive(Deserialize)]
+struct NodeImage {
+    /// In bytes.
+    #[serde(rename = "virtual-size")]
+    size: u64,
 }
 
 #[derive(Deserialize)]

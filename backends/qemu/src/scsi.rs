@@ -12,7 +12,7 @@ use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
 use crate::open_file;
 use crate::plug::{self, Backend, Plug, Removal};
-use crate::qmp::Qmp;
+use crate::qmp::{Qmp, QmpError};
 use image::Image;
 use serde_json::{Value, json};
 
@@ -234,6 +234,32 @@ impl Attacher for QemuScsi {
             true => self.plug(address).detach().await,
             false => Ok(()),
         }
+    }
+
+    /// QEMU makes an image file longer itself, and tells the guest.
+    async fn resize(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        bytes: u64,
+    ) -> Result<(), BackendError> {
+        blockmount_source::ensure_can_grow(disk, bytes)?;
+        let name = Self::name(address);
+        let trouble = |error: QmpError| error.while_trying(format!("cannot grow disk {disk}"));
+        let size = plug::size_of_node(&self.qmp, &name)
+            .await
+            .map_err(trouble)?;
+        let Some(size) = size else {
+            let message = format!("QEMU has no disk {disk} at SCSI address {address}");
+            return Err(BackendError::not_found(message));
+        };
+        blockmount_source::ensure_larger(disk, size, bytes)?;
+        if size < bytes {
+            let resize = json!({"node-name": name, "size": bytes});
+            let resized = self.qmp.execute("block_resize", resize).await;
+            resized.map_err(trouble)?;
+        }
+        Ok(())
     }
 
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {

@@ -76,6 +76,10 @@ impl Transport for WithGuest {
         self.vpmem.detach(disk).await
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.vpmem.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

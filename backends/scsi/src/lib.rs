@@ -29,6 +29,9 @@
 //!         self.0.lock().unwrap().remove(&address);
 //!         Ok(())
 //!     }
+//!     async fn resize(&self, _: ScsiAddress, _: &Disk, _: u64) -> Result<(), BackendError> {
+//!         Err(BackendError::unsuitable("what is in memory keeps its size"))
+//!     }
 //!     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
 //!         Ok(self.0.lock().unwrap().keys().map(|at| Occupant::new(*at, None)).collect())
 //!     }

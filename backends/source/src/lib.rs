@@ -206,6 +206,34 @@ pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     )))
 }
 
+/// Refuses to grow what cannot be written to, and to a size that no disk has.
+///
+/// # Errors
+///
+/// `Invalid`.
+pub fn ensure_can_grow(disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+    let why = match () {
+        () if disk.is_read_only() => "it is attached read-only",
+        () if !bytes.is_multiple_of(SECTOR) => "a disk has whole sectors of 512 bytes",
+        () => return Ok(()),
+    };
+    let message = format!("cannot grow disk {disk} to {bytes} bytes: {why}");
+    Err(BackendError::invalid(message))
+}
+
+/// Refuses to make a disk smaller, which would destroy what is on it.
+///
+/// # Errors
+///
+/// `Invalid`.
+pub fn ensure_larger(disk: &Disk, size: u64, bytes: u64) -> Result<(), BackendError> {
+    if size <= bytes {
+        return Ok(());
+    }
+    let message = format!("disk {disk} has {size} bytes, and is not made smaller, to {bytes}");
+    Err(BackendError::invalid(message))
+}
+
 /// Sorts an error about the source by what the caller can do.
 fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
     let path = disk.source().display();

@@ -41,6 +41,10 @@ impl blockmount_scsi::Attacher for ScsiBus {
         Ok(())
     }
 
+    async fn resize(&self, _: ScsiAddress, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("disks of this VM keep their size"))
+    }
+
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
         let bus = self.0.lock().unwrap();
         Ok(bus.keys().map(|at| Occupant::new(*at, None)).collect())

@@ -11,7 +11,7 @@ use super::run::{Held, Run};
 use super::{Broken, Passed};
 use crate::ErrorKind::{Conflict, Invalid, NotFound, Unsuitable};
 use crate::testing::VmStep;
-use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter, Presence};
+use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter, Presence, Space, Usage};
 
 contract! { "mounter" ATTACHABLE REMOVABLE {
     UNMOUNT_ABSENT = "unmounting what was never mounted succeeds";
@@ -36,6 +36,8 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
     ADOPT = "a mount that an earlier process made is present";
     ADOPT_UNMOUNT = "an adopted mount can be unmounted and leaves nothing";
     ADOPT_ABSENT = "a target with nothing, or with another device, is absent and stays as it was";
+    USAGE = "the usage of a mount makes sense or cannot be told, and asking changes nothing";
+    USAGE_ABSENT = "usage, trim and growth where nothing is mounted are refused and change nothing";
     GONE = "an unmount after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -44,6 +46,7 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
 /// - unmount of a target where nothing was mounted succeeds and changes nothing
 /// - mount shows in the snapshot; unmount leaves nothing, not even a directory that was made; it
 ///   succeeds a second time; the target can be mounted again
+/// - the usage of a mount makes sense, or is `Unsuitable`; where nothing is mounted it is refused, as trim and growth are
 /// - two devices can be mounted at once; unmounting one does not touch the other
 /// - a taken target is `Conflict`, for another device and for the same, and the first mount is intact
 /// - a device, a partition or a filesystem that is not there is `NotFound`; another transport is
@@ -173,9 +176,35 @@ impl Suite<'_> {
         // The second round is the check that a target can be mounted again.
         for target in [&target, &target, &self.target("made/for/it")] {
             self.mount(run, device, target).await?;
+            self.usage(run, target).await?;
             self.unmount(run, target, &before).await?;
         }
-        Ok(())
+        let (mounter, kinds) = (self.mounter, [NotFound, Unsuitable]);
+        let what = |what| format!("{what} of {}", target.display());
+        let usage = mounter.usage(&target);
+        run.fails(USAGE_ABSENT, &kinds, what("usage"), usage)
+            .await?;
+        let trim = mounter.trim(&target);
+        run.fails(USAGE_ABSENT, &kinds, what("trim"), trim).await?;
+        let grow = mounter.grow(&target, 1);
+        run.fails(USAGE_ABSENT, &kinds, what("growth"), grow).await
+    }
+
+    async fn usage(&self, run: &mut Run<'_>, target: &Path) -> Held {
+        let before = run.tables().await;
+        let what = format!("usage of {}", target.display());
+        let answer = match run.call(&what, self.mounter.usage(target)).await? {
+            Err(error) if error.kind() == Unsuitable => Ok(Usage::default()),
+            answer => answer,
+        };
+        let usage = run.answered(USAGE, &what, answer)?;
+        let is_sane = |space: Space| {
+            let both = space.used.checked_add(space.available);
+            both.is_some_and(|both| both <= space.total)
+        };
+        let is_sane = is_sane(usage.bytes) && is_sane(usage.inodes);
+        run.holds(USAGE, is_sane, format!("{what} answered {usage:?}"))?;
+        run.unchanged(USAGE, &what, &before).await
     }
 
     async fn taken(&self, run: &mut Run<'_>, devices: &[DeviceLocator]) -> Held {

@@ -10,7 +10,7 @@ use super::faults::{Pair, PairChecks};
 use super::fixture::{Fault, Successor, TransportFixture};
 use super::run::{Held, Run};
 use super::{Broken, Passed};
-use crate::ErrorKind::{Full, NotFound, Uncertain};
+use crate::ErrorKind::{Full, Invalid, NotFound, Uncertain, Unsuitable};
 use crate::testing::{AttachIdentified as _, VmStep};
 use crate::{DeviceLocator, Disk, Presence, Transport};
 
@@ -50,6 +50,8 @@ contract! { "transport" {
     ADOPT_DETACH = "an adopted disk can be detached and leaves nothing";
     ADOPT_ABSENT = "a disk that is not attached is absent";
     ADOPT_OTHER = "a disk is absent where another one is, and a detach of it leaves that one alone";
+    SMALLER = "a disk is never made smaller";
+    RESIZE_ABSENT = "growing a disk that is not attached is refused and changes nothing";
     GONE = "a detach after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -63,6 +65,7 @@ contract! { "transport" {
 ///   when attached at once
 /// - detach leaves nothing of the disk, succeeds a second time, and touches no other disk
 /// - a disk can be attached again after it was detached
+/// - a disk is never made smaller, and one that is not attached does not grow
 /// - with a capacity: one disk more than fits is `Full` and leaves nothing; after a detach it fits
 /// - with `remove_source`: an attached disk whose source is gone can be detached
 /// - with a successor: a disk that an earlier process attached is present where it was, with and without its locator, and
@@ -303,12 +306,19 @@ async fn round_trip(
         let locator = attach(run, transport, disk).await?;
         schemes.insert(locator.transport().to_owned());
         same_under_every_name(run, transport, fixture).await?;
+        let smaller = transport.resize(disk, 0);
+        run.fails(SMALLER, &[], on("resize to nothing", disk), smaller)
+            .await?;
         detach(run, DETACH, transport, disk).await?;
         run.unchanged(DETACH, on("detach", disk), &before).await?;
         detach(run, DETACH_TWICE, transport, disk).await?;
         run.unchanged(DETACH_TWICE, on("second detach", disk), &before)
             .await?;
     }
+    let kinds = [NotFound, Unsuitable, Invalid];
+    let absent = transport.resize(disk, 1 << 30);
+    run.fails(RESIZE_ABSENT, &kinds, on("resize", disk), absent)
+        .await?;
     let said = format!("its devices are on {schemes:?}");
     run.holds(ONE_SCHEME, schemes.len() == 1, said)
 }

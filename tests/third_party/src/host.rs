@@ -241,6 +241,12 @@ impl Transport for VirtioBlkTransport {
         call.detached(unplugged)
     }
 
+    async fn resize(&self, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable(
+            "disks of this transport keep their size",
+        ))
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

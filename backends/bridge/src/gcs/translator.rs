@@ -138,6 +138,10 @@ impl Translator {
                 self.doubt(&overlay.target, undo);
                 Ok(unknown)
             }
+            Request::Usage { .. } | Request::Trim { .. } | Request::Grow { .. } => {
+                let message = format!("GCS has no message for the {}", request.describe());
+                Err(BackendError::unsuitable(message))
+            }
         }
     }
 

@@ -18,7 +18,7 @@ const SOFTWARE: &str = concat!("blockmount ", env!("CARGO_PKG_VERSION"));
 
 #[tokio::test]
 async fn the_first_exchange_byte_for_byte() {
-    let chosen = format!(r#"{{"Chosen":{{"version":2,"software":"{SOFTWARE}"}}}}"#);
+    let chosen = format!(r#"{{"Chosen":{{"version":3,"software":"{SOFTWARE}"}}}}"#);
     let (host_end, guest_end) = duplex(1 << 10);
     let host = tokio::spawn(GuestConnection::connect(host_end));
     let mut peer = Peer::new(guest_end);
@@ -30,7 +30,7 @@ async fn the_first_exchange_byte_for_byte() {
     };
     let words: Vec<&str> = hello.keys().map(String::as_str).collect();
     assert_eq!(words, ["entropy", "max", "min", "software", "time"]);
-    assert_eq!((&hello["min"], &hello["max"]), (&1.into(), &2.into()));
+    assert_eq!((&hello["min"], &hello["max"]), (&1.into(), &3.into()));
     assert_eq!(hello["software"], SOFTWARE);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let said = Duration::from_nanos(hello["time"].as_u64().unwrap());
@@ -41,7 +41,7 @@ async fn the_first_exchange_byte_for_byte() {
 
     // A host of version 1 tells no time.
     let hello = format!(r#"{{"Hello":{{"min":1,"max":1,"software":"{SOFTWARE}"}}}}"#);
-    let chosen = chosen.replacen("\"version\":2", "\"version\":1", 1);
+    let chosen = chosen.replacen("\"version\":3", "\"version\":1", 1);
     let mut peer = dial(&GuestServer::new(ScsiVm::default()));
     peer.send_raw(&frame(0x0102_0304_0506_0708, &hello)).await;
     let mut bytes = vec![0; 12 + chosen.len()];

@@ -28,7 +28,7 @@ async fn nothing_is_done_before_the_hello() {
 
 #[tokio::test]
 async fn both_ends_say_which_is_too_old() {
-    for (min, max, older) in [(3, 9, "agent"), (0, 0, "host")] {
+    for (min, max, older) in [(4, 9, "agent"), (0, 0, "host")] {
         let (host_end, guest_end) = duplex(1 << 10);
         let server = GuestServer::new(ScsiVm::default());
         let serving = tokio::spawn(async move { server.serve(guest_end).await });
@@ -44,7 +44,7 @@ async fn both_ends_say_which_is_too_old() {
         let agent = concat!(
             "the agent (blockmount ",
             env!("CARGO_PKG_VERSION"),
-            ") speaks 1 to 2"
+            ") speaks 1 to 3"
         );
         assert!(text.contains(agent), "{text}");
         assert!(
@@ -53,7 +53,7 @@ async fn both_ends_say_which_is_too_old() {
         );
         assert!(text.ends_with(&format!("update the {older}")), "{text}");
     }
-    for (min, max, older) in [(3, 9, "host"), (0, 0, "agent")] {
+    for (min, max, older) in [(4, 9, "host"), (0, 0, "agent")] {
         let (host_end, guest_end) = duplex(1 << 10);
         let mut peer = Peer::new(guest_end);
         let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
@@ -76,7 +76,7 @@ async fn both_ends_say_which_is_too_old() {
 async fn an_agent_of_one_version_serves_a_host_of_more() {
     let mut peer = dial(&GuestServer::new(ScsiVm::default()));
     let hello = r#"{"Hello":{"min":1,"max":7,"software":"next"}}"#;
-    assert_eq!(peer.ask(0, hello).await.body["Chosen"]["version"], 2);
+    assert_eq!(peer.ask(0, hello).await.body["Chosen"]["version"], 3);
     assert_eq!(
         peer.ask(1, r#"{"Unmount":{"target":"/m"}}"#).await.body,
         "Ok"
@@ -111,11 +111,29 @@ async fn what_an_older_agent_does_not_know_is_refused_by_name() {
     assert_eq!(vm.device_at("/m"), None);
 }
 
+/// What an agent of version 2 does not know is not sent: it would be an error of another kind.
+#[tokio::test]
+async fn an_older_agent_is_not_asked_about_sizes() {
+    let (host_end, guest_end) = duplex(1 << 10);
+    let mut peer = Peer::new(guest_end);
+    let (connected, ()) = tokio::join!(GuestConnection::connect(host_end), async {
+        let id = peer.receive().await.id;
+        peer.send(id, r#"{"Chosen":{"version":2,"software":"old"}}"#)
+            .await;
+    });
+    let guest = BridgeGuest::new(connected.unwrap());
+    let error = guest.usage("/m".as_ref()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsuitable);
+    assert!(error.message().contains("(old) is too old"), "{error}");
+    drop(guest);
+    assert!(peer.try_receive().await.is_none(), "nothing was sent");
+}
+
 #[tokio::test]
 async fn a_host_refuses_an_agent_that_makes_no_sense() {
     for (answer, kind) in [
         (
-            r#"{"Chosen":{"version":3,"software":"x"}}"#,
+            r#"{"Chosen":{"version":4,"software":"x"}}"#,
             ErrorKind::Unsuitable,
         ),
         (

@@ -10,14 +10,14 @@ use blockmount::testing::{Gate, VmStep};
 use blockmount::{
     BackendError, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose, Format,
     HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
-    Presence, Propagation, Unplugger, Verity,
+    Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
 use tokio::io::duplex;
 
 use crate::harness::{bridged, device, dial, vm_with_disks};
-use crate::recorder::{Asked, Recorder};
+use crate::recorder::{Asked, Recorder, TRIMMED, usage};
 
 /// Of every kind that could be given to a kernel.
 fn verity() -> impl Strategy<Value = Verity> {
@@ -181,6 +181,7 @@ proptest! {
         target in path(),
         options in options(),
         overlay in overlay(),
+        bytes in any::<u64>(),
     ) {
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let done = asked(async |guest| {
@@ -188,6 +189,9 @@ proptest! {
             guest.unmount(&target).await?;
             guest.combine(&overlay).await?;
             guest.separate(&overlay.target).await?;
+            assert_eq!(guest.usage(&target).await?, usage());
+            assert_eq!(guest.trim(&target).await?, TRIMMED);
+            guest.grow(&target, bytes).await?;
             guest.unplug(&locator).await
         });
         let expected = [
@@ -195,6 +199,9 @@ proptest! {
             Asked::Unmount(text(&target)),
             Asked::Combine(overlay.clone()),
             Asked::Separate(text(&overlay.target)),
+            Asked::Usage(text(&target)),
+            Asked::Trim(text(&target)),
+            Asked::Grow(text(&target), bytes),
             Asked::Unplug(locator.to_string()),
         ];
         prop_assert_eq!(done, expected);
@@ -270,6 +277,18 @@ impl Mounter for Unwritable {
         Err(self.0.clone())
     }
     async fn unmount(&self, _: &Path) -> Result<(), BackendError> {
+        Err(self.0.clone())
+    }
+
+    async fn usage(&self, _: &Path) -> Result<Usage, BackendError> {
+        Err(self.0.clone())
+    }
+
+    async fn trim(&self, _: &Path) -> Result<u64, BackendError> {
+        Err(self.0.clone())
+    }
+
+    async fn grow(&self, _: &Path, _: u64) -> Result<(), BackendError> {
         Err(self.0.clone())
     }
 

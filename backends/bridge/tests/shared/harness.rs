@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use blockmount::testing::{AttachIdentified as _, FakeVm};
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Transport, Unplugger,
+    Presence, Transport, Unplugger, Usage,
 };
 use blockmount_bridge::{Deadlines, Dialer, Request};
 use tokio::io::{DuplexStream, duplex};
@@ -171,6 +171,10 @@ impl Transport for ScsiVm {
         self.0.detach(disk).await
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,
@@ -207,6 +211,18 @@ impl Mounter for ScsiVm {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.0.unmount(target).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.0.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.0.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.0.grow(target, bytes).await
     }
 
     async fn adopt(

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
+    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Space,
+    Unplugger, Usage,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -19,7 +20,23 @@ pub(crate) enum Asked {
     Unplug(String),
     Combine(Overlay),
     Separate(String),
+    Usage(String),
+    Trim(String),
+    Grow(String, u64),
 }
+
+/// What every filesystem answers.
+pub(crate) fn usage() -> Usage {
+    let space = |used| Space {
+        total: u64::MAX,
+        used,
+        available: 7,
+    };
+    Usage::new(space(u64::MAX - 7), space(5))
+}
+
+/// How much every trim frees, in bytes.
+pub(crate) const TRIMMED: u64 = (1 << 53) + 1;
 
 impl Recorder {
     fn note(&self, asked: Asked) -> Result<(), BackendError> {
@@ -52,6 +69,20 @@ impl Mounter for Recorder {
     }
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.note(Asked::Unmount(text(target)))
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.note(Asked::Usage(text(target)))?;
+        Ok(usage())
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.note(Asked::Trim(text(target)))?;
+        Ok(TRIMMED)
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.note(Asked::Grow(text(target), bytes))
     }
 
     async fn adopt(

@@ -17,7 +17,7 @@ use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{Fault, Faults, Snapshot};
 use blockmount::{
     BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
-    Transport, Unplugger,
+    Transport, Unplugger, Usage,
 };
 use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType, Resource};
 use blockmount_bridge::gcs::{GuestConnection, GuestServer, Hresult};
@@ -446,6 +446,18 @@ impl Mounter for Agent {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.0.vm.unmount(target).await
+    }
+
+    async fn usage(&self, _: &Path) -> Result<Usage, BackendError> {
+        Err(BackendError::unsuitable("GCS has no message for it"))
+    }
+
+    async fn trim(&self, _: &Path) -> Result<u64, BackendError> {
+        Err(BackendError::unsuitable("GCS has no message for it"))
+    }
+
+    async fn grow(&self, _: &Path, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("GCS has no message for it"))
     }
 
     async fn adopt(

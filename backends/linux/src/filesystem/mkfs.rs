@@ -169,7 +169,7 @@ pub(crate) async fn make(
 }
 
 /// How the tools say that somebody else holds the device exclusively.
-const BUSY: [&str; 2] = ["in use by the system", "Device or resource busy"];
+pub(crate) const BUSY: [&str; 2] = ["in use by the system", "Device or resource busy"];
 
 #[cfg(test)]
 mod tests {

@@ -26,7 +26,8 @@ const DIRECTORIES: [&str; 7] = [
 ];
 /// As many tools write to devices at once. More would only wait for each other's writes.
 const MOST_AT_ONCE: usize = 4;
-/// How much of what a tool says is repeated, in bytes.
+/// How much of what a tool says is kept, in bytes, and how much of it an error repeats, in characters.
+const LONGEST: usize = 4 << 10;
 const LONGEST_COMPLAINT: usize = 400;
 
 static RUNNING: Semaphore = Semaphore::const_new(MOST_AT_ONCE);
@@ -43,7 +44,10 @@ pub(crate) struct Tool {
 pub(crate) struct Ended {
     /// Nothing if a signal ended it.
     pub(crate) status: Option<i32>,
+    /// What it complained about, or what it said if it did not complain.
     pub(crate) said: String,
+    /// What it said, whether it complained or not.
+    pub(crate) out: String,
 }
 
 impl Tool {
@@ -113,10 +117,14 @@ impl Tool {
         };
         let status =
             status.map_err(|error| errno_error(format!("cannot wait for {name}"), error))?;
-        let said = if error.is_empty() { out } else { error };
+        let escaped = |text: &str| blockmount::printable(text).to_string();
+        let complaint = if error.is_empty() { &out } else { &error };
+        let said = escaped(complaint).chars().take(LONGEST_COMPLAINT).collect();
+        let out = escaped(&out);
         Ok(Ended {
             status: status.code(),
-            said: blockmount::printable(&said).to_string(),
+            said,
+            out,
         })
     }
 
@@ -143,7 +151,7 @@ async fn first_of(pipe: Option<impl AsyncRead + Unpin>) -> String {
     let mut first = Vec::new();
     let mut buffer = [0; 1024];
     while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
-        let room = LONGEST_COMPLAINT.saturating_sub(first.len());
+        let room = LONGEST.saturating_sub(first.len());
         first.extend_from_slice(&buffer[..length.min(room)]);
     }
     let text = String::from_utf8_lossy(&first);

@@ -89,6 +89,13 @@ pub(crate) async fn left(
     Ok(left)
 }
 
+/// How large a node is for its guest, in bytes; nothing if there is no such node.
+pub(crate) async fn size_of_node(qmp: &Qmp, name: &str) -> Result<Option<u64>, QmpError> {
+    let mut nodes = nodes(qmp).await?.into_iter();
+    let node = nodes.find(|node| node.name == name);
+    Ok(node.and_then(|node| node.image).map(|image| image.size))
+}
+
 pub(super) async fn nodes(qmp: &Qmp) -> Result<Vec<Node>, QmpError> {
     let flat = json!({"flat": true});
     qmp.query("query-named-block-nodes", flat).await

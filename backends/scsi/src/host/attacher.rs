@@ -54,6 +54,19 @@ pub trait Attacher: Send + Sync + 'static {
     /// After any error but `Gone` the address stays out of use, and the call may be repeated.
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError>;
 
+    /// Grows the disk at an address to so many bytes, and tells the VM; as
+    /// [`Transport::resize`](blockmount::Transport::resize).
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if this hypervisor cannot do it, `Invalid` if the disk is larger or read-only.
+    async fn resize(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        bytes: u64,
+    ) -> Result<(), BackendError>;
+
     /// Says which addresses are taken, also by disks that this attacher has not put there. Changes nothing.
     ///
     /// # Errors
@@ -81,6 +94,15 @@ impl<A: Attacher + ?Sized> Attacher for Arc<A> {
 
     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
         (**self).detach(address).await
+    }
+
+    async fn resize(
+        &self,
+        address: ScsiAddress,
+        disk: &Disk,
+        bytes: u64,
+    ) -> Result<(), BackendError> {
+        (**self).resize(address, disk, bytes).await
     }
 
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {

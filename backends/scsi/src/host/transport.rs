@@ -3,7 +3,7 @@
 use std::fmt;
 
 use async_trait::async_trait;
-use blockmount::placement::{self, Call, Placement};
+use blockmount::placement::{self, Call, Placement, SlotUse};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, Presence, Transport};
 use thiserror::Error;
@@ -180,6 +180,18 @@ impl<A: Attacher> Transport for ScsiTransport<A> {
         };
         let answer = self.attacher.detach(call.address()).await;
         call.detached(answer)
+    }
+
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        let found = self.placement.map_disks(|other, (_, address), usage| {
+            (other == disk && usage == SlotUse::Occupied).then_some(*address)
+        });
+        match found.into_iter().flatten().next() {
+            Some(address) => self.attacher.resize(address, disk, bytes).await,
+            None => Err(BackendError::not_found(format!(
+                "disk {disk} is not attached"
+            ))),
+        }
     }
 
     async fn adopt(

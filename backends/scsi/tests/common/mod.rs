@@ -209,6 +209,10 @@ impl Attacher for Vm {
         self.call(address, Event::Detach(address), take).await
     }
 
+    async fn resize(&self, _: ScsiAddress, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("disks of this VM keep their size"))
+    }
+
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
         let state = self.state();
         if state.blind {

@@ -222,6 +222,12 @@ impl<A: Attacher> Transport for VpmemTransport<A> {
         call.detached(self.attacher.unmap(device, range).await)
     }
 
+    async fn resize(&self, _: &Disk, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable(
+            "devices of persistent memory keep their size",
+        ))
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,

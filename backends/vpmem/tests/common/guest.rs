@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, Manager, MountOptions, Mounter, Presence, Transport,
-    Unplugger,
+    Unplugger, Usage,
 };
 
 /// What has happened, in order: `attach vpmem:0`, `mount vpmem:0`, `unmount`, `unplug vpmem:0`, `detach`.
@@ -76,6 +76,18 @@ impl Mounter for Guest {
         Ok(())
     }
 
+    async fn usage(&self, _: &Path) -> Result<Usage, BackendError> {
+        Err(BackendError::unsuitable("this guest tells no sizes"))
+    }
+
+    async fn trim(&self, _: &Path) -> Result<u64, BackendError> {
+        Err(BackendError::unsuitable("this guest tells no sizes"))
+    }
+
+    async fn grow(&self, _: &Path, _: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsuitable("this guest tells no sizes"))
+    }
+
     async fn adopt(
         &self,
         _: &DeviceLocator,
@@ -124,6 +136,10 @@ impl Transport for Logged {
             Err(error) => format!("detach: {}", error.kind()),
         });
         answer
+    }
+
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.0.resize(disk, bytes).await
     }
 
     async fn adopt(

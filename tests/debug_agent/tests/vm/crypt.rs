@@ -140,3 +140,68 @@ async fn vm_an_agent_that_is_killed_leaves_no_encrypted_device() {
     }
     rig.end().await;
 }
+
+/// Whether a text has so many hexadecimal digits in a row that a key could be among them.
+fn has_key(text: &str) -> bool {
+    let mut runs = text.split(|c: char| !c.is_ascii_hexdigit());
+    runs.any(|digits| digits.len() >= 64)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_the_key_is_in_no_log_at_the_highest_level_and_in_no_table() {
+    let rig = Rig::start_logging().await;
+    let disk = Disk::virtual_disk(blank(&rig, "scratch", 64));
+    let mount = rig.manager.add(&disk, &encrypted("ext4")).await.unwrap();
+    let answer = rig.ask(json!("mapped_tables")).await;
+    let table = answer["mapped_tables"][0].as_str().unwrap();
+    // The kernel names the key by what its keyring called it.
+    assert!(table.contains(" :64:logon:blockmount:"), "{table}");
+    assert!(!has_key(table), "{table}");
+    mount.release().await.unwrap();
+    let console = rig.vm.console();
+    let is_detailed = console.contains("TRACE") || console.contains("DEBUG");
+    assert!(
+        is_detailed && console.contains("made a filesystem"),
+        "{console}"
+    );
+    assert!(!has_key(&console), "{console}");
+    assert!(has_key(&"0123456789abcdef".repeat(4)));
+    rig.end().await;
+}
+
+/// How many blocks of two images are the same, and not zero.
+fn equal_blocks(one: &Path, other: &Path) -> usize {
+    let (one, other) = (fs::read(one).unwrap(), fs::read(other).unwrap());
+    let both = one.chunks(4096).zip(other.chunks(4096));
+    both.filter(|(one, other)| one == other && one.iter().any(|byte| *byte != 0))
+        .count()
+}
+
+/// Random numbers that go on where a state was saved would be the same in each of its VMs, and so would the keys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_u08_two_vms_of_one_saved_state_encrypt_with_different_keys() {
+    let rigs = [Rig::start().await, Rig::start().await];
+    for is_encrypted in [false, true] {
+        let request = request(Format::new("ext4"), is_encrypted);
+        let mut images = Vec::new();
+        for rig in &rigs {
+            let image = blank(rig, &format!("{is_encrypted}"), 64);
+            let mount = rig.manager.add(&Disk::virtual_disk(&image), &request).await;
+            let mount = mount.unwrap();
+            let content = MARKER.repeat(40_000);
+            let file = mount.path().join("file");
+            rig.ask(json!({ "write": { "path": file, "content": content } }))
+                .await;
+            mount.release().await.unwrap();
+            images.push(image);
+        }
+        let equal = equal_blocks(&images[0], &images[1]);
+        match is_encrypted {
+            false => assert!(equal > 300, "the file is at the same place: {equal}"),
+            true => assert_eq!(equal, 0),
+        }
+    }
+    for rig in rigs {
+        rig.end().await;
+    }
+}
