@@ -10,14 +10,15 @@ use blockmount::{
     Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
 };
 
-use crate::device::dax;
 use crate::device::stack::{self, Timeouts};
+use crate::device::{crypt, dax};
 use crate::errno::{blocking, retry_while_busy};
 use crate::filesystem::preflight::refuse_unsupported;
 use crate::filesystem::{check, format};
 use crate::kernel::Kernel;
 use crate::mount::attempt::{expose_once, mount_once};
 use crate::mount::target::Target;
+use crate::mount::volume::ToGrow;
 use crate::mount::{expose, overlay, unmount, volume};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -327,10 +328,18 @@ impl Inner {
         let kernel = self.config.kernel;
         let deadline = Instant::now() + self.config.device_timeout;
         let (ledger, at) = (self.ledger.clone(), target.clone());
-        let find = move || volume::device_to_grow(&ledger.list(&at), kernel);
-        let bytes = volume::await_size(blocking(find).await?, bytes, deadline).await?;
+        let find = move || volume::to_grow(&ledger.list(&at), kernel);
+        let ToGrow { disk, crypt } = blocking(find).await?;
+        let bytes = volume::await_size(disk, bytes, deadline).await?;
         let (ledger, at) = (self.ledger.clone(), target.clone());
-        blocking(move || volume::grow(&ledger.list(&at), bytes, kernel)).await
+        blocking(move || {
+            let list = ledger.list(&at);
+            if let Some(step) = crypt {
+                crypt::grow(&list, &step, bytes)?;
+            }
+            volume::grow(&list, kernel)
+        })
+        .await
     }
 
     async fn unmount(&self, target: &Target) -> Result<(), BackendError> {

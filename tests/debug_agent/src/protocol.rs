@@ -44,6 +44,8 @@ pub enum OwnRequest {
     Clock,
     /// How all mapped devices are made: [`OwnResponse::MappedTables`].
     MappedTables,
+    /// Which keys of ours the kernel has: [`OwnResponse::Keys`].
+    Keys,
     /// Does an exercise: [`OwnResponse::Steps`].
     Exercise(Box<Exercise>),
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
@@ -72,6 +74,8 @@ pub enum OwnResponse {
     Clock(u64),
     /// One line for each, as `dmsetup table` prints it.
     MappedTables(Vec<String>),
+    /// The lines of `/proc/keys`.
+    Keys(Vec<String>),
     /// How many steps there were.
     Steps(u32),
 }

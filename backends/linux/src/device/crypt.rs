@@ -1,7 +1,7 @@
 //! Devices that are encrypted with a key of their own (dm-crypt), which nobody knows and which ends with the device.
 //!
-//! The key is made here and given to the kernel's keyring, from where dm-crypt takes it; then the keyring forgets it. It is
-//! in no request, table or message: they have only the name under which the keyring had it.
+//! The key is made here and given to the kernel's keyring, from where dm-crypt takes it, and which forgets it with the device.
+//! No program can read it. It is in no request, table or message: they have only the name under which the keyring has it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use crate::device::{key, mapped, node};
 use crate::errno::{errno_error, errno_of};
 use crate::filesystem::probe::{Content, probe};
 use crate::undo::ledger::UndoList;
+use crate::undo::locks::Key;
 use crate::undo::step::{CryptStep, Undo};
 
 const KIND: &str = "crypt";
@@ -64,7 +65,7 @@ pub(crate) fn open(
         let key = key::Ephemeral::new(&names.name)?;
         let table = table(backing, length, &key);
         let made = mapper.create_mapped(names, &table, Access::ReadWrite);
-        key.forget();
+        key.leave();
         made.map_err(|error| explain_refusal(mapper, error))
     })
 }
@@ -75,7 +76,38 @@ pub(crate) fn open(
 ///
 /// `Busy` while somebody uses it.
 pub(crate) fn undo(step: &CryptStep) -> Result<(), BackendError> {
-    mapped::remove(&step.names())
+    let names = step.names();
+    mapped::remove(&names)?;
+    key::forget(&names.name);
+    Ok(())
+}
+
+/// Has the device that encrypts another take all of that, which has so many bytes now. It stays in use. Blocks.
+///
+/// # Errors
+///
+/// `Unsuitable` if its key was not kept.
+pub(crate) fn grow(list: &UndoList<'_>, step: &CryptStep, bytes: u64) -> Result<(), BackendError> {
+    let Names { name, uuid } = step.names();
+    let _held = list.hold(Key::Mapped(name.clone()))?;
+    let mapper = DeviceMapper::open()?;
+    let gone = || BackendError::not_found(format!("mapped device {name} is gone"));
+    mapper.find_uuid(&uuid)?.ok_or_else(gone)?;
+    let now = mapper.table(&name)?.and_then(|mut table| table.pop());
+    let now = now.ok_or_else(gone)?;
+    // It goes on as it began.
+    let unit = match now.parameters.contains("sector_size:") {
+        true => LARGE_SECTOR,
+        false => SECTOR,
+    };
+    let length = bytes / unit * unit / SECTOR;
+    if length <= now.length {
+        return Ok(());
+    }
+    let key = key::Ephemeral::find(&name)?;
+    let grown = mapper.replace(&name, &Target { length, ..now }, Access::ReadWrite);
+    key.leave();
+    grown
 }
 
 /// The node of the device that encrypts another. Blocks.

@@ -21,12 +21,21 @@ const LENGTH: usize = 64;
 const KIND: &str = "logon";
 /// The keyring of the thread, where the kernel looks first, and others do not look at all.
 const THREAD_KEYRING: c_long = -1;
-/// `KEYCTL_INVALIDATE`: Linux 3.5.
+/// The keyring of the user, root, which lives as long as the kernel.
+const USER_KEYRING: c_long = -4;
+/// What is asked of keyctl(2), by the numbers of `linux/keyctl.h`: the last one is of Linux 3.5.
+const SET_PERMISSIONS: c_long = 5;
+const LINK: c_long = 8;
+const UNLINK: c_long = 9;
+const SEARCH: c_long = 10;
 const INVALIDATE: c_long = 21;
+/// `KEY_POS_ALL | KEY_USR_ALL`: also for a process of root that the keyring is not linked to. No program can read the key.
+const EVERYTHING: c_long = 0x3f3f_0000;
 /// `_IO('R', 7)`: have the random numbers begin anew, with what the processor gives.
 const RESEED: libc::Ioctl = 0x5207;
 
-/// A random key in the keyring of this thread, which no other thread can find.
+/// A random key. As long as this is there, the kernel finds it for this thread; the keyring of root has it as long as its
+/// device is there, which needs it again to grow.
 #[derive(Debug)]
 pub(super) struct Ephemeral {
     id: c_long,
@@ -34,7 +43,7 @@ pub(super) struct Ephemeral {
 }
 
 impl Ephemeral {
-    /// Makes a key. It can be found by this thread only.
+    /// Makes a key.
     ///
     /// # Errors
     ///
@@ -48,7 +57,7 @@ impl Ephemeral {
             filled += getrandom(&mut key[filled..], GetRandomFlags::empty())
                 .map_err(|errno| errno_error(what, errno))?;
         }
-        let description = format!("blockmount:{name}");
+        let description = describe(name);
         let added = add(&description, &key);
         key.fill(0);
         // What nobody reads any more is written all the same.
@@ -60,22 +69,84 @@ impl Ephemeral {
             }
             _ => errno_error(what, error),
         })?;
+        let kept = keyctl([SET_PERMISSIONS, id, EVERYTHING])
+            .and_then(|_| keyctl([LINK, id, USER_KEYRING]));
+        if let Err(error) = kept {
+            tracing::debug!(%error, "the key cannot be kept: its device cannot grow");
+        }
         Ok(Ephemeral { id, description })
     }
 
-    /// Has the keyring forget the key: dm-crypt has a copy of its own.
-    pub(super) fn forget(self) {
-        // SAFETY: the call takes numbers only.
-        let forgotten = unsafe { libc::syscall(libc::SYS_keyctl, INVALIDATE, self.id) };
-        if forgotten != 0 {
-            let error = io::Error::last_os_error();
-            tracing::warn!(%error, "a key stays in the keyring of a thread until that ends");
+    /// The key that was made under a name.
+    ///
+    /// # Errors
+    ///
+    /// `Unsuitable` if it was not kept.
+    pub(super) fn find(name: &str) -> Result<Self, BackendError> {
+        let description = describe(name);
+        let found = search(&description).and_then(|id| {
+            keyctl([LINK, id, THREAD_KEYRING]).map(|_| Ephemeral { id, description })
+        });
+        found.map_err(|error| {
+            let message =
+                format!("the kernel has not kept the key of {name} for anybody but its device");
+            BackendError::unsuitable(message).with_source(error)
+        })
+    }
+
+    /// Only the keyring of root has it from now on.
+    pub(super) fn leave(self) {
+        if let Err(error) = keyctl([UNLINK, self.id, THREAD_KEYRING]) {
+            tracing::debug!(%error, "a key stays in the keyring of a thread until that ends");
         }
     }
 
     /// What stands for the key in a table.
     pub(super) fn reference(&self) -> String {
         format!(":{LENGTH}:{KIND}:{}", self.description)
+    }
+}
+
+/// Has the kernel forget the key that was made under a name, if it has kept one: its device is gone.
+pub(super) fn forget(name: &str) {
+    let forgotten = search(&describe(name)).and_then(|id| keyctl([INVALIDATE, id, 0]));
+    match forgotten {
+        Err(error) if error.raw_os_error() != Some(libc::ENOKEY) => {
+            tracing::debug!(%error, name, "whether the key was forgotten is not known");
+        }
+        _ => {}
+    }
+}
+
+fn describe(name: &str) -> String {
+    format!("blockmount:{name}")
+}
+
+fn keyctl([what, key, argument]: [c_long; 3]) -> io::Result<c_long> {
+    // SAFETY: these calls take numbers only.
+    match unsafe { libc::syscall(libc::SYS_keyctl, what, key, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        answer => Ok(answer),
+    }
+}
+
+/// Looks for a key in the keyring of root.
+fn search(description: &str) -> io::Result<c_long> {
+    let (kind, description) = (CString::new(KIND)?, CString::new(description)?);
+    // SAFETY: the strings end with a NUL and outlive the call, which keeps none of them.
+    let id = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            SEARCH,
+            USER_KEYRING,
+            kind.as_ptr(),
+            description.as_ptr(),
+            0,
+        )
+    };
+    match id {
+        -1 => Err(io::Error::last_os_error()),
+        id => Ok(id),
     }
 }
 
@@ -122,17 +193,22 @@ mod tests {
 
     #[test]
     fn a_key_is_known_by_its_name_only_and_forgotten() {
-        let key = match Ephemeral::new("test") {
+        let name = format!("test-{}", std::process::id());
+        let key = match Ephemeral::new(&name) {
             Ok(key) => key,
             // Containers may have no keyring.
             Err(error) => return assert!(!error.message().is_empty()),
         };
-        assert_eq!(key.reference(), ":64:logon:blockmount:test");
+        assert_eq!(key.reference(), format!(":64:logon:blockmount:{name}"));
         assert!(!format!("{key:?}").contains("[")); // no bytes of it
         let id = key.id;
-        key.forget();
-        // SAFETY: the call takes numbers only.
-        let again = unsafe { libc::syscall(libc::SYS_keyctl, INVALIDATE, id) };
-        assert_eq!(again, -1);
+        key.leave();
+        let again = Ephemeral::find(&name).unwrap();
+        assert_eq!(again.id, id);
+        again.leave();
+        forget(&name);
+        Ephemeral::find(&name).unwrap_err();
+        keyctl([INVALIDATE, id, 0]).unwrap_err();
+        forget(&name);
     }
 }

@@ -191,6 +191,26 @@ impl DeviceMapper {
         Ok(done.number())
     }
 
+    /// Gives a device another table, while it is in use. After an error it has the one from before.
+    ///
+    /// # Errors
+    ///
+    /// Those of the kind of target as the kernel answers them.
+    pub(crate) fn replace(
+        &self,
+        name: &str,
+        table: &Target,
+        access: Access,
+    ) -> Result<(), BackendError> {
+        self.load(name, table, access)?;
+        self.resume(name).map(drop).inspect_err(|_| {
+            // The new one waits beside the one in use.
+            if let Err(errno) = self.run(Command::Clear, Request::new(name)) {
+                tracing::warn!(name, %errno, "a table that is not used stays");
+            }
+        })
+    }
+
     /// Removes a device. False if there is none of that name.
     ///
     /// # Errors

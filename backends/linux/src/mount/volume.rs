@@ -16,7 +16,7 @@ use crate::kernel::Kernel;
 use crate::mount::mounting::path_of;
 use crate::mount::unmount::{Now, now};
 use crate::undo::ledger::UndoList;
-use crate::undo::step::Undo;
+use crate::undo::step::{CryptStep, Undo};
 
 /// The numbers of filesystems in statfs(2), of `linux/magic.h`.
 const EXT: u64 = 0xef53;
@@ -125,16 +125,22 @@ fn refuse_read_only(what: &str, directory: &File) -> Result<(), BackendError> {
     }
 }
 
-/// The device of a target whose size is that of its disk. Blocks.
+/// What there is to grow at a target.
+#[derive(Debug)]
+pub(crate) struct ToGrow {
+    /// The device that has the size of its disk.
+    pub(crate) disk: DeviceNumber,
+    /// What is between that and the filesystem.
+    pub(crate) crypt: Option<CryptStep>,
+}
+
+/// Finds out what there is to grow at a target. Blocks.
 ///
 /// # Errors
 ///
-/// `NotFound` if nothing of ours is there; `Unsuitable` if there is something in between that has a size of its own;
-/// `Invalid` if it is mounted read-only.
-pub(crate) fn device_to_grow(
-    list: &UndoList<'_>,
-    kernel: Kernel,
-) -> Result<DeviceNumber, BackendError> {
+/// `NotFound` if nothing of ours is there; `Unsuitable` if there is something in between that keeps its size; `Invalid` if it
+/// is mounted read-only.
+pub(crate) fn to_grow(list: &UndoList<'_>, kernel: Kernel) -> Result<ToGrow, BackendError> {
     let what = format!("cannot grow {}", list.target().path().display());
     let device = match find(list, kernel)? {
         Volume::Mounted(directory, Some(device)) => {
@@ -147,18 +153,21 @@ pub(crate) fn device_to_grow(
             return Err(BackendError::unsuitable(message));
         }
     };
-    let in_between = list.steps().iter().find_map(|step| match step {
-        Undo::RemoveRange(_) => Some("a byte range of its disk"),
-        Undo::DeletePartition(_) => Some("a partition"),
-        Undo::CloseVerity(_) => Some("data whose integrity is checked"),
-        // Whoever could make a larger one would have to know the key.
-        Undo::CloseCrypt(_) => Some("encrypted with a key that only the present device has"),
-        _ => None,
-    });
-    let is_partition = || device.sysfs().join("partition").exists();
+    let (mut crypt, mut in_between) = (None, None);
+    for step in list.steps() {
+        match step {
+            Undo::RemoveRange(_) => in_between = Some("a byte range of its disk"),
+            Undo::DeletePartition(_) => in_between = Some("a partition"),
+            Undo::CloseVerity(_) => in_between = Some("data whose integrity is checked"),
+            Undo::CloseCrypt(step) => crypt = Some(step),
+            Undo::Unmount(_) | Undo::RemoveNode(_) | Undo::RemoveDirectory(_) => {}
+        }
+    }
+    let disk = crypt.as_ref().map_or(device, |step| step.backing);
+    let is_partition = || disk.sysfs().join("partition").exists();
     match in_between.or_else(|| is_partition().then_some("a partition")) {
         Some(other) => Err(BackendError::unsuitable(format!("{what}: it is {other}"))),
-        None => Ok(device),
+        None => Ok(ToGrow { disk, crypt }),
     }
 }
 
@@ -201,16 +210,17 @@ pub(crate) async fn await_size(
     })
 }
 
-/// Grows the filesystem at a target to the size of its device, in bytes. Blocks.
+/// Grows the filesystem at a target to the size of its device. Blocks.
 ///
 /// # Errors
 ///
 /// `Unsuitable` if it cannot grow while it is mounted.
-pub(crate) fn grow(list: &UndoList<'_>, bytes: u64, kernel: Kernel) -> Result<(), BackendError> {
+pub(crate) fn grow(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendError> {
     let what = format!("cannot grow {}", list.target().path().display());
-    let Volume::Mounted(directory, _) = find(list, kernel)? else {
+    let Volume::Mounted(directory, Some(device)) = find(list, kernel)? else {
         return Ok(());
     };
+    let bytes = size(device)?;
     let stat = fstatfs(&directory).map_err(|errno| errno_error(&*what, errno))?;
     let block = u64::try_from(stat.f_bsize).unwrap_or_default();
     let grown = match stat.f_type as u64 & 0xffff_ffff {

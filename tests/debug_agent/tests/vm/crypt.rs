@@ -157,7 +157,10 @@ async fn vm_the_key_is_in_no_log_at_the_highest_level_and_in_no_table() {
     // The kernel names the key by what its keyring called it.
     assert!(table.contains(" :64:logon:blockmount:"), "{table}");
     assert!(!has_key(table), "{table}");
+    let keys = rig.ask(json!("keys")).await["keys"].clone();
+    assert_eq!(keys.as_array().unwrap().len(), 1, "{keys}");
     mount.release().await.unwrap();
+    assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     let console = rig.vm.console();
     let is_detailed = console.contains("TRACE") || console.contains("DEBUG");
     assert!(

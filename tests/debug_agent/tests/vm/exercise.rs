@@ -117,7 +117,7 @@ async fn exercise(fault: Fault) {
         assert!(steps > 8, "{exercise:?} had {steps} steps");
         tried += 1;
     }
-    assert_eq!(tried, 20);
+    assert_eq!(tried, 22);
     for Tried { disk, locator, .. } in &disks {
         rig.guest.unplug(locator).await.unwrap();
         rig.scsi.detach(disk).await.unwrap();

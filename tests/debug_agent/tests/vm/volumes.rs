@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 
-use blockmount::{Disk, ErrorKind, Expose, Format, MountOptions, MountRequest, Step};
+use blockmount::{Disk, Encryption, ErrorKind, Expose, Format, MountOptions, MountRequest, Step};
 use serde_json::json;
 
 use crate::rig::Rig;
@@ -12,12 +12,19 @@ const MIB: u64 = 1 << 20;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_a_mounted_disk_grows_from_its_image_to_its_filesystem() {
     let rig = Rig::start().await;
-    for (filesystem, before, after) in [("ext4", 64, 192), ("xfs", 320, 512)] {
-        let image = rig.path(filesystem);
+    for (filesystem, before, after, is_encrypted) in [
+        ("ext4", 64, 192, false),
+        ("xfs", 320, 512, false),
+        ("ext4", 64, 192, true),
+    ] {
+        let image = rig.path(&format!("{filesystem}-{is_encrypted}"));
         File::create(&image).unwrap().set_len(before * MIB).unwrap();
         let disk = Disk::virtual_disk(&image);
         let attachment = rig.manager.attach(&disk).await.unwrap();
-        let options = MountOptions::builder().format(Format::new(filesystem));
+        let mut options = MountOptions::builder().format(Format::new(filesystem));
+        if is_encrypted {
+            options = options.encryption(Encryption::Ephemeral);
+        }
         let request = MountRequest::new(options.build().unwrap());
         let mount = rig.manager.add(&disk, &request).await.unwrap();
         let file = mount.path().join("file");
@@ -42,9 +49,15 @@ async fn vm_a_mounted_disk_grows_from_its_image_to_its_filesystem() {
             (ErrorKind::Invalid, Step::Resize)
         );
         rig.ask(json!({ "remove": { "path": file } })).await;
-        assert!(rig.manager.trim(&mount).await.unwrap() > content.len() as u64);
+        match (rig.manager.trim(&mount).await, is_encrypted) {
+            (Ok(bytes), false) => assert!(bytes > content.len() as u64, "{bytes}"),
+            // What is free would show in the image.
+            (trimmed, true) => assert_eq!(trimmed.unwrap_err().kind(), ErrorKind::Unsuitable),
+            (Err(error), false) => panic!("{error}: {}", error.cause()),
+        }
         mount.release().await.unwrap();
         attachment.release().await.unwrap();
+        assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
         // What has grown is found by the next who mounts it.
         let mount = rig.manager.add(&disk, &request).await.unwrap();
         let again = rig.manager.usage(&mount).await.unwrap().bytes;

@@ -22,6 +22,7 @@ pub(super) enum Command {
     Resume = 6,
     Status = 7,
     Load = 9,
+    Clear = 10,
     /// Tells tables with a flag, and their state without.
     Table = 12,
     Versions = 13,
@@ -71,6 +72,7 @@ mod tests {
         assert_eq!(Command::Remove.request(), 0xc138_fd04);
         assert_eq!(Command::Resume.request(), 0xc138_fd06);
         assert_eq!(Command::Load.request(), 0xc138_fd09);
+        assert_eq!(Command::Clear.request(), 0xc138_fd0a);
         assert_eq!(Command::Status.request(), 0xc138_fd07);
         assert_eq!(Command::Table.request(), 0xc138_fd0c);
         assert_eq!(Command::Versions.request(), 0xc138_fd0d);
