@@ -148,7 +148,10 @@ fn report(out: &str) -> String {
     let parts: Vec<&str> = out.split("; ").filter(|part| !is_progress(part)).collect();
     match parts.is_empty() {
         true => "the tool does not say how".to_owned(),
-        false => parts.join("; ").chars().take(400).collect(),
+        false => {
+            let report: String = parts.join("; ").chars().take(400).collect();
+            report.trim_end_matches('.').to_owned()
+        }
     }
 }
 
