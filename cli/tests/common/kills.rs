@@ -19,7 +19,7 @@ use blockmount::journal::{Journal, Record, RecordKey};
 use blockmount::{
     BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Held, HolderName, LayerCombiner, Manager,
     MountOptions, MountRequest, Mounter, Overlay, Presence, Recovery, StackRequest, Transport,
-    Unplugger,
+    Unplugger, Usage,
 };
 use blockmount_journal::FileJournal;
 use rustix::process::{Signal, getpid, kill_process};
@@ -320,6 +320,10 @@ impl<T: Transport> Transport for Gated<T> {
         self.0.around("detach", self.1.detach(disk)).await
     }
 
+    async fn resize(&self, disk: &Disk, bytes: u64) -> Result<(), BackendError> {
+        self.1.resize(disk, bytes).await
+    }
+
     async fn adopt(
         &self,
         disk: &Disk,
@@ -352,6 +356,18 @@ impl<T: Mounter> Mounter for Gated<T> {
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         self.0.around("unmount", self.1.unmount(target)).await
+    }
+
+    async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
+        self.1.usage(target).await
+    }
+
+    async fn trim(&self, target: &Path) -> Result<u64, BackendError> {
+        self.1.trim(target).await
+    }
+
+    async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
+        self.1.grow(target, bytes).await
     }
 
     async fn adopt(

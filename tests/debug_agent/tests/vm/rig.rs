@@ -38,6 +38,10 @@ const ANSWERING: Duration = Duration::from_secs(20);
 /// How long a disk may take to appear: with 256 plugged at once under emulation, on a machine with a load of ten.
 const APPEARING: Duration = Duration::from_secs(240);
 
+/// Everything that our crates log. What those below them say of each system call would hold up the console for minutes.
+const ALL_OF_OURS: &str =
+    "blockmount=trace,blockmount_agent=trace,blockmount_bridge=trace,blockmount_linux=trace";
+
 /// The guest's files, read and packed once for all tests of this program.
 static IMAGE: OnceCell<GuestImage> = OnceCell::const_new();
 
@@ -192,7 +196,7 @@ impl Rig {
 
     /// A VM whose agent logs everything that it can, on the console.
     pub async fn start_logging() -> Rig {
-        let image = build_image(&["--log", "trace"]).await;
+        let image = build_image(&["--log", ALL_OF_OURS]).await;
         Self::start_in(machine(image).start().await.unwrap(), None).await
     }
 

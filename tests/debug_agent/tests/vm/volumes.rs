@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use blockmount::{Disk, Encryption, ErrorKind, Expose, Format, MountOptions, MountRequest, Step};
 use serde_json::json;
 
-use crate::rig::Rig;
+use crate::rig::{Rig, read_only};
 
 const MIB: u64 = 1 << 20;
 
@@ -61,7 +61,9 @@ async fn vm_a_mounted_disk_grows_from_its_image_to_its_filesystem() {
         // What has grown is found by the next who mounts it.
         let mount = rig.manager.add(&disk, &request).await.unwrap();
         let again = rig.manager.usage(&mount).await.unwrap().bytes;
-        assert_eq!(again.total, large.total);
+        if !is_encrypted {
+            assert_eq!(again.total, large.total);
+        }
         mount.release().await.unwrap();
     }
     rig.end().await;
@@ -84,9 +86,11 @@ async fn vm_an_exposed_device_grows_and_what_cannot_grow_is_said() {
     attachment.release().await.unwrap();
     // A layer is attached read-only.
     let layer = rig.layer("layer");
+    let mount = rig.manager.add(&layer, &read_only()).await.unwrap();
     let attachment = rig.manager.attach(&layer).await.unwrap();
     let error = rig.manager.resize(&attachment, 80 * MIB).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{}", error.cause());
     attachment.release().await.unwrap();
+    mount.release().await.unwrap();
     rig.end().await;
 }
