@@ -12,8 +12,7 @@ use crate::codec::{AgentCodec, Ask, HostCodec, Step};
 use crate::connection::Connection;
 use crate::link::{Failure, Link};
 use crate::protocol::{
-    Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame,
-    short_line,
+    Answer, First, Greeting, Hello, HelloAnswer, Id, Reply, Request, SOFTWARE, frame, short_line,
 };
 use crate::server::{Guest, Server};
 
