@@ -348,9 +348,10 @@ pub(crate) struct CleanupArgs {
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
-    /// Also remove the mounts of killed runs that have a name, with all that was written to them
-    #[arg(long)]
-    pub(crate) resumable: bool,
+    /// Also remove the mount of a killed run with this name (of all that have names if none is given), with all that
+    /// was written to it
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true)]
+    pub(crate) resumable: Option<Option<HolderName>>,
 
     /// Print the result as one JSON object on stdout
     #[arg(long)]

@@ -16,14 +16,20 @@ use crate::machine::require_root;
 use crate::terminal::{print, print_json};
 
 use report::{Item, Outcome, Report};
+use scan::Unwanted;
 
 /// Cleans up, or only looks. `Ok` is the exit status: 1 if something had to be left.
 pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, Failure> {
     require_root("cleanup")?;
     interrupt.now("cleaning up");
-    let (dry_run, resumable) = (args.dry_run, args.resumable);
+    let dry_run = args.dry_run;
+    let unwanted = match args.resumable {
+        None => Unwanted::Nothing,
+        Some(None) => Unwanted::All,
+        Some(Some(name)) => Unwanted::Named(name),
+    };
     let report = interrupt
-        .blocking(move |stop| clean_up(dry_run, resumable, stop))
+        .blocking(move |stop| clean_up(dry_run, &unwanted, stop))
         .await?;
     match args.json {
         true => print_json(&report)?,
@@ -36,8 +42,8 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
     })
 }
 
-fn clean_up(dry_run: bool, resumable: bool, stop: &Stop) -> Result<Report, Failure> {
-    let found = scan::scan(resumable)?;
+fn clean_up(dry_run: bool, unwanted: &Unwanted, stop: &Stop) -> Result<Report, Failure> {
+    let found = scan::scan(unwanted)?;
     let mut items = match dry_run {
         true => remove::show(&found),
         false => remove::remove(&found, stop)?,

@@ -14,7 +14,7 @@ use crate::failure::{Context, FAILED, Failure};
 use crate::guest::{Guest, Mounts, Place, Transports};
 use crate::images;
 use crate::interrupt::Interrupt;
-use crate::kernel::Tables;
+use crate::kernel::{Tables, loop_marks};
 use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
 use crate::run::Run;
@@ -41,7 +41,7 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     let ended = machine.end(&interrupt).await;
     progress.done();
     let after = Tables::read()?;
-    let mut left_over = after.left_over(&ended.ours, &before);
+    let mut left_over = after.left_over(&ended.ours, &before, loop_marks);
     left_over.extend(ended.left_in_guest);
     let mut report = match (result, ended.result) {
         (Ok(report), Ok(())) => report,

@@ -7,8 +7,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use blockmount_linux::mountinfo::{self, MountInfo};
+use blockmount_loopback::bound_loops;
 
 use crate::failure::{Context, Failure};
+use crate::run::OVERLAY;
 
 /// The kernel's tables at one moment.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub(crate) struct Tables {
 /// What would be ours if it were found.
 #[derive(Debug, Default)]
 pub(crate) struct Ours {
+    /// What our overlays and loop devices carry.
+    pub(crate) mark: String,
     /// Directories of ours, with all below them.
     pub(crate) directories: Vec<PathBuf>,
     /// Paths at which something of ours was mounted.
@@ -63,11 +67,19 @@ impl Tables {
     }
 
     /// What of ours is in these tables or on the disk and was not there `before`, one line each.
-    pub(crate) fn left_over(&self, ours: &Ours, before: &Tables) -> Vec<String> {
+    ///
+    /// A path or a number that was ours may be another run's by now: `marks` says what each loop device carries.
+    pub(crate) fn left_over(
+        &self,
+        ours: &Ours,
+        before: &Tables,
+        marks: impl FnOnce() -> BTreeMap<String, String>,
+    ) -> Vec<String> {
         let below = |path: &Path| ours.directories.iter().any(|dir| path.starts_with(dir));
         let mounts = self.mounts.iter().filter(|mount| {
-            let is_ours = below(&mount.mount_point) || ours.targets.contains(&mount.mount_point);
-            is_ours && !before.mounts.contains(mount)
+            let is_marked = mount.filesystem == OVERLAY && *mount.source == *ours.mark;
+            let is_at_target = is_marked && ours.targets.contains(&mount.mount_point);
+            (below(&mount.mount_point) || is_at_target) && !before.mounts.contains(mount)
         });
         let mounts = mounts.map(|mount| {
             format!(
@@ -78,12 +90,16 @@ impl Tables {
         });
         let loops = self.loops.iter().filter(|(name, file)| {
             let file = without_deleted(file);
-            below(file)
-                || ours
-                    .loops
-                    .iter()
-                    .any(|(ours, was)| ours == *name && was == file)
+            let was_ours = |(ours, was): &(String, PathBuf)| ours == *name && was == file;
+            below(file) || ours.loops.iter().any(was_ours)
         });
+        let loops: Vec<_> = loops.collect();
+        let marks = match loops.is_empty() {
+            true => BTreeMap::new(),
+            false => marks(),
+        };
+        let is_anothers = |name: &str| marks.get(name).is_some_and(|mark| *mark != ours.mark);
+        let loops = loops.into_iter().filter(|(name, _)| !is_anothers(name));
         let loops = loops.map(|(name, file)| format!("loop device {name} of {}", file.display()));
         let directories = ours
             .directories
@@ -92,6 +108,14 @@ impl Tables {
         let directories = directories.map(|path| format!("directory {}", path.display()));
         mounts.chain(loops).chain(directories).collect()
     }
+}
+
+/// What each loop device in use carries, by its kernel name; nothing if they cannot be asked. Blocks.
+pub(crate) fn loop_marks() -> BTreeMap<String, String> {
+    let bound = bound_loops().unwrap_or_default().into_iter();
+    bound
+        .map(|bound| (format!("loop{}", bound.number()), bound.mark()))
+        .collect()
 }
 
 /// The kernel appends this to the name of a file that was removed.
@@ -107,16 +131,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_what_is_ours_and_nothing_else() {
+    fn r23_finds_what_is_ours_and_nothing_else() {
         let mounts = mountinfo::parse(
             b"1 0 7:1 / /run/blockmount/x/m/0 rw - ext4 /dev/loop1 rw\n\
-              2 0 7:2 / /mnt/tree rw - overlay blockmount rw\n\
+              2 0 7:2 / /mnt/tree rw - overlay blockmount:x rw\n\
+              5 0 7:2 / /mnt/tree rw - overlay blockmount:y rw\n\
               3 0 7:3 / /run/blockmount/xy rw - ext4 /dev/loop3 rw\n\
               4 0 7:4 / /mnt/tree rw - ext4 /dev/sda1 rw\n",
         );
         // Somebody else's, below ours: it was there before.
         let before = Tables {
-            mounts: mounts[3..].to_vec(),
+            mounts: mounts[4..].to_vec(),
             loops: BTreeMap::new(),
         };
         let loops = [
@@ -124,19 +149,24 @@ mod tests {
             ("loop2", "/img"),
             ("loop3", "/img"),
             ("loop4", "/wx"),
+            ("loop5", "/img"),
         ];
         let loops = loops
             .map(|(name, file)| (name.to_owned(), PathBuf::from(file)))
             .into();
         let ours = Ours {
+            mark: "blockmount:x".to_owned(),
             directories: vec!["/run/blockmount/x".into(), "/w".into()],
             targets: vec!["/mnt/tree".into()],
             loops: vec![
                 ("loop2".into(), "/img".into()),
                 ("loop4".into(), "/img".into()),
+                ("loop5".into(), "/img".into()),
             ],
         };
-        let found = Tables { mounts, loops }.left_over(&ours, &before);
+        // The number and the file are those of ours, and the device is another run's by now.
+        let marks = || BTreeMap::from([("loop5".to_owned(), "blockmount:y".to_owned())]);
+        let found = Tables { mounts, loops }.left_over(&ours, &before, marks);
         assert_eq!(
             found,
             [

@@ -15,7 +15,7 @@ use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
 
 use crate::failure::{Context, Failure};
 use crate::guest::{Guest, MOUNTS, Place, QemuGuest};
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Further, Interrupt};
 use crate::recorder::Recorder;
 use crate::run::Run;
 
@@ -33,6 +33,8 @@ pub(crate) struct Machine {
     targets: Vec<PathBuf>,
     /// The errors of what was released, and has lost writes.
     lost: Vec<blockmount::Error>,
+    /// The signals since the release has begun.
+    further: Option<Further>,
     /// What an earlier program of this run has left, until it is claimed.
     recovery: Option<Recovery>,
     /// The mount of an earlier program could not be resumed. Its files stay, and what uses its disks is no other user
@@ -131,6 +133,7 @@ impl Machine {
             helper_recorder,
             targets: Vec::new(),
             lost: Vec::new(),
+            further: None,
             recovery,
             not_resumed: false,
         })
@@ -155,11 +158,21 @@ impl Machine {
     }
 
     /// Says that the mount of an earlier program, if this is one, could not be resumed.
-    pub(crate) fn keep_if_resumed(&mut self) {
+    fn keep_if_resumed(&mut self) {
         self.not_resumed = self.run.is_resumed();
         if self.not_resumed {
             self.run.mark_lost("its mount could not be resumed");
         }
+    }
+
+    /// Whether an earlier program has started this run.
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.run.is_resumed()
+    }
+
+    /// The mount is up: from now on a clean-up keeps it, if it has a name.
+    pub(crate) fn mark_held(&self) -> Result<(), Failure> {
+        self.run.mark_held()
     }
 
     /// Leaves everything to the next program that resumes the run, as if this one had been killed.

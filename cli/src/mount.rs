@@ -13,7 +13,7 @@ use crate::failure::{Context, FAILED, Failure, printable};
 use crate::guest::{GuestKind, Needs, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
-use crate::kernel::Tables;
+use crate::kernel::{Tables, loop_marks};
 use crate::machine::{Machine, require_root};
 use crate::report::{passed_on, table};
 use crate::run::{self, Remembered, Run};
@@ -84,18 +84,16 @@ async fn resume(
 ) -> Result<u8, Failure> {
     let (run, remembered) = Run::resume(name)?;
     let guest = remembered.guest();
-    let kept = discard_advice(run.work_dir());
-    let left = |failure: Failure| {
-        failure.advise(format!(
-            "the mount is left as it was; go on with it: sudo blockmount mount --resume {name}"
-        ))
-    };
+    let kept = discard_advice(run.work_dir(), Some(name));
+    args.name = Some(name.clone());
+    let left = |failure: Failure| left(failure, name);
     // Whichever had the disks.
     let transports = (guest == GuestKind::Qemu).then_some(Transports::Auto);
     let place = Place::of(guest, transports, false)?;
     let machine = Machine::start(place, || Ok(run), interrupt).await;
     interrupt.check().map_err(left)?;
-    let mut machine = machine.map_err(|failure| failure.advise(kept))?;
+    let again = format!("try it again: sudo blockmount mount --resume {name}; {kept}");
+    let mut machine = machine.map_err(|failure| failure.advise(again))?;
     let target = remembered.target();
     machine.note_target(&target)?;
     args.layers.0 = remembered.layers();
@@ -120,7 +118,19 @@ async fn hold_until_the_end(
 ) -> Result<u8, Failure> {
     let held = match stack {
         Ok(stack) => {
-            let shown = show(args, &machine, &stack).await;
+            let shown = match machine.mark_held() {
+                Ok(()) => show(args, &machine, &stack).await,
+                failed => failed,
+            };
+            let shown = match (shown, &args.name) {
+                // Others may be at work in it, as they were before this program came.
+                (Err(failure), Some(name)) if machine.is_resumed() => {
+                    machine.leave(stack);
+                    return Err(left(failure, name));
+                }
+                (shown, _) => shown,
+            };
+            let further = interrupt.further();
             if shown.is_ok() {
                 let why = tokio::select! {
                     signal = interrupt.requested() => signal.to_owned(),
@@ -131,11 +141,8 @@ async fn hold_until_the_end(
                     printable(target.display())
                 ));
             }
-            if shown.is_err() {
-                machine.keep_if_resumed();
-            }
             interrupt.now("releasing the stack");
-            machine.release(stack).await;
+            machine.release(stack, further).await;
             shown
         }
         Err(failure) => Err(failure),
@@ -147,9 +154,9 @@ async fn hold_until_the_end(
         }
         return held
             .map(|()| 0)
-            .map_err(|failure| failure.advise(discard_advice(&work)));
+            .map_err(|failure| failure.advise(discard_advice(&work, args.name.as_ref())));
     }
-    let mut left_over = Tables::read()?.left_over(&ended.ours, before);
+    let mut left_over = Tables::read()?.left_over(&ended.ours, before, loop_marks);
     left_over.extend(ended.left_in_guest);
     match (held, ended.result) {
         (Err(failure), Err(ended)) => {
@@ -179,11 +186,19 @@ fn in_the_way(failure: Failure, target: &Path) -> Failure {
     }
 }
 
+/// A resume that has changed nothing.
+fn left(failure: Failure, name: &HolderName) -> Failure {
+    failure.advise(format!(
+        "the mount is left as it was; go on with it: sudo blockmount mount --resume {name}"
+    ))
+}
+
 /// What to do with a mount that could not be resumed.
-fn discard_advice(work: &Path) -> String {
+fn discard_advice(work: &Path, name: Option<&HolderName>) -> String {
     let work = printable(work.display());
+    let name = name.map(|name| format!("={name}")).unwrap_or_default();
     format!(
-        "what was written stays in {work}, mounted or not; to discard it: sudo blockmount cleanup --resumable"
+        "what was written stays in {work}, mounted or not; to discard it: sudo blockmount cleanup --resumable{name}"
     )
 }
 

@@ -187,6 +187,7 @@ impl RunPaths {
         for file in [
             self.remembered_draft(),
             self.remembered_file(),
+            self.unheld_file(),
             self.lost_file(),
         ] {
             absent_is_done(fs::remove_file(file)).context(what)?;

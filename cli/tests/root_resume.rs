@@ -176,9 +176,11 @@ fn root_what_can_be_resumed_is_removed_only_on_request() {
 }
 
 #[test]
-fn root_a_named_mount_that_is_killed_at_any_moment_of_its_set_up_can_be_ended() {
+fn root_r20_a_mount_that_is_killed_while_it_is_set_up_does_not_keep_its_name() {
     let _alone = alone();
     let wanted = Wanted::new("moments");
+    let other = Wanted::new("beside");
+    let precious = other.killed_with_a_file();
     let name = wanted.dir.path().file_name().unwrap();
     for moment in 0..12 {
         let mut command = common::program(["mount"]);
@@ -194,23 +196,68 @@ fn root_a_named_mount_that_is_killed_at_any_moment_of_its_set_up_can_be_ended() 
         match hold(["--resume", &wanted.name]) {
             Ok(held) => {
                 assert_eq!(fs::read_to_string(wanted.tree().join("a")).unwrap(), "of a");
-                let answer = held.end(Signal::TERM);
-                answer.says(0, &["nothing is left"]);
+                held.end(Signal::TERM).says(0, &["nothing is left"]);
             }
-            // It was killed before the name was written down, or before the stack was whole.
+            // It was killed before its user was told that it is up, and nobody can have written to it.
             Err(answer) => {
-                assert_eq!(answer.code, Some(1), "{answer}");
-                run(["cleanup", "--resumable"]).says(0, &[]);
+                answer.says(1, &["there is no mount with the name"]);
+                assert!(!wanted.is_kept(), "after {moment} times 12 ms");
             }
         }
-        assert_eq!(
-            in_kernel(name),
-            Vec::<String>::new(),
-            "after {moment} times 12 ms"
-        );
-        assert!(!wanted.is_kept());
+        run(["cleanup"]);
+        let left = in_kernel(name);
+        assert!(left.is_empty(), "after {moment} times 12 ms: {left:?}");
+        assert!(other.is_kept());
     }
-    assert!(Path::new(&wanted.dir.path().join("a.ext4")).exists());
+    // A service that is started again comes up at once.
+    wanted
+        .hold()
+        .end(Signal::TERM)
+        .says(0, &["nothing is left"]);
+    let held = other.resume();
+    assert!(precious.scratch.exists());
+    assert_eq!(
+        fs::read_to_string(other.tree().join("precious")).unwrap(),
+        PRECIOUS
+    );
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
+}
+
+#[test]
+fn root_r21_a_resume_that_cannot_print_leaves_the_mount_as_it_was() {
+    let _alone = alone();
+    let wanted = Wanted::new("unprinted");
+    let killed = wanted.killed_with_a_file();
+    let before = in_kernel(wanted.dir.path().file_name().unwrap());
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = common::program(["mount", "--resume", &wanted.name]);
+    let output = command.stdout(full).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the mount is left as it was"), "{said}");
+    assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), before);
+    assert!(wanted.is_kept() && killed.records.exists());
+    let held = wanted.resume();
+    assert_eq!(
+        fs::read_to_string(wanted.tree().join("precious")).unwrap(),
+        PRECIOUS
+    );
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
+}
+
+#[test]
+fn root_r22_one_name_is_discarded_and_the_others_stay() {
+    let _alone = alone();
+    let (kept, unwanted) = (Wanted::new("kept"), Wanted::new("unwanted"));
+    let precious = kept.killed_with_a_file();
+    kill(unwanted.hold());
+    run(["cleanup", &format!("--resumable={}", unwanted.name)]).says(0, &[]);
+    let name = unwanted.dir.path().file_name().unwrap();
+    assert_eq!(in_kernel(name), Vec::<String>::new());
+    assert!(kept.is_kept() && !unwanted.is_kept());
+    let held = kept.resume();
+    assert!(precious.scratch.exists());
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
 }
 
 /// Resumes after some damage, which must fail, soon and clearly, and keep what was written until it is discarded.

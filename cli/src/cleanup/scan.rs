@@ -15,6 +15,28 @@ use crate::failure::{Context, Failure};
 use crate::guest::kept_vm;
 use crate::run::{self, Entry, Kept, OVERLAY, Orphan, RunPaths};
 
+/// Which mounts of ended runs with a name are to be removed, with all that was written to them.
+#[derive(Debug)]
+pub(crate) enum Unwanted {
+    Nothing,
+    Named(HolderName),
+    All,
+}
+
+impl Unwanted {
+    fn has(&self, paths: &RunPaths) -> bool {
+        match self {
+            Unwanted::Nothing => false,
+            Unwanted::Named(name) => paths.remembered().is_some_and(|found| found.name == *name),
+            Unwanted::All => true,
+        }
+    }
+
+    fn has_all(&self) -> bool {
+        matches!(self, Unwanted::All)
+    }
+}
+
 /// What is there.
 #[derive(Debug)]
 pub(crate) struct Found {
@@ -63,7 +85,7 @@ pub(crate) struct Dead {
 
 /// Looks for what dead runs have left, and shuts out other clean-ups and starts until it is dropped.
 /// Runs with a name count as dead only if their mounts are `unwanted`.
-pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
+pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
     let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
     let Sorted {
@@ -72,22 +94,22 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
         doubtful,
     } = sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
     let (mut resumable, mut lost) = (Vec::new(), BTreeMap::new());
-    if !unwanted {
-        dead.retain(|id| {
-            match RunPaths::of(id).kept() {
-                Kept::No => return true,
-                Kept::Lost(why) => {
-                    lost.insert(id.clone(), why);
-                }
-                Kept::Resumable(remembered) => resumable.push(Resumable {
-                    run: id.clone(),
-                    target: remembered.target(),
-                    name: remembered.name,
-                }),
+    dead.retain(|id| {
+        let paths = RunPaths::of(id);
+        match paths.kept() {
+            Kept::No => return true,
+            _ if unwanted.has(&paths) => return true,
+            Kept::Lost(why) => {
+                lost.insert(id.clone(), why);
             }
-            false
-        });
-    }
+            Kept::Resumable(remembered) => resumable.push(Resumable {
+                run: id.clone(),
+                target: remembered.target(),
+                name: remembered.name,
+            }),
+        }
+        false
+    });
     let loops = bound_loops()?;
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
     let loop_marks = loops.iter().map(|bound| bound.mark());
@@ -110,7 +132,7 @@ pub(crate) fn scan(unwanted: bool) -> Result<Found, Failure> {
     let (gone, elsewhere): (Vec<_>, Vec<_>) = orphans.partition(|orphan| orphan.lock.is_some());
     let (kept, unneeded): (Vec<_>, Vec<_>) = gone
         .iter()
-        .partition(|orphan| has_machine(orphan) || orphan.is_named && !unwanted);
+        .partition(|orphan| has_machine(orphan) || orphan.is_named && !unwanted.has_all());
     dead.extend(unneeded.iter().map(|orphan| orphan.id.clone()));
     lost.extend(
         kept.iter()

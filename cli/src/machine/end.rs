@@ -9,7 +9,7 @@ use blockmount_loopback::SCHEME;
 use super::Machine;
 use crate::failure::{Failure, printable};
 use crate::guest::Guest;
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Further, Interrupt};
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
 use crate::terminal::say;
@@ -33,11 +33,15 @@ const ATTEMPTS: u32 = 3;
 
 impl Machine {
     /// Releases a stack. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
-    pub(crate) async fn release(&mut self, stack: Stack) {
+    ///
+    /// A signal since `further` gives up on what somebody uses.
+    pub(crate) async fn release(&mut self, stack: Stack, further: Further) {
         if self.guest.lost().is_some() {
             // Nobody is there who could release it.
             return std::mem::forget(stack);
         }
+        self.further = Some(further);
+        self.run.mark_unheld();
         if let Err(error) = stack.release().await {
             tracing::info!(%error, "the stack could not be released at once");
             self.lost.extend(lost_writes(error.errors()));
@@ -120,6 +124,7 @@ impl Machine {
         let attached = recorders.flat_map(Recorder::all_attached);
         let attached = attached.filter(|(_, at)| at.locator.transport() == SCHEME);
         Ours {
+            mark: self.run.mark(),
             directories: vec![
                 self.run.directory().to_owned(),
                 self.run.work_dir().to_owned(),
@@ -137,7 +142,7 @@ impl Machine {
     async fn drain(&mut self, interrupt: &Interrupt) -> Result<(), Failure> {
         let mut attempts = 0;
         let mut said = String::new();
-        let mut further = interrupt.further();
+        let mut further = self.further.take().unwrap_or_else(|| interrupt.further());
         loop {
             let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
             let in_use = helper.in_use + main.in_use;
@@ -172,10 +177,10 @@ impl Machine {
     }
 
     fn stays(&self, what: &str) -> Failure {
-        let named = if self.run.is_named() {
-            " --resumable"
-        } else {
-            ""
+        // A mount that could not be resumed is only removed by who says so.
+        let named = match self.not_resumed && self.run.is_named() {
+            true => " --resumable",
+            false => "",
         };
         Failure::new("not everything could be released")
             .because(what.to_owned())

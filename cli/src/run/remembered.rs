@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ENGINE, Name, RUNS, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, work,
+    ENGINE, Name, RUNS, Run, RunPaths, STATE, absent_is_done, create, files, is_id, lock,
+    open_runs, work,
 };
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
@@ -96,9 +97,19 @@ impl RunPaths {
         signs.iter().any(|path| path.symlink_metadata().is_ok())
     }
 
-    fn remembered(&self) -> Option<Remembered> {
+    pub(crate) fn remembered(&self) -> Option<Remembered> {
         let text = files::read(&self.remembered_file()).ok()?;
         serde_json::from_slice(&text).ok()
+    }
+
+    /// Says that nobody holds the mount: it is being set up, or released because its user asked for that.
+    pub(super) fn unheld_file(&self) -> std::path::PathBuf {
+        self.dir.join("unheld")
+    }
+
+    /// Whether the run was killed while nobody held its mount: nobody has written to it, or whoever did has given it up.
+    fn is_abandoned(&self) -> io::Result<bool> {
+        Ok(self.unheld_file().symlink_metadata().is_ok() && !self.is_alive()?)
     }
 
     /// Says why the run is kept though it cannot be resumed.
@@ -117,6 +128,7 @@ impl RunPaths {
             };
         }
         match self.remembered() {
+            _ if self.unheld_file().symlink_metadata().is_ok() => Kept::No,
             None if !self.is_named() => Kept::No,
             None => lost("it has a name that cannot be read"),
             Some(found) if found.keeps_vm && kept_vm(&self.work).is_none() => {
@@ -145,12 +157,30 @@ impl Run {
         }
         let run = Run::make()?;
         let text = serde_json::to_vec(remembered).context(what)?;
+        create(&run.paths.unheld_file()).context(what)?;
         // Whole or not at all: a run has its name, or has nothing yet that is worth keeping.
         let (draft, file) = (run.paths.remembered_draft(), run.paths.remembered_file());
         let written = create(&draft).and_then(|mut file| io::Write::write_all(&mut file, &text));
         let written = written.and_then(|()| fs::rename(&draft, &file));
         written.context(|| format!("cannot write {}", file.display()))?;
         Ok(run)
+    }
+
+    /// The mount is up, and its user is about to be told so: from now on it is kept.
+    pub(crate) fn mark_held(&self) -> Result<(), Failure> {
+        let file = self.paths.unheld_file();
+        absent_is_done(fs::remove_file(&file))
+            .context(|| format!("cannot remove {}", file.display()))
+    }
+
+    /// The user has asked for the end of the mount: should this program not get to it, a clean-up does.
+    pub(crate) fn mark_unheld(&self) {
+        if self.is_named()
+            && let Err(error) = create(&self.paths.unheld_file())
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            tracing::warn!(%error, "a clean-up will not know that the run was to end");
+        }
     }
 
     /// Says for a clean-up why the run cannot be resumed; it keeps the files until they are discarded.
@@ -199,7 +229,7 @@ impl Run {
     }
 }
 
-/// The run with this name, dead or alive.
+/// The run with this name, dead or alive. One that nobody held when it was killed has left its name to others.
 fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
     for entry in fs::read_dir(RUNS)? {
         let id = entry?.file_name();
@@ -209,6 +239,7 @@ fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
         let paths = RunPaths::of(id);
         if let Some(remembered) = paths.remembered()
             && remembered.name == *name
+            && !paths.is_abandoned()?
         {
             return Ok(Some((paths, remembered)));
         }
