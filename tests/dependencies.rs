@@ -71,6 +71,7 @@ const RULE: [(&str, &[&str]); 17] = [
     (
         "blockmount-debug-agent",
         &[
+            "blockmount",
             "blockmount-agent",
             "blockmount-bridge",
             "blockmount-checker",

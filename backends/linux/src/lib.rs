@@ -54,6 +54,13 @@
 //! from the last step to the first. A step that is busy stays on the list and is reported as `Busy`, and the next
 //! unmount of the target goes on with it. What several targets share is undone with the last of them.
 //!
+//! # While it is mounted
+//!
+//! A mount tells how full it is (`Mounter::usage`), is trimmed (`trim`), and grows (`grow`) once its disk has: the guest waits
+//! until its kernel has seen that, then grows an encrypted device in between and the ext4, xfs or btrfs on it. A partition, a
+//! byte range and what is checked by a hash tree keep their size. Before a mount, a filesystem is checked by the guest's own
+//! tools if the options ask for it; nothing is repaired unasked.
+//!
 //! # After a kill
 //!
 //! Mounts live in the kernel, and the lists live in the process that made them. One that may be killed keeps a

@@ -51,12 +51,13 @@ async fn image() -> GuestImage {
 
 /// The guest's files, with further arguments for its agent.
 async fn build_image(more: &[&str]) -> GuestImage {
-    let mut arguments: Vec<String> = more.iter().map(|word| (*word).to_owned()).collect();
+    let mut arguments = Vec::new();
     for root in [MOUNTS, "/run/containers", "/run/gcs"] {
         arguments.extend(["--root".to_owned(), root.to_owned()]);
     }
     let roots = arguments.join("\n");
     let debug_agent = format!("/programs/blockmount-debug-agent\n{roots}\n");
+    arguments.extend(more.iter().map(|word| (*word).to_owned()));
     for number in 0..CONTROLLERS {
         let address = blockmount_qemu::controller_address(number);
         arguments.extend(["--scsi-controller".to_owned(), format!("pci:{address}")]);
