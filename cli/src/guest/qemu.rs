@@ -38,7 +38,7 @@ const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
 /// Refuses a target where the agent would, before there is a guest.
 pub(crate) fn ensure_allowed(target: &Path) -> Result<(), Failure> {
     let is_below = |root: &&str| target.starts_with(root) && target != Path::new(root);
-    if ROOTS.iter().any(|root| is_below(&root)) {
+    if ROOTS.iter().any(is_below) {
         return Ok(());
     }
     let at = target.display();
