@@ -1,17 +1,21 @@
 //! What can be said on the command line.
 
+mod layers;
+mod values;
+
 use std::ffi::OsString;
-use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use blockmount::{HashAlgorithm, HolderName};
 use blockmount_agent::LogFilter;
 use blockmount_verity::Parameters;
-use clap::{ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::guest::{GuestKind, Transports};
-use crate::verity::Trusted;
+use values::{Salt, parse_salt, parse_size};
+
+pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
@@ -319,21 +323,6 @@ impl SealArgs {
     }
 }
 
-/// One value: a list of bytes would be several.
-#[derive(Debug, Clone)]
-struct Salt(Vec<u8>);
-
-fn parse_salt(digits: &str) -> Result<Salt, String> {
-    let digit = |digit: char| digit.to_digit(16);
-    let digits: Option<Vec<u32>> = digits.chars().map(digit).collect();
-    let digits = digits.filter(|digits| digits.len().is_multiple_of(2) && digits.len() <= 512);
-    let digits = digits.ok_or("a salt is an even number of hexadecimal digits, 512 at most")?;
-    let pairs = digits.chunks_exact(2);
-    Ok(Salt(
-        pairs.map(|pair| (pair[0] << 4 | pair[1]) as u8).collect(),
-    ))
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Only what carries the mark of a run that /run/blockmount knows is touched, and nothing that a \
@@ -358,291 +347,9 @@ pub(crate) struct CleanupArgs {
     pub(crate) json: bool,
 }
 
-/// One image, and the part of it that is meant.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Layer {
-    pub(crate) image: PathBuf,
-    pub(crate) partition: Option<NonZeroU32>,
-    /// The kernel's name of the filesystem, where it is not to be found out.
-    pub(crate) filesystem: Option<String>,
-    /// What vouches for its blocks.
-    pub(crate) verity: Option<Trusted>,
-    /// Mount options.
-    pub(crate) options: Vec<String>,
-}
-
-impl Layer {
-    /// The whole of an image.
-    pub(crate) fn of(image: impl Into<PathBuf>) -> Self {
-        Layer {
-            image: image.into(),
-            ..Layer::default()
-        }
-    }
-}
-
-/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE] [--option OPTION...]`, as often as wanted.
-///
-/// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
-/// name.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Layers<const REQUIRED: bool>(pub(crate) Vec<Layer>);
-
-pub(crate) type OptionalLayers = Layers<false>;
-pub(crate) type RequiredLayers = Layers<true>;
-
-impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
-    fn augment_args(command: Command) -> Command {
-        let layer = clap::Arg::new("layer")
-            .long("layer")
-            .short('l')
-            .value_name("IMAGE")
-            .value_parser(clap::value_parser!(PathBuf))
-            .action(clap::ArgAction::Append)
-            .help("Image file or block device of a layer, the topmost first; repeatable");
-        let partition = clap::Arg::new("partition")
-            .long("partition")
-            .short('p')
-            .value_name("N")
-            .value_parser(clap::value_parser!(NonZeroU32))
-            .action(clap::ArgAction::Append)
-            .help("Use partition N (from 1) of the --layer before it, in place of the whole image");
-        let layer = match REQUIRED {
-            true => layer.required_unless_present("resume"),
-            false => layer,
-        };
-        let verity = clap::Arg::new("verity")
-            .long("verity")
-            .value_name("FILE")
-            .value_parser(clap::value_parser!(Trusted))
-            .action(clap::ArgAction::Append)
-            .help("Check each block of the --layer before it, by its .dmverity file or root=DIGEST,offset=BYTES");
-        let filesystem = clap::Arg::new("fs")
-            .long("fs")
-            .value_name("NAME")
-            .value_parser(clap::value_parser!(String))
-            .action(clap::ArgAction::Append)
-            .help("Mount the --layer before it as this filesystem, by the kernel's name, in place of what is found on it");
-        let option = clap::Arg::new("option")
-            .long("option")
-            .short('o')
-            .value_name("OPTION")
-            .value_parser(clap::value_parser!(String))
-            .action(clap::ArgAction::Append)
-            .help("Mount option, such as nodev, of the --layer before it, or of all if it stands before the first; repeatable");
-        command.args([layer, partition, filesystem, verity, option])
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        Self::augment_args(command)
-    }
-}
-
-impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut layers = Layers(Vec::new());
-        layers.update_from_arg_matches(matches)?;
-        Ok(layers)
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        self.0 = images.map(Layer::of).collect();
-        self.add(matches, "partition", |layer| &mut layer.partition)?;
-        self.add(matches, "fs", |layer| &mut layer.filesystem)?;
-        self.add(matches, "verity", |layer| &mut layer.verity)?;
-        self.add_options(matches);
-        Ok(())
-    }
-}
-
-impl<const REQUIRED: bool> Layers<REQUIRED> {
-    /// Adds mount options to the layer that is before each, or to all if none is.
-    fn add_options(&mut self, matches: &ArgMatches) {
-        for (option, before) in placed::<String>(matches, "option") {
-            let layers = match before {
-                Some(index) => &mut self.0[index..=index],
-                None => &mut self.0[..],
-            };
-            for layer in layers {
-                layer.options.push(option.clone());
-            }
-        }
-    }
-
-    /// Adds what is said of layers to the layer that is before it.
-    fn add<T: Clone + Send + Sync + 'static>(
-        &mut self,
-        matches: &ArgMatches,
-        name: &str,
-        field: impl Fn(&mut Layer) -> &mut Option<T>,
-    ) -> Result<(), clap::Error> {
-        for (value, before) in placed::<T>(matches, name) {
-            let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
-                return Err(misplaced(format!("--{name} has no --layer before it")));
-            };
-            if field(layer).replace(value.clone()).is_some() {
-                let image = layer.image.display();
-                return Err(misplaced(format!(
-                    "--{name} is given twice for --layer {image}; repeat the --layer"
-                )));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The values of an argument, each with the number of the layer that is before it.
-fn placed<'a, T: Clone + Send + Sync + 'static>(
-    matches: &'a ArgMatches,
-    name: &str,
-) -> impl Iterator<Item = (&'a T, Option<usize>)> + use<'a, T> {
-    let layers: Vec<usize> = matches.indices_of("layer").into_iter().flatten().collect();
-    let values = matches.get_many::<T>(name).into_iter().flatten();
-    let said_at = matches.indices_of(name).into_iter().flatten();
-    let placed = values.zip(said_at);
-    placed.map(move |(value, at)| (value, layers.iter().rposition(|layer| *layer < at)))
-}
-
-fn misplaced(message: String) -> clap::Error {
-    clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message)
-}
-
-/// Reads a size in bytes: a number with K, M, G or T for powers of 1,024.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (digits, unit) = text.split_at(end);
-    let unit = unit
-        .trim_end_matches("iB")
-        .trim_end_matches('B')
-        .to_ascii_uppercase();
-    let shift = match unit.as_str() {
-        "" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => return Err("a size is a number with K, M, G or T, such as 512M".to_owned()),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| "a size starts with a number, such as 512M")?;
-    let bytes = number
-        .checked_mul(1 << shift)
-        .filter(|bytes| *bytes <= MAX_SCRATCH);
-    let bytes = bytes.ok_or("a scratch disk has at most 16T")?;
-    match bytes >= MIN_SCRATCH {
-        true => Ok(bytes),
-        false => Err("a scratch disk has at least 4M: its filesystem needs as much".to_owned()),
-    }
-}
-
-/// A smaller ext4 cannot hold a journal and the overlay's directories.
-const MIN_SCRATCH: u64 = 4 << 20;
-/// The largest ext4 with blocks of 4 KiB and 32-bit block numbers.
-const MAX_SCRATCH: u64 = 16 << 40;
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn layers(arguments: &[&str]) -> Result<Vec<Layer>, clap::Error> {
-        let words = ["blockmount", "mount", "--at", "/x"]
-            .iter()
-            .chain(arguments);
-        let Cmd::Mount(mount) = Cli::try_parse_from(words)?.command else {
-            unreachable!()
-        };
-        Ok(mount.layers.0)
-    }
-
-    fn layer(image: &str, partition: u32) -> Layer {
-        Layer {
-            partition: NonZeroU32::new(partition),
-            ..Layer::of(image)
-        }
-    }
-
-    #[test]
-    fn a_digest_belongs_to_the_layer_before_it() {
-        let given = layers(&["-l", "a", "--verity", "x", "-p", "1", "-l", "b"]).unwrap();
-        assert_eq!(given[0].verity, Some(Trusted::File("x".into())));
-        assert_eq!(
-            (&given[1].verity, given[0].partition.map(u32::from)),
-            (&None, Some(1))
-        );
-        assert_eq!(
-            layers(&["--verity", "x", "-l", "a"])
-                .unwrap_err()
-                .exit_code(),
-            2
-        );
-        let twice = layers(&["-l", "a", "--verity", "x", "--verity", "y"]);
-        assert_eq!(twice.unwrap_err().exit_code(), 2);
-    }
-
-    #[test]
-    fn an_option_belongs_to_the_layer_before_it_or_to_all() {
-        let words = [
-            "-o", "nodev", "-l", "a", "--fs", "erofs", "-l", "b", "-o", "nouuid", "-o", "noatime",
-        ];
-        let given = layers(&words).unwrap();
-        assert_eq!(given[0].options, ["nodev"]);
-        assert_eq!(given[1].options, ["nodev", "nouuid", "noatime"]);
-        assert_eq!(given[0].filesystem.as_deref(), Some("erofs"));
-        assert_eq!(given[1].filesystem, None);
-        let misplaced = layers(&["--fs", "xfs", "-l", "a"]);
-        assert_eq!(misplaced.unwrap_err().exit_code(), 2);
-    }
-
-    #[test]
-    fn a_partition_belongs_to_the_layer_before_it() {
-        let words = [
-            "--layer",
-            "a:1",
-            "-p",
-            "2",
-            "-l",
-            "b",
-            "--layer=c,d",
-            "--partition=7",
-        ];
-        let expected = [layer("a:1", 2), layer("b", 0), layer("c,d", 7)];
-        assert_eq!(layers(&words).unwrap(), expected);
-    }
-
-    #[test]
-    fn a_partition_that_belongs_nowhere_is_refused() {
-        for words in [
-            &["-p", "2", "-l", "a"][..],
-            &["-l", "a", "-p", "1", "-p", "2"],
-        ] {
-            assert_eq!(layers(words).unwrap_err().exit_code(), 2);
-        }
-        assert_eq!(layers(&["-l", "a", "-p", "0"]).unwrap_err().exit_code(), 2);
-        assert_eq!(layers(&[]).unwrap_err().exit_code(), 2);
-    }
-
-    #[test]
-    fn sizes_have_units_and_bounds() {
-        assert_eq!(parse_size("64M"), Ok(64 << 20));
-        assert_eq!(parse_size("4194304"), Ok(4 << 20));
-        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
-        for text in [
-            "",
-            "M",
-            "1X",
-            "-1M",
-            "1 M",
-            "1K",
-            "17T",
-            "99999999999999999999G",
-        ] {
-            assert!(parse_size(text).is_err(), "{text:?}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_well_formed() {

@@ -150,23 +150,34 @@ fn root_u20_a_covered_tree_is_waited_for_as_a_busy_one() {
     let dir = temp();
     let mut held = held(layers(&dir));
     let at = dir.path().join("at");
-    let mut mount = Command::new("mount");
-    assert!(
-        mount
-            .args(["-t", "tmpfs", "cover"])
-            .arg(&at)
-            .status()
-            .unwrap()
-            .success()
-    );
+    let cover = Cover::over(&at);
     common::signal(held.pid(), Signal::TERM);
     let said = held.wait_for("until they release it");
     let by = format!("it is covered by the mount at {}", at.display());
     assert!(said.contains(&by), "{said}");
-    assert!(Command::new("umount").arg(&at).status().unwrap().success());
+    drop(cover);
     let answer = held.wait();
     answer.says(0, &["nothing is left"]);
     assert_nothing_left(&answer, &dir);
+}
+
+/// A mount of somebody else, which a test that fails takes along.
+struct Cover(std::path::PathBuf);
+
+impl Cover {
+    fn over(directory: &Path) -> Self {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "cover"]).arg(directory);
+        assert!(mount.status().unwrap().success());
+        Cover(directory.to_owned())
+    }
+}
+
+impl Drop for Cover {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(&self.0).status();
+        assert!(unmounted.unwrap().success() || std::thread::panicking());
+    }
 }
 
 /// A shell, sudo and the terminal may each pass on one Ctrl-C.

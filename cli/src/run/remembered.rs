@@ -12,8 +12,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ENGINE, Name, RUNS, Run, RunPaths, STATE, absent_is_done, create, files, is_id, lock,
-    open_runs, work,
+    ENGINE, Name, RUNS, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, work,
 };
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
@@ -169,7 +168,7 @@ impl Run {
     /// The mount is up, and its user is about to be told so: from now on it is kept.
     pub(crate) fn mark_held(&self) -> Result<(), Failure> {
         let file = self.paths.unheld_file();
-        absent_is_done(fs::remove_file(&file))
+        files::absent_is_done(fs::remove_file(&file))
             .context(|| format!("cannot remove {}", file.display()))
     }
 

@@ -1,0 +1,76 @@
+//! Values on the command line: sizes and salts.
+
+/// One value: a list of bytes would be several.
+#[derive(Debug, Clone)]
+pub(super) struct Salt(pub(super) Vec<u8>);
+
+pub(super) fn parse_salt(digits: &str) -> Result<Salt, String> {
+    let digit = |digit: char| digit.to_digit(16);
+    let digits: Option<Vec<u32>> = digits.chars().map(digit).collect();
+    let digits = digits.filter(|digits| digits.len().is_multiple_of(2) && digits.len() <= 512);
+    let digits = digits.ok_or("a salt is an even number of hexadecimal digits, 512 at most")?;
+    let pairs = digits.chunks_exact(2);
+    Ok(Salt(
+        pairs.map(|pair| (pair[0] << 4 | pair[1]) as u8).collect(),
+    ))
+}
+
+/// Reads a size in bytes: a number with K, M, G or T for powers of 1,024.
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let unit = unit
+        .trim_end_matches("iB")
+        .trim_end_matches('B')
+        .to_ascii_uppercase();
+    let shift = match unit.as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a size is a number with K, M, G or T, such as 512M".to_owned()),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a size starts with a number, such as 512M")?;
+    let bytes = number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes <= MAX_SCRATCH);
+    let bytes = bytes.ok_or("a scratch disk has at most 16T")?;
+    match bytes >= MIN_SCRATCH {
+        true => Ok(bytes),
+        false => Err("a scratch disk has at least 4M: its filesystem needs as much".to_owned()),
+    }
+}
+
+/// A smaller ext4 cannot hold a journal and the overlay's directories.
+const MIN_SCRATCH: u64 = 4 << 20;
+/// The largest ext4 with blocks of 4 KiB and 32-bit block numbers.
+const MAX_SCRATCH: u64 = 16 << 40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units_and_bounds() {
+        assert_eq!(parse_size("64M"), Ok(64 << 20));
+        assert_eq!(parse_size("4194304"), Ok(4 << 20));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        for text in [
+            "",
+            "M",
+            "1X",
+            "-1M",
+            "1 M",
+            "1K",
+            "17T",
+            "99999999999999999999G",
+        ] {
+            assert!(parse_size(text).is_err(), "{text:?}");
+        }
+    }
+}
