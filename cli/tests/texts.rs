@@ -322,10 +322,13 @@ fn commands_in(text: &str) -> Vec<Vec<String>> {
 }
 
 fn filled(word: &str) -> String {
-    let is_place = word.contains('{') || word == "NAME" || word == "IMAGE" || word == "...";
-    match is_place {
-        true => "x".to_owned(),
-        false => word.to_owned(),
+    let is_place = word == "NAME" || word == "IMAGE" || word == "...";
+    match word.split_once('{') {
+        // What may follow a word is left out, and what stands for one is filled in.
+        Some((before, _)) if !before.is_empty() => before.to_owned(),
+        Some(_) => "x".to_owned(),
+        None if is_place => "x".to_owned(),
+        None => word.to_owned(),
     }
 }
 
