@@ -369,6 +369,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn may_open_as_many_files_as_the_kernel_lets_it() {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let before = getrlimit(Resource::Nofile);
+        let mut few = before;
+        few.current = Some(1000);
+        setrlimit(Resource::Nofile, few).unwrap();
+        let script = "test $(ulimit -Sn) = $(ulimit -Hn)";
+        let started = Process::start(shell(script), Vec::new(), None).await;
+        setrlimit(Resource::Nofile, before).unwrap();
+        assert_eq!(started.unwrap().ended().await, "exit status: 0");
+    }
+
+    #[tokio::test]
     async fn a_program_that_is_not_there_is_an_error() {
         let error = Process::start(Command::new("/no/such/program"), Vec::new(), None).await;
         assert_eq!(error.unwrap_err().kind(), io::ErrorKind::NotFound);
