@@ -15,7 +15,7 @@ use blockmount_qemu::{GuestStream, QemuScsi, QemuVpmem, Vm};
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
 use common::kills::{self, Gate, Plan, Runtime, World};
-use common::machines::{directory_of, in_guest, keeping, machine_in, machines_of};
+use common::machines::{directory_of, in_guest, keeping, machine_in, machines_of, places};
 use common::{alone, assert_nothing_left, eventually, hold, image, run, run_id, temp};
 use rustix::process::Signal;
 use tokio::sync::Mutex;
@@ -48,11 +48,11 @@ fn resumed_after_a_kill(transport: &str) {
     let name = format!("kept-{}", std::process::id());
     let arguments = keeping(&name, &layer, transport);
     let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
-    let first = held.json.clone();
-    let locator = |disk: &serde_json::Value| disk["locator"].as_str().unwrap().to_owned();
-    let scheme = format!("{transport}:");
-    assert!(locator(&first["layers"][0]).starts_with(&scheme), "{first}");
-    assert!(locator(&first["scratch"]).starts_with("scsi:"), "{first}");
+    let first = places(&held);
+    for (disk, transport) in first.iter().zip([transport, "scsi"]) {
+        let locator = disk["locator"].as_str().unwrap();
+        assert!(locator.starts_with(&format!("{transport}:")), "{disk}");
+    }
     let id = run_id(&held.kill()).unwrap().to_owned();
     assert_eq!(machines_of(&id).len(), 1);
     let (kept, removed) = kept_and_removed();
@@ -67,8 +67,7 @@ fn resumed_after_a_kill(transport: &str) {
         checker.write(written, content).await.unwrap();
     });
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
-    assert_eq!(held.json["layers"], first["layers"]);
-    assert_eq!(held.json["scratch"], first["scratch"]);
+    assert_eq!(places(&held), first);
     held.kill();
     in_guest(&id, async |checker| {
         let mut expected = Tree::default();
@@ -170,7 +169,7 @@ fn vm_a_kept_machine_outlives_programs_that_are_killed_at_any_moment() {
     }
     let begin = || {
         let held = hold(keeping(&name, &layer, "auto")).unwrap_or_else(|answer| panic!("{answer}"));
-        let json = held.json.clone();
+        let places = places(&held);
         let id = run_id(&held.kill()).unwrap().to_owned();
         let content = "written before";
         in_guest(&id, async |checker| {
@@ -179,7 +178,7 @@ fn vm_a_kept_machine_outlives_programs_that_are_killed_at_any_moment() {
                 .await
                 .unwrap();
         });
-        (id, json)
+        (id, places)
     };
     let (mut id, mut first) = begin();
     let started = Instant::now();
@@ -204,8 +203,7 @@ fn vm_a_kept_machine_outlives_programs_that_are_killed_at_any_moment() {
         // The next one has it as it was, or is told that it was released.
         match hold(["--resume", &name]) {
             Ok(held) => {
-                assert_eq!(held.json["layers"], first["layers"]);
-                assert_eq!(held.json["scratch"], first["scratch"]);
+                assert_eq!(places(&held), first);
                 held.kill();
                 in_guest(&id, async |checker| {
                     let tree = checker.tree("/mnt/tree").await.unwrap();
@@ -359,7 +357,7 @@ fn vm_a_runtime_with_a_machine_that_is_killed_at_any_moment_loses_nothing() {
     let name = format!("library-{}", std::process::id());
     let held = hold(keeping(&name, layer.to_str().unwrap(), "auto"));
     let held = held.unwrap_or_else(|answer| panic!("{answer}"));
-    let first = held.json.clone();
+    let first = places(&held);
     let id = run_id(&held.kill()).unwrap().to_owned();
     let machine = directory_of(&id);
     std::fs::write(path("machine"), machine.to_str().unwrap()).unwrap();
@@ -379,8 +377,7 @@ fn vm_a_runtime_with_a_machine_that_is_killed_at_any_moment_loses_nothing() {
     });
 
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
-    assert_eq!(held.json["layers"], first["layers"]);
-    assert_eq!(held.json["scratch"], first["scratch"]);
+    assert_eq!(places(&held), first);
     let answer = held.end(Signal::TERM);
     answer.says(0, &["nothing is left"]);
     assert_nothing_left(&answer, &dir);

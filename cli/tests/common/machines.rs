@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use blockmount_checker::Checker;
 use blockmount_qemu::{GuestStream, Vm};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{Held, hold_by, image, program, run_id};
@@ -86,6 +87,17 @@ pub fn keeping<'a>(name: &'a str, layer: &'a str, transport: &'a str) -> [&'a st
     ]
 }
 
+/// Where the disks of a mount are, without the reasons why, which are known at its start only.
+pub fn places(held: &Held) -> Vec<Value> {
+    let layers = held.json["layers"].as_array().unwrap().iter();
+    let disks = layers.chain([&held.json["scratch"]]).cloned();
+    let place = |mut disk: Value| {
+        disk.as_object_mut().unwrap().remove("passed_on");
+        disk
+    };
+    disks.map(place).collect()
+}
+
 /// The directory of the machine that a run has kept.
 pub fn directory_of(id: &str) -> PathBuf {
     let work = std::fs::read_dir(format!("/var/tmp/blockmount-{id}")).unwrap();
@@ -108,8 +120,7 @@ pub fn in_guest(id: &str, ask: impl AsyncFnOnce(&mut Checker<GuestStream>)) {
 /// The process of the machine that a run has kept.
 pub fn machine_in(id: &str) -> u32 {
     let record = directory_of(id).join("vm.json");
-    let record: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
+    let record: Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
     record["process"]["pid"]
         .as_u64()
         .unwrap()
