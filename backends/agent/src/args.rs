@@ -7,7 +7,9 @@ use std::time::Duration;
 use lexopt::{Arg, ValueExt};
 
 use crate::endpoints::{self, Endpoints};
-use crate::{AgentBuilder, Argument};
+use crate::error::Context;
+use crate::log::{LogFilter, start_log};
+use crate::{AgentBuilder, AgentError, Argument};
 
 /// The virtio port over which a host reaches the agent, unless told otherwise.
 pub const PORT: &str = "blockmount.agent";
@@ -81,6 +83,21 @@ pub(crate) struct Options {
     pub(crate) endpoints: Endpoints,
     pub(crate) log: Option<String>,
     pub(crate) verbose: u8,
+}
+
+impl Options {
+    /// What is logged: only what goes wrong, unless more was asked for.
+    pub(crate) fn log_filter(&self) -> Result<LogFilter, AgentError> {
+        let Some(text) = &self.log else {
+            return Ok(LogFilter::verbose(self.verbose));
+        };
+        LogFilter::parse(text).context(|| format!("--log {text:?} is no log filter"))
+    }
+
+    /// Starts the log that was asked for.
+    pub(crate) fn start_log(&self) -> Result<(), AgentError> {
+        start_log(self.log_filter()?, false)
+    }
 }
 
 /// Reads the arguments. Those that say what the agent is go into its builder.

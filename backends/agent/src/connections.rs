@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use crate::endpoints::Service;
 use crate::error::one_line;
+use crate::service::Service;
 
 /// How many connections a listener serves at once; more wait until one ends. A host has one or two.
 const CONNECTIONS: usize = 64;

@@ -1,29 +1,15 @@
 //! Where a service is offered: virtio ports, vsock, Unix sockets, serial lines.
 
-use std::error::Error as StdError;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 
 use lexopt::ValueExt;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
 use crate::error::Context;
+use crate::service::Service;
 use crate::token::Token;
 use crate::{AgentError, Argument, ports, serial, unix, vsock};
-
-/// What is done for a peer at the other end of a stream.
-pub trait Service: Clone + Send + Sync + 'static {
-    /// Serves one connection to its end. Nothing that comes over it is fatal to another.
-    ///
-    /// Cancel safe: dropping it ends the connection.
-    fn serve<S>(&self, stream: S) -> impl Future<Output = Result<(), ServiceError>> + Send
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send;
-}
-
-/// Why a connection could not go on.
-pub type ServiceError = Box<dyn StdError + Send + Sync>;
 
 /// The arguments that say where to serve.
 pub(crate) const ARGUMENTS: [Argument; 6] = [

@@ -6,18 +6,19 @@
 mod modules;
 mod setup;
 mod supervisor;
+mod words;
 
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use crate::AgentError;
 use crate::args::Asked;
 use crate::error::{Context, one_line};
-use crate::program::{Program, log_as_asked, say};
+use crate::log::say;
 use supervisor::Supervisor;
+use words::{lines, words};
 
 /// The agent's arguments in the initramfs, one a line.
 pub const ARGUMENTS: &str = "/etc/blockmount/agent.args";
@@ -25,8 +26,6 @@ pub const ARGUMENTS: &str = "/etc/blockmount/agent.args";
 pub const PROGRAMS: &str = "/etc/blockmount/programs";
 /// The modules to load, one path a line, each after what it needs.
 const MODULES: &str = "/etc/blockmount/modules";
-/// A word of the kernel's command line that is an argument of the agent.
-const WORD: &[u8] = b"blockmount.arg=";
 
 /// Whether the kernel started this process as the first of the machine. A container's first process is
 /// pid 1 too, but has another name.
@@ -39,23 +38,30 @@ pub(crate) fn is_asked_for() -> bool {
 
 /// Runs the machine. Where that is impossible, says why on the console and turns the machine off, so that its
 /// host need not wait for it in vain.
-pub(crate) fn run(program: Program) -> ! {
-    let Err(error) = try_run(program);
+///
+/// `own` are the words of an agent's command line after its name and before its arguments, which `parse` understands.
+pub(crate) fn run(
+    own: Vec<&'static str>,
+    parse: impl FnOnce(Vec<OsString>) -> Result<Asked, AgentError>,
+) -> ! {
+    let Err(error) = try_run(own, parse);
     say(format_args!("blockmount init: {}", one_line(&error)));
     setup::power_off()
 }
 
-fn try_run(mut program: Program) -> Result<Infallible, AgentError> {
+fn try_run(
+    own: Vec<&'static str>,
+    parse: impl FnOnce(Vec<OsString>) -> Result<Asked, AgentError>,
+) -> Result<Infallible, AgentError> {
     setup::mount_all();
     setup::use_console();
     let arguments = arguments()?;
-    let asked = program
-        .parse(arguments.iter().cloned())
+    let asked = parse(arguments.clone())
         .context(|| format!("the arguments in {ARGUMENTS} or blockmount.arg= make no sense"))?;
     let Asked::Serve(options) = asked else {
         return Err(AgentError::new("the arguments are not those of an agent"));
     };
-    log_as_asked(&options)?;
+    options.start_log()?;
     modules::load_all(Path::new(MODULES));
     let mut supervisor = Supervisor::default();
     for (name, words) in programs(Path::new(PROGRAMS))? {
@@ -63,10 +69,8 @@ fn try_run(mut program: Program) -> Result<Infallible, AgentError> {
     }
     // A whole machine may have been restored from a saved state.
     let arguments = std::iter::once("--set-clock".into()).chain(arguments);
-    // An agent that is started by hand with these arguments behaves the same.
-    let own = program.command().iter().skip(1).map(OsString::from);
     let words = std::iter::once("/proc/self/exe".into())
-        .chain(own)
+        .chain(own.into_iter().map(OsString::from))
         .chain(arguments);
     supervisor.keep("agent".to_owned(), words.collect());
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -111,37 +115,9 @@ fn programs(directory: &Path) -> Result<Vec<(String, Vec<OsString>)>, AgentError
     Ok(programs)
 }
 
-/// The lines of a file; empty ones are left out, and those that begin with `#`.
-fn lines(text: &[u8]) -> Vec<OsString> {
-    text.split(|byte| *byte == b'\n')
-        .map(<[u8]>::trim_ascii)
-        .filter(|line| !line.is_empty() && !line.starts_with(b"#"))
-        .map(|line| OsString::from_vec(line.to_vec()))
-        .collect()
-}
-
-/// The arguments among the words of a kernel's command line.
-fn words(command_line: &[u8]) -> Vec<OsString> {
-    command_line
-        .split(u8::is_ascii_whitespace)
-        .filter_map(|word| word.strip_prefix(WORD))
-        .filter(|argument| !argument.is_empty())
-        .map(|argument| OsString::from_vec(argument.to_vec()))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arguments_are_lines_and_words() {
-        let file = b"--root\n/run/layers of mine\n\n# why\n  --serial \n";
-        assert_eq!(lines(file), ["--root", "/run/layers of mine", "--serial"]);
-        let line = b"quiet blockmount.arg=--vsock console=ttyS0\tblockmount.arg=7 blockmount.arg= blockmount.args=x\n";
-        assert_eq!(words(line), ["--vsock", "7"]);
-        assert!(lines(b"").is_empty() && words(b"\n").is_empty());
-    }
 
     #[test]
     fn programs_are_files_with_a_path_and_arguments() {

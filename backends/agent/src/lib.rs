@@ -55,6 +55,7 @@ mod port;
 mod ports;
 mod program;
 mod serial;
+mod service;
 #[cfg(feature = "standard")]
 pub mod standard;
 mod token;
@@ -64,9 +65,10 @@ mod vsock;
 
 pub use agent::{Agent, AgentBuilder, ROOTS};
 pub use args::PORT;
-pub use endpoints::{Endpoints, Service, ServiceError};
+pub use endpoints::Endpoints;
 pub use error::{AgentError, causes, one_line};
 pub use init::{ARGUMENTS, PROGRAMS};
 pub use log::{LogFilter, start_log};
 pub use program::{Program, termination};
+pub use service::{Service, ServiceError};
 pub use transport::{Argument, GuestDevices, GuestTransport, Timeouts};

@@ -1,7 +1,7 @@
 //! The log of programs of this kind, on stderr.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write as _};
 
 use blockmount::printable;
 use tracing::field::Field;
@@ -93,6 +93,11 @@ fn fields() -> impl for<'writer> FormatFields<'writer> + 'static {
         name => write!(writer, "{name}={}", printable(format_args!("{value:?}"))),
     };
     debug_fn(write).delimited(" ")
+}
+
+/// Says a line on stderr, which may be closed.
+pub(crate) fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 #[cfg(test)]

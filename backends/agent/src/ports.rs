@@ -13,10 +13,10 @@ use tokio::task::{Id, JoinSet};
 use tracing::{debug, warn};
 
 use crate::AgentError;
-use crate::endpoints::Service;
 use crate::error::{Context, one_line};
+use crate::log::say;
 use crate::port::Port;
-use crate::program::say;
+use crate::service::Service;
 
 /// Every virtio port has a directory here, with its name in it.
 const PORTS: &str = "/sys/class/virtio-ports";

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{self, Asked, Options, PORT};
 use crate::error::{AgentError, Context, causes};
-use crate::log::{LogFilter, start_log};
+use crate::log::say;
 use crate::{AgentBuilder, init};
 
 /// Exit status where the command line makes no sense.
@@ -56,7 +56,10 @@ impl Program {
 
     /// Runs the machine as its pid 1, with an agent as a child. Turns the machine off if that is impossible.
     pub fn init(self) -> ! {
-        init::run(self)
+        // An agent that is started by hand with the same arguments behaves the same.
+        let own = self.command.iter().skip(1).copied().collect();
+        let mut program = self;
+        init::run(own, |words| program.parse(words))
     }
 
     /// Serves as these arguments say, until a signal comes.
@@ -81,21 +84,14 @@ impl Program {
         }
     }
 
-    pub(crate) fn parse(
-        &mut self,
-        words: impl IntoIterator<Item = OsString>,
-    ) -> Result<Asked, AgentError> {
+    fn parse(&mut self, words: impl IntoIterator<Item = OsString>) -> Result<Asked, AgentError> {
         let name = self.name();
         let asked = args::parse(&name, &mut self.agent, words);
         let asked = asked.context(|| "the command line makes no sense".to_owned())?;
         if let Asked::Serve(options) = &asked {
-            filter(options)?;
+            options.log_filter()?;
         }
         Ok(asked)
-    }
-
-    pub(crate) fn command(&self) -> &[&'static str] {
-        &self.command
     }
 
     fn name(&self) -> String {
@@ -103,7 +99,7 @@ impl Program {
     }
 
     fn serve(self, options: Options) -> Result<(), AgentError> {
-        log_as_asked(&options)?;
+        options.start_log()?;
         if !rustix::process::geteuid().is_root() {
             let name = self.name();
             return Err(AgentError::new(format!(
@@ -138,24 +134,6 @@ pub fn termination() -> io::Result<impl Future<Output = ()> + Send> {
             _ = hangup.recv() => {}
         }
     })
-}
-
-/// What is logged: only what goes wrong, unless more was asked for.
-fn filter(options: &Options) -> Result<LogFilter, AgentError> {
-    let Some(text) = &options.log else {
-        return Ok(LogFilter::verbose(options.verbose));
-    };
-    LogFilter::parse(text).context(|| format!("--log {text:?} is no log filter"))
-}
-
-/// Starts the log that was asked for.
-pub(crate) fn log_as_asked(options: &Options) -> Result<(), AgentError> {
-    start_log(filter(options)?, false)
-}
-
-/// Says a line on stderr, which may be closed.
-pub(crate) fn say(line: std::fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 /// Says what went wrong, and each cause on a line of its own.

@@ -8,9 +8,9 @@ use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 use tracing::{info, warn};
 
 use crate::AgentError;
-use crate::endpoints::Service;
 use crate::error::one_line;
 use crate::port::{OtherEnd, Port};
+use crate::service::Service;
 
 /// Between two attempts to open a line that is not there: nothing tells when it is.
 const AGAIN: Duration = Duration::from_secs(1);

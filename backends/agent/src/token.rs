@@ -12,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::AgentError;
-use crate::endpoints::{Service, ServiceError};
 use crate::error::Context;
+use crate::service::{Service, ServiceError};
 
 /// A shorter one could be guessed, in bytes.
 const SHORTEST: usize = 16;

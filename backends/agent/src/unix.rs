@@ -9,8 +9,8 @@ use tokio::net::UnixListener;
 
 use crate::AgentError;
 use crate::connections::serve_all;
-use crate::endpoints::Service;
 use crate::error::Context;
+use crate::service::Service;
 
 /// A socket that is listened on; dropping it removes it from the disk.
 #[derive(Debug)]

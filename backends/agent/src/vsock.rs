@@ -8,8 +8,8 @@ use tracing::{debug, info, warn};
 
 use crate::AgentError;
 use crate::connections::serve_all;
-use crate::endpoints::Service;
 use crate::error::{Context, one_line};
+use crate::service::Service;
 use crate::token::{Guarded, Token};
 
 /// Where a host of Hyper-V waits for the agent of its guest (`LinuxGcsVsockPort`).

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use crate::program::say;
+use super::words::lines;
+use crate::log::say;
 
 /// `MODULE_INIT_COMPRESSED_FILE` of `linux/module.h`, for kernels that unpack modules themselves (5.17).
 const COMPRESSED: c_int = 4;
@@ -25,7 +26,7 @@ pub(super) fn load_all(list: &Path) {
             return say(format_args!("blockmount init: cannot read {list}: {error}"));
         }
     };
-    let modules = super::lines(&text);
+    let modules = lines(&text);
     for module in &modules {
         if let Err(error) = load(Path::new(module)) {
             let module = Path::new(module).display();

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::program::say;
+use crate::log::say;
 
 /// Where, which filesystem, how, and its options.
 const MOUNTS: [(&str, &str, MountFlags, &CStr); 5] = [

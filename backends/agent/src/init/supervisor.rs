@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::AgentError;
 use crate::error::Context;
-use crate::program::say;
+use crate::log::say;
 
 /// Who has lived this long is started again at once.
 const LONG: Duration = Duration::from_secs(1);
