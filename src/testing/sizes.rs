@@ -2,11 +2,8 @@
 
 use std::path::Path;
 
-use super::state::{VmState, What};
+use super::state::{DISK, VmState, What};
 use crate::{BackendError, DiskId, Space, Usage};
-
-/// How large each disk is at first, in bytes.
-pub(super) const DISK: u64 = 64 << 20;
 
 impl VmState {
     fn size_of(&self, disk: &DiskId) -> u64 {

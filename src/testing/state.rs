@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::names::{SCHEME, address, well_formed};
-use super::sizes;
 use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence};
+
+/// How large each disk is at first, in bytes.
+pub(super) const DISK: u64 = 64 << 20;
 
 /// How many partitions each disk has.
 const PARTITIONS: NonZeroU32 = NonZeroU32::new(4).expect("four is not zero");
@@ -328,7 +330,7 @@ impl VmState {
             .expect("a resolved device has a slot");
         slot.mounts += 1;
         let attachment = slot.attachment;
-        let size = self.sizes.get(&slot.disk).copied().unwrap_or(sizes::DISK);
+        let size = self.sizes.get(&slot.disk).copied().unwrap_or(DISK);
         let what = What::Device {
             slot: number,
             attachment,

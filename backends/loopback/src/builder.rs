@@ -6,6 +6,7 @@ use blockmount::BackendError;
 use blockmount::slots::{Policy, Slots};
 
 use crate::device::MARK_MAX;
+use crate::settings::Settings;
 use crate::transport::LoopTransport;
 
 /// Makes a [`LoopTransport`] with other settings than the defaults.
@@ -15,11 +16,12 @@ pub struct LoopTransportBuilder {
     settings: Settings,
 }
 
-/// The settings that all devices of a transport share.
-#[derive(Debug, Clone)]
-pub(crate) struct Settings {
-    pub(crate) mark: Option<String>,
-    pub(crate) busy_timeout: Duration,
+impl LoopTransport {
+    /// Starts from the defaults: 256 devices (as many as Hyper-V's SCSI has), no mark, direct I/O where possible,
+    /// 5 seconds for a detach.
+    pub fn builder() -> LoopTransportBuilder {
+        LoopTransportBuilder::default()
+    }
 }
 
 impl Default for LoopTransportBuilder {

@@ -65,6 +65,7 @@ mod grow;
 mod ioctl;
 mod locator;
 mod resolver;
+mod settings;
 mod transport;
 
 pub use bound::{BoundLoop, bound_loops};

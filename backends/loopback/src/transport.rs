@@ -15,9 +15,9 @@ use blockmount::{
 use blockmount_source as source;
 
 use crate::bind::{self, Bound, Claim, LoopConfig};
-use crate::builder::{LoopTransportBuilder, Settings};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
 use crate::locator::{SCHEME, number_of};
+use crate::settings::Settings;
 use crate::{adopt, grow};
 
 /// Attaches disks as loop devices of this machine.
@@ -76,12 +76,6 @@ impl Allocation for LoopAllocation {
 }
 
 impl LoopTransport {
-    /// Starts from the defaults: 256 devices (as many as Hyper-V's SCSI has), no mark, direct I/O where possible,
-    /// 5 seconds for a detach.
-    pub fn builder() -> LoopTransportBuilder {
-        LoopTransportBuilder::default()
-    }
-
     pub(crate) fn new(slots: Slots, settings: Settings) -> Self {
         LoopTransport(Arc::new(Inner {
             settings,

@@ -254,6 +254,21 @@ impl Superblock {
     }
 }
 
+impl Tree {
+    /// A tree behind a superblock at this offset, in bytes.
+    pub fn behind_superblock(
+        parameters: &Parameters,
+        data_blocks: u64,
+        offset: u64,
+    ) -> Option<Tree> {
+        let block = u64::from(parameters.hash_block_size);
+        let start = offset
+            .checked_add(SUPERBLOCK_SIZE)?
+            .checked_next_multiple_of(block)?;
+        Tree::new(parameters, data_blocks, start)
+    }
+}
+
 fn array<const N: usize>(bytes: &[u8; SUPERBLOCK_SIZE as usize], at: usize) -> [u8; N] {
     let field = bytes[at..].first_chunk();
     *field.expect("all fields are inside of a superblock")

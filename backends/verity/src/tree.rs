@@ -9,7 +9,6 @@ use crate::digest::{Hasher, from_hexadecimal, hexadecimal};
 use crate::error::{Corrupt, VerityError};
 use crate::parallel::for_each;
 use crate::storage::{ReadAt, WriteAt, read_exact_at, write_all_at};
-use crate::superblock::SUPERBLOCK_SIZE;
 
 /// A thread reads so many bytes at once, unless a single block is larger: they stay in its cache while they are digested.
 const READ: usize = 256 << 10;
@@ -132,19 +131,6 @@ impl Tree {
             levels,
             end: offset,
         })
-    }
-
-    /// A tree behind a superblock at this offset, in bytes.
-    pub fn behind_superblock(
-        parameters: &Parameters,
-        data_blocks: u64,
-        offset: u64,
-    ) -> Option<Tree> {
-        let block = u64::from(parameters.hash_block_size);
-        let start = offset
-            .checked_add(SUPERBLOCK_SIZE)?
-            .checked_next_multiple_of(block)?;
-        Tree::new(parameters, data_blocks, start)
     }
 
     /// Where it starts, in bytes.

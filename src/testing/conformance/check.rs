@@ -2,11 +2,9 @@
 
 use std::fmt;
 
-use super::{combiner, mounter, resolver, transport, unplugger};
-
 /// One rule of a contract, by the name that a suite reports it under.
 ///
-/// Only the tables of the suites make one, so that no check is missing in [`CONTRACTS`].
+/// Only the tables of the suites make one, so that no check is missing in [`CONTRACTS`](super::CONTRACTS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Check(pub(super) &'static str);
 
@@ -31,15 +29,6 @@ pub struct Contract {
     /// The checks, in the order of the suite's table.
     pub checks: &'static [Check],
 }
-
-/// Every contract that has a suite.
-pub const CONTRACTS: [&Contract; 5] = [
-    &transport::CONTRACT,
-    &resolver::CONTRACT,
-    &unplugger::CONTRACT,
-    &mounter::CONTRACT,
-    &combiner::CONTRACT,
-];
 
 /// What a backend has shown by the time its suite ends.
 #[derive(Debug, Clone, PartialEq, Eq)]

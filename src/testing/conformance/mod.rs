@@ -18,6 +18,7 @@
 
 mod check;
 mod combiner;
+mod contracts;
 mod faults;
 mod fixture;
 mod hostile;
@@ -27,8 +28,9 @@ mod run;
 mod transport;
 mod unplugger;
 
-pub use check::{Broken, CONTRACTS, Check, Contract, Passed};
+pub use check::{Broken, Check, Contract, Passed};
 pub use combiner::{combiner, try_combiner};
+pub use contracts::CONTRACTS;
 pub use fixture::{Fault, Faults, GuestFixture, Snapshot, TransportFixture, WithoutGone};
 pub use mounter::{mounter, try_mounter};
 pub use resolver::{resolver, try_resolver};

@@ -1,0 +1,13 @@
+//! The suites by name.
+
+use super::check::Contract;
+use super::{combiner, mounter, resolver, transport, unplugger};
+
+/// Every contract that has a suite.
+pub const CONTRACTS: [&Contract; 5] = [
+    &transport::CONTRACT,
+    &resolver::CONTRACT,
+    &unplugger::CONTRACT,
+    &mounter::CONTRACT,
+    &combiner::CONTRACT,
+];
