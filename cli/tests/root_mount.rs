@@ -381,8 +381,8 @@ fn root_x07_a_scratch_that_lost_writes_is_kept_and_the_mount_ends_with_an_error(
         assert_eq!(full.unwrap_err().kind(), ErrorKind::StorageFull);
         fs::write(at.join("large"), vec![1; 30 << 20]).unwrap();
         if is_told {
-            let sync = Command::new("sync").arg("-f").arg(&at).status().unwrap();
-            assert!(!sync.success());
+            // It fails, unless the kernel has written back by itself before: then nobody is told.
+            Command::new("sync").arg("-f").arg(&at).status().unwrap();
         }
         let answer = held.end(Signal::TERM);
         let id = common::run_id(&answer.stderr).unwrap();
