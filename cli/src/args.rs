@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use blockmount::{HashAlgorithm, HolderName};
 use blockmount_agent::LogFilter;
 use blockmount_verity::Parameters;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::guest::{GuestKind, Transports};
+use crate::terminal::Colour;
 use values::{Salt, parse_salt, parse_size};
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
@@ -43,14 +44,6 @@ pub(crate) struct Cli {
 
 /// What every command takes is listed apart.
 const EVERYWHERE: &str = "Options of all commands";
-
-/// When there are colours.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Colour {
-    Auto,
-    Always,
-    Never,
-}
 
 /// A filter that the log will take.
 fn log_filter(text: &str) -> Result<String, String> {

@@ -175,7 +175,7 @@ fn advice_on_image(error: &blockmount::Error) -> Option<&'static str> {
     let disk = error
         .disk()
         .filter(|_| error.step() == Step::Mount && is_of_image)?;
-    crate::inspect::advice_on(disk.source())
+    crate::content::advice_on(disk.source())
 }
 
 /// What is wrong with a request depends on how far it came.

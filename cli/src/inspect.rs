@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use blockmount_linux::probe::{self, Content, Superblock};
-use rustix::fs::OFlags;
+use blockmount_linux::probe::{self, Content};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
+use crate::content::{self, Found, describe, past_the_end};
 use crate::failure::{Context, FAILED, Failure, printable};
 use crate::report::table;
 use crate::terminal::{complain, print, print_json};
@@ -26,31 +26,6 @@ struct Image {
     /// The hash tree at the end, if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     verity: Option<verity::Found>,
-}
-
-/// What is on a device or partition.
-#[derive(Debug, Default, Serialize)]
-struct Found {
-    /// `filesystem`, `partition-table`, `volume`, `disk-image`, `compressed`, `ambiguous`, `blank` or `unknown`.
-    kind: &'static str,
-    /// In words.
-    description: String,
-    /// The filesystem by the kernel's name.
-    filesystem: Option<String>,
-    /// How much the filesystem needs, in bytes.
-    filesystem_size: Option<u64>,
-    /// In bytes.
-    block_size: Option<u32>,
-    label: Option<String>,
-    uuid: Option<String>,
-    /// Whether the filesystem needs more than there is.
-    truncated: bool,
-    /// Whether its journal or log has changes that are not in their places.
-    needs_recovery: bool,
-    /// How many more devices the filesystem needs.
-    more_devices: u32,
-    /// Features that not every kernel knows.
-    features: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -101,12 +76,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<u8, Failure> {
 
 fn inspect(image: &Path, with_verity: bool) -> Result<Image, Failure> {
     let what = || format!("cannot inspect {}", image.display());
-    // A pipe without a writer would keep us waiting; the kernel ignores the flag for files.
-    let open = File::options()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(image);
-    let mut file = open.context(what)?;
+    let mut file = content::open(image).context(what)?;
     let kind = file.metadata().context(what)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let why = "it is neither a file nor a block device";
@@ -142,107 +112,6 @@ fn inspect(image: &Path, with_verity: bool) -> Result<Image, Failure> {
         partitions,
         verity,
     })
-}
-
-/// What to do about an image that cannot be mounted as it is. Blocks.
-pub(crate) fn advice_on(image: &Path) -> Option<&'static str> {
-    let found = inspect(image, false).ok()?.content;
-    found.unusable().or(match found.kind {
-        "partition-table" => Some(
-            "name one of its partitions with --partition N; \"blockmount inspect IMAGE\" lists them",
-        ),
-        "blank" => Some("make a filesystem on it, or choose another image"),
-        _ => None,
-    })
-}
-
-impl Found {
-    /// What to do about an image that cannot be mounted as it is.
-    fn unusable(&self) -> Option<&'static str> {
-        match self.kind {
-            _ if self.truncated => Some("the end is missing: copy or download the image again"),
-            "ambiguous" => Some(
-                "remove the stale signatures with wipefs, or name the filesystem when mounting: --fs NAME",
-            ),
-            "disk-image" => Some("convert it to a raw image: qemu-img convert -O raw IMAGE RAW"),
-            "compressed" => Some(match &*self.description {
-                gzip if gzip.ends_with("gzip") => "unpack it: gzip -dk IMAGE",
-                zstd if zstd.ends_with("zstd") => "unpack it: zstd -d IMAGE",
-                xz if xz.ends_with("xz") => "unpack it: xz -dk IMAGE",
-                _ => "unpack it: bzip2 -dk IMAGE",
-            }),
-            "unknown" => Some("it is no filesystem or partition table that is known here"),
-            "blank" if self.description.contains("empty") => {
-                Some("the file has no content: make the image again")
-            }
-            _ => None,
-        }
-    }
-}
-
-fn describe(probe: &probe::ProbeResult) -> Found {
-    let kind = match &probe.content {
-        Content::Filesystem(_) => "filesystem",
-        Content::PartitionTable(_) => "partition-table",
-        Content::Volume(_) => "volume",
-        Content::DiskImage(_) => "disk-image",
-        Content::Compressed(_) => "compressed",
-        Content::Ambiguous(_) => "ambiguous",
-        Content::Blank => "blank",
-        _ => "unknown",
-    };
-    let truncated = probe.truncated();
-    let mut description = probe.content.to_string();
-    if let Some(needs) = truncated {
-        description += &format!(
-            " (truncated: needs {needs} bytes, has {})",
-            probe.device_bytes
-        );
-    }
-    if probe.device_bytes == 0 {
-        description = "nothing (empty)".to_owned();
-    }
-    let mut found = Found {
-        kind,
-        description,
-        truncated: truncated.is_some(),
-        ..Found::default()
-    };
-    if let Content::Filesystem(superblock) | Content::Volume(superblock) = &probe.content {
-        let Superblock {
-            name,
-            label,
-            uuid,
-            size_bytes,
-            block_size,
-            needs_recovery,
-            more_devices,
-            features,
-            ..
-        } = superblock.clone();
-        if needs_recovery {
-            found.description += " (needs recovery)";
-        }
-        if more_devices > 0 {
-            found.description += &format!(" (more devices needed: {more_devices})");
-        }
-        (found.needs_recovery, found.more_devices, found.features) =
-            (needs_recovery, more_devices, features);
-        found.filesystem = (kind == "filesystem").then(|| name.to_owned());
-        (found.label, found.uuid) = (label, uuid);
-        (found.filesystem_size, found.block_size) = (size_bytes, block_size);
-    }
-    found
-}
-
-/// A partition of which the disk has not all.
-fn past_the_end() -> Found {
-    Found {
-        kind: "unknown",
-        description: "past the end of the disk".to_owned(),
-        truncated: true,
-        ..Found::default()
-    }
 }
 
 fn to_text(images: &[Image]) -> String {

@@ -5,6 +5,7 @@ mod check;
 mod child;
 mod cleanup;
 mod command_line;
+mod content;
 mod demo;
 mod failure;
 mod guest;

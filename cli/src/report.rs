@@ -6,7 +6,6 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::failure::printable;
-use crate::speed::{Comparison, Speed};
 
 /// The result of a demo. Its JSON form is this structure, field by field.
 #[derive(Debug, Serialize)]
@@ -222,6 +221,24 @@ impl Report {
             self.seconds,
         )
     }
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Speed {
+    pub(crate) one: Comparison,
+    pub(crate) many: Comparison,
+}
+
+/// From the first request until all disks are mounted.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Comparison {
+    /// How many disks were added at once.
+    pub(crate) disks: usize,
+    pub(crate) ours_ms: f64,
+    /// The bare commands and mounts, in the same run.
+    pub(crate) floor_ms: f64,
+    pub(crate) ratio: f64,
 }
 
 impl Comparison {

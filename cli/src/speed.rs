@@ -12,14 +12,13 @@ use blockmount::{DeviceLocator, Disk, Manager, MountOptions, MountRequest, Unplu
 use blockmount_qemu::QemuScsi;
 use blockmount_scsi::{Attacher, ScsiAddress};
 use futures_util::future::{join_all, try_join_all};
-use serde::Serialize;
 use serde_json::json;
 
 use crate::failure::{Context, Failure};
 use crate::guest::{MOUNTS, QemuGuest};
 use crate::images;
 use crate::interrupt::Interrupt;
-use crate::report::milliseconds;
+use crate::report::{Comparison, Speed, milliseconds};
 use crate::terminal::Progress;
 use blockmount_checker::protocol::BareMount;
 
@@ -31,24 +30,6 @@ const ROUNDS: usize = 3;
 const DISK_SIZE: u64 = 4 << 20;
 /// The floor's disks are at LUNs of their own, which the manager has not reached.
 const FIRST_LUN: u64 = 128;
-
-/// What was measured.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Speed {
-    pub(crate) one: Comparison,
-    pub(crate) many: Comparison,
-}
-
-/// From the first request until all disks are mounted.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Comparison {
-    /// How many disks were added at once.
-    pub(crate) disks: usize,
-    pub(crate) ours_ms: f64,
-    /// The bare commands and mounts, in the same run.
-    pub(crate) floor_ms: f64,
-    pub(crate) ratio: f64,
-}
 
 /// Measures one disk, and many at once, in turn with the floor.
 pub(crate) async fn measure(

@@ -30,7 +30,8 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
     if let Some(number) = layer.partition {
         builder = builder.partition(number);
     }
-    if let Some(verity) = verity::of_layer(layer)? {
+    if let Some(trusted) = &layer.verity {
+        let verity = verity::of_layer(&layer.image, layer.partition, trusted)?;
         builder = builder.verity(verity);
     }
     let options = builder

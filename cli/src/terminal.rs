@@ -5,9 +5,9 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::args::Colour;
 use crate::failure::{Context, Failure};
 
 /// How this program talks, which is settled before it says the first word.
@@ -18,6 +18,14 @@ struct Manner {
 }
 
 static MANNER: OnceLock<Manner> = OnceLock::new();
+
+/// When there are colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Colour {
+    Auto,
+    Always,
+    Never,
+}
 
 /// Settles how the program talks.
 pub(crate) fn start(colour: Colour, is_quiet: bool) {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -12,7 +13,6 @@ use blockmount_verity::{
 };
 use serde::Serialize;
 
-use crate::args::Layer;
 use crate::failure::{Context, Failure};
 
 /// What `--verity` names: a file beside the image, or what would be in it.
@@ -55,22 +55,22 @@ impl FromStr for Trusted {
 
 const ADVICE: &str = "make a hash tree and IMAGE.dmverity with \"blockmount seal IMAGE\", or see what there is with \"blockmount inspect --verity IMAGE\"";
 
-/// What the guest is told of a layer, if it is to be checked: the superblock is read here, where the image is, and the
+/// What the guest is told of a layer that is to be checked: the superblock is read here, where the image is, and the
 /// guest reads none.
-pub(crate) fn of_layer(layer: &Layer) -> Result<Option<Verity>, Failure> {
-    let Some(trusted) = &layer.verity else {
-        return Ok(None);
-    };
+pub(crate) fn of_layer(
+    image: &Path,
+    partition: Option<NonZeroU32>,
+    trusted: &Trusted,
+) -> Result<Verity, Failure> {
     let metadata = match trusted {
         Trusted::Given(metadata) => metadata.clone(),
         Trusted::File(path) => Metadata::read(path)
             .context(|| format!("cannot use --verity {}", path.display()))
             .map_err(|failure| failure.advise(ADVICE))?,
     };
-    let image = layer.image.display();
-    let what = || format!("cannot read the hash tree of {image}");
-    let mut file = File::open(&layer.image).context(what)?;
-    let (start, size) = part(&mut file, layer).context(what)?;
+    let what = || format!("cannot read the hash tree of {}", image.display());
+    let mut file = File::open(image).context(what)?;
+    let (start, size) = part(&mut file, partition).context(what)?;
     let part = Part {
         file: &file,
         start,
@@ -81,13 +81,13 @@ pub(crate) fn of_layer(layer: &Layer) -> Result<Option<Verity>, Failure> {
     let options =
         superblock.and_then(|found| found.options(&metadata.root_digest, metadata.hash_offset));
     let options = options.context(what);
-    options.map(Some).map_err(|failure| failure.advise(ADVICE))
+    options.map_err(|failure| failure.advise(ADVICE))
 }
 
 /// Where the layer is in its image, and how long it is, in bytes.
-fn part(file: &mut File, layer: &Layer) -> io::Result<(u64, u64)> {
+fn part(file: &mut File, partition: Option<NonZeroU32>) -> io::Result<(u64, u64)> {
     let found = probe::probe(file)?;
-    let Some(number) = layer.partition else {
+    let Some(number) = partition else {
         return Ok((0, found.device_bytes));
     };
     let partitions = match found.content {

@@ -131,7 +131,7 @@ fn unreachable(path: &Path, error: io::Error) -> BackendError {
 }
 
 #[cfg(windows)]
-use crate::windows::file_id;
+use crate::files::file_id;
 
 #[cfg(unix)]
 fn file_id(path: &Path) -> io::Result<DiskId> {

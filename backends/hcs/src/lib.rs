@@ -133,6 +133,8 @@
 mod compute_system;
 mod disk;
 pub mod documents;
+#[cfg(windows)]
+mod files;
 mod guest;
 mod scsi_attacher;
 mod vm;

@@ -1,7 +1,6 @@
 //! The Host Compute Service itself, through its library `computecore.dll` (Windows 10 1809, Windows Server 2019 and later).
 
 mod calls;
-mod files;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,10 +14,9 @@ use tokio::time::timeout;
 
 use self::calls::{Operation, System, Wide};
 use crate::documents::{ModifySettingRequest, Properties, PropertyQuery};
+use crate::files;
 use crate::vm::cannot_ask;
 use crate::{ComputeSystem, HcsError};
-
-pub(crate) use self::files::file_id;
 
 /// How long a cancellation may take before the caller is told nevertheless.
 const CANCELLATION: Duration = Duration::from_secs(5);

@@ -8,5 +8,6 @@ pub mod testing;
 mod transport;
 
 pub use attacher::Attacher;
+pub use devices::{InvalidReserved, Mode};
 pub use packing::{MAX_MAPPINGS, PackedRange, Packing};
-pub use transport::{InvalidReserved, Mode, SlotEntry, VpmemTransport};
+pub use transport::{SlotEntry, VpmemTransport};

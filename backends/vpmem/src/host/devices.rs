@@ -7,10 +7,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use blockmount::placement::{Allocation, Placement};
 use blockmount::slots::{Occupied, Policy, Slot, SlotError, Slots};
 use blockmount::{BackendError, DiskId};
+use thiserror::Error;
 
 use super::packing::{MAX_MAPPINGS, PackedRange, Packing};
-use super::transport::{InvalidReserved, Mode};
 use crate::{DeviceNumber, Geometry, VpmemAddress};
+
+/// How the devices of a transport are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Each disk is a device of its own.
+    WholeDevices,
+    /// Disks are mapped to ranges of devices, up to [`MAX_MAPPINGS`](crate::MAX_MAPPINGS) on each. A range is as long
+    /// as the disk, rounded up to whole pages. A device is filled before the next one is begun, and a
+    /// device with nothing on it is free again.
+    Packed,
+}
+
+/// Why a transport cannot be made with these reserved devices.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum InvalidReserved {
+    /// The VM has no such device.
+    #[error("VPMEM device {0} cannot be reserved: the VM has {1} devices, from 0")]
+    OutOfRange(DeviceNumber, u16),
+    /// It is in the list twice.
+    #[error("VPMEM device {0} is reserved twice")]
+    Twice(DeviceNumber),
+}
 
 /// The devices of a VM. Clones share them.
 #[derive(Clone)]

@@ -5,9 +5,8 @@ use std::fmt;
 use async_trait::async_trait;
 use blockmount::placement::{self, Allocation, Call, Outcome, Placement, SlotUse};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
-use thiserror::Error;
 
-use super::devices::{Allocated, Devices, DiskVersion};
+use super::devices::{Allocated, Devices, DiskVersion, InvalidReserved, Mode};
 use crate::{Attacher, DeviceNumber, Geometry, VpmemAddress};
 
 /// The VPMEM devices of a VM, as a [`Transport`] for read-only disks.
@@ -39,29 +38,6 @@ pub struct VpmemTransport<A> {
 
 /// A line of [`VpmemTransport::slot_map`].
 pub type SlotEntry = placement::SlotEntry<VpmemAddress>;
-
-/// How the devices of a transport are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// Each disk is a device of its own.
-    WholeDevices,
-    /// Disks are mapped to ranges of devices, up to [`MAX_MAPPINGS`](crate::MAX_MAPPINGS) on each. A range is as long
-    /// as the disk, rounded up to whole pages. A device is filled before the next one is begun, and a
-    /// device with nothing on it is free again.
-    Packed,
-}
-
-/// Why a transport cannot be made with these reserved devices.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum InvalidReserved {
-    /// The VM has no such device.
-    #[error("VPMEM device {0} cannot be reserved: the VM has {1} devices, from 0")]
-    OutOfRange(DeviceNumber, u16),
-    /// It is in the list twice.
-    #[error("VPMEM device {0} is reserved twice")]
-    Twice(DeviceNumber),
-}
 
 impl<A: Attacher> VpmemTransport<A> {
     /// All devices of `geometry` but the `reserved` ones, such as that of the disk which the VM

@@ -48,7 +48,7 @@ fn number(file: &File) -> Option<FILE_ID_INFO> {
 }
 
 /// The file behind a name, without links, in the form that users write.
-pub(super) fn resolve(path: &Path) -> Result<PathBuf, HcsError> {
+pub(crate) fn resolve(path: &Path) -> Result<PathBuf, HcsError> {
     let resolved = path.canonicalize().map_err(|error| {
         let message = error.to_string();
         match error.raw_os_error() {
