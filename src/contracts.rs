@@ -32,9 +32,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 
 use crate::{BackendError, DeviceLocator, Disk, DiskId, MountOptions, Usage};
+
+mod trees;
+
+pub use trees::{BindMount, Overlay};
 
 /// What is there of something that a journal remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,40 +299,33 @@ pub trait LayerCombiner: Send + Sync + 'static {
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError>;
 }
 
-/// Layers to be seen as one tree.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Overlay {
-    /// Where each layer is mounted, the topmost first.
-    pub layers: Vec<PathBuf>,
-    /// A writable directory that takes all changes; the tree is read-only without one. The
-    /// combiner makes the directories it needs in it (`upper` and `work`) and leaves them there.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub scratch: Option<PathBuf>,
-    /// Where the tree appears.
-    pub target: PathBuf,
-}
+/// Shows mounts at further places: bind mounts with options of their own. Guest side, or the host's end of a line to it.
+#[async_trait]
+pub trait Binder: Send + Sync + 'static {
+    /// Shows a mount of [`Mounter::mount`], or a directory of it, at a target, which it makes if it is not there.
+    ///
+    /// The implementor must follow no link on the way to the directory, and must not leave the mount: what is in it is
+    /// not trusted. Options that it cannot honour are `Unsuitable`, by name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Mounter::mount`]; `NotFound` if the source is not mounted by this implementor, or has no such directory.
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError>;
 
-impl Overlay {
-    /// A read-only tree of `layers` (where each is mounted, the topmost first) at `target`.
-    pub fn new<L: Into<PathBuf>>(
-        layers: impl IntoIterator<Item = L>,
-        target: impl Into<PathBuf>,
-    ) -> Self {
-        Overlay {
-            layers: layers.into_iter().map(Into::into).collect(),
-            scratch: None,
-            target: target.into(),
-        }
-    }
+    /// Removes a view, by its target alone, and the directories that were made for it. What it shows stays mounted. A target
+    /// where nothing was bound is unbound.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Mounter::unmount`].
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError>;
 
-    /// The same with a writable directory for changes.
-    #[must_use]
-    pub fn with_scratch(mut self, directory: impl Into<PathBuf>) -> Self {
-        self.scratch = Some(directory.into());
-        self
-    }
+    /// Says whether a view that an earlier process made is there, and takes it over, as [`Mounter::adopt`] does for mounts.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Transport::adopt`].
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError>;
 }
 
 /// A backend behind a pointer is a backend: an `Arc` shares one between managers.
@@ -373,5 +369,10 @@ forward_through_pointers! {
         combine(overlay: &Overlay) -> ();
         separate(target: &Path) -> ();
         adopt(overlay: &Overlay) -> Presence;
+    }
+    Binder {
+        bind(bind: &BindMount) -> ();
+        unbind(target: &Path) -> ();
+        adopt(bind: &BindMount) -> Presence;
     }
 }

@@ -226,6 +226,10 @@ pub enum Step {
     Combine,
     /// Taking an overlay apart.
     Separate,
+    /// Showing a mount at a further place.
+    Bind,
+    /// Removing a view of a mount.
+    Unbind,
     /// Unmounting a device in the guest.
     Unmount,
     /// Removing a device from the guest.
@@ -256,6 +260,8 @@ impl fmt::Display for Step {
             Step::Mount => "mount",
             Step::Combine => "combine",
             Step::Separate => "separate",
+            Step::Bind => "bind",
+            Step::Unbind => "unbind",
             Step::Unmount => "unmount",
             Step::Unplug => "unplug",
             Step::Detach => "detach",

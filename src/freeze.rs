@@ -49,6 +49,7 @@ impl Frozen {
         let mut records = self.manager.attachments().records();
         records.extend(self.manager.mounts().records());
         records.extend(self.manager.stacks.records());
+        records.extend(self.manager.views.records());
         records.extend(self.manager.holders().named());
         Snapshot::new(records)
     }

@@ -1,4 +1,4 @@
-//! What survives a restart: a record of each attachment, mount and stack, written before it is touched.
+//! What survives a restart: a record of each attachment, mount, view and stack, written before it is touched.
 //!
 //! A manager that was built with a [`Journal`] writes each transition down before it calls a backend, and what came of
 //! it before any caller is told. So whatever is in the VM and was put there by this manager is in the journal,
@@ -34,7 +34,8 @@ mod record;
 mod recorded;
 
 pub use record::{
-    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey, StackRecord,
+    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey,
+    StackRecord, ViewRecord,
 };
 
 pub(crate) use recorded::Recorded;

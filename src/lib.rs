@@ -37,15 +37,16 @@
 //!  Manager ── AttachManager ────── Transport (SCSI, loop devices, ...)        host side
 //!     │            └────────────── Unplugger                                  guest side
 //!     ├────── BlockMountManager ── Mounter  (this machine, or a line to it)   guest side
-//!     └────── Stack ────────────── LayerCombiner                              guest side
+//!     └────── Stack, View ──────── LayerCombiner, Binder                      guest side
 //! ```
 //!
 //! - [`AttachManager`] attaches each disk once and shares the [`Attachment`].
 //! - [`BlockMountManager`] mounts each device once for each set of [`MountOptions`] and shares the
 //!   [`Mount`]. It knows no transport: a device is an opaque [`DeviceLocator`].
-//! - [`Manager`] puts the two in a row, and stacks layers as an overlay ([`Stack`]).
+//! - [`Manager`] puts the two in a row, stacks layers as an overlay ([`Stack`]), and shows a mount at further places
+//!   ([`View`]).
 //!
-//! Under all three is one lease table, which shares, counts and serialises. Each set-up and tear-down
+//! Under all of them is one lease table, which shares, counts and serialises. Each set-up and tear-down
 //! runs in a task of its own; callers only wait for it, so a caller can be cancelled at any moment. The last release
 //! tears down: unmount, then unplug, then detach. A tear-down that fails is pending: it is retried
 //! before the same disk is attached or the same device mounted again, and its path and slot stay taken until then.
@@ -67,10 +68,10 @@
 //! | `blockmount-vpmem` | the same for persistent memory, whole devices and packed ones | any hypervisor with VPMEM or virtio-pmem |
 //! | `blockmount-qemu` | both attachers by QMP; starts the VM | QEMU |
 //! | `blockmount-hcs` | both attachers and the guest's contracts by HCS documents | Hyper-V |
-//! | `blockmount-linux` | [`Mounter`], [`LayerCombiner`] | every Linux guest: finds, probes, maps, mounts, combines |
-//! | `blockmount-bridge` | [`Mounter`], [`LayerCombiner`], [`Unplugger`] | a guest at the other end of a line |
+//! | `blockmount-linux` | [`Mounter`], [`LayerCombiner`], [`Binder`] | every Linux guest: finds, probes, maps, mounts, combines |
+//! | `blockmount-bridge` | [`Mounter`], [`LayerCombiner`], [`Binder`], [`Unplugger`] | a guest at the other end of a line |
 //!
-//! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`]) are small,
+//! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`], [`Binder`]) are small,
 //! and each says what the implementor must do and what it may rely on. With the feature
 //! `testing` there is a conformance suite that every backend must pass, and a VM in memory with faults on
 //! demand.
@@ -105,12 +106,14 @@ pub mod testing;
 mod transports;
 mod turns;
 mod usage;
+mod view;
 mod volume;
 
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
 pub use contracts::{
-    BlockDevice, LayerCombiner, Mounter, Overlay, Presence, Resolver, Transport, Unplugger,
+    BindMount, Binder, BlockDevice, LayerCombiner, Mounter, Overlay, Presence, Resolver, Transport,
+    Unplugger,
 };
 pub use disk::{CacheMode, Disk, DiskId, DiskKind, DiskOption, DiskOptions, SectorSize};
 pub use error::{BackendError, Error, ErrorKind, Step};
@@ -120,9 +123,9 @@ pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
-    Check, Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
-    MountFlags, MountOptions, MountOptionsBuilder, MountRequest, OnCorruption, Overwrite,
-    Propagation, PropagationMode, Verity,
+    Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format, HashAlgorithm,
+    IdMap, IdRange, InvalidOptions, MountFlag, MountFlags, MountOptions, MountOptionsBuilder,
+    MountRequest, OnCorruption, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
 };
 pub use pci::PciAddress;
 pub use printable::{Printable, printable};
@@ -132,3 +135,4 @@ pub use snapshot::Snapshot;
 pub use stack::{Stack, StackRequest};
 pub use turns::Turns;
 pub use usage::{Space, Usage};
+pub use view::{View, ViewRequest};

@@ -1,25 +1,26 @@
 //! The whole way: from a disk of the host to files in the guest, and back.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 
 use crate::attach::give_back;
 use crate::holders::Holders;
-use crate::lease::{Table, Tables};
+use crate::lease::Table;
 use crate::mount::ensure_writable;
 use crate::stack::{Combining, combine, release_all, reserve};
-use crate::target::Claims;
-use crate::transports::Transports;
+use crate::view::{self, Viewing};
 use crate::{
-    AttachManager, Attachment, BackendError, BlockMountManager, DeviceLocator, Disk, DiskId, Error,
-    HolderName, LayerCombiner, Mount, MountOptions, MountRequest, Mounter, Overlay, Presence,
-    Stack, StackRequest, Transport, Turns, Unplugger, Usage,
+    AttachManager, Attachment, BlockMountManager, Disk, DiskId, Error, ExtraDisk, HolderName, Mount,
+    MountRequest, Stack, StackRequest, Turns, View, ViewRequest,
 };
+
+mod builder;
+mod missing;
+
+pub use builder::ManagerBuilder;
 
 /// How long a caller waits for one answer unless it says otherwise: five minutes, as long as the bridge
 /// of Hyper-V's guests waits for a reply. Backends bound their waits themselves, and well below this.
@@ -28,7 +29,7 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Disks in, mounts out: attaches a disk to the VM, mounts it in the guest, shares both between all callers
 /// that request the same, and takes it out again exactly once, whatever fails on the way.
 ///
-/// It is thin: an [`AttachManager`] and a [`BlockMountManager`] in a row, and overlays on top. Cloning is
+/// It is thin: an [`AttachManager`] and a [`BlockMountManager`] in a row, and overlays and views on top. Cloning is
 /// cheap, and clones are the same manager.
 ///
 /// Before the runtime ends, [`drain`](Self::drain) the manager: what was dropped is torn down in
@@ -38,18 +39,8 @@ pub struct Manager {
     attachments: AttachManager,
     mounts: BlockMountManager,
     pub(crate) stacks: Arc<Table<Combining>>,
+    pub(crate) views: Arc<Table<Viewing>>,
     pub(crate) resizing: Arc<Turns<DiskId>>,
-}
-
-/// Puts a [`Manager`] together from backends.
-#[must_use]
-pub struct ManagerBuilder {
-    transports: Vec<Box<dyn Transport>>,
-    unplugger: Option<Box<dyn Unplugger>>,
-    mounter: Option<Box<dyn Mounter>>,
-    combiner: Box<dyn LayerCombiner>,
-    mount_root: PathBuf,
-    timeout: Duration,
 }
 
 /// What [`Manager::drain`] found.
@@ -60,7 +51,7 @@ pub struct Drained {
     /// The errors of the tear-downs that failed once more, and are still pending. One of [`Step::Record`](crate::Step::Record)
     /// is about the journal alone, which could not be told yet of what is torn down.
     pub failed: Vec<Error>,
-    /// How many attachments, mounts and stacks are up, because callers hold them.
+    /// How many attachments, mounts, views and stacks are up, because callers hold them.
     pub in_use: usize,
 }
 
@@ -74,14 +65,7 @@ impl Drained {
 impl Manager {
     /// Starts with nothing: a manager needs at least a transport, and a mounter to mount.
     pub fn builder() -> ManagerBuilder {
-        ManagerBuilder {
-            transports: Vec::new(),
-            unplugger: None,
-            mounter: None,
-            combiner: Box::new(Missing("a combiner")),
-            mount_root: PathBuf::from("/run/mounts/blockmount"),
-            timeout: DEFAULT_TIMEOUT,
-        }
+        ManagerBuilder::default()
     }
 
     /// Attaches a disk without mounting it, or shares the attachment if there is one.
@@ -122,7 +106,8 @@ impl Manager {
         self.attachments.attach_held_by(disk, name).await
     }
 
-    /// Attaches a disk and mounts it, or shares what there is.
+    /// Attaches a disk and mounts it, or shares what there is. The further [devices](MountRequest::devices) of its filesystem
+    /// are attached with it, all or nothing.
     ///
     /// # Errors
     ///
@@ -147,13 +132,60 @@ impl Manager {
         let holder = self.mounts.reserve(request)?;
         let id = self.attachments.identify(disk).await?;
         if holder.is_none()
+            && request.devices().is_empty()
             && let Some(locator) = self.attachments.peek(&id, disk)
             && let Some(mount) = self.mounts.join(&id, locator, request)
         {
             return Ok(mount);
         }
-        let attachment = self.attachments.attach_identified(id, disk).await?;
-        self.mounts.mount_for(holder, attachment, request).await
+        let attachment = self.attachments.attach_identified(id, disk);
+        if request.devices().is_empty() {
+            let attachment = attachment.await?;
+            let devices = Vec::new();
+            return self
+                .mounts
+                .mount_for(holder, attachment, devices, request)
+                .await;
+        }
+        let (attachment, devices) = self.attach_together(attachment, request).await?;
+        self.mounts
+            .mount_for(holder, attachment, devices, request)
+            .await
+    }
+
+    /// Attaches all disks of a mount at once: all or nothing.
+    async fn attach_together(
+        &self,
+        mounted: impl Future<Output = Result<Attachment, Error>>,
+        request: &MountRequest,
+    ) -> Result<(Attachment, Vec<Attachment>), Error> {
+        let attach = async |device: &ExtraDisk| {
+            ensure_writable(&device.disk, request)?;
+            let id = self.attachments.identify(&device.disk).await?;
+            self.attachments.attach_identified(id, &device.disk).await
+        };
+        let devices = join_all(request.devices().iter().map(attach));
+        // All in this one future: dropping it cancels all of them at once.
+        let (mounted, devices) = join(mounted, devices).await;
+        let (mut attached, mut first_error) = (Vec::new(), None);
+        for device in devices {
+            match device {
+                Ok(device) => attached.push(device),
+                Err(error) => first_error = first_error.or(Some(error)),
+            }
+        }
+        let error = match (mounted, first_error) {
+            (Ok(mounted), None) => return Ok((mounted, attached)),
+            (Err(error), _) => error,
+            (Ok(mounted), Some(error)) => {
+                attached.push(mounted);
+                error
+            }
+        };
+        for attachment in attached {
+            give_back(attachment.releasing()).await;
+        }
+        Err(error)
     }
 
     /// Adds all layers of a stack at once, and stacks them as an overlay: all or nothing.
@@ -199,6 +231,31 @@ impl Manager {
         combine(&self.stacks, holder, request, mounts).await
     }
 
+    /// Shows a mount at a further place, with options of its own, or shares the view that is there.
+    ///
+    /// The view has a share of the mount, so whoever has the view needs no share besides. Two requests for the same view at
+    /// one target share it; another view there is a `Conflict`.
+    ///
+    /// # Errors
+    ///
+    /// What the binder answers, by [kind](crate::ErrorKind): `NotFound` if the mount has no such directory, `Unsuitable` for
+    /// what the guest's kernel cannot do. `Conflict` if the target is taken, or lies above or below one that is. After an
+    /// error nothing is left for this caller, who has the mount as before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait; what is under way is finished and taken back in the
+    /// background.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn view(&self, mount: &Mount, request: &ViewRequest) -> Result<View, Error> {
+        let _running = self.mounts.enter()?;
+        let ask = || view::view(&self.views, mount, request);
+        self.mounts.tables.clearing(ask).await
+    }
+
     pub(crate) fn holders(&self) -> &Holders {
         self.mounts.holders()
     }
@@ -227,8 +284,9 @@ impl Manager {
     /// Outside of a tokio runtime.
     pub async fn drain(&self) -> Drained {
         // From the top down: each step releases what the next one tears down.
-        let mut failed = self.stacks.drain().await;
-        let mut in_use = self.stacks.up(|_| ()).len();
+        let mut failed = self.views.drain().await;
+        failed.extend(self.stacks.drain().await);
+        let mut in_use = self.views.up(|_| ()).len() + self.stacks.up(|_| ()).len();
         for drained in [self.mounts.drain().await, self.attachments.drain().await] {
             failed.extend(drained.failed);
             in_use += drained.in_use;
@@ -238,176 +296,11 @@ impl Manager {
     }
 }
 
-impl ManagerBuilder {
-    /// Adds a transport after those that are there. They are tried in order: one that answers
-    /// `Unsuitable` or `Full` passes the disk on.
-    pub fn transport(mut self, transport: impl Transport) -> Self {
-        self.transports.push(Box::new(transport));
-        self
-    }
-
-    /// Unplugs devices in the guest before the host detaches them. A manager without one only attaches, and
-    /// a detach is the host's alone ([`AttachManager::without_unplugger`]): it refuses to mount.
-    pub fn unplugger(mut self, unplugger: impl Unplugger) -> Self {
-        self.unplugger = Some(Box::new(unplugger));
-        self
-    }
-
-    /// Mounts devices in the guest. A manager without one can only attach.
-    pub fn mounter(mut self, mounter: impl Mounter) -> Self {
-        self.mounter = Some(Box::new(mounter));
-        self
-    }
-
-    /// Stacks layers as an overlay. A manager without one makes no stacks.
-    pub fn combiner(mut self, combiner: impl LayerCombiner) -> Self {
-        self.combiner = Box::new(combiner);
-        self
-    }
-
-    /// Where paths are made up for mounts that name none; an absolute path in the guest. Two managers
-    /// of one guest need two roots. Default: `/run/mounts/blockmount`.
-    pub fn mount_root(mut self, root: impl Into<PathBuf>) -> Self {
-        self.mount_root = root.into();
-        self
-    }
-
-    /// How long a caller waits for one answer before it gets `Uncertain`; what it waits for goes on.
-    /// Default: [`DEFAULT_TIMEOUT`].
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
-        self
-    }
-
-    /// The manager, without a journal: what it does is forgotten when its process ends. With one it is made by
-    /// [`recover`](Self::recover).
-    pub fn build(self) -> Manager {
-        self.build_with(Holders::default())
-    }
-
-    pub(crate) fn build_with(self, holders: Holders) -> Manager {
-        let ManagerBuilder {
-            mut transports,
-            unplugger,
-            mounter,
-            combiner,
-            mount_root,
-            timeout,
-        } = self;
-        let only = if transports.len() == 1 {
-            transports.pop()
-        } else {
-            None
-        };
-        let transport: Box<dyn Transport> = match only {
-            Some(only) => only,
-            None => Box::new(Transports::new(transports)),
-        };
-        let mounter: Box<dyn Mounter> = match (mounter, &unplugger) {
-            (Some(mounter), Some(_)) => mounter,
-            (None, _) => Box::new(Missing("a mounter")),
-            // What is mounted must be unplugged before it is detached.
-            (Some(_), None) => Box::new(Missing("an unplugger")),
-        };
-        let claims = Claims::new(mount_root);
-        let combining = Combining::new(combiner, claims.clone(), holders.clone());
-        let mut manager = Manager {
-            attachments: AttachManager::with_holders(
-                transport,
-                unplugger,
-                timeout,
-                holders.clone(),
-            ),
-            mounts: BlockMountManager::with_claims(mounter, claims, timeout, holders),
-            stacks: Table::new(combining, timeout),
-            resizing: Arc::default(),
-        };
-        let (mounts, attachments) = (&manager.mounts.tables, &manager.attachments.tables);
-        let all = attachments
-            .below(mounts)
-            .below(&Tables::one(&manager.stacks));
-        manager.mounts.tables = all.clone();
-        manager.attachments.tables = all;
-        manager
-    }
-}
-
-/// Stands where the builder was given nothing.
-struct Missing(&'static str);
-
-impl Missing {
-    fn refuse(&self) -> BackendError {
-        BackendError::unsuitable(format!("the manager was built without {}", self.0))
-    }
-}
-
-#[async_trait]
-impl Mounter for Missing {
-    async fn mount(
-        &self,
-        _: &DeviceLocator,
-        _: &std::path::Path,
-        _: &MountOptions,
-    ) -> Result<(), BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn unmount(&self, _: &std::path::Path) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn usage(&self, _: &std::path::Path) -> Result<Usage, BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn trim(&self, _: &std::path::Path) -> Result<u64, BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn grow(&self, _: &std::path::Path, _: u64) -> Result<(), BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn adopt(
-        &self,
-        _: &DeviceLocator,
-        _: &std::path::Path,
-        _: &MountOptions,
-    ) -> Result<Presence, BackendError> {
-        Err(self.refuse())
-    }
-}
-
-#[async_trait]
-impl LayerCombiner for Missing {
-    async fn combine(&self, _: &Overlay) -> Result<(), BackendError> {
-        Err(self.refuse())
-    }
-
-    async fn separate(&self, _: &std::path::Path) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
-        Err(self.refuse())
-    }
-}
-
 impl fmt::Debug for Manager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Manager")
             .field("attachments", &self.attachments)
             .field("mounts", &self.mounts)
-            .finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for ManagerBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ManagerBuilder")
-            .field("transports", &self.transports.len())
-            .field("mount_root", &self.mount_root)
-            .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
 }

@@ -19,8 +19,10 @@ use crate::{
     Mounter, Presence, ReleaseError, Step, Usage,
 };
 
+mod attachments;
 mod driver;
 
+pub(crate) use attachments::Attachments;
 use driver::{MountJob, Mounting};
 
 /// Mounts each device once for each set of options, shares the mount between all callers that request it,
@@ -123,7 +125,34 @@ impl BlockMountManager {
     ) -> Result<Mount, Error> {
         let _running = self.enter()?;
         let holder = self.reserve(request)?;
-        self.mount_for(holder, attachment, request).await
+        self.mount_for(holder, attachment, Vec::new(), request)
+            .await
+    }
+
+    /// Mounts an attached disk whose filesystem has further [devices](MountRequest::devices), or shares the mount if there
+    /// is one. `devices` are the attachments of those, in the order of the request; all of them are kept for as long as
+    /// the mount lives.
+    ///
+    /// # Errors
+    ///
+    /// As for [`mount`](Self::mount); `Invalid` if there are not as many attachments as the request has devices.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`mount`](Self::mount).
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn mount_with(
+        &self,
+        attachment: Attachment,
+        devices: Vec<Attachment>,
+        request: &MountRequest,
+    ) -> Result<Mount, Error> {
+        let _running = self.enter()?;
+        let holder = self.reserve(request)?;
+        self.mount_for(holder, attachment, devices, request).await
     }
 
     /// The same for a holder that has its name already.
@@ -131,11 +160,12 @@ impl BlockMountManager {
         &self,
         holder: Option<Holder>,
         attachment: Attachment,
+        devices: Vec<Attachment>,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
         let locator = attachment.locator().clone();
-        self.acquire(holder, locator, Some(attachment), request)
-            .await
+        let under = Attachments::new(attachment, devices);
+        self.acquire(holder, locator, under, request).await
     }
 
     /// Begins work that a freeze waits for.
@@ -182,31 +212,25 @@ impl BlockMountManager {
     ) -> Result<Mount, Error> {
         let _running = self.enter()?;
         let holder = self.reserve(request)?;
-        self.acquire(holder, device.clone(), None, request).await
+        let under = Attachments::default();
+        self.acquire(holder, device.clone(), under, request).await
     }
 
     async fn acquire(
         &self,
         holder: Option<Holder>,
         device: DeviceLocator,
-        attachment: Option<Attachment>,
+        mut under: Attachments,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
-        if let Some(attachment) = &attachment {
-            ensure_writable(attachment.disk(), request)?;
-        }
-        let key = MountKey::new(device, request.options().clone());
-        let ask = || self.mount_once(&key, attachment.as_ref(), request);
-        let lease = match self.tables.clearing(ask).await {
+        let lease = match self.lease(device, &mut under, request).await {
             Ok(lease) => {
-                // The mount has a share of it, so this one is not the last.
-                drop(attachment);
+                // The mount has a share of each, so none of these is the last.
+                drop(under);
                 lease
             }
             Err(error) => {
-                if let Some(attachment) = attachment {
-                    give_back(attachment.releasing()).await;
-                }
+                give_back(under.releasing()).await;
                 return Err(error);
             }
         };
@@ -227,16 +251,38 @@ impl BlockMountManager {
         Ok(mount)
     }
 
+    async fn lease(
+        &self,
+        device: DeviceLocator,
+        under: &mut Attachments,
+        request: &MountRequest,
+    ) -> Result<Lease<Mounting>, Error> {
+        under.ensure_writable(request)?;
+        if request.devices().len() != under.devices.len() {
+            let cause = BackendError::invalid(format!(
+                "the request has {} further devices, and {} are attached for it",
+                request.devices().len(),
+                under.devices.len()
+            ));
+            return Err(Error::new(Step::Mount, cause).on_device(&device));
+        }
+        let options = under.place(request);
+        let options = options.map_err(|error| error.on_device(&device))?;
+        let key = MountKey::new(device, options);
+        let ask = || self.mount_once(&key, under, request);
+        self.tables.clearing(ask).await
+    }
+
     async fn mount_once(
         &self,
         key: &MountKey,
-        attachment: Option<&Attachment>,
+        under: &Attachments,
         request: &MountRequest,
     ) -> Result<Lease<Mounting>, Error> {
-        if let Some(joined) = self.table.join(key, |up| up.check(attachment)) {
+        if let Some(joined) = self.table.join(key, |up| up.check(under)) {
             return joined;
         }
-        let job = MountJob::new(attachment.map(Attachment::again), request.target());
+        let job = MountJob::new(under.again(), request.target());
         self.table.acquire(key.clone(), job).await
     }
 
@@ -256,10 +302,10 @@ impl BlockMountManager {
     pub(crate) fn restore(
         &self,
         record: &MountRecord,
-        attachment: Option<Attachment>,
+        under: Attachments,
         left: Left,
     ) -> Result<Option<Mount>, Error> {
-        let (job, resource) = self.table.driver().restore(record, attachment, left)?;
+        let (job, resource) = self.table.driver().restore(record, under, left)?;
         let lease = self.table.restore(record.key.clone(), job, resource);
         let holder = None;
         Ok(lease.map(|lease| Mount { holder, lease }))
@@ -277,7 +323,8 @@ impl BlockMountManager {
         let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
         let holder = None;
         // Another disk may have this locator by now; the mount says which disk it is of.
-        (lease.resource().keeps.as_ref() == Some(id)).then_some(Mount { holder, lease })
+        let keeps = lease.resource().keeps.mounted.as_ref();
+        (keeps == Some(id)).then_some(Mount { holder, lease })
     }
 
     /// A share of each mount of a device.

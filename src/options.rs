@@ -2,9 +2,11 @@
 
 mod builder;
 mod check;
+mod devices;
 mod flags;
 mod format;
 mod verity;
+mod view;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU32;
@@ -14,13 +16,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::HolderName;
+use crate::{Disk, HolderName};
 
 pub use builder::MountOptionsBuilder;
 pub use check::Check;
+pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
+pub use view::{IdMap, IdRange, ViewOptions};
 
 /// How a device is mounted in the guest.
 ///
@@ -63,6 +67,7 @@ struct Fields {
     format: Option<Box<Format>>,
     check: Option<Check>,
     expose: Expose,
+    devices: Box<[ExtraDevice]>,
 }
 
 /// Why [`MountOptions`] cannot be built.
@@ -174,6 +179,18 @@ impl MountOptions {
         self.0.fields.expose
     }
 
+    /// The devices that the filesystem has beside the one that is mounted, by role, and in their order.
+    pub fn devices(&self) -> &[ExtraDevice] {
+        &self.0.fields.devices
+    }
+
+    /// The same with further devices.
+    pub(crate) fn with_devices(&self, devices: Vec<ExtraDevice>) -> Result<Self, InvalidOptions> {
+        let builder = MountOptionsBuilder::from(self.clone());
+        let all = devices.into_iter();
+        all.fold(builder, MountOptionsBuilder::device).build()
+    }
+
     /// Whether a device can have a mount with these options and one with `other` at once.
     ///
     /// The kernel gives all mounts of one device one superblock: they can differ in what belongs to
@@ -188,6 +205,7 @@ impl MountOptions {
             && one.data == other.data
             && one.flags.of_superblock() == other.flags.of_superblock()
             && one.verity == other.verity
+            && one.devices == other.devices
             && one.expose == other.expose;
         apart(one.partition, other.partition)
             || (one.read_only && other.read_only && same_superblock)
@@ -248,6 +266,8 @@ pub struct MountRequest {
     target: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     held_by: Option<HolderName>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    devices: Vec<ExtraDisk>,
 }
 
 impl MountRequest {
@@ -257,6 +277,7 @@ impl MountRequest {
             options,
             target: None,
             held_by: None,
+            devices: Vec::new(),
         }
     }
 
@@ -276,6 +297,26 @@ impl MountRequest {
     pub fn at(mut self, target: impl Into<PathBuf>) -> Self {
         self.target = Some(target.into());
         self
+    }
+
+    /// Adds a disk that the filesystem has beside the one that is mounted, after those that are there: a blob of an erofs,
+    /// in the order of its table, or another device of a btrfs. All disks are attached together, and stay attached for as
+    /// long as the mount lives.
+    #[must_use]
+    pub fn with_device(self, disk: Disk) -> Self {
+        self.with_device_as(DeviceRole::Data, disk)
+    }
+
+    /// The same for a disk with something else on it, such as the log of an xfs.
+    #[must_use]
+    pub fn with_device_as(mut self, role: DeviceRole, disk: Disk) -> Self {
+        self.devices.push(ExtraDisk::new(role, disk));
+        self
+    }
+
+    /// The disks that are attached beside the one that is mounted.
+    pub fn devices(&self) -> &[ExtraDisk] {
+        &self.devices
     }
 
     /// How to mount.

@@ -24,7 +24,7 @@ use crate::journal::{Journal, RecordKey, Recorded, Recorder};
 use crate::release::{ReleaseError, Releasing};
 use crate::{
     Attachment, BackendError, Drained, Error, ErrorKind, HolderName, Manager, ManagerBuilder,
-    Mount, Snapshot, Stack, Step,
+    Mount, Snapshot, Stack, Step, View,
 };
 
 mod adopt;
@@ -100,13 +100,15 @@ pub enum Held {
     Mount(Mount),
     /// A stack.
     Stack(Stack),
+    /// A view.
+    View(View),
 }
 
 /// What a recovery found.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct Report {
-    /// Each attachment, mount and stack that the journal remembers, from the bottom up.
+    /// Each attachment, mount, stack and view that the journal remembers, from the bottom up.
     pub found: Vec<Found>,
     /// Each holder, and whether its handle can be claimed.
     pub holders: Vec<FoundHolder>,
@@ -339,6 +341,14 @@ impl Held {
         }
     }
 
+    /// The view, if it is one; anything else is released in the background.
+    pub fn into_view(self) -> Option<View> {
+        match self {
+            Held::View(view) => Some(view),
+            _ => None,
+        }
+    }
+
     /// Releases it, whatever it is.
     ///
     /// # Errors
@@ -357,6 +367,7 @@ impl Held {
             Held::Attachment(attachment) => attachment.releasing(),
             Held::Mount(mount) => mount.releasing(),
             Held::Stack(stack) => stack.releasing(),
+            Held::View(view) => view.releasing(),
         }
     }
 }

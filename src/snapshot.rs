@@ -84,7 +84,12 @@ impl Snapshot {
         });
         for record in &mut self.records {
             match record {
-                Record::Mount(mount) if mount.disk == before => mount.disk = Some(id.clone()),
+                Record::Mount(mount) => {
+                    let disks = mount.disk.iter_mut().chain(&mut mount.devices);
+                    disks
+                        .filter(|disk| Some(&**disk) == before.as_ref())
+                        .for_each(|disk| *disk = id.clone());
+                }
                 Record::Holder(holder) => {
                     if let RecordKey::Attachment(of) = &mut holder.of
                         && Some(&*of) == before.as_ref()

@@ -34,12 +34,15 @@ struct Live {
     /// it comes next.
     paths: BTreeMap<Arc<[u8]>, Taken>,
     mounts: HashMap<DeviceLocator, Vec<MountOptions>, RandomState>,
+    /// For each further device of a filesystem, whether each mount that has it only reads it.
+    devices: HashMap<DeviceLocator, Vec<bool>, RandomState>,
 }
 
 /// What has taken a path.
 enum Taken {
     Device(DeviceLocator),
     Overlay,
+    View,
 }
 
 impl fmt::Display for Taken {
@@ -47,6 +50,7 @@ impl fmt::Display for Taken {
         match self {
             Taken::Device(device) => write!(f, "device {device}"),
             Taken::Overlay => f.write_str("an overlay"),
+            Taken::View => f.write_str("a view"),
         }
     }
 }
@@ -82,13 +86,7 @@ impl Claims {
         target: Option<&Path>,
     ) -> Result<Claim, BackendError> {
         let mut live = self.live();
-        let mounts = live.mounts.get(device).map_or(&[][..], Vec::as_slice);
-        if !mounts.iter().all(|other| other.is_compatible_with(options)) {
-            return Err(BackendError::conflict(
-                "the device is mounted with options that exclude these; a writer has it alone, and \
-                 readers must agree on the filesystem's options",
-            ));
-        }
+        live.ensure_compatible(device, options)?;
         let (target, key, number) = match target {
             Some(target) => (target.to_owned(), live.free(target, None)?, None),
             None => self.make_up(&live)?,
@@ -97,6 +95,10 @@ impl Claims {
         mounts
             .or_insert_with(|| Vec::with_capacity(1))
             .push(options.clone());
+        for extra in options.devices() {
+            let users = live.devices.entry(extra.locator.clone()).or_default();
+            users.push(options.is_read_only());
+        }
         let mount = Some((device.clone(), options.clone()));
         Ok(self.claim(
             &mut live,
@@ -125,6 +127,14 @@ impl Claims {
             None,
             None,
         ))
+    }
+
+    /// Takes `target` for a view.
+    pub(crate) fn view(&self, target: &Path) -> Result<Claim, BackendError> {
+        let mut live = self.live();
+        let key = live.free(target, None)?;
+        let path = target.to_owned();
+        Ok(self.claim(&mut live, path, key, Taken::View, None, None))
     }
 
     fn claim(
@@ -182,6 +192,61 @@ impl Claims {
 }
 
 impl Live {
+    /// Refuses options that a device, or a further one, cannot have beside what it is mounted with.
+    fn ensure_compatible(
+        &self,
+        device: &DeviceLocator,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
+        let mounts = |device| self.mounts.get(device).map_or(&[][..], Vec::as_slice);
+        let others = mounts(device);
+        if !others.iter().all(|other| other.is_compatible_with(options)) {
+            return Err(BackendError::conflict(
+                "the device is mounted with options that exclude these; a writer has it alone, and \
+                 readers must agree on the filesystem's options",
+            ));
+        }
+        let reads = options.is_read_only();
+        let is_shared = |users: &[bool]| users.is_empty() || (reads && users.iter().all(|ro| *ro));
+        let of_others = |device| self.devices.get(device).map_or(&[][..], Vec::as_slice);
+        if !is_shared(of_others(device)) {
+            return Err(BackendError::conflict(
+                "the device belongs to a filesystem of several devices that is mounted; only readers can share it",
+            ));
+        }
+        for extra in options.devices() {
+            let extra = &extra.locator;
+            if extra == device {
+                return Err(BackendError::invalid(
+                    "the device is mounted, and a further device of the same filesystem",
+                ));
+            }
+            let mounted: Vec<bool> = mounts(extra)
+                .iter()
+                .map(MountOptions::is_read_only)
+                .collect();
+            if !is_shared(of_others(extra)) || !is_shared(&mounted) {
+                return Err(BackendError::conflict(format!(
+                    "its further device {extra} is in use by another mount; only readers can share it"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// One mount less that has a further device.
+    fn give_up(&mut self, device: &DeviceLocator, reads: bool) {
+        let Some(users) = self.devices.get_mut(device) else {
+            return;
+        };
+        if let Some(ours) = users.iter().position(|other| *other == reads) {
+            users.swap_remove(ours);
+        }
+        if users.is_empty() {
+            self.devices.remove(device);
+        }
+    }
+
     /// The comparable form of a path at which something can be mounted now.
     fn free(&self, target: &Path, inside: Option<&[u8]>) -> Result<Vec<u8>, BackendError> {
         let key = comparable(target)?;
@@ -227,6 +292,9 @@ impl Drop for Claim {
             }
             if mounts.is_empty() {
                 live.mounts.remove(device);
+            }
+            for extra in options.devices() {
+                live.give_up(&extra.locator, options.is_read_only());
             }
         }
     }

@@ -179,6 +179,7 @@ Examples:
   sudo blockmount mount --layer app.erofs --layer a.xfs -o nouuid --at /mnt/tree
   sudo blockmount mount --layer /dev/sdb --scratch 512M --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
+  sudo blockmount mount --layer merged.erofs --device app.blob --device base.blob --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs \\
                         --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
@@ -238,7 +239,7 @@ pub(crate) struct MountArgs {
         long,
         value_name = "NAME",
         conflicts_with_all = [
-            "layer", "partition", "fs", "verity", "option", "guest", "transport", "allow_backing", "scratch",
+            "layer", "partition", "fs", "verity", "device", "option", "guest", "transport", "allow_backing", "scratch",
             "encrypt", "format", "at", "name", "keep_vm",
         ]
     )]

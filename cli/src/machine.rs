@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockmount::{
-    HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack, Transport,
-    Unplugger,
+    Binder, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
+    Transport, Unplugger,
 };
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
@@ -236,7 +236,7 @@ async fn manage(
     Ok(recovery.insert(found).manager().clone())
 }
 
-fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
+fn build<T: Transport, G: Mounter + LayerCombiner + Binder + Clone>(
     mount_root: &Path,
     transports: impl IntoIterator<Item = T>,
     guest: G,
@@ -249,6 +249,7 @@ fn build<T: Transport, G: Mounter + LayerCombiner + Clone>(
     builder
         .unplugger(unplugger)
         .mounter(guest.clone())
-        .combiner(guest)
+        .combiner(guest.clone())
+        .binder(guest)
         .mount_root(mount_root)
 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions, Mounter,
-    Overlay, Presence, Transport, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions,
+    Mounter, Overlay, Presence, Transport, ErrorKind, Usage,
 };
 use blockmount_agent::one_line;
 
@@ -226,5 +226,21 @@ impl<B: LayerCombiner> LayerCombiner for Recorded<B> {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         LayerCombiner::adopt(&self.backend, overlay).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<B: Binder> Binder for Recorded<B> {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.backend.bind(bind).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.backend.unbind(target).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        Binder::adopt(&self.backend, bind).await
     }
 }

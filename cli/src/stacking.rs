@@ -37,7 +37,9 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;
-    Ok(MountRequest::new(options))
+    let devices = layer.devices.iter().map(Disk::virtual_disk);
+    let devices = devices.map(Disk::read_only);
+    Ok(devices.fold(MountRequest::new(options), MountRequest::with_device))
 }
 
 /// The layers without those that are there a second time, under whatever name.
@@ -52,7 +54,14 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                *other == file && upper.partition == layer.partition && upper.verity == layer.verity
+                let Layer {
+                    partition,
+                    verity,
+                    devices,
+                    image: _,
+                } = layer;
+                let same = (&upper.partition, &upper.verity, &upper.devices);
+                *other == file && same == (partition, verity, devices)
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "../../tests/common/merged_erofs.rs"]
+mod merged_erofs;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -424,4 +426,52 @@ impl Drop for Small {
         let unmounted = unmount.arg("--lazy").arg(self.0.path()).status();
         assert!(unmounted.unwrap().success() || std::thread::panicking());
     }
+}
+
+#[test]
+fn root_u04_a_layer_is_mounted_with_its_further_devices() {
+    let dir = temp();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let content = |seed: &str| format!("{seed:4096}").repeat(2);
+    for name in ["one", "two"] {
+        image("erofs", path(name), &[("file", &content(name))]);
+    }
+    let contents = ["one", "two"].map(content);
+    let files = [("first", 0), ("second", 1)].map(|(name, image)| merged_erofs::Merged {
+        name,
+        image,
+        content: contents[image].as_bytes(),
+    });
+    let images = ["one", "two"].map(|name| dir.path().join(name));
+    let merged = dir.path().join("merged");
+    merged_erofs::write(&merged, &[&images[0], &images[1]], &files, true);
+    let arguments = |devices: [&str; 2]| -> Vec<String> {
+        let words = [
+            "--layer",
+            &path("merged"),
+            "--device",
+            &path(devices[0]),
+            "--device",
+            &path(devices[1]),
+        ];
+        let at = ["--at", &path("at")];
+        words
+            .iter()
+            .chain(&at)
+            .map(|word| (*word).to_owned())
+            .collect()
+    };
+    let held = held(arguments(["one", "two"]));
+    for (name, text) in ["first", "second"].iter().zip(&contents) {
+        assert_eq!(
+            &fs::read_to_string(dir.path().join("at").join(name)).unwrap(),
+            text
+        );
+    }
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    let answer = hold(arguments(["two", "one"])).err().unwrap();
+    answer.says(1, &["further device 1"]);
+    assert_nothing_left(&answer, &dir);
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceLocator, Disk, DiskId, HolderName, MountOptions, Overlay};
+use crate::{BindMount, DeviceLocator, Disk, DiskId, HolderName, MountOptions, Overlay};
 
 /// How far a set-up or tear-down has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -37,6 +37,8 @@ pub enum Record {
     Mount(MountRecord),
     /// Layers that are combined.
     Stack(StackRecord),
+    /// A mount that is seen at a further place.
+    View(ViewRecord),
     /// A holder's name.
     Holder(HolderRecord),
 }
@@ -51,6 +53,8 @@ pub enum RecordKey {
     Mount(MountKey),
     /// The stack at a target.
     Stack(PathBuf),
+    /// The view at a target.
+    View(PathBuf),
     /// The holder of a name.
     Holder(HolderName),
 }
@@ -95,6 +99,10 @@ pub struct MountRecord {
     /// The disk that the mount keeps attached; none if it was attached without this manager.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskId>,
+    /// The disks of its further devices that the mount keeps attached, in the order of its options; fewer if a restart has
+    /// not found all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DiskId>,
     /// Where it is mounted in the guest.
     pub target: PathBuf,
     /// How far it has got.
@@ -117,6 +125,19 @@ pub struct StackRecord {
     pub progress: Progress,
 }
 
+/// A mount that is seen at a further place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct ViewRecord {
+    /// What is seen, where and how.
+    pub bind: BindMount,
+    /// The mount.
+    pub mount: MountKey,
+    /// How far it has got.
+    pub progress: Progress,
+}
+
 /// A holder: who comes back for a handle after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -135,8 +156,16 @@ impl Record {
             Record::Attachment(record) => RecordKey::Attachment(record.id.clone()),
             Record::Mount(record) => RecordKey::Mount(record.key.clone()),
             Record::Stack(record) => RecordKey::Stack(record.overlay.target.clone()),
+            Record::View(record) => RecordKey::View(record.bind.target.clone()),
             Record::Holder(record) => RecordKey::Holder(record.name.clone()),
         }
+    }
+}
+
+impl MountRecord {
+    /// The disks that the mount keeps attached.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = &DiskId> {
+        self.disk.iter().chain(&self.devices)
     }
 }
 
@@ -152,6 +181,7 @@ impl fmt::Display for RecordKey {
             RecordKey::Attachment(disk) => write!(f, "the attachment of {disk}"),
             RecordKey::Mount(key) => write!(f, "the mount of {}", key.device),
             RecordKey::Stack(target) => write!(f, "the stack at {}", target.display()),
+            RecordKey::View(target) => write!(f, "the view at {}", target.display()),
             RecordKey::Holder(name) => write!(f, "the holder {name}"),
         }
     }

@@ -3,9 +3,29 @@
 use std::collections::HashSet;
 
 use super::{
-    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey, StackRecord,
+    AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey,
+    StackRecord, ViewRecord,
 };
-use crate::{BackendError, DiskId, Error, Step};
+use crate::{BackendError, DeviceLocator, DiskId, Error, Step};
+
+impl MountRecord {
+    /// A device of the mount at which the disk that is recorded for it is not up.
+    fn without_disk(&self, up: &HashSet<(DiskId, DeviceLocator)>) -> Option<&DeviceLocator> {
+        let devices = self.key.options.devices().iter();
+        let devices = devices.map(|device| &device.locator);
+        let disks = self.devices.iter().map(Some).chain(std::iter::repeat(None));
+        // Without any, they were attached without this manager.
+        let devices = devices.zip(disks).filter(|_| !self.devices.is_empty());
+        let mounted = self.disk.iter();
+        let mounted = mounted.map(|disk| (&self.key.device, Some(disk)));
+        let is_up = |device: &DeviceLocator, disk: Option<&DiskId>| {
+            disk.is_some_and(|disk| up.contains(&(disk.clone(), device.clone())))
+        };
+        let mut all = mounted.chain(devices);
+        let missing = all.find(|(device, disk)| !is_up(device, *disk));
+        missing.map(|(device, _)| device)
+    }
+}
 
 /// The records of one journal, by kind.
 #[derive(Debug, Default)]
@@ -13,6 +33,7 @@ pub(crate) struct Recorded {
     pub(crate) attachments: Vec<AttachmentRecord>,
     pub(crate) mounts: Vec<MountRecord>,
     pub(crate) stacks: Vec<StackRecord>,
+    pub(crate) views: Vec<ViewRecord>,
     pub(crate) holders: Vec<HolderRecord>,
 }
 
@@ -30,7 +51,12 @@ impl Recorded {
             }
             match record {
                 Record::Attachment(record) => recorded.attachments.push(record),
-                Record::Mount(record) => recorded.mounts.push(record),
+                Record::Mount(record) => {
+                    if record.devices.len() > record.key.options.devices().len() {
+                        return Err(invalid(format!("{key} has more disks than devices")));
+                    }
+                    recorded.mounts.push(record);
+                }
                 Record::Stack(record) => {
                     if record.overlay.layers.len() != record.layers.len()
                         || record.overlay.scratch.is_some() != record.scratch.is_some()
@@ -41,6 +67,7 @@ impl Recorded {
                     }
                     recorded.stacks.push(record);
                 }
+                Record::View(record) => recorded.views.push(record),
                 Record::Holder(record) => recorded.holders.push(record),
             }
         }
@@ -78,8 +105,8 @@ impl Recorded {
             .filter(|one| one.disk.is_read_only());
         let read_only: HashSet<&DiskId> = read_only.map(|one| &one.id).collect();
         let written = self.mounts.iter().find(|mount| {
-            let disk = mount.disk.as_ref();
-            disk.is_some_and(|disk| read_only.contains(disk)) && !mount.key.options.is_read_only()
+            let mut disks = mount.disks();
+            !mount.key.options.is_read_only() && disks.any(|disk| read_only.contains(disk))
         });
         match written {
             Some(mount) => Err(format!(
@@ -112,13 +139,19 @@ impl Recorded {
             .iter()
             .filter(|one| one.progress == Progress::Up)
         {
-            let device = &record.key.device;
-            let disk = record.disk.clone().map(|disk| (disk, device.clone()));
-            if disk.is_some_and(|under| !up.contains(&under)) {
+            if let Some(device) = record.without_disk(&up) {
                 let target = record.target.display();
                 return invalid(format!("{target} mounts {device}, which has not its disk"));
             }
             mounts.insert(record.key.clone());
+        }
+        let mut views = HashSet::new();
+        for record in self.views.iter().filter(|one| one.progress == Progress::Up) {
+            let target = &record.bind.target;
+            if !mounts.contains(&record.mount) {
+                return invalid(format!("what {} shows is not mounted", target.display()));
+            }
+            views.insert(target.clone());
         }
         let mut stacks = HashSet::new();
         for record in self
@@ -138,6 +171,7 @@ impl Recorded {
                 RecordKey::Attachment(disk) => up.iter().any(|(up, _)| up == disk),
                 RecordKey::Mount(key) => mounts.contains(key),
                 RecordKey::Stack(target) => stacks.contains(target),
+                RecordKey::View(target) => views.contains(target),
                 RecordKey::Holder(_) => false,
             };
             if !there {
@@ -147,16 +181,17 @@ impl Recorded {
         Ok(())
     }
 
-    /// The disks that have mounts.
+    /// The disks that have mounts, or are further devices of some.
     pub(crate) fn mounted(&self) -> HashSet<DiskId> {
-        let disks = self.mounts.iter().filter_map(|mount| mount.disk.clone());
-        disks.collect()
+        let disks = self.mounts.iter().flat_map(MountRecord::disks);
+        disks.cloned().collect()
     }
 
-    /// The mounts that are layers of stacks.
-    pub(crate) fn stacked(&self) -> HashSet<MountKey> {
+    /// The mounts that are layers of stacks, or have views.
+    pub(crate) fn shown(&self) -> HashSet<MountKey> {
         let stacks = self.stacks.iter();
         let layers = stacks.flat_map(|stack| stack.layers.iter().chain(&stack.scratch));
-        layers.cloned().collect()
+        let views = self.views.iter().map(|view| &view.mount);
+        layers.chain(views).cloned().collect()
     }
 }

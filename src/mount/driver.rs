@@ -6,14 +6,14 @@ use std::sync::Arc;
 use tracing::info_span;
 
 use super::MountPoint;
-use crate::attach::Attachment;
+use super::attachments::{Attachments, DiskIds};
 use crate::call::{Teardown, call, call_down};
 use crate::holders::Holders;
 use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
 use crate::lease::{Driver, LEFT_HALF_DONE, Left};
-use crate::release::{Releasing, nothing_to_release};
+use crate::release::Releasing;
 use crate::target::{Claim, Claims};
-use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
+use crate::{BackendError, DeviceLocator, Error, Mounter, Step};
 
 /// Mounting, as the lease table sees it.
 pub(super) struct Mounting {
@@ -23,9 +23,7 @@ pub(super) struct Mounting {
 }
 
 pub(super) struct MountJob {
-    /// Held by the entry, not by the leases: whatever happens to them, the disk stays attached until
-    /// it is unmounted.
-    attachment: Option<Attachment>,
+    under: Attachments,
     target: Option<Box<Path>>,
     claim: Option<Claim>,
     down: Teardown,
@@ -33,19 +31,20 @@ pub(super) struct MountJob {
 
 pub(super) struct Mounted {
     pub(super) point: MountPoint,
-    /// The disk that the entry keeps attached; none if it was attached without this manager.
-    pub(super) keeps: Option<DiskId>,
+    /// The disks that the entry keeps attached; none if they were attached without this manager.
+    pub(super) keeps: DiskIds,
     /// A restart has left it half done, with a stack above that has to go first: no caller can share it.
     doubtful: bool,
 }
 
 impl Mounted {
-    /// A caller with an attachment relies on the mount to be of that disk and to keep it attached.
-    pub(super) fn check(&self, attachment: Option<&Attachment>) -> Result<(), Error> {
+    /// A caller with attachments relies on the mount to be of those disks and to keep them attached.
+    pub(super) fn check(&self, wanted: &Attachments) -> Result<(), Error> {
         self.ensure_whole()?;
-        let taken = match (attachment, &self.keeps) {
+        let wanted = wanted.ids();
+        let taken = match (&wanted.mounted, &self.keeps.mounted) {
             (None, _) => return Ok(()),
-            (Some(attachment), Some(kept)) if attachment.id() == kept => return Ok(()),
+            (Some(_), Some(_)) if wanted == self.keeps => return Ok(()),
             (Some(_), Some(_)) => "another disk with this locator is mounted; locators are unique",
             (Some(_), None) => "the device is mounted for a caller that attached it elsewhere",
         };
@@ -71,25 +70,21 @@ impl MountPoint {
 }
 
 impl MountJob {
-    pub(super) fn new(attachment: Option<Attachment>, target: Option<&Path>) -> Self {
+    pub(super) fn new(under: Attachments, target: Option<&Path>) -> Self {
         MountJob {
-            attachment,
+            under,
             target: target.map(Box::from),
             claim: None,
             down: Teardown::default(),
         }
     }
 
-    fn disk(&self) -> Option<DiskId> {
-        self.attachment
-            .as_ref()
-            .map(|attachment| attachment.id().clone())
-    }
-
     fn record(&self, key: &MountKey, target: &Path, progress: Progress) -> Record {
+        let disks = self.under.ids();
         Record::Mount(MountRecord {
             key: key.clone(),
-            disk: self.disk(),
+            disk: disks.mounted,
+            devices: disks.devices.into(),
             target: target.to_owned(),
             progress,
         })
@@ -98,7 +93,7 @@ impl MountJob {
     /// The error, with everything that is known about the job.
     fn explain(&self, device: &DeviceLocator, error: Error) -> Error {
         let error = error.on_device(device);
-        let error = match &self.attachment {
+        let error = match &self.under.mounted {
             Some(attachment) => error.on_disk(attachment.disk()),
             None => error,
         };
@@ -116,25 +111,25 @@ impl Mounting {
     pub(super) fn restore(
         &self,
         record: &MountRecord,
-        attachment: Option<Attachment>,
+        under: Attachments,
         left: Left,
     ) -> Result<(MountJob, Option<Mounted>), Error> {
         let MountKey { device, options } = &record.key;
         let claim = match self.claims.mount(device, options, Some(&record.target)) {
             Ok(claim) => claim,
             Err(cause) => {
-                // Dropping it could detach a disk that may be mounted.
-                std::mem::forget(attachment);
+                // Dropping them could detach a disk that may be mounted.
+                std::mem::forget(under);
                 let error = Error::new(Step::Adopt, cause).on_device(device);
                 return Err(error.on_path(&record.target));
             }
         };
         let (path, locator) = (Arc::clone(claim.target()), device.clone());
-        let mut job = MountJob::new(attachment, Some(&record.target));
+        let mut job = MountJob::new(under, Some(&record.target));
         job.claim = Some(claim);
         let resource = (left != Left::Pending).then(|| Mounted {
             point: MountPoint { path, locator },
-            keeps: job.disk(),
+            keeps: job.under.ids(),
             doubtful: left == Left::Doubtful,
         });
         Ok((job, resource))
@@ -166,7 +161,7 @@ impl Driver for Mounting {
         let locator = device.clone();
         Ok(Mounted {
             point: MountPoint { path, locator },
-            keeps: job.disk(),
+            keeps: job.under.ids(),
             doubtful: false,
         })
     }
@@ -189,14 +184,11 @@ impl Driver for Mounting {
 
     fn release_held(&self, job: MountJob) -> Releasing {
         drop(job.claim);
-        match job.attachment {
-            Some(attachment) => attachment.releasing(),
-            None => nothing_to_release(),
-        }
+        job.under.releasing()
     }
 
     fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {
-        up.check(wanted.attachment.as_ref())
+        up.check(&wanted.under)
     }
 
     fn is_frozen(&self) -> bool {

@@ -5,9 +5,10 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+use super::devices;
 use super::flags::decides;
 use super::{
-    Check, Encryption, Expose, Fields, Format, InvalidOptions, MountFlag, MountOptions,
+    Check, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag, MountOptions,
     Propagation, Verity,
 };
 
@@ -34,6 +35,8 @@ pub struct MountOptionsBuilder {
     check: Option<Check>,
     #[serde(skip_serializing_if = "Expose::is_filesystem")]
     expose: Expose,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    devices: Vec<ExtraDevice>,
 }
 
 impl MountOptionsBuilder {
@@ -109,12 +112,21 @@ impl MountOptionsBuilder {
         self
     }
 
+    /// Adds a device that the filesystem has beside the one that is mounted, after those that are there. It must be
+    /// attached for as long as the mount lives: [`MountRequest::with_device`](super::MountRequest::with_device) attaches it.
+    /// The whole device is used.
+    #[must_use]
+    pub fn device(mut self, device: ExtraDevice) -> Self {
+        self.devices.push(device);
+        self
+    }
+
     /// Brings everything that was said into canonical form.
     ///
     /// # Errors
     ///
     /// [`InvalidOptions`] where two options exclude each other (`ro` and `rw`, a format of a
-    /// read-only mount, `data=ordered` and `data=journal`), where one does not apply to the mount of a
+    /// read-only mount, `data=ordered` and `data=journal`, further devices and `device=`), where one does not apply to the mount of a
     /// device (`bind`), or where one could not be given to a kernel.
     pub fn build(self) -> Result<MountOptions, InvalidOptions> {
         let mut words = Words::default();
@@ -146,6 +158,7 @@ impl MountOptionsBuilder {
             format: self.format.map(Box::new),
             check: self.check,
             expose: self.expose,
+            devices: devices::canonical(self.devices)?,
         }))
     }
 
@@ -181,6 +194,26 @@ impl MountOptionsBuilder {
             && format.filesystem != *named
         {
             return contradiction(&format!("format {}", format.filesystem), named);
+        }
+        if let Some(device) = self.devices.first() {
+            let device = format!("{} device {}", device.role.name(), device.locator);
+            let named = words
+                .data
+                .values()
+                .find(|option| devices::is_named_by(option));
+            let excludes = [
+                (self.verity.is_some(), "verity"),
+                (self.encryption.is_some(), "encryption"),
+                (self.format.is_some(), "format"),
+                (!self.expose.is_filesystem(), "expose as block device"),
+            ];
+            let excluded = excludes.iter().find(|(is_given, _)| *is_given);
+            if let Some(other) = excluded
+                .map(|(_, name)| *name)
+                .or(named.map(String::as_str))
+            {
+                return contradiction(&device, other);
+            }
         }
         // Who may use the node of a device is all that can be said of it.
         let is_of_node = |name: &str| matches!(name, "mode" | "uid" | "gid");
@@ -302,6 +335,7 @@ impl From<MountOptions> for MountOptionsBuilder {
             format: fields.format.map(|format| *format),
             check: fields.check,
             expose: fields.expose,
+            devices: fields.devices.into(),
         }
     }
 }

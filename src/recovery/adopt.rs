@@ -8,12 +8,13 @@ use parking_lot::Mutex;
 use super::{Claim, Found, FoundHolder, FoundState, Held, Recovery, Report};
 use crate::holders::Holders;
 use crate::journal::{
-    AttachmentRecord, MountKey, MountRecord, Progress, RecordKey, Recorded, StackRecord,
+    AttachmentRecord, MountKey, MountRecord, Progress, RecordKey, Recorded, StackRecord, ViewRecord,
 };
 use crate::lease::Left;
+use crate::mount::Attachments;
 use crate::{
     Attachment, DeviceLocator, DiskId, Error, ErrorKind, HolderName, Manager, Mount, Presence,
-    Stack, stack,
+    Stack, View, stack, view,
 };
 
 type Answer<T> = Result<Presence<T>, Error>;
@@ -24,6 +25,7 @@ pub(super) struct Adopted {
     attachments: Vec<Answer<DeviceLocator>>,
     mounts: Vec<Answer<()>>,
     stacks: Vec<Answer<()>>,
+    views: Vec<Answer<()>>,
 }
 
 impl Adopted {
@@ -35,11 +37,14 @@ impl Adopted {
         let mounts = join_all(mounts.map(|one| manager.mounts().adopt(one))).await;
         let stacks = recorded.stacks.iter();
         let stacks = join_all(stacks.map(|one| stack::adopt(&manager.stacks, one))).await;
+        let views = recorded.views.iter();
+        let views = join_all(views.map(|one| view::adopt(&manager.views, one))).await;
         Adopted {
             recorded,
             attachments,
             mounts,
             stacks,
+            views,
         }
     }
 
@@ -47,13 +52,14 @@ impl Adopted {
     pub(super) fn restore(self, manager: Manager, holders: Holders) -> Result<Recovery, Error> {
         let mut restoring = Restoring {
             mounted: self.recorded.mounted(),
-            stacked: self.recorded.stacked(),
+            shown: self.recorded.shown(),
             manager,
             holders,
             report: Report::default(),
             attachments: HashMap::new(),
             mounts: HashMap::new(),
             stacks: HashMap::new(),
+            views: HashMap::new(),
             used: HashSet::new(),
         };
         match restoring.everything(self) {
@@ -74,11 +80,12 @@ struct Restoring {
     report: Report,
     /// The disks that have mounts.
     mounted: HashSet<DiskId>,
-    /// The mounts that are layers of stacks.
-    stacked: HashSet<MountKey>,
+    /// The mounts that are layers of stacks, or have views.
+    shown: HashSet<MountKey>,
     attachments: HashMap<DiskId, (Attachment, Left)>,
     mounts: HashMap<MountKey, (Mount, Left)>,
     stacks: HashMap<RecordKey, Stack>,
+    views: HashMap<RecordKey, View>,
     /// What others keep up.
     used: HashSet<RecordKey>,
 }
@@ -89,6 +96,7 @@ impl Restoring {
             attachments,
             mounts,
             stacks,
+            views,
             holders,
         } = adopted.recorded;
         for (record, answer) in attachments.into_iter().zip(adopted.attachments) {
@@ -99,6 +107,9 @@ impl Restoring {
         }
         for (record, answer) in stacks.iter().zip(adopted.stacks) {
             self.stack(record, answer)?;
+        }
+        for (record, answer) in views.iter().zip(adopted.views) {
+            self.view(record, answer)?;
         }
         let mut claims = HashMap::new();
         for holder in holders {
@@ -135,21 +146,22 @@ impl Restoring {
     }
 
     fn mount(&mut self, record: &MountRecord, answer: Answer<()>) -> Result<(), Error> {
-        let under = record.disk.as_ref().map(|disk| self.attachments.get(disk));
-        let on_whole = under.is_none_or(|under| under.is_some_and(|(_, left)| *left == Left::Up));
-        let attachment = under
-            .flatten()
-            .map(|(attachment, _)| attachment.share(None));
+        let is_up = |disk: &DiskId| matches!(self.attachments.get(disk), Some((_, Left::Up)));
+        let on_whole = record.disks().all(is_up);
+        let share = |disk: &DiskId| Some(self.attachments.get(disk)?.0.share(None));
+        let under = Attachments {
+            mounted: record.disk.as_ref().and_then(share),
+            devices: record.devices.iter().filter_map(share).collect(),
+        };
         let whole = record.progress == Progress::Up && on_whole;
-        let below = self.stacked.contains(&record.key);
+        let below = self.shown.contains(&record.key);
         let key = RecordKey::Mount(record.key.clone());
         let Some(left) = self.what_is_left(key, answer, whole, below) else {
             return Ok(());
         };
-        if let Some(attachment) = &attachment {
-            self.used.insert(attachment.key());
-        }
-        if let Some(mount) = self.manager.mounts().restore(record, attachment, left)? {
+        let disks = under.mounted.iter().chain(&under.devices);
+        self.used.extend(disks.map(Attachment::key));
+        if let Some(mount) = self.manager.mounts().restore(record, under, left)? {
             self.mounts.insert(record.key.clone(), (mount, left));
         }
         Ok(())
@@ -172,6 +184,23 @@ impl Restoring {
         let stacks = &self.manager.stacks;
         if let Some(stack) = stack::restore(stacks, record, layers, scratch, left)? {
             self.stacks.insert(key, stack);
+        }
+        Ok(())
+    }
+
+    fn view(&mut self, record: &ViewRecord, answer: Answer<()>) -> Result<(), Error> {
+        let mount = self.mounts.get(&record.mount);
+        let on_whole = mount.is_some_and(|(_, left)| *left == Left::Up);
+        let mount = mount.map(|(mount, _)| mount.share(None));
+        let whole = record.progress == Progress::Up && on_whole;
+        let key = RecordKey::View(record.bind.target.clone());
+        let Some(left) = self.what_is_left(key.clone(), answer, whole, false) else {
+            return Ok(());
+        };
+        self.used.extend(mount.iter().map(Mount::key));
+        let views = &self.manager.views;
+        if let Some(view) = view::restore(views, record, mount, left)? {
+            self.views.insert(key, view);
         }
         Ok(())
     }
@@ -224,6 +253,10 @@ impl Restoring {
                 Some((there, Left::Up)) => Held::Mount(there.share(Some(holder()))),
                 _ => return Claim::Lost(of.clone()),
             },
+            RecordKey::View(_) => match self.views.get(of) {
+                Some(there) => Held::View(there.share(Some(holder()))),
+                None => return Claim::Lost(of.clone()),
+            },
             _ => match self.stacks.get(of) {
                 Some(there) => Held::Stack(there.share(Some(holder()))),
                 None => return Claim::Lost(of.clone()),
@@ -245,6 +278,11 @@ impl Restoring {
                 self.stacks
                     .into_iter()
                     .map(|(key, stack)| (key, Held::Stack(stack))),
+            )
+            .chain(
+                self.views
+                    .into_iter()
+                    .map(|(key, view)| (key, Held::View(view))),
             );
         for (key, held) in all {
             match self.used.contains(&key) {

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use super::state::VmState;
 use super::{FakeVm, Key, Outcome, VmStep};
 use crate::{
-    BackendError, BlockDevice, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Resolver, Transport, Unplugger, Usage,
+    BackendError, BindMount, Binder, BlockDevice, DeviceLocator, Disk, DiskId, ErrorKind,
+    LayerCombiner, MountOptions, Mounter, Overlay, Presence, Resolver, Transport, Unplugger, Usage,
 };
 
 #[async_trait]
@@ -153,6 +153,27 @@ impl LayerCombiner for FakeVm {
         let key = Key::Target(overlay.target.as_path().into());
         let call = self.begin(VmStep::Adopt, key, None);
         let look = |state: &mut VmState, _| Ok(state.adopt_overlay(overlay));
+        unknown_if_uncertain(call.act_as(look, in_log).await)
+    }
+}
+
+#[async_trait]
+impl Binder for FakeVm {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        let target = bind.target.as_path();
+        let call = self.begin(VmStep::Bind, Key::Target(target.into()), None);
+        call.act(|state, _| state.bind(bind, &target.into())).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        let call = self.begin(VmStep::Unbind, Key::Target(target.into()), None);
+        call.act(|state, _| state.unbind(target)).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        let key = Key::Target(bind.target.as_path().into());
+        let call = self.begin(VmStep::Adopt, key, None);
+        let look = |state: &mut VmState, _| Ok(state.adopt_view(bind));
         unknown_if_uncertain(call.act_as(look, in_log).await)
     }
 }

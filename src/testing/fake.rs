@@ -17,7 +17,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
 
 /// A virtual machine that exists only in memory, and every backend of it at once: it implements
 /// [`Transport`](crate::Transport), [`Unplugger`](crate::Unplugger), [`Resolver`](crate::Resolver),
-/// [`Mounter`](crate::Mounter) and [`LayerCombiner`](crate::LayerCombiner).
+/// [`Mounter`](crate::Mounter), [`LayerCombiner`](crate::LayerCombiner) and [`Binder`](crate::Binder).
 ///
 /// It is as strict as a real one: a target that is taken is a `Conflict`, a device that is not there
 /// is `NotFound`, what is in use is `Busy`; but a host may detach a disk under a live mount. Each

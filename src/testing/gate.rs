@@ -23,26 +23,32 @@ pub enum VmStep {
     Combine,
     /// `LayerCombiner::separate`.
     Separate,
+    /// `Binder::bind`.
+    Bind,
+    /// `Binder::unbind`.
+    Unbind,
     /// `Mounter::unmount`.
     Unmount,
     /// `Unplugger::unplug`.
     Unplug,
     /// `Transport::detach`.
     Detach,
-    /// `adopt` of a [`Transport`](crate::Transport), a [`Mounter`](crate::Mounter) or a
-    /// [`LayerCombiner`](crate::LayerCombiner).
+    /// `adopt` of a [`Transport`](crate::Transport), a [`Mounter`](crate::Mounter), a
+    /// [`LayerCombiner`](crate::LayerCombiner) or a [`Binder`](crate::Binder).
     Adopt,
 }
 
 impl VmStep {
     /// Every step, in the order of a disk's life; the last one is what follows a restart.
-    pub const ALL: [VmStep; 10] = [
+    pub const ALL: [VmStep; 12] = [
         VmStep::Identify,
         VmStep::Attach,
         VmStep::Resolve,
         VmStep::Mount,
         VmStep::Combine,
         VmStep::Separate,
+        VmStep::Bind,
+        VmStep::Unbind,
         VmStep::Unmount,
         VmStep::Unplug,
         VmStep::Detach,
@@ -51,14 +57,17 @@ impl VmStep {
 
     /// Whether it sets something up that another step tears down.
     pub fn is_set_up(self) -> bool {
-        matches!(self, VmStep::Attach | VmStep::Mount | VmStep::Combine)
+        matches!(
+            self,
+            VmStep::Attach | VmStep::Mount | VmStep::Combine | VmStep::Bind
+        )
     }
 
     /// Whether it tears something down.
     pub fn is_tear_down(self) -> bool {
         matches!(
             self,
-            VmStep::Separate | VmStep::Unmount | VmStep::Unplug | VmStep::Detach
+            VmStep::Separate | VmStep::Unbind | VmStep::Unmount | VmStep::Unplug | VmStep::Detach
         )
     }
 }
@@ -72,6 +81,8 @@ impl fmt::Display for VmStep {
             VmStep::Mount => "mount",
             VmStep::Combine => "combine",
             VmStep::Separate => "separate",
+            VmStep::Bind => "bind",
+            VmStep::Unbind => "unbind",
             VmStep::Unmount => "unmount",
             VmStep::Unplug => "unplug",
             VmStep::Detach => "detach",
@@ -87,7 +98,7 @@ pub enum Key {
     Disk(DiskId),
     /// Of resolve and unplug.
     Device(DeviceLocator),
-    /// Of mount, unmount, combine, separate and adopt.
+    /// Of mount, unmount, combine, separate, bind, unbind and adopt.
     Target(Arc<Path>),
 }
 

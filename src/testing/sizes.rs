@@ -35,8 +35,9 @@ impl VmState {
         }
         let at = self.mounts.get(target);
         match at.map(|at| (&at.what, at.size)) {
-            Some((What::Device { slot, .. }, size)) => {
-                let disk = &self.slots.get(slot).map(|slot| &slot.disk);
+            Some((What::Device { uses, .. }, size)) => {
+                let slot = uses.first().and_then(|first| self.slots.get(&first.slot));
+                let disk = slot.map(|slot| &slot.disk);
                 Ok((disk.map_or(DISK, |disk| self.size_of(disk)), size))
             }
             _ => Err(BackendError::not_found(format!(

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::names::{SCHEME, address, well_formed};
-use crate::{BackendError, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence};
+use crate::{
+    BackendError, BindMount, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence,
+};
 
 /// How large each disk is at first, in bytes.
 pub(super) const DISK: u64 = 64 << 20;
@@ -69,14 +71,22 @@ pub(super) struct At {
     pins: u32,
 }
 
+/// A device that is in use.
+pub(super) struct Use {
+    pub(super) slot: u32,
+    attachment: u64,
+}
+
 pub(super) enum What {
     Device {
-        slot: u32,
-        attachment: u64,
         locator: DeviceLocator,
+        /// The device, and the further ones of its filesystem.
+        uses: Vec<Use>,
     },
     /// The mounts that its layers are in.
     Overlay(Vec<Arc<Path>>),
+    /// Of a mount.
+    View(BindMount),
 }
 
 impl VmState {
@@ -120,7 +130,7 @@ impl VmState {
     pub(super) fn device_at(&self, target: &Path) -> Option<DeviceLocator> {
         match &self.mounts.get(target)?.what {
             What::Device { locator, .. } => Some(locator.clone()),
-            What::Overlay(_) => None,
+            What::Overlay(_) | What::View(_) => None,
         }
     }
 
@@ -260,10 +270,14 @@ impl VmState {
         options: &MountOptions,
     ) -> Presence {
         let there = self.mounts.get(target).is_some_and(|at| match &at.what {
-            What::Device { locator, .. } => {
-                locator == device && at.read_only == options.is_read_only()
+            What::Device { locator, uses } => {
+                let all = all_devices(device, options);
+                let there = uses.iter().map(|used| used.slot);
+                locator == device
+                    && at.read_only == options.is_read_only()
+                    && there.eq(all.filter_map(|device| address(device).ok()))
             }
-            What::Overlay(_) => false,
+            What::Overlay(_) | What::View(_) => false,
         });
         present(there)
     }
@@ -279,9 +293,14 @@ impl VmState {
                         .map(|layer| self.mount_around(layer).ok())
                         .eq(pinned.iter().cloned().map(Some))
                 }
-                What::Device { .. } => false,
+                What::Device { .. } | What::View(_) => false,
             });
         present(there)
+    }
+
+    pub(super) fn adopt_view(&self, bind: &BindMount) -> Presence {
+        let there = self.mounts.get(&*bind.target);
+        present(there.is_some_and(|at| matches!(&at.what, What::View(made) if made == bind)))
     }
 
     pub(super) fn unplug(&mut self, device: &DeviceLocator) -> Result<(), BackendError> {
@@ -315,7 +334,9 @@ impl VmState {
         target: &Arc<Path>,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        self.resolve(device)?;
+        for device in all_devices(device, options) {
+            self.resolve(device)?;
+        }
         if let Some(partition) = options.partition()
             && partition > PARTITIONS
         {
@@ -323,18 +344,22 @@ impl VmState {
             return Err(BackendError::not_found(message));
         }
         self.check_free(target)?;
-        let number = address(device)?;
-        let slot = self
-            .slots
-            .get_mut(&number)
-            .expect("a resolved device has a slot");
-        slot.mounts += 1;
-        let attachment = slot.attachment;
-        let size = self.sizes.get(&slot.disk).copied().unwrap_or(DISK);
+        let mut uses = Vec::with_capacity(1);
+        for device in all_devices(device, options) {
+            let number = address(device)?;
+            let slot = self.slots.get_mut(&number);
+            let slot = slot.expect("a resolved device has a slot");
+            slot.mounts += 1;
+            uses.push(Use {
+                slot: number,
+                attachment: slot.attachment,
+            });
+        }
+        let disk = &self.slots[&uses[0].slot].disk;
+        let size = self.sizes.get(disk).copied().unwrap_or(DISK);
         let what = What::Device {
-            slot: number,
-            attachment,
             locator: device.clone(),
+            uses,
         };
         let at = At {
             what,
@@ -350,22 +375,20 @@ impl VmState {
         let Some(at) = self.mounts.get(target) else {
             return Ok(());
         };
-        let What::Device {
-            slot, attachment, ..
-        } = at.what
-        else {
-            let message = format!("{} is an overlay, not a mounted device", target.display());
+        let What::Device { .. } = at.what else {
+            let message = format!("{} is not the mount of a device", target.display());
             return Err(BackendError::conflict(message));
         };
         self.check_unused(target, at)?;
-        self.mounts.remove(target);
-        // After a detach under a live mount, another disk may sit in the slot.
-        if let Some(slot) = self
-            .slots
-            .get_mut(&slot)
-            .filter(|slot| slot.attachment == attachment)
-        {
-            slot.mounts -= 1;
+        let Some(What::Device { uses, .. }) = self.mounts.remove(target).map(|at| at.what) else {
+            return Ok(());
+        };
+        for Use { slot, attachment } in uses {
+            // After a detach under a live mount, another disk may sit in the slot.
+            let slot = self.slots.get_mut(&slot);
+            if let Some(slot) = slot.filter(|slot| slot.attachment == attachment) {
+                slot.mounts -= 1;
+            }
         }
         Ok(())
     }
@@ -413,10 +436,10 @@ impl VmState {
         let Some(at) = self.mounts.get(target) else {
             return Ok(());
         };
-        if let What::Device { locator, .. } = &at.what {
-            let message = format!("{} is the mount of {locator}, no overlay", target.display());
+        let What::Overlay(_) = &at.what else {
+            let message = format!("{} is no overlay", target.display());
             return Err(BackendError::conflict(message));
-        }
+        };
         self.check_unused(target, at)?;
         if let Some(At {
             what: What::Overlay(pinned),
@@ -432,6 +455,44 @@ impl VmState {
         Ok(())
     }
 
+    pub(super) fn bind(
+        &mut self,
+        bind: &BindMount,
+        target: &Arc<Path>,
+    ) -> Result<(), BackendError> {
+        self.check_free(target)?;
+        let Some(source) = self.mounts.get_mut(&*bind.source) else {
+            let message = format!("nothing is mounted at {}", bind.source.display());
+            return Err(BackendError::not_found(message));
+        };
+        source.pins += 1;
+        let at = At {
+            what: What::View(bind.clone()),
+            size: 0,
+            read_only: source.read_only || bind.options.is_read_only(),
+            pins: 0,
+        };
+        self.mounts.insert(target.clone(), at);
+        Ok(())
+    }
+
+    pub(super) fn unbind(&mut self, target: &Path) -> Result<(), BackendError> {
+        let Some(at) = self.mounts.get(target) else {
+            return Ok(());
+        };
+        let What::View(bind) = &at.what else {
+            let message = format!("{} is no view", target.display());
+            return Err(BackendError::conflict(message));
+        };
+        let source = bind.source.clone();
+        self.check_unused(target, at)?;
+        self.mounts.remove(target);
+        if let Some(source) = self.mounts.get_mut(&*source) {
+            source.pins -= 1;
+        }
+        Ok(())
+    }
+
     /// What the VM still holds, one line for each thing.
     pub(super) fn left(&self) -> Vec<String> {
         let mut left: Vec<String> = self.slots.values().map(Slot::to_string).collect();
@@ -439,6 +500,9 @@ impl VmState {
             What::Device { locator, .. } => format!("{} mounts {locator}", target.display()),
             What::Overlay(layers) => {
                 format!("{} overlays {} layers", target.display(), layers.len())
+            }
+            What::View(bind) => {
+                format!("{} shows {}", target.display(), bind.source.display())
             }
         }));
         left.sort();
@@ -456,7 +520,10 @@ impl VmState {
 
     fn check_unused(&self, target: &Path, at: &At) -> Result<(), BackendError> {
         if at.pins > 0 {
-            let message = format!("{} has a layer of a live overlay", target.display());
+            let message = format!(
+                "{} has a view, or a layer of a live overlay",
+                target.display()
+            );
             return Err(BackendError::busy(message));
         }
         // Paths are ordered by component, so what is below a path follows it.
@@ -481,6 +548,15 @@ impl VmState {
                 BackendError::not_found(message)
             })
     }
+}
+
+/// A device, and the further ones of its filesystem.
+fn all_devices<'a>(
+    device: &'a DeviceLocator,
+    options: &'a MountOptions,
+) -> impl Iterator<Item = &'a DeviceLocator> {
+    let further = options.devices().iter().map(|device| &device.locator);
+    std::iter::once(device).chain(further)
 }
 
 fn present(there: bool) -> Presence {

@@ -21,6 +21,7 @@ pub fn over(vm: FakeVm) -> (FakeVm, Manager) {
         .unplugger(vm.clone())
         .mounter(vm.clone())
         .combiner(vm.clone())
+        .binder(vm.clone())
         .mount_root("/run/m")
         .build();
     (vm, manager)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use blockmount::testing::FakeVm;
-use blockmount::{ErrorKind, Held, HolderName, Manager, StackRequest};
+use blockmount::{ErrorKind, Held, HolderName, Manager, StackRequest, ViewOptions, ViewRequest};
 
 use crate::common::{layer, ro, rw, scratch};
 use crate::process::{Killing, World, run};
@@ -41,9 +41,13 @@ async fn everything(world: World, journal: Killing, handles: Handles) {
         .await;
     got("m", mount.path());
     let shared = world.alive(manager.add(&layer(0), &ro()).await).await;
-    let fixed = ro().at("/fixed").held_by(name("at"));
+    let fixed = ro().at("/fixed").with_device(layer(5));
+    let fixed = fixed.with_device(layer(6)).held_by(name("at"));
     let at = world.alive(manager.add(&layer(4), &fixed).await).await;
     got("at", at.path());
+    let request = ViewRequest::new("/view", ViewOptions::default()).held_by(name("v"));
+    let view = world.alive(manager.view(&at, &request).await).await;
+    got("v", view.target());
     let request = StackRequest::new("/tree")
         .layer(layer(0), ro())
         .layer(layer(2), ro())
@@ -69,6 +73,8 @@ async fn everything(world: World, journal: Killing, handles: Handles) {
     drop(manager.drain().await);
     left("at");
     world.alive(at.release().await).await;
+    left("v");
+    world.alive(view.release().await).await;
     left("m");
     drop(again);
     let drained = manager.drain().await;
@@ -81,7 +87,7 @@ async fn come_back(world: World, journal: Killing, handles: Handles) {
     let recovery = world.alive(world.builder().recover(journal).await).await;
     let expected = handles.lock().unwrap().clone();
     let mut held = Vec::new();
-    for text in ["a", "m", "at", "s"] {
+    for text in ["a", "m", "at", "s", "v"] {
         match (recovery.claim(&name(text)), expected.get(text)) {
             (Ok(handle), path) => {
                 check(&world.vm, &handle, path);
@@ -130,6 +136,12 @@ fn check(vm: &FakeVm, held: &Held, path: Option<&PathBuf>) {
             let scratch = format!("{} overlays 3 layers", stack.target().display());
             assert!(vm.left().contains(&tree) || vm.left().contains(&scratch));
             stack.target()
+        }
+        Held::View(view) => {
+            let shown = view.mount().path().display();
+            let shows = format!("{} shows {shown}", view.target().display());
+            assert!(vm.left().contains(&shows));
+            view.target()
         }
         held => panic!("{held:?} is new to this test"),
     };

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockmount::testing::{Gate, MemoryJournal, VmStep};
-use blockmount::{ErrorKind, FoundState, HolderName, Manager, Snapshot, StackRequest};
+use blockmount::{
+    ErrorKind, FoundState, HolderName, Manager, Snapshot, StackRequest, ViewOptions, ViewRequest,
+};
 
 use crate::common::{layer, ro, rw, scratch};
 use crate::process::World;
@@ -14,7 +16,7 @@ fn name(text: &str) -> HolderName {
     HolderName::new(text).unwrap()
 }
 
-/// A manager with a mount, a stack and an attachment that have holders, and a mount that has none.
+/// A manager with a mount, a stack, an attachment and a view that have holders, and a mount of several devices that has none.
 async fn busy(world: &World) -> Manager {
     let manager = world.builder().build();
     let mount = manager
@@ -27,8 +29,11 @@ async fn busy(world: &World) -> Manager {
         .held_by(name("s"));
     let stack = manager.stack(&request).await.unwrap();
     let attachment = manager.attach_held_by(&layer(3), &name("a")).await.unwrap();
-    let other = manager.add(&layer(4), &ro()).await.unwrap();
-    std::mem::forget((mount, stack, attachment, other));
+    let other = ro().with_device(layer(5)).with_device(layer(6));
+    let other = manager.add(&layer(4), &other).await.unwrap();
+    let view = ViewRequest::new("/view", ViewOptions::default()).held_by(name("v"));
+    let view = manager.view(&other, &view).await.unwrap();
+    std::mem::forget((mount, stack, attachment, other, view));
     manager
 }
 
@@ -109,7 +114,7 @@ async fn a_snapshot_is_restored_under_the_names_of_another_host() {
     let mut snapshot = frozen.snapshot();
     let before = world.vm.left();
     let next = world.restart();
-    for number in 0..5 {
+    for number in 0..7 {
         next.vm.alias(
             format!("/here/{number}.img"),
             format!("/images/{number}.img"),
@@ -142,8 +147,11 @@ async fn a_snapshot_is_restored_under_the_names_of_another_host() {
         .into_attachment()
         .unwrap();
     assert_eq!(attachment.disk().source(), Path::new("/here/3.img"));
+    let view = recovery.claim(&name("v")).unwrap().into_view().unwrap();
+    assert_eq!(view.target(), Path::new("/view"));
     let manager = recovery.manager().clone();
     assert!(recovery.settle().await.failed.is_empty());
+    view.release().await.unwrap();
     mount.release().await.unwrap();
     stack.release().await.unwrap();
     attachment.release().await.unwrap();
@@ -239,8 +247,8 @@ async fn n19_a_snapshot_has_everything() {
         .restore(read(&text).unwrap(), None)
         .await
         .unwrap();
-    assert_eq!(recovery.report().holders.len(), 3);
-    assert_eq!(recovery.report().found.len(), 5 + 4 + 1);
+    assert_eq!(recovery.report().holders.len(), 4);
+    assert_eq!(recovery.report().found.len(), 7 + 4 + 1 + 1);
     let manager = recovery.manager().clone();
     assert!(recovery.settle().await.is_clean());
     assert!(manager.drain().await.is_clean());

@@ -48,7 +48,8 @@ impl World {
     pub(crate) fn builder(&self) -> ManagerBuilder {
         let builder = Manager::builder().transport(self.vm.clone());
         let builder = builder.unplugger(self.vm.clone()).mounter(self.vm.clone());
-        builder.combiner(self.vm.clone()).mount_root("/run/m")
+        let builder = builder.combiner(self.vm.clone()).binder(self.vm.clone());
+        builder.mount_root("/run/m")
     }
 
     pub(crate) async fn recover(&self) -> Recovery {

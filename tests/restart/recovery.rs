@@ -1,7 +1,9 @@
 //! What a recovery finds, and what it does with it.
 
 use blockmount::testing::{FakeVm, Gate, VmStep};
-use blockmount::{Error, ErrorKind, FoundState, HolderName, StackRequest, Step};
+use blockmount::{
+    Error, ErrorKind, FoundState, HolderName, StackRequest, Step, ViewOptions, ViewRequest,
+};
 
 use crate::common::{calls, layer, ro, rw, scratch};
 use crate::process::World;
@@ -282,4 +284,127 @@ async fn a_journal_that_is_behind_catches_up_before_the_next_disk() {
     held.release().await.unwrap();
     next.vm.assert_empty();
     assert!(next.journal.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn u04_a_mount_of_several_devices_keeps_all_of_them() {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let blobs = ro().with_device(layer(2)).with_device(layer(1));
+    let request = blobs.clone().held_by(name("web"));
+    let mount = recovery.manager().add(&layer(0), &request).await.unwrap();
+    let left = world.vm.left();
+    leave(mount);
+    drop(recovery);
+
+    let next = world.restart();
+    let recovery = next.recover().await;
+    let web = recovery.claim(&name("web")).unwrap().into_mount().unwrap();
+    let manager = recovery.manager().clone();
+    assert!(recovery.settle().await.failed.is_empty());
+    assert_eq!(next.vm.left(), left);
+    let shared = manager.add(&layer(0), &blobs).await.unwrap();
+    assert_eq!(shared.point(), web.point());
+    web.release().await.unwrap();
+    assert_eq!(next.vm.left(), left);
+    shared.release().await.unwrap();
+    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
+    next.vm.check().unwrap();
+    next.vm.assert_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn u04_a_mount_whose_device_is_gone_is_torn_down_before_the_others() {
+    for gone in 1..3 {
+        let world = World::new();
+        let recovery = world.recover().await;
+        let request = ro().with_device(layer(1)).with_device(layer(2));
+        let request = request.held_by(name("web"));
+        leave(recovery.manager().add(&layer(0), &request).await.unwrap());
+        drop(recovery);
+        world.vm.take_out(&layer(gone));
+
+        // Twice, because what is found the first time is written down.
+        let mut next = world.restart();
+        for _ in 0..2 {
+            let recovery = next.recover().await;
+            let states: Vec<_> = recovery
+                .report()
+                .found
+                .iter()
+                .map(|one| one.state)
+                .collect();
+            assert_eq!(
+                states
+                    .iter()
+                    .filter(|one| **one == FoundState::Pending)
+                    .count(),
+                1
+            );
+            assert_eq!(kind(recovery.claim(&name("web"))), ErrorKind::NotFound);
+            drop(recovery);
+            next = next.restart();
+        }
+        let recovery = next.recover().await;
+        let manager = recovery.manager().clone();
+        assert!(recovery.settle().await.is_clean());
+        assert!(manager.drain().await.is_clean() && next.journal.is_empty());
+        next.vm.assert_empty();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn u15_a_view_is_found_again_and_goes_before_its_mount() {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let manager = recovery.manager();
+    let mount = manager.add(&scratch(0), &rw()).await.unwrap();
+    let options = ViewOptions::new(["ro"]).unwrap();
+    let request = |at: &str| ViewRequest::new(at, options.clone());
+    let web = request("/web").held_by(name("web"));
+    leave(manager.view(&mount, &web).await.unwrap());
+    leave(manager.view(&mount, &request("/other")).await.unwrap());
+    leave(mount);
+    drop(recovery);
+
+    let next = world.restart();
+    let recovery = next.recover().await;
+    let web = recovery.claim(&name("web")).unwrap().into_view().unwrap();
+    assert_eq!(web.target(), "/web");
+    assert_eq!(web.options(), &options);
+    let manager = recovery.manager().clone();
+    assert!(recovery.settle().await.failed.is_empty());
+    assert_eq!(next.vm.left().len(), 3, "the other view is released");
+    assert_eq!(calls(&next.vm, [VmStep::Unbind, VmStep::Unmount]), [1, 0]);
+    web.release().await.unwrap();
+    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
+    next.vm.check().unwrap();
+    next.vm.assert_empty();
+}
+
+#[tokio::test(start_paused = true)]
+async fn u15_a_view_in_doubt_keeps_its_mount_until_it_is_removed() {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let mount = recovery.manager().add(&scratch(0), &rw()).await.unwrap();
+    world
+        .vm
+        .gate_next(VmStep::Bind, 1, Gate::Uncertain { happened: true });
+    world
+        .vm
+        .gate_next(VmStep::Unbind, 1, Gate::Err(ErrorKind::Busy));
+    let view = ViewRequest::new("/web", ViewOptions::default());
+    let error = recovery.manager().view(&mount, &view).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Uncertain);
+    leave(mount);
+    drop(recovery);
+
+    let next = world.restart();
+    let recovery = next.recover().await;
+    let found = recovery.report().found.last().map(|found| found.state);
+    assert_eq!(found, Some(FoundState::Pending));
+    assert!(recovery.settle().await.is_clean());
+    assert!(next.journal.is_empty());
+    next.vm.check().unwrap();
+    next.vm.assert_empty();
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
-    Unplugger, Usage, blocking,
+    BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
+    Presence, Unplugger, blocking, Usage,
 };
 use blockmount_linux::LinuxGuest;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
@@ -147,6 +147,23 @@ impl LayerCombiner for AgentGuest {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         LayerCombiner::adopt(&self.engine, overlay).await
+    }
+}
+
+/// The engine shows only what it has mounted, and that is below the roots.
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Binder for AgentGuest {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.engine.bind(bind).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.engine.unbind(target).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        Binder::adopt(&self.engine, bind).await
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
-    Unplugger, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
+    Presence, Unplugger, Usage,
 };
 
 use crate::codec::HostCodec;
@@ -38,7 +38,7 @@ impl<C: HostCodec> GuestChannel for Connection<C> {
     }
 }
 
-/// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`] and [`LayerCombiner`].
+/// A guest at the other end of a [`GuestChannel`], as [`Mounter`], [`Unplugger`], [`LayerCombiner`] and [`Binder`].
 ///
 /// Over our own protocol locators, options and overlays are sent as they are, and the guest decides; for others see
 /// [`gcs`](crate::gcs). Clones share the channel.
@@ -142,6 +142,24 @@ impl<C: GuestChannel> LayerCombiner for BridgeGuest<C> {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         let request = Request::AdoptOverlay(overlay.clone());
+        Ok(self.0.call(request).await?.presence())
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<C: GuestChannel> Binder for BridgeGuest<C> {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.done(Request::Bind(Box::new(bind.clone()))).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        let target = target.to_owned();
+        self.done(Request::Unbind { target }).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        let request = Request::AdoptView(Box::new(bind.clone()));
         Ok(self.0.call(request).await?.presence())
     }
 }

@@ -73,7 +73,7 @@ impl HostCodec for NativeHost {
         Ok(match request {
             // An older agent cannot be asked.
             request if request.is_known_to(agreed.version) => Ask::Send(request),
-            Request::AdoptMount { .. } | Request::AdoptOverlay(_) => {
+            Request::AdoptMount { .. } | Request::AdoptOverlay(_) | Request::AdoptView(_) => {
                 Ask::Answer(Reply::Presence(Presence::Unknown))
             }
             request => {

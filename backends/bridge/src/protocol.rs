@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockmount::{BackendError, DeviceLocator, MountOptions, Overlay, Presence, Usage};
+use blockmount::{BackendError, BindMount, DeviceLocator, MountOptions, Overlay, Presence, Usage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +26,7 @@ pub const MAX_FRAME: usize = 1 << 20;
 const HEADER_LEN: usize = 12;
 
 /// The versions of the protocol that this crate speaks. A field of a request's options that is new needs no new
-/// version: an agent refuses a field that it does not know, by name. Version 2 has the requests to adopt, version 3 those
+/// version: an agent refuses a field or a request that it does not know, by name. Version 2 has the requests to adopt, version 3 those
 /// about the size of filesystems.
 const VERSIONS: (u32, u32) = (1, 3);
 
@@ -121,6 +121,15 @@ pub enum Request {
         /// How large the disk is now.
         bytes: u64,
     },
+    /// [`Binder::bind`](blockmount::Binder::bind).
+    Bind(Box<BindMount>),
+    /// [`Binder::unbind`](blockmount::Binder::unbind).
+    Unbind {
+        /// Where the view is.
+        target: PathBuf,
+    },
+    /// [`Binder::adopt`](blockmount::Binder::adopt).
+    AdoptView(Box<BindMount>),
 }
 
 /// What a guest answers to a [`Request`] when all went well.
@@ -184,6 +193,9 @@ impl Request {
         "Usage",
         "Trim",
         "Grow",
+        "Bind",
+        "Unbind",
+        "AdoptView",
     ];
 
     /// Whether an agent of this version of the protocol knows it.
@@ -198,8 +210,11 @@ impl Request {
 
     /// Whether it tears something down, so that it may be sent again.
     pub fn is_teardown(&self) -> bool {
-        use Request::{Separate, Unmount, Unplug};
-        matches!(self, Unmount { .. } | Separate { .. } | Unplug { .. })
+        use Request::{Separate, Unbind, Unmount, Unplug};
+        matches!(
+            self,
+            Unmount { .. } | Separate { .. } | Unbind { .. } | Unplug { .. }
+        )
     }
 
     /// What it asks for, for errors: `unmount of /run/layer`.
@@ -218,6 +233,9 @@ impl Request {
             Request::Usage { target } => at("usage of", target),
             Request::Trim { target } => at("trim of", target),
             Request::Grow { target, .. } => at("growth of", target),
+            Request::Bind(bind) => at("view at", &bind.target),
+            Request::Unbind { target } => at("removal of the view at", target),
+            Request::AdoptView(bind) => at("adoption of the view at", &bind.target),
         }
     }
 
@@ -229,10 +247,12 @@ impl Request {
             | Request::Usage { target }
             | Request::Trim { target }
             | Request::Grow { target, .. }
-            | Request::Separate { target } => Key::Target(target.clone()),
+            | Request::Separate { target }
+            | Request::Unbind { target } => Key::Target(target.clone()),
             Request::Combine(overlay) | Request::AdoptOverlay(overlay) => {
                 Key::Target(overlay.target.clone())
             }
+            Request::Bind(bind) | Request::AdoptView(bind) => Key::Target(bind.target.clone()),
             Request::Unplug { locator } => Key::Device(locator.clone()),
         }
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockmount::{BackendError, ErrorKind, LayerCombiner, Mounter, Turns, Unplugger};
+use blockmount::{BackendError, Binder, ErrorKind, LayerCombiner, Mounter, Turns, Unplugger};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -24,10 +24,10 @@ const FRAME: Duration = Duration::from_secs(30);
 /// How many answers wait for a host that reads slowly; more wait with their requests.
 const ANSWERS: usize = 16;
 
-/// All that a guest does for its host. Implemented for whatever keeps the three contracts.
-pub trait Guest: Mounter + LayerCombiner + Unplugger {}
+/// All that a guest does for its host. Implemented for whatever keeps the four contracts.
+pub trait Guest: Mounter + LayerCombiner + Binder + Unplugger {}
 
-impl<G: Mounter + LayerCombiner + Unplugger + ?Sized> Guest for G {}
+impl<G: Mounter + LayerCombiner + Binder + Unplugger + ?Sized> Guest for G {}
 
 /// Serves a guest to its hosts: requests in, calls of the guest's contracts, answers out.
 ///
@@ -261,6 +261,12 @@ async fn run(guest: &dyn Guest, request: Request) -> Result<Reply, BackendError>
         Request::Usage { target } => return guest.usage(&target).await.map(Reply::Usage),
         Request::Trim { target } => return guest.trim(&target).await.map(Reply::Trimmed),
         Request::Grow { target, bytes } => guest.grow(&target, bytes).await,
+        Request::Bind(bind) => guest.bind(&bind).await,
+        Request::Unbind { target } => guest.unbind(&target).await,
+        Request::AdoptView(bind) => {
+            let found = Binder::adopt(guest, &bind).await;
+            return found.map(Reply::Presence);
+        }
     };
     done.map(|()| Reply::Done)
 }

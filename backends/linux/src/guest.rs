@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BlockDevice, DeviceLocator, ErrorKind, Expose, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
+    BackendError, BindMount, Binder, BlockDevice, DeviceLocator, ErrorKind, Expose, LayerCombiner,
+    MountOptions, Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
 };
 
 use crate::device::stack::{self, Timeouts};
@@ -16,16 +16,17 @@ use crate::errno::{blocking, retry_while_busy};
 use crate::filesystem::preflight::refuse_unsupported;
 use crate::filesystem::{check, format};
 use crate::kernel::Kernel;
-use crate::mount::attempt::{expose_once, mount_once};
+use crate::mount::attempt::{Found, expose_once, mount_once};
+use crate::mount::extra_devices::{self, Extra};
 use crate::mount::target::Target;
 use crate::mount::volume::ToGrow;
-use crate::mount::{expose, overlay, unmount, volume};
+use crate::mount::{expose, overlay, unmount, view, volume};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
-use crate::undo::step::DeviceUse;
+use crate::undo::step::{Appearance, ViewUse};
 use crate::undo::{recovery, teardown};
 
-/// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`] and [`Unplugger`] of a Linux guest.
+/// Mounts block devices in this kernel: the [`Mounter`], [`LayerCombiner`], [`Binder`] and [`Unplugger`] of a Linux guest.
 ///
 /// Cloning is cheap; clones share the ledger of what to undo. The ledger is in memory: what is
 /// mounted when the last clone is dropped stays mounted. A guest that may be killed and started
@@ -139,8 +140,10 @@ impl Mounter for LinuxGuest {
         options: &MountOptions,
     ) -> Result<Presence, BackendError> {
         let (device, options) = (device.clone(), options.clone());
-        let is_it =
-            move |used: Option<&DeviceUse>| used.is_some_and(|used| used.is_of(&device, &options));
+        let is_it = move |there: Appearance<'_>| match there {
+            Appearance::Device(used) => used.is_of(&device, &options),
+            _ => false,
+        };
         self.presence(target, is_it).await
     }
 }
@@ -162,8 +165,31 @@ impl LayerCombiner for LinuxGuest {
 
     /// As [`Mounter::adopt`]; an overlay is known by its target.
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
-        let is_overlay = |used: Option<&DeviceUse>| used.is_none();
+        let is_overlay = |there: Appearance<'_>| there == Appearance::Overlay;
         self.presence(&overlay.target, is_overlay).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl Binder for LinuxGuest {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        let target = Target::parse(&bind.target, &self.0.config.allowed)?;
+        let (inner, bind) = (self.0.clone(), bind.clone());
+        let path = target.path().to_owned();
+        let call = async move { inner.bind(&target, bind).await };
+        self.0.turns.run(path, call).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        Mounter::unmount(self, target).await
+    }
+
+    /// As [`Mounter::adopt`].
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        let wanted = ViewUse::of(bind);
+        let is_it = move |there: Appearance<'_>| there == Appearance::View(&wanted);
+        self.presence(&bind.target, is_it).await
     }
 }
 
@@ -193,7 +219,7 @@ impl LinuxGuest {
     async fn presence(
         &self,
         target: &Path,
-        is_it: impl Fn(Option<&DeviceUse>) -> bool + Send + 'static,
+        is_it: impl Fn(Appearance<'_>) -> bool + Send + 'static,
     ) -> Result<Presence, BackendError> {
         let look = move |list: &UndoList<'_>, kernel| recovery::presence(list, kernel, is_it);
         self.look(target, look).await
@@ -214,16 +240,34 @@ impl Inner {
             false => Ok(()),
         })
         .await?;
-        let found = self.config.transports.resolve(device).await?;
+        let (found, further) = self.resolve(device, options).await?;
         self.begin(target).await?;
-        let done = self.mount_found(device, found, target, options).await;
+        let done = self.mount_found(device, found, further, target, options);
+        let done = done.await;
         self.end(target, done).await
+    }
+
+    /// Finds a device and the further ones of its filesystem.
+    async fn resolve(
+        &self,
+        device: &DeviceLocator,
+        options: &MountOptions,
+    ) -> Result<(BlockDevice, Vec<BlockDevice>), BackendError> {
+        let transports = &self.config.transports;
+        let found = transports.resolve(device).await?;
+        let mut further = Vec::new();
+        for (index, extra) in options.devices().iter().enumerate() {
+            let resolved = transports.resolve(&extra.locator).await;
+            further.push(resolved.map_err(|error| extra_devices::explained(error, index, extra))?);
+        }
+        Ok((found, further))
     }
 
     async fn mount_found(
         &self,
         locator: &DeviceLocator,
         found: BlockDevice,
+        further: Vec<BlockDevice>,
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
@@ -232,6 +276,11 @@ impl Inner {
             busy: self.config.busy_timeout,
         };
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
+        let mut extra = Vec::new();
+        for (found, asked) in further.into_iter().zip(options.devices()) {
+            let layer = stack::open_plain(&self.ledger, target, found, timeouts).await?;
+            extra.push(Extra::new(layer, asked.role));
+        }
         if let Some(wanted) = options.format() {
             let timeouts = format::Timeouts {
                 make: self.config.format_timeout,
@@ -257,10 +306,17 @@ impl Inner {
             check::check(&self.ledger, target, &device.node, wanted, timeouts).await?;
         }
         let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
-        let kernel = self.config.kernel;
+        let (extra, kernel) = (Arc::new(extra), self.config.kernel);
         let attempt = move |list: &UndoList<'_>| {
             let done = match options.expose() {
-                Expose::Filesystem => mount_once(list, &locator, &device.node, &options, kernel),
+                Expose::Filesystem => {
+                    let found = Found {
+                        locator: &locator,
+                        node: &device.node,
+                        extra: &extra,
+                    };
+                    mount_once(list, found, &options, kernel)
+                }
                 _ => expose_once(list, &locator, &device.open, &options),
             };
             done.map_err(|error| device.explained(error))
@@ -276,6 +332,16 @@ impl Inner {
         let (ledger, at) = (self.ledger.clone(), target.clone());
         let combine = move || overlay::combine(&ledger.list(&at), &overlay, &mark, kernel);
         let done = blocking(combine).await;
+        self.end(target, done).await
+    }
+
+    async fn bind(&self, target: &Target, bind: BindMount) -> Result<(), BackendError> {
+        let early = target.clone();
+        blocking(move || early.check_free()).await?;
+        self.begin(target).await?;
+        let kernel = self.config.kernel;
+        let attempt = move |list: &UndoList<'_>| view::bind(list, &bind, kernel);
+        let done = self.attempt(target, attempt).await;
         self.end(target, done).await
     }
 

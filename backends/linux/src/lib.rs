@@ -31,7 +31,7 @@
 //!
 //! | item | what is in it |
 //! |---|---|
-//! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner` and an `Unplugger` |
+//! | [`LinuxGuest`] | the engine: a `Mounter`, a `LayerCombiner`, a `Binder` and an `Unplugger` |
 //! | [`Transports`] | how devices of each transport are found and unplugged |
 //! | [`uevent`] | events of the kernel about devices, and waiting for what they announce |
 //! | [`sysfs`] | devices by address: PCI addresses, VMBus channels, disks |

@@ -3,7 +3,9 @@
 pub(crate) mod attempt;
 pub(crate) mod directory;
 pub(crate) mod expose;
+pub(crate) mod extra_devices;
 pub(crate) mod fscontext;
+pub(crate) mod id_map;
 pub(crate) mod kernel_log;
 pub(crate) mod mount_id;
 pub mod mountinfo;
@@ -14,4 +16,5 @@ pub(crate) mod target;
 pub(crate) mod unmount;
 pub(crate) mod users;
 pub(crate) mod volume;
+pub(crate) mod view;
 pub(crate) mod writes;

@@ -1,15 +1,42 @@
 //! What has no safe wrapper yet.
 #![allow(
     unsafe_code,
-    reason = "two system calls without a wrapper, and one constructor that is unsafe"
+    reason = "system calls without a wrapper, and one constructor that is unsafe"
 )]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use blockmount::{Propagation, PropagationMode};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
+
+/// A change of the attributes of a mount.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct AttributeChange<'a> {
+    /// Bits of `MOUNT_ATTR_*`.
+    pub(crate) set: u64,
+    pub(crate) clear: u64,
+    pub(crate) propagation: Option<PropagationMode>,
+    /// For `MOUNT_ATTR_IDMAP`.
+    pub(crate) user_namespace: Option<BorrowedFd<'a>>,
+}
+
+/// Changes the attributes of the mount that `mount` is the root of.
+///
+/// # Errors
+///
+/// `ENOSYS` before Linux 5.12.
+pub(crate) fn set_attributes(mount: impl AsFd, change: AttributeChange<'_>) -> Result<(), Errno> {
+    let fd = |namespace: BorrowedFd<'_>| namespace.as_raw_fd().unsigned_abs().into();
+    let attributes = libc::mount_attr {
+        attr_set: change.set,
+        attr_clr: change.clear,
+        propagation: change.propagation.map_or(0, kernel_propagation),
+        userns_fd: change.user_namespace.map_or(0, fd),
+    };
+    mount_setattr(mount, &attributes, 0)
+}
 
 /// Sets how mounts spread, on the mount that `mount` is the root of.
 ///
@@ -20,12 +47,7 @@ pub(crate) fn set_propagation(mount: impl AsFd, propagation: Propagation) -> Res
     let attributes = libc::mount_attr {
         attr_set: 0,
         attr_clr: 0,
-        propagation: match propagation.mode {
-            PropagationMode::Private => libc::MS_PRIVATE,
-            PropagationMode::Shared => libc::MS_SHARED,
-            PropagationMode::Slave => libc::MS_SLAVE,
-            PropagationMode::Unbindable => libc::MS_UNBINDABLE,
-        },
+        propagation: kernel_propagation(propagation.mode),
         userns_fd: 0,
     };
     let recursive = if propagation.recursive {
@@ -33,6 +55,23 @@ pub(crate) fn set_propagation(mount: impl AsFd, propagation: Propagation) -> Res
     } else {
         0
     };
+    mount_setattr(mount, &attributes, recursive)
+}
+
+fn kernel_propagation(mode: PropagationMode) -> u64 {
+    match mode {
+        PropagationMode::Private => libc::MS_PRIVATE,
+        PropagationMode::Shared => libc::MS_SHARED,
+        PropagationMode::Slave => libc::MS_SLAVE,
+        PropagationMode::Unbindable => libc::MS_UNBINDABLE,
+    }
+}
+
+fn mount_setattr(
+    mount: impl AsFd,
+    attributes: &libc::mount_attr,
+    flags: libc::c_int,
+) -> Result<(), Errno> {
     // SAFETY: the path is a NUL-terminated string, the attributes are a `struct mount_attr` of the
     // size that is given, and both outlive the call, which keeps neither.
     let result = unsafe {
@@ -40,8 +79,8 @@ pub(crate) fn set_propagation(mount: impl AsFd, propagation: Propagation) -> Res
             libc::SYS_mount_setattr,
             mount.as_fd().as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | recursive,
-            &raw const attributes,
+            libc::AT_EMPTY_PATH | flags,
+            attributes as *const libc::mount_attr,
             size_of::<libc::mount_attr>(),
         )
     };
@@ -55,6 +94,61 @@ pub(crate) fn set_propagation(mount: impl AsFd, propagation: Propagation) -> Res
 fn last_error() -> Errno {
     let error = io::Error::last_os_error();
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// A process in a user namespace of its own, which does nothing and ends with this value, or with this process.
+#[derive(Debug)]
+pub(crate) struct WaitingProcess {
+    id: libc::pid_t,
+    /// What it waits for the end of.
+    _line: OwnedFd,
+}
+
+impl WaitingProcess {
+    /// Starts one.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if this process may not, `EINVAL`, `ENOSPC` or `ENOSYS` if there are no user namespaces.
+    pub(crate) fn in_user_namespace() -> Result<Self, Errno> {
+        let (end, line) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let [read, write] = [end.as_raw_fd(), line.as_raw_fd()];
+        // No signal at its end: whoever waits for all children of this process does not take it away.
+        let flags = libc::CLONE_NEWUSER as libc::c_ulong;
+        // SAFETY: the new process has memory of its own, as after a fork. It makes three system calls on descriptors that
+        // it has, into memory on its own stack, and runs no other code of this program: what the lock of another thread
+        // protects is not touched.
+        let id = unsafe {
+            let id = libc::syscall(libc::SYS_clone, flags, 0usize, 0usize, 0usize, 0usize);
+            if id == 0 {
+                let mut byte = 0u8;
+                libc::syscall(libc::SYS_close, write);
+                libc::syscall(libc::SYS_read, read, &raw mut byte, 1usize);
+                libc::syscall(libc::SYS_exit_group, 0);
+                std::hint::unreachable_unchecked();
+            }
+            id
+        };
+        let id = libc::pid_t::try_from(id).map_err(|_| Errno::OVERFLOW)?;
+        match id {
+            -1 => Err(last_error()),
+            id => Ok(WaitingProcess { id, _line: line }),
+        }
+    }
+
+    pub(crate) fn id(&self) -> libc::pid_t {
+        self.id
+    }
+}
+
+impl Drop for WaitingProcess {
+    fn drop(&mut self) {
+        // SAFETY: the process is a child that nobody has waited for, so the number is its own; a null status is allowed.
+        unsafe {
+            libc::kill(self.id, libc::SIGKILL);
+            libc::waitpid(self.id, std::ptr::null_mut(), libc::__WALL);
+        }
+    }
 }
 
 /// Watches a descriptor for something to read. Must be called in a runtime that has I/O enabled.

@@ -18,6 +18,8 @@ pub(crate) struct Layer {
     pub(crate) verity: Option<Trusted>,
     /// Mount options.
     pub(crate) options: Vec<String>,
+    /// Further images that its filesystem has data in, in its order.
+    pub(crate) devices: Vec<PathBuf>,
 }
 
 impl Layer {
@@ -30,7 +32,7 @@ impl Layer {
     }
 }
 
-/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE] [--option OPTION...]`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE] [--device IMAGE...] [--option OPTION...]`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -79,7 +81,13 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(String))
             .action(clap::ArgAction::Append)
             .help("Mount option, such as nodev, of the --layer before it, or of all if it stands before the first; repeatable");
-        command.args([layer, partition, filesystem, verity, option])
+        let device = clap::Arg::new("device")
+            .long("device")
+            .value_name("IMAGE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .action(clap::ArgAction::Append)
+            .help("Image of a further device of the --layer before it, such as a blob of an erofs, in its order; repeatable");
+        command.args([layer, partition, filesystem, verity, device, option])
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -100,6 +108,12 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
         self.add(matches, "partition", |layer| &mut layer.partition)?;
         self.add(matches, "fs", |layer| &mut layer.filesystem)?;
         self.add(matches, "verity", |layer| &mut layer.verity)?;
+        for (image, before) in placed::<PathBuf>(matches, "device") {
+            let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
+                return Err(misplaced("--device has no --layer before it".to_owned()));
+            };
+            layer.devices.push(image.clone());
+        }
         self.add_options(matches);
         Ok(())
     }
@@ -179,6 +193,16 @@ mod tests {
             partition: NonZeroU32::new(partition),
             ..Layer::of(image)
         }
+    }
+
+    #[test]
+    fn devices_belong_to_the_layer_before_them_in_their_order() {
+        let words = ["-l", "a", "--device", "y", "--device", "x", "-l", "b"];
+        let given = layers(&words).unwrap();
+        assert_eq!(given[0].devices, [PathBuf::from("y"), "x".into()]);
+        assert!(given[1].devices.is_empty());
+        let misplaced = layers(&["--device", "x", "-l", "a"]).unwrap_err();
+        assert_eq!(misplaced.exit_code(), 2);
     }
 
     #[test]

@@ -69,6 +69,11 @@ pub(crate) fn mount(
     options: &MountOptions,
     guest: &Capabilities,
 ) -> Result<(Resource, Resource), BackendError> {
+    if !options.devices().is_empty() {
+        return Err(BackendError::unsuitable(
+            "GCS has no request to mount a filesystem of several devices",
+        ));
+    }
     match device {
         Device::Scsi(device) if guest.is_windows() => windows_disk(device, path, options),
         Device::Scsi(device) => linux_disk(device, path, options),

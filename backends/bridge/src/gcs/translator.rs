@@ -142,6 +142,12 @@ impl Translator {
                 let message = format!("GCS has no message for the {}", request.describe());
                 Err(BackendError::unsuitable(message))
             }
+            Request::Bind(_) => Err(BackendError::unsuitable(
+                "GCS has no request for a view of a mount",
+            )),
+            // None was ever made.
+            Request::Unbind { .. } => Ok(Err(Reply::Done)),
+            Request::AdoptView(_) => Ok(Err(Reply::Presence(Presence::Absent))),
         }
     }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Unplugger,
+    BackendError, BindMount, Binder, DeviceLocator, DeviceRole, ExtraDevice, LayerCombiner,
+    MountOptions, Mounter, Overlay, Presence, Unplugger, ViewOptions,
 };
 use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, Request};
 use serde_json::Value;
@@ -104,6 +105,35 @@ async fn each_call_has_one_document() {
     let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&overlay).await).await;
     let combine = r#"{"Combine":{"layers":["/a","/b"],"scratch":"/s","target":"/t"}}"#;
     assert_eq!(body.to_string(), combine);
+
+    let blob = ExtraDevice::new(DeviceRole::Data, "any-scheme:8".parse().unwrap());
+    let log = ExtraDevice::new(DeviceRole::Log, "any-scheme:9".parse().unwrap());
+    let options = MountOptions::builder().device(log).device(blob).build();
+    let options = options.unwrap();
+    let (body, _) = sent(r#""Ok""#, async |guest| {
+        guest.mount(&device, target, &options).await
+    })
+    .await;
+    let devices =
+        r#"{"devices":[{"locator":"any-scheme:8"},{"locator":"any-scheme:9","role":"log"}]}"#;
+    let several = plain.replace("\"options\":{}", &format!("\"options\":{devices}"));
+    assert_eq!(body.to_string(), several);
+
+    let options = ViewOptions::new(["ro", "noexec"]).unwrap();
+    let options = options.with_subpath("a/b").unwrap();
+    let options = options.with_id_map("u:0:1000:1".parse().unwrap());
+    let bind = BindMount::new("/m", "/v", options);
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.bind(&bind).await).await;
+    let bound = r#"{"Bind":{"options":{"id_map":{"users":[{"count":1,"shown":1000,"stored":0}]},"options":["ro","noexec"],"subpath":"a/b"},"source":"/m","target":"/v"}}"#;
+    assert_eq!(body.to_string(), bound);
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.unbind(target).await).await;
+    assert_eq!(body.to_string(), r#"{"Unbind":{"target":"/run/layer"}}"#);
+    let (body, _) = sent(r#"{"Presence":"Absent"}"#, async |guest| {
+        let found = Binder::adopt(guest, &bind).await;
+        found.map(|found| assert_eq!(found, Presence::Absent))
+    })
+    .await;
+    assert_eq!(body.to_string(), bound.replace("Bind", "AdoptView"));
 
     // What is there is asked for in the same words.
     let present = r#"{"Presence":"Present"}"#;

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
-    BackendError, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose, Format,
-    HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
-    Presence, Propagation, Unplugger, Usage, Verity,
+    BackendError, BindMount, Binder, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose,
+    Format, HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
+    Presence, Propagation, Unplugger, Verity, Usage,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -319,6 +319,21 @@ impl LayerCombiner for Unwritable {
     }
 
     async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Err(self.0.clone())
+    }
+}
+
+#[async_trait]
+impl Binder for Unwritable {
+    async fn bind(&self, _: &BindMount) -> Result<(), BackendError> {
+        Err(self.0.clone())
+    }
+
+    async fn unbind(&self, _: &Path) -> Result<(), BackendError> {
+        Err(self.0.clone())
+    }
+
+    async fn adopt(&self, _: &BindMount) -> Result<Presence, BackendError> {
         Err(self.0.clone())
     }
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use blockmount::testing::{AttachIdentified as _, FakeVm};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Transport, Unplugger, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions,
+    Mounter, Overlay, Presence, Transport, Unplugger, Usage,
 };
 use blockmount_bridge::{Deadlines, Dialer, Request};
 use tokio::io::{DuplexStream, duplex};
@@ -247,5 +247,20 @@ impl LayerCombiner for ScsiVm {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         LayerCombiner::adopt(&self.0, overlay).await
+    }
+}
+
+#[async_trait]
+impl Binder for ScsiVm {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.0.bind(bind).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.0.unbind(target).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        Binder::adopt(&self.0, bind).await
     }
 }

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay, Presence, Space,
-    Unplugger, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
+    Presence, Unplugger, Space, Usage,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.
@@ -23,6 +23,8 @@ pub(crate) enum Asked {
     Usage(String),
     Trim(String),
     Grow(String, u64),
+    Bind(BindMount),
+    Unbind(String),
 }
 
 /// What every filesystem answers.
@@ -112,6 +114,21 @@ impl LayerCombiner for Recorder {
     }
 
     async fn adopt(&self, _: &Overlay) -> Result<Presence, BackendError> {
+        Ok(Presence::Unknown)
+    }
+}
+
+#[async_trait]
+impl Binder for Recorder {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.note(Asked::Bind(bind.clone()))
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.note(Asked::Unbind(text(target)))
+    }
+
+    async fn adopt(&self, _: &BindMount) -> Result<Presence, BackendError> {
         Ok(Presence::Unknown)
     }
 }

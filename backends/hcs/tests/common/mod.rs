@@ -16,8 +16,8 @@ use blockmount::testing::FakeVm;
 use blockmount::testing::VmStep;
 use blockmount::testing::conformance::{Fault, Faults, Snapshot};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
-    Transport, Unplugger, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, Disk, LayerCombiner, MountOptions, Mounter,
+    Overlay, Presence, Transport, Unplugger, Usage,
 };
 use blockmount_bridge::gcs::messages::{ModificationRequest, RequestType, Resource};
 use blockmount_bridge::gcs::{GuestConnection, GuestServer, Hresult};
@@ -482,6 +482,21 @@ impl LayerCombiner for Agent {
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {
         LayerCombiner::adopt(&self.0.vm, overlay).await
+    }
+}
+
+#[async_trait]
+impl Binder for Agent {
+    async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
+        self.0.vm.bind(bind).await
+    }
+
+    async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
+        self.0.vm.unbind(target).await
+    }
+
+    async fn adopt(&self, bind: &BindMount) -> Result<Presence, BackendError> {
+        Binder::adopt(&self.0.vm, bind).await
     }
 }
 

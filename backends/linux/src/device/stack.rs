@@ -101,6 +101,17 @@ pub(crate) async fn open(
     Ok(layer)
 }
 
+/// Opens a further device of a filesystem: all of what was found.
+pub(crate) async fn open_plain(
+    ledger: &Arc<Ledger>,
+    target: &Target,
+    found: BlockDevice,
+    timeouts: Timeouts,
+) -> Result<Layer, BackendError> {
+    let whole = MountOptions::default();
+    open(ledger, target, found, &whole, timeouts).await
+}
+
 /// Tries to make a layer as long as the device below may be busy, and says who uses it if it stays so.
 async fn attempt<T: Send + 'static>(
     ledger: &Arc<Ledger>,

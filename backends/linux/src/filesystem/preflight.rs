@@ -178,6 +178,8 @@ pub(crate) fn refuse_incomplete(
     options: &MountOptions,
     is_first: bool,
 ) -> Result<(), BackendError> {
+    // What is given as further devices is checked with them.
+    let names_none = options.devices().is_empty();
     let Some(driver) = Driver::of(found.name) else {
         return Ok(());
     };
@@ -185,7 +187,7 @@ pub(crate) fn refuse_incomplete(
         |given: &str, known: &[&str]| known.contains(&given.split('=').next().unwrap_or(given));
     let says = |known: &[&str]| options.data().iter().any(|given| names(given, known));
     let (name, at) = (found.name, node.display());
-    if found.more_devices > 0 && !says(driver.devices) {
+    if found.more_devices > 0 && names_none && !says(driver.devices) {
         let devices = match found.more_devices {
             1 => "1 more device, which is".to_owned(),
             more => format!("{more} more devices, which are"),

@@ -22,6 +22,7 @@ use std::fmt;
 use std::io::{self, Read, Seek};
 
 pub(crate) use blank::places as blank_places;
+pub(crate) use readonly::{ErofsDevice, erofs_devices};
 use source::Source;
 
 /// What [`probe`] found on a device.

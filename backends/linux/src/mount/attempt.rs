@@ -14,6 +14,7 @@ use crate::filesystem::preflight::{
 };
 use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
+use crate::mount::extra_devices::{self, Extra};
 use crate::mount::mounting::{self, Request};
 use crate::mount::target::MountPoint;
 use crate::mount::writes::Writes;
@@ -37,14 +38,26 @@ pub(crate) fn expose_once(
     expose::make(list, used)
 }
 
+/// A device that is to be mounted, and the further ones of its filesystem.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found<'a> {
+    pub(crate) locator: &'a DeviceLocator,
+    pub(crate) node: &'a Path,
+    pub(crate) extra: &'a [Extra],
+}
+
 /// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
 pub(crate) fn mount_once(
     list: &UndoList<'_>,
-    locator: &DeviceLocator,
-    node: &Path,
+    device: Found<'_>,
     options: &MountOptions,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
+    let Found {
+        locator,
+        node,
+        extra,
+    } = device;
     let Measured {
         mut open, number, ..
     } = node::measure(node)?;
@@ -54,6 +67,7 @@ pub(crate) fn mount_once(
     let made = options.format().map(|format| &*format.filesystem);
     let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
     ensure_block_size(node, &open, &found)?;
+    let wanted = extra_devices::wanted(&mut open, node, &found)?;
     drop(open);
     let _held = list.hold(Key::Device(number))?;
     let others = list.mounts_of(number);
@@ -65,7 +79,9 @@ pub(crate) fn mount_once(
     if let Content::Filesystem(found) = &found.content {
         refuse_incomplete(node, found, options, others.is_empty())?;
     }
+    let named = extra_devices::named(node, &filesystem, &wanted, extra)?;
     let mut request = Request::new(&filesystem, node, options);
+    request.data.extend(named);
     request.exclusive = others.is_empty();
     let device = DeviceUse {
         number,
@@ -77,6 +93,7 @@ pub(crate) fn mount_once(
             mount,
             device: Some(device.clone()),
             scratch: None,
+            view: None,
         }))
     };
     let is_dax = dax::is_asked(options);

@@ -187,7 +187,7 @@ const _: () = {
     }
 };
 
-fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
+pub(crate) fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, read_only);
     for (_, bit, _) in KERNEL_BITS.iter().filter(|row| flags.contains(row.0)) {
@@ -196,7 +196,7 @@ fn attributes(read_only: bool, flags: MountFlags) -> MountAttrFlags {
     attributes
 }
 
-fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags {
+pub(crate) fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags {
     let mut all = sys_mount::MountFlags::empty();
     all.set(sys_mount::MountFlags::RDONLY, read_only);
     for (_, _, bit) in KERNEL_BITS.iter().filter(|row| flags.contains(row.0)) {

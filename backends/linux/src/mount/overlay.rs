@@ -82,6 +82,7 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
             mount,
             device: None,
             scratch,
+            view: None,
         }))
     };
     let at = directory::prepare(list)?;

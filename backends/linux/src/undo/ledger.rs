@@ -12,7 +12,7 @@ use crate::mount::writes::Writes;
 use crate::undo::journal::{Journal, Note};
 use crate::undo::locks::{Held, Key, Locks};
 use crate::undo::record::Record;
-use crate::undo::step::Undo;
+use crate::undo::step::{MountStep, Undo};
 
 /// What there is to undo, by target.
 ///
@@ -378,6 +378,33 @@ impl<'a> UndoList<'a> {
             _ => None,
         };
         !self.look_for(is).is_empty()
+    }
+
+    /// The mount at a path, unless it is a view.
+    pub(crate) fn mount_at(&self, path: &Path) -> Option<MountStep> {
+        let lists = self.ledger.lists();
+        let list = lists.get(path).filter(|list| !list.left)?;
+        match list.steps.last() {
+            Some(Undo::Unmount(step)) if step.view.is_none() => Some((**step).clone()),
+            _ => None,
+        }
+    }
+
+    /// Where the mount at this target is shown as well.
+    pub(crate) fn view_of_it(&self) -> Option<PathBuf> {
+        let source = self.target.path();
+        let shows = |step: &Undo| match step {
+            Undo::Unmount(step) => step
+                .view
+                .as_ref()
+                .is_some_and(|view| view.source.is(source)),
+            _ => false,
+        };
+        let lists = self.ledger.lists();
+        let mut views = lists
+            .iter()
+            .filter(|(_, list)| list.steps.iter().any(shows));
+        views.next().map(|(at, _)| at.clone())
     }
 
     fn look_for<T>(&self, look: impl Fn(&Undo) -> Option<T>) -> Vec<T> {

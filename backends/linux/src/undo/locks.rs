@@ -23,6 +23,8 @@ pub(crate) enum Key {
     /// The scratch directory of an overlay, which has one user.
     Scratch(FileId),
     Directory(PathBuf),
+    /// A mount that may have views.
+    Source(PathBuf),
     Partition(DeviceNumber, u32),
     /// A mapped device, by its name.
     Mapped(String),

@@ -106,6 +106,7 @@ mod tests {
                         options: MountOptions::read_only(),
                     }),
                     scratch: None,
+                    view: None,
                 })),
                 Undo::RemoveNode(Box::new(NodeStep {
                     path: RecordedPath::from(Path::new("/run/node")),

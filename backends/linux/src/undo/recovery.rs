@@ -20,7 +20,7 @@ use crate::mount::unmount::{Now, now};
 use crate::undo::journal::{Journal, Note};
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::record::Record;
-use crate::undo::step::{DeviceUse, DirectoryStep, Identity, MountStep, Undo};
+use crate::undo::step::{Appearance, DirectoryStep, Identity, MountStep, Undo};
 
 /// The ledger as the journal has it, and the targets whose mounts are not there, which are to be undone. Blocks.
 ///
@@ -66,7 +66,7 @@ fn adopt(ledger: &Ledger, note: Note, record: Record) -> Option<Target> {
 pub(crate) fn presence(
     list: &UndoList<'_>,
     kernel: Kernel,
-    is_it: impl Fn(Option<&DeviceUse>) -> bool,
+    is_it: impl Fn(Appearance<'_>) -> bool,
 ) -> Result<Presence, BackendError> {
     let steps = list.steps();
     if !list.is_in_use() {
@@ -80,15 +80,16 @@ pub(crate) fn presence(
     let step = match steps.last() {
         Some(Undo::Unmount(step)) => step,
         Some(Undo::RemoveNode(node)) if expose::is_there(node) => {
-            return Ok(match is_it(Some(&node.device)) {
+            return Ok(match is_it(Appearance::Device(&node.device)) {
                 true => Presence::Present(()),
                 false => Presence::Absent,
             });
         }
         _ => return Ok(Presence::Unknown),
     };
+    let appears = steps.last().and_then(Undo::appearance);
     match now(list.target(), &step.mount, kernel)? {
-        Now::Ours(..) if is_it(step.device.as_ref()) => Ok(Presence::Present(())),
+        Now::Ours(..) if appears.is_some_and(is_it) => Ok(Presence::Present(())),
         Now::Ours(..) => Ok(Presence::Absent),
         Now::Covered | Now::Replaced | Now::Gone => Ok(Presence::Unknown),
     }

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::{DeviceLocator, MountOptions, Verity};
+use blockmount::{BindMount, DeviceLocator, MountOptions, Verity, ViewOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::device::number::DeviceNumber;
@@ -48,6 +48,26 @@ pub(crate) struct MountStep {
     /// The scratch directory of an overlay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) scratch: Option<FileId>,
+    /// What is shown, if it is a view of another mount.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) view: Option<ViewUse>,
+}
+
+/// A mount that is shown at a further place, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ViewUse {
+    pub(crate) source: RecordedPath,
+    pub(crate) options: ViewOptions,
+}
+
+impl ViewUse {
+    pub(crate) fn of(bind: &BindMount) -> Self {
+        ViewUse {
+            source: bind.source.as_path().into(),
+            options: bind.options.clone(),
+        }
+    }
 }
 
 /// Which mount it is.
@@ -177,12 +197,34 @@ pub(crate) struct NodeStep {
     pub(crate) device: DeviceUse,
 }
 
+/// What appears at a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Appearance<'a> {
+    /// A device, mounted or exposed.
+    Device(&'a DeviceUse),
+    Overlay,
+    View(&'a ViewUse),
+}
+
 impl Undo {
     /// How a step of what appears at a target uses a device; nothing if it is something else, or of no device.
     pub(crate) fn device_use(&self) -> Option<&DeviceUse> {
         match self {
             Undo::Unmount(step) => step.device.as_ref(),
             Undo::RemoveNode(step) => Some(&step.device),
+            _ => None,
+        }
+    }
+
+    /// What it is, if it appears at the target.
+    pub(crate) fn appearance(&self) -> Option<Appearance<'_>> {
+        match self {
+            Undo::Unmount(step) => Some(match (&step.device, &step.view) {
+                (Some(device), _) => Appearance::Device(device),
+                (None, Some(view)) => Appearance::View(view),
+                (None, None) => Appearance::Overlay,
+            }),
+            Undo::RemoveNode(step) => Some(Appearance::Device(&step.device)),
             _ => None,
         }
     }

@@ -38,6 +38,9 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     }
     match step {
         Undo::Unmount(mount) => {
+            let source = Key::Source(list.target().path().to_owned());
+            let _no_new_view = list.hold(source)?;
+            ensure_no_view(list)?;
             let mut writes = list.take_writes();
             let done = unmount::undo(list.target(), mount, &mut writes, kernel);
             list.keep_writes(writes);
@@ -62,6 +65,16 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     Ok(())
 }
 
+/// A view would keep up the filesystem that is to end.
+fn ensure_no_view(list: &UndoList<'_>) -> Result<(), BackendError> {
+    let Some(view) = list.view_of_it() else {
+        return Ok(());
+    };
+    let (path, view) = (list.target().path().display(), view.display());
+    let message = format!("cannot unmount {path}: there is a view of it at {view}");
+    Err(BackendError::busy(message))
+}
+
 /// The error `Busy` with the names of those who use what is to be undone next. They cost a walk through `/proc`. A
 /// directory that is in use is no error.
 pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendError {
@@ -71,6 +84,9 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             let Identity::Known(mount) = step.mount else {
                 return error;
             };
+            if list.view_of_it().is_some() {
+                return error;
+            }
             let users = users::of_mount(list.target().path(), mount.number());
             let by = users::listed(&users);
             return BackendError::busy(format!("{} by {by}", error.message()));

@@ -12,6 +12,7 @@
 mod rig;
 
 mod crypt;
+mod devices;
 mod disks;
 mod exercise;
 mod failure;
@@ -24,4 +25,5 @@ mod sharing;
 mod teardown;
 mod verity;
 mod volumes;
+mod views;
 mod vpmem;

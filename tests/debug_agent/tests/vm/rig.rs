@@ -157,6 +157,7 @@ impl Backends {
             .unplugger(guest.clone())
             .mounter(guest.clone())
             .combiner(guest.clone())
+            .binder(guest.clone())
             .mount_root(MOUNTS);
         (Backends { scsi, vpmem, guest }, builder)
     }

@@ -84,27 +84,67 @@ fn erofs_devices_elsewhere<R: Read + Seek>(
     block: &Bytes,
     block_size: u32,
 ) -> io::Result<u32> {
-    if block.le32(80) & EROFS_INCOMPAT_DEVICE_TABLE == 0 {
-        return Ok(0);
-    }
-    let (count, first) = (block.le16(86), block.le16(88));
-    let table = u64::from(first).saturating_mul(EROFS_DEVICE);
-    let length = u64::from(count).saturating_mul(EROFS_DEVICE);
-    let Some(table) = source.bytes(table, length as usize)? else {
+    let (count, entries) = erofs_table(source, block)?;
+    let Some(entries) = entries else {
         return Ok(count.into());
     };
     let size = source.size();
-    let is_here = |entry: &[u8]| {
-        let entry = Bytes(entry.to_vec());
+    let is_here = |entry: &Bytes| {
         let (blocks, start) = (u64::from(entry.le32(64)), u64::from(entry.le32(68)));
         let end = start
             .saturating_add(blocks)
             .saturating_mul(block_size.into());
         start != 0 && end <= size
     };
-    let entries = table.0.chunks(EROFS_DEVICE as usize);
-    let elsewhere = entries.filter(|entry| !is_here(entry)).count();
+    let elsewhere = entries.iter().filter(|entry| !is_here(entry)).count();
     Ok(u32::try_from(elsewhere).unwrap_or(u32::MAX))
+}
+
+/// The table of devices: how many it is said to have, and its entries, if they are on the device.
+fn erofs_table<R: Read + Seek>(
+    source: &mut Source<'_, R>,
+    block: &Bytes,
+) -> io::Result<(u16, Option<Vec<Bytes>>)> {
+    if block.le32(80) & EROFS_INCOMPAT_DEVICE_TABLE == 0 {
+        return Ok((0, Some(Vec::new())));
+    }
+    let (count, first) = (block.le16(86), block.le16(88));
+    let table = u64::from(first).saturating_mul(EROFS_DEVICE);
+    let length = u64::from(count).saturating_mul(EROFS_DEVICE);
+    let table = source.bytes(table, length as usize)?;
+    let split = |table: Bytes| {
+        let entries = table.0.chunks(EROFS_DEVICE as usize);
+        entries.map(|entry| Bytes(entry.to_vec())).collect()
+    };
+    Ok((count, table.map(split)))
+}
+
+/// A device in the table of an erofs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ErofsDevice {
+    /// The digits of the UUID that the erofs on it has, where the table says so: tools that merge images write that.
+    pub(crate) uuid: Option<String>,
+    /// How many bytes of it are used.
+    pub(crate) bytes: u64,
+}
+
+/// The devices that an erofs has a table for, in its order.
+pub(crate) fn erofs_devices<R: Read + Seek>(device: &mut R) -> io::Result<Vec<ErofsDevice>> {
+    let mut source = Source::new(device)?;
+    let Some(block) = source.bytes(EROFS_OFFSET, 128)? else {
+        return Ok(Vec::new());
+    };
+    let block_size = 1u64 << block.0[12].min(16);
+    let (_, entries) = erofs_table(&mut source, &block)?;
+    let read = |entry: &Bytes| {
+        let tag = text(&entry.array::<64>(0));
+        let is_uuid = |tag: &String| tag.len() == 32 && tag.bytes().all(|c| c.is_ascii_hexdigit());
+        ErofsDevice {
+            uuid: tag.filter(is_uuid).map(|tag| tag.to_ascii_lowercase()),
+            bytes: u64::from(entry.le32(64)).saturating_mul(block_size),
+        }
+    };
+    Ok(entries.unwrap_or_default().iter().map(read).collect())
 }
 
 /// Layout: `fs/squashfs/squashfs_fs.h` of Linux, `struct squashfs_super_block`. Version 4 only, the

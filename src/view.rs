@@ -1,0 +1,210 @@
+//! Views: one mount, seen at many places.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tracing::info_span;
+
+use crate::attach::give_back;
+use crate::call::{call, within};
+use crate::holders::Holder;
+use crate::journal::{RecordKey, ViewRecord};
+use crate::lease::{Lease, Left, Table};
+use crate::mount::Mount;
+use crate::release::Releasing;
+use crate::{
+    BackendError, BindMount, Error, Expose, HolderName, MountPoint, Presence, ReleaseError, Step,
+    ViewOptions,
+};
+
+mod driver;
+
+pub(crate) use driver::Viewing;
+use driver::{ViewJob, Viewed};
+
+/// A view to make: where a mount appears as well, and how.
+///
+/// ```
+/// use blockmount::{ViewOptions, ViewRequest};
+///
+/// let options = ViewOptions::new(["ro", "noexec"])?.with_subpath("db")?;
+/// let request = ViewRequest::new("/run/containers/c1/data", options);
+/// # let _ = request;
+/// # Ok::<(), blockmount::InvalidOptions>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ViewRequest {
+    target: PathBuf,
+    #[serde(default)]
+    options: ViewOptions,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    held_by: Option<HolderName>,
+}
+
+impl ViewRequest {
+    /// A view at `target`, an absolute path in the guest.
+    pub fn new(target: impl Into<PathBuf>, options: ViewOptions) -> Self {
+        ViewRequest {
+            target: target.into(),
+            options,
+            held_by: None,
+        }
+    }
+
+    /// Makes the view for a holder who comes back for it after a restart ([`Recovery::claim`](crate::Recovery::claim)).
+    #[must_use]
+    pub fn held_by(mut self, name: HolderName) -> Self {
+        self.held_by = Some(name);
+        self
+    }
+
+    /// Where the mount appears.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// How it appears.
+    pub fn options(&self) -> &ViewOptions {
+        &self.options
+    }
+
+    pub(crate) fn holder(&self) -> Option<&HolderName> {
+        self.held_by.as_ref()
+    }
+}
+
+/// One share of a view: a mount that is seen at a further place. While a view exists, so does its mount.
+///
+/// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
+/// background, where an error can only be logged.
+#[must_use = "dropping a view releases it in the background, where an error is only logged"]
+pub struct View {
+    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
+    holder: Option<Holder>,
+    lease: Lease<Viewing>,
+}
+
+impl View {
+    /// Where the mount appears.
+    pub fn target(&self) -> &Path {
+        &self.lease.resource().bind.target
+    }
+
+    /// How it appears.
+    pub fn options(&self) -> &ViewOptions {
+        &self.lease.resource().bind.options
+    }
+
+    /// The mount that it shows.
+    pub fn mount(&self) -> &MountPoint {
+        &self.lease.resource().mount
+    }
+
+    /// Releases this share. The last release removes the view, and then its share of the mount.
+    ///
+    /// The share counts as released when this returns; the future waits for the tear-down.
+    ///
+    /// # Errors
+    ///
+    /// Everything that went wrong; see [`ReleaseError`] for how to go on. A view that is `Busy` stays usable, and nothing
+    /// below it is touched.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait, not the tear-down; an error is then logged.
+    pub fn release(self) -> impl Future<Output = Result<(), ReleaseError>> + Send + 'static {
+        self.releasing()
+    }
+
+    pub(crate) fn releasing(self) -> Releasing {
+        drop(self.holder);
+        self.lease.release()
+    }
+
+    pub(crate) fn key(&self) -> RecordKey {
+        RecordKey::View(self.target().to_owned())
+    }
+
+    /// One more share of it, for a holder.
+    pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
+        let lease = self.lease.share();
+        View { holder, lease }
+    }
+}
+
+/// Makes a view of a mount, or shares the one that is there.
+pub(crate) async fn view(
+    table: &Arc<Table<Viewing>>,
+    mount: &Mount,
+    request: &ViewRequest,
+) -> Result<View, Error> {
+    let refused = |cause| Error::new(Step::Bind, cause).on_path(&request.target);
+    if mount.mount_key().options.expose() != Expose::Filesystem {
+        let what = "a block device that is exposed has no views; expose it once more";
+        return Err(refused(BackendError::invalid(what)));
+    }
+    let holders = &table.driver().holders;
+    let holder = request.holder().map(|name| holders.reserve(name));
+    let holder = holder.transpose().map_err(refused)?;
+    let bind = BindMount::new(mount.path(), &request.target, request.options.clone());
+    let lease = match table.join(&request.target, |up| up.check(&bind)) {
+        Some(joined) => joined?,
+        None => {
+            let job = ViewJob::new(bind, mount.share(None));
+            table.acquire(request.target.clone(), job).await?
+        }
+    };
+    let mut view = View {
+        holder: None,
+        lease,
+    };
+    if let Some(holder) = holder {
+        match holder.hold(view.key()) {
+            Ok(()) => view.holder = Some(holder),
+            Err(error) => {
+                give_back(view.releasing()).await;
+                return Err(error.on_path(&request.target));
+            }
+        }
+    }
+    Ok(view)
+}
+
+/// Asks the binder whether a view is there that the journal remembers.
+pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result<Presence, Error> {
+    let target = &record.bind.target;
+    let span = info_span!("adopt", path = %target.display());
+    let adopt = table.driver().binder.adopt(&record.bind);
+    let answer = within(table.timeout(), call(Step::Adopt, span, adopt)).await;
+    let late = || Err(Error::new(Step::Adopt, table.timed_out()));
+    answer
+        .unwrap_or_else(late)
+        .map_err(|error| error.on_path(target))
+}
+
+/// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+pub(crate) fn restore(
+    table: &Arc<Table<Viewing>>,
+    record: &ViewRecord,
+    mount: Option<Mount>,
+    left: Left,
+) -> Result<Option<View>, Error> {
+    let (job, resource) = table.driver().restore(record, mount, left)?;
+    let lease = table.restore(record.bind.target.clone(), job, resource);
+    let holder = None;
+    Ok(lease.map(|lease| View { holder, lease }))
+}
+
+impl fmt::Debug for View {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Viewed { bind, mount } = self.lease.resource();
+        f.debug_struct("View")
+            .field("target", &bind.target)
+            .field("options", &bind.options)
+            .field("mount", mount)
+            .finish()
+    }
+}

@@ -1,0 +1,183 @@
+//! Making and removing views, as the lease table sees it.
+
+use std::path::PathBuf;
+
+use tracing::info_span;
+
+use crate::call::{Teardown, call, call_down};
+use crate::holders::Holders;
+use crate::journal::{MountKey, Progress, Record, RecordKey, ViewRecord};
+use crate::lease::{Driver, Left};
+use crate::mount::Mount;
+use crate::release::{Releasing, nothing_to_release};
+use crate::target::{Claim, Claims};
+use crate::{BackendError, BindMount, Binder, Error, MountPoint, Step};
+
+/// Views, as the lease table sees them. Keyed by target.
+pub(crate) struct Viewing {
+    pub(super) binder: Box<dyn Binder>,
+    claims: Claims,
+    pub(super) holders: Holders,
+}
+
+pub(crate) struct ViewJob {
+    bind: BindMount,
+    key: MountKey,
+    /// Held by the entry, not by the leases: the mount stays for as long as the view. None if a restart has found that it is
+    /// not there.
+    mount: Option<Mount>,
+    claim: Option<Claim>,
+    down: Teardown,
+}
+
+pub(crate) struct Viewed {
+    pub(super) bind: BindMount,
+    pub(super) mount: MountPoint,
+}
+
+impl Viewed {
+    /// A target shows one mount in one way.
+    pub(super) fn check(&self, wanted: &BindMount) -> Result<(), Error> {
+        if self.bind == *wanted {
+            return Ok(());
+        }
+        let source = self.bind.source.display();
+        let taken = format!("a view of {source} is there, or one with other options");
+        let error = Error::new(Step::Bind, BackendError::conflict(taken));
+        Err(error.on_path(&self.bind.target))
+    }
+}
+
+impl ViewJob {
+    pub(super) fn new(bind: BindMount, mount: Mount) -> Self {
+        ViewJob {
+            bind,
+            key: mount.mount_key().clone(),
+            mount: Some(mount),
+            claim: None,
+            down: Teardown::default(),
+        }
+    }
+
+    fn record(&self, progress: Progress) -> Record {
+        Record::View(ViewRecord {
+            bind: self.bind.clone(),
+            mount: self.key.clone(),
+            progress,
+        })
+    }
+
+    fn viewed(&self) -> Option<Viewed> {
+        Some(Viewed {
+            bind: self.bind.clone(),
+            mount: self.mount.as_ref()?.point().clone(),
+        })
+    }
+}
+
+impl Viewing {
+    pub(crate) fn new(binder: Box<dyn Binder>, claims: Claims, holders: Holders) -> Self {
+        Viewing {
+            binder,
+            claims,
+            holders,
+        }
+    }
+
+    /// The job of a view that a restart has left, and its resource if it is up. An error if what is recorded contradicts
+    /// itself.
+    pub(super) fn restore(
+        &self,
+        record: &ViewRecord,
+        mount: Option<Mount>,
+        left: Left,
+    ) -> Result<(ViewJob, Option<Viewed>), Error> {
+        let target = &record.bind.target;
+        let claim = match self.claims.view(target) {
+            Ok(claim) => claim,
+            Err(cause) => {
+                // Dropping it could unmount what may have a view.
+                std::mem::forget(mount);
+                return Err(Error::new(Step::Adopt, cause).on_path(target));
+            }
+        };
+        let job = ViewJob {
+            bind: record.bind.clone(),
+            key: record.mount.clone(),
+            mount,
+            claim: Some(claim),
+            down: Teardown::default(),
+        };
+        let up = job.viewed().filter(|_| left == Left::Up);
+        Ok((job, up))
+    }
+}
+
+impl Driver for Viewing {
+    type Key = PathBuf;
+    type Job = ViewJob;
+    type Resource = Viewed;
+
+    async fn setup(&self, target: &PathBuf, job: &mut ViewJob) -> Result<Viewed, Error> {
+        let refused = |cause| Error::new(Step::Bind, cause).on_path(target);
+        job.claim = Some(self.claims.view(target).map_err(refused)?);
+        let records = self.holders.records();
+        let begun = records.put(|| job.record(Progress::Begun));
+        begun.map_err(|error| error.on_path(target))?;
+        let span = info_span!("bind", path = %target.display());
+        let outcome = call(Step::Bind, span, self.binder.bind(&job.bind)).await;
+        let outcome = records.after_setup(
+            outcome,
+            || job.record(Progress::Up),
+            || RecordKey::View(target.clone()),
+        );
+        outcome.map_err(|error| error.on_path(target))?;
+        Ok(job
+            .viewed()
+            .expect("only a restart leaves a view without a mount"))
+    }
+
+    async fn teardown(&self, target: &PathBuf, job: &mut ViewJob) -> Result<(), Error> {
+        if job.claim.is_none() {
+            return Ok(());
+        }
+        let records = self.holders.records();
+        records.ending(|| job.record(Progress::Ending));
+        let span = info_span!("unbind", path = %target.display());
+        let outcome = call_down(Step::Unbind, span, self.binder.unbind(target)).await;
+        job.down
+            .step(outcome.map_err(|error| error.on_path(target)))?;
+        records.remove(|| RecordKey::View(target.clone()));
+        job.down.end()
+    }
+
+    fn release_held(&self, job: ViewJob) -> Releasing {
+        drop(job.claim);
+        match job.mount {
+            Some(mount) => mount.releasing(),
+            None => nothing_to_release(),
+        }
+    }
+
+    fn check(&self, up: &Viewed, wanted: &ViewJob) -> Result<(), Error> {
+        up.check(&wanted.bind)
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.holders.is_frozen()
+    }
+
+    fn record(&self, _: &PathBuf, job: &ViewJob, is_up: bool) -> Option<Record> {
+        job.claim.as_ref()?;
+        Some(job.record(Progress::of(is_up)))
+    }
+
+    fn error(&self, target: &PathBuf, up: Option<&Viewed>, cause: BackendError) -> Error {
+        let step = if up.is_some() {
+            Step::Unbind
+        } else {
+            Step::Bind
+        };
+        Error::new(step, cause).on_path(target)
+    }
+}
