@@ -123,9 +123,10 @@ pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
-    Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format, HashAlgorithm,
-    IdMap, IdRange, InvalidOptions, MountFlag, MountFlags, MountOptions, MountOptionsBuilder,
-    MountRequest, OnCorruption, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
+    Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
+    HashAlgorithm, IdMap, IdRange, InvalidOptions, MountFlag, MountFlags, MountOptions,
+    MountOptionsBuilder, MountRequest, OnCorruption, OverlayOptions, Overwrite, Propagation,
+    PropagationMode, Verity, ViewOptions,
 };
 pub use pci::PciAddress;
 pub use printable::{Printable, printable};

@@ -13,8 +13,8 @@ use crate::mount::ensure_writable;
 use crate::stack::{Combining, combine, release_all, reserve};
 use crate::view::{self, Viewing};
 use crate::{
-    AttachManager, Attachment, BlockMountManager, Disk, DiskId, Error, ExtraDisk, HolderName, Mount,
-    MountRequest, Stack, StackRequest, Turns, View, ViewRequest,
+    AttachManager, Attachment, BlockMountManager, Disk, DiskId, Error, ExtraDisk, HolderName,
+    Mount, MountRequest, Stack, StackRequest, Turns, View, ViewRequest,
 };
 
 mod builder;

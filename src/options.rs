@@ -5,6 +5,7 @@ mod check;
 mod devices;
 mod flags;
 mod format;
+mod overlay;
 mod verity;
 mod view;
 
@@ -23,6 +24,7 @@ pub use check::Check;
 pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
+pub use overlay::OverlayOptions;
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
 pub use view::{IdMap, IdRange, ViewOptions};
 

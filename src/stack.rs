@@ -16,7 +16,7 @@ use crate::release::{Releasing, both};
 use crate::target::{Claim, Claims};
 use crate::{
     BackendError, Disk, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest, Overlay,
-    Presence, ReleaseError, Step,
+    OverlayOptions, Presence, ReleaseError, Step,
 };
 
 /// A stack to make: layers, perhaps a scratch disk for changes, and where the tree appears.
@@ -40,6 +40,8 @@ pub struct StackRequest {
     scratch: Option<(Disk, MountRequest)>,
     #[serde(default)]
     scratch_directory: PathBuf,
+    #[serde(default, skip_serializing_if = "OverlayOptions::is_empty")]
+    options: OverlayOptions,
     target: PathBuf,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     held_by: Option<HolderName>,
@@ -53,6 +55,7 @@ impl StackRequest {
             layers,
             scratch: None,
             scratch_directory,
+            options: OverlayOptions::default(),
             target: target.into(),
             held_by: None,
         }
@@ -88,6 +91,13 @@ impl StackRequest {
         self
     }
 
+    /// Says how the layers are stacked.
+    #[must_use]
+    pub fn options(mut self, options: OverlayOptions) -> Self {
+        self.options = options;
+        self
+    }
+
     pub(crate) fn disks(&self) -> impl Iterator<Item = &(Disk, MountRequest)> {
         self.layers.iter().chain(&self.scratch)
     }
@@ -104,6 +114,8 @@ impl StackRequest {
                 "{} is no directory inside the scratch disk",
                 directory.display()
             )
+        } else if self.scratch.is_none() && self.options.needs_scratch() {
+            "volatile is about what is written, and the stack has no scratch disk".to_owned()
         } else if self.disks().any(|(_, mount)| mount.holder().is_some()) {
             "the layers of a stack have no holders of their own; name the holder of the stack"
                 .to_owned()
@@ -277,6 +289,7 @@ pub(crate) async fn combine(
         layers: layers.iter().map(|layer| layer.path().to_owned()).collect(),
         scratch: scratch.as_ref().map(directory),
         target: request.target.clone(),
+        options: request.options.clone(),
     };
     let job = CombineJob {
         overlay,

@@ -8,7 +8,7 @@ mod common;
 use std::time::Duration;
 
 use blockmount::testing::{Gate, VmStep};
-use blockmount::{ErrorKind, Manager, StackRequest, Step};
+use blockmount::{ErrorKind, Manager, OverlayOptions, StackRequest, Step};
 use common::{calls, clean, layer, ro, rw, scratch, soon, vm};
 
 /// Container `n`: three layers that all containers share, and a scratch disk of its own.
@@ -201,5 +201,25 @@ async fn a_slow_stack_delays_no_other() {
         .unwrap();
     vm.open_gates();
     soon(slow).await.unwrap().unwrap().release().await.unwrap();
+    clean(&vm, &manager).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn options_of_an_overlay_reach_the_guest_or_are_refused_before() {
+    let (vm, manager) = vm();
+    let volatile = OverlayOptions::new(["volatile"]).unwrap();
+    let without = StackRequest::new("/tree").layer(layer(0), ro());
+    let error = manager.stack(&without.options(volatile.clone())).await;
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(vm.calls(VmStep::Attach), 0);
+    let stack = manager
+        .stack(&container(1).options(volatile))
+        .await
+        .unwrap();
+    assert_eq!(
+        vm.overlay_at(stack.target()).unwrap().options.as_slice(),
+        ["volatile"]
+    );
+    stack.release().await.unwrap();
     clean(&vm, &manager).await;
 }

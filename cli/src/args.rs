@@ -222,6 +222,10 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "FILESYSTEM", requires = "scratch", value_parser = ["ext4", "xfs"])]
     pub(crate) format: Option<String>,
 
+    /// Option of the overlay, such as volatile, metacopy=on or verity=require; repeatable
+    #[arg(long = "overlay-option", value_name = "OPTION")]
+    pub(crate) overlay_options: Vec<String>,
+
     /// The directory where the tree appears: made if it is not there, otherwise empty
     #[arg(long, value_name = "DIR", required_unless_present = "resume")]
     pub(crate) at: Option<PathBuf>,
@@ -240,7 +244,7 @@ pub(crate) struct MountArgs {
         value_name = "NAME",
         conflicts_with_all = [
             "layer", "partition", "fs", "verity", "device", "option", "guest", "transport", "allow_backing", "scratch",
-            "encrypt", "format", "at", "name", "keep_vm",
+            "encrypt", "format", "overlay_options", "at", "name", "keep_vm",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

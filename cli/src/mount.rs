@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use blockmount::{
-    Disk, Encryption, Format, HolderName, MountOptions, MountPoint, MountRequest, Stack,
-    StackRequest,
+    Disk, Encryption, Format, HolderName, MountOptions, MountPoint, MountRequest, OverlayOptions,
+    Stack, StackRequest,
 };
 use serde::Serialize;
 
@@ -253,7 +253,9 @@ async fn hold(
     machine: &mut Machine,
     interrupt: &Interrupt,
 ) -> Result<Stack, Failure> {
-    let mut stack = StackRequest::new(target);
+    let options = OverlayOptions::new(&args.overlay_options);
+    let options = options.context(|| "the overlay options make no sense".to_owned())?;
+    let mut stack = StackRequest::new(target).options(options);
     if let Some(name) = &args.name {
         stack = stack.held_by(name.clone());
     }

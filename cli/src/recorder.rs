@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions,
-    Mounter, Overlay, Presence, Transport, ErrorKind, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner,
+    MountOptions, Mounter, Overlay, Presence, Transport, Usage,
 };
 use blockmount_agent::one_line;
 

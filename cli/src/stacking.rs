@@ -54,14 +54,9 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                let Layer {
-                    partition,
-                    verity,
-                    devices,
-                    image: _,
-                } = layer;
-                let same = (&upper.partition, &upper.verity, &upper.devices);
-                *other == file && same == (partition, verity, devices)
+                let [upper, lower] =
+                    [upper, &layer].map(|layer| (layer.partition, &layer.verity, &layer.devices));
+                *other == file && upper == lower
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());

@@ -475,3 +475,37 @@ fn root_u04_a_layer_is_mounted_with_its_further_devices() {
     answer.says(1, &["further device 1"]);
     assert_nothing_left(&answer, &dir);
 }
+
+#[test]
+fn root_an_overlay_has_the_options_that_were_asked_for() {
+    let dir = temp();
+    let with = |options: &[&str]| {
+        let mut arguments = layers(&dir);
+        let options = options
+            .iter()
+            .flat_map(|option| ["--overlay-option", option]);
+        arguments.extend(options.map(str::to_owned));
+        arguments
+    };
+    let mut volatile = with(&["volatile"]);
+    volatile.extend(["--scratch", "32M"].map(str::to_owned));
+    let held = held(volatile);
+    let at = dir.path().join("at");
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = table
+        .lines()
+        .find(|line| line.contains(&format!(" {} ", at.display())));
+    let shown = |word: &str| line.unwrap().contains(word);
+    assert!(shown(",volatile") || shown("fsync=volatile"), "{line:?}");
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    for (options, words) in [
+        (&["volatile"], "no scratch disk"),
+        (&["lowerdir=/etc"], "lowerdir"),
+    ] {
+        let answer = hold(with(options)).err().unwrap();
+        answer.says(1, &[words]);
+        assert_nothing_left(&answer, &dir);
+    }
+}

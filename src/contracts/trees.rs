@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ViewOptions;
+use crate::{OverlayOptions, ViewOptions};
 
 /// Layers to be seen as one tree.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -19,6 +19,9 @@ pub struct Overlay {
     pub scratch: Option<PathBuf>,
     /// Where the tree appears.
     pub target: PathBuf,
+    /// How the layers are stacked. What the guest cannot do is `Unsuitable`.
+    #[serde(default, skip_serializing_if = "OverlayOptions::is_empty")]
+    pub options: OverlayOptions,
 }
 
 impl Overlay {
@@ -31,7 +34,15 @@ impl Overlay {
             layers: layers.into_iter().map(Into::into).collect(),
             scratch: None,
             target: target.into(),
+            options: OverlayOptions::default(),
         }
+    }
+
+    /// The same with options.
+    #[must_use]
+    pub fn with_options(mut self, options: OverlayOptions) -> Self {
+        self.options = options;
+        self
     }
 
     /// The same with a writable directory for changes.

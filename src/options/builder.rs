@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::devices;
 use super::flags::decides;
 use super::{
-    Check, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag, MountOptions,
-    Propagation, Verity,
+    Check, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag,
+    MountOptions, Propagation, Verity,
 };
 
 /// Collects the options of a mount; [`build`](Self::build) checks them and brings them into canonical form.
@@ -271,7 +271,7 @@ impl Words {
 const LABELS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
 
 /// An option of SELinux without the quotes that mount(8) wants around its label; nothing if it is another option.
-fn unquoted_label(option: &str) -> Option<String> {
+pub(super) fn unquoted_label(option: &str) -> Option<String> {
     let (name, label) = option
         .split_once('=')
         .filter(|(name, _)| LABELS.contains(name))?;

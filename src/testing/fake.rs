@@ -13,7 +13,7 @@ use super::log::tail;
 use super::names::plain;
 use super::state::VmState;
 use super::{Call, Event, Gate, Key, Phase, Violation, VmStep, check};
-use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind};
+use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind, Overlay};
 
 /// A virtual machine that exists only in memory, and every backend of it at once: it implements
 /// [`Transport`](crate::Transport), [`Unplugger`](crate::Unplugger), [`Resolver`](crate::Resolver),
@@ -290,6 +290,11 @@ impl FakeVm {
     /// The device that really is mounted at a target.
     pub fn device_at(&self, target: impl AsRef<Path>) -> Option<DeviceLocator> {
         self.state().vm.device_at(target.as_ref())
+    }
+
+    /// The overlay that really is at a target.
+    pub fn overlay_at(&self, target: impl AsRef<Path>) -> Option<Overlay> {
+        self.state().vm.overlay_at(target.as_ref())
     }
 
     /// Which disk is meant, also where it is missing.

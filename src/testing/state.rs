@@ -84,7 +84,7 @@ pub(super) enum What {
         uses: Vec<Use>,
     },
     /// The mounts that its layers are in.
-    Overlay(Vec<Arc<Path>>),
+    Overlay(Overlay, Vec<Arc<Path>>),
     /// Of a mount.
     View(BindMount),
 }
@@ -130,7 +130,14 @@ impl VmState {
     pub(super) fn device_at(&self, target: &Path) -> Option<DeviceLocator> {
         match &self.mounts.get(target)?.what {
             What::Device { locator, .. } => Some(locator.clone()),
-            What::Overlay(_) | What::View(_) => None,
+            What::Overlay(..) | What::View(_) => None,
+        }
+    }
+
+    pub(super) fn overlay_at(&self, target: &Path) -> Option<Overlay> {
+        match &self.mounts.get(target)?.what {
+            What::Overlay(overlay, _) => Some(overlay.clone()),
+            _ => None,
         }
     }
 
@@ -277,7 +284,7 @@ impl VmState {
                     && at.read_only == options.is_read_only()
                     && there.eq(all.filter_map(|device| address(device).ok()))
             }
-            What::Overlay(_) | What::View(_) => false,
+            What::Overlay(..) | What::View(_) => false,
         });
         present(there)
     }
@@ -287,7 +294,7 @@ impl VmState {
             .mounts
             .get(&*overlay.target)
             .is_some_and(|at| match &at.what {
-                What::Overlay(pinned) => {
+                What::Overlay(_, pinned) => {
                     let layers = overlay.layers.iter().chain(&overlay.scratch);
                     layers
                         .map(|layer| self.mount_around(layer).ok())
@@ -423,7 +430,7 @@ impl VmState {
         self.mounts.insert(
             target.clone(),
             At {
-                what: What::Overlay(pinned),
+                what: What::Overlay(overlay.clone(), pinned),
                 size: 0,
                 read_only,
                 pins: 0,
@@ -436,13 +443,13 @@ impl VmState {
         let Some(at) = self.mounts.get(target) else {
             return Ok(());
         };
-        let What::Overlay(_) = &at.what else {
+        let What::Overlay(..) = &at.what else {
             let message = format!("{} is no overlay", target.display());
             return Err(BackendError::conflict(message));
         };
         self.check_unused(target, at)?;
         if let Some(At {
-            what: What::Overlay(pinned),
+            what: What::Overlay(_, pinned),
             ..
         }) = self.mounts.remove(target)
         {
@@ -498,7 +505,7 @@ impl VmState {
         let mut left: Vec<String> = self.slots.values().map(Slot::to_string).collect();
         left.extend(self.mounts.iter().map(|(target, at)| match &at.what {
             What::Device { locator, .. } => format!("{} mounts {locator}", target.display()),
-            What::Overlay(layers) => {
+            What::Overlay(_, layers) => {
                 format!("{} overlays {} layers", target.display(), layers.len())
             }
             What::View(bind) => {

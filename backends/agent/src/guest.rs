@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Unplugger, blocking, Usage,
+    Presence, Unplugger, Usage, blocking,
 };
 use blockmount_linux::LinuxGuest;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};

@@ -182,7 +182,7 @@ pub(crate) enum Key {
 }
 
 impl Request {
-    const NAMES: [&str; 10] = [
+    const NAMES: [&str; 13] = [
         "Mount",
         "Unmount",
         "Combine",
@@ -200,9 +200,9 @@ impl Request {
 
     /// Whether an agent of this version of the protocol knows it.
     pub(crate) fn is_known_to(&self, version: u32) -> bool {
-        use Request::{AdoptMount, AdoptOverlay, Grow, Trim, Usage};
+        use Request::{AdoptMount, AdoptOverlay, AdoptView, Grow, Trim, Usage};
         match self {
-            AdoptMount { .. } | AdoptOverlay(_) => version >= ADOPTS,
+            AdoptMount { .. } | AdoptOverlay(_) | AdoptView(_) => version >= ADOPTS,
             Usage { .. } | Trim { .. } | Grow { .. } => version >= SIZES,
             _ => true,
         }

@@ -15,6 +15,6 @@ pub(crate) mod permission;
 pub(crate) mod target;
 pub(crate) mod unmount;
 pub(crate) mod users;
-pub(crate) mod volume;
 pub(crate) mod view;
+pub(crate) mod volume;
 pub(crate) mod writes;

@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
+use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay, OverlayOptions};
 use kit::{Image, KERNELS, Loop, TestDir, builder, guest, mount, mount_at, on_linux, refused};
 
 /// Layers `l0` (the topmost) and so on: each has its own file and its number in `who`.
@@ -330,4 +330,84 @@ async fn root_x03_a_link_in_the_scratch_leads_nowhere() {
             }
         }
     }
+}
+
+fn with(options: &[&str]) -> OverlayOptions {
+    OverlayOptions::new(options.iter().copied()).unwrap()
+}
+
+#[tokio::test]
+async fn root_overlays_have_the_options_that_were_asked_for() {
+    for kernel in KERNELS {
+        let mut dir = TestDir::new();
+        let stack = layers(&dir, 2);
+        let names = [
+            "volatile",
+            "metacopy=on",
+            "redirect_dir=on",
+            "userxattr",
+            "verity=require",
+            "xino=off",
+            "index=off",
+        ];
+        for name in names {
+            fs::create_dir(dir.at(name)).unwrap();
+        }
+        dir.settle();
+        let guest = on_linux(kernel);
+        let target = dir.at("root");
+        for name in names {
+            let wanted = Overlay::new(stack.clone(), &target).with_scratch(dir.at(name));
+            let wanted = wanted.with_options(with(&[name]));
+            guest.combine(&wanted).await.unwrap();
+            // What is off, the kernel shows only where it would be on.
+            // The newest kernels have another word for it.
+            let is_shown = |name: &str| mount_at(&target).has_option(name);
+            let newer = is_shown(&format!("fsync={name}"));
+            let shown = name.ends_with("=off") || is_shown(name) || newer;
+            let table = mount_at(&target).super_options;
+            assert!(shown, "{name} on {kernel:?}: {table:?}");
+            let opposite = name.replace("=off", "=on");
+            assert!(opposite == name || !mount_at(&target).has_option(&opposite));
+            fs::write(target.join("who"), "changed").unwrap();
+            guest.separate(&target).await.unwrap();
+            assert!(!target.exists() && dir.mounts().is_empty());
+        }
+        // What a volatile overlay wrote may be in part on the disk: the kernel does not take it for whole.
+        let again = Overlay::new(stack, &target).with_scratch(dir.at("volatile"));
+        let message = refused(guest.combine(&again).await, ErrorKind::Invalid);
+        assert!(message.contains("volatile"), "{message}");
+        assert!(!target.exists() && dir.mounts().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn root_overlay_options_that_a_kernel_does_not_have_are_refused() {
+    assert!(!Path::new("/sys/fs/selinux/enforce").exists());
+    let label = "a".repeat(200);
+    for kernel in KERNELS {
+        let mut dir = TestDir::new();
+        let stack = layers(&dir, 2);
+        fs::create_dir(dir.at("scratch")).unwrap();
+        dir.settle();
+        let guest = on_linux(kernel);
+        let overlay = Overlay::new(stack, dir.at("root")).with_scratch(dir.at("scratch"));
+        let options = with(&[&format!("context={label}")]);
+        let message = refused(
+            guest.combine(&overlay.with_options(options)).await,
+            ErrorKind::Invalid,
+        );
+        assert!(message.contains("context"), "{kernel:?}: {message}");
+        dir.assert_clean();
+    }
+    // One string for all of it has an end, which is found before anything is mounted.
+    let mut dir = TestDir::new();
+    let stack = layers(&dir, 500);
+    dir.settle();
+    let options = with(&[&format!("context={}", label.repeat(15))]);
+    let overlay = Overlay::new(stack, dir.at("root")).with_options(options);
+    let tried = on_linux((5, 4)).combine(&overlay).await;
+    let message = refused(tried, ErrorKind::Unsuitable);
+    assert!(message.contains("in one string of 4095 bytes"), "{message}");
+    dir.assert_clean();
 }

@@ -94,6 +94,11 @@ pub(crate) fn combine(
             "a Windows guest combines no layers by GCS",
         ));
     }
+    if let Some(option) = overlay.options.as_slice().first() {
+        return Err(BackendError::unsuitable(format!(
+            "GCS has no options of overlays, such as {option}"
+        )));
+    }
     if overlay.layers.is_empty() {
         let target = overlay.target.display();
         return Err(BackendError::invalid(format!(

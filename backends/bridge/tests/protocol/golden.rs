@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, DeviceRole, ExtraDevice, LayerCombiner,
-    MountOptions, Mounter, Overlay, Presence, Unplugger, ViewOptions,
+    MountOptions, Mounter, Overlay, OverlayOptions, Presence, Unplugger, ViewOptions,
 };
 use blockmount_bridge::{BridgeGuest, Deadlines, GuestConnection, GuestServer, Request};
 use serde_json::Value;
@@ -105,6 +105,14 @@ async fn each_call_has_one_document() {
     let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&overlay).await).await;
     let combine = r#"{"Combine":{"layers":["/a","/b"],"scratch":"/s","target":"/t"}}"#;
     assert_eq!(body.to_string(), combine);
+    let options = OverlayOptions::new(["volatile", "index=off"]).unwrap();
+    let optional = overlay.clone().with_options(options);
+    let (body, _) = sent(r#""Ok""#, async |guest| guest.combine(&optional).await).await;
+    let with_options = r#""options":["index=off","volatile"],"scratch""#;
+    assert_eq!(
+        body.to_string(),
+        combine.replacen("\"scratch\"", with_options, 1)
+    );
 
     let blob = ExtraDevice::new(DeviceRole::Data, "any-scheme:8".parse().unwrap());
     let log = ExtraDevice::new(DeviceRole::Log, "any-scheme:9".parse().unwrap());

@@ -10,7 +10,7 @@ use blockmount::testing::{Gate, VmStep};
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose,
     Format, HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
-    Presence, Propagation, Unplugger, Verity, Usage,
+    Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;

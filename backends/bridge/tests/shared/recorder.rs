@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, LayerCombiner, MountOptions, Mounter, Overlay,
-    Presence, Unplugger, Space, Usage,
+    Presence, Space, Unplugger, Usage,
 };
 
 /// A guest that writes down what it is asked for, and always succeeds.

@@ -206,7 +206,7 @@ pub(crate) fn flags(read_only: bool, flags: MountFlags) -> sys_mount::MountFlags
 }
 
 /// Options as `mount(2)` takes them. A comma in one is within quotes, which SELinux understands.
-fn options_string(options: &[String]) -> String {
+pub(crate) fn options_string(options: &[String]) -> String {
     let quoted = options.iter().map(|option| match option.split_once('=') {
         Some((name, value)) if value.contains(',') => format!("{name}=\"{value}\""),
         _ => option.clone(),

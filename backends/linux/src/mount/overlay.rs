@@ -12,7 +12,7 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::mount::{self as sys_mount, MountAttrFlags};
 
-use crate::errno::errno_error;
+use crate::errno::{errno_error, errno_of};
 use crate::kernel::Kernel;
 use crate::mount::directory::{self, open_tree, readable};
 use crate::mount::fscontext::Context;
@@ -24,6 +24,19 @@ use crate::undo::locks::Key;
 use crate::undo::step::{DirectoryStep, Identity, MountStep, Undo};
 
 use scratch::Scratch;
+
+/// The versions of Linux that know an option first, in its documentation's history.
+const SINCE: [(&str, &str); 9] = [
+    ("index", "4.13"),
+    ("metacopy", "4.19"),
+    ("nfs_export", "4.16"),
+    ("redirect_dir", "4.10"),
+    ("userxattr", "5.11"),
+    ("uuid", "5.14, and on or auto 6.6"),
+    ("verity", "6.6"),
+    ("volatile", "5.10"),
+    ("xino", "4.17"),
+];
 
 /// The kernel's limit (`OVL_MAX_STACK`).
 const MOST_LAYERS: usize = 500;
@@ -62,6 +75,7 @@ pub(crate) fn combine(
         layers: &layers,
         scratch: scratch.as_ref(),
         mark,
+        options: overlay.options.as_slice(),
     };
     put(list, &stack, kernel)?;
     // What was made in the scratch stays, now that there is the overlay.
@@ -102,7 +116,7 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
     {
         return Ok(());
     }
-    let options = stack.options(&lowers)?;
+    let options = stack.directories(&lowers)?;
     let expected = stack.expected(&options);
     let make = |at: &MountPoint| stack.mount_at(&options, at);
     mounting::in_one_step(at, kernel, list, step, expected, make)
@@ -113,6 +127,7 @@ struct Stack<'a> {
     layers: &'a [OwnedFd],
     scratch: Option<&'a Scratch>,
     mark: &'a str,
+    options: &'a [String],
 }
 
 impl Stack<'_> {
@@ -195,11 +210,16 @@ impl Stack<'_> {
             return Ok(None);
         };
         context.flags(self.scratch.is_none(), MountFlags::default())?;
+        for option in self.options {
+            let refused = |error| self.explained(error);
+            context.option(option).map_err(refused)?;
+        }
         Ok(Some(context))
     }
 
     fn finish(&self, context: &Context) -> Result<OwnedFd, BackendError> {
-        context.create()?;
+        let refused = |error| self.explained(error);
+        context.create().map_err(refused)?;
         let mut attributes = MountAttrFlags::empty();
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.scratch.is_none());
         context.mount(attributes)
@@ -209,7 +229,7 @@ impl Stack<'_> {
     ///
     /// All layers go into one string of at most a page. So that five hundred fit, and none needs an
     /// escape, each is the number of its descriptor, relative to the directory of descriptors.
-    fn options(&self, lowers: &[&OwnedFd]) -> Result<String, BackendError> {
+    fn directories(&self, lowers: &[&OwnedFd]) -> Result<String, BackendError> {
         let lowers: Vec<String> = lowers
             .iter()
             .map(|lower| lower.as_raw_fd().to_string())
@@ -219,12 +239,42 @@ impl Stack<'_> {
             let (upper, work) = (scratch.upper.as_raw_fd(), scratch.work.as_raw_fd());
             data.push_str(&format!(",upperdir={upper},workdir={work}"));
         }
-        if data.len() > LONGEST_DATA {
-            return Err(BackendError::unsuitable(
-                "this kernel cannot take so many layers",
-            ));
+        let length = data.len() + self.more().len();
+        if length > LONGEST_DATA {
+            let layers = self.layers.len();
+            return Err(BackendError::unsuitable(format!(
+                "this kernel takes the layers of an overlay in one string of {LONGEST_DATA} bytes, and these {layers} need \
+                 {length}: Linux 6.8 takes each by itself"
+            )));
         }
         Ok(data)
+    }
+
+    /// What follows the directories.
+    fn more(&self) -> String {
+        match self.options {
+            [] => String::new(),
+            options => format!(",{}", mounting::options_string(options)),
+        }
+    }
+
+    /// An error with what this kernel may not have, if it has refused something.
+    fn explained(&self, error: BackendError) -> BackendError {
+        let known = |option: &String| {
+            let (_, since) = SINCE.iter().find(|(name, _)| option.starts_with(name))?;
+            Some(format!("{option} (Linux {since})"))
+        };
+        let newer: Vec<String> = self.options.iter().filter_map(known).collect();
+        let is_refused = matches!(errno_of(&error), Some(Errno::INVAL | Errno::OPNOTSUPP));
+        if newer.is_empty() || !is_refused {
+            return error;
+        }
+        let message = format!(
+            "{}: not every kernel and scratch can have {}",
+            error.message(),
+            newer.join(", ")
+        );
+        BackendError::unsuitable(message).with_source(error)
     }
 
     /// What the kernel's table will say of it.
@@ -238,7 +288,8 @@ impl Stack<'_> {
 
     /// The same in one step. (`mount(2)`)
     fn mount_at(&self, options: &str, at: &MountPoint) -> Result<(), BackendError> {
-        let data = CString::new(options).expect("numbers and option names have no NUL");
+        let data = CString::new(options.to_owned() + &self.more())
+            .expect("numbers and valid options have no NUL");
         let at = path_of(at.directory());
         let mut flags = sys_mount::MountFlags::empty();
         flags.set(sys_mount::MountFlags::RDONLY, self.scratch.is_none());
@@ -247,10 +298,8 @@ impl Stack<'_> {
             .map_err(|errno| {
                 let said = log.said("overlay", Path::new(mark));
                 let layers = self.layers.len();
-                errno_error(
-                    format!("cannot mount an overlay of {layers} layers{said}"),
-                    errno,
-                )
+                let what = format!("cannot mount an overlay of {layers} layers{said}");
+                self.explained(errno_error(what, errno))
             })
     }
 }

@@ -24,6 +24,6 @@ mod restart;
 mod sharing;
 mod teardown;
 mod verity;
-mod volumes;
 mod views;
+mod volumes;
 mod vpmem;
