@@ -179,7 +179,8 @@ Examples:
   sudo blockmount mount --layer app.erofs --layer a.xfs -o nouuid --at /mnt/tree
   sudo blockmount mount --layer /dev/sdb --scratch 512M --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --at /mnt/tree
-  sudo blockmount mount --layer merged.erofs --device app.blob --device base.blob --at /mnt/tree
+  sudo blockmount mount --layer merged.erofs --device app.blob \\
+                        --device base.blob --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs \\
                         --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
