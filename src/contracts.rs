@@ -3,7 +3,7 @@
 //! They have two sides. **The managers** never run two calls for one key (a disk, a locator, a target)
 //! at once: they make them one after the other, in the order in which they were asked, and let every
 //! call finish. No future of a backend is dropped half-way while its runtime lives, but for
-//! [`Transport::identify`], which changes nothing. **A backend**, in exchange, gives four promises that
+//! [`Transport::identify`], which changes nothing. **A backend**, in exchange, gives five promises that
 //! the managers build on:
 //!
 //! - *Set-up is all or nothing.* After an error, nothing of it is left; where a backend cannot know

@@ -72,14 +72,15 @@
 //! | `blockmount-bridge` | [`Mounter`], [`LayerCombiner`], [`Binder`], [`Unplugger`] | a guest at the other end of a line |
 //!
 //! The contracts ([`Transport`], [`Unplugger`], [`Resolver`], [`Mounter`], [`LayerCombiner`], [`Binder`]) are small,
-//! and each says what the implementor must do and what it may rely on. With the feature
+//! and each says what the implementor must do and what it may rely on; what holds for all of them is in
+//! [`contracts`]. With the feature
 //! `testing` there is a conformance suite that every backend must pass, and a VM in memory with faults on
 //! demand.
 
 mod attach;
 mod blocking;
 mod call;
-mod contracts;
+pub mod contracts;
 mod disk;
 mod error;
 mod freeze;
@@ -111,6 +112,7 @@ mod volume;
 
 pub use attach::{AttachManager, Attachment};
 pub use blocking::blocking;
+#[doc(inline)]
 pub use contracts::{
     BindMount, Binder, BlockDevice, LayerCombiner, Mounter, Overlay, Presence, Resolver, Transport,
     Unplugger,

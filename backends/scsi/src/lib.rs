@@ -5,7 +5,8 @@
 //! keeps its disks in memory:
 //!
 //! ```
-//! use std::collections::BTreeMap;
+//! use std::collections::{BTreeMap, BTreeSet};
+//! use std::path::PathBuf;
 //! use std::sync::Mutex;
 //!
 //! use async_trait::async_trait;
@@ -13,34 +14,44 @@
 //! use blockmount::{BackendError, Disk, DiskId, Transport};
 //! use blockmount_scsi::{Attacher, Geometry, ScsiAddress, ScsiTransport};
 //!
-//! #[derive(Default)]
-//! struct InMemory(Mutex<BTreeMap<ScsiAddress, Disk>>);
+//! struct InMemory {
+//!     images: BTreeSet<PathBuf>,
+//!     bus: Mutex<BTreeMap<ScsiAddress, DiskId>>,
+//! }
 //!
 //! #[async_trait]
 //! impl Attacher for InMemory {
 //!     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
-//!         Ok(DiskId::name(&disk.source().to_string_lossy()))
+//!         match self.images.get(disk.source()) {
+//!             Some(image) => Ok(DiskId::name(&image.to_string_lossy())),
+//!             None => Err(BackendError::not_found(format!("there is no disk {disk}"))),
+//!         }
 //!     }
-//!     async fn attach(&self, address: ScsiAddress, disk: &Disk, _: &DiskId) -> Result<(), BackendError> {
-//!         self.0.lock().unwrap().insert(address, disk.clone());
+//!     async fn attach(&self, address: ScsiAddress, disk: &Disk, id: &DiskId) -> Result<(), BackendError> {
+//!         if self.identify(disk).await? != *id {
+//!             return Err(BackendError::conflict(format!("disk {disk} was replaced")));
+//!         }
+//!         self.bus.lock().unwrap().insert(address, id.clone());
 //!         Ok(())
 //!     }
 //!     async fn detach(&self, address: ScsiAddress) -> Result<(), BackendError> {
-//!         self.0.lock().unwrap().remove(&address);
+//!         self.bus.lock().unwrap().remove(&address);
 //!         Ok(())
 //!     }
 //!     async fn resize(&self, _: ScsiAddress, _: &Disk, _: u64) -> Result<(), BackendError> {
 //!         Err(BackendError::unsuitable("what is in memory keeps its size"))
 //!     }
 //!     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
-//!         Ok(self.0.lock().unwrap().keys().map(|at| Occupant::new(*at, None)).collect())
+//!         let bus = self.bus.lock().unwrap();
+//!         Ok(bus.iter().map(|(at, id)| Occupant::new(*at, Some(id.clone()))).collect())
 //!     }
 //! }
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let root: ScsiAddress = "0/0".parse()?; // the VM boots from it
-//! let scsi = ScsiTransport::new(InMemory::default(), Geometry::HYPER_V, &[root])?;
+//! let memory = InMemory { images: ["/images/base.vhdx".into()].into(), bus: Mutex::default() };
+//! let scsi = ScsiTransport::new(memory, Geometry::HYPER_V, &[root])?;
 //! let disk = Disk::virtual_disk("/images/base.vhdx").read_only();
 //! let locator = scsi.attach(&disk, &scsi.identify(&disk).await?).await?;
 //! assert_eq!(locator.as_str(), "scsi:0/1");

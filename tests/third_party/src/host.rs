@@ -93,7 +93,12 @@ impl VirtioBlkTransport {
             "file": { "driver": "file", "filename": path, "read-only": disk.is_read_only() },
         });
         if let Err(error) = self.qmp.execute("blockdev-add", node).await {
-            return self.take_back(port, error).await;
+            let refused = self.take_back(port, error).await;
+            if refused.as_ref().map_err(BackendError::kind) != Err(ErrorKind::Uncertain) {
+                // QEMU does not say whether it was the file that was missing.
+                self.identify(disk).await?;
+            }
+            return refused;
         }
         // QEMU has the file open now: whatever the name means from here on, this is what it meant.
         if self.identify(disk).await.ok().as_ref() != Some(id) {

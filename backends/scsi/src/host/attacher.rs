@@ -10,7 +10,7 @@ use crate::ScsiAddress;
 
 /// Puts disks at SCSI addresses of one VM, and takes them out.
 ///
-/// The two sides of the contract, besides the one of all backends (bounded waits, no panics):
+/// The two sides of the contract, besides the one of all backends ([`blockmount::contracts`]: bounded waits, no panics):
 ///
 /// - *[`ScsiTransport`](crate::ScsiTransport) chooses the address.* The implementor may rely on it
 ///   being within the geometry, not reserved, and free as far as anybody knows: while an earlier
@@ -68,6 +68,9 @@ pub trait Attacher: Send + Sync + 'static {
     ) -> Result<(), BackendError>;
 
     /// Says which addresses are taken, also by disks that this attacher has not put there. Changes nothing.
+    ///
+    /// A disk with its [id](Occupant::id) is found again after a restart: without ids no disk is adopted, and all that a
+    /// journal remembers is detached. What is left of one that was cut off half-way is [`Occupant::half_done`].
     ///
     /// # Errors
     ///
