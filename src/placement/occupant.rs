@@ -12,12 +12,27 @@ pub struct Occupant<A> {
     /// Which disk it is, as [`Transport::identify`](crate::Transport::identify) would answer; none if the hypervisor does
     /// not show that.
     pub id: Option<DiskId>,
+    /// Whether all of it is there, so that the guest has the disk.
+    pub is_whole: bool,
 }
 
 impl<A> Occupant<A> {
     /// A disk at an address.
     pub fn new(address: A, id: Option<DiskId>) -> Self {
-        Occupant { address, id }
+        let is_whole = true;
+        Occupant {
+            address,
+            id,
+            is_whole,
+        }
+    }
+
+    /// What is left of a disk whose attachment or detachment was cut off, such as an open image without its device. It is
+    /// adopted as [`Presence::Unknown`], so that it is detached before its address is used.
+    #[must_use]
+    pub fn half_done(self) -> Self {
+        let is_whole = false;
+        Occupant { is_whole, ..self }
     }
 }
 
@@ -117,7 +132,10 @@ impl<P: Allocation> Placement<P> {
             None => call.adopted(Ok(Presence::Absent)),
             Some(found) if found.id.is_none() => call.adopted(Ok(Presence::Unknown)),
             Some(found) if found.address == at && is_ours(&found) => {
-                call.adopted(Ok(Presence::Present(at)))
+                call.adopted(Ok(match found.is_whole {
+                    true => Presence::Present(at),
+                    false => Presence::Unknown,
+                }))
             }
             Some(_) => {
                 call.end(Outcome::Foreign);

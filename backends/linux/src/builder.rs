@@ -157,10 +157,11 @@ impl LinuxGuestBuilder {
     ///
     /// The directory is made if it is missing. It should live as long as the mounts do, and be as
     /// quick as memory: in `/run`, such as `/run/blockmount/agent`. In a journal that outlived a
-    /// reboot, or that is about another namespace of mounts, all records are set aside.
+    /// reboot, all records are set aside.
     ///
     /// # Errors
     ///
+    /// `Conflict` if the journal is about another namespace of mounts: what it is about may be there, so nothing is changed.
     /// `Busy` if another process uses the journal, which is awaited for as long as the
     /// [`busy_timeout`](Self::busy_timeout), because one that was killed may not be gone yet;
     /// `Invalid` if others could write to the directory; otherwise as the system answers. Nothing

@@ -587,7 +587,10 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
         "901.json",
         &intact.replace("\"version\":2", "\"version\":7"),
     );
-    put("902.json", &intact.replace("mnt:[", "mnt:[1"));
+    put(
+        "902.json",
+        &intact.replace("\"origin\":\"", "\"origin\":\"0"),
+    );
     put("903.json", &intact.replace(target, "../../etc"));
     put("904.new", &intact);
     put("notes.txt", "somebody's");
@@ -857,4 +860,91 @@ async fn root_a_journal_of_an_earlier_version_is_set_aside() {
     assert_eq!(site.records(), [site.journal().join("5.aside")]);
     site.dir.settle();
     site.assert_clean();
+}
+
+/// A guest in another namespace of mounts cannot undo what is in this one.
+#[tokio::test]
+async fn root_r04_a_journal_of_another_namespace_is_left_as_it_is() {
+    let site = Site::new();
+    let kernel = KERNELS[4];
+    let (guest, target) = (site.restart(kernel).await, site.dir.at("x"));
+    mount(&guest, &site.ext4, &target, &["ro"]).await.unwrap();
+    drop(guest);
+    let contents = || {
+        let records = site.records().into_iter();
+        let records = records.map(|path| (path.clone(), fs::read_to_string(path).unwrap()));
+        records.collect::<Vec<_>>()
+    };
+    let here = contents();
+    for (path, text) in &here {
+        fs::write(path, text.replace("mnt:[", "mnt:[1")).unwrap();
+    }
+    fs::write(site.journal().join("99.new"), "cut off").unwrap();
+    let there = contents();
+    let builder = builder().as_on_linux(kernel.0, kernel.1);
+    let message = refused(builder.journal(site.journal()).await, ErrorKind::Conflict);
+    assert!(
+        message.contains("is about the mount namespace mnt:[1"),
+        "{message}"
+    );
+    assert_eq!(contents(), there);
+    for (path, text) in &here {
+        fs::write(path, text).unwrap();
+    }
+    let guest = site.restart(kernel).await;
+    guest.unmount(&target).await.unwrap();
+    site.assert_clean();
+}
+
+/// The journal is full from the restart on.
+#[tokio::test]
+async fn root_r05_a_tear_down_after_a_restart_waits_for_no_journal() {
+    for kernel in KERNELS {
+        let site = Site::new();
+        let journal = site.journal();
+        let path = journal.to_str().unwrap();
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", "size=64k,mode=700", "journal", path],
+        );
+        let guest = site.restart(kernel).await;
+        let (one, two) = (site.dir.at("a/b/one"), site.dir.at("a/b/two"));
+        mount(&guest, &site.ext4, &one, &["ro"]).await.unwrap();
+        mount(&guest, &site.erofs, &two, &["ro"]).await.unwrap();
+        drop(guest);
+        let mut full = File::create(journal.join("full")).unwrap();
+        while full.write_all(&[0; 4096]).is_ok() {}
+        drop(full);
+        let guest = site.restart(kernel).await;
+        for target in [&one, &two] {
+            guest.unmount(target).await.unwrap();
+        }
+        drop(guest);
+        run("umount", &[path]);
+        site.assert_clean();
+    }
+}
+
+/// The device has lost its capacity, as one that was taken out has.
+#[tokio::test]
+async fn root_r03_a_mount_whose_device_is_lost_is_not_present() {
+    let dir = TestDir::new();
+    let images = tempfile::tempdir().unwrap();
+    let image = Image::Ext4.copy(images.path());
+    let device = Loop::read_only(&image);
+    let (guest, target) = (builder().build(), dir.at("x"));
+    let ro = options(&["ro"]);
+    mount(&guest, &device, &target, &["ro"]).await.unwrap();
+    let adopt = async || Mounter::adopt(&guest, &device.locator(), &target, &ro).await;
+    assert_eq!(adopt().await.unwrap(), Presence::Present(()));
+    File::options()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    run("losetup", &["-c", device.node().to_str().unwrap()]);
+    assert_eq!(adopt().await.unwrap(), Presence::Unknown);
+    guest.unmount(&target).await.unwrap();
+    dir.assert_clean();
 }

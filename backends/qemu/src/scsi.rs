@@ -264,12 +264,15 @@ impl Attacher for QemuScsi {
 
     async fn list(&self) -> Result<Vec<Occupant<ScsiAddress>>, BackendError> {
         let found = plug::find(&self.qmp, Backend::Node, ScsiAddress::SERIAL_PREFIX).await?;
-        let ours = found.ours.keys();
-        let occupant = |name: &String| {
+        let occupant = |(name, there): (&String, &plug::Presence)| {
             let address = ScsiAddress::from_serial(name)?;
-            Some(Occupant::new(address, found.disk(name)))
+            let occupant = Occupant::new(address, found.disk(name));
+            Some(match there.device {
+                true => occupant,
+                false => occupant.half_done(),
+            })
         };
-        let mut occupants: Vec<_> = ours.filter_map(occupant).collect();
+        let mut occupants: Vec<_> = found.ours.iter().filter_map(occupant).collect();
         for (device, bus) in found.others {
             let on_it = |id: &String| bus.ends_with(&format!("/{id}.0"));
             if let Some(controller) = self.controllers.iter().position(on_it)

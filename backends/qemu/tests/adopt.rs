@@ -103,3 +103,41 @@ async fn u03_what_is_not_there_and_what_is_of_others_is_not_adopted() {
     second.detach(&mine).await.unwrap();
     assert_eq!(qemu.tables(), with_both);
 }
+
+/// Somebody has taken the device of a disk out of QEMU, which keeps its image open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r03_an_image_without_its_device_is_no_disk_and_is_closed() {
+    let directory = tempfile::tempdir().unwrap();
+    let qemu = qemu(directory.path());
+    let before = qemu.tables();
+    let disk = Disk::virtual_disk(qemu.image("a", 1 << 20));
+    let first = connect(&qemu, directory.path()).await;
+    let id = first.identify(&disk).await.unwrap();
+    let locator = first.attach(&disk, &id).await.unwrap();
+    drop(first);
+    let address = blockmount_scsi::ScsiAddress::try_from(&locator).unwrap();
+    let whole = qemu.tables();
+    qemu.execute("device_del", json!({"id": QemuScsi::name(address)}));
+    let gone = || qemu.tables().len() < whole.len();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !gone() {
+        assert!(std::time::Instant::now() < deadline, "{:?}", qemu.tables());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+
+    for known in [Some(&locator), None] {
+        let next = connect(&qemu, directory.path()).await;
+        let adopted = next.adopt(&disk, &id, known).await.unwrap();
+        assert_eq!(adopted, Presence::Unknown, "{known:?}");
+        // Its address is set aside until it is detached.
+        let another = Disk::virtual_disk(qemu.image("b", 1 << 20));
+        let other = next.identify(&another).await.unwrap();
+        assert_ne!(next.attach(&another, &other).await.unwrap(), locator);
+        next.detach(&another).await.unwrap();
+        if known.is_none() {
+            next.detach(&disk).await.unwrap();
+        }
+    }
+    assert_eq!(qemu.tables(), before);
+    assert!(qemu.passed().is_empty());
+}

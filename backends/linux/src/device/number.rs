@@ -51,6 +51,19 @@ impl DeviceNumber {
         Ok(Self::from_rdev(meta.rdev()))
     }
 
+    /// Whether the kernel has lost the device while it is in use: it is gone from sysfs, has no capacity any more, or is a SCSI
+    /// disk that is offline. Without sysfs no device is known to be lost. Blocks.
+    pub(crate) fn is_lost(self) -> bool {
+        let devices = Path::new("/sys/dev/block");
+        let directory = devices.join(format!("{}:{}", self.major, self.minor));
+        let read = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
+        let states = ["device/state", "../device/state"].map(read);
+        let lost = ["offline", "transport-offline", "cancel", "deleted", "dead"];
+        let is_offline = |state: &String| lost.contains(&state.trim());
+        devices.exists()
+            && (!directory.exists() || read("size").trim() == "0" || states.iter().any(is_offline))
+    }
+
     /// From what `stat` calls `st_rdev`.
     pub fn from_rdev(rdev: u64) -> Self {
         DeviceNumber {

@@ -98,6 +98,11 @@ impl Journal {
 
     /// The records that are there, the oldest first. What cannot be used is set aside and reported
     /// in the log. Call it before anything is noted.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if a record is of this boot and about another namespace of mounts: what it is about may be there, and
+    /// only who works in that namespace can undo it. Nothing is then changed.
     pub(crate) fn read(self: &Arc<Self>) -> Result<Vec<(Note, Record)>, BackendError> {
         let trouble = |error: io::Error| {
             errno_error(
@@ -106,7 +111,9 @@ impl Journal {
             )
         };
         let mut found = Vec::new();
-        for name in self.names().map_err(trouble)? {
+        let names = self.names().map_err(trouble)?;
+        self.ensure_here(&names)?;
+        for name in names {
             let (number, rest) = split(&name);
             if let Some(number) = number {
                 self.next.fetch_max(number + 1, Ordering::Relaxed);
@@ -147,7 +154,34 @@ impl Journal {
         Ok(names)
     }
 
+    /// Refuses records about another namespace of mounts.
+    fn ensure_here(&self, names: &[OsString]) -> Result<(), BackendError> {
+        let records = names.iter().filter_map(|name| match split(name) {
+            (Some(number), ".json") => Some(number),
+            _ => None,
+        });
+        let origins = records.filter_map(|number| record::origin_of(&self.bytes(number).ok()?));
+        for origin in origins {
+            if let Some(((boot, theirs), (our_boot, ours))) =
+                origin.split_once(' ').zip(self.origin.split_once(' '))
+                && boot == our_boot
+                && theirs != ours
+            {
+                return Err(BackendError::conflict(format!(
+                    "the journal {} is about the mount namespace {theirs}, and this process is in {ours}; run it where \
+                     the mounts were made (nsenter --mount)",
+                    self.path.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     fn load(&self, number: u64) -> Result<Record, String> {
+        record::decode(&self.bytes(number)?, &self.origin)
+    }
+
+    fn bytes(&self, number: u64) -> Result<Vec<u8>, String> {
         let unreadable = |error: io::Error| format!("it cannot be read: {error}");
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = openat(&self.directory, name_of(number), flags, Mode::empty())
@@ -161,7 +195,7 @@ impl Journal {
             .take(LONGEST_RECORD)
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
-        record::decode(&bytes, &self.origin)
+        Ok(bytes)
     }
 
     /// A record with a number of its own, on which nothing is written yet.

@@ -72,9 +72,9 @@ impl List {
     }
 
     fn replace_last(&mut self, step: Undo) {
-        self.steps.pop();
+        // What is known already needs no write, which may be impossible.
+        self.saved &= self.steps.pop().as_ref() == Some(&step);
         self.steps.push(step);
-        self.saved = false;
     }
 
     fn remove_record(self) {
@@ -249,15 +249,11 @@ impl<'a> UndoList<'a> {
     }
 
     /// Drops a step if another target in use needs it, and says so.
-    pub(crate) fn hand_over(&self, step: &Undo) -> Result<bool, BackendError> {
+    pub(crate) fn hand_over(&self, step: &Undo) -> bool {
         self.leave_to(step, |other| !other.left)
     }
 
-    fn leave_to(
-        &self,
-        step: &Undo,
-        can_take: impl Fn(&List) -> bool,
-    ) -> Result<bool, BackendError> {
+    fn leave_to(&self, step: &Undo, can_take: impl Fn(&List) -> bool) -> bool {
         let mut lists = self.ledger.lists();
         let own = self.target.path().as_os_str();
         let other = lists.iter_mut().find(|(path, other)| {
@@ -265,13 +261,16 @@ impl<'a> UndoList<'a> {
             path.as_os_str() != own && can_take(other) && has_it()
         });
         let Some((path, other)) = other else {
-            return Ok(false);
+            return false;
         };
-        other.save(path, self.ledger.journal.as_ref())?;
+        if let Err(error) = other.save(path, self.ledger.journal.as_ref()) {
+            // No tear-down waits for a journal that cannot be written.
+            tracing::warn!(path = %blockmount::printable(path.display()), %error, "a record lacks a step until it can be written");
+        }
         if let Some(list) = lists.get_mut(self.target.path()) {
             list.retain(|own| !own.is_same(step));
         }
-        Ok(true)
+        true
     }
 
     /// Drops a step that is undone, also from the lists of what is left.
@@ -316,9 +315,7 @@ impl<'a> UndoList<'a> {
     /// that stays is on one list. Answers what [`lost`](Self::lost) remembered.
     pub(crate) fn end(&self) -> Option<BackendError> {
         for step in self.steps() {
-            if let Err(error) = self.leave_to(&step, |_| true) {
-                tracing::debug!(%error, "a step stays on two lists");
-            }
+            self.leave_to(&step, |_| true);
         }
         let mut lists = self.ledger.lists();
         let mut lost = None;

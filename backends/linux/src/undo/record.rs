@@ -53,6 +53,16 @@ pub(crate) fn decode(bytes: &[u8], origin: &str) -> Result<Record, String> {
     Ok(found.record)
 }
 
+/// Where a record comes from, as far as it can be read.
+pub(crate) fn origin_of(bytes: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Origin {
+        origin: String,
+    }
+    let Origin { origin } = serde_json::from_slice(bytes).ok()?;
+    Some(origin)
+}
+
 #[cfg(test)]
 mod tests {
     use std::ffi::OsStr;

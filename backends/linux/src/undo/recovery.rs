@@ -89,7 +89,14 @@ pub(crate) fn presence(
     };
     let appears = steps.last().and_then(Undo::appearance);
     match now(list.target(), &step.mount, kernel)? {
-        Now::Ours(..) if appears.is_some_and(is_it) => Ok(Presence::Present(())),
+        Now::Ours(..) if appears.is_some_and(is_it) => {
+            let device = step.device.as_ref();
+            // A mount outlives its device, and can then only be taken away.
+            Ok(match device.is_some_and(|used| used.number.is_lost()) {
+                true => Presence::Unknown,
+                false => Presence::Present(()),
+            })
+        }
         Now::Ours(..) => Ok(Presence::Absent),
         Now::Covered | Now::Replaced | Now::Gone => Ok(Presence::Unknown),
     }

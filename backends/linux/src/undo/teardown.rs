@@ -33,7 +33,7 @@ pub(crate) fn undo(list: &UndoList<'_>, first: usize, kernel: Kernel) -> Result<
 fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), BackendError> {
     let _held = Key::of(step).map(|key| list.hold(key)).transpose()?;
     list.step()?;
-    if list.hand_over(step)? {
+    if list.hand_over(step) {
         return Ok(());
     }
     match step {

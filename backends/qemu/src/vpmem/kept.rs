@@ -171,12 +171,16 @@ impl QemuVpmem {
             )
         };
         let mut occupants = Vec::new();
-        for name in found.ours.keys() {
+        for (name, there) in &found.ours {
             let Some(device) = number_of(name) else {
                 continue;
             };
             let Some(kept) = found.kept.get(&device_owner(device)) else {
-                occupants.push(whole(device, found.disk(name)));
+                let occupant = whole(device, found.disk(name));
+                occupants.push(match there.device {
+                    true => occupant,
+                    false => occupant.half_done(),
+                });
                 continue;
             };
             let is_half = !is_whole(&found, device);
