@@ -91,6 +91,69 @@ fn mount_setattr(
     }
 }
 
+/// `struct mnt_id_req` of `linux/mount.h`, as of its first version.
+#[repr(C)]
+struct MountRequest {
+    size: u32,
+    spare: u32,
+    mount: u64,
+    wanted: u64,
+}
+
+/// `struct statmount` of `linux/mount.h`, up to what is asked for.
+#[repr(C)]
+#[derive(Default)]
+struct MountStatus {
+    size: u32,
+    spare: u32,
+    mask: u64,
+    device: [u32; 2],
+    magic: u64,
+    flags: u32,
+    kind: u32,
+    unique: u64,
+    unique_parent: u64,
+    number: u32,
+    parent: u32,
+    /// The kernel fills the rest of its structure too, 512 bytes in all at first.
+    rest: [[u64; 32]; 2],
+}
+
+/// The same on all architectures (`asm-generic/unistd.h`).
+const SYS_STATMOUNT: libc::c_long = 457;
+const STATMOUNT_MNT_BASIC: u64 = 2;
+
+/// The number in `mountinfo` of the mount that a mount is on, which is given by its unique id.
+///
+/// # Errors
+///
+/// `ENOSYS` before Linux 6.8.
+pub(crate) fn parent_of_mount(unique: u64) -> Result<u64, Errno> {
+    let request = MountRequest {
+        size: size_of::<MountRequest>() as u32,
+        spare: 0,
+        mount: unique,
+        wanted: STATMOUNT_MNT_BASIC,
+    };
+    let mut status = MountStatus::default();
+    // SAFETY: the request is a `struct mnt_id_req` of the size that it says, the answer is written to a structure of the
+    // size that is given, all of whose bytes may have any value, and both outlive the call, which keeps neither.
+    let result = unsafe {
+        libc::syscall(
+            SYS_STATMOUNT,
+            &raw const request,
+            &raw mut status,
+            size_of::<MountStatus>(),
+            0,
+        )
+    };
+    match result {
+        0 if status.mask & STATMOUNT_MNT_BASIC != 0 => Ok(status.parent.into()),
+        0 => Err(Errno::NOSYS),
+        _ => Err(last_error()),
+    }
+}
+
 fn last_error() -> Errno {
     let error = io::Error::last_os_error();
     Errno::from_io_error(&error).unwrap_or(Errno::IO)

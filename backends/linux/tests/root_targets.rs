@@ -272,3 +272,42 @@ async fn root_many_at_once_do_not_get_into_each_others_way() {
     }
     dir.assert_clean();
 }
+
+/// Whoever is late takes its mount away again, also where it finds the target free.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_r06_of_two_processes_with_one_target_one_mounts() {
+    let images = tempfile::tempdir().unwrap();
+    let [one, two] =
+        [Image::Ext4, Image::Erofs].map(|image| Loop::read_only(&image.copy(images.path())));
+    for kernel in KERNELS {
+        let mut dir = TestDir::new();
+        fs::create_dir(dir.at("there")).unwrap();
+        dir.settle();
+        let guests = [on_linux(kernel), on_linux(kernel)];
+        for round in 0..100 {
+            // Also where the directory has to be made first.
+            let target = dir.at(["there", "made"][round % 2]);
+            let barrier = tokio::sync::Barrier::new(2);
+            let [first, second] =
+                [(&guests[0], &one), (&guests[1], &two)].map(async |(guest, device)| {
+                    barrier.wait().await;
+                    mount(guest, device, &target, &["ro"]).await
+                });
+            let (first, second) = tokio::join!(first, second);
+            let winner = match (first, second) {
+                (Ok(()), Err(late)) => (0, late),
+                (Err(late), Ok(())) => (1, late),
+                both => panic!("round {round} on {kernel:?}: {both:?}"),
+            };
+            assert_eq!(winner.1.kind(), ErrorKind::Conflict, "{}", winner.1);
+            assert_eq!(dir.mounts().len(), 1, "round {round} on {kernel:?}");
+            let device = [&one, &two][winner.0].node().to_owned();
+            assert_eq!(Path::new(&dir.mounts()[0].source), device);
+            guests[winner.0].unmount(&target).await.unwrap();
+            guests[1 - winner.0].unmount(&target).await.unwrap();
+            // Of a directory that both have made, one may be left that a mount was on.
+            let _ = fs::remove_dir(dir.at("made"));
+            dir.assert_clean();
+        }
+    }
+}

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
-use crate::mount::mountinfo::MountInfo;
+use crate::mount::mountinfo::{self, MountInfo};
 use crate::mount::target;
+use crate::sys;
 
 /// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
 const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
@@ -47,6 +48,17 @@ impl MountId {
     /// Its number as of now.
     pub(crate) fn number(&self) -> u64 {
         self.reused
+    }
+
+    /// The number of the mount that it is on, as of now; none if it is nowhere in this namespace.
+    pub(crate) fn parent(&self) -> Result<Option<u64>, BackendError> {
+        if let Some(Ok(parent)) = self.unique.map(sys::parent_of_mount) {
+            return Ok(Some(parent));
+        }
+        let table = mountinfo::read();
+        let table = table.map_err(|error| errno_error("cannot read the table of mounts", error))?;
+        let line = table.iter().find(|line| self.is(line));
+        Ok(line.map(|line| line.parent))
     }
 
     /// Whether it is the mount in a line of the kernel's table.

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, MountFlag, MountFlags, MountOptions, Propagation, PropagationMode};
 use rustix::io::Errno;
-use rustix::mount::{self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags};
+use rustix::mount::{
+    self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+};
 
 use crate::device::free;
 use crate::errno::{errno_error, errno_of, is_call_missing};
@@ -15,7 +17,9 @@ use crate::kernel::Kernel;
 use crate::mount::fscontext::Context;
 use crate::mount::kernel_log::KernelLog;
 use crate::mount::mount_id::MountId;
+use crate::mount::mountinfo::MountInfo;
 use crate::mount::target::{MountPoint, Target};
+use crate::mount::unmount;
 use crate::sys;
 use crate::undo::ledger::UndoList;
 use crate::undo::step::{Identity, Undo};
@@ -230,7 +234,7 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
 }
 
 /// Moves a detached mount into place, on the undo list before it is seen. False if this process may not, and after an error:
-/// then nothing has happened.
+/// then nothing has happened. `Conflict` if somebody else has mounted something there since it was found to be free.
 pub(crate) fn attach(
     detached: &OwnedFd,
     at: &MountPoint,
@@ -240,10 +244,18 @@ pub(crate) fn attach(
     step: impl Fn(Identity) -> Undo,
 ) -> Result<bool, BackendError> {
     propagate_detached(detached, propagation, kernel)?;
-    list.add(step(Identity::Known(MountId::of(detached, kernel)?)))?;
+    let mount = MountId::of(detached, kernel)?;
+    let below = at.mount_id()?;
+    list.add(step(Identity::Known(mount)))?;
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     let Err(errno) = sys_mount::move_mount(detached, "", at.directory(), "", empty) else {
-        return Ok(true);
+        // The kernel puts it on top of whatever has come there first.
+        if mount.parent()? == Some(below) {
+            return Ok(true);
+        }
+        take_away(&path_of(detached))?;
+        list.retain(|step| !matches!(step, Undo::Unmount(_)));
+        return Err(taken(list.target()));
     };
     list.retain(|step| !matches!(step, Undo::Unmount(_)));
     if is_call_missing(errno) {
@@ -256,8 +268,27 @@ pub(crate) fn attach(
     ))
 }
 
+/// Takes a mount away that covers one of others, and that nobody has asked for yet.
+fn take_away(mount: &Path) -> Result<(), BackendError> {
+    match sys_mount::unmount(mount, UnmountFlags::DETACH) {
+        // It has gone with the mount that it covered.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(errno) => Err(errno_error(
+            "cannot take a mount away that covers another",
+            errno,
+        )),
+    }
+}
+
+fn taken(target: &Target) -> BackendError {
+    BackendError::conflict(format!(
+        "cannot mount at {}: something is mounted there already",
+        target.path().display()
+    ))
+}
+
 /// Makes a mount in its place, with what the kernel's table will say of it on the undo list before. After an error
-/// of `make` it is not there.
+/// of `make` it is not there. `Conflict` if somebody else has mounted something there since it was found to be free.
 pub(crate) fn in_one_step(
     at: MountPoint,
     kernel: Kernel,
@@ -266,13 +297,29 @@ pub(crate) fn in_one_step(
     expected: Identity,
     make: impl FnOnce(&MountPoint) -> Result<(), BackendError>,
 ) -> Result<(), BackendError> {
-    list.add(step(expected))?;
+    let below = at.mount_id()?;
+    list.add(step(expected.clone()))?;
     make(&at).inspect_err(|_| list.retain(|step| !matches!(step, Undo::Unmount(_))))?;
-    let mount = at
-        .into_path_at()
-        .open()
-        .map_err(|errno| errno_error("cannot open the new mount", errno))?;
-    list.amend(step(Identity::Known(MountId::of(&mount, kernel)?)))
+    let at = at.into_path_at();
+    loop {
+        let top = at
+            .open()
+            .map_err(|errno| errno_error("cannot open the new mount", errno))?;
+        let id = MountId::of(&top, kernel)?;
+        let table = unmount::table()?;
+        let is_first = |line: &MountInfo| line.parent == below && unmount::shows(line, &expected);
+        match (id.parent()? == Some(below), table.iter().any(is_first)) {
+            (true, true) => return list.amend(step(Identity::Known(id))),
+            // Whoever has covered it takes that away.
+            (false, true) => return Ok(()),
+            (true, false) => {
+                list.retain(|step| !matches!(step, Undo::Unmount(_)));
+                return Err(taken(list.target()));
+            }
+            // Ours, or that of another who was late.
+            (false, false) => take_away(&path_of(&top))?,
+        }
+    }
 }
 
 /// Sets the propagation of a mount that is still detached, as far as it would stay that way.

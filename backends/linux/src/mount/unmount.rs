@@ -59,12 +59,17 @@ pub(crate) fn now(target: &Target, mount: &Identity, kernel: Kernel) -> Result<N
     })
 }
 
-fn table() -> Result<Vec<MountInfo>, BackendError> {
+pub(crate) fn table() -> Result<Vec<MountInfo>, BackendError> {
     mountinfo::read().map_err(|error| errno_error("cannot read the table of mounts", error))
 }
 
 /// Whether a line of the kernel's table is of a mount, and shows what was expected of it.
 fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
+    id.is(line) && shows(line, expected)
+}
+
+/// Whether a line of the kernel's table shows what was expected of a mount.
+pub(crate) fn shows(line: &MountInfo, expected: &Identity) -> bool {
     let Identity::Expected {
         filesystem,
         source,
@@ -73,8 +78,7 @@ fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
     else {
         return false;
     };
-    id.is(line)
-        && line.filesystem == *filesystem
+    line.filesystem == *filesystem
         && line.source == source.0.as_os_str()
         && options.iter().all(|option| line.has_option(option))
 }
