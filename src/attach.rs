@@ -155,16 +155,21 @@ impl AttachManager {
         answer.map_err(|error| error.on_disk(disk))
     }
 
-    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down. With an error if it
+    /// is refused, since it contradicts what was restored before.
     pub(crate) fn restore(
         &self,
         record: &AttachmentRecord,
         left: Left,
-    ) -> Result<Option<Attachment>, Error> {
-        let (job, resource) = self.table.driver().restore(record, left)?;
+    ) -> (Option<Attachment>, Option<Error>) {
+        let (job, resource, error) = self.table.driver().restore(record, left);
+        if resource.is_none() && (left == Left::Refused || error.is_some()) {
+            // In the table it would be torn down. Its name stays taken.
+            return (None, error);
+        }
         let lease = self.table.restore(record.id.clone(), job, resource);
         let holder = None;
-        Ok(lease.map(|lease| Attachment { holder, lease }))
+        (lease.map(|lease| Attachment { holder, lease }), error)
     }
 
     /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
@@ -278,6 +283,12 @@ impl Attachment {
     pub(crate) fn releasing(self) -> Releasing {
         drop(self.holder);
         self.lease.release()
+    }
+
+    /// Leaves the disk attached, and its holder in the journal, for the next process.
+    pub(crate) fn abandon(self) {
+        self.holder.as_deref().inspect(|holder| holder.keep());
+        self.lease.abandon();
     }
 
     pub(crate) fn key(&self) -> RecordKey {

@@ -32,6 +32,8 @@ struct Inner {
 pub(crate) struct Holder {
     holders: Holders,
     name: HolderName,
+    /// Its name and its record outlive it.
+    kept: AtomicBool,
 }
 
 impl Holders {
@@ -131,8 +133,11 @@ impl Holders {
     }
 
     fn holder(&self, name: HolderName) -> Holder {
-        let holders = self.clone();
-        Holder { holders, name }
+        Holder {
+            holders: self.clone(),
+            name,
+            kept: AtomicBool::new(false),
+        }
     }
 }
 
@@ -148,10 +153,18 @@ impl Holder {
         inner.names.lock().insert(self.name.clone(), Some(of));
         Ok(())
     }
+
+    /// Leaves the name to what it holds, which stays for the next process.
+    pub(crate) fn keep(&self) {
+        self.kept.store(true, SeqCst);
+    }
 }
 
 impl Drop for Holder {
     fn drop(&mut self) {
+        if *self.kept.get_mut() {
+            return;
+        }
         match self.holders.is_frozen() {
             true => self.holders.0.dropped.lock().push(self.name.clone()),
             false => self.holders.give_back(&self.name),

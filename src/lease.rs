@@ -28,7 +28,9 @@
 //!    released is counted at once, so every later reader sees it.
 //! 3. **Pessimism.** Before a driver is called the state is `Draining`; only success changes that. A
 //!    panic, or a runtime that shuts down in the middle, leaves the state correct.
-//! 4. **An entry lives once**: `Idle`, `Up`, `Gone`. A stale handle can never touch what took its key
+//! 4. **Nothing goes before what is above it.** The leases that a job holds are released only once its resource is down. A
+//!    table that goes with a tear-down pending leaves them as they are, for the next process.
+//! 5. **An entry lives once**: `Idle`, `Up`, `Gone`. A stale handle can never touch what took its key
 //!    later. A caller that queued on an entry that went `Gone` gets its error, or looks up a fresh entry.
 //!
 //! No lock and no map guard is held across I/O but the entry's own. Joining what is up spawns nothing.
@@ -54,7 +56,7 @@ mod interleavings;
 mod request;
 
 pub(crate) use clearing::Tables;
-use entry::{Entry, Phase, State};
+use entry::{Entry, JobSlot, Phase, State};
 pub(crate) use handle::Lease;
 use handle::PendingTeardown;
 use request::{CancelOnDrop, PendingRequest};
@@ -88,6 +90,10 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// waits for what that tears down.
     fn release_held(&self, job: Self::Job) -> Releasing;
 
+    /// Leaves the leases that a job holds as they are: what they keep up is below a resource that may still be there, and
+    /// stays in use for as long as its table lives.
+    fn abandon(job: Self::Job);
+
     /// Refuses a job that cannot share the resource that is up under its key.
     fn check(&self, up: &Self::Resource, wanted: &Self::Job) -> Result<(), Error>;
 
@@ -110,11 +116,24 @@ pub(crate) enum Left {
     Doubtful,
     /// It may be there, and is to be torn down.
     Pending,
+    /// What is recorded of it makes no sense: it stays as it is, and nobody can share it.
+    Refused,
 }
 
-/// Why nobody can share what is [`Left::Doubtful`].
-pub(crate) const LEFT_HALF_DONE: &str =
-    "a restart has left it half done; settle the recovery or drain the manager first";
+impl Left {
+    /// Refuses to share what is not up in whole.
+    pub(crate) fn ensure_whole(self) -> Result<(), BackendError> {
+        match self {
+            Left::Up => Ok(()),
+            Left::Doubtful | Left::Pending => Err(BackendError::uncertain(
+                "a restart has left it half done; settle the recovery or drain the manager first",
+            )),
+            Left::Refused => Err(BackendError::conflict(
+                "what the journal has of it makes no sense, so it stays as it is; see the report of the recovery",
+            )),
+        }
+    }
+}
 
 /// The resources of one kind, by key.
 pub(crate) struct Table<D: Driver> {
@@ -219,7 +238,7 @@ impl<D: Driver> Table<D> {
             let refusal = match entry.phase(queued_at) {
                 Phase::Idle => match request.take() {
                     Some(wanted) => {
-                        *job = Some(wanted);
+                        job.0 = Some(wanted);
                         return self.setup(&entry, job, answer).await;
                     }
                     // Cancelled before its turn: there is nothing to begin.
@@ -351,7 +370,7 @@ impl<D: Driver> Table<D> {
         outcome: Option<Error>,
     ) -> Releasing {
         // Counted back before the entry leaves the table: a caller that finds no entry finds no leases of it either.
-        let rest = self.driver.release_held(job.take().expect(JOB_GIVEN));
+        let rest = self.driver.release_held(job.0.take().expect(JOB_GIVEN));
         self.remove(entry, outcome);
         rest
     }
@@ -404,7 +423,7 @@ impl<D: Driver> Table<D> {
             key: key.clone(),
             resource: OnceLock::new(),
             state: Mutex::new(state),
-            job: AsyncMutex::new(Some(job)),
+            job: AsyncMutex::new(JobSlot(Some(job))),
         });
         self.entries.insert(key, Arc::clone(&entry));
         let _set_once = entry.resource.set(up?);
@@ -452,7 +471,8 @@ impl<D: Driver> Table<D> {
         let entries = self.snapshot().into_iter();
         let records = entries.filter_map(|entry| {
             let job = entry.job.try_lock().ok()?;
-            self.driver.record(&entry.key, job.as_ref()?, entry.is_up())
+            self.driver
+                .record(&entry.key, job.0.as_ref()?, entry.is_up())
         });
         records.collect()
     }
@@ -478,7 +498,7 @@ impl<D: Driver> Table<D> {
             key: key.clone(),
             resource: OnceLock::new(),
             state: Mutex::new(State::Idle),
-            job: AsyncMutex::new(None),
+            job: AsyncMutex::new(JobSlot(None)),
         });
         Arc::clone(&*self.entries.entry(key.clone()).or_insert(fresh))
     }
@@ -495,12 +515,12 @@ impl<D: Driver> Table<D> {
     }
 }
 
-type JobGuard<'e, D> = crate::sync::AsyncMutexGuard<'e, Option<<D as Driver>::Job>>;
+type JobGuard<'e, D> = crate::sync::AsyncMutexGuard<'e, JobSlot<D>>;
 
 const JOB_GIVEN: &str = "an entry is given a job before its driver is called";
 
-fn work<J>(job: &mut Option<J>) -> &mut J {
-    job.as_mut().expect(JOB_GIVEN)
+fn work<D: Driver>(job: &mut JobSlot<D>) -> &mut D::Job {
+    job.0.as_mut().expect(JOB_GIVEN)
 }
 
 /// For when no caller waits for the error.

@@ -298,17 +298,18 @@ impl BlockMountManager {
         answer.map_err(|error| error.on_device(device).on_path(target))
     }
 
-    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+    /// Puts what a restart has left into the table; a share of it unless it is only to be torn down. With an error if it
+    /// is refused, since it contradicts what was restored before.
     pub(crate) fn restore(
         &self,
         record: &MountRecord,
         under: Attachments,
         left: Left,
-    ) -> Result<Option<Mount>, Error> {
-        let (job, resource) = self.table.driver().restore(record, under, left)?;
+    ) -> (Option<Mount>, Option<Error>) {
+        let (job, resource, error) = self.table.driver().restore(record, under, left);
         let lease = self.table.restore(record.key.clone(), job, resource);
         let holder = None;
-        Ok(lease.map(|lease| Mount { holder, lease }))
+        (lease.map(|lease| Mount { holder, lease }), error)
     }
 
     /// Shares the mount of a disk that is attached, if there is one, in place of an attachment first
@@ -432,6 +433,12 @@ impl Mount {
     pub(crate) fn releasing(self) -> Releasing {
         drop(self.holder);
         self.lease.release()
+    }
+
+    /// Leaves the device mounted, and its holder in the journal, for the next process.
+    pub(crate) fn abandon(self) {
+        self.holder.as_ref().inspect(|holder| holder.keep());
+        self.lease.abandon();
     }
 
     pub(crate) fn mount_key(&self) -> &MountKey {

@@ -9,6 +9,7 @@
 //! | `Begun`, `Ending` | present or unknown | pending |
 //! | `Up` | unknown | pending |
 //! | any | absent, or the VM is gone | the record goes |
+//! | what makes no sense | anything else | refused: it stays as it is, in the VM and in the journal, and so does what it names |
 //!
 //! What is pending keeps what is below it up until it is torn down, so that no disk is detached while it may be mounted.
 
@@ -87,6 +88,8 @@ enum Claim {
     Held(Held),
     /// What it held is not there any more, or not in whole.
     Lost(RecordKey),
+    /// What is recorded of it makes no sense, and stays.
+    Refused(Error),
 }
 
 /// A handle that was found again.
@@ -122,7 +125,7 @@ pub struct Found {
     pub what: RecordKey,
     /// What is there of it.
     pub state: FoundState,
-    /// Why the backend could not say, if so.
+    /// Why the backend could not say, or why the record is refused, if so.
     pub error: Option<Error>,
 }
 
@@ -136,6 +139,9 @@ pub enum FoundState {
     Pending,
     /// It is not there.
     Gone,
+    /// No manager can have written its record, or it contradicts another, such as two disks in one place. It stays as it is,
+    /// in the VM and in the journal, and so does what it names; nobody can share it.
+    Refused,
 }
 
 /// A holder that the journal remembers.
@@ -159,7 +165,8 @@ impl ManagerBuilder {
     ///
     /// # Errors
     ///
-    /// What the journal answers when it is read; `Invalid` if its records contradict each other.
+    /// What the journal answers when it is read. A record that makes no sense is no error of the whole: the
+    /// [report](Recovery::report) has it as [`FoundState::Refused`].
     ///
     /// # Panics
     ///
@@ -168,11 +175,11 @@ impl ManagerBuilder {
         let journal: Arc<dyn Journal> = Arc::new(journal);
         let records = journal.load();
         let records = records.map_err(|cause| Error::new(Step::Recover, cause))?;
-        let recorded = Recorded::validate(records)?;
+        let recorded = Recorded::sort(records);
         let holders = Holders::new(Recorder::new(journal));
         let manager = self.build_with(holders.clone());
         let adopted = Adopted::ask(&manager, recorded).await;
-        adopted.restore(manager, holders)
+        Ok(adopted.restore(manager, holders))
     }
 
     /// The manager of what was frozen elsewhere, such as on the host that a VM has migrated from: a recovery from these
@@ -206,7 +213,7 @@ impl ManagerBuilder {
             write(&*journal, &snapshot).map_err(|cause| Error::new(Step::Record, cause))?;
         }
         let adopted = Adopted::ask(&manager, recorded).await;
-        adopted.restore(manager, holders)
+        Ok(adopted.restore(manager, holders))
     }
 }
 
@@ -237,11 +244,17 @@ impl Recovery {
     /// # Errors
     ///
     /// `NotFound` if the journal does not know the name, or if what it held is not there any more; that is said once.
-    /// `Conflict` if the handle has been claimed, or the name is in use.
+    /// `Conflict` if the handle has been claimed, or the name is in use. `Invalid` if what is recorded of it makes no sense;
+    /// that stays as it is.
     pub fn claim(&self, name: &HolderName) -> Result<Held, Error> {
         let refused = |cause| Err(Error::new(Step::Recover, cause));
-        match self.claims.lock().remove(name) {
+        let mut claims = self.claims.lock();
+        match claims.remove(name) {
             Some(Claim::Held(held)) => Ok(held),
+            Some(Claim::Refused(why)) => {
+                claims.insert(name.clone(), Claim::Refused(why.clone()));
+                Err(why)
+            }
             Some(Claim::Lost(of)) => {
                 forget(&self.holders, name);
                 refused(BackendError::not_found(format!(
@@ -276,6 +289,9 @@ impl Recovery {
                     releasing.push(held.releasing());
                 }
                 Claim::Lost(_) => forget(&self.holders, &name),
+                Claim::Refused(error) => {
+                    warn!(holder = %name, %error, "what a holder held is left as it is");
+                }
             }
         }
         let unclaimed = std::mem::take(&mut self.unclaimed);
@@ -304,15 +320,15 @@ impl Drop for Recovery {
         if self.settled {
             return;
         }
-        // The handles are forgotten on purpose: dropping them would tear down what a next recovery can find.
+        // Released, they would tear down what a next recovery can find.
         for (_, claim) in self.claims.get_mut().drain() {
             if let Claim::Held(held) = claim {
-                std::mem::forget(held);
+                held.abandon();
             }
         }
         std::mem::take(&mut self.unclaimed)
             .into_iter()
-            .for_each(std::mem::forget);
+            .for_each(Held::abandon);
     }
 }
 
@@ -360,6 +376,16 @@ impl Held {
     /// Dropping the future gives up the wait, not the tear-down; an error is then logged.
     pub fn release(self) -> impl Future<Output = Result<(), ReleaseError>> + Send + 'static {
         self.releasing()
+    }
+
+    /// Leaves it as it is, for the next recovery.
+    fn abandon(self) {
+        match self {
+            Held::Attachment(attachment) => attachment.abandon(),
+            Held::Mount(mount) => mount.abandon(),
+            Held::Stack(stack) => stack.abandon(),
+            Held::View(view) => view.abandon(),
+        }
     }
 
     fn releasing(self) -> Releasing {

@@ -103,7 +103,7 @@ impl Snapshot {
     }
 
     pub(crate) fn recorded(&self) -> Result<Recorded, Error> {
-        let recorded = Recorded::validate(self.records.clone())?;
+        let recorded = Recorded::sort(self.records.clone());
         recorded.ensure_whole()?;
         Ok(recorded)
     }

@@ -173,6 +173,12 @@ impl Stack {
         self.lease.release()
     }
 
+    /// Leaves the stack as it is, and its holder in the journal, for the next process.
+    pub(crate) fn abandon(self) {
+        self.holder.as_ref().inspect(|holder| holder.keep());
+        self.lease.abandon();
+    }
+
     pub(crate) fn key(&self) -> RecordKey {
         RecordKey::Stack(self.target().to_owned())
     }
@@ -192,7 +198,8 @@ pub(crate) struct Combining {
 }
 
 pub(crate) struct CombineJob {
-    overlay: Overlay,
+    /// What is recorded of it, also of layers that a restart has not found again.
+    record: StackRecord,
     layers: Vec<Mount>,
     scratch: Option<Mount>,
     claim: Option<Claim>,
@@ -241,36 +248,36 @@ pub(crate) async fn adopt(
         .map_err(|error| error.on_path(target))
 }
 
-/// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+/// Puts what a restart has left into the table; a share of it unless it is only to be torn down. `layers` and `scratch` are
+/// those that were found again. With an error if it is refused, since it contradicts what was restored before.
 pub(crate) fn restore(
     table: &Arc<Table<Combining>>,
     record: &StackRecord,
     layers: Vec<Mount>,
     scratch: Option<Mount>,
     left: Left,
-) -> Result<Option<Stack>, Error> {
-    let overlay = record.overlay.clone();
-    let target = overlay.target.clone();
+) -> (Option<Stack>, Option<Error>) {
+    let target = &record.overlay.target;
     let below = scratch.as_ref().map(Mount::path);
-    let claim = match table.driver().claims.overlay(&target, below) {
-        Ok(claim) => claim,
-        Err(cause) => {
-            // Dropping them could unmount what may be a layer.
-            std::mem::forget((layers, scratch));
-            return Err(Error::new(Step::Adopt, cause).on_path(&target));
-        }
+    let (claim, left, error) = match table.driver().claims.overlay(target, below) {
+        Ok(claim) => (Some(claim), left, None),
+        Err(cause) => (None, Left::Refused, Some(cause)),
     };
     let job = CombineJob {
-        overlay,
-        claim: Some(claim),
+        record: record.clone(),
+        claim,
         layers,
         scratch,
         down: Teardown::default(),
     };
-    let resource = (left == Left::Up).then(|| job.combined());
-    let lease = table.restore(target, job, resource);
+    let resource = matches!(left, Left::Up | Left::Refused).then(|| job.combined());
+    let lease = table.restore(target.clone(), job, resource);
     let holder = None;
-    Ok(lease.map(|lease| Stack { holder, lease }))
+    let stack = lease.map(|lease| Stack { holder, lease });
+    (
+        stack,
+        error.map(|cause| Error::new(Step::Adopt, cause).on_path(target)),
+    )
 }
 
 /// Combines what is mounted. `mounts` are those of [`StackRequest::disks`], in that order.
@@ -291,8 +298,15 @@ pub(crate) async fn combine(
         target: request.target.clone(),
         options: request.options.clone(),
     };
-    let job = CombineJob {
+    let key = |mount: &Mount| mount.mount_key().clone();
+    let record = StackRecord {
         overlay,
+        layers: layers.iter().map(key).collect(),
+        scratch: scratch.as_ref().map(key),
+        progress: Progress::Begun,
+    };
+    let job = CombineJob {
+        record,
         layers,
         scratch,
         claim: None,
@@ -319,19 +333,16 @@ impl CombineJob {
     fn combined(&self) -> Combined {
         let point = |mount: &Mount| mount.point().clone();
         Combined {
-            target: self.overlay.target.clone(),
+            target: self.record.overlay.target.clone(),
             layers: self.layers.iter().map(point).collect(),
             scratch: self.scratch.as_ref().map(point),
         }
     }
 
     fn record(&self, progress: Progress) -> Record {
-        let key = |mount: &Mount| mount.mount_key().clone();
         Record::Stack(StackRecord {
-            overlay: self.overlay.clone(),
-            layers: self.layers.iter().map(key).collect(),
-            scratch: self.scratch.as_ref().map(key),
             progress,
+            ..self.record.clone()
         })
     }
 }
@@ -348,9 +359,10 @@ impl Driver for Combining {
         let records = self.holders.records();
         let begun = records.put(|| job.record(Progress::Begun));
         begun.map_err(|error| error.on_path(target))?;
-        let layers = job.overlay.layers.len();
+        let overlay = &job.record.overlay;
+        let layers = overlay.layers.len();
         let span = info_span!("combine", path = %crate::printable(target.display()), layers);
-        let outcome = call(Step::Combine, span, self.combiner.combine(&job.overlay)).await;
+        let outcome = call(Step::Combine, span, self.combiner.combine(overlay)).await;
         let outcome = records.after_setup(
             outcome,
             || job.record(Progress::Up),
@@ -375,6 +387,12 @@ impl Driver for Combining {
         drop(job.claim);
         let mounts = job.scratch.into_iter().chain(job.layers);
         release_all(mounts)
+    }
+
+    fn abandon(job: CombineJob) {
+        job.claim.into_iter().for_each(Claim::keep);
+        let mounts = job.scratch.into_iter().chain(job.layers);
+        mounts.for_each(Mount::abandon);
     }
 
     fn check(&self, up: &Combined, _: &CombineJob) -> Result<(), Error> {

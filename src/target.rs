@@ -278,6 +278,11 @@ impl Claim {
     pub(crate) fn target(&self) -> &Arc<Path> {
         &self.target
     }
+
+    /// Keeps the path taken for good: what is there may stay.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Claim {

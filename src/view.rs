@@ -124,6 +124,12 @@ impl View {
         self.lease.release()
     }
 
+    /// Leaves the view as it is, and its holder in the journal, for the next process.
+    pub(crate) fn abandon(self) {
+        self.holder.as_ref().inspect(|holder| holder.keep());
+        self.lease.abandon();
+    }
+
     pub(crate) fn key(&self) -> RecordKey {
         RecordKey::View(self.target().to_owned())
     }
@@ -185,17 +191,22 @@ pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result
         .map_err(|error| error.on_path(target))
 }
 
-/// Puts what a restart has left into the table; a share of it unless it is only to be torn down.
+/// Puts what a restart has left into the table; a share of it unless it is only to be torn down. With an error if it is
+/// refused, since it contradicts what was restored before.
 pub(crate) fn restore(
     table: &Arc<Table<Viewing>>,
     record: &ViewRecord,
     mount: Option<Mount>,
     left: Left,
-) -> Result<Option<View>, Error> {
-    let (job, resource) = table.driver().restore(record, mount, left)?;
+) -> (Option<View>, Option<Error>) {
+    let (job, resource, error) = table.driver().restore(record, mount, left);
+    if resource.is_none() && (left == Left::Refused || error.is_some()) {
+        // In the table it would be torn down.
+        return (None, error);
+    }
     let lease = table.restore(record.bind.target.clone(), job, resource);
     let holder = None;
-    Ok(lease.map(|lease| View { holder, lease }))
+    (lease.map(|lease| View { holder, lease }), error)
 }
 
 impl fmt::Debug for View {

@@ -115,6 +115,73 @@ fn shell(words: &[&str]) {
     assert!(status.success(), "{words:?}");
 }
 
+/// A shell that works in a directory, until it is dropped.
+struct User(std::process::Child);
+
+impl User {
+    fn of(directory: &Path) -> Self {
+        let mut command = Command::new("sleep");
+        User(command.arg("600").current_dir(directory).spawn().unwrap())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Who gives up on a tree that is in use leaves all of it, from the tree down to the disks.
+#[test]
+fn root_r01_who_gives_up_on_a_busy_tree_leaves_what_is_below_it() {
+    let _alone = alone();
+    let wanted = Wanted::new("r01");
+    let mut held = wanted.hold();
+    fs::write(wanted.tree().join("precious"), PRECIOUS).unwrap();
+    let user = User::of(&wanted.tree());
+    common::signal(held.pid(), Signal::TERM);
+    let said = held.wait_for("another signal");
+    let before = in_kernel(wanted.dir.path().file_name().unwrap());
+    let answer = held.end(Signal::TERM);
+    assert_eq!(answer.code, Some(1), "{said}{answer}");
+    let after = in_kernel(wanted.dir.path().file_name().unwrap());
+    assert_eq!(after, before, "{answer}");
+    let precious = fs::read_to_string(wanted.tree().join("precious"));
+    assert_eq!(precious.unwrap(), PRECIOUS, "{answer}");
+    drop(user);
+    common::clean_up(&["--resumable"]);
+    assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
+}
+
+/// The layers were unmounted by hand, and the tree is in use: each program that would go on with it says so, none makes
+/// it worse, and once it is free it is taken apart.
+#[test]
+fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
+    let _alone = alone();
+    let wanted = Wanted::new("r02");
+    let held = wanted.hold();
+    let layers = held.json["layers"].as_array().unwrap().clone();
+    let user = User::of(&wanted.tree());
+    kill(held);
+    for layer in layers {
+        shell(&["umount", layer["path"].as_str().unwrap()]);
+    }
+    for _ in 0..3 {
+        let answer = run(["mount", "--resume", &wanted.name]);
+        assert_ne!(answer.code, Some(0), "{answer}");
+        assert!(
+            !answer.stderr.contains("makes no sense")
+                && !answer.stderr.contains("which mount each layer is"),
+            "{answer}"
+        );
+        assert!(wanted.tree().join("b").exists(), "{answer}");
+    }
+    drop(user);
+    common::clean_up(&["--resumable"]);
+    assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
+}
+
 fn kill(held: Held) {
     held.kill();
 }

@@ -8,7 +8,7 @@ use tracing::info_span;
 use crate::call::{Teardown, call, call_down};
 use crate::holders::Holders;
 use crate::journal::{AttachmentRecord, Progress, Record, RecordKey};
-use crate::lease::{Driver, LEFT_HALF_DONE, Left};
+use crate::lease::{Driver, Left};
 use crate::release::{Releasing, nothing_to_release};
 use crate::{BackendError, DeviceLocator, Disk, DiskId, Error, Step, Transport, Unplugger};
 
@@ -41,8 +41,8 @@ pub(super) struct Attached {
     pub(super) id: DiskId,
     pub(super) disk: Disk,
     pub(super) locator: DeviceLocator,
-    /// A restart has left it half done, with mounts above that have to go first: no caller can share it.
-    doubtful: bool,
+    /// What a restart has left of it: [`Left::Up`], or more than nothing that no caller can share.
+    left: Left,
 }
 
 impl AttachJob {
@@ -70,10 +70,8 @@ impl AttachJob {
 impl Attached {
     /// All leases of a disk have the same access and options.
     pub(super) fn check(&self, wanted: &Disk) -> Result<(), Error> {
-        if self.doubtful {
-            let cause = BackendError::uncertain(LEFT_HALF_DONE);
-            return Err(Error::new(Step::Attach, cause).on_disk(wanted));
-        }
+        let whole = self.left.ensure_whole();
+        whole.map_err(|cause| Error::new(Step::Attach, cause).on_disk(wanted))?;
         let (up, locator) = (&self.disk, &self.locator);
         let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
         if same_access && wanted.options() == up.options() {
@@ -106,45 +104,41 @@ impl Attach {
         }
     }
 
-    /// The job of an attachment that a restart has left, and its resource unless it is only to be torn down. An error
-    /// if what is recorded contradicts itself.
+    /// The job of an attachment that a restart has left, and its resource unless it is only to be torn down. Refused with
+    /// an error if what is recorded contradicts what was restored before.
     pub(super) fn restore(
         &self,
         record: &AttachmentRecord,
         left: Left,
-    ) -> Result<(AttachJob, Option<Attached>), Error> {
+    ) -> (AttachJob, Option<Attached>, Option<Error>) {
         let AttachmentRecord { id, disk, .. } = record;
-        let contradiction = |why: &str| {
-            let error = Error::new(Step::Adopt, BackendError::invalid(why));
-            Err(error.on_disk(disk))
-        };
-        if !self.sources.insert(disk.clone()) {
-            return contradiction("two disks of this name are recorded");
-        }
+        let listed = self.sources.insert(disk.clone());
         // What the guest has unplugged has no more need of its locator, which the next disk may have.
         let locator = record.locator.as_ref().filter(|_| !record.unplugged);
-        if let Some(locator) = locator
-            && !self.occupy(locator, id)
-        {
-            self.sources.remove(disk);
-            return contradiction("its locator is recorded of another disk too");
-        }
+        let contradiction = if !listed {
+            Some("two disks of this name are recorded")
+        } else if locator.is_some_and(|locator| !self.occupy(locator, id)) {
+            Some("its locator is recorded of another disk too")
+        } else {
+            None
+        };
+        let left = contradiction.map_or(left, |_| Left::Refused);
         let job = AttachJob {
-            listed: true,
+            listed,
             locator: locator.cloned(),
             unplugged: record.unplugged,
             ..AttachJob::new(disk)
         };
-        let resource = match (left, locator) {
-            (Left::Up | Left::Doubtful, Some(locator)) => Some(Attached {
-                id: id.clone(),
-                disk: disk.clone(),
-                locator: locator.clone(),
-                doubtful: left == Left::Doubtful,
-            }),
-            _ => None,
+        let attached = |locator: &DeviceLocator| Attached {
+            id: id.clone(),
+            disk: disk.clone(),
+            locator: locator.clone(),
+            left,
         };
-        Ok((job, resource))
+        let resource = locator.filter(|_| left != Left::Pending).map(attached);
+        let error = contradiction
+            .map(|why| Error::new(Step::Adopt, BackendError::invalid(why)).on_disk(disk));
+        (job, resource, error)
     }
 
     /// False if another disk is at the locator.
@@ -171,7 +165,7 @@ impl Attach {
             id: id.clone(),
             disk: disk.clone(),
             locator,
-            doubtful: false,
+            left: Left::Up,
         })
     }
 
@@ -276,6 +270,11 @@ impl Driver for Attach {
             self.sources.remove(&job.disk);
         }
         nothing_to_release()
+    }
+
+    fn abandon(job: AttachJob) {
+        // It stands on nothing.
+        drop(job);
     }
 
     fn check(&self, up: &Attached, wanted: &AttachJob) -> Result<(), Error> {

@@ -1,6 +1,7 @@
 //! The records of a journal, sorted and checked against each other.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 
 use super::{
     AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey,
@@ -35,25 +36,27 @@ pub(crate) struct Recorded {
     pub(crate) stacks: Vec<StackRecord>,
     pub(crate) views: Vec<ViewRecord>,
     pub(crate) holders: Vec<HolderRecord>,
+    /// What no manager can have recorded, and why.
+    pub(crate) refused: HashMap<RecordKey, String>,
 }
 
 impl Recorded {
-    /// Sorts records, and refuses those that no manager can have written. What is recorded of something whose record is
-    /// gone already is not refused: a recovery that was killed leaves that.
-    pub(crate) fn validate(records: Vec<Record>) -> Result<Self, Error> {
-        let invalid = |why: String| Error::new(Step::Recover, BackendError::invalid(why));
+    /// Sorts records, and tells those that no manager can have written. What is recorded of something whose record is
+    /// gone already is none of them: a recovery that was killed leaves that.
+    pub(crate) fn sort(records: Vec<Record>) -> Self {
         let mut keys = HashSet::new();
         let mut recorded = Recorded::default();
         for record in records {
             let key = record.key();
             if !keys.insert(key.clone()) {
-                return Err(invalid(format!("{key} is recorded twice")));
+                recorded.refuse(key, "it is recorded twice");
+                continue;
             }
             match record {
                 Record::Attachment(record) => recorded.attachments.push(record),
                 Record::Mount(record) => {
                     if record.devices.len() > record.key.options.devices().len() {
-                        return Err(invalid(format!("{key} has more disks than devices")));
+                        recorded.refuse(key, "it has more disks than devices");
                     }
                     recorded.mounts.push(record);
                 }
@@ -61,9 +64,7 @@ impl Recorded {
                     if record.overlay.layers.len() != record.layers.len()
                         || record.overlay.scratch.is_some() != record.scratch.is_some()
                     {
-                        return Err(invalid(format!(
-                            "{key} does not say which mount each layer is"
-                        )));
+                        recorded.refuse(key, "it does not say which mount each layer is");
                     }
                     recorded.stacks.push(record);
                 }
@@ -71,55 +72,90 @@ impl Recorded {
                 Record::Holder(record) => recorded.holders.push(record),
             }
         }
-        recorded.tell_locators_apart().map_err(invalid)?;
-        recorded.ensure_writable().map_err(invalid)?;
-        Ok(recorded)
+        recorded.tell_locators_apart();
+        recorded.refuse_written();
+        recorded.refuse_doubles();
+        recorded
+    }
+
+    fn refuse(&mut self, key: RecordKey, why: impl Into<String>) {
+        self.refused.entry(key).or_insert_with(|| why.into());
+    }
+
+    /// The error that something is refused with, if it is.
+    pub(crate) fn refusal(&self, key: &RecordKey) -> Option<Error> {
+        let why = self.refused.get(key)?;
+        let why = format!("the record of {key} makes no sense: {why}");
+        Some(Error::new(Step::Recover, BackendError::invalid(why)))
     }
 
     /// A transport gives a locator to the next disk as soon as a detach has taken effect, which is before the record of the
     /// first one goes. That one is found by its disk alone.
-    fn tell_locators_apart(&mut self) -> Result<(), String> {
+    fn tell_locators_apart(&mut self) {
         let (ending, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attachments)
             .into_iter()
             .partition(|record| record.progress == Progress::Ending);
-        let mut taken = HashSet::new();
+        let mut taken = HashMap::new();
         for mut record in others.into_iter().chain(ending) {
             if let Some(locator) = &record.locator
-                && !taken.insert(locator.clone())
+                && let Some(first) = taken.insert(locator.clone(), record.id.clone())
             {
-                if record.progress != Progress::Ending {
-                    return Err(format!("two disks are recorded at {locator}"));
+                taken.insert(locator.clone(), first.clone());
+                if record.progress == Progress::Ending {
+                    record.locator = None;
+                } else {
+                    for id in [first, record.id.clone()] {
+                        let why = format!("two disks are recorded at {locator}");
+                        self.refuse(RecordKey::Attachment(id), why);
+                    }
                 }
-                record.locator = None;
             }
             self.attachments.push(record);
         }
-        Ok(())
     }
 
     /// A disk that the VM cannot write to has no mount that can.
-    fn ensure_writable(&self) -> Result<(), String> {
+    fn refuse_written(&mut self) {
         let read_only = self
             .attachments
             .iter()
             .filter(|one| one.disk.is_read_only());
         let read_only: HashSet<&DiskId> = read_only.map(|one| &one.id).collect();
-        let written = self.mounts.iter().find(|mount| {
+        let written = self.mounts.iter().filter(|mount| {
             let mut disks = mount.disks();
             !mount.key.options.is_read_only() && disks.any(|disk| read_only.contains(disk))
         });
-        match written {
-            Some(mount) => Err(format!(
-                "{} is recorded as writable, and its disk as read-only",
-                mount.target.display()
-            )),
-            None => Ok(()),
+        let written: Vec<_> = written.map(|mount| mount.key.clone()).collect();
+        for key in written {
+            let why = "it is recorded as writable, and its disk as read-only";
+            self.refuse(RecordKey::Mount(key), why);
         }
     }
 
-    /// Refuses records of things that stand on nothing, or on what is not up: nothing was interrupted that could have left
-    /// them so.
+    /// A manager has each name of a disk once, and each path.
+    fn refuse_doubles(&mut self) {
+        let disks = self.attachments.iter();
+        let disks = disks.map(|one| (&one.disk, RecordKey::Attachment(one.id.clone())));
+        let mounts = self.mounts.iter();
+        let mounts = mounts.map(|one| (&one.target, RecordKey::Mount(one.key.clone())));
+        let stacks = self.stacks.iter().map(|one| &one.overlay.target);
+        let stacks = stacks.map(|target| (target, RecordKey::Stack(target.clone())));
+        let views = self.views.iter().map(|one| &one.bind.target);
+        let views = views.map(|target| (target, RecordKey::View(target.clone())));
+        let disks = doubles(disks).map(|key| (key, "two disks of its name are recorded"));
+        let paths = doubles(mounts.chain(stacks).chain(views))
+            .map(|key| (key, "its path is recorded twice"));
+        let refused: Vec<_> = disks.chain(paths).collect();
+        for (key, why) in refused {
+            self.refuse(key, why);
+        }
+    }
+
+    /// Refuses records that no manager can have written, and those of things that stand on nothing, or on what is not up:
+    /// nothing was interrupted that could have left them so.
     pub(crate) fn ensure_whole(&self) -> Result<(), Error> {
+        let refused = self.refused.keys().find_map(|key| self.refusal(key));
+        refused.map_or(Ok(()), Err)?;
         let invalid = |why: String| Err(Error::new(Step::Recover, BackendError::invalid(why)));
         let mut up = HashSet::new();
         for record in &self.attachments {
@@ -192,6 +228,37 @@ impl Recorded {
         let stacks = self.stacks.iter();
         let layers = stacks.flat_map(|stack| stack.layers.iter().chain(&stack.scratch));
         let views = self.views.iter().map(|view| &view.mount);
-        layers.chain(views).cloned().collect()
+        let mut shown: HashSet<MountKey> = layers.chain(views).cloned().collect();
+        for stack in &self.stacks {
+            let key = RecordKey::Stack(stack.overlay.target.clone());
+            if self.refused.contains_key(&key) {
+                let mounts = self.mounts.iter().filter(|mount| stack.may_have(mount));
+                shown.extend(mounts.map(|mount| mount.key.clone()));
+            }
+        }
+        shown
+    }
+}
+
+/// The records that share what each must have alone.
+fn doubles<T: Eq + Hash>(
+    records: impl Iterator<Item = (T, RecordKey)>,
+) -> impl Iterator<Item = RecordKey> {
+    let mut sharing: HashMap<T, Vec<RecordKey>> = HashMap::new();
+    for (of, key) in records {
+        sharing.entry(of).or_default().push(key);
+    }
+    let doubles = sharing.into_values().filter(|keys| keys.len() > 1);
+    doubles.flatten()
+}
+
+impl StackRecord {
+    /// Whether a mount may be one of its layers, also if the record makes no sense: it is named, or at the path of a layer.
+    pub(crate) fn may_have(&self, mount: &MountRecord) -> bool {
+        let scratch = self.overlay.scratch.as_ref();
+        self.layers.contains(&mount.key)
+            || self.scratch.as_ref() == Some(&mount.key)
+            || self.overlay.layers.contains(&mount.target)
+            || scratch.is_some_and(|scratch| scratch.starts_with(&mount.target))
     }
 }

@@ -13,7 +13,21 @@ pub(super) struct Entry<D: Driver> {
     pub(super) resource: OnceLock<D::Resource>,
     pub(super) state: Mutex<State>,
     /// Held by the one task that sets up or tears down; waiting for it is queueing for the key.
-    pub(super) job: AsyncMutex<Option<D::Job>>,
+    pub(super) job: AsyncMutex<JobSlot<D>>,
+}
+
+/// The job of an entry, from before its driver is called until the resource is down.
+///
+/// A job that is still here when its table goes has a tear-down pending. What it holds is below what may still be there,
+/// so it is left as it is and not released.
+pub(super) struct JobSlot<D: Driver>(pub(super) Option<D::Job>);
+
+impl<D: Driver> Drop for JobSlot<D> {
+    fn drop(&mut self) {
+        if let Some(job) = self.0.take() {
+            D::abandon(job);
+        }
+    }
 }
 
 pub(super) enum State {

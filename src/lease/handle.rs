@@ -54,6 +54,11 @@ impl<D: Driver> Lease<D> {
             }
         })
     }
+
+    /// Gives the lease up without releasing it: what it keeps up stays in use for as long as its table lives.
+    pub(crate) fn abandon(mut self) {
+        drop(self.0.take());
+    }
 }
 
 impl<D: Driver> Drop for Lease<D> {

@@ -119,6 +119,8 @@ impl Driver for Fake {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    fn abandon(_: Work) {}
+
     fn check(&self, up: &u8, wanted: &Work) -> Result<(), Error> {
         assert_eq!(*up, wanted.key, "a lease is for the key that was requested");
         Ok(())

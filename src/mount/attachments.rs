@@ -18,7 +18,7 @@ pub(crate) struct Attachments {
 }
 
 /// Which disks they are.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct DiskIds {
     pub(crate) mounted: Option<DiskId>,
     pub(crate) devices: Box<[DiskId]>,
@@ -81,6 +81,12 @@ impl Attachments {
             mounted: self.mounted.as_ref().map(Attachment::again),
             devices: self.devices.iter().map(Attachment::again).collect(),
         }
+    }
+
+    /// Leaves all of them attached, for the next process.
+    pub(crate) fn abandon(self) {
+        let all = self.mounted.into_iter().chain(self.devices);
+        all.for_each(Attachment::abandon);
     }
 
     pub(crate) fn releasing(self) -> Releasing {

@@ -10,7 +10,7 @@ use super::attachments::{Attachments, DiskIds};
 use crate::call::{Teardown, call, call_down};
 use crate::holders::Holders;
 use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
-use crate::lease::{Driver, LEFT_HALF_DONE, Left};
+use crate::lease::{Driver, Left};
 use crate::release::Releasing;
 use crate::target::{Claim, Claims};
 use crate::{BackendError, DeviceLocator, Error, Mounter, Step};
@@ -24,6 +24,8 @@ pub(super) struct Mounting {
 
 pub(super) struct MountJob {
     under: Attachments,
+    /// The disks of a mount that a restart has left, which may have been detached under it.
+    recorded: Option<DiskIds>,
     target: Option<Box<Path>>,
     claim: Option<Claim>,
     down: Teardown,
@@ -33,8 +35,8 @@ pub(super) struct Mounted {
     pub(super) point: MountPoint,
     /// The disks that the entry keeps attached; none if they were attached without this manager.
     pub(super) keeps: DiskIds,
-    /// A restart has left it half done, with a stack above that has to go first: no caller can share it.
-    doubtful: bool,
+    /// What a restart has left of it: [`Left::Up`], or more than nothing that no caller can share.
+    left: Left,
 }
 
 impl Mounted {
@@ -52,12 +54,8 @@ impl Mounted {
     }
 
     pub(super) fn ensure_whole(&self) -> Result<(), Error> {
-        match self.doubtful {
-            true => Err(self
-                .point
-                .error(Step::Mount, BackendError::uncertain(LEFT_HALF_DONE))),
-            false => Ok(()),
-        }
+        let whole = self.left.ensure_whole();
+        whole.map_err(|cause| self.point.error(Step::Mount, cause))
     }
 }
 
@@ -73,14 +71,20 @@ impl MountJob {
     pub(super) fn new(under: Attachments, target: Option<&Path>) -> Self {
         MountJob {
             under,
+            recorded: None,
             target: target.map(Box::from),
             claim: None,
             down: Teardown::default(),
         }
     }
 
+    fn disks(&self) -> DiskIds {
+        let recorded = self.recorded.clone();
+        recorded.unwrap_or_else(|| self.under.ids())
+    }
+
     fn record(&self, key: &MountKey, target: &Path, progress: Progress) -> Record {
-        let disks = self.under.ids();
+        let disks = self.disks();
         Record::Mount(MountRecord {
             key: key.clone(),
             disk: disks.mounted,
@@ -106,33 +110,37 @@ impl MountJob {
 }
 
 impl Mounting {
-    /// The job of a mount that a restart has left, and its resource unless it is only to be torn down. An error if what
-    /// is recorded contradicts itself.
+    /// The job of a mount that a restart has left, and its resource unless it is only to be torn down. Refused with an
+    /// error if what is recorded contradicts what was restored before.
     pub(super) fn restore(
         &self,
         record: &MountRecord,
         under: Attachments,
         left: Left,
-    ) -> Result<(MountJob, Option<Mounted>), Error> {
+    ) -> (MountJob, Option<Mounted>, Option<Error>) {
         let MountKey { device, options } = &record.key;
-        let claim = match self.claims.mount(device, options, Some(&record.target)) {
-            Ok(claim) => claim,
-            Err(cause) => {
-                // Dropping them could detach a disk that may be mounted.
-                std::mem::forget(under);
-                let error = Error::new(Step::Adopt, cause).on_device(device);
-                return Err(error.on_path(&record.target));
-            }
+        let claim = self.claims.mount(device, options, Some(&record.target));
+        let (claim, left, error) = match claim {
+            Ok(claim) => (Some(claim), left, None),
+            Err(cause) => (None, Left::Refused, Some(cause)),
         };
-        let (path, locator) = (Arc::clone(claim.target()), device.clone());
-        let mut job = MountJob::new(under, Some(&record.target));
-        job.claim = Some(claim);
+        let recorded = DiskIds {
+            mounted: record.disk.clone(),
+            devices: record.devices.clone().into(),
+        };
+        let job = MountJob {
+            recorded: Some(recorded),
+            claim,
+            ..MountJob::new(under, Some(&record.target))
+        };
+        let (path, locator) = (Arc::from(&*record.target), device.clone());
         let resource = (left != Left::Pending).then(|| Mounted {
             point: MountPoint { path, locator },
-            keeps: job.under.ids(),
-            doubtful: left == Left::Doubtful,
+            keeps: job.disks(),
+            left,
         });
-        Ok((job, resource))
+        let error = error.map(|cause| job.explain(device, Error::new(Step::Adopt, cause)));
+        (job, resource, error)
     }
 }
 
@@ -161,8 +169,8 @@ impl Driver for Mounting {
         let locator = device.clone();
         Ok(Mounted {
             point: MountPoint { path, locator },
-            keeps: job.under.ids(),
-            doubtful: false,
+            keeps: job.disks(),
+            left: Left::Up,
         })
     }
 
@@ -185,6 +193,11 @@ impl Driver for Mounting {
     fn release_held(&self, job: MountJob) -> Releasing {
         drop(job.claim);
         job.under.releasing()
+    }
+
+    fn abandon(job: MountJob) {
+        job.claim.into_iter().for_each(Claim::keep);
+        job.under.abandon();
     }
 
     fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
+use tracing::warn;
 
 use super::{Claim, Found, FoundHolder, FoundState, Held, Recovery, Report};
 use crate::holders::Holders;
@@ -49,10 +50,12 @@ impl Adopted {
     }
 
     /// Never waits: a recovery is whole, or it never was.
-    pub(super) fn restore(self, manager: Manager, holders: Holders) -> Result<Recovery, Error> {
+    pub(super) fn restore(self, manager: Manager, holders: Holders) -> Recovery {
         let mut restoring = Restoring {
             mounted: self.recorded.mounted(),
             shown: self.recorded.shown(),
+            kept: HashSet::new(),
+            refused: HashMap::new(),
             manager,
             holders,
             report: Report::default(),
@@ -62,14 +65,8 @@ impl Adopted {
             views: HashMap::new(),
             used: HashSet::new(),
         };
-        match restoring.everything(self) {
-            Ok(claims) => Ok(restoring.finish(claims)),
-            Err(error) => {
-                // Dropping the handles would tear down what they stand for.
-                std::mem::forget(restoring);
-                Err(error)
-            }
-        }
+        let claims = restoring.everything(self);
+        restoring.finish(claims)
     }
 }
 
@@ -82,34 +79,42 @@ struct Restoring {
     mounted: HashSet<DiskId>,
     /// The mounts that are layers of stacks, or have views.
     shown: HashSet<MountKey>,
+    /// What is named by what is refused, and must stay up.
+    kept: HashSet<RecordKey>,
+    /// What is refused, and why.
+    refused: HashMap<RecordKey, Error>,
     attachments: HashMap<DiskId, (Attachment, Left)>,
     mounts: HashMap<MountKey, (Mount, Left)>,
-    stacks: HashMap<RecordKey, Stack>,
-    views: HashMap<RecordKey, View>,
+    stacks: HashMap<RecordKey, (Stack, Left)>,
+    views: HashMap<RecordKey, (View, Left)>,
     /// What others keep up.
     used: HashSet<RecordKey>,
 }
 
 impl Restoring {
-    fn everything(&mut self, adopted: Adopted) -> Result<HashMap<HolderName, Claim>, Error> {
+    fn everything(&mut self, adopted: Adopted) -> HashMap<HolderName, Claim> {
+        let refused = adopted.recorded.refused.keys();
+        let refused = refused.filter_map(|key| Some((key.clone(), adopted.recorded.refusal(key)?)));
+        self.refused = refused.collect();
         let Recorded {
             attachments,
             mounts,
             stacks,
             views,
             holders,
+            refused: _,
         } = adopted.recorded;
         for (record, answer) in attachments.into_iter().zip(adopted.attachments) {
-            self.attachment(record, answer)?;
+            self.attachment(record, answer);
         }
         for (record, answer) in mounts.iter().zip(adopted.mounts) {
-            self.mount(record, answer)?;
+            self.mount(record, answer);
         }
         for (record, answer) in stacks.iter().zip(adopted.stacks) {
-            self.stack(record, answer)?;
+            self.stack(record, answer, &mounts);
         }
         for (record, answer) in views.iter().zip(adopted.views) {
-            self.view(record, answer)?;
+            self.view(record, answer);
         }
         let mut claims = HashMap::new();
         for holder in holders {
@@ -121,14 +126,10 @@ impl Restoring {
             });
             claims.insert(holder.name, claim);
         }
-        Ok(claims)
+        claims
     }
 
-    fn attachment(
-        &mut self,
-        mut record: AttachmentRecord,
-        answer: Answer<DeviceLocator>,
-    ) -> Result<(), Error> {
+    fn attachment(&mut self, mut record: AttachmentRecord, answer: Answer<DeviceLocator>) {
         let id = record.id.clone();
         let mut whole = record.progress == Progress::Up && !record.unplugged;
         if let Ok(Presence::Present(locator)) = &answer {
@@ -137,15 +138,17 @@ impl Restoring {
         }
         let below = self.mounted.contains(&id) && record.locator.is_some();
         let key = RecordKey::Attachment(id.clone());
-        if let Some(left) = self.what_is_left(key, answer, whole, below)
-            && let Some(attachment) = self.manager.attachments().restore(&record, left)?
-        {
+        let Some(left) = self.what_is_left(&key, &answer, whole, below) else {
+            return;
+        };
+        let (attachment, refused) = self.manager.attachments().restore(&record, left);
+        let left = self.found(key, left, answer.err(), refused);
+        if let Some(attachment) = attachment {
             self.attachments.insert(id, (attachment, left));
         }
-        Ok(())
     }
 
-    fn mount(&mut self, record: &MountRecord, answer: Answer<()>) -> Result<(), Error> {
+    fn mount(&mut self, record: &MountRecord, answer: Answer<()>) {
         let is_up = |disk: &DiskId| matches!(self.attachments.get(disk), Some((_, Left::Up)));
         let on_whole = record.disks().all(is_up);
         let share = |disk: &DiskId| Some(self.attachments.get(disk)?.0.share(None));
@@ -156,25 +159,26 @@ impl Restoring {
         let whole = record.progress == Progress::Up && on_whole;
         let below = self.shown.contains(&record.key);
         let key = RecordKey::Mount(record.key.clone());
-        let Some(left) = self.what_is_left(key, answer, whole, below) else {
-            return Ok(());
+        let Some(left) = self.what_is_left(&key, &answer, whole, below) else {
+            return;
         };
         let disks = under.mounted.iter().chain(&under.devices);
         self.used.extend(disks.map(Attachment::key));
-        if let Some(mount) = self.manager.mounts().restore(record, under, left)? {
+        let (mount, refused) = self.manager.mounts().restore(record, under, left);
+        let left = self.found(key, left, answer.err(), refused);
+        if let Some(mount) = mount {
             self.mounts.insert(record.key.clone(), (mount, left));
         }
-        Ok(())
     }
 
-    fn stack(&mut self, record: &StackRecord, answer: Answer<()>) -> Result<(), Error> {
+    fn stack(&mut self, record: &StackRecord, answer: Answer<()>, mounts: &[MountRecord]) {
         let under = |key: &MountKey| self.mounts.get(key);
         let all = || record.layers.iter().chain(&record.scratch);
         let on_whole = all().all(|key| under(key).is_some_and(|(_, left)| *left == Left::Up));
         let whole = record.progress == Progress::Up && on_whole;
         let key = RecordKey::Stack(record.overlay.target.clone());
-        let Some(left) = self.what_is_left(key.clone(), answer, whole, false) else {
-            return Ok(());
+        let Some(left) = self.what_is_left(&key, &answer, whole, false) else {
+            return;
         };
         let share = |key: &MountKey| Some(self.mounts.get(key)?.0.share(None));
         let layers: Vec<Mount> = record.layers.iter().filter_map(share).collect();
@@ -182,34 +186,41 @@ impl Restoring {
         self.used
             .extend(layers.iter().chain(&scratch).map(Mount::key));
         let stacks = &self.manager.stacks;
-        if let Some(stack) = stack::restore(stacks, record, layers, scratch, left)? {
-            self.stacks.insert(key, stack);
+        let (stack, refused) = stack::restore(stacks, record, layers, scratch, left);
+        let left = self.found(key.clone(), left, answer.err(), refused);
+        if left == Left::Refused {
+            let below = mounts.iter().filter(|mount| record.may_have(mount));
+            self.kept
+                .extend(below.map(|mount| RecordKey::Mount(mount.key.clone())));
         }
-        Ok(())
+        if let Some(stack) = stack {
+            self.stacks.insert(key, (stack, left));
+        }
     }
 
-    fn view(&mut self, record: &ViewRecord, answer: Answer<()>) -> Result<(), Error> {
+    fn view(&mut self, record: &ViewRecord, answer: Answer<()>) {
         let mount = self.mounts.get(&record.mount);
         let on_whole = mount.is_some_and(|(_, left)| *left == Left::Up);
         let mount = mount.map(|(mount, _)| mount.share(None));
         let whole = record.progress == Progress::Up && on_whole;
         let key = RecordKey::View(record.bind.target.clone());
-        let Some(left) = self.what_is_left(key.clone(), answer, whole, false) else {
-            return Ok(());
+        let Some(left) = self.what_is_left(&key, &answer, whole, false) else {
+            return;
         };
         self.used.extend(mount.iter().map(Mount::key));
         let views = &self.manager.views;
-        if let Some(view) = view::restore(views, record, mount, left)? {
-            self.views.insert(key, view);
+        let (view, refused) = view::restore(views, record, mount, left);
+        let left = self.found(key.clone(), left, answer.err(), refused);
+        if let Some(view) = view {
+            self.views.insert(key, (view, left));
         }
-        Ok(())
     }
 
     /// What is left of something: nothing, if its record is gone as well. `below`: it has something above it that goes first.
     fn what_is_left<T>(
         &mut self,
-        key: RecordKey,
-        answer: Answer<T>,
+        key: &RecordKey,
+        answer: &Answer<T>,
         whole: bool,
         below: bool,
     ) -> Option<Left> {
@@ -218,25 +229,51 @@ impl Restoring {
             Err(error) => error.kind() == ErrorKind::Gone,
             _ => false,
         };
-        let left = if gone {
+        if gone {
             self.holders.records().remove(|| key.clone());
-            None
+            self.refused.remove(key);
+            self.report.found.push(Found {
+                what: key.clone(),
+                state: FoundState::Gone,
+                error: answer.as_ref().err().cloned(),
+            });
+            return None;
+        }
+        Some(if self.refused.contains_key(key) {
+            Left::Refused
         } else if whole && matches!(answer, Ok(Presence::Present(_))) {
-            Some(Left::Up)
+            Left::Up
         } else if below {
-            Some(Left::Doubtful)
+            Left::Doubtful
         } else {
-            Some(Left::Pending)
+            Left::Pending
+        })
+    }
+
+    /// Reports what is put into the tables; what is left of it, which is refused if it contradicts what was put there before.
+    fn found(
+        &mut self,
+        what: RecordKey,
+        left: Left,
+        error: Option<Error>,
+        refused: Option<Error>,
+    ) -> Left {
+        if let Some(refused) = refused {
+            self.refused.insert(what.clone(), refused);
+        }
+        let refused = self.refused.get(&what).cloned();
+        let (left, state) = match left {
+            _ if refused.is_some() => (Left::Refused, FoundState::Refused),
+            Left::Up => (left, FoundState::Up),
+            _ => (left, FoundState::Pending),
         };
-        let state = match left {
-            Some(Left::Up) => FoundState::Up,
-            Some(_) => FoundState::Pending,
-            None => FoundState::Gone,
-        };
+        if let Some(error) = &refused {
+            warn!(%what, %error, "what the journal has of it makes no sense; it is left as it is");
+        }
         self.report.found.push(Found {
-            what: key,
+            what,
             state,
-            error: answer.err(),
+            error: refused.or(error),
         });
         left
     }
@@ -244,6 +281,13 @@ impl Restoring {
     fn claim(&mut self, name: &HolderName, of: &RecordKey) -> Claim {
         let holders = self.holders.clone();
         let holder = || holders.restore(name.clone(), of.clone());
+        let own = RecordKey::Holder(name.clone());
+        let refused = self.refused.get(&own).or_else(|| self.refused.get(of));
+        if let Some(error) = refused {
+            holder().keep();
+            self.kept.insert(of.clone());
+            return Claim::Refused(error.clone());
+        }
         let held = match of {
             RecordKey::Attachment(disk) => match self.attachments.get(disk) {
                 Some((there, Left::Up)) => Held::Attachment(there.share(Some(holder()))),
@@ -254,12 +298,12 @@ impl Restoring {
                 _ => return Claim::Lost(of.clone()),
             },
             RecordKey::View(_) => match self.views.get(of) {
-                Some(there) => Held::View(there.share(Some(holder()))),
-                None => return Claim::Lost(of.clone()),
+                Some((there, Left::Up)) => Held::View(there.share(Some(holder()))),
+                _ => return Claim::Lost(of.clone()),
             },
             _ => match self.stacks.get(of) {
-                Some(there) => Held::Stack(there.share(Some(holder()))),
-                None => return Claim::Lost(of.clone()),
+                Some((there, Left::Up)) => Held::Stack(there.share(Some(holder()))),
+                _ => return Claim::Lost(of.clone()),
             },
         };
         self.used.insert(of.clone());
@@ -270,22 +314,19 @@ impl Restoring {
     fn finish(self, claims: HashMap<HolderName, Claim>) -> Recovery {
         let mut unclaimed = Vec::new();
         let attachments = self.attachments.into_values();
+        let attachments =
+            attachments.map(|(held, left)| (held.key(), Held::Attachment(held), left));
         let mounts = self.mounts.into_values();
-        let all = attachments
-            .map(|(attachment, _)| (attachment.key(), Held::Attachment(attachment)))
-            .chain(mounts.map(|(mount, _)| (mount.key(), Held::Mount(mount))))
-            .chain(
-                self.stacks
-                    .into_iter()
-                    .map(|(key, stack)| (key, Held::Stack(stack))),
-            )
-            .chain(
-                self.views
-                    .into_iter()
-                    .map(|(key, view)| (key, Held::View(view))),
-            );
-        for (key, held) in all {
+        let mounts = mounts.map(|(held, left)| (held.key(), Held::Mount(held), left));
+        let stacks = self.stacks.into_iter();
+        let stacks = stacks.map(|(key, (held, left))| (key, Held::Stack(held), left));
+        let views = self.views.into_iter();
+        let views = views.map(|(key, (held, left))| (key, Held::View(held), left));
+        let all = attachments.chain(mounts).chain(stacks).chain(views);
+        for (key, held, left) in all {
+            let kept = left == Left::Refused || self.kept.contains(&key);
             match self.used.contains(&key) {
+                _ if kept => held.abandon(),
                 // Others have a share, so this one is not the last.
                 true => drop(held),
                 false => unclaimed.push(held),

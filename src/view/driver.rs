@@ -84,32 +84,30 @@ impl Viewing {
         }
     }
 
-    /// The job of a view that a restart has left, and its resource if it is up. An error if what is recorded contradicts
-    /// itself.
+    /// The job of a view that a restart has left, and its resource if it is up. Refused with an error if what is recorded
+    /// contradicts what was restored before.
     pub(super) fn restore(
         &self,
         record: &ViewRecord,
         mount: Option<Mount>,
         left: Left,
-    ) -> Result<(ViewJob, Option<Viewed>), Error> {
+    ) -> (ViewJob, Option<Viewed>, Option<Error>) {
         let target = &record.bind.target;
-        let claim = match self.claims.view(target) {
-            Ok(claim) => claim,
-            Err(cause) => {
-                // Dropping it could unmount what may have a view.
-                std::mem::forget(mount);
-                return Err(Error::new(Step::Adopt, cause).on_path(target));
-            }
+        let (claim, left, error) = match self.claims.view(target) {
+            Ok(claim) => (Some(claim), left, None),
+            Err(cause) => (None, Left::Refused, Some(cause)),
         };
         let job = ViewJob {
             bind: record.bind.clone(),
             key: record.mount.clone(),
             mount,
-            claim: Some(claim),
+            claim,
             down: Teardown::default(),
         };
-        let up = job.viewed().filter(|_| left == Left::Up);
-        Ok((job, up))
+        let is_kept = matches!(left, Left::Up | Left::Refused);
+        let up = job.viewed().filter(|_| is_kept);
+        let error = error.map(|cause| Error::new(Step::Adopt, cause).on_path(target));
+        (job, up, error)
     }
 }
 
@@ -157,6 +155,11 @@ impl Driver for Viewing {
             Some(mount) => mount.releasing(),
             None => nothing_to_release(),
         }
+    }
+
+    fn abandon(job: ViewJob) {
+        job.claim.into_iter().for_each(Claim::keep);
+        job.mount.into_iter().for_each(Mount::abandon);
     }
 
     fn check(&self, up: &Viewed, wanted: &ViewJob) -> Result<(), Error> {
