@@ -182,7 +182,7 @@ impl Transport for LoopTransport {
 
     /// A device counts as bound for the disk if it is bound to the same file or block device, with the same access and
     /// mark, and unbinds itself. Without a locator it is only looked for if this transport has a
-    /// [mark](LoopTransportBuilder::mark) of its own: the usual one is that of all processes that have the disk.
+    /// [mark](crate::LoopTransportBuilder::mark) of its own: the usual one is that of all processes that have the disk.
     async fn adopt(
         &self,
         disk: &Disk,
