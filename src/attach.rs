@@ -9,7 +9,8 @@ use tracing::info_span;
 use crate::call::{call, catch_panic, within};
 use crate::holders::{Holder, Holders};
 use crate::journal::{AttachmentRecord, Record, RecordKey};
-use crate::lease::{Lease, Left, Table, Tables};
+use crate::lease::{Left, Table, Tables};
+use crate::named::Named;
 use crate::release::Releasing;
 use crate::{
     DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, HolderName, Presence,
@@ -43,11 +44,7 @@ pub struct AttachManager {
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
 #[must_use = "dropping an attachment releases it in the background, where an error is only logged"]
-pub struct Attachment {
-    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
-    holder: Option<Arc<Holder>>,
-    lease: Lease<Attach>,
-}
+pub struct Attachment(Named<Attach>);
 
 impl AttachManager {
     /// A manager that waits for one answer at most [`DEFAULT_TIMEOUT`].
@@ -124,15 +121,11 @@ impl AttachManager {
     ) -> Result<Attachment, Error> {
         let holder = self.table.driver().holders.reserve(name);
         let holder = holder.map_err(|cause| Error::new(Step::Attach, cause).on_disk(disk))?;
-        let mut attachment = self.attach(disk).await?;
-        match holder.hold(attachment.key()) {
-            Ok(()) => attachment.holder = Some(Arc::new(holder)),
-            Err(error) => {
-                give_back(attachment.releasing()).await;
-                return Err(error.on_disk(disk));
-            }
-        }
-        Ok(attachment)
+        let Attachment(attached) = self.attach(disk).await?;
+        let key = |attached: &Named<Attach>| RecordKey::Attachment(attached.key().clone());
+        let explain = |_: &Named<Attach>, error: Error| error.on_disk(disk);
+        let held = attached.held_by(Some(holder), key, explain).await;
+        held.map(Attachment)
     }
 
     /// Asks the transport whether a disk is there that the journal remembers.
@@ -168,8 +161,7 @@ impl AttachManager {
             return (None, error);
         }
         let lease = self.table.restore(record.id.clone(), job, resource);
-        let holder = None;
-        (lease.map(|lease| Attachment { holder, lease }), error)
+        (lease.map(|lease| Attachment(lease.into())), error)
     }
 
     /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
@@ -201,8 +193,7 @@ impl AttachManager {
                 })?
             }
         };
-        let holder = None;
-        Ok(Attachment { holder, lease })
+        Ok(Attachment(lease.into()))
     }
 
     /// Where a disk is attached with the access and options of `disk`, if it is; nothing keeps it there.
@@ -253,16 +244,16 @@ impl AttachManager {
 impl Attachment {
     /// Where the device is.
     pub fn locator(&self) -> &DeviceLocator {
-        &self.lease.resource().locator
+        &self.0.resource().locator
     }
 
     pub(crate) fn id(&self) -> &DiskId {
-        &self.lease.resource().id
+        &self.0.resource().id
     }
 
     /// The disk, as the first caller named it.
     pub fn disk(&self) -> &Disk {
-        &self.lease.resource().disk
+        &self.0.resource().disk
     }
 
     /// Releases this share. The last release unplugs the device in the guest and detaches it on the host.
@@ -281,14 +272,12 @@ impl Attachment {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
-        drop(self.holder);
-        self.lease.release()
+        self.0.releasing()
     }
 
     /// Leaves the disk attached, and its holder in the journal, for the next process.
     pub(crate) fn abandon(self) {
-        self.holder.as_deref().inspect(|holder| holder.keep());
-        self.lease.abandon();
+        self.0.abandon();
     }
 
     pub(crate) fn key(&self) -> RecordKey {
@@ -297,21 +286,12 @@ impl Attachment {
 
     /// One more share of it, for a holder or for what is above it.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
-        let (holder, lease) = (holder.map(Arc::new), self.lease.share());
-        Attachment { holder, lease }
+        Attachment(self.0.share(holder))
     }
 
     /// One more share of it for the same holder, who has it until both are released.
     pub(crate) fn again(&self) -> Self {
-        let (holder, lease) = (self.holder.clone(), self.lease.share());
-        Attachment { holder, lease }
-    }
-}
-
-/// Releases what a caller does not get after all.
-pub(crate) async fn give_back(releasing: Releasing) {
-    if let Err(left) = releasing.await {
-        left.log();
+        Attachment(self.0.again())
     }
 }
 
@@ -325,7 +305,7 @@ impl fmt::Debug for AttachManager {
 
 impl fmt::Debug for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Attached { disk, locator, .. } = self.lease.resource();
+        let Attached { disk, locator, .. } = self.0.resource();
         f.debug_struct("Attachment")
             .field("disk", disk)
             .field("locator", locator)

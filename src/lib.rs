@@ -91,6 +91,7 @@ mod locator;
 mod manager;
 mod mount;
 mod name;
+mod named;
 mod options;
 mod pci;
 pub mod placement;

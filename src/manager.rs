@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 
-use crate::attach::give_back;
 use crate::holders::Holders;
 use crate::lease::Table;
 use crate::mount::ensure_writable;
+use crate::release::give_back;
 use crate::stack::{Combining, combine, release_all, reserve};
 use crate::view::{self, Viewing};
 use crate::{

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use tracing::info_span;
 
-use crate::attach::{Attachment, give_back};
+use crate::attach::Attachment;
 use crate::call::{call, within};
 use crate::holders::{Holder, Holders, Running};
 use crate::journal::{MountKey, MountRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Table, Tables};
-use crate::release::Releasing;
+use crate::named::Named;
+use crate::release::{Releasing, give_back};
 use crate::target::Claims;
 use crate::{
     BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountRequest,
@@ -50,11 +51,7 @@ pub struct BlockMountManager {
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
 #[must_use = "dropping a mount releases it in the background, where an error is only logged"]
-pub struct Mount {
-    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
-    holder: Option<Holder>,
-    lease: Lease<Mounting>,
-}
+pub struct Mount(Named<Mounting>);
 
 /// Where a device is mounted.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -234,21 +231,13 @@ impl BlockMountManager {
                 return Err(error);
             }
         };
-        let mut mount = Mount {
-            holder: None,
-            lease,
+        let key = |mount: &Named<Mounting>| RecordKey::Mount(mount.key().clone());
+        let explain = |mount: &Named<Mounting>, error: Error| {
+            let point = &mount.resource().point;
+            error.on_device(point.locator()).on_path(point.path())
         };
-        if let Some(holder) = holder {
-            match holder.hold(mount.key()) {
-                Ok(()) => mount.holder = Some(holder),
-                Err(error) => {
-                    let error = error.on_device(mount.locator()).on_path(mount.path());
-                    give_back(mount.releasing()).await;
-                    return Err(error);
-                }
-            }
-        }
-        Ok(mount)
+        let mount = Named::from(lease).held_by(holder, key, explain).await;
+        mount.map(Mount)
     }
 
     async fn lease(
@@ -308,8 +297,7 @@ impl BlockMountManager {
     ) -> (Option<Mount>, Option<Error>) {
         let (job, resource, error) = self.table.driver().restore(record, under, left);
         let lease = self.table.restore(record.key.clone(), job, resource);
-        let holder = None;
-        (lease.map(|lease| Mount { holder, lease }), error)
+        (lease.map(|lease| Mount(lease.into())), error)
     }
 
     /// Shares the mount of a disk that is attached, if there is one, in place of an attachment first
@@ -322,19 +310,15 @@ impl BlockMountManager {
     ) -> Option<Mount> {
         let key = MountKey::new(device, request.options().clone());
         let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
-        let holder = None;
         // Another disk may have this locator by now; the mount says which disk it is of.
         let keeps = lease.resource().keeps.mounted.as_ref();
-        (keeps == Some(id)).then_some(Mount { holder, lease })
+        (keeps == Some(id)).then(|| Mount(lease.into()))
     }
 
     /// A share of each mount of a device.
     pub(crate) fn shares_of(&self, device: &DeviceLocator) -> Vec<Mount> {
         let leases = self.table.shares(|up| up.point.locator() == device);
-        let mount = |lease| Mount {
-            holder: None,
-            lease,
-        };
+        let mount = |lease| Mount(Named::from(lease));
         leases.into_iter().map(mount).collect()
     }
 
@@ -411,7 +395,7 @@ impl Mount {
 
     /// The path and the device.
     pub fn point(&self) -> &MountPoint {
-        &self.lease.resource().point
+        &self.0.resource().point
     }
 
     /// Releases this share. The last release unmounts the device and releases its attachment.
@@ -431,18 +415,16 @@ impl Mount {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
-        drop(self.holder);
-        self.lease.release()
+        self.0.releasing()
     }
 
     /// Leaves the device mounted, and its holder in the journal, for the next process.
     pub(crate) fn abandon(self) {
-        self.holder.as_ref().inspect(|holder| holder.keep());
-        self.lease.abandon();
+        self.0.abandon();
     }
 
     pub(crate) fn mount_key(&self) -> &MountKey {
-        self.lease.key()
+        self.0.key()
     }
 
     pub(crate) fn key(&self) -> RecordKey {
@@ -451,8 +433,7 @@ impl Mount {
 
     /// One more share of it, for a holder or for what is above it.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
-        let lease = self.lease.share();
-        Mount { holder, lease }
+        Mount(self.0.share(holder))
     }
 }
 

@@ -167,3 +167,10 @@ impl StdError for ReleaseError {
         StdError::source(&self.first)
     }
 }
+
+/// Releases what a caller does not get after all.
+pub(crate) async fn give_back(releasing: Releasing) {
+    if let Err(left) = releasing.await {
+        left.log();
+    }
+}

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::attach::give_back;
 use crate::call::{Teardown, call, call_down, within};
 use crate::holders::{Holder, Holders};
 use crate::journal::{Progress, Record, RecordKey, StackRecord};
-use crate::lease::{Driver, Lease, Left, Table};
+use crate::lease::{Driver, Left, Table};
+use crate::named::Named;
 use crate::release::{Releasing, both};
 use crate::target::{Claim, Claims};
 use crate::{
@@ -132,26 +132,22 @@ impl StackRequest {
 /// It owns its mounts. [`release`](Self::release) takes it apart in reverse order; dropping it does so
 /// in the background, where an error can only be logged.
 #[must_use = "dropping a stack releases it in the background, where an error is only logged"]
-pub struct Stack {
-    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
-    holder: Option<Holder>,
-    lease: Lease<Combining>,
-}
+pub struct Stack(Named<Combining>);
 
 impl Stack {
     /// Where the tree is.
     pub fn target(&self) -> &Path {
-        &self.lease.resource().target
+        &self.0.resource().target
     }
 
     /// Where each layer is mounted, the topmost first.
     pub fn layers(&self) -> &[MountPoint] {
-        &self.lease.resource().layers
+        &self.0.resource().layers
     }
 
     /// Where the scratch disk is mounted, if there is one.
     pub fn scratch(&self) -> Option<&MountPoint> {
-        self.lease.resource().scratch.as_ref()
+        self.0.resource().scratch.as_ref()
     }
 
     /// Takes the stack apart: the overlay, the scratch disk, the layers. A layer that others share
@@ -169,24 +165,17 @@ impl Stack {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
-        drop(self.holder);
-        self.lease.release()
+        self.0.releasing()
     }
 
     /// Leaves the stack as it is, and its holder in the journal, for the next process.
     pub(crate) fn abandon(self) {
-        self.holder.as_ref().inspect(|holder| holder.keep());
-        self.lease.abandon();
-    }
-
-    pub(crate) fn key(&self) -> RecordKey {
-        RecordKey::Stack(self.target().to_owned())
+        self.0.abandon();
     }
 
     /// One more share of it, for a holder.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
-        let lease = self.lease.share();
-        Stack { holder, lease }
+        Stack(self.0.share(holder))
     }
 }
 
@@ -272,8 +261,7 @@ pub(crate) fn restore(
     };
     let resource = matches!(left, Left::Up | Left::Refused).then(|| job.combined());
     let lease = table.restore(target.clone(), job, resource);
-    let holder = None;
-    let stack = lease.map(|lease| Stack { holder, lease });
+    let stack = lease.map(|lease| Stack(lease.into()));
     (
         stack,
         error.map(|cause| Error::new(Step::Adopt, cause).on_path(target)),
@@ -313,20 +301,10 @@ pub(crate) async fn combine(
         down: Teardown::default(),
     };
     let lease = table.acquire(request.target.clone(), job).await?;
-    let mut stack = Stack {
-        holder: None,
-        lease,
-    };
-    if let Some(holder) = holder {
-        match holder.hold(stack.key()) {
-            Ok(()) => stack.holder = Some(holder),
-            Err(error) => {
-                give_back(stack.releasing()).await;
-                return Err(error.on_path(&request.target));
-            }
-        }
-    }
-    Ok(stack)
+    let key = |stack: &Named<Combining>| RecordKey::Stack(stack.key().clone());
+    let explain = |_: &Named<Combining>, error: Error| error.on_path(&request.target);
+    let stack = Named::from(lease).held_by(holder, key, explain).await;
+    stack.map(Stack)
 }
 
 impl CombineJob {
@@ -437,7 +415,7 @@ impl fmt::Debug for Stack {
             target,
             layers,
             scratch,
-        } = self.lease.resource();
+        } = self.0.resource();
         f.debug_struct("Stack")
             .field("target", target)
             .field("layers", layers)

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::attach::give_back;
 use crate::call::{call, within};
 use crate::holders::Holder;
 use crate::journal::{RecordKey, ViewRecord};
-use crate::lease::{Lease, Left, Table};
+use crate::lease::{Left, Table};
 use crate::mount::Mount;
+use crate::named::Named;
 use crate::release::Releasing;
 use crate::{
     BackendError, BindMount, Error, Expose, HolderName, MountPoint, Presence, ReleaseError, Step,
@@ -81,26 +81,22 @@ impl ViewRequest {
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
 #[must_use = "dropping a view releases it in the background, where an error is only logged"]
-pub struct View {
-    /// Dropped first: who has released is no holder any more, whatever becomes of the tear-down.
-    holder: Option<Holder>,
-    lease: Lease<Viewing>,
-}
+pub struct View(Named<Viewing>);
 
 impl View {
     /// Where the mount appears.
     pub fn target(&self) -> &Path {
-        &self.lease.resource().bind.target
+        &self.0.resource().bind.target
     }
 
     /// How it appears.
     pub fn options(&self) -> &ViewOptions {
-        &self.lease.resource().bind.options
+        &self.0.resource().bind.options
     }
 
     /// The mount that it shows.
     pub fn mount(&self) -> &MountPoint {
-        &self.lease.resource().mount
+        &self.0.resource().mount
     }
 
     /// Releases this share. The last release removes the view, and then its share of the mount.
@@ -120,24 +116,17 @@ impl View {
     }
 
     pub(crate) fn releasing(self) -> Releasing {
-        drop(self.holder);
-        self.lease.release()
+        self.0.releasing()
     }
 
     /// Leaves the view as it is, and its holder in the journal, for the next process.
     pub(crate) fn abandon(self) {
-        self.holder.as_ref().inspect(|holder| holder.keep());
-        self.lease.abandon();
-    }
-
-    pub(crate) fn key(&self) -> RecordKey {
-        RecordKey::View(self.target().to_owned())
+        self.0.abandon();
     }
 
     /// One more share of it, for a holder.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
-        let lease = self.lease.share();
-        View { holder, lease }
+        View(self.0.share(holder))
     }
 }
 
@@ -163,20 +152,10 @@ pub(crate) async fn view(
             table.acquire(request.target.clone(), job).await?
         }
     };
-    let mut view = View {
-        holder: None,
-        lease,
-    };
-    if let Some(holder) = holder {
-        match holder.hold(view.key()) {
-            Ok(()) => view.holder = Some(holder),
-            Err(error) => {
-                give_back(view.releasing()).await;
-                return Err(error.on_path(&request.target));
-            }
-        }
-    }
-    Ok(view)
+    let key = |view: &Named<Viewing>| RecordKey::View(view.key().clone());
+    let explain = |_: &Named<Viewing>, error: Error| error.on_path(&request.target);
+    let view = Named::from(lease).held_by(holder, key, explain).await;
+    view.map(View)
 }
 
 /// Asks the binder whether a view is there that the journal remembers.
@@ -205,13 +184,12 @@ pub(crate) fn restore(
         return (None, error);
     }
     let lease = table.restore(record.bind.target.clone(), job, resource);
-    let holder = None;
-    (lease.map(|lease| View { holder, lease }), error)
+    (lease.map(|lease| View(lease.into())), error)
 }
 
 impl fmt::Debug for View {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Viewed { bind, mount } = self.lease.resource();
+        let Viewed { bind, mount } = self.0.resource();
         f.debug_struct("View")
             .field("target", &bind.target)
             .field("options", &bind.options)

@@ -1,6 +1,6 @@
 //! What is done with disks while they are mounted: growing, trimming, asking how full they are.
 
-use crate::attach::give_back;
+use crate::release::give_back;
 use crate::{Attachment, Error, Manager, Mount, Step, Usage};
 
 impl Manager {
