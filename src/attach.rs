@@ -142,9 +142,7 @@ impl AttachManager {
             .driver()
             .transport
             .adopt(disk, id, locator.as_ref());
-        let answer = within(self.table.timeout(), call(Step::Adopt, span, adopt)).await;
-        let late = || Err(Error::new(Step::Adopt, self.table.timed_out()));
-        let answer = answer.unwrap_or_else(late);
+        let answer = self.table.adopt(span, adopt).await;
         answer.map_err(|error| error.on_disk(disk))
     }
 

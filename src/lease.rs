@@ -41,12 +41,13 @@ use std::time::Duration;
 
 use dashmap::DashMap;
 use foldhash::fast::FixedState;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
+use crate::call::{call, within};
 use crate::journal::Record;
 use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release};
 use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
-use crate::{BackendError, Error, ErrorKind};
+use crate::{BackendError, Error, ErrorKind, Step};
 
 mod clearing;
 mod entry;
@@ -501,6 +502,16 @@ impl<D: Driver> Table<D> {
             job: AsyncMutex::new(JobSlot(None)),
         });
         Arc::clone(&*self.entries.entry(key.clone()).or_insert(fresh))
+    }
+
+    /// Asks a backend, within the deadline, whether something is there that the journal remembers.
+    pub(crate) async fn adopt<T>(
+        &self,
+        span: Span,
+        adopt: impl Future<Output = Result<T, BackendError>>,
+    ) -> Result<T, Error> {
+        let answer = within(self.timeout, call(Step::Adopt, span, adopt)).await;
+        answer.unwrap_or_else(|| Err(Error::new(Step::Adopt, self.timed_out())))
     }
 
     pub(crate) fn timeout(&self) -> Duration {

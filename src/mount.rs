@@ -8,7 +8,7 @@ use std::time::Duration;
 use tracing::info_span;
 
 use crate::attach::Attachment;
-use crate::call::{call, within};
+use crate::call::call;
 use crate::holders::{Holder, Holders, Running};
 use crate::journal::{MountKey, MountRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Table, Tables};
@@ -281,9 +281,7 @@ impl BlockMountManager {
         let span =
             info_span!("adopt", locator = %device, path = %crate::printable(target.display()));
         let adopt = self.table.driver().mounter.adopt(device, target, options);
-        let answer = within(self.table.timeout(), call(Step::Adopt, span, adopt)).await;
-        let late = || Err(Error::new(Step::Adopt, self.table.timed_out()));
-        let answer = answer.unwrap_or_else(late);
+        let answer = self.table.adopt(span, adopt).await;
         answer.map_err(|error| error.on_device(device).on_path(target))
     }
 

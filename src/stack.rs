@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::call::{Teardown, call, call_down, within};
+use crate::call::{Teardown, call, call_down};
 use crate::holders::{Holder, Holders};
 use crate::journal::{Progress, Record, RecordKey, StackRecord};
 use crate::lease::{Driver, Left, Table};
@@ -230,11 +230,8 @@ pub(crate) async fn adopt(
     let target = &record.overlay.target;
     let span = info_span!("adopt", path = %crate::printable(target.display()));
     let adopt = table.driver().combiner.adopt(&record.overlay);
-    let answer = within(table.timeout(), call(Step::Adopt, span, adopt)).await;
-    let late = || Err(Error::new(Step::Adopt, table.timed_out()));
-    answer
-        .unwrap_or_else(late)
-        .map_err(|error| error.on_path(target))
+    let answer = table.adopt(span, adopt).await;
+    answer.map_err(|error| error.on_path(target))
 }
 
 /// Puts what a restart has left into the table; a share of it unless it is only to be torn down. `layers` and `scratch` are

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::call::{call, within};
 use crate::holders::Holder;
 use crate::journal::{RecordKey, ViewRecord};
 use crate::lease::{Left, Table};
@@ -163,11 +162,8 @@ pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result
     let target = &record.bind.target;
     let span = info_span!("adopt", path = %target.display());
     let adopt = table.driver().binder.adopt(&record.bind);
-    let answer = within(table.timeout(), call(Step::Adopt, span, adopt)).await;
-    let late = || Err(Error::new(Step::Adopt, table.timed_out()));
-    answer
-        .unwrap_or_else(late)
-        .map_err(|error| error.on_path(target))
+    let answer = table.adopt(span, adopt).await;
+    answer.map_err(|error| error.on_path(target))
 }
 
 /// Puts what a restart has left into the table; a share of it unless it is only to be torn down. With an error if it is
