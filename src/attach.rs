@@ -203,7 +203,7 @@ impl AttachManager {
     /// Grows an attached disk.
     pub(crate) async fn resize(&self, attachment: &Attachment, bytes: u64) -> Result<(), Error> {
         let disk = attachment.disk();
-        let span = info_span!("resize", disk = %disk.source().display(), bytes);
+        let span = info_span!("resize", disk = %crate::printable(disk.source().display()), bytes);
         let resize = self.table.driver().transport.resize(disk, bytes);
         let resized = call(Step::Resize, span, resize).await;
         resized.map_err(|error| error.on_device(attachment.locator()).on_disk(disk))

@@ -343,7 +343,7 @@ impl BlockMountManager {
         mount: &Mount,
         ask: impl Future<Output = Result<T, BackendError>>,
     ) -> Result<T, Error> {
-        let span = info_span!("ask", %step, path = %mount.path().display());
+        let span = info_span!("ask", %step, path = %crate::printable(mount.path().display()));
         let answer = call(step, span, ask).await;
         answer.map_err(|error| error.on_device(mount.locator()).on_path(mount.path()))
     }

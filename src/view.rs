@@ -160,7 +160,7 @@ pub(crate) async fn view(
 /// Asks the binder whether a view is there that the journal remembers.
 pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result<Presence, Error> {
     let target = &record.bind.target;
-    let span = info_span!("adopt", path = %target.display());
+    let span = info_span!("adopt", path = %crate::printable(target.display()));
     let adopt = table.driver().binder.adopt(&record.bind);
     let answer = table.adopt(span, adopt).await;
     answer.map_err(|error| error.on_path(target))

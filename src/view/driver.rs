@@ -122,7 +122,7 @@ impl Driver for Viewing {
         let records = self.holders.records();
         let begun = records.put(|| job.record(Progress::Begun));
         begun.map_err(|error| error.on_path(target))?;
-        let span = info_span!("bind", path = %target.display());
+        let span = info_span!("bind", path = %crate::printable(target.display()));
         let outcome = call(Step::Bind, span, self.binder.bind(&job.bind)).await;
         let outcome = records.after_setup(
             outcome,
@@ -141,7 +141,7 @@ impl Driver for Viewing {
         }
         let records = self.holders.records();
         records.ending(|| job.record(Progress::Ending));
-        let span = info_span!("unbind", path = %target.display());
+        let span = info_span!("unbind", path = %crate::printable(target.display()));
         let outcome = call_down(Step::Unbind, span, self.binder.unbind(target)).await;
         job.down
             .step(outcome.map_err(|error| error.on_path(target)))?;
