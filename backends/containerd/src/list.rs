@@ -6,7 +6,7 @@ use crate::mkfs::NewImage;
 use crate::mount::{InvalidMount, Mount};
 use crate::place::Place;
 use crate::plan::{Action, Bind, Image, Overlay, Plan, Scratch, Step};
-use crate::template::{Earlier, fill};
+use crate::template::fill;
 use crate::words::{OWN, lower_directories};
 use crate::{TRANSFORMS, mkdir, mkfs};
 
@@ -38,7 +38,10 @@ pub fn plan(list: &[Mount], root: &Path) -> Result<Plan, InvalidMount> {
         let reason = format!("the list has {} mounts, over {MAX_MOUNTS}", list.len());
         return Err(at(MAX_MOUNTS, reason));
     }
-    let mut planner = Planner::new(root);
+    let mut planner = Planner {
+        root,
+        steps: Vec::new(),
+    };
     let mut total = 0;
     for (index, mount) in list.iter().enumerate() {
         total += check_words(mount).map_err(|reason| at(index, reason))?;
@@ -49,7 +52,7 @@ pub fn plan(list: &[Mount], root: &Path) -> Result<Plan, InvalidMount> {
     for (index, mount) in list.iter().enumerate() {
         let step = planner.step(mount).map_err(|reason| at(index, reason))?;
         if let Some(step) = step {
-            planner.push(step);
+            planner.steps.push(step);
             continue;
         }
         let first = planner
@@ -98,38 +101,15 @@ fn transforms(kind: &str) -> (Vec<&str>, &str) {
 struct Planner<'a> {
     root: &'a Path,
     steps: Vec<Step>,
-    /// Those of the steps, as templates need them.
-    mounts: Vec<Mount>,
-    mount_points: Vec<String>,
 }
 
-impl<'a> Planner<'a> {
-    fn new(root: &'a Path) -> Self {
-        Planner {
-            root,
-            steps: Vec::new(),
-            mounts: Vec::new(),
-            mount_points: Vec::new(),
-        }
-    }
-
-    fn push(&mut self, step: Step) {
-        self.mounts.push(step.mount.clone());
-        self.mount_points
-            .push(step.mount_point.display().to_string());
-        self.steps.push(step);
-    }
-
+impl Planner<'_> {
     fn filled(&self, mount: &Mount) -> Result<Mount, String> {
-        let earlier = Earlier {
-            mounts: &self.mounts,
-            mount_points: &self.mount_points,
-        };
-        let options = mount.options.iter().map(|option| fill(option, earlier));
+        let options = mount.options.iter().map(|option| fill(option, &self.steps));
         Ok(Mount {
             kind: mount.kind.clone(),
-            source: fill(&mount.source, earlier)?,
-            target: fill(&mount.target, earlier)?,
+            source: fill(&mount.source, &self.steps)?,
+            target: fill(&mount.target, &self.steps)?,
             options: options.collect::<Result<_, _>>()?,
         })
     }
@@ -160,7 +140,8 @@ impl<'a> Planner<'a> {
         if !is_ours(base, &places) {
             return Ok(None);
         }
-        let create = match transforms.contains(&"mkfs") {
+        let creates = transforms.contains(&"mkfs");
+        let create = match creates {
             true => Some(mkfs::take(&mut done.options)?),
             false => None,
         };
@@ -171,9 +152,9 @@ impl<'a> Planner<'a> {
         let action = match base {
             "bind" => Action::Bind(bind(&done, places)?),
             "overlay" => Action::Overlay(self.overlay(&done)?),
-            _ => Action::Image(self.image(&done, create.clone(), places)?),
+            _ => Action::Image(self.image(&done, create, places)?),
         };
-        if create.is_some() && !matches!(action, Action::Image(_)) {
+        if creates && !matches!(action, Action::Image(_)) {
             return Err(format!("mkfs/ makes images, and {base} mounts none"));
         }
         Ok(Some(Step {

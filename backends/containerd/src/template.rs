@@ -1,13 +1,6 @@
 //! Templates in the words of a mount, as `format/` fills them in: a small part of Go's `text/template`.
 
-use crate::mount::Mount;
-
-/// What earlier mounts are, for templates.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Earlier<'a> {
-    pub(crate) mounts: &'a [Mount],
-    pub(crate) mount_points: &'a [String],
-}
+use crate::plan::Step;
 
 /// The longest text that a template may become, in bytes: `overlay` in a long list is longer than it looks.
 pub(crate) const MAX_FILLED: usize = 1 << 20;
@@ -15,8 +8,8 @@ pub(crate) const MAX_FILLED: usize = 1 << 20;
 const FUNCTIONS: &str =
     "templates are {{ source N }}, {{ target N }}, {{ mount N }} and {{ overlay FIRST LAST }}";
 
-/// Fills in a text.
-pub(crate) fn fill(text: &str, earlier: Earlier<'_>) -> Result<String, String> {
+/// Fills in a text with what the earlier mounts are.
+pub(crate) fn fill(text: &str, earlier: &[Step]) -> Result<String, String> {
     let mut filled = String::new();
     let mut rest = text;
     while let Some(at) = rest.find("{{") {
@@ -43,19 +36,19 @@ pub(crate) fn fill(text: &str, earlier: Earlier<'_>) -> Result<String, String> {
     Ok(filled)
 }
 
-fn value(call: &str, earlier: Earlier<'_>) -> Result<String, String> {
+fn value(call: &str, earlier: &[Step]) -> Result<String, String> {
     let words: Vec<&str> = call.split_whitespace().collect();
+    let one = |number| Ok(&earlier[index(number, earlier.len())?]);
+    let mount_point = |step: &Step| step.mount_point.display().to_string();
     match words[..] {
-        ["source", number] => Ok(earlier.mounts[earlier.index(number)?].source.clone()),
-        ["target", number] => Ok(earlier.mounts[earlier.index(number)?].target.clone()),
-        ["mount", number] => Ok(earlier.mount_points[earlier.index(number)?].clone()),
+        ["source", number] => one(number).map(|step| step.mount.source.clone()),
+        ["target", number] => one(number).map(|step| step.mount.target.clone()),
+        ["mount", number] => one(number).map(mount_point),
         ["overlay", first, last] => {
-            let (first, last) = (earlier.index(first)?, earlier.index(last)?);
-            let (low, high) = (first.min(last), first.max(last));
-            let mut points: Vec<&str> = earlier.mount_points[low..=high]
-                .iter()
-                .map(String::as_str)
-                .collect();
+            let index = |number| index(number, earlier.len());
+            let (first, last) = (index(first)?, index(last)?);
+            let between = &earlier[first.min(last)..=first.max(last)];
+            let mut points: Vec<String> = between.iter().map(mount_point).collect();
             if first > last {
                 points.reverse();
             }
@@ -65,44 +58,45 @@ fn value(call: &str, earlier: Earlier<'_>) -> Result<String, String> {
     }
 }
 
-impl Earlier<'_> {
-    /// The number of a mount that comes before.
-    fn index(self, number: &str) -> Result<usize, String> {
-        let count = self.mounts.len();
-        let index = number
-            .parse()
-            .map_err(|_| format!("{number:?} is no number of a mount; {FUNCTIONS}"))?;
-        match index < count {
-            true => Ok(index),
-            false if count == 0 => Err(format!(
-                "a template names mount {index}, and none comes before"
-            )),
-            false => Err(format!(
-                "a template names mount {index}; those before are 0 to {}",
-                count - 1
-            )),
-        }
+/// The number of one of so many mounts.
+fn index(number: &str, count: usize) -> Result<usize, String> {
+    let index = number
+        .parse()
+        .map_err(|_| format!("{number:?} is no number of a mount; {FUNCTIONS}"))?;
+    match index < count {
+        true => Ok(index),
+        false if count == 0 => Err(format!(
+            "a template names mount {index}, and none comes before"
+        )),
+        false => Err(format!(
+            "a template names mount {index}; those before are 0 to {}",
+            count - 1
+        )),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Action, Mount, Overlay};
 
     fn filled(text: &str) -> Result<String, String> {
-        let mounts: Vec<Mount> = (0..5)
-            .map(|n| Mount {
+        let step = |n: usize| Step {
+            mount: Mount {
                 source: format!("/source/{n}"),
                 target: n.to_string(),
                 ..Mount::default()
-            })
-            .collect();
-        let mount_points: Vec<String> = (0..5).map(|n| format!("/mp/{n}")).collect();
-        let earlier = Earlier {
-            mounts: &mounts,
-            mount_points: &mount_points,
+            },
+            mount_point: format!("/mp/{n}").into(),
+            directories: Vec::new(),
+            action: Action::Overlay(Overlay {
+                lower: Vec::new(),
+                scratch: None,
+                options: Vec::new(),
+            }),
         };
-        fill(text, earlier)
+        let earlier: Vec<Step> = (0..5).map(step).collect();
+        fill(text, &earlier)
     }
 
     #[test]
