@@ -76,6 +76,20 @@ impl LinuxGuest {
         }
     }
 
+    /// Calls for one target run one after the other, each to its end.
+    async fn in_turn<F>(
+        &self,
+        target: Target,
+        call: impl FnOnce(Arc<Inner>, Target) -> F,
+    ) -> Result<(), BackendError>
+    where
+        F: Future<Output = Result<(), BackendError>> + Send + 'static,
+    {
+        let path = target.path().to_owned();
+        let call = call(self.0.clone(), target);
+        self.0.turns.run(path, call).await
+    }
+
     /// The transports of its devices.
     pub fn transports(&self) -> &Transports {
         &self.0.config.transports
@@ -102,18 +116,18 @@ impl Mounter for LinuxGuest {
     ) -> Result<(), BackendError> {
         refuse_unsupported(options)?;
         let target = Target::parse(target, &self.0.config.allowed)?;
-        let (inner, device, options) = (self.0.clone(), device.clone(), options.clone());
-        let path = target.path().to_owned();
-        let call = async move { inner.mount(&device, &target, &options).await };
-        self.0.turns.run(path, call).await
+        let (device, options) = (device.clone(), options.clone());
+        let call = |inner: Arc<Inner>, target| async move {
+            inner.mount(&device, &target, &options).await
+        };
+        self.in_turn(target, call).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
         // What was mounted before the configuration was narrowed must be unmountable still.
         let target = Target::parse(target, &[])?;
-        let (inner, path) = (self.0.clone(), target.path().to_owned());
-        let call = async move { inner.unmount(&target).await };
-        self.0.turns.run(path, call).await
+        let call = |inner: Arc<Inner>, target| async move { inner.unmount(&target).await };
+        self.in_turn(target, call).await
     }
 
     async fn usage(&self, target: &Path) -> Result<Usage, BackendError> {
@@ -126,9 +140,8 @@ impl Mounter for LinuxGuest {
 
     async fn grow(&self, target: &Path, bytes: u64) -> Result<(), BackendError> {
         let target = Target::parse(target, &[])?;
-        let (inner, path) = (self.0.clone(), target.path().to_owned());
-        let call = async move { inner.grow(&target, bytes).await };
-        self.0.turns.run(path, call).await
+        let call = |inner: Arc<Inner>, target| async move { inner.grow(&target, bytes).await };
+        self.in_turn(target, call).await
     }
 
     /// A mount is known by the undo list of its target, so a guest that was started again needs its
@@ -153,10 +166,9 @@ impl Mounter for LinuxGuest {
 impl LayerCombiner for LinuxGuest {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
         let target = Target::parse(&overlay.target, &self.0.config.allowed)?;
-        let (inner, overlay) = (self.0.clone(), overlay.clone());
-        let path = target.path().to_owned();
-        let call = async move { inner.combine(&target, overlay).await };
-        self.0.turns.run(path, call).await
+        let overlay = overlay.clone();
+        let call = |inner: Arc<Inner>, target| async move { inner.combine(&target, overlay).await };
+        self.in_turn(target, call).await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
@@ -175,10 +187,9 @@ impl LayerCombiner for LinuxGuest {
 impl Binder for LinuxGuest {
     async fn bind(&self, bind: &BindMount) -> Result<(), BackendError> {
         let target = Target::parse(&bind.target, &self.0.config.allowed)?;
-        let (inner, bind) = (self.0.clone(), bind.clone());
-        let path = target.path().to_owned();
-        let call = async move { inner.bind(&target, bind).await };
-        self.0.turns.run(path, call).await
+        let bind = bind.clone();
+        let call = |inner: Arc<Inner>, target| async move { inner.bind(&target, bind).await };
+        self.in_turn(target, call).await
     }
 
     async fn unbind(&self, target: &Path) -> Result<(), BackendError> {
