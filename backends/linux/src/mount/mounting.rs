@@ -95,9 +95,12 @@ impl Request {
 
     /// What the kernel's table will say of it.
     pub(crate) fn expected(&self) -> Identity {
+        let further = self.data.iter().filter(|_| self.filesystem == "btrfs");
+        let further = further.filter_map(|option| option.strip_prefix("device="));
         Identity::Expected {
             filesystem: self.filesystem.clone(),
             source: self.source.as_path().into(),
+            further_sources: further.map(|path| Path::new(path).into()).collect(),
             // The table spells the options of these filesystems differently.
             options: Vec::new(),
         }
@@ -374,6 +377,8 @@ pub(crate) fn propagate(
 
 #[cfg(test)]
 mod tests {
+    use crate::mount::mountinfo;
+
     use super::*;
 
     #[test]
@@ -383,5 +388,28 @@ mod tests {
             options_string(&options),
             "context=\"u:o:t:s0:c1,c2\",noacl,commit=5"
         );
+    }
+    #[test]
+    fn u04_any_device_of_a_btrfs_shows_its_mount() {
+        let request = |filesystem| {
+            let node = Path::new("/dev/loop3");
+            let mut request = Request::new(filesystem, node, &MountOptions::default());
+            request.data.push("device=/dev/loop4".to_owned());
+            request.expected()
+        };
+        let shows = |source: &str, expected: &Identity| {
+            let line = format!("40 1 0:60 / /mnt rw - btrfs {source} rw");
+            unmount::shows(&mountinfo::parse(line.as_bytes())[0], expected)
+        };
+        let expected = request("btrfs");
+        assert!(["/dev/loop3", "/dev/loop4"].map(|source| shows(source, &expected)) == [true; 2]);
+        assert!(!shows("/dev/loop5", &expected));
+        let Identity::Expected {
+            further_sources, ..
+        } = request("erofs")
+        else {
+            panic!("a mount that is not made has no numbers");
+        };
+        assert!(further_sources.is_empty());
     }
 }

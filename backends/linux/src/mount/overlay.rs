@@ -282,6 +282,7 @@ impl Stack<'_> {
         Identity::Expected {
             filesystem: "overlay".to_owned(),
             source: Path::new(self.mark).into(),
+            further_sources: Vec::new(),
             options: options.split(',').map(str::to_owned).collect(),
         }
     }

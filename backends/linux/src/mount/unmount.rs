@@ -1,5 +1,7 @@
 //! Finding a mount of ours at its target, and unmounting it.
 
+use std::iter;
+
 use blockmount::BackendError;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
@@ -73,13 +75,14 @@ pub(crate) fn shows(line: &MountInfo, expected: &Identity) -> bool {
     let Identity::Expected {
         filesystem,
         source,
+        further_sources,
         options,
     } = expected
     else {
         return false;
     };
     line.filesystem == *filesystem
-        && line.source == source.0.as_os_str()
+        && (iter::once(source).chain(further_sources)).any(|path| line.source == path.0.as_os_str())
         && options.iter().all(|option| line.has_option(option))
 }
 

@@ -191,6 +191,7 @@ fn expected(directory: &OwnedFd) -> Result<Identity, BackendError> {
     Ok(Identity::Expected {
         filesystem: line.filesystem.clone(),
         source: Path::new(OsStr::new(&line.source)).into(),
+        further_sources: Vec::new(),
         options: Vec::new(),
     })
 }

@@ -108,6 +108,7 @@ mod tests {
                     mount: Identity::Expected {
                         filesystem: "ext4".to_owned(),
                         source: Path::new("/dev/loop3").into(),
+                        further_sources: vec![Path::new("/dev/loop4").into()],
                         options: vec!["data=ordered".to_owned()],
                     },
                     device: Some(DeviceUse {

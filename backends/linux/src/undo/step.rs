@@ -81,6 +81,9 @@ pub(crate) enum Identity {
     Expected {
         filesystem: String,
         source: RecordedPath,
+        /// Its further devices where the table may show any of them as the source, which btrfs does.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        further_sources: Vec<RecordedPath>,
         /// Options that its filesystem was given, each of which the table shows.
         options: Vec<String>,
     },
