@@ -52,9 +52,8 @@ async fn r01_a_manager_that_is_dropped_leaves_what_is_below_a_busy_overlay() {
         let found = recovery.report().found.iter();
         let pending = found.filter(|one| one.state == FoundState::Pending).count();
         assert_eq!(pending, 1, "the overlay");
-        assert!(recovery.settle().await.is_clean() && next.journal.is_empty());
-        next.vm.check().unwrap();
-        next.vm.assert_empty();
+        assert!(recovery.settle().await.is_clean());
+        next.assert_all_down();
     }
 }
 
@@ -102,9 +101,7 @@ async fn r01_a_manager_that_is_dropped_leaves_the_disk_below_a_busy_mount() {
     let next = world.restart();
     next.vm.open_gates();
     assert!(next.recover().await.settle().await.is_clean());
-    assert!(next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    next.assert_all_down();
 }
 
 /// The tables of a manager that is gone are gone too, and with them the lock of its journal.

@@ -30,6 +30,14 @@ impl World {
         World { vm, journal, over }
     }
 
+    /// Nothing is up, nothing is remembered, and no rule was broken on the way.
+    #[track_caller]
+    pub(crate) fn assert_all_down(&self) {
+        assert!(self.journal.is_empty());
+        self.vm.check().unwrap();
+        self.vm.assert_empty();
+    }
+
     /// What a process was answered, unless it was killed: then it never comes to that.
     pub(crate) async fn alive<T, E: std::fmt::Debug>(&self, answer: Result<T, E>) -> T {
         if self.over.load(SeqCst) {

@@ -57,9 +57,8 @@ async fn a_holder_gets_the_very_mount_back_and_others_are_released() {
     assert_eq!(next.vm.left().len(), 2, "one disk and its mount");
     shared.release().await.unwrap();
     web.release().await.unwrap();
-    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    assert!(manager.drain().await.is_clean());
+    next.assert_all_down();
 }
 
 #[tokio::test(start_paused = true)]
@@ -120,9 +119,8 @@ async fn a_recovery_that_is_dropped_leaves_everything_to_the_next_one() {
     assert_eq!(stack.layers().len(), 1);
     assert!(stack.scratch().is_some());
     stack.release().await.unwrap();
-    assert!(recovery.settle().await.is_clean() && next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    assert!(recovery.settle().await.is_clean());
+    next.assert_all_down();
 }
 
 #[tokio::test(start_paused = true)]
@@ -308,9 +306,8 @@ async fn u04_a_mount_of_several_devices_keeps_all_of_them() {
     web.release().await.unwrap();
     assert_eq!(next.vm.left(), left);
     shared.release().await.unwrap();
-    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    assert!(manager.drain().await.is_clean());
+    next.assert_all_down();
 }
 
 #[tokio::test(start_paused = true)]
@@ -377,9 +374,8 @@ async fn u15_a_view_is_found_again_and_goes_before_its_mount() {
     assert_eq!(next.vm.left().len(), 3, "the other view is released");
     assert_eq!(calls(&next.vm, [VmStep::Unbind, VmStep::Unmount]), [1, 0]);
     web.release().await.unwrap();
-    assert!(manager.drain().await.is_clean() && next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    assert!(manager.drain().await.is_clean());
+    next.assert_all_down();
 }
 
 #[tokio::test(start_paused = true)]
@@ -404,7 +400,5 @@ async fn u15_a_view_in_doubt_keeps_its_mount_until_it_is_removed() {
     let found = recovery.report().found.last().map(|found| found.state);
     assert_eq!(found, Some(FoundState::Pending));
     assert!(recovery.settle().await.is_clean());
-    assert!(next.journal.is_empty());
-    next.vm.check().unwrap();
-    next.vm.assert_empty();
+    next.assert_all_down();
 }
