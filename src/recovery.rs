@@ -204,10 +204,11 @@ impl ManagerBuilder {
         let recorder = journal.clone().map(Recorder::new).unwrap_or_default();
         let holders = Holders::new(recorder);
         let manager = self.build_with(holders.clone());
+        let mut ids = Vec::new();
         for disk in snapshot.disks() {
-            let id = manager.attachments().identify(&disk).await?;
-            snapshot.reidentify(&disk, &id);
+            ids.push(manager.attachments().identify(&disk).await?);
         }
+        snapshot.reidentify(ids);
         let recorded = snapshot.recorded()?;
         if let Some(journal) = journal {
             write(&*journal, &snapshot).map_err(|cause| Error::new(Step::Record, cause))?;
