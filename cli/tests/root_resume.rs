@@ -313,6 +313,33 @@ fn root_r21_a_resume_that_cannot_print_leaves_the_mount_as_it_was() {
 }
 
 #[test]
+fn root_r04_a_resume_in_another_mount_namespace_leaves_the_mount_as_it_was() {
+    let _alone = alone();
+    let wanted = Wanted::new("elsewhere");
+    let killed = wanted.killed_with_a_file();
+    let name = wanted.dir.path().file_name().unwrap();
+    let before = in_kernel(name);
+    let program = common::program(["mount", "--resume", &wanted.name]);
+    let mut elsewhere = Command::new("unshare");
+    elsewhere
+        .arg("--mount")
+        .arg(program.get_program())
+        .args(program.get_args());
+    let output = elsewhere.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("mount namespace"), "{said}");
+    assert_eq!(in_kernel(name), before, "{said}");
+    assert!(wanted.is_kept() && killed.records.exists(), "{said}");
+    let held = wanted.resume();
+    assert_eq!(
+        fs::read_to_string(wanted.tree().join("precious")).unwrap(),
+        PRECIOUS
+    );
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
+}
+
+#[test]
 fn root_r22_one_name_is_discarded_and_the_others_stay() {
     let _alone = alone();
     let (kept, unwanted) = (Wanted::new("kept"), Wanted::new("unwanted"));
