@@ -6,7 +6,9 @@
 mod common;
 
 use blockmount::testing::{Gate, VmStep};
-use blockmount::{BlockMountManager, DeviceRole, ErrorKind, MountOptions, MountRequest, Step};
+use blockmount::{
+    BlockMountManager, DeviceRole, ErrorKind, MountOptions, MountRequest, Step, Verity,
+};
 use common::{calls, clean, layer, ro, rw, scratch, vm};
 
 /// A mount of disk 0 with two blobs.
@@ -108,13 +110,33 @@ async fn u04_devices_that_cannot_be_are_refused() {
         (scratch(0), with_log, "read-only"),
         (layer(0), twice, "given twice"),
         (layer(0), itself, "further device of the same filesystem"),
-        (layer(0), two_logs, "has one of them"),
+        (layer(0), two_logs, "a mount has one of them"),
     ] {
         let error = manager.add(&disk, &request).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.cause().message().contains(why), "{}", error.cause());
         clean(&vm, &manager).await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hash_tree_on_another_disk_is_attached_with_what_it_checks() {
+    let (vm, manager) = vm();
+    let verity = Verity::new("ab".repeat(32), 16).with_separate_tree(1);
+    let options = MountOptions::builder().read_only().verity(verity).build();
+    let request = MountRequest::new(options.unwrap());
+    let checked = request.with_device_as(DeviceRole::HashTree, layer(1));
+    let mount = manager.add(&layer(0), &checked).await.unwrap();
+    // A tree may be of several images, and is not in the way of those who read it.
+    let other = manager.add(&layer(2), &checked).await.unwrap();
+    assert_eq!(calls(&vm, [VmStep::Attach, VmStep::Mount]), [3, 2]);
+    other.release().await.unwrap();
+    assert_eq!(vm.left().len(), 3, "two disks and the mount");
+    let plain = ro().with_device_as(DeviceRole::HashTree, layer(1));
+    let error = manager.add(&layer(3), &plain).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    mount.release().await.unwrap();
+    clean(&vm, &manager).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,8 +3,9 @@
 use std::num::NonZeroU32;
 
 use blockmount::{
-    Encryption, ErrorCorrection, Expose, Format, HashAlgorithm, InvalidOptions, MountFlag,
-    MountOptions, MountRequest, OnCorruption, Overlay, Verity,
+    DeviceLocator, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, Format,
+    HashAlgorithm, InvalidOptions, MountFlag, MountOptions, MountRequest, OnCorruption, Overlay,
+    Verity,
 };
 use serde_json::{Value, json, to_value};
 
@@ -109,6 +110,39 @@ fn y2_an_integrity_check_that_no_kernel_could_be_given_is_refused() {
             "{what}: {error}"
         );
     }
+    // On a device of its own it may be anywhere, as far as there is one for it.
+    let apart = verity().with_separate_tree(1);
+    let built = MountOptions::builder()
+        .read_only()
+        .verity(apart.clone())
+        .build();
+    let built = built.unwrap();
+    assert_eq!(built.verity(), Some(&apart));
+    let value = to_value(&built).unwrap();
+    assert_eq!(value["verity"]["separate_tree"], true);
+    assert_eq!(read::<MountOptions>(value).unwrap(), built);
+    let tree = |number| {
+        let locator = DeviceLocator::new("scsi", format!("0/{number}")).unwrap();
+        ExtraDevice::new(DeviceRole::HashTree, locator)
+    };
+    let with_trees = |verity: Option<Verity>, trees: u32| {
+        let options = MountOptions::builder().read_only();
+        let options = verity.into_iter().fold(options, |all, it| all.verity(it));
+        (0..trees)
+            .fold(options, |all, n| all.device(tree(n)))
+            .build()
+    };
+    let whole = with_trees(Some(apart.clone()), 1).unwrap();
+    assert_eq!(
+        read::<MountOptions>(to_value(&whole).unwrap()).unwrap(),
+        whole
+    );
+    for (verity, trees) in [(Some(verity()), 1), (None, 1), (Some(apart.clone()), 2)] {
+        with_trees(verity, trees).unwrap_err();
+    }
+    let blob = ExtraDevice::new(DeviceRole::Data, tree(1).locator);
+    let options = MountOptions::builder().read_only().verity(apart);
+    options.device(tree(0)).device(blob).build().unwrap_err();
     let mut upper = verity();
     upper.root_digest.make_ascii_uppercase();
     let built = MountOptions::builder().read_only().verity(upper).build();

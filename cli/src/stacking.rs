@@ -1,8 +1,9 @@
 //! From the layers of the command line to what is asked of the manager.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
+use std::path::PathBuf;
 
-use blockmount::{Disk, MountOptions, MountRequest};
+use blockmount::{DeviceRole, Disk, MountOptions, MountRequest};
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
@@ -31,15 +32,20 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
         builder = builder.partition(number);
     }
     if let Some(trusted) = &layer.verity {
-        let verity = verity::of_layer(&layer.image, layer.partition, trusted)?;
+        let tree = layer.verity_tree.as_deref();
+        let verity = verity::of_layer(&layer.image, layer.partition, trusted, tree)?;
         builder = builder.verity(verity);
     }
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;
-    let devices = layer.devices.iter().map(Disk::virtual_disk);
-    let devices = devices.map(Disk::read_only);
-    Ok(devices.fold(MountRequest::new(options), MountRequest::with_device))
+    let disk = |image: &PathBuf| Disk::virtual_disk(image).read_only();
+    let devices = layer.devices.iter().map(disk);
+    let request = devices.fold(MountRequest::new(options), MountRequest::with_device);
+    Ok(match &layer.verity_tree {
+        Some(tree) => request.with_device_as(DeviceRole::HashTree, disk(tree)),
+        None => request,
+    })
 }
 
 /// The layers without those that are there a second time, under whatever name.
@@ -54,9 +60,13 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
         if let Ok(metadata) = layer.image.metadata() {
             let file = (metadata.dev(), metadata.ino());
             let same = |(other, upper): &&((u64, u64), &Layer)| {
-                let [upper, lower] =
-                    [upper, &layer].map(|layer| (layer.partition, &layer.verity, &layer.devices));
-                *other == file && upper == lower
+                let same = [upper, &layer].map(|layer| {
+                    let Layer {
+                        partition, devices, ..
+                    } = layer;
+                    (partition, &layer.verity, &layer.verity_tree, devices)
+                });
+                *other == file && same[0] == same[1]
             };
             if let Some((_, upper)) = seen.iter().find(same) {
                 let (lower, upper) = (layer.image.display(), upper.image.display());

@@ -55,12 +55,13 @@ impl FromStr for Trusted {
 
 const ADVICE: &str = "make a hash tree and IMAGE.dmverity with \"blockmount seal IMAGE\", or see what there is with \"blockmount inspect --verity IMAGE\"";
 
-/// What the guest is told of a layer that is to be checked: the superblock is read here, where the image is, and the
-/// guest reads none.
+/// What the guest is told of a layer that is to be checked, by a tree behind its data or in another image: the superblock is
+/// read here, where the images are, and the guest reads none.
 pub(crate) fn of_layer(
     image: &Path,
     partition: Option<NonZeroU32>,
     trusted: &Trusted,
+    tree: Option<&Path>,
 ) -> Result<Verity, Failure> {
     let metadata = match trusted {
         Trusted::Given(metadata) => metadata.clone(),
@@ -71,15 +72,23 @@ pub(crate) fn of_layer(
     let what = || format!("cannot read the hash tree of {}", image.display());
     let mut file = File::open(image).context(what)?;
     let (start, size) = part(&mut file, partition).context(what)?;
-    let part = Part {
-        file: &file,
-        start,
-        size,
+    let (root, offset) = (&metadata.root_digest, metadata.hash_offset);
+    let options = match tree {
+        None => {
+            let file = &file;
+            let part = Part { file, start, size };
+            let superblock = Superblock::read(&part, size, Place::Behind(offset));
+            superblock.and_then(|found| found.options(root, offset))
+        }
+        Some(tree) => {
+            let mut file =
+                File::open(tree).context(|| format!("cannot open {}", tree.display()))?;
+            let length = file.seek(SeekFrom::End(0)).context(what)?;
+            let data_bytes = size;
+            let superblock = Superblock::read(&file, length, Place::Apart { offset, data_bytes });
+            superblock.and_then(|found| found.options_apart(root, offset))
+        }
     };
-    let place = Place::Behind(metadata.hash_offset);
-    let superblock = Superblock::read(&part, size, place);
-    let options =
-        superblock.and_then(|found| found.options(&metadata.root_digest, metadata.hash_offset));
     let options = options.context(what);
     options.map_err(|failure| failure.advise(ADVICE))
 }

@@ -276,6 +276,31 @@ fn vm_a_layer_with_a_hash_tree_is_checked_by_the_guest() {
         let answer = held.end(Signal::TERM);
         answer.says(0, &["nothing is left"]);
     }
+    // With the tree in an image of its own.
+    let plain = dir.path().join("plain.erofs");
+    image("erofs", &plain, &[("file", "x")]);
+    let (plain, tree) = (plain.to_str().unwrap(), dir.path().join("plain.tree"));
+    let tree = tree.to_str().unwrap();
+    let sealed = run(["seal", "--json", "--tree", tree, plain]);
+    sealed.says(0, &[]);
+    let sealed: serde_json::Value = serde_json::from_str(&sealed.stdout).unwrap();
+    let root = format!("root={},offset=0", sealed["root_digest"].as_str().unwrap());
+    let words = [
+        "--guest",
+        "qemu",
+        "--at",
+        "/mnt/tree",
+        "--layer",
+        plain,
+        "--verity",
+        &root,
+        "--verity-tree",
+        tree,
+    ];
+    let held = hold(words.map(str::to_owned)).unwrap_or_else(|answer| panic!("{answer}"));
+    let device = held.json["layers"][0]["device"].as_str().unwrap();
+    assert!(device.starts_with("/dev/dm-"), "{device}");
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
     // The digest of another image.
     let text = std::fs::read_to_string(&metadata).unwrap();
     let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::devices;
 use super::flags::decides;
 use super::{
-    Check, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag,
+    Check, DeviceRole, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag,
     MountOptions, Propagation, Verity,
 };
 
@@ -195,7 +195,15 @@ impl MountOptionsBuilder {
         {
             return contradiction(&format!("format {}", format.filesystem), named);
         }
-        if let Some(device) = self.devices.first() {
+        let (trees, others): (Vec<_>, Vec<_>) = self
+            .devices
+            .iter()
+            .partition(|device| device.role == DeviceRole::HashTree);
+        let has_separate_tree = self.verity.as_ref().is_some_and(|it| it.separate_tree);
+        if !trees.is_empty() && !has_separate_tree {
+            return contradiction("hash tree device", "no verity with a separate tree");
+        }
+        if let Some(device) = others.first() {
             let device = format!("{} device {}", device.role.name(), device.locator);
             let named = words
                 .data

@@ -1,4 +1,4 @@
-//! The devices that a filesystem has beside the one that is mounted.
+//! The devices that a mount has beside the one that is mounted.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ const MOST: usize = 255;
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
 )]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum DeviceRole {
     /// Data: the blobs of an erofs, in the order of its table; the other devices of a btrfs, in any order. (`device=`)
@@ -23,15 +23,18 @@ pub enum DeviceRole {
     Log,
     /// The realtime section of an xfs. (`rtdev=`)
     Realtime,
+    /// The hash tree by which the device that is mounted is checked: [`Verity::separate_tree`](super::Verity::separate_tree).
+    HashTree,
 }
 
 impl DeviceRole {
-    /// Its name in messages and in JSON.
+    /// Its name in messages.
     pub fn name(self) -> &'static str {
         match self {
             DeviceRole::Data => "data",
             DeviceRole::Log => "log",
             DeviceRole::Realtime => "realtime",
+            DeviceRole::HashTree => "hash tree",
         }
     }
 
@@ -92,7 +95,7 @@ pub(super) fn canonical(
             return malformed(device, "it is given twice");
         }
         if !role.is_data() && before.iter().any(|other| other.role == role) {
-            return malformed(device, "a filesystem has one of them");
+            return malformed(device, "a mount has one of them");
         }
         if index >= MOST {
             return malformed(device, "a mount has at most 255 further devices");

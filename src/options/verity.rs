@@ -39,7 +39,11 @@ pub struct Verity {
     pub hash_block_size: u32,
     /// The number of data blocks that are covered. What follows them cannot be read.
     pub data_blocks: u64,
-    /// The first block of the hash tree, in hash blocks from the start of the device. A superblock is before it.
+    /// Whether the hash tree is on a device of its own, which the request has as its device of the role
+    /// [`HashTree`](super::DeviceRole::HashTree). By default it is on the device with the data, behind that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub separate_tree: bool,
+    /// The first block of the hash tree, in hash blocks from the start of the device that it is on. A superblock is before it.
     pub hash_start_block: u64,
     /// What happens when a block is corrupt.
     #[serde(default, skip_serializing_if = "OnCorruption::is_error")]
@@ -155,7 +159,7 @@ impl OnCorruption {
     }
 }
 
-/// Reed-Solomon parity on the same device, by which dm-verity repairs corrupt blocks.
+/// Reed-Solomon parity on the device with the hash tree, by which dm-verity repairs corrupt blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -190,6 +194,7 @@ impl Verity {
             data_block_size: 4096,
             hash_block_size: 4096,
             data_blocks,
+            separate_tree: false,
             hash_start_block: data_blocks,
             on_corruption: OnCorruption::Error,
             check_at_most_once: false,
@@ -199,12 +204,20 @@ impl Verity {
         }
     }
 
+    /// The same with the tree on a device of its own, from this hash block on.
+    #[must_use]
+    pub fn with_separate_tree(mut self, hash_start_block: u64) -> Self {
+        self.separate_tree = true;
+        self.hash_start_block = hash_start_block;
+        self
+    }
+
     /// The length of the data that is covered, in bytes. Nothing if no device is as large.
     pub fn data_bytes(&self) -> Option<u64> {
         bytes(self.data_blocks, self.data_block_size)
     }
 
-    /// Where the hash tree ends, in bytes from the start of the device. Nothing if no device is as large.
+    /// Where the hash tree ends, in bytes from the start of the device that it is on. Nothing if no device is as large.
     pub fn end(&self) -> Option<u64> {
         let levels = self
             .algorithm
@@ -243,7 +256,8 @@ impl Verity {
         let (Some(data), Some(end)) = (data.filter(|data| *data > 0), end) else {
             return Err(malformed("number of blocks", "no device has as many"));
         };
-        if bytes(self.hash_start_block, self.hash_block_size) < Some(data) {
+        let starts = bytes(self.hash_start_block, self.hash_block_size);
+        if !self.separate_tree && starts < Some(data) {
             return Err(malformed("first hash block", "it is among the data"));
         }
         if let Some(parity) = &self.error_correction {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BindMount, Binder, BlockDevice, DeviceLocator, ErrorKind, Expose, LayerCombiner,
-    MountOptions, Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
+    BackendError, BindMount, Binder, BlockDevice, DeviceLocator, DeviceRole, ErrorKind, Expose,
+    LayerCombiner, MountOptions, Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
 };
 
 use crate::device::stack::{self, Timeouts};
@@ -286,11 +286,20 @@ impl Inner {
             ready: self.config.device_timeout,
             busy: self.config.busy_timeout,
         };
+        let roles = options.devices().iter().map(|asked| asked.role);
+        let (trees, further): (Vec<_>, Vec<_>) = further
+            .into_iter()
+            .zip(roles)
+            .partition(|(_, role)| *role == DeviceRole::HashTree);
+        let found = stack::Found {
+            device: found,
+            tree: trees.into_iter().next().map(|(tree, _)| tree),
+        };
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
         let mut extra = Vec::new();
-        for (found, asked) in further.into_iter().zip(options.devices()) {
+        for (found, role) in further {
             let layer = stack::open_plain(&self.ledger, target, found, timeouts).await?;
-            extra.push(Extra::new(layer, asked.role));
+            extra.push(Extra::new(layer, role));
         }
         if let Some(wanted) = options.format() {
             let timeouts = format::Timeouts {

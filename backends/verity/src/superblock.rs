@@ -233,6 +233,24 @@ impl Superblock {
     ///
     /// [`VerityError::Invalid`] if the digest is none of the algorithm, or no kernel could be given the rest.
     pub fn options(&self, root_digest: &str, offset: u64) -> Result<Verity, VerityError> {
+        self.options_with(root_digest, offset, false)
+    }
+
+    /// The same for a disk whose superblock and tree are on another one, from `offset` of that on.
+    ///
+    /// # Errors
+    ///
+    /// As for [`options`](Self::options).
+    pub fn options_apart(&self, root_digest: &str, offset: u64) -> Result<Verity, VerityError> {
+        self.options_with(root_digest, offset, true)
+    }
+
+    fn options_with(
+        &self,
+        root_digest: &str,
+        offset: u64,
+        is_apart: bool,
+    ) -> Result<Verity, VerityError> {
         let refused = |why| VerityError::invalid(format!("root digest {root_digest:?}"), why);
         check_root(&self.parameters, root_digest)?;
         let tree = self
@@ -244,6 +262,7 @@ impl Superblock {
         verity.data_block_size = self.parameters.data_block_size;
         verity.hash_block_size = self.parameters.hash_block_size;
         verity.hash_start_block = tree.start() / u64::from(self.parameters.hash_block_size);
+        verity.separate_tree = is_apart;
         // The options of a mount are checked as a whole.
         let built = MountOptions::builder().read_only().verity(verity).build();
         let built = built.map_err(|_| refused("the tree is not behind the data"))?;

@@ -16,6 +16,8 @@ pub(crate) struct Layer {
     pub(crate) filesystem: Option<String>,
     /// What vouches for its blocks.
     pub(crate) verity: Option<Trusted>,
+    /// The image with their hash tree, if it is another one.
+    pub(crate) verity_tree: Option<PathBuf>,
     /// Mount options.
     pub(crate) options: Vec<String>,
     /// Further images that its filesystem has data in, in its order.
@@ -30,9 +32,13 @@ impl Layer {
             ..Layer::default()
         }
     }
+
+    fn is_unvouched(&self) -> bool {
+        self.verity_tree.is_some() && self.verity.is_none()
+    }
 }
 
-/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE] [--device IMAGE...] [--option OPTION...]`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE [--verity-tree IMAGE]] [--device IMAGE...] [--option OPTION...]`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -68,6 +74,13 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(Trusted))
             .action(clap::ArgAction::Append)
             .help("Check each block of the --layer before it, by its .dmverity file or root=DIGEST,offset=BYTES");
+        let verity_tree = clap::Arg::new("verity_tree")
+            .long("verity-tree")
+            .value_name("IMAGE")
+            .value_parser(clap::value_parser!(PathBuf))
+            .action(clap::ArgAction::Append)
+            .requires("verity")
+            .help("Image with the hash tree of the --layer before it, where that is not behind its data");
         let filesystem = clap::Arg::new("fs")
             .long("fs")
             .value_name("NAME")
@@ -87,7 +100,15 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(PathBuf))
             .action(clap::ArgAction::Append)
             .help("Image of a further device of the --layer before it, such as a blob of an erofs, in its order; repeatable");
-        command.args([layer, partition, filesystem, verity, device, option])
+        command.args([
+            layer,
+            partition,
+            filesystem,
+            verity,
+            verity_tree,
+            device,
+            option,
+        ])
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -108,6 +129,12 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
         self.add(matches, "partition", |layer| &mut layer.partition)?;
         self.add(matches, "fs", |layer| &mut layer.filesystem)?;
         self.add(matches, "verity", |layer| &mut layer.verity)?;
+        self.add(matches, "verity_tree", |layer| &mut layer.verity_tree)?;
+        if let Some(layer) = self.0.iter().find(|layer| layer.is_unvouched()) {
+            let image = layer.image.display();
+            let message = format!("--verity-tree of --layer {image} is given without a --verity");
+            return Err(misplaced(message));
+        }
         for (image, before) in placed::<PathBuf>(matches, "device") {
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
                 return Err(misplaced("--device has no --layer before it".to_owned()));
@@ -142,10 +169,11 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
     ) -> Result<(), clap::Error> {
         for (value, before) in placed::<T>(matches, name) {
             let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
+                let name = name.replace('_', "-");
                 return Err(misplaced(format!("--{name} has no --layer before it")));
             };
             if field(layer).replace(value.clone()).is_some() {
-                let image = layer.image.display();
+                let (image, name) = (layer.image.display(), name.replace('_', "-"));
                 return Err(misplaced(format!(
                     "--{name} is given twice for --layer {image}; repeat the --layer"
                 )));
@@ -221,6 +249,32 @@ mod tests {
         );
         let twice = layers(&["-l", "a", "--verity", "x", "--verity", "y"]);
         assert_eq!(twice.unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn a_tree_belongs_to_a_layer_with_a_digest() {
+        let given = layers(&[
+            "-l",
+            "a",
+            "--verity",
+            "x",
+            "--verity-tree",
+            "t",
+            "-l",
+            "b",
+            "--verity",
+            "y",
+        ]);
+        let given = given.unwrap();
+        assert_eq!(given[0].verity_tree, Some("t".into()));
+        assert_eq!(given[1].verity_tree, None);
+        for words in [
+            &["-l", "a", "--verity-tree", "t"][..],
+            &["-l", "a", "--verity", "x", "-l", "b", "--verity-tree", "t"],
+            &["--verity-tree", "t", "-l", "a", "--verity", "x"],
+        ] {
+            assert_eq!(layers(words).unwrap_err().exit_code(), 2, "{words:?}");
+        }
     }
 
     #[test]

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
-    BackendError, BindMount, Binder, DeviceLocator, Encryption, ErrorCorrection, ErrorKind, Expose,
-    Format, HashAlgorithm, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
-    Presence, Propagation, Unplugger, Usage, Verity,
+    BackendError, BindMount, Binder, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
+    ErrorKind, Expose, ExtraDevice, Format, HashAlgorithm, LayerCombiner, MountFlag, MountOptions,
+    Mounter, OnCorruption, Overlay, Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -44,7 +44,7 @@ fn verity() -> impl Strategy<Value = Verity> {
         salt,
         more,
         policies,
-        any::<u64>(),
+        (any::<u64>(), any::<bool>()),
     )
         .prop_map(
             |(
@@ -54,7 +54,7 @@ fn verity() -> impl Strategy<Value = Verity> {
                 salt,
                 (once, tasklet, key),
                 policy,
-                root,
+                (root, apart),
             )| {
                 let root = format!("{root:016x}").repeat(algorithm.digest_size() / 8);
                 let mut verity = Verity::new(root, data_blocks);
@@ -62,6 +62,7 @@ fn verity() -> impl Strategy<Value = Verity> {
                 (verity.data_block_size, verity.hash_block_size) = (1 << data, 1 << hash);
                 let end = data_blocks << data;
                 verity.hash_start_block = end.div_ceil(1 << hash) + u64::from(gap);
+                verity.separate_tree = apart;
                 (verity.check_at_most_once, verity.try_verify_in_tasklet) = (once, tasklet);
                 (verity.signature_key, verity.on_corruption) = (key, policy);
                 if data == hash {
@@ -121,6 +122,11 @@ fn options() -> impl Strategy<Value = MountOptions> {
                 builder = builder.filesystem(filesystem);
             }
             if let Some(verity) = verity {
+                if verity.separate_tree {
+                    let locator = DeviceLocator::new("scsi", "0/7").ok()?;
+                    let tree = ExtraDevice::new(DeviceRole::HashTree, locator);
+                    builder = builder.device(tree);
+                }
                 builder = builder.read_only().verity(verity);
             }
             if encrypted {
@@ -214,7 +220,7 @@ fn the_options_that_are_tried_have_every_field() {
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
-    let mut seen = [0; 10];
+    let mut seen = [0; 11];
     let (mut flags, mut modes) = (std::collections::BTreeSet::new(), Vec::<Propagation>::new());
     for _ in 0..4_000 {
         let options = options().new_tree(&mut runner).unwrap().current();
@@ -231,6 +237,7 @@ fn the_options_that_are_tried_have_every_field() {
             options.encryption().is_some(),
             options.format().is_some(),
             options.expose() == Expose::BlockDevice,
+            !options.devices().is_empty(),
         ];
         for (count, there) in seen.iter_mut().zip(there) {
             *count += usize::from(there);

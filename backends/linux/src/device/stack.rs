@@ -2,9 +2,10 @@
 //!
 //! Each layer is a device that is opened from the one below it, and puts what it makes on the undo list before it makes
 //! it: the device itself, then a byte range or a partition of it, then what checks its
-//! integrity, or what encrypts it. The order is fixed.
+//! integrity, or what encrypts it. The order is fixed. A hash tree on a device of its own is opened before what it checks.
 
 use std::fs::File;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,17 +53,17 @@ pub(crate) struct Timeouts {
     pub(crate) busy: Duration,
 }
 
-/// Opens the device that is to be mounted at a target. What was made of it until an error is on the target's undo list.
-pub(crate) async fn open(
+/// Opens what was found of a device, or a partition of it.
+async fn open_found(
     ledger: &Arc<Ledger>,
     target: &Target,
     found: BlockDevice,
-    options: &MountOptions,
+    partition: Option<NonZeroU32>,
     timeouts: Timeouts,
 ) -> Result<Layer, BackendError> {
     let deadline = Instant::now() + timeouts.ready;
     let mut layer = Layer::open(found.path, deadline).await?;
-    match (found.range, options.partition()) {
+    match (found.range, partition) {
         (None, None) => {}
         (None, Some(number)) => {
             let disk = &layer.open;
@@ -82,9 +83,34 @@ pub(crate) async fn open(
             layer = Layer::open(node, deadline).await?;
         }
     }
+    Ok(layer)
+}
+
+/// What was found for a mount: its device, and the one with the hash tree of that if it is another.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) device: BlockDevice,
+    pub(crate) tree: Option<BlockDevice>,
+}
+
+/// Opens the device that is to be mounted at a target. What was made of it until an error is on the target's undo list.
+pub(crate) async fn open(
+    ledger: &Arc<Ledger>,
+    target: &Target,
+    found: Found,
+    options: &MountOptions,
+    timeouts: Timeouts,
+) -> Result<Layer, BackendError> {
+    let partition = options.partition();
+    let mut layer = open_found(ledger, target, found.device, partition, timeouts).await?;
+    let deadline = Instant::now() + timeouts.ready;
     if let Some(options) = options.verity() {
+        let tree = match found.tree {
+            Some(tree) => Some(open_plain(ledger, target, tree, timeouts).await?.node),
+            None => None,
+        };
         let (node, options) = (layer.node.clone(), options.clone());
-        let open = move |list: &UndoList<'_>| verity::open(list, &node, &options);
+        let open = move |list: &UndoList<'_>| verity::open(list, &node, tree.as_deref(), &options);
         let made = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
         let (node, checked) = made;
         layer = Layer::open(node, deadline).await?;
@@ -101,15 +127,14 @@ pub(crate) async fn open(
     Ok(layer)
 }
 
-/// Opens a further device of a filesystem: all of what was found.
+/// Opens a further device of a mount: all of what was found.
 pub(crate) async fn open_plain(
     ledger: &Arc<Ledger>,
     target: &Target,
     found: BlockDevice,
     timeouts: Timeouts,
 ) -> Result<Layer, BackendError> {
-    let whole = MountOptions::default();
-    open(ledger, target, found, &whole, timeouts).await
+    open_found(ledger, target, found, None, timeouts).await
 }
 
 /// Tries to make a layer as long as the device below may be busy, and says who uses it if it stays so.

@@ -14,7 +14,7 @@ use crate::device::partition::sequence;
 use crate::device::{mapped, node};
 use crate::errno::errno_of;
 use crate::undo::ledger::UndoList;
-use crate::undo::step::{Undo, VerityStep};
+use crate::undo::step::{TreeStep, Undo, VerityStep};
 
 const KIND: &str = "verity";
 /// The format of the tree: the salt is before each block. It has nothing to do with the version of a superblock.
@@ -37,6 +37,8 @@ pub(crate) struct Checked {
     step: VerityStep,
     /// The node of the device below.
     below: PathBuf,
+    /// The node of the device with the hash tree, if it is another one.
+    tree: Option<PathBuf>,
 }
 
 /// Makes a device that checks another, or takes the one that there is for the same request, and names its node. Blocks.
@@ -49,24 +51,35 @@ pub(crate) struct Checked {
 pub(crate) fn open(
     list: &UndoList<'_>,
     below: &Path,
+    tree: Option<&Path>,
     verity: &Verity,
 ) -> Result<(PathBuf, Checked), BackendError> {
     let device = node::measure(below)?;
-    validate(below, &device, verity)?;
+    let tree_device = tree.map(node::measure).transpose()?;
+    validate((below, &device), tree.zip(tree_device.as_ref()), verity)?;
     let backing = device.number;
+    let tree_step = |device: Measured| TreeStep {
+        device: device.number,
+        sequence: sequence(device.number),
+    };
     let step = VerityStep {
         backing,
         sequence: sequence(backing),
         verity: verity.clone(),
+        tree: tree_device.map(tree_step),
     };
-    let table = table(backing, verity)?;
+    let table = table(&step)?;
     let undo = Undo::CloseVerity(Box::new(step.clone()));
     let made = mapped::open(list, &step.names(), undo, |mapper, names| {
         let made = mapper.create_mapped(names, &table, Access::ReadOnly);
         made.map_err(|error| explain_refusal(mapper, error, verity))
     });
-    let below = below.to_owned();
-    Ok((made?, Checked { step, below }))
+    let checked = Checked {
+        step,
+        below: below.to_owned(),
+        tree: tree.map(Path::to_owned),
+    };
+    Ok((made?, checked))
 }
 
 /// Removes the device that checks another. Blocks.
@@ -97,8 +110,12 @@ impl Checked {
             return error;
         }
         let (device, digest) = (self.below.display(), &self.step.verity.root_digest);
+        let on = match &self.tree {
+            Some(tree) => format!(", which is on {},", tree.display()),
+            None => String::new(),
+        };
         let message = format!(
-            "{}: data or hash tree of {device} are not what root digest {digest} says",
+            "{}: data or hash tree of {device}{on} are not what root digest {digest} says",
             error.message()
         );
         BackendError::invalid(message).with_source(error)
@@ -114,52 +131,72 @@ fn is_corrupt(step: &VerityStep) -> bool {
         .any(|target| target.kind == KIND && target.parameters.starts_with('C'))
 }
 
-/// Whether a device can have such a tree. What is wrong for every device was refused with the request.
-fn validate(below: &Path, device: &Measured, verity: &Verity) -> Result<(), BackendError> {
-    let (size, smallest) = (device.size, device.block_size);
-    let device = below.display();
-    let page = rustix::param::page_size();
+/// Whether a device can have such a tree, which is on itself or on another one. What is wrong for every device was refused
+/// with the request.
+fn validate(
+    data: (&Path, &Measured),
+    tree: Option<(&Path, &Measured)>,
+    verity: &Verity,
+) -> Result<(), BackendError> {
+    let (path, data_device) = data;
+    let (tree_path, tree_device) = tree.unwrap_or(data);
     let refused = |why: String| {
-        let message = format!("cannot check the integrity of {device}: {why}");
+        let message = format!("cannot check the integrity of {}: {why}", path.display());
         Err(BackendError::invalid(message))
     };
-    for (what, block) in [
-        ("data", verity.data_block_size),
-        ("hash", verity.hash_block_size),
-    ] {
-        if block < smallest {
-            return refused(format!(
-                "{what} blocks of {block} bytes are smaller than those of the device, {smallest} bytes"
-            ));
-        }
-        if block as usize > page {
-            return refused(format!(
-                "{what} blocks of {block} bytes are larger than a page of this kernel, {page} bytes"
-            ));
-        }
+    let (block, hash_block) = (verity.data_block_size, verity.hash_block_size);
+    let why = unfit_blocks("data", block, data_device);
+    if let Some(why) = why.or_else(|| unfit_blocks("hash", hash_block, tree_device)) {
+        return refused(why);
     }
-    let fits = |end: Option<u64>| end.is_some_and(|end| end <= size);
-    if !fits(verity.data_bytes()) {
+    let fits = |end: Option<u64>, size: u64| end.is_some_and(|end| end <= size);
+    let (size, tree_size) = (data_device.size, tree_device.size);
+    if !fits(verity.data_bytes(), size) {
         let blocks = verity.data_blocks;
         return refused(format!("it has {size} bytes, and not {blocks} data blocks"));
     }
-    if !fits(verity.end()) {
+    let whose = match tree {
+        Some(_) => format!("{} has {tree_size} bytes", tree_path.display()),
+        None => format!("it has {tree_size} bytes"),
+    };
+    if !fits(verity.end(), tree_size) {
         let start = verity.hash_start_block;
         return refused(format!(
-            "it has {size} bytes, and no whole hash tree from hash block {start} on"
+            "{whose}, and no whole hash tree from hash block {start} on"
         ));
     }
     let parity = |parity: &ErrorCorrection| {
         let start = parity.start.checked_mul(verity.data_block_size.into());
-        start.is_some_and(|start| start < size)
+        start.is_some_and(|start| start < tree_size)
     };
     match verity.error_correction.as_ref().is_none_or(parity) {
         true => Ok(()),
-        false => refused(format!("it has {size} bytes, and no parity behind them")),
+        false => refused(format!("{whose}, and no parity behind them")),
     }
 }
 
-fn table(backing: DeviceNumber, verity: &Verity) -> Result<Target, BackendError> {
+/// Why a device cannot have blocks of a size.
+fn unfit_blocks(what: &str, block: u32, device: &Measured) -> Option<String> {
+    let (smallest, page) = (device.block_size, rustix::param::page_size());
+    if block < smallest {
+        return Some(format!(
+            "{what} blocks of {block} bytes are smaller than those of the device, {smallest} bytes"
+        ));
+    }
+    (block as usize > page).then(|| {
+        format!(
+            "{what} blocks of {block} bytes are larger than a page of this kernel, {page} bytes"
+        )
+    })
+}
+
+/// The device with the hash tree.
+fn tree_of(step: &VerityStep) -> DeviceNumber {
+    step.tree.as_ref().map_or(step.backing, |tree| tree.device)
+}
+
+fn table(step: &VerityStep) -> Result<Target, BackendError> {
+    let (verity, backing, tree) = (&step.verity, step.backing, tree_of(step));
     let bytes = verity.data_bytes();
     let bytes = bytes.ok_or_else(|| BackendError::invalid("no device has so many data blocks"))?;
     let Verity {
@@ -176,10 +213,10 @@ fn table(backing: DeviceNumber, verity: &Verity) -> Result<Target, BackendError>
         salt => salt,
     };
     let mut parameters = format!(
-        "{HASH_TYPE} {backing} {backing} {data_block_size} {hash_block_size} {data_blocks} {hash_start_block} \
+        "{HASH_TYPE} {backing} {tree} {data_block_size} {hash_block_size} {data_blocks} {hash_start_block} \
          {algorithm} {root_digest} {salt}"
     );
-    let arguments = arguments(backing, verity);
+    let arguments = arguments(tree, verity);
     let words: Vec<String> = arguments
         .into_iter()
         .flat_map(|argument| argument.words)
@@ -202,8 +239,8 @@ struct Argument {
     since: ([u32; 3], &'static str),
 }
 
-/// The optional arguments of a table. (Source of the versions: cryptsetup, `lib/libdevmapper.c`, and Linux)
-fn arguments(backing: DeviceNumber, verity: &Verity) -> Vec<Argument> {
+/// The optional arguments of a table; the parity is on the device with the hash tree. (Source of the versions: cryptsetup, `lib/libdevmapper.c`, and Linux)
+fn arguments(tree: DeviceNumber, verity: &Verity) -> Vec<Argument> {
     let mut arguments = Vec::new();
     let mut add = |words: &[&str], minor, kernel| {
         arguments.push(Argument {
@@ -218,7 +255,7 @@ fn arguments(backing: DeviceNumber, verity: &Verity) -> Vec<Argument> {
         _ => {}
     }
     if let Some(parity) = &verity.error_correction {
-        let device = backing.to_string();
+        let device = tree.to_string();
         let [roots, blocks, start] = [u64::from(parity.roots), parity.blocks, parity.start];
         let [roots, blocks, start] = [roots, blocks, start].map(|number| number.to_string());
         let words = [
@@ -304,10 +341,19 @@ mod tests {
         minor: 16,
     };
 
+    fn step(verity: Verity) -> VerityStep {
+        VerityStep {
+            backing: DISK,
+            sequence: None,
+            verity,
+            tree: None,
+        }
+    }
+
     fn parameters(change: impl FnOnce(&mut Verity)) -> String {
         let mut verity = Verity::new("ab".repeat(32), 256);
         change(&mut verity);
-        table(DISK, &verity).unwrap().parameters
+        table(&step(verity)).unwrap().parameters
     }
 
     #[test]
@@ -332,7 +378,27 @@ mod tests {
         assert_eq!(all, format!("{plain} {arguments}"));
         let none = parameters(|_| {});
         assert!(none.ends_with(&format!("{root} -")), "{none}");
-        assert_eq!(table(DISK, &Verity::new("ab", 256)).unwrap().length, 2048);
+        assert_eq!(table(&step(Verity::new("ab", 256))).unwrap().length, 2048);
+    }
+
+    #[test]
+    fn tree_and_parity_can_be_on_another_device() {
+        let mut verity = Verity::new("ab".repeat(32), 256).with_separate_tree(1);
+        verity.error_correction = Some(ErrorCorrection::new(2, 259, 4));
+        let device = DeviceNumber { major: 8, minor: 0 };
+        let tree = TreeStep {
+            device,
+            sequence: None,
+        };
+        let step = VerityStep {
+            tree: Some(tree),
+            ..step(verity)
+        };
+        let root = "ab".repeat(32);
+        let expected = format!(
+            "1 8:16 8:0 4096 4096 256 1 sha256 {root} - 8 use_fec_from_device 8:0 fec_roots 2 fec_blocks 259 fec_start 4"
+        );
+        assert_eq!(table(&step).unwrap().parameters, expected);
     }
 
     #[test]
@@ -342,8 +408,7 @@ mod tests {
                 major: u32::MAX,
                 minor: u32::MAX,
             },
-            sequence: None,
-            verity: Verity::new("f".repeat(128), 1),
+            ..step(Verity::new("f".repeat(128), 1))
         };
         let Names { name, uuid } = step.names();
         assert!(name.len().max(uuid.len()) <= 127, "{name}");

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use blockmount::{BackendError, Expose, MountOptions};
+use blockmount::{BackendError, DeviceRole, Expose, ExtraDevice, MountOptions};
 use rustix::io::Errno;
 
 use crate::device::{free, node};
@@ -21,10 +21,21 @@ pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendEr
             "a device that is encrypted with a new key holds noise: ask for a filesystem to be made on it",
         ));
     }
+    let lacks_tree = options.verity().is_some_and(|verity| verity.separate_tree)
+        && !options.devices().iter().any(is_tree);
+    if lacks_tree {
+        return Err(BackendError::invalid(
+            "the hash tree is on a device of its own, which is not part of the request",
+        ));
+    }
     match is_mount {
         true => Ok(()),
         false => expose::validate(options),
     }
+}
+
+fn is_tree(device: &ExtraDevice) -> bool {
+    device.role == DeviceRole::HashTree
 }
 
 /// The filesystem to mount, by what is on the device and what was asked for.
@@ -179,7 +190,7 @@ pub(crate) fn refuse_incomplete(
     is_first: bool,
 ) -> Result<(), BackendError> {
     // What is given as further devices is checked with them.
-    let names_none = options.devices().is_empty();
+    let names_none = options.devices().iter().all(is_tree);
     let Some(driver) = Driver::of(found.name) else {
         return Ok(());
     };

@@ -152,6 +152,19 @@ pub(crate) struct VerityStep {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) sequence: Option<u64>,
     pub(crate) verity: Verity,
+    /// The device with the hash tree, if it is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tree: Option<TreeStep>,
+}
+
+/// A device with the hash tree of another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TreeStep {
+    pub(crate) device: DeviceNumber,
+    /// Tells the device from a later one with the same number: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
 }
 
 /// A partition, with what tells it from one of a disk that got the same number later.

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{
-    BackendError, DeviceLocator, Disk, ErrorCorrection, ErrorKind, HashAlgorithm, MountOptions,
-    MountRequest, Mounter, OnCorruption, Transport, Unplugger, Verity,
+    BackendError, DeviceLocator, DeviceRole, Disk, ErrorCorrection, ErrorKind, HashAlgorithm,
+    MountOptions, MountRequest, Mounter, OnCorruption, Transport, Unplugger, Verity,
 };
 use blockmount_debug_agent::kit::images;
-use blockmount_verity::{Parameters, Sealed, seal};
+use blockmount_verity::{Parameters, Sealed, Superblock, format, seal};
 use blockmount_vpmem::Mode;
 use serde_json::{Value, json};
 
@@ -350,12 +350,8 @@ async fn vm_an_image_of_veritysetup_is_repaired_by_its_parity() {
     let said = format.output().unwrap();
     assert!(said.status.success(), "{said:?}");
     let said = String::from_utf8(said.stdout).unwrap();
-    let field = |name: &str| {
-        let line = said.lines().find_map(|line| line.strip_prefix(name));
-        line.unwrap().trim().to_owned()
-    };
-    let mut verity = Verity::new(field("Root hash:"), blocks);
-    verity.salt = field("Salt:");
+    let mut verity = Verity::new(field(&said, "Root hash:"), blocks);
+    verity.salt = field(&said, "Salt:");
     verity.hash_start_block = blocks + 1;
     let in_file = fs::read(&path).unwrap();
     let middle = &text().as_bytes()[70_000..70_032].to_vec();
@@ -383,14 +379,122 @@ async fn vm_an_image_of_veritysetup_is_repaired_by_its_parity() {
     rig.end().await;
 }
 
+/// The tree of an image on a disk of its own, by our own builder, with what a guest is told of both.
+fn sealed_apart(image: &Path, tree: &Path) -> Verity {
+    let parameters = Parameters::default();
+    let data = File::open(image).unwrap();
+    let blocks = data.metadata().unwrap().len() / 4096;
+    let superblock = Superblock::new(parameters, blocks);
+    let layout = superblock.tree(0).unwrap();
+    let file = File::create_new(tree).unwrap();
+    let root = format(&data, &file, &layout, &|_| true).unwrap();
+    superblock.write(&file, 0).unwrap();
+    superblock.options_apart(&root, 0).unwrap()
+}
+
+fn request_apart(verity: &Verity, tree: &Path) -> MountRequest {
+    request(verity).with_device_as(DeviceRole::HashTree, disk(tree))
+}
+
+/// The lines that `veritysetup format` prints, by their names.
+fn field(said: &str, name: &str) -> String {
+    let line = said.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_tree_on_another_disk_is_that_of_veritysetup_or_ours() {
+    let rig = Rig::start_with_vpmem(Mode::Packed).await;
+    let path = rig.path("layer.erofs");
+    images::image("erofs", &path, &[("id", "apart"), ("large", &text())]);
+    let length = fs::metadata(&path).unwrap().len();
+    let blocks = length.div_ceil(4096);
+    open(&path).set_len(blocks * 4096).unwrap();
+    // On a packed device both are ranges.
+    let ours = rig.path("ours");
+    let verity = sealed_apart(&path, &ours);
+    let apart = request_apart(&verity, &ours);
+    let mount = rig.manager.add(&disk(&path), &apart).await.unwrap();
+    rig.assert_content(&mount.path().join("large"), &text())
+        .await;
+    assert_eq!(mapped(&rig).await, 3);
+    mount.release().await.unwrap();
+    // With its parity behind the tree, and a flipped bit in the data.
+    let theirs = rig.path("theirs");
+    let levels = HashAlgorithm::Sha256.levels(blocks, 4096).unwrap();
+    let parity = 1 + levels.iter().sum::<u64>();
+    File::create(&theirs).unwrap();
+    let mut veritysetup = Command::new("/usr/sbin/veritysetup");
+    veritysetup
+        .arg("format")
+        .args([&path, &theirs])
+        .arg("--fec-device")
+        .arg(&theirs)
+        .arg(format!("--fec-offset={}", parity * 4096))
+        .arg("--fec-roots=2");
+    let said = veritysetup.output().unwrap();
+    assert!(said.status.success(), "{said:?}");
+    let said = String::from_utf8(said.stdout).unwrap();
+    let mut theirs_says = Verity::new(field(&said, "Root hash:"), blocks).with_separate_tree(1);
+    theirs_says.salt = field(&said, "Salt:");
+    let bytes = fs::read(&path).unwrap();
+    let middle = &text().as_bytes()[70_000..70_032].to_vec();
+    let mut windows = bytes.windows(32);
+    let in_file = windows.position(|window| window == middle).unwrap();
+    flip(&path, in_file);
+    for is_repaired in [false, true] {
+        if is_repaired {
+            let covered = blocks + parity - 1;
+            theirs_says.error_correction = Some(ErrorCorrection::new(2, covered, parity));
+        }
+        let apart = request_apart(&theirs_says, &theirs);
+        let mount = rig.manager.add(&disk(&path), &apart).await.unwrap();
+        let answer = read(&rig, mount.path()).await;
+        assert_eq!(answer.get("failed").is_none(), is_repaired, "{answer}");
+        mount.release().await.unwrap();
+    }
+    flip(&path, in_file);
+    // A tree that was changed, one that is too short, one of another image, and none.
+    let changed = rig.path("changed");
+    fs::copy(&ours, &changed).unwrap();
+    flip(&changed, 4096 + 5);
+    let short = rig.path("short");
+    fs::copy(&ours, &short).unwrap();
+    open(&short).set_len(4096).unwrap();
+    let other = rig.path("other");
+    let other_image = image(&rig, "other-image");
+    sealed_apart(&other_image, &other);
+    for (tree, why) in [
+        (Some(&changed), "root digest"),
+        (Some(&short), "no whole hash tree"),
+        (Some(&other), "hash tree"),
+        (None, "not part of the request"),
+    ] {
+        let request = match tree {
+            Some(tree) => request_apart(&verity, tree),
+            None => request(&verity),
+        };
+        let error = rig.manager.add(&disk(&path), &request).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{why}: {}", error.cause());
+        let message = error.cause().message();
+        assert!(message.contains(why), "{why}: {message}");
+        assert_eq!(mapped(&rig).await, 0);
+    }
+    assert!(rig.manager.drain().await.is_clean());
+    rig.end_as_it_is().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_an_agent_that_is_killed_leaves_no_checked_device() {
     let rig = Rig::start().await;
-    let (path, verity) = sealed(&rig, "held");
-    // What is mounted is taken over, and undone.
+    let (path, tree) = (image(&rig, "held"), rig.path("held.tree"));
+    let length = fs::metadata(&path).unwrap().len();
+    open(&path).set_len(length.next_multiple_of(4096)).unwrap();
+    let verity = sealed_apart(&path, &tree);
+    // What is mounted is taken over, and undone, with the disk of its tree.
     let mount = rig
         .manager
-        .add(&disk(&path), &request(&verity))
+        .add(&disk(&path), &request_apart(&verity, &tree))
         .await
         .unwrap();
     rig.ask(json!("kill_agent")).await;
