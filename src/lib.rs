@@ -127,7 +127,7 @@ pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
     Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
-    HashAlgorithm, IdMap, IdRange, InvalidOptions, MountFlag, MountFlags, MountOptions,
+    HashAlgorithm, IdMap, IdRange, InvalidOptions, KeySource, MountFlag, MountFlags, MountOptions,
     MountOptionsBuilder, MountRequest, OnCorruption, OverlayOptions, Overwrite, Propagation,
     PropagationMode, Verity, ViewOptions,
 };

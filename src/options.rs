@@ -3,6 +3,7 @@
 mod builder;
 mod check;
 mod devices;
+mod encryption;
 mod flags;
 mod format;
 mod overlay;
@@ -22,6 +23,7 @@ use crate::{Disk, HolderName};
 pub use builder::MountOptionsBuilder;
 pub use check::Check;
 pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
+pub use encryption::{Encryption, KeySource};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
 pub use overlay::OverlayOptions;
@@ -65,7 +67,7 @@ struct Fields {
     propagation: Option<Propagation>,
     // Boxed, because most mounts have none and there are many mounts.
     verity: Option<Box<Verity>>,
-    encryption: Option<Encryption>,
+    encryption: Option<Box<Encryption>>,
     format: Option<Box<Format>>,
     check: Option<Check>,
     expose: Expose,
@@ -85,14 +87,6 @@ pub enum InvalidOptions {
     /// Something that no kernel could be given.
     #[error("mount option {0:?} is malformed: {1}")]
     Malformed(String, &'static str),
-}
-
-/// How the content of a device is encrypted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum Encryption {
-    /// A random key that never leaves the guest: the content ends with the mount. For scratch disks.
-    Ephemeral,
 }
 
 /// What appears at the target.
@@ -162,8 +156,8 @@ impl MountOptions {
     }
 
     /// The encryption of the device.
-    pub fn encryption(&self) -> Option<Encryption> {
-        self.0.fields.encryption
+    pub fn encryption(&self) -> Option<&Encryption> {
+        self.0.fields.encryption.as_deref()
     }
 
     /// The filesystem to make before mounting.
@@ -207,6 +201,7 @@ impl MountOptions {
             && one.data == other.data
             && one.flags.of_superblock() == other.flags.of_superblock()
             && one.verity == other.verity
+            && one.encryption == other.encryption
             && one.devices == other.devices
             && one.expose == other.expose;
         apart(one.partition, other.partition)

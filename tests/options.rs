@@ -4,8 +4,8 @@ use std::num::NonZeroU32;
 
 use blockmount::{
     DeviceLocator, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, Format,
-    HashAlgorithm, InvalidOptions, MountFlag, MountOptions, MountRequest, OnCorruption, Overlay,
-    Verity,
+    HashAlgorithm, InvalidOptions, KeySource, MountFlag, MountOptions, MountRequest, OnCorruption,
+    Overlay, Verity,
 };
 use serde_json::{Value, json, to_value};
 
@@ -169,11 +169,68 @@ fn every_option_survives_the_way() {
         .format(format())
         .build();
     let exposed = MountOptions::builder().expose(Expose::BlockDevice).build();
-    for options in [verified, encrypted, exposed] {
+    let keyed = |source| {
+        let options = MountOptions::builder().read_only();
+        options.encryption(Encryption::Keyed(source)).build()
+    };
+    let in_keyring = keyed(KeySource::Keyring("volumes:data".to_owned()));
+    let in_file = keyed(KeySource::File("data.key".to_owned()));
+    for options in [verified, encrypted, exposed, in_keyring, in_file] {
         let options = options.unwrap();
         let back: MountOptions = read(to_value(&options).unwrap()).unwrap();
         assert_eq!(back, options);
     }
+}
+
+#[test]
+fn a_key_is_named_so_that_its_guest_can_look_for_it() {
+    let encrypted = |source| {
+        let options = MountOptions::builder().encryption(Encryption::Keyed(source));
+        options.build()
+    };
+    for name in [
+        "",
+        ":",
+        "a:",
+        ":b",
+        "plain",
+        "a:b c",
+        "a:\n",
+        "ä:b",
+        "blockmount:x",
+        &format!("a:{}", "b".repeat(254)),
+    ] {
+        let error = encrypted(KeySource::Keyring(name.to_owned())).unwrap_err();
+        assert!(matches!(error, InvalidOptions::Malformed(..)), "{name}");
+    }
+    for name in [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "a b",
+        "/etc/passwd",
+        &"b".repeat(256),
+    ] {
+        let error = encrypted(KeySource::File(name.to_owned())).unwrap_err();
+        assert!(matches!(error, InvalidOptions::Malformed(..)), "{name}");
+    }
+    let value = json!({"encryption": {"Keyed": {"keyring": "a:b"}}});
+    let read: MountOptions = read(value.clone()).unwrap();
+    assert_eq!(to_value(&read).unwrap(), value);
+    // Readers share a device if they have one key.
+    let reader = |name: &str| {
+        let key = Encryption::Keyed(KeySource::File(name.to_owned()));
+        MountOptions::builder()
+            .read_only()
+            .encryption(key)
+            .build()
+            .unwrap()
+    };
+    assert!(reader("a").is_compatible_with(&reader("a")));
+    assert!(!reader("a").is_compatible_with(&reader("b")));
+    assert!(!reader("a").is_compatible_with(&MountOptions::read_only()));
 }
 
 #[test]

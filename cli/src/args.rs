@@ -183,9 +183,6 @@ Examples:
                         --device base.blob --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs \\
                         --verity app.erofs.dmverity --at /mnt/tree
-  sudo blockmount mount --guest qemu --layer app.erofs \\
-                        --verity root=DIGEST,offset=0 --verity-tree app.tree \\
-                        --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
                         --at /mnt/tree
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
@@ -247,7 +244,7 @@ pub(crate) struct MountArgs {
         long,
         value_name = "NAME",
         conflicts_with_all = [
-            "layer", "partition", "fs", "verity", "verity_tree", "device", "option", "guest", "transport", "allow_backing", "scratch",
+            "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "guest", "transport", "allow_backing", "scratch",
             "encrypt", "format", "overlay_options", "at", "name", "keep_vm",
         ]
     )]

@@ -306,7 +306,7 @@ impl MountArgs {
         let mut layers = self.layers.0.iter();
         Needs {
             verity: layers.any(|layer| layer.verity.is_some()),
-            encryption: self.encrypt,
+            encryption: self.encrypt || self.layers.0.iter().any(|layer| layer.key.is_some()),
             filesystem_tools: self.is_formatted_in_guest(),
         }
     }

@@ -187,7 +187,9 @@ fn write_tree(
     let root_digest = format(data, file, layout, progress)?;
     let superblock = superblock.with_uuid_of(&root_digest);
     superblock.write(file, 0)?;
-    file.sync_all().map_err(|source| VerityError::Io {
+    // A single block needs no tree; whoever reads the superblock expects where it would be.
+    let whole = file.set_len(layout.end()).and_then(|()| file.sync_all());
+    whole.map_err(|source| VerityError::Io {
         doing: "write a hash tree",
         source,
     })?;

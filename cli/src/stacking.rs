@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
 use std::path::PathBuf;
 
-use blockmount::{DeviceRole, Disk, MountOptions, MountRequest};
+use blockmount::{DeviceRole, Disk, Encryption, KeySource, MountOptions, MountRequest};
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
@@ -36,6 +36,10 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
         let verity = verity::of_layer(&layer.image, layer.partition, trusted, tree)?;
         builder = builder.verity(verity);
     }
+    if let Some(key) = &layer.key {
+        let source = KeySource::Keyring(key.clone());
+        builder = builder.encryption(Encryption::Keyed(source));
+    }
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;
@@ -62,9 +66,15 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
             let same = |(other, upper): &&((u64, u64), &Layer)| {
                 let same = [upper, &layer].map(|layer| {
                     let Layer {
-                        partition, devices, ..
+                        partition, verity, ..
                     } = layer;
-                    (partition, &layer.verity, &layer.verity_tree, devices)
+                    (
+                        partition,
+                        verity,
+                        &layer.verity_tree,
+                        &layer.key,
+                        &layer.devices,
+                    )
                 });
                 *other == file && same[0] == same[1]
             };

@@ -83,7 +83,7 @@ impl MountOptionsBuilder {
         self
     }
 
-    /// Encrypts what is written to the device.
+    /// Decrypts what is read from the device, and encrypts what is written to it.
     #[must_use]
     pub fn encryption(mut self, encryption: Encryption) -> Self {
         self.encryption = Some(encryption);
@@ -154,7 +154,7 @@ impl MountOptionsBuilder {
                 .get("propagation")
                 .and_then(|word| Propagation::from_name(word)),
             verity: verity.map(Box::new),
-            encryption: self.encryption,
+            encryption: self.encryption.map(Box::new),
             format: self.format.map(Box::new),
             check: self.check,
             expose: self.expose,
@@ -184,8 +184,11 @@ impl MountOptionsBuilder {
         if self.encryption.is_some() && self.verity.is_some() {
             return contradiction("encryption", "verity");
         }
-        if self.encryption.is_some() && read_only {
-            return contradiction("encryption", "ro");
+        if let Some(encryption) = &self.encryption {
+            encryption.validate()?;
+            if encryption.is_ephemeral() && read_only {
+                return contradiction("encryption with a new key", "ro");
+            }
         }
         if self.verity.is_some() && !read_only {
             return contradiction("verity", "rw");
@@ -339,7 +342,7 @@ impl From<MountOptions> for MountOptionsBuilder {
             filesystem: fields.filesystem,
             options: words,
             verity: fields.verity.map(|verity| *verity),
-            encryption: fields.encryption,
+            encryption: fields.encryption.map(|encryption| *encryption),
             format: fields.format.map(|format| *format),
             check: fields.check,
             expose: fields.expose,

@@ -59,6 +59,7 @@ pub struct AgentBuilder {
     pub(crate) transports: Vec<Box<dyn GuestTransport>>,
     pub(crate) roots: Vec<PathBuf>,
     pub(crate) journal: PathBuf,
+    pub(crate) keys: Option<PathBuf>,
     pub(crate) sets_clock: bool,
     pub(crate) timeouts: Timeouts,
 }
@@ -69,6 +70,7 @@ impl Default for AgentBuilder {
             transports: Vec::new(),
             roots: ROOTS.map(PathBuf::from).into(),
             journal: "/run/blockmount-agent".into(),
+            keys: None,
             sets_clock: false,
             timeouts: Timeouts::default(),
         }
@@ -97,6 +99,14 @@ impl AgentBuilder {
     #[must_use]
     pub fn journal(mut self, directory: impl Into<PathBuf>) -> Self {
         self.journal = directory.into();
+        self
+    }
+
+    /// Where keys are that a host may name by their file: a private directory of root with private files of 64 bytes.
+    /// Without it, hosts can name only keys of the keyring of root.
+    #[must_use]
+    pub fn keys(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.keys = Some(directory.into());
         self
     }
 
@@ -140,10 +150,14 @@ impl AgentBuilder {
                     .with_unplugger(scheme, devices.unplugger);
             }
         }
-        let engine = LinuxGuest::builder()
+        let mut engine = LinuxGuest::builder()
             .transports(transports)
             .busy_timeout(self.timeouts.busy)
-            .allow_targets_under(&self.roots)
+            .allow_targets_under(&self.roots);
+        if let Some(keys) = self.keys {
+            engine = engine.key_directory(keys);
+        }
+        let engine = engine
             .journal(&self.journal)
             .await
             .context(|| format!("cannot use the journal in {}", self.journal.display()))?;

@@ -27,7 +27,7 @@ command line. It keeps the programs of /etc/blockmount/programs running too: eac
 in its first line, and an argument in each of the others.";
 
 /// The agent's own arguments.
-const OWN: [Argument; 7] = [
+const OWN: [Argument; 8] = [
     Argument::new(
         "root",
         "DIR",
@@ -38,6 +38,12 @@ const OWN: [Argument; 7] = [
         "DIR",
         "What is mounted is noted here, so that an agent started after a killed one can undo it. By default \
          /run/blockmount-agent",
+    ),
+    Argument::new(
+        "keys",
+        "DIR",
+        "Where the keys of encrypted disks are that a host names by their file: a directory that only root can use, with \
+         such files of 64 bytes. By default a host can only name keys in root's keyring",
     ),
     Argument::new(
         "set-clock",
@@ -128,6 +134,7 @@ pub(crate) fn parse(
         match &*long {
             "root" => roots.push(parser.value()?.into()),
             "journal" => agent.journal = parser.value()?.into(),
+            "keys" => agent.keys = Some(parser.value()?.into()),
             "set-clock" => agent.sets_clock = true,
             "device-timeout" => agent.timeouts.device = seconds(&long, &mut parser)?,
             "busy-timeout" => agent.timeouts.busy = seconds(&long, &mut parser)?,
@@ -252,6 +259,7 @@ mod tests {
             "--toy-size",
             "7",
             "--root=/a",
+            "--keys=/k",
             "--toy-size=8",
             "-vv",
             "--set-clock",
@@ -261,6 +269,7 @@ mod tests {
         };
         assert_eq!(options.verbose, 2);
         assert_eq!(agent.roots, [PathBuf::from("/a")]);
+        assert_eq!(agent.keys, Some("/k".into()));
         assert!(agent.sets_clock && !parsed(&[]).1.sets_clock);
         assert!(format!("{agent:?}").contains(r#"["toy-size=7", "toy-size=8"]"#));
         assert_eq!(agent.modules(), ["toy"]);

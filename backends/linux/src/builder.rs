@@ -31,6 +31,7 @@ impl Default for LinuxGuestBuilder {
                 device_timeout: Duration::from_secs(10),
                 format_timeout: Duration::from_secs(60),
                 allowed: Vec::new(),
+                keys: None,
                 overlay_mark: "blockmount".to_owned(),
                 kernel: Kernel::default(),
             },
@@ -103,6 +104,15 @@ impl LinuxGuestBuilder {
         self.config
             .allowed
             .extend(roots.into_iter().map(Into::into));
+        self
+    }
+
+    /// Where the keys of encrypted disks are that a request names by their file
+    /// ([`KeySource::File`](blockmount::KeySource::File)). Directory and files must belong to the user of this process and be
+    /// private; a key has 64 bytes. By default there are none.
+    #[must_use]
+    pub fn key_directory(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.config.keys = Some(directory.into());
         self
     }
 

@@ -46,6 +46,7 @@ pub(crate) struct Config {
     pub(crate) device_timeout: Duration,
     pub(crate) format_timeout: Duration,
     pub(crate) allowed: Vec<PathBuf>,
+    pub(crate) keys: Option<PathBuf>,
     pub(crate) overlay_mark: String,
     pub(crate) kernel: Kernel,
 }
@@ -294,6 +295,7 @@ impl Inner {
         let found = stack::Found {
             device: found,
             tree: trees.into_iter().next().map(|(tree, _)| tree),
+            keys: self.config.keys.clone(),
         };
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
         let mut extra = Vec::new();
@@ -301,22 +303,24 @@ impl Inner {
             let layer = stack::open_plain(&self.ledger, target, found, timeouts).await?;
             extra.push(Extra::new(layer, role));
         }
+        let device = Arc::new(device);
         if let Some(wanted) = options.format() {
             let timeouts = format::Timeouts {
                 make: self.config.format_timeout,
                 busy: self.config.busy_timeout,
             };
-            // What was encrypted with another key is noise.
-            let is_fresh = options.encryption().is_some();
-            format::ensure(
+            let made = format::ensure(
                 &self.ledger,
                 target,
                 &device.node,
                 wanted,
-                is_fresh,
+                device.worth(),
                 timeouts,
-            )
-            .await?;
+            );
+            if let Err(error) = made.await {
+                let device = device.clone();
+                return blocking(move || Err(device.explained(error))).await;
+            }
         }
         if let Some(wanted) = options.check() {
             let timeouts = check::Timeouts {
@@ -325,7 +329,7 @@ impl Inner {
             };
             check::check(&self.ledger, target, &device.node, wanted, timeouts).await?;
         }
-        let (device, options, locator) = (Arc::new(device), options.clone(), locator.clone());
+        let (options, locator) = (options.clone(), locator.clone());
         let (extra, kernel) = (Arc::new(extra), self.config.kernel);
         let attempt = move |list: &UndoList<'_>| {
             let done = match options.expose() {

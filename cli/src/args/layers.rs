@@ -18,6 +18,8 @@ pub(crate) struct Layer {
     pub(crate) verity: Option<Trusted>,
     /// The image with their hash tree, if it is another one.
     pub(crate) verity_tree: Option<PathBuf>,
+    /// The description of the key that it is encrypted with.
+    pub(crate) key: Option<String>,
     /// Mount options.
     pub(crate) options: Vec<String>,
     /// Further images that its filesystem has data in, in its order.
@@ -81,6 +83,12 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .action(clap::ArgAction::Append)
             .requires("verity")
             .help("Image with the hash tree of the --layer before it, where that is not behind its data");
+        let key = clap::Arg::new("key")
+            .long("key")
+            .value_name("KEY")
+            .value_parser(clap::value_parser!(String))
+            .action(clap::ArgAction::Append)
+            .help("Decrypt the --layer before it with this key of the type logon in the keyring of the guest's root");
         let filesystem = clap::Arg::new("fs")
             .long("fs")
             .value_name("NAME")
@@ -106,6 +114,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             filesystem,
             verity,
             verity_tree,
+            key,
             device,
             option,
         ])
@@ -129,6 +138,7 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
         self.add(matches, "partition", |layer| &mut layer.partition)?;
         self.add(matches, "fs", |layer| &mut layer.filesystem)?;
         self.add(matches, "verity", |layer| &mut layer.verity)?;
+        self.add(matches, "key", |layer| &mut layer.key)?;
         self.add(matches, "verity_tree", |layer| &mut layer.verity_tree)?;
         if let Some(layer) = self.0.iter().find(|layer| layer.is_unvouched()) {
             let image = layer.image.display();

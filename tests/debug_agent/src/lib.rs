@@ -10,10 +10,12 @@
 //! | `server.rs` | the guest's end |
 //! | `exercise.rs` | mounts of which each step fails or is killed once |
 //! | `agent_process.rs` | which process the agent is |
+//! | `keys.rs` | keys that the owner of a guest places in it |
 //! | `kit.rs`, `kit/` | what tests of several crates share: processes, images, agents on sockets |
 
 mod agent_process;
 pub mod exercise;
+mod keys;
 pub mod kit;
 mod protocol;
 mod server;

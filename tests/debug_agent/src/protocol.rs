@@ -46,6 +46,32 @@ pub enum OwnRequest {
     MappedTables,
     /// Which keys of ours the kernel has: [`OwnResponse::Keys`].
     Keys,
+    /// Has the kernel keep a key of the type `logon` in the keyring of root: [`Response::Done`].
+    AddKey {
+        /// Its description.
+        description: String,
+        /// The key.
+        bytes: Vec<u8>,
+    },
+    /// Has the kernel forget such a key: [`Response::Done`].
+    RemoveKey {
+        /// Its description.
+        description: String,
+    },
+    /// Puts a key into a private file: [`Response::Done`].
+    WriteKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        bytes: Vec<u8>,
+    },
+    /// Which files below a directory have these bytes in them: [`OwnResponse::Files`].
+    FilesWith {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// The directory.
+        below: PathBuf,
+    },
     /// Does an exercise: [`OwnResponse::Steps`].
     Exercise(Box<Exercise>),
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
@@ -76,6 +102,8 @@ pub enum OwnResponse {
     MappedTables(Vec<String>),
     /// The lines of `/proc/keys`.
     Keys(Vec<String>),
+    /// Files.
+    Files(Vec<PathBuf>),
     /// How many steps there were.
     Steps(u32),
 }

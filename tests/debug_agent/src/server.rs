@@ -16,6 +16,7 @@ use rustix::system::{RebootCommand, reboot};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::agent_process;
+use crate::keys;
 use crate::protocol::{DebugRequest, DebugResponse, OwnRequest, OwnResponse};
 
 /// Answers whoever asks. Clones are the same debug agent.
@@ -111,6 +112,18 @@ impl State {
                 let ours = keys.lines().filter(|line| line.contains("blockmount"));
                 Ok(OwnResponse::Keys(ours.map(str::to_owned).collect()).into())
             }
+            OwnRequest::AddKey { description, bytes } => keys::add(&description, &bytes)
+                .context(|| format!("cannot add key {description}"))
+                .map(|()| Response::Done.into()),
+            OwnRequest::RemoveKey { description } => keys::remove(&description)
+                .context(|| format!("cannot remove key {description}"))
+                .map(|()| Response::Done.into()),
+            OwnRequest::WriteKey { path, bytes } => keys::write(&path, &bytes)
+                .context(|| format!("cannot write {}", path.display()))
+                .map(|()| Response::Done.into()),
+            OwnRequest::FilesWith { bytes, below } => keys::files_with(&bytes, &below)
+                .context(|| format!("cannot read all of {}", below.display()))
+                .map(|files| OwnResponse::Files(files).into()),
             OwnRequest::MappedTables => mapped_tables().map(|tables| tables.into()),
             // What is done about it comes after the answer.
             OwnRequest::PowerOff => {

@@ -198,10 +198,13 @@ async fn f04_what_the_agent_cannot_encrypt_is_refused() {
     let guest = BridgeGuest::new(connection);
     let key = Encryption::Ephemeral;
     for options in [
-        options(|o| o.encryption(key)),
-        options(|o| o.encryption(key).format(format("ext4", Overwrite::Blank))),
+        options(|o| o.encryption(key.clone())),
         options(|o| {
-            o.encryption(key)
+            o.encryption(key.clone())
+                .format(format("ext4", Overwrite::Blank))
+        }),
+        options(|o| {
+            o.encryption(key.clone())
                 .format(format("btrfs", Overwrite::Everything))
         }),
     ] {

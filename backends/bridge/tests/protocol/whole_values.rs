@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
-    ErrorKind, Expose, ExtraDevice, Format, HashAlgorithm, LayerCombiner, MountFlag, MountOptions,
-    Mounter, OnCorruption, Overlay, Presence, Propagation, Unplugger, Usage, Verity,
+    ErrorKind, Expose, ExtraDevice, Format, HashAlgorithm, KeySource, LayerCombiner, MountFlag,
+    MountOptions, Mounter, OnCorruption, Overlay, Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -101,19 +101,29 @@ fn option() -> impl Strategy<Value = String> {
     ]
 }
 
+fn encryption() -> impl Strategy<Value = Encryption> {
+    let keyring = "[a-z]{1,9}:[!-~]{1,20}".prop_map(KeySource::Keyring);
+    let file = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}".prop_map(KeySource::File);
+    prop_oneof![
+        Just(Encryption::Ephemeral),
+        keyring.prop_map(Encryption::Keyed),
+        file.prop_map(Encryption::Keyed),
+    ]
+}
+
 fn options() -> impl Strategy<Value = MountOptions> {
     let fields = (
         prop::option::weighted(0.3, 1..=u32::MAX),
         prop::option::weighted(0.3, "[a-z][a-z0-9]{0,8}"),
         prop::collection::vec(option(), 0..5),
         prop::option::weighted(0.2, verity()),
-        prop::bool::weighted(0.2),
+        prop::option::weighted(0.2, encryption()),
         prop::option::weighted(0.2, format()),
         prop::bool::weighted(0.2),
     );
     fields.prop_filter_map(
         "contradictions are not built",
-        |(partition, filesystem, options, verity, encrypted, format, exposed)| {
+        |(partition, filesystem, options, verity, encryption, format, exposed)| {
             let mut builder = MountOptions::builder().options(options);
             if let Some(number) = partition.and_then(NonZeroU32::new) {
                 builder = builder.partition(number);
@@ -129,8 +139,8 @@ fn options() -> impl Strategy<Value = MountOptions> {
                 }
                 builder = builder.read_only().verity(verity);
             }
-            if encrypted {
-                builder = builder.encryption(Encryption::Ephemeral);
+            if let Some(encryption) = encryption {
+                builder = builder.encryption(encryption);
             }
             if let Some(format) = format {
                 builder = builder.format(format);

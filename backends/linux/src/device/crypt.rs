@@ -1,22 +1,25 @@
-//! Devices that are encrypted with a key of their own (dm-crypt), which nobody knows and which ends with the device.
+//! Devices that are encrypted (dm-crypt): with a key of their own, which nobody knows and which ends with the device, or with
+//! one that the guest's owner has placed in the guest.
 //!
-//! The key is made here and given to the kernel's keyring, from where dm-crypt takes it, and which forgets it with the device.
-//! No program can read it. It is in no request, table or message: they have only the name under which the keyring has it.
+//! The kernel takes the key from its keyring, from where no program can read it. It is in no request, table or message: they
+//! have only the name under which the keyring has it.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use blockmount::{BackendError, Encryption};
+use blockmount::{BackendError, Encryption, KeySource};
+use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
 
+use crate::device::key::{self, Key};
 use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
-use crate::device::{key, mapped, node};
+use crate::device::{mapped, node};
 use crate::errno::{errno_error, errno_of};
 use crate::filesystem::probe::{Content, probe};
 use crate::undo::ledger::UndoList;
-use crate::undo::locks::Key;
+use crate::undo::locks;
 use crate::undo::step::{CryptStep, Undo};
 
 const KIND: &str = "crypt";
@@ -25,49 +28,146 @@ const CIPHER: &str = "aes-xts-plain64";
 /// What is encrypted at once, in bytes, where the size of the device allows it: the cipher starts anew less often.
 const LARGE_SECTOR: u64 = 4096;
 
+/// Two keys of AES-256, in bytes.
+const KEY_LENGTH: usize = 64;
+
 impl CryptStep {
     /// From the number of the device alone: at most 38 bytes with a mark.
     pub(crate) fn names(&self) -> Names {
         let DeviceNumber { major, minor } = self.backing;
         Names::new(&format!("crypt-{major}.{minor}"))
     }
+
+    /// The unit of a device of so many bytes. What outlives its mount has one unit for all sizes, so that it can grow.
+    fn unit(&self, bytes: u64) -> u64 {
+        match self.encryption.is_ephemeral() && !bytes.is_multiple_of(LARGE_SECTOR) {
+            true => SECTOR,
+            false => LARGE_SECTOR,
+        }
+    }
 }
 
-/// Makes a device that encrypts another with a new key, and names its node. What was on the other is lost then: it has to be
-/// blank, or the noise of an earlier key, unless anything `may_destroy`. Blocks.
+/// How a device is to be encrypted.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) encryption: Encryption,
+    pub(crate) read_only: bool,
+    /// Whether anything on the device may be lost.
+    pub(crate) may_destroy: bool,
+    /// The directory of the owner's keys.
+    pub(crate) keys: Option<PathBuf>,
+}
+
+/// What is on a device, as it is decrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Worth {
+    /// What somebody has written.
+    Kept,
+    /// Noise.
+    Noise,
+    /// Noise, unless it is known: the device below is blank.
+    NoiseIfUnknown,
+}
+
+/// What was made of a device, for whoever makes a filesystem on it, or has to explain an error.
+#[derive(Debug, Clone)]
+pub(crate) struct Encrypted {
+    pub(crate) worth: Worth,
+    /// Whether another key could have been meant.
+    is_keyed: bool,
+    /// The node of the device below.
+    below: PathBuf,
+}
+
+/// Makes a device that encrypts another, and names its node. With a new key, what was on the other is lost then: it has to
+/// be blank, or the noise of an earlier key, unless anything may be destroyed. Blocks.
 ///
 /// # Errors
 ///
-/// `Conflict` if there is something on the device that is known; `Unsuitable` if this kernel has no dm-crypt, no such cipher or no keyring, or the encryption is another one; `Conflict`
-/// also if somebody else has made a device of the name, or the device cannot be written to; `Busy` and others as they come.
+/// `Conflict` if there is something on the device that is known; `NotFound` if the owner's key is not there, `Invalid` if it
+/// has another length; `Unsuitable` if this kernel has no dm-crypt, no such cipher or no keyring, or the encryption is not
+/// known; `Conflict` also if somebody else has made a device of the name, or the device cannot be written to; `Busy` and
+/// others as they come.
 pub(crate) fn open(
     list: &UndoList<'_>,
     below: &Path,
-    encryption: Encryption,
-    may_destroy: bool,
-) -> Result<PathBuf, BackendError> {
-    let Encryption::Ephemeral = encryption else {
-        let message = format!("this guest does not know the encryption {encryption:?}");
-        return Err(BackendError::unsuitable(message));
-    };
+    wanted: &Wanted,
+) -> Result<(PathBuf, Encrypted), BackendError> {
     let mut device = node::measure(below)?;
-    let length = length(below, device.size)?;
     let backing = device.number;
     let step = CryptStep {
         backing,
         sequence: sequence(backing),
+        encryption: wanted.encryption.clone(),
+        read_only: wanted.read_only,
     };
-    let undo = Undo::CloseCrypt(step.clone());
-    mapped::open(list, &step.names(), undo, |mapper, names| {
-        if !may_destroy {
+    let length = length(below, device.size, &step)?;
+    let undo = Undo::CloseCrypt(Box::new(step.clone()));
+    let is_keyed = !wanted.encryption.is_ephemeral();
+    let mut worth = match is_keyed {
+        true => Worth::Kept,
+        false => Worth::Noise,
+    };
+    let node = mapped::open(list, &step.names(), undo, |mapper, names| {
+        if is_keyed && is_blank(below, &mut device.open)? {
+            worth = Worth::NoiseIfUnknown;
+        } else if !is_keyed && !wanted.may_destroy {
             refuse_content(below, &mut device.open)?;
         }
-        let key = key::Ephemeral::new(&names.name)?;
-        let table = table(backing, length, &key);
-        let made = mapper.create_mapped(names, &table, Access::ReadWrite);
+        let key = wanted.key(&names.name)?;
+        let table = table(&step, length, &key);
+        let access = match wanted.read_only {
+            true => Access::ReadOnly,
+            false => Access::ReadWrite,
+        };
+        let made = mapper.create_mapped(names, &table, access);
         key.leave();
         made.map_err(|error| explain_refusal(mapper, error))
-    })
+    });
+    let below = below.to_owned();
+    let encrypted = |node| {
+        let made = Encrypted {
+            worth,
+            is_keyed,
+            below,
+        };
+        (node, made)
+    };
+    node.map(encrypted)
+}
+
+impl Wanted {
+    fn key(&self, name: &str) -> Result<Key, BackendError> {
+        match &self.encryption {
+            Encryption::Ephemeral => Key::random(name, KEY_LENGTH),
+            Encryption::Keyed(source) => {
+                Key::of_owner(name, source, self.keys.as_deref(), KEY_LENGTH)
+            }
+            other => Err(BackendError::unsuitable(format!(
+                "this guest does not know the encryption {other:?}"
+            ))),
+        }
+    }
+}
+
+impl Encrypted {
+    /// Adds to an error about the content of a device that the key may be the wrong one. Blocks.
+    pub(crate) fn explained(&self, node: &Path, error: BackendError) -> BackendError {
+        let is_noise = || {
+            let mut open = node::measure(node).ok()?.open;
+            let found = probe(&mut open).ok()?;
+            Some(found.content == Content::Unknown)
+        };
+        if !self.is_keyed || is_noise() != Some(true) {
+            return error;
+        }
+        let message = format!(
+            "{}: what is on {} is not encrypted, or with another key",
+            error.message(),
+            self.below.display()
+        );
+        BackendError::new(error.kind(), message).with_source(error)
+    }
 }
 
 /// Removes the device that encrypts another, and with it the key. Blocks.
@@ -86,10 +186,15 @@ pub(crate) fn undo(step: &CryptStep) -> Result<(), BackendError> {
 ///
 /// # Errors
 ///
-/// `Unsuitable` if its key was not kept.
+/// `Unsuitable` if its key was not kept, or is one that its owner may have changed.
 pub(crate) fn grow(list: &UndoList<'_>, step: &CryptStep, bytes: u64) -> Result<(), BackendError> {
     let Names { name, uuid } = step.names();
-    let _held = list.hold(Key::Mapped(name.clone()))?;
+    if let Encryption::Keyed(KeySource::Keyring(key)) = &step.encryption {
+        return Err(BackendError::unsuitable(format!(
+            "cannot grow {name}: key {key} would have to be taken from the keyring again, where it may be another one by now"
+        )));
+    }
+    let _held = list.hold(locks::Key::Mapped(name.clone()))?;
     let mapper = DeviceMapper::open()?;
     let gone = || BackendError::not_found(format!("mapped device {name} is gone"));
     mapper.find_uuid(&uuid)?.ok_or_else(gone)?;
@@ -104,7 +209,7 @@ pub(crate) fn grow(list: &UndoList<'_>, step: &CryptStep, bytes: u64) -> Result<
     if length <= now.length {
         return Ok(());
     }
-    let key = key::Ephemeral::find(&name)?;
+    let key = Key::find(&name, KEY_LENGTH)?;
     let grown = mapper.replace(&name, &Target { length, ..now }, Access::ReadWrite);
     key.leave();
     grown
@@ -127,20 +232,30 @@ fn refuse_content(below: &Path, open: &mut File) -> Result<(), BackendError> {
     }
 }
 
-/// The size of a device that can be encrypted, in bytes.
-fn length(below: &Path, size: u64) -> Result<u64, BackendError> {
-    match size >= SECTOR {
-        true => Ok(size / SECTOR * SECTOR),
-        false => Err(BackendError::invalid(format!(
+/// Whether a device is proven blank, as it is now: what the kernel had read of it before somebody wrote to it through
+/// another device does not count.
+fn is_blank(below: &Path, open: &mut File) -> Result<bool, BackendError> {
+    let trouble = |error| errno_error(format!("cannot read {}", below.display()), error);
+    fadvise(&*open, 0, None, Advice::DontNeed).map_err(|errno| trouble(errno.into()))?;
+    let found = probe(open).map_err(trouble)?;
+    Ok(found.content == Content::Blank)
+}
+
+/// The size of what a device can have encrypted, in bytes.
+fn length(below: &Path, size: u64, step: &CryptStep) -> Result<u64, BackendError> {
+    let unit = step.unit(size / SECTOR * SECTOR);
+    match size / unit * unit {
+        0 => Err(BackendError::invalid(format!(
             "cannot encrypt {}: it has {size} bytes",
             below.display()
         ))),
+        length => Ok(length),
     }
 }
 
-fn table(backing: DeviceNumber, length: u64, key: &key::Ephemeral) -> Target {
-    let mut parameters = format!("{CIPHER} {} 0 {backing} 0", key.reference());
-    if length.is_multiple_of(LARGE_SECTOR) {
+fn table(step: &CryptStep, length: u64, key: &Key) -> Target {
+    let mut parameters = format!("{CIPHER} {} 0 {} 0", key.reference(), step.backing);
+    if step.unit(length) == LARGE_SECTOR {
         parameters += &format!(" 1 sector_size:{LARGE_SECTOR}");
     }
     Target {
@@ -156,6 +271,11 @@ fn explain_refusal(mapper: &DeviceMapper, error: BackendError) -> BackendError {
     let why = match (mapper.version_of(KIND), errno_of(&error)) {
         (Ok(None), _) => "this kernel has no dm-crypt (is its module loaded?)".to_owned(),
         (_, Some(Errno::NOENT)) => format!("this kernel has no cipher {CIPHER}"),
+        // It was there a moment ago.
+        (_, Some(Errno::NOKEY)) => {
+            let message = format!("{}: its key is gone", error.message());
+            return BackendError::not_found(message).with_source(error);
+        }
         _ => return error,
     };
     let message = format!("{}: {why}", error.message());
@@ -174,6 +294,8 @@ mod tests {
                 minor: u32::MAX,
             },
             sequence: None,
+            encryption: Encryption::Ephemeral,
+            read_only: false,
         };
         let Names { name, uuid } = step.names();
         assert!(name.len().max(uuid.len()) <= 127, "{name}");

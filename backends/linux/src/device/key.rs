@@ -1,116 +1,144 @@
-//! Keys that only the kernel has.
-#![allow(
-    unsafe_code,
-    reason = "the calls of the kernel's keyring, and one of its random numbers, have no safe wrapper"
-)]
+//! Keys that the kernel has, for devices that encrypt others. No program can read them.
 
-use std::ffi::{CString, c_long};
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
-use std::time::SystemTime;
+use std::fs;
+use std::io;
+use std::path::Path;
 
-use blockmount::BackendError;
-use rustix::rand::{GetRandomFlags, getrandom};
+use blockmount::{BackendError, KeySource};
 
+use crate::device::keyring::{self, Id, LOGON, USER};
+use crate::device::secret::Secret;
 use crate::errno::errno_error;
 
-/// Two keys of AES-256, in bytes.
-const LENGTH: usize = 64;
-/// A key that no program can read, not even the one that has added it.
-const KIND: &str = "logon";
-/// The keyring of the thread, where the kernel looks first, and others do not look at all.
-const THREAD_KEYRING: c_long = -1;
-/// The keyring of the user, root, which lives as long as the kernel.
-const USER_KEYRING: c_long = -4;
-/// What is asked of keyctl(2), by the numbers of `linux/keyctl.h`: the last one is of Linux 3.5.
-const SET_PERMISSIONS: c_long = 5;
-const LINK: c_long = 8;
-const UNLINK: c_long = 9;
-const SEARCH: c_long = 10;
-const INVALIDATE: c_long = 21;
-/// `KEY_POS_ALL | KEY_USR_ALL`: also for a process of root that the keyring is not linked to. No program can read the key.
-const EVERYTHING: c_long = 0x3f3f_0000;
-/// `_IO('R', 7)`: have the random numbers begin anew, with what the processor gives.
-const RESEED: libc::Ioctl = 0x5207;
-
-/// A random key. As long as this is there, the kernel finds it for this thread; the keyring of root has it as long as its
-/// device is there, which needs it again to grow.
+/// A key. As long as this is there, the kernel finds it for this thread.
 #[derive(Debug)]
-pub(super) struct Ephemeral {
-    id: c_long,
+pub(super) struct Key {
     description: String,
+    /// In bytes.
+    length: usize,
+    /// What is linked to the keyring of the thread: the key itself, or a keyring that has it.
+    linked: Id,
 }
 
-impl Ephemeral {
-    /// Makes a key.
+impl Key {
+    /// A random key of so many bytes. The keyring of root keeps it as long as its device is there, which needs it again to
+    /// grow: [`find`](Self::find).
     ///
     /// # Errors
     ///
     /// `Unsuitable` if this kernel keeps no keys.
-    pub(super) fn new(name: &str) -> Result<Self, BackendError> {
-        let what = "cannot make a key for an encrypted device";
-        renew_randomness();
-        let mut key = [0; LENGTH];
-        let mut filled = 0;
-        while filled < LENGTH {
-            filled += getrandom(&mut key[filled..], GetRandomFlags::empty())
-                .map_err(|errno| errno_error(what, errno))?;
-        }
-        let description = describe(name);
-        let added = add(&description, &key);
-        key.fill(0);
-        // What nobody reads any more is written all the same.
-        std::hint::black_box(&key);
-        let id = added.map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOSYS) => {
-                let message = format!("{what}: this kernel keeps no keys (CONFIG_KEYS)");
-                BackendError::unsuitable(message).with_source(error)
-            }
-            _ => errno_error(what, error),
-        })?;
-        let kept = keyctl([SET_PERMISSIONS, id, EVERYTHING])
-            .and_then(|_| keyctl([LINK, id, USER_KEYRING]));
-        if let Err(error) = kept {
-            tracing::debug!(%error, "the key cannot be kept: its device cannot grow");
-        }
-        Ok(Ephemeral { id, description })
+    pub(super) fn random(name: &str, length: usize) -> Result<Self, BackendError> {
+        keyring::renew_randomness();
+        Self::of(name, &Secret::random(length)?)
     }
 
-    /// The key that was made under a name.
+    /// A key that the guest's owner has placed in a file of the directory of keys, or in a keyring. That of a file is kept
+    /// as a random one is; that of a keyring is and stays the owner's.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it is not there; `Invalid` if it has not so many bytes, or cannot be used any more; `Unsuitable` if this
+    /// guest has no such directory, or this kernel keeps no keys.
+    pub(super) fn of_owner(
+        name: &str,
+        source: &KeySource,
+        directory: Option<&Path>,
+        length: usize,
+    ) -> Result<Self, BackendError> {
+        match (source, directory) {
+            (KeySource::Keyring(description), _) => Self::in_keyring(description, length),
+            (KeySource::File(file), Some(directory)) => {
+                Self::of(name, &Secret::read(directory, file, length)?)
+            }
+            (KeySource::File(file), None) => Err(BackendError::unsuitable(format!(
+                "this guest has no directory of keys, where {file} could be: start its agent with --keys"
+            ))),
+            (other, _) => Err(BackendError::unsuitable(format!(
+                "this guest does not know the source of keys {other:?}"
+            ))),
+        }
+    }
+
+    fn of(name: &str, secret: &Secret) -> Result<Self, BackendError> {
+        let description = describe(name);
+        let linked = keyring::add_to_thread(&description, secret.bytes())
+            .map_err(|error| explained("cannot make a key for an encrypted device", error))?;
+        if let Err(error) = linked.permit_user().and_then(|()| linked.keep()) {
+            tracing::debug!(%error, "the key cannot be kept: its device cannot grow");
+        }
+        Ok(Key {
+            description,
+            length: secret.bytes().len(),
+            linked,
+        })
+    }
+
+    fn in_keyring(description: &str, length: usize) -> Result<Self, BackendError> {
+        let what = format!("cannot use key {description}");
+        // A process with a session of its own does not search the keyring of root by itself.
+        USER.link_to_thread()
+            .map_err(|error| explained(&what, error))?;
+        let key = Key {
+            description: description.to_owned(),
+            length,
+            linked: USER,
+        };
+        let checked = keyring::request(description)
+            .map_err(|error| explained(&what, error))
+            .and_then(|id| match length_of(id) {
+                Some(found) if found != length => Err(BackendError::invalid(format!(
+                    "{what}: it has {found} bytes, and a key has {length}"
+                ))),
+                // The kernel checks the length of one that cannot be seen.
+                _ => Ok(()),
+            });
+        match checked {
+            Ok(()) => Ok(key),
+            Err(error) => {
+                key.leave();
+                Err(error)
+            }
+        }
+    }
+
+    /// The key of so many bytes that was kept under a name.
     ///
     /// # Errors
     ///
     /// `Unsuitable` if it was not kept.
-    pub(super) fn find(name: &str) -> Result<Self, BackendError> {
+    pub(super) fn find(name: &str, length: usize) -> Result<Self, BackendError> {
         let description = describe(name);
-        let found = search(&description).and_then(|id| {
-            keyctl([LINK, id, THREAD_KEYRING]).map(|_| Ephemeral { id, description })
-        });
-        found.map_err(|error| {
-            let message =
-                format!("the kernel has not kept the key of {name} for anybody but its device");
-            BackendError::unsuitable(message).with_source(error)
-        })
+        let found = keyring::search(&description).and_then(|id| id.link_to_thread().map(|()| id));
+        match found {
+            Ok(linked) => Ok(Key {
+                description,
+                length,
+                linked,
+            }),
+            Err(error) => {
+                let message =
+                    format!("the kernel has not kept the key of {name} for anybody but its device");
+                Err(BackendError::unsuitable(message).with_source(error))
+            }
+        }
     }
 
-    /// Only the keyring of root has it from now on.
+    /// The thread does not have it any more.
     pub(super) fn leave(self) {
-        if let Err(error) = keyctl([UNLINK, self.id, THREAD_KEYRING]) {
+        if let Err(error) = self.linked.unlink_from_thread() {
             tracing::debug!(%error, "a key stays in the keyring of a thread until that ends");
         }
     }
 
     /// What stands for the key in a table.
     pub(super) fn reference(&self) -> String {
-        format!(":{LENGTH}:{KIND}:{}", self.description)
+        format!(":{}:{LOGON}:{}", self.length, self.description)
     }
 }
 
-/// Has the kernel forget the key that was made under a name, if it has kept one: its device is gone.
+/// Has the kernel forget the key that was kept under a name, if it has kept one: its device is gone.
 pub(super) fn forget(name: &str) {
-    let forgotten = search(&describe(name)).and_then(|id| keyctl([INVALIDATE, id, 0]));
-    match forgotten {
+    match keyring::search(&describe(name)).and_then(Id::invalidate) {
         Err(error) if error.raw_os_error() != Some(libc::ENOKEY) => {
             tracing::debug!(%error, name, "whether the key was forgotten is not known");
         }
@@ -122,69 +150,34 @@ fn describe(name: &str) -> String {
     format!("blockmount:{name}")
 }
 
-fn keyctl([what, key, argument]: [c_long; 3]) -> io::Result<c_long> {
-    // SAFETY: these calls take numbers only.
-    match unsafe { libc::syscall(libc::SYS_keyctl, what, key, argument) } {
-        -1 => Err(io::Error::last_os_error()),
-        answer => Ok(answer),
-    }
+fn explained(what: &str, error: io::Error) -> BackendError {
+    let number = error.raw_os_error();
+    let kind: fn(String) -> BackendError = match number {
+        Some(libc::ENOSYS) => BackendError::unsuitable,
+        Some(libc::ENOKEY) => BackendError::not_found,
+        Some(libc::EKEYEXPIRED | libc::EKEYREVOKED | libc::EKEYREJECTED) => BackendError::invalid,
+        _ => return errno_error(what, error),
+    };
+    let why = match number {
+        Some(libc::ENOSYS) => "this kernel keeps no keys (CONFIG_KEYS)",
+        Some(libc::ENOKEY) => {
+            "there is no such key of the type logon in the keyring of this guest's root"
+        }
+        _ => "it has expired or was revoked",
+    };
+    kind(format!("{what}: {why}")).with_source(error)
 }
 
-/// Looks for a key in the keyring of root.
-fn search(description: &str) -> io::Result<c_long> {
-    let (kind, description) = (CString::new(KIND)?, CString::new(description)?);
-    // SAFETY: the strings end with a NUL and outlive the call, which keeps none of them.
-    let id = unsafe {
-        libc::syscall(
-            libc::SYS_keyctl,
-            SEARCH,
-            USER_KEYRING,
-            kind.as_ptr(),
-            description.as_ptr(),
-            0,
-        )
-    };
-    match id {
-        -1 => Err(io::Error::last_os_error()),
-        id => Ok(id),
-    }
+/// How long a key is that can be seen, in bytes.
+fn length_of(key: Id) -> Option<usize> {
+    length_in(&fs::read_to_string("/proc/keys").ok()?, &key.hexadecimal())
 }
 
-/// Adds a key to the keyring of this thread.
-fn add(description: &str, key: &[u8]) -> io::Result<c_long> {
-    let description = CString::new(description)?;
-    let kind = CString::new(KIND)?;
-    // SAFETY: the strings end with a NUL, the key has as many bytes as are given, and all outlive the call, which keeps
-    // none of them.
-    let id = unsafe {
-        libc::syscall(
-            libc::SYS_add_key,
-            kind.as_ptr(),
-            description.as_ptr(),
-            key.as_ptr(),
-            key.len(),
-            THREAD_KEYRING,
-        )
-    };
-    match id {
-        -1 => Err(io::Error::last_os_error()),
-        id => Ok(id),
-    }
-}
-
-/// Has the kernel's random numbers begin anew: guests that were restored from one saved state would all have the same
-/// ones, and so the same keys, until the kernel does so by itself. Without the right to do it they are as good as they are.
-fn renew_randomness() {
-    let Ok(mut random) = File::options().write(true).open("/dev/urandom") else {
-        return;
-    };
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let mixed = random.write_all(&now.unwrap_or_default().as_nanos().to_ne_bytes());
-    // SAFETY: the request has no argument, and the descriptor is open.
-    let renewed = unsafe { libc::ioctl(random.as_raw_fd(), RESEED) };
-    if mixed.is_err() || renewed != 0 {
-        tracing::debug!("the kernel's random numbers go on as they were");
-    }
+/// The end of the line of a key, `logon     volumes:data: 64`.
+fn length_in(keys: &str, id: &str) -> Option<usize> {
+    let mut lines = keys.lines();
+    let line = lines.find(|line| line.split_ascii_whitespace().next() == Some(id))?;
+    line.rsplit_once(": ")?.1.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -194,21 +187,33 @@ mod tests {
     #[test]
     fn a_key_is_known_by_its_name_only_and_forgotten() {
         let name = format!("test-{}", std::process::id());
-        let key = match Ephemeral::new(&name) {
+        let key = match Key::random(&name, 64) {
             Ok(key) => key,
             // Containers may have no keyring.
             Err(error) => return assert!(!error.message().is_empty()),
         };
         assert_eq!(key.reference(), format!(":64:logon:blockmount:{name}"));
         assert!(!format!("{key:?}").contains("[")); // no bytes of it
-        let id = key.id;
+        let id = key.linked;
         key.leave();
-        let again = Ephemeral::find(&name).unwrap();
-        assert_eq!(again.id, id);
+        let again = Key::find(&name, 64).unwrap();
+        assert_eq!(again.linked, id);
         again.leave();
         forget(&name);
-        Ephemeral::find(&name).unwrap_err();
-        keyctl([INVALIDATE, id, 0]).unwrap_err();
+        Key::find(&name, 64).unwrap_err();
+        id.invalidate().unwrap_err();
         forget(&name);
+    }
+
+    #[test]
+    fn the_length_of_a_key_is_in_the_list_of_keys() {
+        let keys = "\
+1a2b3c4d I--Q---     4 perm 3f030000     0     0 keyring   _ses: 1
+00c0ffee I--Q---     1 perm 3f010000     0     0 logon     volumes:a: b: 64
+00c0ff00 I--Q---     1 perm 3f010000     0     0 logon     volumes:c
+";
+        assert_eq!(length_in(keys, "00c0ffee"), Some(64));
+        assert_eq!(length_in(keys, "00c0ff00"), None);
+        assert_eq!(length_in(keys, "00000000"), None);
     }
 }

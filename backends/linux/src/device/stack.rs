@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions, Overwrite};
 
+use crate::device::crypt::{Encrypted, Worth};
 use crate::device::verity::Checked;
 use crate::device::{crypt, dm_linear, free, node, partition, subrange, verity};
 use crate::errno::{blocking, retry_while_busy};
@@ -23,25 +24,38 @@ use crate::undo::ledger::{Ledger, UndoList};
 pub(crate) struct Layer {
     pub(crate) node: PathBuf,
     pub(crate) open: File,
-    checked: Option<Checked>,
+    known: Known,
+}
+
+/// What is known of a device besides its node.
+#[derive(Debug)]
+enum Known {
+    Nothing,
+    Checked(Checked),
+    Encrypted(Encrypted),
 }
 
 impl Layer {
     async fn open(node: PathBuf, deadline: Instant) -> Result<Self, BackendError> {
         let open = node::await_open(&node, deadline).await?;
-        let checked = None;
-        Ok(Layer {
-            node,
-            open,
-            checked,
-        })
+        let known = Known::Nothing;
+        Ok(Layer { node, open, known })
+    }
+
+    /// What is on it.
+    pub(crate) fn worth(&self) -> Worth {
+        match &self.known {
+            Known::Encrypted(encrypted) => encrypted.worth,
+            Known::Nothing | Known::Checked(_) => Worth::Kept,
+        }
     }
 
     /// Adds to an error of reading or mounting what the layers know of it. Blocks.
     pub(crate) fn explained(&self, error: BackendError) -> BackendError {
-        match &self.checked {
-            Some(checked) => checked.explained(error),
-            None => error,
+        match &self.known {
+            Known::Nothing => error,
+            Known::Checked(checked) => checked.explained(error),
+            Known::Encrypted(encrypted) => encrypted.explained(&self.node, error),
         }
     }
 }
@@ -86,11 +100,14 @@ async fn open_found(
     Ok(layer)
 }
 
-/// What was found for a mount: its device, and the one with the hash tree of that if it is another.
+/// What there is for a mount.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) device: BlockDevice,
+    /// The device with the hash tree, if it is another one.
     pub(crate) tree: Option<BlockDevice>,
+    /// The directory of the owner's keys.
+    pub(crate) keys: Option<PathBuf>,
 }
 
 /// Opens the device that is to be mounted at a target. What was made of it until an error is on the target's undo list.
@@ -114,15 +131,22 @@ pub(crate) async fn open(
         let made = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
         let (node, checked) = made;
         layer = Layer::open(node, deadline).await?;
-        layer.checked = Some(checked);
+        layer.known = Known::Checked(checked);
     }
     if let Some(encryption) = options.encryption() {
         let node = layer.node.clone();
         let format = options.format();
-        let may_destroy = format.is_some_and(|format| format.overwrite == Overwrite::Everything);
-        let open = move |list: &UndoList<'_>| crypt::open(list, &node, encryption, may_destroy);
-        let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+        let wanted = crypt::Wanted {
+            encryption: encryption.clone(),
+            read_only: options.is_read_only(),
+            may_destroy: format.is_some_and(|format| format.overwrite == Overwrite::Everything),
+            keys: found.keys,
+        };
+        let open = move |list: &UndoList<'_>| crypt::open(list, &node, &wanted);
+        let made = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+        let (node, encrypted) = made;
         layer = Layer::open(node, deadline).await?;
+        layer.known = Known::Encrypted(encrypted);
     }
     Ok(layer)
 }

@@ -6,6 +6,9 @@
 //! | the filesystem that is asked for | stays | is made anew |
 //! | anything else, or what is not known | refused | is made |
 //!
+//! What is encrypted with a new key is noise, and counts as nothing; so does what decrypts to noise where the device below is
+//! blank, since nobody has written there with any key. Anything else that decrypts to noise may be somebody's, with another key.
+//!
 //! A device is proven blank if its first and last megabyte and the places of copies of superblocks have only zeros, and
 //! nothing that is known is found elsewhere. Reading all of it would take as long as writing it.
 //!
@@ -24,6 +27,7 @@ use std::time::{Duration, Instant};
 use blockmount::{BackendError, ErrorKind, Format, Overwrite};
 use rustix::fs::OFlags;
 
+use crate::device::crypt::Worth;
 use crate::device::free;
 use crate::device::number::DeviceNumber;
 use crate::errno::{Backoff, blocking, errno_error, retry_while_busy};
@@ -41,8 +45,7 @@ pub(crate) struct Timeouts {
     pub(crate) busy: Duration,
 }
 
-/// Makes the filesystem unless it is there. `is_fresh` says that the content of the device is without worth: it is
-/// encrypted with a new key.
+/// Makes the filesystem unless it is there.
 ///
 /// # Errors
 ///
@@ -53,13 +56,13 @@ pub(crate) async fn ensure(
     target: &Target,
     node: &Path,
     format: &Format,
-    is_fresh: bool,
+    worth: Worth,
     timeouts: Timeouts,
 ) -> Result<(), BackendError> {
     let wanted = Wanted {
         node: node.to_owned(),
         format: format.clone(),
-        is_fresh,
+        worth,
     };
     let look = {
         let (wanted, ledger, target) = (wanted.clone(), ledger.clone(), target.clone());
@@ -126,7 +129,7 @@ async fn make_when_free(
 struct Wanted {
     node: PathBuf,
     format: Format,
-    is_fresh: bool,
+    worth: Worth,
 }
 
 impl Wanted {
@@ -135,7 +138,7 @@ impl Wanted {
         // Nobody can begin to use it meanwhile.
         let mut held = free::prove_free(&self.node)?;
         let node = self.node.display();
-        if self.is_fresh || self.format.overwrite == Overwrite::Everything {
+        if self.worth == Worth::Noise || self.format.overwrite == Overwrite::Everything {
             return self.open_for_writing(OFlags::empty()).map(|_| true);
         }
         let found =
@@ -143,6 +146,9 @@ impl Wanted {
         let asked = &self.format.filesystem;
         match found.content {
             Content::Blank => self.open_for_writing(OFlags::empty()).map(|_| true),
+            Content::Unknown if self.worth == Worth::NoiseIfUnknown => {
+                self.open_for_writing(OFlags::empty()).map(|_| true)
+            }
             Content::Filesystem(found) if is_same_driver(found.name, asked) => Ok(false),
             other => Err(BackendError::conflict(format!(
                 "cannot make {asked} on {node}: it is not blank but holds {other}, which only a request to overwrite everything \

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use blockmount::{BackendError, DeviceRole, Expose, ExtraDevice, MountOptions};
+use blockmount::{BackendError, DeviceRole, Encryption, Expose, ExtraDevice, MountOptions};
 use rustix::io::Errno;
 
 use crate::device::{free, node};
@@ -16,7 +16,8 @@ use crate::mount::{expose, permission, users};
 pub(crate) fn refuse_unsupported(options: &MountOptions) -> Result<(), BackendError> {
     options.format().map_or(Ok(()), mkfs::validate)?;
     let is_mount = options.expose() == Expose::Filesystem;
-    if options.encryption().is_some() && options.format().is_none() && is_mount {
+    let is_noise = options.encryption().is_some_and(Encryption::is_ephemeral);
+    if is_noise && options.format().is_none() && is_mount {
         return Err(BackendError::invalid(
             "a device that is encrypted with a new key holds noise: ask for a filesystem to be made on it",
         ));

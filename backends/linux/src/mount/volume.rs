@@ -159,7 +159,7 @@ pub(crate) fn to_grow(list: &UndoList<'_>, kernel: Kernel) -> Result<ToGrow, Bac
             Undo::RemoveRange(_) => in_between = Some("a byte range of its disk"),
             Undo::DeletePartition(_) => in_between = Some("a partition"),
             Undo::CloseVerity(_) => in_between = Some("data whose integrity is checked"),
-            Undo::CloseCrypt(step) => crypt = Some(step),
+            Undo::CloseCrypt(step) => crypt = Some(*step),
             Undo::Unmount(_) | Undo::RemoveNode(_) | Undo::RemoveDirectory(_) => {}
         }
     }

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::{BindMount, DeviceLocator, MountOptions, Verity, ViewOptions};
+use blockmount::{BindMount, DeviceLocator, Encryption, MountOptions, Verity, ViewOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::device::number::DeviceNumber;
@@ -23,8 +23,8 @@ use crate::mount::target::FileId;
 pub(crate) enum Undo {
     /// Unmount what is mounted at the target. Boxed because it is several times the size of the others.
     Unmount(Box<MountStep>),
-    /// Remove the device that encrypts another, and with it the key.
-    CloseCrypt(CryptStep),
+    /// Remove the device that encrypts another, and with it the key. Boxed for its size.
+    CloseCrypt(Box<CryptStep>),
     /// Remove the device that checks the integrity of another. Boxed for its size.
     CloseVerity(Box<VerityStep>),
     /// Remove the device that was made of a byte range.
@@ -141,6 +141,18 @@ pub(crate) struct CryptStep {
     /// Tells the device from a later one with the same number: Linux 5.15.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) sequence: Option<u64>,
+    /// How, with no more of a key than its name. Records of earlier versions do not have it.
+    #[serde(
+        default = "ephemeral",
+        skip_serializing_if = "Encryption::is_ephemeral"
+    )]
+    pub(crate) encryption: Encryption,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) read_only: bool,
+}
+
+fn ephemeral() -> Encryption {
+    Encryption::Ephemeral
 }
 
 /// A device whose integrity is checked. The name of the device that does so follows from it.

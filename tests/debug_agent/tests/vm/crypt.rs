@@ -4,11 +4,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockmount::{Disk, Encryption, ErrorKind, Format, MountOptions, MountRequest};
+use blockmount::{
+    Disk, Encryption, ErrorKind, Format, KeySource, Mount, MountOptions, MountRequest,
+};
 use blockmount_debug_agent::kit::images;
 use serde_json::json;
 
-use crate::rig::Rig;
+use crate::rig::{KEYS, Rig};
 
 const MARKER: &str = "a marker that no cipher text has by chance";
 
@@ -39,6 +41,141 @@ fn holds_marker(image: &Path) -> bool {
     );
     let mut windows = bytes.windows(MARKER.len());
     windows.any(|window| window == MARKER.as_bytes())
+}
+
+/// The key that the owner places, and where.
+const KEY: [u8; 64] = *b"0123456789abcdefghijklmnopqrstuvwxyz-+.,:;<>ABCDEFGHIJKLMNOPQRST";
+const DESCRIPTION: &str = "volumes:data";
+
+fn in_keyring() -> Encryption {
+    Encryption::Keyed(KeySource::Keyring(DESCRIPTION.to_owned()))
+}
+
+fn in_file() -> Encryption {
+    Encryption::Keyed(KeySource::File("data".to_owned()))
+}
+
+/// Puts a key where an encryption looks for it, in place of the one that is there.
+async fn place(rig: &Rig, encryption: &Encryption, bytes: &[u8]) {
+    let request = match encryption {
+        Encryption::Keyed(KeySource::File(name)) => {
+            let path = Path::new(KEYS).join(name);
+            json!({ "write_key": { "path": path, "bytes": bytes } })
+        }
+        _ => json!({ "add_key": { "description": DESCRIPTION, "bytes": bytes } }),
+    };
+    rig.ask(request).await;
+}
+
+async fn remove(rig: &Rig, encryption: &Encryption) {
+    let request = match encryption {
+        Encryption::Keyed(KeySource::File(name)) => {
+            json!({ "remove": { "path": Path::new(KEYS).join(name) } })
+        }
+        _ => json!({ "remove_key": { "description": DESCRIPTION } }),
+    };
+    rig.ask(request).await;
+}
+
+fn keyed(encryption: &Encryption, format: Option<Format>) -> MountRequest {
+    let options = MountOptions::builder().encryption(encryption.clone());
+    let options = format.into_iter().fold(options, |all, it| all.format(it));
+    MountRequest::new(options.build().unwrap())
+}
+
+/// Mounts a disk, writes a file, and asserts that it is there and the key is nowhere that anybody sees.
+async fn write_with_key(rig: &Rig, disk: &Disk, encryption: &Encryption) -> Mount {
+    let request = keyed(encryption, Some(Format::new("ext4")));
+    let mount = rig.manager.add(disk, &request).await;
+    let mount = mount.unwrap_or_else(|error| panic!("{encryption:?}: {}", error.cause()));
+    let file = mount.path().join("file");
+    let content = MARKER.repeat(200);
+    rig.ask(json!({ "write": { "path": file, "content": content } }))
+        .await;
+    rig.assert_content(&file, &content).await;
+    let answer = rig.ask(json!("mapped_tables")).await;
+    let table = answer["mapped_tables"][0].as_str().unwrap();
+    assert!(table.contains(" :64:logon:") && !has_key(table), "{table}");
+    for bytes in [&KEY[..], hexadecimal(&KEY).as_bytes()] {
+        let search = json!({ "files_with": { "bytes": bytes, "below": "/run/blockmount-agent" } });
+        assert_eq!(rig.ask(search).await, json!({ "files": [] }));
+    }
+    mount
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
+    let rig = Rig::start_logging().await;
+    for (name, encryption) in [("keyring", in_keyring()), ("file", in_file())] {
+        let image = blank(&rig, name, 64);
+        let disk = Disk::virtual_disk(&image);
+        let plain = keyed(&encryption, None);
+        let add = async |request: &MountRequest| rig.manager.add(&disk, request).await;
+        // No key, and one that is too short.
+        let error = add(&plain).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{}", error.cause());
+        assert!(
+            error.cause().message().contains("there is no"),
+            "{}",
+            error.cause()
+        );
+        place(&rig, &encryption, &KEY[..32]).await;
+        let error = add(&plain).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{}", error.cause());
+        assert!(
+            error.cause().message().contains("32 bytes"),
+            "{}",
+            error.cause()
+        );
+        place(&rig, &encryption, &KEY).await;
+        // Nothing on it, and nobody who wants it made.
+        let error = add(&plain).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{}", error.cause());
+        let mount = write_with_key(&rig, &disk, &encryption).await;
+        mount.release().await.unwrap();
+        assert_eq!(mapped(&rig).await, Vec::<String>::new());
+        assert!(!holds_marker(&image), "{name}");
+        // It is kept, for readers too, and whoever wants the filesystem made finds it made.
+        let content = MARKER.repeat(200);
+        let read_only = MountOptions::builder().read_only();
+        let read_only = read_only.encryption(encryption.clone()).build().unwrap();
+        let ensured = keyed(&encryption, Some(Format::new("ext4")));
+        for request in [&plain, &MountRequest::new(read_only), &ensured] {
+            let mount = add(request).await.unwrap();
+            rig.assert_content(&mount.path().join("file"), &content)
+                .await;
+            mount.release().await.unwrap();
+        }
+        // With another key it is neither mounted nor made anew.
+        let before = fs::read(&image).unwrap();
+        place(&rig, &encryption, &[7; 64]).await;
+        for (request, kind) in [
+            (&plain, ErrorKind::NotFound),
+            (&ensured, ErrorKind::Conflict),
+        ] {
+            let error = add(request).await.unwrap_err();
+            assert_eq!(error.kind(), kind, "{}", error.cause());
+            let message = error.cause().message();
+            assert!(message.contains("with another key"), "{message}");
+        }
+        assert!(fs::read(&image).unwrap() == before, "{name}");
+        remove(&rig, &encryption).await;
+    }
+    let keys = rig.ask(json!("keys")).await["keys"].clone();
+    assert_eq!(keys, json!([]));
+    let console = rig.vm.console();
+    assert!(console.contains(DESCRIPTION), "the log has its name");
+    for shown in [
+        hexadecimal(&KEY[..16]),
+        String::from_utf8_lossy(&KEY[..16]).into_owned(),
+    ] {
+        assert!(!console.contains(&shown), "{shown}");
+    }
+    rig.end().await;
 }
 
 async fn mapped(rig: &Rig) -> Vec<String> {
@@ -127,6 +264,20 @@ async fn vm_an_agent_that_is_killed_leaves_no_encrypted_device() {
         Err(doubtful) if doubtful.kind() == ErrorKind::Uncertain => doubtful.retry().await.unwrap(),
         released => released.unwrap(),
     }
+    rig.assert_as_at_first().await;
+    // So is one with the key of the owner, which is taken out of use meanwhile.
+    place(&rig, &in_file(), &KEY).await;
+    let disk = Disk::virtual_disk(blank(&rig, "kept", 64));
+    let mount = write_with_key(&rig, &disk, &in_file()).await;
+    remove(&rig, &in_file()).await;
+    rig.ask(json!("kill_agent")).await;
+    rig.assert_content(&mount.path().join("file"), &MARKER.repeat(200))
+        .await;
+    match mount.release().await {
+        Err(doubtful) if doubtful.kind() == ErrorKind::Uncertain => doubtful.retry().await.unwrap(),
+        released => released.unwrap(),
+    }
+    assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     rig.assert_as_at_first().await;
     for round in 0..5 {
         let disk = Disk::virtual_disk(blank(&rig, &format!("scratch-{round}"), 64));

@@ -26,6 +26,8 @@ use blockmount_debug_agent::kit::images;
 
 /// Where the agent mounts what has no path of the caller's.
 pub const MOUNTS: &str = "/run/mounts";
+/// Where the agent finds keys by their files.
+pub const KEYS: &str = "/run/keys";
 const CONTROLLERS: u8 = 4;
 const MEMORY_PORTS: u8 = 4;
 /// How large each device of persistent memory is, in bytes.
@@ -66,6 +68,7 @@ async fn build_image(more: &[&str]) -> GuestImage {
         let address = blockmount_qemu::memory_port_address(number);
         arguments.extend(["--vpmem".to_owned(), format!("port:{address}")]);
     }
+    arguments.extend(["--keys".to_owned(), KEYS.to_owned()]);
     let appearing = APPEARING.as_secs().to_string();
     arguments.extend(["--device-timeout".to_owned(), appearing]);
     let kernel = GuestKernel::find().unwrap();

@@ -1,0 +1,87 @@
+//! How the content of a device is encrypted, and where its key is.
+
+use serde::{Deserialize, Serialize};
+
+use super::InvalidOptions;
+
+/// The longest description of a key that fits into a table of device-mapper, in bytes.
+const LONGEST_DESCRIPTION: usize = 255;
+/// What descriptions of the guest's own keys start with.
+const RESERVED: &str = "blockmount:";
+
+/// How the content of a device is encrypted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Encryption {
+    /// A random key that never leaves the guest: the content ends with the mount. For scratch disks.
+    Ephemeral,
+    /// A key that the guest's owner has placed in the guest: the content outlives the mount.
+    ///
+    /// The whole device is encrypted, without a header, with AES-256 in XTS mode in sectors of 4,096 bytes, each by its number
+    /// (`plain64`, counted in units of 512 bytes), as `cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512
+    /// --sector-size 4096` has it. Nothing tells a wrong key but that there is no filesystem.
+    Keyed(KeySource),
+}
+
+/// Where the guest finds a key of 64 bytes. The request has only its name: the key itself is in no message, log or journal.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum KeySource {
+    /// In the keyring of the guest's root (`@u`), or one that its agent searches, by the description of a key of the type
+    /// `logon`, such as `volumes:data`.
+    Keyring(String),
+    /// In a file of the directory of keys that the guest's agent was given, by its name.
+    File(String),
+}
+
+impl Encryption {
+    /// Whether what is written ends with the mount.
+    pub fn is_ephemeral(&self) -> bool {
+        matches!(self, Encryption::Ephemeral)
+    }
+
+    /// Whether a guest could look for the key.
+    pub(super) fn validate(&self) -> Result<(), InvalidOptions> {
+        match self {
+            Encryption::Ephemeral => Ok(()),
+            Encryption::Keyed(source) => source.validate(),
+        }
+    }
+}
+
+impl KeySource {
+    fn validate(&self) -> Result<(), InvalidOptions> {
+        let malformed = |what: &str, name: &str, why| {
+            Err(InvalidOptions::Malformed(format!("{what} {name}"), why))
+        };
+        match self {
+            KeySource::Keyring(name) if name.starts_with(RESERVED) => {
+                malformed("key", name, "keys of this name are the guest's own")
+            }
+            KeySource::Keyring(name) if !is_description(name) => malformed(
+                "key",
+                name,
+                "a key of the type logon has 3 to 255 visible ASCII characters, with a colon after a prefix",
+            ),
+            KeySource::File(name) if !is_file_name(name) => malformed(
+                "key file",
+                name,
+                "it is the name of a file, of at most 255 letters, digits, '.', '_' and '-', and none that is hidden",
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_description(name: &str) -> bool {
+    let parts = name.split_once(':');
+    let has_prefix = parts.is_some_and(|(prefix, rest)| !prefix.is_empty() && !rest.is_empty());
+    has_prefix && name.len() <= LONGEST_DESCRIPTION && name.bytes().all(|b| b.is_ascii_graphic())
+}
+
+fn is_file_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let length = 1..=LONGEST_DESCRIPTION;
+    length.contains(&name.len()) && !name.starts_with('.') && name.chars().all(fits)
+}

@@ -1,0 +1,85 @@
+//! Keys that the owner of a guest places in it, for disks that are encrypted with them.
+#![allow(
+    unsafe_code,
+    reason = "the calls of the kernel's keyring have no safe wrapper"
+)]
+
+use std::ffi::CString;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// The keyring of root.
+const USER_KEYRING: libc::c_long = -4;
+const SEARCH: libc::c_long = 10;
+const INVALIDATE: libc::c_long = 21;
+
+/// Has the kernel keep a key of the type `logon`.
+pub(crate) fn add(description: &str, bytes: &[u8]) -> io::Result<()> {
+    let (kind, description) = (CString::new("logon")?, CString::new(description)?);
+    let (kind, description) = (kind.as_ptr(), description.as_ptr());
+    // SAFETY: the strings end with a NUL, the key has as many bytes as are given, and all outlive the call.
+    let id = unsafe {
+        libc::syscall(
+            libc::SYS_add_key,
+            kind,
+            description,
+            bytes.as_ptr(),
+            bytes.len(),
+            USER_KEYRING,
+        )
+    };
+    answered(id).map(drop)
+}
+
+/// Has the kernel forget it.
+pub(crate) fn remove(description: &str) -> io::Result<()> {
+    let (kind, description) = (CString::new("logon")?, CString::new(description)?);
+    let (kind, description) = (kind.as_ptr(), description.as_ptr());
+    // SAFETY: the strings end with a NUL and outlive the call.
+    let id = unsafe { libc::syscall(libc::SYS_keyctl, SEARCH, USER_KEYRING, kind, description, 0) };
+    let id = answered(id)?;
+    // SAFETY: the call takes numbers only.
+    answered(unsafe { libc::syscall(libc::SYS_keyctl, INVALIDATE, id) }).map(drop)
+}
+
+fn answered(answer: libc::c_long) -> io::Result<libc::c_long> {
+    match answer {
+        -1 => Err(io::Error::last_os_error()),
+        id => Ok(id),
+    }
+}
+
+/// Puts a key into a private file of a private directory.
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let directory = path.parent().unwrap_or(path);
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)
+}
+
+/// The files below a directory that have these bytes in them.
+pub(crate) fn files_with(bytes: &[u8], below: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(below)? {
+        let (entry, path) = entry.map(|entry| (entry.file_type(), entry.path()))?;
+        if entry?.is_dir() {
+            found.extend(files_with(bytes, &path)?);
+        } else if fs::read(&path)?
+            .windows(bytes.len())
+            .any(|part| part == bytes)
+        {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
