@@ -8,6 +8,7 @@
 //! | `boot.rs` | one start, until the guest is up |
 //! | `migrate.rs` | a VM that goes on in another QEMU |
 //! | `process.rs`, `spawn.rs`, `detached.rs` | the process, and one that outlives us |
+//! | `shown.rs` | images of other formats, shown as raw files without a VM |
 //! | `vm.rs`, `port.rs`, `channel.rs` | the running VM, and the streams into its guest |
 
 mod boot;
@@ -25,6 +26,7 @@ mod port;
 mod process;
 mod program;
 mod saved;
+mod shown;
 mod spawn;
 mod vm;
 
@@ -40,4 +42,5 @@ pub use kernel::GuestKernel;
 pub use migrate::IncomingVm;
 pub use port::GuestStream;
 pub use saved::abandoned_state;
+pub use shown::ShownImages;
 pub use vm::Vm;

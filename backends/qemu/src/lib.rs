@@ -78,6 +78,7 @@ pub mod fuzzing {
     //! What the targets in `fuzz/` call.
     pub use crate::scsi::fuzz_qcow2 as qcow2;
 }
+mod image_format;
 #[cfg(feature = "launch")]
 mod launch;
 mod open_file;
@@ -86,12 +87,13 @@ pub mod qmp;
 pub mod scsi;
 pub mod vpmem;
 
+pub use image_format::ImageFormat;
 #[cfg(feature = "launch")]
 pub use launch::{
     Accelerator, AgentChannel, AgentPort, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder,
     GuestKernel, GuestStream, IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES,
-    PROGRAMS, VERITY_MODULES, Vm, VmBuilder, VmError, abandoned_state, controller_address,
-    memory_port_address,
+    PROGRAMS, ShownImages, VERITY_MODULES, Vm, VmBuilder, VmError, abandoned_state,
+    controller_address, memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;

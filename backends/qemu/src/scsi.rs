@@ -2,6 +2,7 @@
 
 mod image;
 mod qcow2;
+mod vhd;
 
 use std::sync::atomic::AtomicBool;
 
@@ -13,7 +14,7 @@ use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 use crate::open_file;
 use crate::plug::{self, Backend, Plug, Removal};
 use crate::qmp::{Qmp, QmpError};
-use image::Image;
+pub(crate) use image::Image;
 use serde_json::{Value, json};
 
 /// How many LUNs of a controller are used. A virtio-scsi controller takes 16,384, but Linux sees only the first
@@ -57,11 +58,12 @@ const HONOURED: [DiskOption; 4] = [
 /// Linux makes no `wwid`), so it can prove that it has found the disk which the host means. Whatever in QEMU has
 /// such a name is taken for one of this attacher: there must be only one for each VM.
 ///
-/// - *Format*: an image whose name ends in `.qcow2` is one, and must look like one; everything else is raw,
-///   whatever is in it. The format is never guessed from the content, which a guest can write.
+/// - *Format*: an image whose name ends in `.qcow2`, `.vhd` or `.vhdx` is one ([`ImageFormat`](crate::ImageFormat)), and must
+///   look like one; everything else is raw, whatever is in it. The format is never guessed from the content, which a guest
+///   can write.
 /// - *Other files*: a qcow2 image with a backing file or an external data file is refused, because whoever
 ///   made it could have the host open any file. [`allow_backing_files`](Self::allow_backing_files) lifts the
-///   former for images that are trusted.
+///   former for images that are trusted. A VHD or VHDX that is the difference to another is always refused: QEMU cannot read it.
 /// - *Access*: a read-only disk is so in both nodes. QEMU locks what it opens, so one image may be read by many
 ///   VMs, or written by one, and the second writer is refused. A block device that somebody has mounted or
 ///   claimed is refused for writing.

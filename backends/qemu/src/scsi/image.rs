@@ -1,6 +1,7 @@
 //! What is behind a disk, and what QEMU is told about it.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOptions};
 use serde_json::{Value, json};
 
 use super::qcow2::{self, Backing, Header};
+use super::vhd;
+use crate::image_format::ImageFormat;
 use crate::open_file::OpenFile;
 
 /// How many images a disk may be the difference to, one after the other. A circle ends here.
@@ -16,7 +19,7 @@ const MAX_BACKING_FILES: usize = 64;
 
 /// A disk that was looked at and can be given to QEMU.
 #[derive(Debug)]
-pub(super) struct Image {
+pub(crate) struct Image {
     /// The image itself, and then what each is the difference to.
     layers: Vec<Layer>,
     files: Vec<OpenFile>,
@@ -26,20 +29,14 @@ pub(super) struct Image {
 
 #[derive(Debug)]
 struct Layer {
-    format: Format,
+    format: ImageFormat,
     is_device: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
-    Raw,
-    Qcow2,
 }
 
 impl Image {
     /// Opens the disk as QEMU will, and reads what its format says; the files that it is the difference to are opened
     /// as well where that is `allowed`. Blocks.
-    pub(super) fn inspect(disk: &Disk, id: &DiskId, allowed: bool) -> Result<Self, BackendError> {
+    pub(crate) fn inspect(disk: &Disk, id: &DiskId, allowed: bool) -> Result<Self, BackendError> {
         let mut image = Image {
             layers: Vec::new(),
             files: Vec::new(),
@@ -47,8 +44,8 @@ impl Image {
             options: disk.options().clone(),
         };
         let source = blockmount_source::open(disk, id)?;
-        let format = format(disk.source());
-        if format == Format::Raw {
+        let format = ImageFormat::of(disk.source());
+        if format == ImageFormat::Raw {
             let size = blockmount_source::size(disk, &source)?;
             ensure_whole_sectors(disk, size)?;
         }
@@ -72,12 +69,14 @@ impl Image {
         &mut self,
         path: &Path,
         source: blockmount_source::Source,
-        format: Format,
+        format: ImageFormat,
         allowed: bool,
-    ) -> Result<Option<(PathBuf, Format)>, BackendError> {
+    ) -> Result<Option<(PathBuf, ImageFormat)>, BackendError> {
         let backing = match format {
-            Format::Qcow2 => accept_qcow2(path, &source.file, allowed)?.backing,
-            Format::Raw => None,
+            ImageFormat::Qcow2 => accept_qcow2(path, &source.file, allowed)?.backing,
+            ImageFormat::Vhd => accept_vhd(path, format, vhd::vhd(&source.file))?,
+            ImageFormat::Vhdx => accept_vhd(path, format, vhd::vhdx(&source.file))?,
+            ImageFormat::Raw => None,
         };
         let is_device = source.is_device();
         self.layers.push(Layer { format, is_device });
@@ -86,13 +85,13 @@ impl Image {
     }
 
     /// What QEMU opens.
-    pub(super) fn files(&self) -> &[OpenFile] {
+    pub(crate) fn files(&self) -> &[OpenFile] {
         &self.files
     }
 
     /// The arguments of `blockdev-add`, with the paths by which QEMU opens the files. All that QEMU opens is named
     /// here: whatever else a header says, QEMU opens nothing for it.
-    pub(super) fn node(&self, name: &str, paths: &[String]) -> Value {
+    pub(crate) fn node(&self, name: &str, paths: &[String]) -> Value {
         let mut node = Value::Null;
         let discard = match self.options.is_discard() {
             Some(false) => "ignore",
@@ -110,7 +109,7 @@ impl Image {
             };
             let backing = std::mem::take(&mut node);
             node = json!({
-                "driver": if layer.format == Format::Qcow2 { "qcow2" } else { "raw" },
+                "driver": layer.format.driver(),
                 "node-name": name,
                 "read-only": read_only,
                 "discard": discard,
@@ -124,7 +123,7 @@ impl Image {
                     "cache": cache,
                 },
             });
-            if layer.format == Format::Qcow2 {
+            if layer.format == ImageFormat::Qcow2 {
                 node["backing"] = backing;
             }
         }
@@ -145,15 +144,6 @@ fn ensure_whole_sectors(disk: &Disk, size: u64) -> Result<(), BackendError> {
     }
 }
 
-/// The format that a name stands for. What is in the file does not decide: a guest could write the header of
-/// another format into its raw disk, and be given the file that it names.
-fn format(path: &Path) -> Format {
-    match path.extension() {
-        Some(extension) if extension.eq_ignore_ascii_case("qcow2") => Format::Qcow2,
-        _ => Format::Raw,
-    }
-}
-
 fn read_only_disk(path: &Path) -> Disk {
     let metadata = std::fs::metadata(path);
     match metadata.is_ok_and(|metadata| metadata.file_type().is_block_device()) {
@@ -163,7 +153,7 @@ fn read_only_disk(path: &Path) -> Disk {
 }
 
 /// Where the backing file of an image is, which is named relative to the image, and in which format.
-fn locate(image: &Path, backing: Backing) -> Result<(PathBuf, Format), BackendError> {
+fn locate(image: &Path, backing: Backing) -> Result<(PathBuf, ImageFormat), BackendError> {
     let unsuitable = |what: String| {
         let message = format!(
             "{} has a backing file {what}; flatten it (qemu-img convert)",
@@ -183,12 +173,33 @@ fn locate(image: &Path, backing: Backing) -> Result<(PathBuf, Format), BackendEr
         None => name,
     };
     let format = match backing.format.as_deref() {
-        None => format(&path),
-        Some("raw") => Format::Raw,
-        Some("qcow2") => Format::Qcow2,
+        None => ImageFormat::of(&path),
+        Some("raw") => ImageFormat::Raw,
+        Some("qcow2") => ImageFormat::Qcow2,
         Some(other) => return Err(unsuitable(format!("of the format {other:?}"))),
     };
     Ok((path, format))
+}
+
+/// Neither is ever the difference to another image, which QEMU could not read.
+fn accept_vhd(
+    path: &Path,
+    format: ImageFormat,
+    found: io::Result<vhd::Kind>,
+) -> Result<Option<Backing>, BackendError> {
+    let path = path.display();
+    let found = found.map_err(|error| {
+        BackendError::other(format!("cannot read the header of {path}")).with_source(error)
+    })?;
+    match found {
+        vhd::Kind::Whole => Ok(None),
+        vhd::Kind::Difference => Err(BackendError::invalid(format!(
+            "{path} is the difference to another image, which QEMU cannot read: merge it with its parent where it was made"
+        ))),
+        vhd::Kind::Other => Err(BackendError::invalid(format!(
+            "{path} is named as a {format} image and is none; rename it if it is a raw one"
+        ))),
+    }
 }
 
 fn accept_qcow2(path: &Path, file: &File, allowed: bool) -> Result<Header, BackendError> {
@@ -224,20 +235,6 @@ fn accept_qcow2(path: &Path, file: &File, allowed: bool) -> Result<Header, Backe
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_name_decides_about_the_format() {
-        for (name, expected) in [
-            ("/a.qcow2", Format::Qcow2),
-            ("/a.QCOW2", Format::Qcow2),
-            ("/a.img", Format::Raw),
-            ("/a.qcow2.img", Format::Raw),
-            ("/qcow2", Format::Raw),
-            ("/.qcow2", Format::Raw),
-        ] {
-            assert_eq!(format(Path::new(name)), expected, "{name}");
-        }
-    }
 
     #[test]
     fn a_raw_disk_stays_raw_whatever_is_in_it() {

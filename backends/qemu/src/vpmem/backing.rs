@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::ALIGNMENT;
+use crate::image_format::ImageFormat;
 use crate::open_file::OpenFile;
 
 /// How much is copied before anybody looks whether it is still wanted, in bytes.
@@ -101,10 +102,16 @@ pub(super) fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
 }
 
 fn ensure_file(disk: &Disk) -> Result<(), BackendError> {
+    let path = disk.source().display();
+    let format = ImageFormat::of(disk.source());
+    if format != ImageFormat::Raw {
+        return Err(BackendError::unsuitable(format!(
+            "{path} is a {format} image, and QEMU maps only raw ones as VPMEM"
+        )));
+    }
     if *disk.kind() == DiskKind::VirtualDisk {
         return Ok(());
     }
-    let path = disk.source().display();
     let message = format!("{path} is no file, and QEMU maps only files as VPMEM");
     Err(BackendError::unsuitable(message))
 }
