@@ -1,16 +1,19 @@
 //! Plugs a disk into a VM that somebody else has started, mounts it there, and takes it out again.
 //!
 //! ```console
+//! $ cargo build --release -p blockmount-agent
+//! $ cargo run -p blockmount-qemu --example guest_image -- target/release/blockmount-agent guest.cpio
 //! $ qemu-system-x86_64 -M q35 -m 1G -nographic \
 //!     -device virtio-scsi-pci,id=scsi0,addr=10 \
 //!     -qmp unix:/run/vm/qmp,server=on,wait=off \
 //!     -device virtio-serial -device virtserialport,name=blockmount.0,chardev=agent \
 //!     -chardev socket,id=agent,path=/run/vm/agent,server=on,wait=off \
-//!     -kernel vmlinuz -initrd guest-with-blockmount-agent.cpio
+//!     -kernel /var/lib/blockmount/kernel/vmlinuz -initrd guest.cpio -append console=ttyS0
 //! $ cargo run -p blockmount-qemu --no-default-features --example foreign_vm -- /run/vm/qmp /run/vm/agent base.erofs
 //! ```
 //!
-//! In the guest runs `blockmount-agent --virtio-port blockmount.0 --scsi-controller pci:0000:00:10.0`.
+//! In the guest runs `blockmount-agent --virtio-port blockmount.0 --scsi-controller pci:0000:00:10.0`, here as its `/init`
+//! with all that it needs (`guest_image.rs`); in a guest with an init of its own it is a service.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -93,7 +93,8 @@ impl GuestImage {
         &self.0.kernel
     }
 
-    pub(super) fn initramfs(&self) -> &[u8] {
+    /// What it boots besides the kernel: an archive (cpio) for the option `-initrd` of QEMU.
+    pub fn initramfs(&self) -> &[u8] {
         &self.0.initramfs
     }
 
