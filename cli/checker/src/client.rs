@@ -13,6 +13,8 @@ use crate::tree::Tree;
 
 /// How long an answer may take.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// How long the digests of all files of a tree may take: half a GiB under emulation, on a busy machine.
+const TREE_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Asks the checker of a guest, one question at a time.
 ///
@@ -25,7 +27,7 @@ pub struct Checker<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
-    /// Asks over a stream, and waits half a minute for each answer.
+    /// Asks over a stream, and waits half a minute for each answer, and ten minutes for a tree.
     pub fn new(stream: S) -> Self {
         Checker {
             stream,
@@ -41,6 +43,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
     pub async fn tree(&mut self, path: impl Into<PathBuf>) -> io::Result<Tree> {
         match self.ask(&Request::Tree { path: path.into() }).await? {
             Response::Tree(tree) => Ok(tree),
+            other => Err(self.misunderstood(&other)),
+        }
+    }
+
+    /// The first names in a directory, at most so many, and how many there are.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
+    pub async fn names(
+        &mut self,
+        path: impl Into<PathBuf>,
+        most: usize,
+    ) -> io::Result<(Vec<String>, usize)> {
+        let path = path.into();
+        match self.ask(&Request::Names { path, most }).await? {
+            Response::Names { names, count } => Ok((names, count)),
             other => Err(self.misunderstood(&other)),
         }
     }
@@ -114,9 +133,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
             send(stream, request).await?;
             receive(stream).await
         };
-        let answer = timeout(DEADLINE, exchange)
+        let deadline = match request {
+            Request::Tree { .. } => TREE_DEADLINE,
+            _ => DEADLINE,
+        };
+        let answer = timeout(deadline, exchange)
             .await
-            .context(|| format!("the checker did not answer within {DEADLINE:?}"))?
+            .context(|| format!("the checker did not answer within {deadline:?}"))?
             .context(|| "the checker cannot be asked".to_owned())?
             .ok_or_else(|| io::Error::other("the checker ended the connection"))?;
         let answer = parse(&answer).context(|| "the checker answered garbage".to_owned())?;

@@ -28,6 +28,13 @@ pub enum Request {
         /// The directory.
         path: PathBuf,
     },
+    /// The names in a directory, sorted, and how many there are: [`Response::Names`].
+    Names {
+        /// The directory.
+        path: PathBuf,
+        /// As many as are told.
+        most: usize,
+    },
     /// Makes a file with this content, in place of the one that is there: [`Response::Done`].
     Write {
         /// The file.
@@ -88,6 +95,13 @@ pub enum Response {
     Done,
     /// What is below a directory.
     Tree(Tree),
+    /// What is in a directory. Names that are no text are approximated.
+    Names {
+        /// The first of them.
+        names: Vec<String>,
+        /// How many there are.
+        count: usize,
+    },
     /// What the kernel has.
     Tables(Tables),
     /// What each bare mount cost.

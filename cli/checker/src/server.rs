@@ -49,6 +49,9 @@ impl CheckerServer {
     fn answer_at_once(&self, request: Request) -> io::Result<Response> {
         match request {
             Request::Tree { path } => Tree::read(&path, &|| false, || ()).map(Response::Tree),
+            Request::Names { path, most } => {
+                names(&path, most).context(|| format!("cannot read {}", path.display()))
+            }
             Request::Write { path, content } => {
                 std::fs::write(&path, content)
                     .context(|| format!("cannot write {}", path.display()))?;
@@ -107,6 +110,18 @@ pub async fn respond<A: Serialize + From<Response>, S: AsyncWrite + Unpin>(
     timeout(SLOW, send(stream, &answer)).await?
 }
 
+fn names(path: &Path, most: usize) -> io::Result<Response> {
+    let entries = std::fs::read_dir(path)?.collect::<io::Result<Vec<_>>>()?;
+    let names = entries
+        .iter()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort_unstable();
+    names.truncate(most);
+    let count = entries.len();
+    Ok(Response::Names { names, count })
+}
+
 fn remove(path: &Path) -> io::Result<()> {
     match path.symlink_metadata()?.is_dir() {
         true => std::fs::remove_dir(path),
@@ -137,6 +152,10 @@ mod tests {
         let digest = digest_bytes("content".repeat(1000).as_bytes());
         let files: Vec<_> = tree.files().collect();
         assert_eq!(files, [(Path::new("a"), &digest)]);
+        let names = checker.names(dir.path(), 1).await.unwrap();
+        assert_eq!(names, (vec!["a".to_owned()], 1));
+        let names = checker.names(dir.path(), 0).await.unwrap();
+        assert_eq!(names, (Vec::new(), 1));
         checker.remove(&path).await.unwrap();
         assert!(!path.exists());
         let error = checker.remove(&path).await.unwrap_err().to_string();
