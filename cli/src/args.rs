@@ -9,12 +9,14 @@ use std::path::PathBuf;
 use blockmount::{HashAlgorithm, HolderName};
 use blockmount_agent::LogFilter;
 use blockmount_verity::Parameters;
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::guest::{GuestKind, Transports};
 use crate::terminal::Colour;
-use values::{Salt, parse_salt, parse_size};
+use values::{Salt, parse_salt};
+
+pub(crate) use values::parse_size;
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
 
@@ -154,7 +156,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_parser = Transports::parser())]
     pub(crate) transport: Option<Transports>,
 
-    /// Take layers in qcow2 images that are differences to other files: QEMU opens whatever they name
+    /// Take layers in qcow2 images that are differences to other files: whatever these name is opened
     #[arg(long)]
     pub(crate) allow_backing: bool,
 
@@ -165,13 +167,21 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The layers are always read-only. Without --scratch the tree is read-only; what \
+Layers are raw images or block devices, and by their names .qcow2, .vhd and .vhdx \
+(on this machine through qemu-storage-daemon and FUSE). They are always read-only. Without --scratch the tree is read-only; what \
 is written to a scratch ends with the mount. A mount with a --name outlives a \
 program that is killed, scratch included, and another program goes on with it; \
 with --keep-vm, so does its virtual machine.
 
 What is said of a layer (--partition, --fs, --verity, --option) follows its \
 --layer. An --option before the first --layer is for all of them.
+
+A --file has the stack in TOML: at, name, guest, transport, keep-vm, \
+allow-backing, options (of all layers), overlay-options, a table [scratch] with \
+size, encrypt and format, and for each layer, the topmost first, a table \
+[[layer]] with image, partition, fs, verity, verity-tree, key, devices and options. Paths in it \
+start at its directory. The command line wins where both say one thing; its \
+layers are above those of the file, and lists are joined.
 
 Examples:
   sudo blockmount mount --layer app.erofs --layer base.img --at /mnt/tree
@@ -185,6 +195,7 @@ Examples:
                         --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
                         --at /mnt/tree
+  sudo blockmount mount --file blockmount.toml
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
   sudo blockmount mount --resume web
 
@@ -195,19 +206,26 @@ If somebody still uses the tree at the end, blockmount says who and waits for th
 signal makes it give up, say what stays mounted, and exit with status 1. With a guest of QEMU a \
 further signal kills its virtual machine. One that dies, stops or meets errors of its disks makes \
 the exit status 1.")]
+// A file can say these as well.
+#[command(group(ArgGroup::new("a_scratch").args(["scratch", "file"]).multiple(true)))]
+#[command(group(ArgGroup::new("a_name").args(["name", "file"]).multiple(true)))]
 pub(crate) struct MountArgs {
     #[command(flatten)]
     pub(crate) layers: RequiredLayers,
 
-    /// Where the tree is to be mounted
-    #[arg(long, value_enum, default_value_t = GuestKind::Local)]
-    pub(crate) guest: GuestKind,
+    /// Read the stack from a file, such as blockmount.toml, or from stdin (-); what else is said here is added to it, or wins
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// Where the tree is to be mounted [default: local]
+    #[arg(long, value_enum)]
+    pub(crate) guest: Option<GuestKind>,
 
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
     pub(crate) transport: Option<Transports>,
 
-    /// Take layers in qcow2 images that are differences to other files: QEMU opens whatever they name
+    /// Take layers in qcow2 images that are differences to other files: whatever these name is opened
     #[arg(long)]
     pub(crate) allow_backing: bool,
 
@@ -216,11 +234,11 @@ pub(crate) struct MountArgs {
     pub(crate) scratch: Option<u64>,
 
     /// Encrypt the scratch disk with a key that only the guest's kernel has: what is written ends with the mount
-    #[arg(long, requires = "scratch")]
+    #[arg(long, requires = "a_scratch")]
     pub(crate) encrypt: bool,
 
     /// Have the guest make this filesystem on the scratch disk, in place of an ext4 that is made here
-    #[arg(long, value_name = "FILESYSTEM", requires = "scratch", value_parser = ["ext4", "xfs"])]
+    #[arg(long, value_name = "FILESYSTEM", requires = "a_scratch", value_parser = ["ext4", "xfs"])]
     pub(crate) format: Option<String>,
 
     /// Option of the overlay, such as volatile, metacopy=on or verity=require; repeatable
@@ -228,15 +246,16 @@ pub(crate) struct MountArgs {
     pub(crate) overlay_options: Vec<String>,
 
     /// The directory where the tree appears: made if it is not there, otherwise empty
-    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["resume", "file"])]
     pub(crate) at: Option<PathBuf>,
 
-    /// Remember the mount under this name, so that it can be resumed should this program be killed
+    /// Remember the mount under this name until the next boot, so that it can be resumed should this program be killed; a
+    /// guest of QEMU needs --keep-vm for that
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<HolderName>,
 
     /// Let the virtual machine live on if this program is killed, so that --resume finds it
-    #[arg(long, requires = "name")]
+    #[arg(long, requires = "a_name")]
     pub(crate) keep_vm: bool,
 
     /// Go on with the mount of this name, whose program was killed
@@ -245,7 +264,7 @@ pub(crate) struct MountArgs {
         value_name = "NAME",
         conflicts_with_all = [
             "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "guest", "transport", "allow_backing", "scratch",
-            "encrypt", "format", "overlay_options", "at", "name", "keep_vm",
+            "encrypt", "format", "overlay_options", "at", "name", "keep_vm", "file",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

@@ -12,7 +12,6 @@ use crate::args::CleanupArgs;
 use crate::failure::{FAILED, Failure};
 use crate::guest::abandoned_state;
 use crate::interrupt::{Interrupt, Stop};
-use crate::machine::require_root;
 use crate::terminal::{print, print_json};
 
 use report::{Item, Outcome, Report};
@@ -20,7 +19,6 @@ use scan::Unwanted;
 
 /// Cleans up, or only looks. `Ok` is the exit status: 1 if something had to be left.
 pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, Failure> {
-    require_root("cleanup")?;
     interrupt.now("cleaning up");
     let dry_run = args.dry_run;
     let unwanted = match args.resumable {
@@ -58,7 +56,8 @@ fn clean_up(dry_run: bool, unwanted: &Unwanted, stop: &Stop) -> Result<Report, F
     }
     Ok(Report {
         dry_run,
-        living_runs: found.living + found.living_elsewhere,
+        living_runs: found.living.len() + found.living_elsewhere,
+        living: found.living,
         resumable: found.resumable,
         dead_runs: found.dead.len(),
         items,

@@ -51,6 +51,9 @@ pub(crate) fn advice_on(image: &Path) -> Option<&'static str> {
             "name one of its partitions with --partition N; \"blockmount inspect IMAGE\" lists them",
         ),
         "blank" => Some("make a filesystem on it, or choose another image"),
+        _ if found.needs_recovery => Some(
+            "mount it writable once, or see the older state with --option noload (ext3, ext4) or --option norecovery (xfs)",
+        ),
         _ => None,
     })
 }
@@ -63,7 +66,12 @@ impl Found {
             "ambiguous" => Some(
                 "remove the stale signatures with wipefs, or name the filesystem when mounting: --fs NAME",
             ),
-            "disk-image" => Some("convert it to a raw image: qemu-img convert -O raw IMAGE RAW"),
+            "disk-image" => Some(match self.description.contains("vmdk") {
+                true => "convert it to a raw image: qemu-img convert -O raw IMAGE RAW",
+                false => {
+                    "name it by its format (.qcow2, .vhd or .vhdx), or convert it to a raw image: qemu-img convert -O raw IMAGE RAW"
+                }
+            }),
             "compressed" => Some(match &*self.description {
                 gzip if gzip.ends_with("gzip") => "unpack it: gzip -dk IMAGE",
                 zstd if zstd.ends_with("zstd") => "unpack it: zstd -d IMAGE",

@@ -5,21 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockmount::{Disk, Manager, MountPoint, MountRequest, Stack, StackRequest};
+use blockmount::{Disk, MountPoint, MountRequest, Stack, StackRequest};
 use blockmount_checker::tree::Tree;
 
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
-use crate::guest::{Guest, Mounts, Place, Transports};
+use crate::guest::{Guest, GuestKind, Mounts, Place, Transports};
+use crate::image_sources::Limits;
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::{Tables, loop_marks};
 use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
-use crate::run::Run;
+use crate::run::{Run, is_root, sudo};
 use crate::speed;
-use crate::stacking::{distinct, layer_disk, layer_request};
+use crate::stacking::{distinct, layer_request};
 use crate::terminal::{Progress, complain, print, print_json, say};
 use crate::test_images::{TestImage, make};
 
@@ -30,7 +31,13 @@ const SCRATCH_SIZE: u64 = 64 << 20;
 
 /// Runs the demo. `Ok` is the exit status.
 pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Failure> {
-    require_root("demo")?;
+    if args.guest == GuestKind::Local {
+        require_root("demo")?;
+    } else if !args.layers.0.is_empty() && !is_root() {
+        let what = "what is in a --layer is read through a mount on this machine, which only root may make";
+        let advice = "leave --layer out, run it with sudo, or mount it: blockmount mount --guest qemu --layer IMAGE --at /mnt/tree";
+        return Err(Failure::new(what).advise(advice));
+    }
     let progress = Progress::new();
     let before = Tables::read()?;
     let place = Place::of(args.guest, args.transport, args.allow_backing)?;
@@ -77,7 +84,7 @@ fn account_for(failure: Failure, ended: Result<(), Failure>, left_over: &[String
         }
         Ok(()) => Failure::new("something is left over")
             .because(left_over.join("; "))
-            .advise("run: sudo blockmount cleanup"),
+            .advise(format!("run: {}blockmount cleanup", sudo())),
         Err(ended) => {
             complain(&failure);
             ended
@@ -92,10 +99,16 @@ async fn job(
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Report, Failure> {
-    let helper = machine.helper();
     let test_images = match args.layers.0.is_empty() {
-        true => make(machine.work_dir()?, helper, interrupt, progress).await?,
-        false => given(&distinct(&args.layers.0), helper, interrupt, progress).await?,
+        true => {
+            let limits = match machine.guest() {
+                Guest::Local(_) => Limits::LAYER,
+                Guest::Qemu(_) => Limits::LAYER_OF_MACHINE,
+            };
+            let directory = machine.work_dir()?;
+            make(directory, limits, machine.helper(), interrupt, progress).await?
+        }
+        false => given(args, machine, interrupt, progress).await?,
     };
     progress.stage("making scratch disks");
     let mut scratches = Vec::new();
@@ -115,9 +128,10 @@ async fn job(
         .iter()
         .map(|image| image.layer.clone())
         .collect();
+    let disks = machine.disks(&layers, args.allow_backing).await?;
     let requests = [0, 1].map(|index| {
         let target = machine.own_target(CONTAINERS[index]);
-        request(&target, &layers, &scratches[index])
+        request(&target, &layers, &disks, &scratches[index])
     });
     let [one, two] = requests;
     let requests = [one?, two?];
@@ -164,27 +178,33 @@ fn refuse_others(stacks: &[Stack], scheme: &str) -> Result<(), Failure> {
     }
 }
 
-fn request(target: &Path, layers: &[Layer], scratch: &Path) -> Result<StackRequest, Failure> {
+fn request(
+    target: &Path,
+    layers: &[Layer],
+    disks: &[Disk],
+    scratch: &Path,
+) -> Result<StackRequest, Failure> {
     let mut stack = StackRequest::new(target);
-    for layer in layers {
-        stack = stack.layer(layer_disk(layer), layer_request(layer)?);
+    for (layer, disk) in layers.iter().zip(disks) {
+        stack = stack.layer(disk.clone(), layer_request(layer)?);
     }
     Ok(stack.scratch(Disk::virtual_disk(scratch), MountRequest::default()))
 }
 
 /// Reads what is in the user's images, each mounted by itself.
 async fn given(
-    layers: &[Layer],
-    manager: &Manager,
+    args: &DemoArgs,
+    machine: &Machine,
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Vec<TestImage>, Failure> {
+    let layers = distinct(&args.layers.0);
+    let disks = machine.local_disks(&layers, args.allow_backing).await?;
     let mut test_images = Vec::new();
-    for layer in layers {
+    for (layer, disk) in layers.iter().zip(disks) {
         interrupt.check()?;
         progress.stage(format!("reading {}", layer.image.display()));
-        let disk = layer_disk(layer);
-        let mount = manager.add(&disk, &layer_request(layer)?).await?;
+        let mount = machine.helper().add(&disk, &layer_request(layer)?).await?;
         let path = mount.path().to_owned();
         let tree = interrupt
             .blocking(move |stop| stop.bound(|stop| Tree::read(&path, stop, || ())))

@@ -67,6 +67,13 @@ impl Failure {
         self
     }
 
+    /// Whether it is the failure of a step of the managers.
+    pub(crate) fn is_of(&self, step: Step) -> bool {
+        let cause = self.cause.as_deref();
+        let error = cause.and_then(|cause| cause.downcast_ref::<blockmount::Error>());
+        error.is_some_and(|error| error.step() == step)
+    }
+
     pub(crate) fn status(&self) -> u8 {
         self.status
     }

@@ -22,9 +22,10 @@ pub(crate) use qemu::{MOUNTS, Needs, QemuGuest, abandoned_state, ensure_allowed,
 pub(crate) use transports::{Hardware, Transports};
 
 /// Where containers can run, by their names on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum GuestKind {
     /// This machine: loop devices, no VM
+    #[default]
     Local,
     /// A virtual machine of QEMU, started for this run
     Qemu,
@@ -56,9 +57,6 @@ impl Place {
             })),
             GuestKind::Local if transports.is_some() => {
                 refuse("this machine has loop devices for disks, and no --transport to choose")
-            }
-            GuestKind::Local if allows_backing => {
-                refuse("loop devices show an image as it is, so that --allow-backing means nothing")
             }
             GuestKind::Local => Ok(Place::Local),
         }
@@ -163,6 +161,23 @@ impl Guest {
         let read =
             move |stop: &Stop| stop.bound(|stop| Tree::read(&root, stop, || progress.step()));
         interrupt.blocking(read).await
+    }
+
+    /// What is seen at the top of a tree that this machine does not see; none for one that it does.
+    pub(crate) async fn look_into(&self, tree: &Path) -> Result<Option<String>, Failure> {
+        const MOST: usize = 8;
+        let Guest::Qemu(guest) = self else {
+            return Ok(None);
+        };
+        let (names, count) = guest.names(tree, MOST).await?;
+        let more = match count.saturating_sub(names.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        Ok(Some(match count {
+            0 => "nothing".to_owned(),
+            _ => format!("{}{more}", names.join(", ")),
+        }))
     }
 
     /// Makes or replaces a file.

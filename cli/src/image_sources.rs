@@ -51,6 +51,12 @@ impl Limits {
         bytes: 16 << 20,
         file_bytes: 2 << 20,
     };
+    /// The same where the guest reads every file several times, perhaps under emulation.
+    pub(crate) const LAYER_OF_MACHINE: Limits = Limits {
+        files: 300,
+        bytes: 2 << 20,
+        file_bytes: 256 << 10,
+    };
     /// Everything.
     pub(crate) const NONE: Limits = Limits {
         files: usize::MAX,

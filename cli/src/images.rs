@@ -16,6 +16,7 @@ use crate::child;
 use crate::failure::{Context, Failure};
 use crate::image_sources::{self, Limits};
 use crate::interrupt::{Interrupt, Stop};
+use crate::run::is_root;
 
 /// The filesystems of which images can be made, and the tool that does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +107,9 @@ pub(crate) async fn available(interrupt: &Interrupt) -> Result<(Vec<Maker>, Vec<
     let (mut makers, mut missing) = (Vec::new(), Vec::new());
     for maker in Maker::ALL {
         let (tool, package) = maker.tool();
-        if child::find(tool).is_none() {
+        if maker == Maker::Xfs && !is_root() {
+            missing.push("no xfs: only root can mount one to fill it".to_owned());
+        } else if child::find(tool).is_none() {
             missing.push(format!("no {tool}: apt-get install {package}"));
         } else if !is_known_to_kernel(maker.filesystem(), interrupt).await? {
             missing.push(format!("this kernel has no {}", maker.filesystem()));

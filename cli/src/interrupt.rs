@@ -34,30 +34,56 @@ struct State {
     workers: TaskTracker,
 }
 
-impl Interrupt {
+/// The signals of this program, which from then on do not end it.
+#[derive(Debug)]
+pub(crate) struct Signals(Vec<(Signal, &'static str)>);
+
+impl Signals {
     /// Takes over SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2, and has files that grow beyond a limit be errors.
-    pub(crate) fn listen() -> io::Result<Self> {
-        let interrupt = Interrupt(Arc::new(State {
-            token: CancellationToken::new(),
-            first: OnceLock::new(),
-            further: watch::Sender::default(),
-            doing: Mutex::new("releasing everything".to_owned()),
-            workers: TaskTracker::new(),
-        }));
-        for (kind, name) in [
+    ///
+    /// To be called while no runtime runs. A signal between the moment in which the kernel has its handler and that in which
+    /// its listener is there is handed on by whichever runtime runs first, and would be lost if one ran now.
+    pub(crate) fn take_over() -> io::Result<Self> {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build()?;
+        // It is needed by the call below, and never driven.
+        let _entered = runtime.enter();
+        let signals = [
             (SignalKind::interrupt(), "SIGINT"),
             (SignalKind::terminate(), "SIGTERM"),
             (SignalKind::hangup(), "SIGHUP"),
             // These mean nothing here, and would end the program without a release.
             (SignalKind::user_defined1(), "SIGUSR1"),
             (SignalKind::user_defined2(), "SIGUSR2"),
-        ] {
-            tokio::spawn(interrupt.clone().watch(signal(kind)?, name));
-        }
+        ];
+        let signals = signals.map(|(kind, name)| Ok((signal(kind)?, name)));
+        let signals = signals.into_iter().collect::<io::Result<_>>()?;
         // Whoever writes too much is told by EFBIG as well, as long as the signal does not end the program.
         let too_large = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
         drop(signal(too_large)?);
-        Ok(interrupt)
+        Ok(Signals(signals))
+    }
+}
+
+impl Interrupt {
+    /// One that hears of no signal yet.
+    pub(crate) fn new() -> Self {
+        Interrupt(Arc::new(State {
+            token: CancellationToken::new(),
+            first: OnceLock::new(),
+            further: watch::Sender::default(),
+            doing: Mutex::new("releasing everything".to_owned()),
+            workers: TaskTracker::new(),
+        }))
+    }
+
+    /// Listens to signals from when they were taken over. Needs a runtime.
+    pub(crate) fn listen(signals: Signals) -> Self {
+        let interrupt = Interrupt::new();
+        for (signals, name) in signals.0 {
+            tokio::spawn(interrupt.clone().watch(signals, name));
+        }
+        interrupt
     }
 
     async fn watch(self, mut signals: Signal, name: &'static str) {
@@ -182,19 +208,27 @@ impl Stop {
     /// One that never stops, for tests.
     #[cfg(test)]
     pub(crate) fn never() -> Self {
-        Stop(Interrupt(Arc::new(State {
-            token: CancellationToken::new(),
-            first: OnceLock::new(),
-            further: watch::Sender::default(),
-            doing: Mutex::default(),
-            workers: TaskTracker::new(),
-        })))
+        Stop(Interrupt::new())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_signal_before_the_first_listener_is_not_lost() {
+        let signals = Signals::take_over().unwrap();
+        let this = rustix::process::getpid();
+        rustix::process::kill_process(this, rustix::process::Signal::USR2).unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let interrupt = Interrupt::listen(signals);
+            let requested = interrupt.requested();
+            let signal = tokio::time::timeout(Duration::from_secs(60), requested).await;
+            assert_eq!(signal, Ok("SIGUSR2"));
+        });
+    }
 
     #[tokio::test]
     async fn a_further_signal_between_two_waits_is_not_lost() {

@@ -1,6 +1,7 @@
 //! A run of the program: where the containers run, and the manager of their disks.
 
 mod end;
+mod formats;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,12 +13,17 @@ use blockmount::{
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
+use formats::Shown;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+pub(crate) use formats::is_raw;
+use tokio::sync::OnceCell;
 
 use crate::failure::{Context, Failure};
 use crate::guest::{Guest, MOUNTS, Place, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
 use crate::recorder::Recorder;
-use crate::run::Run;
+use crate::run::{ROOTS_RUNS, Run, is_root};
 
 /// A run of the program: everything that it holds, and the way out.
 #[derive(Debug)]
@@ -37,6 +43,8 @@ pub(crate) struct Machine {
     further: Option<Further>,
     /// What an earlier program of this run has left, until it is claimed.
     recovery: Option<Recovery>,
+    /// Images of other formats than raw, once they are shown.
+    shown: OnceCell<Shown>,
     /// The mount of an earlier program could not be resumed. Its files stay, and what uses its disks is no other user
     /// that would end, but mounts of its own that are not known any more.
     not_resumed: bool,
@@ -45,13 +53,26 @@ pub(crate) struct Machine {
 /// More than a stack has layers: what bounds it is the kernel.
 const LOOP_DEVICES: u16 = 16_384;
 
-/// Refuses early, and with advice, what the kernel would refuse late.
+/// Refuses early, and with advice, what the kernel would refuse late: mounts and loop devices of this machine.
 pub(crate) fn require_root(command: &str) -> Result<(), Failure> {
-    if rustix::process::geteuid().is_root() {
-        return Ok(());
+    let what = format!(
+        "\"blockmount {command}\" mounts and makes loop devices on this machine, which needs root with CAP_SYS_ADMIN"
+    );
+    if !is_root() {
+        return Err(Failure::new(what).advise(format!(
+            "run it with sudo: sudo blockmount {command} ...; or in a virtual machine, which needs neither: \
+             blockmount {command} --guest qemu ..."
+        )));
     }
-    let what = format!("\"blockmount {command}\" works on mounts and disks, which only root may");
-    Err(Failure::new(what).advise(format!("run it with sudo: sudo blockmount {command} ...")))
+    let capabilities = rustix::thread::capabilities(None);
+    let may = |sets: CapabilitySets| sets.effective.contains(CapabilitySet::SYS_ADMIN);
+    match capabilities {
+        Ok(sets) if !may(sets) => Err(Failure::new(what)
+            .because("this root has no CAP_SYS_ADMIN, as in most containers")
+            .advise("give it to the container, with the devices (docker: a privileged one)")),
+        // A kernel that does not tell says it later.
+        _ => Ok(()),
+    }
 }
 
 impl Machine {
@@ -135,6 +156,7 @@ impl Machine {
             lost: Vec::new(),
             further: None,
             recovery,
+            shown: OnceCell::new(),
             not_resumed: false,
         })
     }
@@ -209,7 +231,11 @@ impl Machine {
 
     /// A path of this run's own in the guest, for an overlay.
     pub(crate) fn own_target(&self, name: &str) -> PathBuf {
-        self.run.directory().join(name)
+        match self.guest {
+            Guest::Local(_) => self.run.directory().join(name),
+            // Where its agent may mount, whatever the runs of this user are below.
+            Guest::Qemu(_) => Path::new(ROOTS_RUNS).join(name),
+        }
     }
 
     /// Notes that an overlay is going to be at a path of the user's, so that a clean-up after us knows. A guest

@@ -22,6 +22,7 @@ mod report;
 mod run;
 mod seal;
 mod speed;
+mod stack_file;
 mod stacking;
 mod target;
 mod terminal;
@@ -37,7 +38,7 @@ use tokio::runtime::Runtime;
 
 use args::{Cli, Cmd};
 use failure::{Context, Failure};
-use interrupt::Interrupt;
+use interrupt::{Interrupt, Signals};
 
 fn main() -> ExitCode {
     if Program::is_init() {
@@ -70,6 +71,10 @@ fn agent() -> Program {
 }
 
 fn execute(command: Cmd) -> Result<u8, Failure> {
+    let command = match command {
+        Cmd::Mount(args) => Cmd::Mount(stack_file::complete(args)?),
+        command => command,
+    };
     let layers = match &command {
         Cmd::Mount(args) => args.layers.0.len(),
         Cmd::Demo(args) => args.layers.0.len(),
@@ -83,8 +88,9 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
         Cmd::Man(args) => return command_line::man(args.to.as_deref()),
         _ => {}
     }
+    let signals = signals()?;
     runtime()?.block_on(async {
-        let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
+        let interrupt = Interrupt::listen(signals);
         match command {
             Cmd::Agent(_) | Cmd::Inspect(_) | Cmd::Completions(_) | Cmd::Man(_) => {
                 unreachable!("these are done before")
@@ -95,6 +101,10 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
         }
     })
+}
+
+fn signals() -> Result<Signals, Failure> {
+    Signals::take_over().context(|| "cannot listen to signals".to_owned())
 }
 
 fn runtime() -> Result<Runtime, Failure> {
@@ -117,8 +127,9 @@ fn checked_roots() -> Option<Vec<PathBuf>> {
 
 /// Serves the host of this guest, for the demo: it shows what the agent has done.
 fn check_for_host(roots: Vec<PathBuf>) -> Result<u8, Failure> {
+    let signals = signals()?;
     runtime()?.block_on(async {
-        let interrupt = Interrupt::listen().context(|| "cannot listen to signals".to_owned())?;
+        let interrupt = Interrupt::listen(signals);
         let ended = async {
             interrupt.requested().await;
         };

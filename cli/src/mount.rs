@@ -4,22 +4,22 @@ use std::path::{Path, PathBuf};
 
 use blockmount::{
     Disk, Encryption, Format, HolderName, MountOptions, MountPoint, MountRequest, OverlayOptions,
-    Stack, StackRequest,
+    Stack, StackRequest, Step,
 };
 use serde::Serialize;
 
 use crate::args::{Layer, MountArgs};
-use crate::failure::{Context, FAILED, Failure, printable};
+use crate::failure::{Context, Failure, printable};
 use crate::guest::{GuestKind, Needs, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::{Tables, loop_marks};
-use crate::machine::{Machine, require_root};
+use crate::machine::{Machine, is_raw, require_root};
 use crate::report::{passed_on, table};
-use crate::run::{self, Remembered, Run};
-use crate::stacking::{distinct, layer_disk, layer_request};
+use crate::run::{self, Remembered, Run, sudo};
+use crate::stacking::{distinct, layer_request};
 use crate::target;
-use crate::terminal::{complain, note, print, print_json, say};
+use crate::terminal::{complain, note, print, print_json, say, wrapped};
 
 /// Where everything is while the stack is held.
 #[derive(Debug, Serialize)]
@@ -45,12 +45,15 @@ struct HeldDisk {
 
 /// Mounts, holds and releases. `Ok` is the exit status.
 pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8, Failure> {
-    require_root("mount")?;
     let before = Tables::read()?;
     if let Some(name) = args.resume.take() {
         return resume(args, &name, &interrupt, &before).await;
     }
+    if args.guest() == GuestKind::Local {
+        require_root("mount")?;
+    }
     refuse_lost_vm(&args)?;
+    refuse_lost_format(&args)?;
     let target = target_of(&args)?;
     args.layers.0 = distinct(&args.layers.0);
     refuse_too_many(&args.layers.0)?;
@@ -62,14 +65,14 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
             name.clone(),
             &target,
             &args.layers.0,
-            args.guest,
+            args.guest(),
         )),
     };
-    let place = Place::of(args.guest, args.transport, args.allow_backing)?.needing(args.needs());
+    let place = Place::of(args.guest(), args.transport, args.allow_backing)?.needing(args.needs());
     let mut machine = Machine::start(place, run, &interrupt).await?;
     let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
-    let stack = stack.map_err(|failure| match args.guest {
-        GuestKind::Local if failure.status() == FAILED => in_the_way(failure, &target),
+    let stack = stack.map_err(|failure| match args.guest() {
+        GuestKind::Local if failure.is_of(Step::Combine) => in_the_way(failure, &target),
         _ => failure,
     });
     hold_until_the_end(&args, &target, stack, machine, &interrupt, &before).await
@@ -92,7 +95,10 @@ async fn resume(
     let place = Place::of(guest, transports, false)?;
     let machine = Machine::start(place, || Ok(run), interrupt).await;
     interrupt.check().map_err(left)?;
-    let again = format!("try it again: sudo blockmount mount --resume {name}; {kept}");
+    let again = format!(
+        "try it again: {}blockmount mount --resume {name}; {kept}",
+        sudo()
+    );
     let mut machine = machine.map_err(|failure| failure.advise(again))?;
     let target = remembered.target();
     machine.note_target(&target)?;
@@ -134,7 +140,7 @@ async fn hold_until_the_end(
             if shown.is_ok() {
                 let why = tokio::select! {
                     signal = interrupt.requested() => signal.to_owned(),
-                    why = machine.guest().failed() => why,
+                    why = machine.failed() => why,
                 };
                 say(format_args!(
                     "{why}: releasing {}",
@@ -166,7 +172,7 @@ async fn hold_until_the_end(
         (Ok(()), Err(ended)) => Err(ended),
         (_, Ok(())) if !left_over.is_empty() => Err(Failure::new("something is left over")
             .because(left_over.join("; "))
-            .advise("run: sudo blockmount cleanup")),
+            .advise(format!("run: {}blockmount cleanup", sudo()))),
         (Err(failure), Ok(())) => {
             say(format_args!("everything was released; nothing is left"));
             Err(failure)
@@ -189,7 +195,8 @@ fn in_the_way(failure: Failure, target: &Path) -> Failure {
 /// A resume that has changed nothing.
 fn left(failure: Failure, name: &HolderName) -> Failure {
     failure.advise(format!(
-        "the mount is left as it was; go on with it: sudo blockmount mount --resume {name}"
+        "the mount is left as it was; go on with it: {}blockmount mount --resume {name}",
+        sudo()
     ))
 }
 
@@ -198,13 +205,14 @@ fn discard_advice(work: &Path, name: Option<&HolderName>) -> String {
     let work = printable(work.display());
     let name = name.map(|name| format!("={name}")).unwrap_or_default();
     format!(
-        "what was written stays in {work}, mounted or not; to discard it: sudo blockmount cleanup --resumable{name}"
+        "what was written stays in {work}, mounted or not; to discard it: {}blockmount cleanup --resumable{name}",
+        sudo()
     )
 }
 
 /// Refuses names for what a kill would take along, or leave where it cannot be found again.
 fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
-    if args.name.is_none() || args.guest == GuestKind::Local {
+    if args.name.is_none() || args.guest() == GuestKind::Local {
         return Ok(());
     }
     if !args.keep_vm {
@@ -214,10 +222,26 @@ fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses a name for a mount on this machine that would lose its layers with this program.
+fn refuse_lost_format(args: &MountArgs) -> Result<(), Failure> {
+    let shown = args.layers.0.iter().find(|layer| !is_raw(layer));
+    match shown {
+        Some(layer) if args.name.is_some() && args.guest() == GuestKind::Local => {
+            let image = printable(layer.image.display());
+            let what = format!(
+                "a mount with a --name outlives this program, which is needed to show {image}"
+            );
+            Err(Failure::usage(what)
+                .advise("convert it to a raw image: qemu-img convert -O raw IMAGE RAW"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Where the tree is to be. In a virtual machine, whether a link may be on the way is for the guest to say.
 fn target_of(args: &MountArgs) -> Result<PathBuf, Failure> {
     let given = args.at.as_deref().unwrap_or(Path::new(""));
-    if args.guest == GuestKind::Qemu {
+    if args.guest() == GuestKind::Qemu {
         let target = std::path::absolute(given).context(|| format!("--at {given:?} is no path"));
         let target =
             target.map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))?;
@@ -259,8 +283,9 @@ async fn hold(
     if let Some(name) = &args.name {
         stack = stack.held_by(name.clone());
     }
-    for (layer, request) in args.layers.0.iter().zip(requests) {
-        stack = stack.layer(layer_disk(layer), request);
+    let disks = machine.disks(&args.layers.0, args.allow_backing).await?;
+    for (disk, request) in disks.into_iter().zip(requests) {
+        stack = stack.layer(disk, request);
     }
     if let Some(size) = args.scratch {
         machine.work_dir()?;
@@ -297,6 +322,10 @@ fn formatted(args: &MountArgs) -> Result<MountRequest, Failure> {
 }
 
 impl MountArgs {
+    fn guest(&self) -> GuestKind {
+        self.guest.unwrap_or_default()
+    }
+
     fn is_formatted_in_guest(&self) -> bool {
         self.encrypt || self.format.is_some()
     }
@@ -347,6 +376,13 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
         return print_json(&held);
     }
     print(&held.to_text())?;
+    if let Some(top) = machine.guest().look_into(stack.target()).await? {
+        print(&wrapped(&format!("  at its top: {}", printable(top)), "  "))?;
+        note(format_args!(
+            "it is in a virtual machine whose guest runs nothing but the agent: use it from a program, \
+             as examples/foreign_vm.rs of the source does"
+        ));
+    }
     note(format_args!(
         "held until Ctrl-C or SIGTERM to process {}",
         held.pid

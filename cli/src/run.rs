@@ -1,7 +1,7 @@
 //! One run of the program: how it marks what it makes, so that what it leaves when killed can be
 //! found, and told from what is alive.
 //!
-//! - `/run/blockmount/<id>/` is the run's directory, with a `lock` that is held for as long as the process
+//! - `/run/blockmount/<id>/` is the run's directory ([`runs`] says where those of a user are, whose runs mount nothing here), with a `lock` that is held for as long as the process
 //!   lives. The kernel releases it however the process ends, and unlike a process id it
 //!   is never given to somebody else.
 //! - Loop devices and overlays carry the [mark](Run::mark) `blockmount:<id>` in the kernel's own tables.
@@ -17,6 +17,7 @@
 
 mod files;
 mod liveness;
+mod owner;
 mod paths;
 mod remembered;
 mod work;
@@ -36,12 +37,13 @@ use files::open_directory;
 
 pub(crate) use files::remove_empty;
 pub(crate) use liveness::in_the_way;
+pub(crate) use owner::{cache, is_root, runs, sudo};
 pub(crate) use paths::{Entry, Name, RunPaths};
 pub(crate) use remembered::{Kept, Remembered};
 pub(crate) use work::{Orphan, orphans};
 
-/// Where runs have their directories: empty after each boot, as are the tables that they describe.
-pub(crate) const RUNS: &str = "/run/blockmount";
+/// Where root's runs have their directories: empty after each boot, as are the tables that they describe.
+pub(crate) const ROOTS_RUNS: &str = "/run/blockmount";
 /// Where image files are made: on a disk, unlike `/run` and often `/tmp`.
 const WORK: &str = "/var/tmp";
 /// The journals of a run that can be resumed: of its manager, and of its guest engine.
@@ -76,7 +78,12 @@ pub(crate) struct Run {
 impl Run {
     /// Starts a run: makes its directories and takes its lock.
     pub(crate) fn start() -> Result<Run, Failure> {
-        let what = || format!("cannot make a directory for this run in {RUNS}");
+        let what = || {
+            format!(
+                "cannot make a directory for this run in {}",
+                runs().display()
+            )
+        };
         let runs = open_runs()
             .context(what)
             .map_err(|failure| failure.advise(NO_RUN))?;
@@ -85,7 +92,12 @@ impl Run {
     }
 
     fn make() -> Result<Run, Failure> {
-        let what = || format!("cannot make a directory for this run in {RUNS}");
+        let what = || {
+            format!(
+                "cannot make a directory for this run in {}",
+                runs().display()
+            )
+        };
         let paths = RunPaths::of(&random_id().context(what)?);
         // From here on a failure removes what is there: nothing but empty directories and files of ours.
         let made = make_private(&paths.dir).context(what);
@@ -211,12 +223,12 @@ impl Drop for Run {
 
 /// Opens the directory of all runs, which is made if it is not there.
 pub(crate) fn open_runs() -> io::Result<File> {
-    match make_private(Path::new(RUNS)) {
+    match make_private(runs()) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => {
-            let runs = open_directory(Path::new(RUNS))?;
-            files::ensure_private(&runs, Path::new(RUNS))?;
-            Ok(runs)
+            let opened = open_directory(runs())?;
+            files::ensure_private(&opened, runs())?;
+            Ok(opened)
         }
     }
 }
@@ -234,9 +246,16 @@ pub(crate) fn lock(file: &File, operation: FlockOperation) -> Result<(), Failure
             }
             Err(Errno::WOULDBLOCK) => {
                 let advice = "wait until \"blockmount cleanup\" is done, then try again";
-                return Err(Failure::new(format!("{RUNS} is locked by a clean-up")).advise(advice));
+                return Err(
+                    Failure::new(format!("{} is locked by a clean-up", runs().display()))
+                        .advise(advice),
+                );
             }
-            Err(errno) => return Err(Failure::new(format!("cannot lock {RUNS}")).because(errno)),
+            Err(errno) => {
+                return Err(
+                    Failure::new(format!("cannot lock {}", runs().display())).because(errno)
+                );
+            }
         }
     }
 }

@@ -83,6 +83,31 @@ pub(crate) fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// The columns that text is written for.
+const COLUMNS: usize = 80;
+
+/// A line as several that fit, the further ones after an indent. What has no space in it, such as a path, is not broken, and
+/// neither is a command of this program, with which the line ends.
+pub(crate) fn wrapped(line: &str, indent: &str) -> String {
+    let command = line.rfind("blockmount ").unwrap_or(line.len());
+    let (words, command) = line.split_at(command);
+    let mut text = String::new();
+    let (mut column, mut is_start) = (0, true);
+    for part in words.split_inclusive(' ').chain([command]) {
+        let width = part.trim_end().chars().count();
+        if !is_start && width > 0 && column + width > COLUMNS {
+            text.truncate(text.trim_end().len());
+            text += "\n";
+            text += indent;
+            column = indent.len();
+        }
+        is_start &= width == 0;
+        text += part;
+        column += part.chars().count();
+    }
+    text
+}
+
 /// Prints a result on stdout.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
@@ -147,5 +172,31 @@ impl Progress {
     /// Takes the moving line away.
     pub(crate) fn done(&self) {
         self.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_wrapped_at_words_and_long_words_stay_whole() {
+        assert_eq!(wrapped("  a   b", "    "), "  a   b");
+        let words = "word ".repeat(20);
+        let text = wrapped(&words, "    ");
+        assert!(text.lines().all(|line| line.len() <= COLUMNS), "{text}");
+        assert_eq!(text.split_whitespace().count(), 20);
+        assert!(text.lines().nth(1).unwrap().starts_with("    word"));
+        let command = "blockmount cleanup --resumable";
+        let text = wrapped(
+            &format!("{}to discard it: {command}", "word ".repeat(12)),
+            "  ",
+        );
+        assert!(text.ends_with(command), "{text}");
+        let long = "x".repeat(100);
+        assert_eq!(
+            wrapped(&format!("a {long} b"), "  "),
+            format!("a\n  {long}\n  b")
+        );
     }
 }

@@ -33,6 +33,7 @@ struct Recipe {
     maker: Maker,
     partitioned: bool,
     source: PathBuf,
+    limits: Limits,
     work_dir: PathBuf,
 }
 
@@ -41,6 +42,7 @@ struct Recipe {
 /// K must win.
 pub(crate) async fn make(
     work_dir: &Path,
+    limits: Limits,
     manager: &Manager,
     interrupt: &Interrupt,
     progress: &Progress,
@@ -58,7 +60,7 @@ pub(crate) async fn make(
             .because(missing.join("; "))
             .advise(advice));
     }
-    let recipes = recipes(work_dir, &makers)?;
+    let recipes = recipes(work_dir, limits, &makers)?;
     progress.stage(format!("making {} images", recipes.len()));
     let mut making = JoinSet::new();
     for recipe in recipes {
@@ -81,7 +83,7 @@ pub(crate) async fn make(
     Ok(made_images.into_iter().map(|(_, image)| image).collect())
 }
 
-fn recipes(work_dir: &Path, makers: &[Maker]) -> Result<Vec<Recipe>, Failure> {
+fn recipes(work_dir: &Path, limits: Limits, makers: &[Maker]) -> Result<Vec<Recipe>, Failure> {
     let whole = makers.len().max(MIN_LAYERS);
     let of = whole + 1;
     let sources = image_sources::choose(of);
@@ -99,6 +101,7 @@ fn recipes(work_dir: &Path, makers: &[Maker]) -> Result<Vec<Recipe>, Failure> {
         partitioned: index == whole,
         // With too few directories, layers share one; the topmost wins all the same.
         source: sources[index % sources.len()].clone(),
+        limits,
         work_dir: work_dir.to_owned(),
     };
     Ok((0..of).map(recipe).collect())
@@ -151,7 +154,7 @@ impl Recipe {
     fn gather(&self, stop: &Stop) -> Result<Tree, Failure> {
         let content = self.path("content");
         let name = self.source.strip_prefix("/").unwrap_or(&self.source);
-        let mut tree = image_sources::copy(&self.source, &content, name, Limits::LAYER, stop)?;
+        let mut tree = image_sources::copy(&self.source, &content, name, self.limits, stop)?;
         let common = (0..=self.index).map(|winner| format!("common/{winner}"));
         for name in common.chain(["layer.txt".to_owned()]) {
             let text = format!("{name} as layer {} has it\n", self.index);

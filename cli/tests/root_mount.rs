@@ -227,7 +227,8 @@ fn root_u17_a_tree_in_the_way_is_told_of_with_what_to_do() {
         Ok(held) => panic!("not refused: {}", held.end(Signal::TERM)),
         Err(answer) => answer.says(1, words),
     };
-    refused(&["another \"blockmount mount\" holds a tree there"]);
+    let process = format!("process {}", first.pid());
+    refused(&["another \"blockmount mount\" holds a tree there", &process]);
     first.kill();
     refused(&[
         "a killed run has left its tree there",

@@ -208,7 +208,9 @@ fn root_a_named_mount_is_resumed_after_each_kill_with_what_was_written() {
         assert_eq!(fs::read_to_string(&file).unwrap(), "written before");
         assert_eq!(fs::read_to_string(wanted.tree().join("b")).unwrap(), "of b");
         fs::write(wanted.tree().join(round.to_string()), "written after").unwrap();
-        run(["mount", "--resume", &wanted.name]).says(1, &["is alive"]);
+        let process = format!("process {}", held.pid());
+        run(["mount", "--resume", &wanted.name]).says(1, &["is alive", &process]);
+        run(&again).says(1, &[&process, "choose another name"]);
         assert!(!wanted.is_kept());
         kill(held);
     }

@@ -35,7 +35,7 @@ impl Layer {
         }
     }
 
-    fn is_unvouched(&self) -> bool {
+    pub(crate) fn is_unvouched(&self) -> bool {
         self.verity_tree.is_some() && self.verity.is_none()
     }
 }
@@ -45,7 +45,11 @@ impl Layer {
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Layers<const REQUIRED: bool>(pub(crate) Vec<Layer>);
+pub(crate) struct Layers<const REQUIRED: bool>(
+    pub(crate) Vec<Layer>,
+    /// The options that stand before the first, and are for all; each layer has them already.
+    pub(crate) Vec<String>,
+);
 
 pub(crate) type OptionalLayers = Layers<false>;
 pub(crate) type RequiredLayers = Layers<true>;
@@ -67,7 +71,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .action(clap::ArgAction::Append)
             .help("Use partition N (from 1) of the --layer before it, in place of the whole image");
         let layer = match REQUIRED {
-            true => layer.required_unless_present("resume"),
+            true => layer.required_unless_present_any(["resume", "file"]),
             false => layer,
         };
         let verity = clap::Arg::new("verity")
@@ -127,7 +131,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
 
 impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut layers = Layers(Vec::new());
+        let mut layers = Layers::default();
         layers.update_from_arg_matches(matches)?;
         Ok(layers)
     }
@@ -162,7 +166,10 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
         for (option, before) in placed::<String>(matches, "option") {
             let layers = match before {
                 Some(index) => &mut self.0[index..=index],
-                None => &mut self.0[..],
+                None => {
+                    self.1.push(option.clone());
+                    &mut self.0[..]
+                }
             };
             for layer in layers {
                 layer.options.push(option.clone());

@@ -16,7 +16,7 @@ pub(super) fn parse_salt(digits: &str) -> Result<Salt, String> {
 }
 
 /// Reads a size in bytes: a number with K, M, G or T for powers of 1,024.
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let end = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

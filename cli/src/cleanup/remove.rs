@@ -114,27 +114,30 @@ fn kept(found: &Found) -> Vec<Item> {
 /// What is not ours to remove, and is in the way.
 fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
     const WHY: &str = "it is not of a run of blockmount; whoever made it has to remove it";
-    left(dead, &dead.foreign_mounts, &dead.foreign_loops, WHY)
+    each(dead, &dead.foreign_mounts, &dead.foreign_loops, || {
+        Outcome::Left(WHY.to_owned())
+    })
 }
 
 /// What is a run's that may be alive elsewhere.
 fn unknown(run: &Dead) -> impl Iterator<Item = Item> {
     const WHY: &str = "/run/blockmount here does not know its run, which may be alive in another container: run \
                        \"blockmount cleanup\" where it was started";
-    left(run, &run.mounts, &run.loops, WHY)
+    each(run, &run.mounts, &run.loops, || {
+        Outcome::Elsewhere(WHY.to_owned())
+    })
 }
 
-fn left<'a>(
+fn each<'a>(
     dead: &'a Dead,
     mounts: &'a [MountInfo],
     loops: &'a [BoundLoop],
-    why: &'static str,
+    outcome: fn() -> Outcome,
 ) -> impl Iterator<Item = Item> + 'a {
-    let left = move || Outcome::Left(why.to_owned());
     let mounts = mounts.iter();
-    let mounts = mounts.map(move |mount| Item::mount(dead, mount, left()));
+    let mounts = mounts.map(move |mount| Item::mount(dead, mount, outcome()));
     let loops = loops.iter();
-    mounts.chain(loops.map(move |bound| Item::of_loop(dead, bound, left())))
+    mounts.chain(loops.map(move |bound| Item::of_loop(dead, bound, outcome())))
 }
 
 /// All mounts, the latest first: nothing is below what is unmounted.
@@ -177,6 +180,8 @@ fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
                 continue;
             }
             Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+            // Whoever has shown an image there is gone.
+            Err(Errno::NOTCONN) if is_mounted(mount) => {}
             Err(errno) => return Err(format!("cannot look at it: {errno}")),
         }
         match unmount(target, UnmountFlags::NOFOLLOW) {

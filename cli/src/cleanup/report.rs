@@ -7,22 +7,28 @@ use blockmount_linux::mountinfo::MountInfo;
 use blockmount_loopback::BoundLoop;
 use serde::Serialize;
 
-use super::scan::{Dead, Resumable};
+use super::scan::{Dead, Living, Resumable};
 use crate::failure::printable;
-use crate::report::table;
+use crate::run::sudo;
+use crate::terminal::wrapped;
 
 /// Everything that was found.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) dry_run: bool,
-    /// Runs that are alive, and were left alone.
+    /// How many runs are alive, and were left alone.
     pub(crate) living_runs: usize,
+    /// Those of them that are known here.
+    pub(crate) living: Vec<Living>,
     /// Runs that have ended, and were kept because they can be resumed.
     pub(crate) resumable: Vec<Resumable>,
     /// Runs that have left something.
     pub(crate) dead_runs: usize,
     pub(crate) items: Vec<Item>,
 }
+
+/// What stands for the run of what belongs to none.
+const NO_RUN: &str = "none";
 
 /// One thing that was found.
 #[derive(Debug, Serialize)]
@@ -57,6 +63,8 @@ pub(crate) enum Outcome {
     Removed,
     /// It is still there, and why.
     Left(String),
+    /// It is not for this clean-up to remove, and why: its run may be alive where another directory of runs is.
+    Elsewhere(String),
 }
 
 impl Item {
@@ -74,7 +82,7 @@ impl Item {
     /// A state of a guest, which belongs to no run alone.
     pub(crate) fn state(at: &Path, outcome: Outcome) -> Self {
         Item {
-            run: "none".to_owned(),
+            run: NO_RUN.to_owned(),
             what: What::Files,
             at: at.display().to_string(),
             of: "a state of a guest that was not saved to its end".to_owned(),
@@ -105,12 +113,17 @@ impl Item {
 }
 
 impl Report {
-    /// Whether nothing had to be left.
+    /// Whether nothing had to be left that is for this clean-up to remove.
     pub(crate) fn is_clean(&self) -> bool {
         !self
             .items
             .iter()
             .any(|item| matches!(item.outcome, Outcome::Left(_)))
+    }
+
+    fn is_all_elsewhere(&self) -> bool {
+        let mut items = self.items.iter();
+        items.all(|item| matches!(item.outcome, Outcome::Elsewhere(_)))
     }
 
     pub(crate) fn to_text(&self) -> String {
@@ -119,31 +132,71 @@ impl Report {
             1 => "; 1 run is alive and was left alone".to_owned(),
             count => format!("; {count} runs are alive and were left alone"),
         };
+        let processes = self.living.iter().filter_map(|living| living.process);
+        let living = processes.fold(living, |text, process| {
+            text + &format!("\nalive: process {process}")
+        });
         let kept = self.resumable.iter().map(|kept| {
             let (name, target) = (&kept.name, printable(kept.target.display()));
             format!(
-                "\n{name} at {target} is kept; go on with it: sudo blockmount mount --resume {name}"
+                "\n{name} at {target} is kept; go on with it: {}blockmount mount --resume {name}",
+                sudo()
             )
         });
         let living = kept.fold(living, |text, line| text + &line);
         if self.items.is_empty() {
             return format!("nothing to clean up{living}");
         }
-        let mut table = table(&["run", "what", "where", "of", "outcome"]);
-        for item in &self.items {
-            let outcome = item.outcome.to_string();
-            let what = item.what.to_string();
-            table.add_row(
-                [&item.run, &what, &item.at, &item.of, &outcome]
-                    .map(|text| printable(text).to_string()),
-            );
-        }
         let verdict = match (self.dry_run, self.is_clean()) {
+            _ if self.is_all_elsewhere() => "nothing to clean up that is of a run here",
             (true, _) => "nothing was removed; run it without --dry-run to do so",
-            (false, true) => "all of it was removed",
+            (false, true) => "all that is of runs here was removed",
             (false, false) => "some of it is left; when it is no longer in use, run it again",
         };
-        format!("{table}\n\n{verdict}{living}")
+        format!("{}\n{verdict}{living}", self.list())
+    }
+
+    /// What was found, by run.
+    fn list(&self) -> String {
+        let mut runs: Vec<&str> = Vec::new();
+        for item in &self.items {
+            if !runs.contains(&&*item.run) {
+                runs.push(&item.run);
+            }
+        }
+        let mut text = String::new();
+        for run in runs {
+            text += &match run {
+                NO_RUN => "of no run:\n".to_owned(),
+                run => format!("run {}:\n", printable(run)),
+            };
+            let items = self.items.iter().filter(|item| item.run == run);
+            items.for_each(|item| text += &item.to_text());
+        }
+        text
+    }
+}
+
+impl Item {
+    /// As lines for a terminal.
+    fn to_text(&self) -> String {
+        let (what, at) = (self.what.to_string(), printable(&self.at));
+        let of = match self.of.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", printable(&self.of)),
+        };
+        let (outcome, why) = match &self.outcome {
+            Outcome::Found => ("found", None),
+            Outcome::Removed => ("removed", None),
+            Outcome::Left(why) => ("left", Some(why)),
+            Outcome::Elsewhere(why) => ("elsewhere", Some(why)),
+        };
+        let line = format!("  {outcome:<9} {what:<15} {at}{of}");
+        let line = match why {
+            None => line,
+            Some(why) => format!("{line}: {}", printable(why)),
+        };
+        wrapped(&line, "            ") + "\n"
     }
 }
 
@@ -159,12 +212,56 @@ impl fmt::Display for What {
     }
 }
 
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Outcome::Found => f.write_str("found"),
-            Outcome::Removed => f.write_str("removed"),
-            Outcome::Left(reason) => write!(f, "left: {reason}"),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(items: Vec<Item>) -> Report {
+        Report {
+            dry_run: false,
+            living_runs: 0,
+            living: Vec::new(),
+            resumable: Vec::new(),
+            dead_runs: 0,
+            items,
         }
+    }
+
+    fn item(at: &str, outcome: Outcome) -> Item {
+        Item {
+            run: "0123456789abcdef".to_owned(),
+            what: What::LoopDevice,
+            at: at.to_owned(),
+            of: "/home/someone/images/base.img".to_owned(),
+            outcome,
+        }
+    }
+
+    #[test]
+    fn what_is_of_a_run_elsewhere_is_no_failure() {
+        let elsewhere = || item("/dev/loop1", Outcome::Elsewhere("x".to_owned()));
+        let only = report(vec![elsewhere()]);
+        assert!(only.is_clean());
+        assert!(
+            only.to_text().contains("nothing to clean up"),
+            "{}",
+            only.to_text()
+        );
+        let left = item("/dev/loop2", Outcome::Left("it is in use".to_owned()));
+        assert!(!report(vec![elsewhere(), left]).is_clean());
+    }
+
+    #[test]
+    fn the_list_fits_80_columns_and_breaks_no_path() {
+        let long = format!("/var/tmp/{}", "d/".repeat(50));
+        let why = "it is in use by process 1234 (a-program), and whoever made it has to remove it before that".to_owned();
+        let text = report(vec![
+            item(&long, Outcome::Left(why)),
+            item("/dev/loop0", Outcome::Removed),
+        ])
+        .to_text();
+        assert!(text.contains(&long), "{text}");
+        let too_long = |line: &&str| line.chars().count() > 80 && !line.contains(&long);
+        assert_eq!(text.lines().find(too_long), None, "{text}");
     }
 }

@@ -15,6 +15,9 @@ use crate::failure::{Context, Failure};
 use crate::guest::kept_vm;
 use crate::run::{self, Entry, Kept, OVERLAY, Orphan, RunPaths};
 
+/// What the filesystem of an image that was shown as a raw file is called.
+const FUSE: &str = "fuse";
+
 /// Which mounts of ended runs with a name are to be removed, with all that was written to them.
 #[derive(Debug)]
 pub(crate) enum Unwanted {
@@ -41,8 +44,8 @@ impl Unwanted {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) dead: Vec<Dead>,
-    /// How many runs are alive.
-    pub(crate) living: usize,
+    /// Runs that are alive.
+    pub(crate) living: Vec<Living>,
     /// Runs that have ended, and are kept because they can be resumed.
     pub(crate) resumable: Vec<Resumable>,
     /// Runs that have ended and cannot be resumed, and why they are kept for their scratch.
@@ -58,6 +61,14 @@ pub(crate) struct Found {
     _orphans: Vec<Orphan>,
     /// Keeps runs from starting, and other clean-ups from looking, while we work.
     _runs: File,
+}
+
+/// A run that is alive.
+#[derive(Debug, Serialize)]
+pub(crate) struct Living {
+    run: String,
+    /// Its program, where the kernel says which it is: not if it is in a container elsewhere.
+    pub(crate) process: Option<u32>,
 }
 
 /// A run that has ended, and that another program can go on with.
@@ -86,13 +97,13 @@ pub(crate) struct Dead {
 /// Looks for what dead runs have left, and shuts out other clean-ups and starts until it is dropped.
 /// Runs with a name count as dead only if their mounts are `unwanted`.
 pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
-    let runs = run::open_runs().context(|| format!("cannot open {}", run::RUNS))?;
+    let runs = run::open_runs().context(|| format!("cannot open {}", run::runs().display()))?;
     run::lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
     let Sorted {
         living,
         mut dead,
         doubtful,
-    } = sort_runs().context(|| format!("cannot look at the runs in {}", run::RUNS))?;
+    } = sort_runs().context(|| format!("cannot look at the runs in {}", run::runs().display()))?;
     let (mut resumable, mut lost) = (Vec::new(), BTreeMap::new());
     dead.retain(|id| {
         let paths = RunPaths::of(id);
@@ -110,10 +121,15 @@ pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
         }
         false
     });
-    let loops = bound_loops()?;
+    // Only root may ask, and only root's runs have any.
+    let loops = match run::is_root() {
+        true => bound_loops()?,
+        false => Vec::new(),
+    };
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
     let loop_marks = loops.iter().map(|bound| bound.mark());
-    let overlays = mounts.iter().filter(|mount| mount.filesystem == OVERLAY);
+    let may_be_ours = |mount: &&MountInfo| mount.filesystem == OVERLAY && run::is_root();
+    let overlays = mounts.iter().filter(may_be_ours);
     let overlay_marks = overlays.map(|mount| mount.source.to_string_lossy().into_owned());
     let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
     let marked = marks.iter().filter_map(|mark| run::id_in(mark));
@@ -147,7 +163,13 @@ pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
         _orphans: gone,
         unknown: unknown.into_iter().map(look_at).collect(),
         dead: dead.iter().map(|id| look_at(id)).collect(),
-        living: living.len(),
+        living: living
+            .into_iter()
+            .map(|run| Living {
+                process: RunPaths::of(&run).process(),
+                run,
+            })
+            .collect(),
         lost: lost
             .iter()
             .map(|(id, why)| (look_at(id), why.clone()))
@@ -180,7 +202,7 @@ struct Sorted {
 
 fn sort_runs() -> io::Result<Sorted> {
     let mut sorted = Sorted::default();
-    for entry in fs::read_dir(run::RUNS)? {
+    for entry in fs::read_dir(run::runs())? {
         let name = entry?.file_name();
         let Some(id) = name.to_str().filter(|name| run::is_id(name)) else {
             continue;
@@ -204,9 +226,14 @@ fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
         .partition(|bound| bound.mark() == mark);
     let devices = ours.iter().flat_map(|bound| device_numbers(bound.number()));
     let devices: BTreeSet<(u32, u32)> = devices.collect();
+    // Nobody but root can mount in there.
+    let is_private = paths.has_private_work();
     let is_ours = |mount: &MountInfo| {
         let is_marked = mount.filesystem == OVERLAY && mount.source == *mark;
-        is_marked || devices.contains(&mount.device)
+        let is_shown = is_private
+            && mount.filesystem.starts_with(FUSE)
+            && mount.mount_point.starts_with(&paths.work);
+        is_marked || is_shown || devices.contains(&mount.device)
     };
     let by_id: BTreeMap<u64, &MountInfo> = mounts.iter().map(|mount| (mount.id, mount)).collect();
     let is_on_ours = |mount: &MountInfo| {

@@ -23,18 +23,23 @@ use crate::failure::{Context, Failure, printable};
 use crate::guest::transports::{self, Hardware, VmTransport};
 use crate::interrupt::Interrupt;
 use crate::report::SlotReport;
+use crate::run::{ROOTS_RUNS, cache};
 use crate::terminal::say;
 
 /// Where saved states of guests are kept between runs.
-const STATES: &str = "/var/cache/blockmount/states";
+fn states() -> PathBuf {
+    cache().join("states")
+}
+
 /// The state that a killed run has begun to save; it is removed if `remove` says so. Blocks.
 pub(crate) fn abandoned_state(remove: bool) -> Result<Option<PathBuf>, Failure> {
-    blockmount_qemu::abandoned_state(Path::new(STATES), remove)
-        .context(|| format!("cannot clean up the saved states in {STATES}"))
+    let states = states();
+    blockmount_qemu::abandoned_state(&states, remove)
+        .context(|| format!("cannot clean up the saved states in {}", states.display()))
 }
 
 /// Below these the agent of such a guest may mount.
-const ROOTS: [&str; 3] = [MOUNTS, "/run/blockmount", "/mnt"];
+const ROOTS: [&str; 3] = [MOUNTS, ROOTS_RUNS, "/mnt"];
 /// Refuses a target where the agent would, before there is a guest.
 pub(crate) fn ensure_allowed(target: &Path) -> Result<(), Failure> {
     let is_below = |root: &&str| target.starts_with(root) && target != Path::new(root);
@@ -166,7 +171,7 @@ impl QemuGuest {
         let image = hardware.needs.equip(image).build();
         let vm = transports::hardware(Vm::builder(image.await.context(what)?))
             .directory(directory)
-            .saved_states(STATES);
+            .saved_states(states());
         let vm = if kept { vm.detached() } else { vm };
         let vm = vm.start().await.context(what)?;
         let mut guest = Self::reach(vm, directory, hardware, interrupt).await?;
@@ -256,6 +261,16 @@ impl QemuGuest {
             .tree(root)
             .await
             .map_err(Failure::of_io)
+    }
+
+    /// The first names in a directory, and how many there are.
+    pub(super) async fn names(
+        &self,
+        directory: &Path,
+        most: usize,
+    ) -> Result<(Vec<String>, usize), Failure> {
+        let mut checker = self.checker.lock().await;
+        checker.names(directory, most).await.map_err(Failure::of_io)
     }
 
     pub(super) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {

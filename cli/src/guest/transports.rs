@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use blockmount::{Disk, Transport};
@@ -175,10 +176,7 @@ impl Transports {
         let lines = LINES.iter().rev();
         let lines = lines.map(|line| PossibleValue::new(line.scheme).help(line.help));
         let names = PossibleValuesParser::new(std::iter::once(auto).chain(lines));
-        names.map(|name| {
-            let line = LINES.iter().find(|line| line.scheme == name);
-            line.map_or(Transports::Auto, |line| Transports::Only(line.scheme))
-        })
+        names.map(|name| name.parse().expect("the names that are possible are known"))
     }
 
     /// The transport that all layers have to be on.
@@ -186,6 +184,23 @@ impl Transports {
         match self {
             Transports::Auto => None,
             Transports::Only(scheme) => Some(scheme),
+        }
+    }
+}
+
+impl FromStr for Transports {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let line = LINES.iter().find(|line| line.scheme == name);
+        match line {
+            Some(line) => Ok(Transports::Only(line.scheme)),
+            None if name == "auto" => Ok(Transports::Auto),
+            None => {
+                let schemes = LINES.iter().map(|line| line.scheme);
+                let known: Vec<&str> = std::iter::once("auto").chain(schemes).collect();
+                Err(format!("a transport is one of {}", known.join(", ")))
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::guest::Guest;
 use crate::interrupt::{Further, Interrupt};
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
+use crate::run::sudo;
 use crate::terminal::say;
 
 /// How a run has ended.
@@ -63,6 +64,11 @@ impl Machine {
             Some(why) => Err(Failure::new("nothing could be released").because(why.to_owned())),
             None => self.drain(interrupt).await,
         };
+        let (shown, unread) = match self.end_shown().await {
+            Ok(unread) => (Ok(()), unread),
+            Err(stays) => (Err(stays), None),
+        };
+        let result = result.and(shown);
         let (left_in_guest, mut result) = self.end_guest(result, interrupt).await;
         // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
         // whoever knows its name.
@@ -81,6 +87,9 @@ impl Machine {
         }
         if result.is_ok() && lost_writes {
             result = Err(lost_writes_failure(&self.lost, scratch.as_deref()));
+        }
+        if let (Ok(()), Some(unread)) = (&result, unread) {
+            result = Err(unread);
         }
         Ended {
             ours,
@@ -185,7 +194,8 @@ impl Machine {
         Failure::new("not everything could be released")
             .because(what.to_owned())
             .advise(format!(
-                "when it is no longer in use, run: sudo blockmount cleanup{named}"
+                "when it is no longer in use, run: {}blockmount cleanup{named}",
+                sudo()
             ))
     }
 }
@@ -208,7 +218,8 @@ fn lost_writes_failure(lost: &[blockmount::Error], scratch: Option<&Path>) -> Fa
             let scratch = printable(scratch.display());
             format!(
                 "{advice}; this one is kept as {scratch} with what has reached it; to discard it: \
-                 sudo blockmount cleanup --resumable"
+                 {}blockmount cleanup --resumable",
+                sudo()
             )
         }
     };

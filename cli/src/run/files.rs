@@ -13,6 +13,9 @@ use rustix::fs::{
     unlinkat,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
+
+use super::is_root;
 
 /// What is gone needs no removal.
 pub(super) fn absent_is_done(result: io::Result<()>) -> io::Result<()> {
@@ -57,14 +60,15 @@ const DIRECTORY: OFlags = OFlags::DIRECTORY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Refuses a directory that others than root may have filled, or may look into.
+/// Refuses a directory that others than this user (mostly root) may have filled, or may look into.
 pub(crate) fn ensure_private(directory: &File, path: &Path) -> io::Result<()> {
     let found = fstat(directory)?;
-    match found.st_uid == 0 && found.st_mode & 0o077 == 0 {
+    match found.st_uid == geteuid().as_raw() && found.st_mode & 0o077 == 0 {
         true => Ok(()),
         false => Err(io::Error::other(format!(
-            "{} is not root's alone, so it is no directory of a run",
-            path.display()
+            "{} is not {} alone, so it is no directory of a run",
+            path.display(),
+            if is_root() { "root's" } else { "this user's" },
         ))),
     }
 }
@@ -114,8 +118,8 @@ pub(crate) fn remove_empty(path: &Path) -> io::Result<()> {
         ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
     )?;
     let found = statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    if found.st_uid != 0 {
-        return Err(io::Error::other("it is not root's"));
+    if found.st_uid != geteuid().as_raw() {
+        return Err(io::Error::other("it is another user's"));
     }
     Ok(unlinkat(&parent, name, AtFlags::REMOVEDIR)?)
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use blockmount_linux::mountinfo;
@@ -26,6 +27,40 @@ impl RunPaths {
     }
 }
 
+impl RunPaths {
+    /// The process that holds the run's lock, where the kernel says which it is: none in another pid namespace. Blocks.
+    pub(crate) fn process(&self) -> Option<u32> {
+        let file = self.lock().symlink_metadata().ok()?;
+        holder(
+            &std::fs::read_to_string("/proc/locks").ok()?,
+            file.dev(),
+            file.ino(),
+        )
+    }
+
+    /// The same in words.
+    pub(crate) fn process_in_words(&self) -> String {
+        match self.process() {
+            Some(process) => format!("process {process}"),
+            None => "a process that cannot be seen from here".to_owned(),
+        }
+    }
+}
+
+/// Who holds a lock of `flock(2)` on a file, from the table in `/proc/locks`: number, kind, mode, access, process,
+/// `MAJOR:MINOR:INODE` with a device in hexadecimal digits. Who waits for one has an arrow before the kind.
+fn holder(table: &str, device: u64, inode: u64) -> Option<u32> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let file = format!("{major:02x}:{minor:02x}:{inode}");
+    let lines = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let mut held =
+        lines.filter(|line| line.get(1) == Some(&"FLOCK") && line.get(5) == Some(&&*file));
+    let process = held.find_map(|line| line.get(4)?.parse().ok())?;
+    (process != 0).then_some(process)
+}
+
 /// What to do about a tree of another run that is at a target, if there is one. Blocks.
 pub(crate) fn in_the_way(target: &Path) -> Option<String> {
     let mounts = mountinfo::read().ok()?;
@@ -35,10 +70,10 @@ pub(crate) fn in_the_way(target: &Path) -> Option<String> {
         trees.find_map(|mount| mount.source.to_str().filter(|mark| id_in(mark).is_some()))?;
     let paths = RunPaths::of(id_in(mark)?);
     if paths.is_alive().ok()? {
-        return Some(
-            "another \"blockmount mount\" holds a tree there: end it, or choose another path"
-                .to_owned(),
-        );
+        let process = paths.process_in_words();
+        return Some(format!(
+            "another \"blockmount mount\" holds a tree there, {process}: end it, or choose another path"
+        ));
     }
     if paths.dir.symlink_metadata().is_err() {
         let advice =
@@ -59,4 +94,35 @@ pub(crate) fn in_the_way(target: &Path) -> Option<String> {
             "a killed run has left its tree there; remove it: sudo blockmount cleanup".to_owned()
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_is_found_by_its_file() {
+        let table = "1: FLOCK  ADVISORY  WRITE 12 00:1b:345 0 EOF\n\
+                     1: -> FLOCK  ADVISORY  WRITE 13 00:1b:346 0 EOF\n\
+                     2: POSIX  ADVISORY  WRITE 14 00:1b:346 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 0 00:1b:347 0 EOF\n";
+        let device = rustix::fs::makedev(0, 0x1b);
+        assert_eq!(holder(table, device, 345), Some(12));
+        // One that waits, one of another kind, one that cannot be seen, one that is not there.
+        for inode in [346, 347, 348] {
+            assert_eq!(holder(table, device, inode), None);
+        }
+    }
+
+    #[test]
+    fn the_kernel_says_who_holds_a_lock() {
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        flock(file.as_file(), FlockOperation::NonBlockingLockExclusive).unwrap();
+        let metadata = file.path().metadata().unwrap();
+        let table = std::fs::read_to_string("/proc/locks").unwrap();
+        assert_eq!(
+            holder(&table, metadata.dev(), metadata.ino()),
+            Some(std::process::id())
+        );
+    }
 }

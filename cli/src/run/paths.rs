@@ -7,7 +7,7 @@ use blockmount_linux::mountinfo;
 use serde::{Deserialize, Serialize};
 
 use super::files::{self, absent_is_done, remove_directories_in, remove_directory, remove_in};
-use super::{ENGINE, MARK, RUNS, STATE, WORK};
+use super::{ENGINE, MARK, STATE, WORK, runs};
 use crate::failure::{Context, Failure};
 
 /// Where a run has its files.
@@ -66,9 +66,15 @@ impl RunPaths {
     pub(crate) fn of(id: &str) -> Self {
         RunPaths {
             id: id.to_owned(),
-            dir: Path::new(RUNS).join(id),
+            dir: runs().join(id),
             work: Path::new(WORK).join(format!("blockmount-{id}")),
         }
+    }
+
+    /// Whether the directory for image files is there, and this user's alone.
+    pub(crate) fn has_private_work(&self) -> bool {
+        let opened = files::open_directory(&self.work);
+        opened.is_ok_and(|directory| files::ensure_private(&directory, &self.work).is_ok())
     }
 
     /// What loop devices and overlays of the run carry.

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ENGINE, Name, RUNS, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, work,
+    ENGINE, Name, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, runs, sudo, work,
 };
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
@@ -141,18 +141,27 @@ impl RunPaths {
 impl Run {
     /// Starts a run that can be resumed by its name, which no other run has.
     pub(crate) fn start_named(remembered: &Remembered) -> Result<Run, Failure> {
-        let what = || format!("cannot make a directory for this run in {RUNS}");
-        let runs = open_runs().context(what)?;
+        let what = || {
+            format!(
+                "cannot make a directory for this run in {}",
+                runs().display()
+            )
+        };
+        let opened = open_runs().context(what)?;
         // Nobody else takes the name meanwhile.
-        lock(&runs, FlockOperation::NonBlockingLockExclusive)?;
-        if named(&remembered.name).context(what)?.is_some() {
+        lock(&opened, FlockOperation::NonBlockingLockExclusive)?;
+        if let Some((other, _)) = named(&remembered.name).context(what)? {
             let name = &remembered.name;
-            let advice = format!(
-                "choose another name, or go on with it: sudo blockmount mount --resume {name}"
-            );
-            return Err(
-                Failure::new(format!("there is a mount with the name {name}")).advise(advice),
-            );
+            let failure = Failure::new(format!("there is a mount with the name {name}"));
+            return Err(match other.is_alive().context(what)? {
+                true => failure
+                    .because(format!("{} holds it", other.process_in_words()))
+                    .advise("choose another name, or end that process"),
+                false => failure.advise(format!(
+                    "choose another name, or go on with it: {}blockmount mount --resume {name}",
+                    sudo()
+                )),
+            });
         }
         let run = Run::make()?;
         let text = serde_json::to_vec(remembered).context(what)?;
@@ -198,13 +207,20 @@ impl Run {
 
     /// Takes over a run by its name, whose program has ended without releasing its mount.
     pub(crate) fn resume(name: &HolderName) -> Result<(Run, Remembered), Failure> {
-        let what = || format!("cannot look for a mount with the name {name} in {RUNS}");
-        let runs = open_runs().context(what)?;
-        lock(&runs, FlockOperation::NonBlockingLockShared)?;
+        let what = || {
+            format!(
+                "cannot look for a mount with the name {name} in {}",
+                runs().display()
+            )
+        };
+        let opened = open_runs().context(what)?;
+        lock(&opened, FlockOperation::NonBlockingLockShared)?;
         let Some((paths, remembered)) = named(name).context(what)? else {
             return Err(
-                Failure::new(format!("there is no mount with the name {name}"))
-                    .advise("see what can be resumed with: sudo blockmount cleanup --dry-run"),
+                Failure::new(format!("there is no mount with the name {name}")).advise(format!(
+                    "see what can be resumed with: {}blockmount cleanup --dry-run",
+                    sudo()
+                )),
             );
         };
         let open =
@@ -213,10 +229,11 @@ impl Run {
         match flock(&lock_file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                return Err(
-                    Failure::new(format!("the program that holds {name} is alive"))
-                        .advise("end it before its mount is resumed"),
-                );
+                let process = paths.process_in_words();
+                return Err(Failure::new(format!(
+                    "the program that holds {name} is alive: {process}"
+                ))
+                .advise("end it before its mount is resumed"));
             }
             Err(errno) => return Err(Failure::new(what()).because(errno)),
         }
@@ -230,7 +247,7 @@ impl Run {
 
 /// The run with this name, dead or alive. One that nobody held when it was killed has left its name to others.
 fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
-    for entry in fs::read_dir(RUNS)? {
+    for entry in fs::read_dir(runs())? {
         let id = entry?.file_name();
         let Some(id) = id.to_str().filter(|id| is_id(id)) else {
             continue;

@@ -1,0 +1,490 @@
+//! A stack in a file, `blockmount.toml`: what `mount` is told on the command line, in TOML.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use blockmount::HolderName;
+use clap::ValueEnum as _;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
+
+use crate::args::{Layer, MountArgs, parse_size};
+use crate::failure::{Context, Failure};
+use crate::guest::{GuestKind, Transports};
+use crate::verity::Trusted;
+
+/// More than a stack has to say, in bytes: what is longer is another file.
+const LONGEST: u64 = 1 << 20;
+
+/// What stands for the standard input in place of a file.
+const STDIN: &str = "-";
+
+/// The file. Each key is the option of the command line with this name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct StackFile {
+    at: Option<PathBuf>,
+    name: Option<HolderName>,
+    #[serde(deserialize_with = "guest")]
+    guest: Option<GuestKind>,
+    #[serde(deserialize_with = "parsed")]
+    transport: Option<Transports>,
+    keep_vm: bool,
+    allow_backing: bool,
+    /// Mount options of all layers of this file.
+    options: Vec<String>,
+    overlay_options: Vec<String>,
+    scratch: Option<Scratch>,
+    /// The topmost first.
+    layer: Vec<LayerTable>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Scratch {
+    #[serde(deserialize_with = "size")]
+    size: u64,
+    #[serde(default)]
+    encrypt: bool,
+    #[serde(default, deserialize_with = "format")]
+    format: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct LayerTable {
+    image: PathBuf,
+    partition: Option<NonZeroU32>,
+    fs: Option<String>,
+    #[serde(default, deserialize_with = "parsed")]
+    verity: Option<Trusted>,
+    verity_tree: Option<PathBuf>,
+    key: Option<String>,
+    #[serde(default)]
+    devices: Vec<PathBuf>,
+    #[serde(default)]
+    options: Vec<String>,
+}
+
+/// The arguments with what the file says that they name, if they name one. Blocks.
+pub(crate) fn complete(mut args: MountArgs) -> Result<MountArgs, Failure> {
+    let Some(path) = args.file.take() else {
+        return Ok(args);
+    };
+    let directory = path.parent().unwrap_or(Path::new(""));
+    read(&path)?.add_to(&mut args, directory);
+    let missing = match () {
+        () if args.layers.0.is_empty() => "no layer: add a table [[layer]] with image = \"IMAGE\"",
+        () if args.layers.0.iter().any(Layer::is_unvouched) => {
+            "a hash tree that nothing vouches for: add verity = \"IMAGE.dmverity\" to that layer"
+        }
+        () if args.at.is_none() => "no place for the tree: add at = \"/mnt/tree\"",
+        () if args.scratch.is_none() && (args.encrypt || args.format.is_some()) => {
+            "no scratch to encrypt or format: add a table [scratch] with size = \"1G\""
+        }
+        () if args.keep_vm && args.name.is_none() => {
+            "no name by which a virtual machine that is kept is found again: add name = \"NAME\""
+        }
+        () => return Ok(args),
+    };
+    let (missing, advice) = missing.split_once(": ").expect("each says what to add");
+    let what = format!("{} has {missing}", path.display());
+    Err(Failure::usage(what).advise(advice))
+}
+
+fn read(path: &Path) -> Result<StackFile, Failure> {
+    let what = || format!("cannot read {}", path.display());
+    let text = read_text(path).context(what)?;
+    toml::from_str(&text).map_err(|error| {
+        let place = error.span().map_or(String::new(), |span| {
+            let (line, column) = place(&text, span.start);
+            format!(" line {line}, column {column}")
+        });
+        let what = format!("{}{place} makes no sense", path.display());
+        let advice = "\"blockmount mount --help\" says what can be in such a file";
+        Failure::usage(what)
+            .because(error.message().to_owned())
+            .advise(advice)
+    })
+}
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let file: &mut dyn io::Read = match path == Path::new(STDIN) {
+        true => &mut io::stdin().lock(),
+        false => &mut File::open(path)?,
+    };
+    file.take(LONGEST + 1).read_to_string(&mut text)?;
+    match text.len() as u64 <= LONGEST {
+        true => Ok(text),
+        false => Err(io::Error::other("it is longer than 1 MiB, and no stack")),
+    }
+}
+
+/// The line and the column of a place in a text, both from 1.
+fn place(text: &str, at: usize) -> (usize, usize) {
+    let before = text.get(..at).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |end| end + 1);
+    let line = before.matches('\n').count() + 1;
+    (line, before[line_start..].chars().count() + 1)
+}
+
+impl StackFile {
+    /// What the command line says wins; layers of the file are below its layers, and lists are joined.
+    fn add_to(self, args: &mut MountArgs, directory: &Path) {
+        let for_all = args.layers.1.clone();
+        let layers = self.layer.iter().map(|layer| Layer {
+            options: [&*for_all, &*self.options, &*layer.options].concat(),
+            ..layer.within(directory)
+        });
+        args.layers.0.extend(layers);
+        args.at = args.at.take().or(self.at.map(|at| directory.join(at)));
+        args.name = args.name.take().or(self.name);
+        args.guest = args.guest.or(self.guest);
+        args.transport = args.transport.or(self.transport);
+        args.keep_vm |= self.keep_vm;
+        args.allow_backing |= self.allow_backing;
+        args.overlay_options.splice(0..0, self.overlay_options);
+        if let Some(scratch) = self.scratch {
+            args.scratch = args.scratch.or(Some(scratch.size));
+            args.encrypt |= scratch.encrypt;
+            args.format = args.format.take().or(scratch.format);
+        }
+    }
+}
+
+impl LayerTable {
+    /// The layer, with its paths from a directory on.
+    fn within(&self, directory: &Path) -> Layer {
+        let verity = self.verity.clone().map(|trusted| match trusted {
+            Trusted::File(path) => Trusted::File(directory.join(path)),
+            given => given,
+        });
+        Layer {
+            image: directory.join(&self.image),
+            partition: self.partition,
+            filesystem: self.fs.clone(),
+            verity,
+            verity_tree: self.verity_tree.as_ref().map(|image| directory.join(image)),
+            key: self.key.clone(),
+            devices: self
+                .devices
+                .iter()
+                .map(|image| directory.join(image))
+                .collect(),
+            options: self.options.clone(),
+        }
+    }
+}
+
+/// A text that is a value of the command line.
+fn parsed<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    let text = String::deserialize(deserializer)?;
+    text.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn guest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<GuestKind>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let guest = GuestKind::from_str(&text, false);
+    let wrong = |_| D::Error::custom("a guest is \"local\" or \"qemu\"");
+    guest.map(Some).map_err(wrong)
+}
+
+fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match ["ext4", "xfs"].contains(&&*text) {
+        true => Ok(Some(text)),
+        false => Err(D::Error::custom("a guest makes ext4 or xfs")),
+    }
+}
+
+/// A number of bytes, or a text such as `"1G"`.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let text = match toml::Value::deserialize(deserializer)? {
+        toml::Value::String(text) => text,
+        toml::Value::Integer(bytes) => bytes.to_string(),
+        _ => {
+            return Err(D::Error::custom(
+                "a size is a number, or a text such as \"1G\"",
+            ));
+        }
+    };
+    parse_size(&text).map_err(D::Error::custom)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, Parser as _};
+
+    use super::*;
+    use crate::args::{Cli, Cmd};
+
+    /// The arguments of `mount` with a file of this text.
+    fn mount(text: &str, words: &[&str]) -> Result<MountArgs, Failure> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("stack.toml");
+        std::fs::write(&file, text).unwrap();
+        let words = ["blockmount", "mount"].iter().chain(words);
+        let words = words.copied().chain(["--file", file.to_str().unwrap()]);
+        let Cmd::Mount(args) = Cli::try_parse_from(words).unwrap().command else {
+            unreachable!()
+        };
+        let mut args = complete(args)?;
+        // As if it had been in the working directory.
+        let relative = |path: &mut PathBuf| {
+            if let Ok(below) = path.strip_prefix(dir.path()) {
+                *path = below.to_owned();
+            }
+        };
+        args.layers.0.iter_mut().for_each(|layer| {
+            relative(&mut layer.image);
+            layer.devices.iter_mut().for_each(relative);
+            layer.verity_tree.iter_mut().for_each(relative);
+            if let Some(Trusted::File(path)) = &mut layer.verity {
+                relative(path);
+            }
+        });
+        args.at.iter_mut().for_each(relative);
+        Ok(args)
+    }
+
+    const WHOLE: &str = r#"
+        at = "tree"
+        name = "web"
+        guest = "qemu"
+        transport = "auto"
+        keep-vm = true
+        allow-backing = true
+        options = ["nodev"]
+        overlay-options = ["volatile"]
+
+        [scratch]
+        size = "64M"
+        encrypt = true
+        format = "xfs"
+
+        [[layer]]
+        image = "app.erofs"
+        fs = "erofs"
+        verity = "app.erofs.dmverity"
+        verity-tree = "app.tree"
+        key = "app"
+        devices = ["a.blob", "/b.blob"]
+
+        [[layer]]
+        image = "/disks/base.img"
+        partition = 2
+        options = ["nouuid"]
+    "#;
+
+    #[test]
+    fn a_file_says_what_the_command_line_can_say() {
+        let args = mount(WHOLE, &[]).unwrap();
+        assert_eq!(args.at.as_deref(), Some(Path::new("tree")));
+        assert_eq!(args.name.unwrap().as_str(), "web");
+        assert_eq!(args.guest, Some(GuestKind::Qemu));
+        assert_eq!(args.transport, Some(Transports::Auto));
+        assert!(args.keep_vm && args.allow_backing && args.encrypt);
+        assert_eq!(args.overlay_options, ["volatile"]);
+        assert_eq!(
+            (args.scratch, args.format.as_deref()),
+            (Some(64 << 20), Some("xfs"))
+        );
+        let app = Layer {
+            filesystem: Some("erofs".into()),
+            verity: Some(Trusted::File("app.erofs.dmverity".into())),
+            verity_tree: Some("app.tree".into()),
+            key: Some("app".into()),
+            devices: vec!["a.blob".into(), "/b.blob".into()],
+            options: vec!["nodev".into()],
+            ..Layer::of("app.erofs")
+        };
+        let base = Layer {
+            partition: NonZeroU32::new(2),
+            options: vec!["nodev".into(), "nouuid".into()],
+            ..Layer::of("/disks/base.img")
+        };
+        assert_eq!(args.layers.0, [app, base]);
+    }
+
+    #[test]
+    fn the_command_line_wins_and_its_layers_are_above() {
+        let words = [
+            "-o",
+            "noatime",
+            "--layer",
+            "top",
+            "-o",
+            "nosuid",
+            "--at",
+            "/mnt/other",
+            "--guest",
+            "local",
+            "--scratch",
+            "8M",
+            "--overlay-option",
+            "metacopy=on",
+        ];
+        let args = mount(WHOLE, &words).unwrap();
+        assert_eq!(args.at.as_deref(), Some(Path::new("/mnt/other")));
+        assert_eq!(
+            (args.guest, args.scratch),
+            (Some(GuestKind::Local), Some(8 << 20))
+        );
+        assert_eq!(args.overlay_options, ["volatile", "metacopy=on"]);
+        let layers: Vec<_> = args
+            .layers
+            .0
+            .iter()
+            .map(|layer| (layer.image.to_str().unwrap(), layer.options.join(",")))
+            .collect();
+        let expected = [
+            ("top", "noatime,nosuid"),
+            ("app.erofs", "noatime,nodev"),
+            ("/disks/base.img", "noatime,nodev,nouuid"),
+        ];
+        assert_eq!(
+            layers,
+            expected.map(|(image, options)| (image, options.to_owned()))
+        );
+    }
+
+    #[test]
+    fn each_fault_is_told_with_its_line_and_column() {
+        let layer = "at = \"x\"\n[[layer]]\nimage = \"a\"\n";
+        for (text, place, why) in [
+            (
+                "at = \"x\"\nlayers = 1\n",
+                "line 2, column 1",
+                "unknown field `layers`",
+            ),
+            (
+                &format!("{layer}partiton = 1\n"),
+                "line 4, column 1",
+                "unknown field `partiton`",
+            ),
+            (
+                &format!("{layer}partition = 0\n"),
+                "line 4, column 13",
+                "nonzero",
+            ),
+            (
+                &format!("{layer}[scratch]\nsize = \"1X\"\n"),
+                "line 5, column 8",
+                "a size is a number",
+            ),
+            (
+                &format!("{layer}[scratch]\nsize = true\n"),
+                "line 5, column 8",
+                "a size is a number",
+            ),
+            (
+                &format!("{layer}[scratch]\n"),
+                "line 4, column 1",
+                "missing field `size`",
+            ),
+            (
+                &format!("{layer}verity = \"root=ab\"\n"),
+                "line 4, column 10",
+                "root=DIGEST",
+            ),
+            (
+                "guest = \"vmware\"\n",
+                "line 1, column 9",
+                "\"local\" or \"qemu\"",
+            ),
+            ("transport = \"usb\"\n", "line 1, column 13", "vpmem"),
+            ("at = \"x\n", "line 1, column 8", "invalid basic string"),
+            (
+                "at = \"x\"\nat = \"y\"\n",
+                "line 2, column 1",
+                "duplicate key",
+            ),
+            ("é = 1\n", "line 1, column 1", ""),
+        ] {
+            let failure = mount(text, &[]).map(|_| ()).unwrap_err();
+            let said = failure.to_string();
+            assert_eq!(failure.status(), 2, "{said}");
+            assert!(
+                said.contains(place) && said.contains(why),
+                "{text:?}: {said}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_what_to_add() {
+        for (text, missing) in [
+            ("", "[[layer]]"),
+            ("at = \"x\"\n", "[[layer]]"),
+            ("[[layer]]\nimage = \"a\"\n", "at = "),
+            (
+                "[[layer]]\nimage = \"a\"\nverity-tree = \"t\"\n",
+                "verity = ",
+            ),
+            (
+                "at = \"x\"\nkeep-vm = true\n[[layer]]\nimage = \"a\"\n",
+                "name = ",
+            ),
+        ] {
+            let failure = mount(text, &[]).map(|_| ()).unwrap_err();
+            assert_eq!(failure.status(), 2);
+            assert!(failure.to_string().contains(missing), "{failure}");
+        }
+    }
+
+    #[test]
+    fn the_example_is_a_whole_file() {
+        let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/blockmount.toml");
+        let args = mount(&std::fs::read_to_string(example).unwrap(), &[]).unwrap();
+        assert_eq!(args.layers.0.len(), 2);
+    }
+
+    /// What a new option of the command line is called in a file, or why it is not there.
+    #[test]
+    fn no_option_of_mount_is_forgotten_in_the_file() {
+        let elsewhere = [
+            "help",
+            "file",
+            "resume",
+            "json",
+            "option",
+            "layer",
+            "device",
+            "overlay-option",
+        ];
+        let command = Cli::command();
+        let mount = command.find_subcommand("mount").unwrap();
+        for option in mount
+            .get_arguments()
+            .filter(|option| !option.is_global_set())
+        {
+            let name = option.get_long().unwrap();
+            // A value of another type is refused as well, and a key that is not known by other words.
+            let is_known = |text: String| match toml::from_str::<StackFile>(&text) {
+                Ok(_) => true,
+                Err(error) => !error.message().contains("unknown field"),
+            };
+            let places = [
+                "",
+                "[scratch]\nsize = \"8M\"\n",
+                "[[layer]]\nimage = \"a\"\n",
+            ];
+            let is_said = places
+                .iter()
+                .any(|place| is_known(format!("{place}{name} = 1\n")));
+            assert!(
+                elsewhere.contains(&name) || is_said,
+                "--{name} cannot be said in a file"
+            );
+        }
+    }
+}
