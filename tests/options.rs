@@ -168,6 +168,17 @@ fn every_option_survives_the_way() {
         .encryption(Encryption::Ephemeral)
         .format(format())
         .build();
+    let with_tags = Encryption::EphemeralWithIntegrity;
+    let authenticated = MountOptions::builder()
+        .encryption(with_tags.clone())
+        .format(format())
+        .build();
+    for refused in [
+        MountOptions::builder().expose(Expose::BlockDevice),
+        MountOptions::builder().read_only(),
+    ] {
+        refused.encryption(with_tags.clone()).build().unwrap_err();
+    }
     let exposed = MountOptions::builder().expose(Expose::BlockDevice).build();
     let keyed = |source| {
         let options = MountOptions::builder().read_only();
@@ -175,7 +186,14 @@ fn every_option_survives_the_way() {
     };
     let in_keyring = keyed(KeySource::Keyring("volumes:data".to_owned()));
     let in_file = keyed(KeySource::File("data.key".to_owned()));
-    for options in [verified, encrypted, exposed, in_keyring, in_file] {
+    for options in [
+        verified,
+        encrypted,
+        authenticated,
+        exposed,
+        in_keyring,
+        in_file,
+    ] {
         let options = options.unwrap();
         let back: MountOptions = read(to_value(&options).unwrap()).unwrap();
         assert_eq!(back, options);

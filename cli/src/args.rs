@@ -237,6 +237,10 @@ pub(crate) struct MountArgs {
     #[arg(long, requires = "a_scratch")]
     pub(crate) encrypt: bool,
 
+    /// Notice what is changed on the encrypted scratch disk: reading it is an error
+    #[arg(long, requires = "encrypt")]
+    pub(crate) integrity: bool,
+
     /// Have the guest make this filesystem on the scratch disk, in place of an ext4 that is made here
     #[arg(long, value_name = "FILESYSTEM", requires = "a_scratch", value_parser = ["ext4", "xfs"])]
     pub(crate) format: Option<String>,
@@ -264,7 +268,7 @@ pub(crate) struct MountArgs {
         value_name = "NAME",
         conflicts_with_all = [
             "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "guest", "transport", "allow_backing", "scratch",
-            "encrypt", "format", "overlay_options", "at", "name", "keep_vm", "file",
+            "encrypt", "integrity", "format", "overlay_options", "at", "name", "keep_vm", "file",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

@@ -314,7 +314,10 @@ fn formatted(args: &MountArgs) -> Result<MountRequest, Failure> {
     let filesystem = args.format.as_deref().unwrap_or("ext4");
     let mut options = MountOptions::builder().format(Format::new(filesystem));
     if args.encrypt {
-        options = options.encryption(Encryption::Ephemeral);
+        options = options.encryption(match args.integrity {
+            true => Encryption::EphemeralWithIntegrity,
+            false => Encryption::Ephemeral,
+        });
     }
     let options = options.build();
     let options = options.context(|| "the scratch cannot be mounted so".to_owned())?;

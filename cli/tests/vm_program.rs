@@ -355,16 +355,17 @@ fn vm_a_scratch_is_encrypted_when_it_was_asked_for() {
         "--layer",
         layer,
     ];
-    let held = hold(words).unwrap_or_else(|answer| panic!("{answer}"));
-    let scratch = &held.json["scratch"];
-    assert!(
-        scratch["device"].as_str().unwrap().starts_with("/dev/dm-"),
-        "{scratch}"
-    );
-    assert_eq!(scratch["filesystem"], "ext4");
-    let answer = held.end(Signal::TERM);
-    answer.says(0, &["nothing is left"]);
-    assert_nothing_left(&answer, &dir);
+    // With tags, there are two mapped devices.
+    for (more, device) in [(None, "/dev/dm-0"), (Some("--integrity"), "/dev/dm-1")] {
+        let held = hold(words.into_iter().chain(more));
+        let held = held.unwrap_or_else(|answer| panic!("{answer}"));
+        let scratch = &held.json["scratch"];
+        assert_eq!(scratch["device"], device, "{scratch}");
+        assert_eq!(scratch["filesystem"], "ext4");
+        let answer = held.end(Signal::TERM);
+        answer.says(0, &["nothing is left"]);
+        assert_nothing_left(&answer, &dir);
+    }
     run(["mount", "--encrypt", "--layer", layer, "--at", "/mnt/x"]).says(2, &["--scratch"]);
 }
 

@@ -189,6 +189,9 @@ impl MountOptionsBuilder {
             if encryption.is_ephemeral() && read_only {
                 return contradiction("encryption with a new key", "ro");
             }
+            if encryption.has_integrity() && !self.expose.is_filesystem() {
+                return contradiction("encryption with integrity", "expose as block device");
+            }
         }
         if self.verity.is_some() && !read_only {
             return contradiction("verity", "rw");

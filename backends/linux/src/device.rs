@@ -1,10 +1,12 @@
 //! Block devices: opening them, proving that nobody uses them, and the device stack: from what a resolver found to what is
 //! mounted.
 
+mod content;
 pub(crate) mod crypt;
 pub(crate) mod dax;
 pub(crate) mod dm_linear;
 pub(crate) mod free;
+pub(crate) mod integrity;
 mod key;
 mod keyring;
 pub(crate) mod mapped;

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BlockDevice, DeviceLocator, Encryption, ErrorKind, Expose, Format,
-    InvalidOptions, MountOptions, Mounter, Resolver, Verity,
+    BackendError, BlockDevice, DeviceLocator, DeviceRole, Encryption, ErrorKind, Expose,
+    ExtraDevice, Format, InvalidOptions, MountOptions, Mounter, Resolver, Verity,
 };
 use blockmount_linux::device::{self, DeviceNumber};
 use blockmount_linux::mapper::DeviceMapper;
@@ -47,8 +47,19 @@ pub enum Layer {
     Plain,
     /// What checks its integrity.
     Verity,
+    /// The same, by a tree on another disk.
+    VerityApart,
     /// What encrypts it.
     Crypt,
+    /// What encrypts it, over tags for its blocks.
+    CryptWithTags,
+}
+
+impl Layer {
+    /// Whether the disk is written to in any case.
+    pub fn is_written(self) -> bool {
+        matches!(self, Layer::Crypt | Layer::CryptWithTags)
+    }
 }
 
 /// What appears at the target.
@@ -91,6 +102,8 @@ pub struct Exercise {
     pub range: (u64, u64),
     /// How the integrity is checked, where it is.
     pub verity: Option<Verity>,
+    /// The node of the disk with the tree, or its SCSI address, where that is another one.
+    pub tree: Option<PathBuf>,
     /// A directory in memory, for the target and the journal.
     pub directory: PathBuf,
 }
@@ -106,12 +119,24 @@ pub fn combinations() -> Vec<(Place, Layer, Appears)> {
         Place::PartitionOfRange,
     ] {
         let is_range = matches!(place, Place::Range | Place::PartitionOfRange);
-        for layer in [Layer::Plain, Layer::Verity, Layer::Crypt] {
+        for layer in [
+            Layer::Plain,
+            Layer::Verity,
+            Layer::VerityApart,
+            Layer::Crypt,
+            Layer::CryptWithTags,
+        ] {
             for appears in [Appears::Filesystem, Appears::NewFilesystem, Appears::Device] {
-                let is_written = layer == Layer::Crypt || appears == Appears::NewFilesystem;
+                let is_written = layer.is_written() || appears == Appears::NewFilesystem;
                 let can_be = match (layer, appears) {
                     (Layer::Verity, Appears::NewFilesystem) => false,
                     (Layer::Crypt, Appears::Filesystem) => false,
+                    (Layer::CryptWithTags, Appears::Filesystem | Appears::Device) => false,
+                    // What is below makes no difference any more.
+                    (Layer::VerityApart, Appears::NewFilesystem | Appears::Device) => false,
+                    (Layer::VerityApart | Layer::CryptWithTags, _) if place != Place::Whole => {
+                        false
+                    }
                     _ => !(is_range && is_written),
                 };
                 if can_be {
@@ -197,6 +222,9 @@ impl Exercise {
         let _alone = ALONE.lock().await;
         if !self.disk.has_root() {
             self.disk = node_of(&self.disk).await?;
+        }
+        if let Some(tree) = self.tree.as_mut().filter(|tree| !tree.has_root()) {
+            *tree = node_of(tree).await?;
         }
         fs::create_dir_all(&self.directory)?;
         // The journal makes its directory.
@@ -320,7 +348,7 @@ impl Exercise {
     }
 
     fn is_written(&self) -> bool {
-        self.layer == Layer::Crypt || self.appears == Appears::NewFilesystem
+        self.layer.is_written() || self.appears == Appears::NewFilesystem
     }
 
     fn options(&self) -> Result<MountOptions, InvalidOptions> {
@@ -332,10 +360,16 @@ impl Exercise {
             options = options.partition(std::num::NonZeroU32::MIN);
         }
         options = match (self.layer, &self.verity) {
-            (Layer::Verity, Some(verity)) => options.verity(verity.clone()),
+            (Layer::Verity | Layer::VerityApart, Some(verity)) => options.verity(verity.clone()),
+            (Layer::CryptWithTags, _) => options.encryption(Encryption::EphemeralWithIntegrity),
             (Layer::Crypt, _) => options.encryption(Encryption::Ephemeral),
             _ => options,
         };
+        if let Some(tree) = &self.tree {
+            let locator = DeviceLocator::new("exercise", tree.display().to_string());
+            let locator = locator.expect("a node is an address");
+            options = options.device(ExtraDevice::new(DeviceRole::HashTree, locator));
+        }
         match self.appears {
             Appears::Filesystem => options,
             Appears::NewFilesystem => options.format(Format::new("ext4")),

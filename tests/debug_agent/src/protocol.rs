@@ -42,6 +42,8 @@ pub enum OwnRequest {
     },
     /// What time it is in the guest: [`OwnResponse::Clock`].
     Clock,
+    /// Writes everything back and forgets what can be read again: [`Response::Done`].
+    DropCaches,
     /// How all mapped devices are made: [`OwnResponse::MappedTables`].
     MappedTables,
     /// Which keys of ours the kernel has: [`OwnResponse::Keys`].

@@ -112,6 +112,12 @@ impl State {
                 let ours = keys.lines().filter(|line| line.contains("blockmount"));
                 Ok(OwnResponse::Keys(ours.map(str::to_owned).collect()).into())
             }
+            OwnRequest::DropCaches => {
+                rustix::fs::sync();
+                std::fs::write("/proc/sys/vm/drop_caches", "3")
+                    .context(|| "cannot drop what is cached".to_owned())
+                    .map(|()| Response::Done.into())
+            }
             OwnRequest::AddKey { description, bytes } => keys::add(&description, &bytes)
                 .context(|| format!("cannot add key {description}"))
                 .map(|()| Response::Done.into()),

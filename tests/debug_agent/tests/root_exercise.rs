@@ -94,6 +94,7 @@ fn root_each_step_fails_once_or_is_the_last_and_nothing_is_left() {
                     _ => RANGE,
                 },
                 verity: None,
+                tree: None,
                 directory: memory.path().join("exercise"),
             };
             let steps = steps(&exercise);

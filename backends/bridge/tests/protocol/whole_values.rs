@@ -106,6 +106,7 @@ fn encryption() -> impl Strategy<Value = Encryption> {
     let file = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}".prop_map(KeySource::File);
     prop_oneof![
         Just(Encryption::Ephemeral),
+        Just(Encryption::EphemeralWithIntegrity),
         keyring.prop_map(Encryption::Keyed),
         file.prop_map(Encryption::Keyed),
     ]

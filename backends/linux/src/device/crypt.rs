@@ -5,19 +5,22 @@
 //! have only the name under which the keyring has it.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, Encryption, KeySource};
-use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
 
+use crate::device::content::{is_blank, refuse_content};
 use crate::device::key::{self, Key};
 use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
-use crate::device::{mapped, node};
+use crate::device::{integrity, mapped, node};
+use crate::discover::sysfs;
 use crate::errno::{errno_error, errno_of};
-use crate::filesystem::probe::{Content, probe};
+use crate::filesystem::probe::{Content, make_blank, probe};
+use crate::mount::kernel_log;
 use crate::undo::ledger::UndoList;
 use crate::undo::locks;
 use crate::undo::step::{CryptStep, Undo};
@@ -25,11 +28,17 @@ use crate::undo::step::{CryptStep, Undo};
 const KIND: &str = "crypt";
 /// AES-256 in the mode XTS, which has two keys, by the number of the sector.
 const CIPHER: &str = "aes-xts-plain64";
+/// The same, and a tag by HMAC-SHA-256 over a block, its number and its initialization vector.
+const AUTHENTICATED: &str = "capi:authenc(hmac(sha256),xts(aes))-plain64";
+/// How dm-crypt logs a block whose tag is not that of its content.
+const TAMPERED: &str = "INTEGRITY AEAD ERROR";
 /// What is encrypted at once, in bytes, where the size of the device allows it: the cipher starts anew less often.
 const LARGE_SECTOR: u64 = 4096;
 
 /// Two keys of AES-256, in bytes.
 const KEY_LENGTH: usize = 64;
+/// And one of HMAC-SHA-256.
+const AUTHENTICATED_KEY_LENGTH: usize = KEY_LENGTH + integrity::TAG;
 
 impl CryptStep {
     /// From the number of the device alone: at most 38 bytes with a mark.
@@ -54,6 +63,8 @@ pub(crate) struct Wanted {
     pub(crate) read_only: bool,
     /// Whether anything on the device may be lost.
     pub(crate) may_destroy: bool,
+    /// The node of the device below all layers of the encryption.
+    pub(crate) disk: PathBuf,
     /// The directory of the owner's keys.
     pub(crate) keys: Option<PathBuf>,
 }
@@ -73,10 +84,9 @@ pub(crate) enum Worth {
 #[derive(Debug, Clone)]
 pub(crate) struct Encrypted {
     pub(crate) worth: Worth,
-    /// Whether another key could have been meant.
-    is_keyed: bool,
-    /// The node of the device below.
-    below: PathBuf,
+    encryption: Encryption,
+    /// The node of the device below all layers of the encryption.
+    disk: PathBuf,
 }
 
 /// Makes a device that encrypts another, and names its node. With a new key, what was on the other is lost then: it has to
@@ -108,10 +118,11 @@ pub(crate) fn open(
         true => Worth::Kept,
         false => Worth::Noise,
     };
+    let has_integrity = wanted.encryption.has_integrity();
     let node = mapped::open(list, &step.names(), undo, |mapper, names| {
         if is_keyed && is_blank(below, &mut device.open)? {
             worth = Worth::NoiseIfUnknown;
-        } else if !is_keyed && !wanted.may_destroy {
+        } else if !is_keyed && !has_integrity && !wanted.may_destroy {
             refuse_content(below, &mut device.open)?;
         }
         let key = wanted.key(&names.name)?;
@@ -122,24 +133,70 @@ pub(crate) fn open(
         };
         let made = mapper.create_mapped(names, &table, access);
         key.leave();
-        made.map_err(|error| explain_refusal(mapper, error))
-    });
-    let below = below.to_owned();
-    let encrypted = |node| {
-        let made = Encrypted {
-            worth,
-            is_keyed,
-            below,
-        };
-        (node, made)
+        let made = made.map_err(|error| explain_refusal(mapper, cipher_of(&step), error))?;
+        if has_integrity {
+            write_tags(made, &wanted.disk)?;
+        }
+        Ok(made)
+    })?;
+    let encrypted = Encrypted {
+        worth,
+        encryption: wanted.encryption.clone(),
+        disk: wanted.disk.clone(),
     };
-    node.map(encrypted)
+    Ok((node, encrypted))
+}
+
+/// Gives tags to the blocks that are read before a filesystem is made: those where its signature could be, and those of
+/// others. The rest get theirs when they are written. To write all of them would take as long as filling the disk, and a
+/// filesystem reads nothing that it has not written.
+fn write_tags(device: DeviceNumber, disk: &Path) -> Result<(), BackendError> {
+    // The kernel's log has only the name of the device when it finds a block that was changed.
+    if let Some(name) = kernel_log::kernel_name(device) {
+        let disk = disk.display();
+        kernel_log::note(&format!("{} disk {disk}", began(&name)));
+    }
+    let write = || {
+        let node = node::of(device).ok_or(io::ErrorKind::NotFound)?;
+        let open = File::options().read(true).write(true).open(node)?;
+        // What is written in part is read first.
+        make_blank(&open, node::size(&open)?, integrity::BLOCK)
+    };
+    write().map_err(|error| {
+        let disk = disk.display();
+        errno_error(format!("cannot write the first tags of {disk}"), error)
+    })
+}
+
+/// What the kernel's log has from us when a device begins.
+fn began(name: &str) -> String {
+    format!("blockmount: {name} encrypts and authenticates")
+}
+
+/// Whether the kernel has found a block of a device that was changed below it, of which its log says so by the name of the
+/// device or of the one below. Blocks.
+fn is_tampered_with(device: DeviceNumber) -> bool {
+    let Some(name) = kernel_log::kernel_name(device) else {
+        return false;
+    };
+    let lines = kernel_log::since(&format!("{} ", began(&name)));
+    let mut names = below(device).into_iter().chain([name]);
+    names.any(|name| {
+        let finding = format!(" {name}: {TAMPERED}");
+        lines.iter().any(|line| line.contains(&finding))
+    })
+}
+
+/// What a device is made of, by the kernel's names.
+fn below(device: DeviceNumber) -> Vec<String> {
+    sysfs::names(&device.sysfs().join("slaves")).unwrap_or_default()
 }
 
 impl Wanted {
     fn key(&self, name: &str) -> Result<Key, BackendError> {
         match &self.encryption {
             Encryption::Ephemeral => Key::random(name, KEY_LENGTH),
+            Encryption::EphemeralWithIntegrity => Key::random(name, AUTHENTICATED_KEY_LENGTH),
             Encryption::Keyed(source) => {
                 Key::of_owner(name, source, self.keys.as_deref(), KEY_LENGTH)
             }
@@ -151,21 +208,26 @@ impl Wanted {
 }
 
 impl Encrypted {
-    /// Adds to an error about the content of a device that the key may be the wrong one. Blocks.
+    /// Adds to an error of reading or mounting that blocks were changed, or to one about the content of a device that the
+    /// key may be the wrong one. Blocks.
     pub(crate) fn explained(&self, node: &Path, error: BackendError) -> BackendError {
+        let (disk, message) = (self.disk.display(), error.message());
         let is_noise = || {
             let mut open = node::measure(node).ok()?.open;
             let found = probe(&mut open).ok()?;
             Some(found.content == Content::Unknown)
         };
-        if !self.is_keyed || is_noise() != Some(true) {
+        if self.encryption.has_integrity() {
+            if !DeviceNumber::at(node).is_ok_and(is_tampered_with) {
+                return error;
+            }
+            let message = format!("{message}: blocks of {disk} are not what was written to them");
+            return BackendError::invalid(message).with_source(error);
+        }
+        if self.encryption.is_ephemeral() || is_noise() != Some(true) {
             return error;
         }
-        let message = format!(
-            "{}: what is on {} is not encrypted, or with another key",
-            error.message(),
-            self.below.display()
-        );
+        let message = format!("{message}: what is on {disk} is not encrypted, or with another key");
         BackendError::new(error.kind(), message).with_source(error)
     }
 }
@@ -177,9 +239,26 @@ impl Encrypted {
 /// `Busy` while somebody uses it.
 pub(crate) fn undo(step: &CryptStep) -> Result<(), BackendError> {
     let names = step.names();
+    if step.encryption.has_integrity() {
+        report_tampering(step);
+    }
     mapped::remove(&names)?;
     key::forget(&names.name);
     Ok(())
+}
+
+/// Says which disk has blocks that were changed, if the kernel has found some.
+fn report_tampering(step: &CryptStep) {
+    let device = DeviceMapper::open().and_then(|mapper| mapper.find_uuid(&step.names().uuid));
+    if let Ok(Some(device)) = device
+        && is_tampered_with(device)
+    {
+        let disk = below(step.backing).join(", ");
+        tracing::error!(
+            disk,
+            "blocks of an encrypted disk are not what was written to them; whoever read them got an error"
+        );
+    }
 }
 
 /// Has the device that encrypts another take all of that, which has so many bytes now. It stays in use. Blocks.
@@ -220,27 +299,6 @@ pub(crate) fn node(step: &CryptStep) -> Option<PathBuf> {
     mapped::node(&step.names())
 }
 
-/// Refuses a device with anything on it that is known. Noise is not.
-fn refuse_content(below: &Path, open: &mut File) -> Result<(), BackendError> {
-    let device = below.display();
-    let found = probe(open).map_err(|error| errno_error(format!("cannot read {device}"), error))?;
-    match found.content {
-        Content::Blank | Content::Unknown => Ok(()),
-        other => Err(BackendError::conflict(format!(
-            "cannot encrypt {device}: it holds {other}, which only a request to overwrite everything may destroy"
-        ))),
-    }
-}
-
-/// Whether a device is proven blank, as it is now: what the kernel had read of it before somebody wrote to it through
-/// another device does not count.
-fn is_blank(below: &Path, open: &mut File) -> Result<bool, BackendError> {
-    let trouble = |error| errno_error(format!("cannot read {}", below.display()), error);
-    fadvise(&*open, 0, None, Advice::DontNeed).map_err(|errno| trouble(errno.into()))?;
-    let found = probe(open).map_err(trouble)?;
-    Ok(found.content == Content::Blank)
-}
-
 /// The size of what a device can have encrypted, in bytes.
 fn length(below: &Path, size: u64, step: &CryptStep) -> Result<u64, BackendError> {
     let unit = step.unit(size / SECTOR * SECTOR);
@@ -253,9 +311,20 @@ fn length(below: &Path, size: u64, step: &CryptStep) -> Result<u64, BackendError
     }
 }
 
+fn cipher_of(step: &CryptStep) -> &'static str {
+    match step.encryption.has_integrity() {
+        true => AUTHENTICATED,
+        false => CIPHER,
+    }
+}
+
 fn table(step: &CryptStep, length: u64, key: &Key) -> Target {
-    let mut parameters = format!("{CIPHER} {} 0 {} 0", key.reference(), step.backing);
-    if step.unit(length) == LARGE_SECTOR {
+    let (cipher, backing) = (cipher_of(step), step.backing);
+    let mut parameters = format!("{cipher} {} 0 {backing} 0", key.reference());
+    if step.encryption.has_integrity() {
+        let (tag, block) = (integrity::TAG, integrity::BLOCK);
+        parameters += &format!(" 2 integrity:{tag}:aead sector_size:{block}");
+    } else if step.unit(length) == LARGE_SECTOR {
         parameters += &format!(" 1 sector_size:{LARGE_SECTOR}");
     }
     Target {
@@ -267,10 +336,10 @@ fn table(step: &CryptStep, length: u64, key: &Key) -> Target {
 }
 
 /// Says why the kernel refuses a table that is well-formed.
-fn explain_refusal(mapper: &DeviceMapper, error: BackendError) -> BackendError {
+fn explain_refusal(mapper: &DeviceMapper, cipher: &str, error: BackendError) -> BackendError {
     let why = match (mapper.version_of(KIND), errno_of(&error)) {
         (Ok(None), _) => "this kernel has no dm-crypt (is its module loaded?)".to_owned(),
-        (_, Some(Errno::NOENT)) => format!("this kernel has no cipher {CIPHER}"),
+        (_, Some(Errno::NOENT)) => format!("this kernel has no cipher {cipher}"),
         // It was there a moment ago.
         (_, Some(Errno::NOKEY)) => {
             let message = format!("{}: its key is gone", error.message());

@@ -2,7 +2,7 @@
 //!
 //! Each layer is a device that is opened from the one below it, and puts what it makes on the undo list before it makes
 //! it: the device itself, then a byte range or a partition of it, then what checks its
-//! integrity, or what encrypts it. The order is fixed. A hash tree on a device of its own is opened before what it checks.
+//! integrity, or what encrypts it, with tags for its blocks below that if they are to be authenticated. The order is fixed. A hash tree on a device of its own is opened before what it checks.
 
 use std::fs::File;
 use std::num::NonZeroU32;
@@ -14,7 +14,7 @@ use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions, Overwrite};
 
 use crate::device::crypt::{Encrypted, Worth};
 use crate::device::verity::Checked;
-use crate::device::{crypt, dm_linear, free, node, partition, subrange, verity};
+use crate::device::{crypt, dm_linear, free, integrity, node, partition, subrange, verity};
 use crate::errno::{blocking, retry_while_busy};
 use crate::mount::target::Target;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -134,14 +134,21 @@ pub(crate) async fn open(
         layer.known = Known::Checked(checked);
     }
     if let Some(encryption) = options.encryption() {
-        let node = layer.node.clone();
         let format = options.format();
         let wanted = crypt::Wanted {
             encryption: encryption.clone(),
             read_only: options.is_read_only(),
             may_destroy: format.is_some_and(|format| format.overwrite == Overwrite::Everything),
+            disk: layer.node.clone(),
             keys: found.keys,
         };
+        if encryption.has_integrity() {
+            let (node, may_destroy) = (layer.node.clone(), wanted.may_destroy);
+            let open = move |list: &UndoList<'_>| integrity::open(list, &node, may_destroy);
+            let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
+            layer = Layer::open(node, deadline).await?;
+        }
+        let node = layer.node.clone();
         let open = move |list: &UndoList<'_>| crypt::open(list, &node, &wanted);
         let made = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
         let (node, encrypted) = made;

@@ -18,8 +18,7 @@
 //! its end, and its successor finds the device in use, and then with its filesystem.
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,12 +27,12 @@ use blockmount::{BackendError, ErrorKind, Format, Overwrite};
 use rustix::fs::OFlags;
 
 use crate::device::crypt::Worth;
-use crate::device::free;
 use crate::device::number::DeviceNumber;
+use crate::device::{free, node};
 use crate::errno::{Backoff, blocking, errno_error, retry_while_busy};
 use crate::filesystem::mkfs;
 use crate::filesystem::preflight::is_same_driver;
-use crate::filesystem::probe::{Content, blank_places, probe};
+use crate::filesystem::probe::{Content, make_blank, probe};
 use crate::mount::target::Target;
 use crate::undo::ledger::Ledger;
 use crate::undo::locks::Key;
@@ -80,7 +79,7 @@ pub(crate) async fn ensure(
     if !retry_while_busy(timeouts.busy, look).await? {
         return Ok(());
     }
-    let Err(error) = make_when_free(node, format, timeouts).await else {
+    let Err(error) = make_when_free(node, format, worth, timeouts).await else {
         tracing::info!(device = %blockmount::printable(node.display()), filesystem = %format.filesystem, "made a filesystem");
         return Ok(());
     };
@@ -108,11 +107,14 @@ pub(crate) async fn ensure(
 async fn make_when_free(
     node: &Path,
     format: &Format,
+    worth: Worth,
     timeouts: Timeouts,
 ) -> Result<(), BackendError> {
+    // Not all of the noise can be read by a tool that looks for content.
+    let looks = worth == Worth::Kept;
     let mut backoff = Backoff::until(Instant::now() + timeouts.busy);
     loop {
-        match mkfs::make(node, format, timeouts.make).await {
+        match mkfs::make(node, format, looks, timeouts.make).await {
             Err(error) if error.kind() == ErrorKind::Busy => match backoff.pause() {
                 Some(pause) => tokio::time::sleep(pause).await,
                 None => {
@@ -172,23 +174,10 @@ impl Wanted {
     /// Undoes what a tool has written to a blank device, as far as the proof of blankness sees it. Blocks.
     fn make_blank_again(&self) -> Result<(), BackendError> {
         let device = self.open_for_writing(OFlags::EXCL)?;
-        zero(&device).map_err(|error| {
+        let made = node::size(&device).and_then(|size| make_blank(&device, size, 1));
+        made.map_err(|error| {
             let node = self.node.display();
             errno_error(format!("what was begun on {node} cannot be removed"), error)
         })
     }
-}
-
-fn zero(device: &File) -> io::Result<()> {
-    const PIECE: usize = 64 << 10;
-    let zeros = [0; PIECE];
-    for place in blank_places(crate::device::node::size(device)?) {
-        let mut at = place.start;
-        while at < place.end {
-            let length = PIECE.min((place.end - at) as usize);
-            device.write_all_at(&zeros[..length], at)?;
-            at += length as u64;
-        }
-    }
-    device.sync_all()
 }

@@ -103,11 +103,14 @@ fn ext4(device: &Path, label: Option<&str>, uuid: Option<&str>, is_fresh: bool) 
     arguments
 }
 
-fn xfs(device: &Path, format: &Format, version: (u32, u32)) -> Vec<OsString> {
+fn xfs(device: &Path, format: &Format, looks: bool, version: (u32, u32)) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["-q".into()];
-    match format.overwrite {
-        Overwrite::Everything => arguments.push("-f".into()),
-        _ => arguments.push("-K".into()),
+    let overwrites = format.overwrite == Overwrite::Everything;
+    if overwrites || !looks {
+        arguments.push("-f".into());
+    }
+    if !overwrites {
+        arguments.push("-K".into());
     }
     for (major, minor, flag, value) in XFS_FEATURES {
         if version >= (major, minor) {
@@ -132,7 +135,8 @@ fn version(said: &str) -> Option<(u32, u32)> {
     Some((major, minor.collect::<String>().parse().ok()?))
 }
 
-/// Makes the filesystem on a device, which must be free: the tool holds it exclusively.
+/// Makes the filesystem on a device, which must be free: the tool holds it exclusively. Whether it looks for content that was
+/// overlooked is up to `looks`.
 ///
 /// # Errors
 ///
@@ -141,6 +145,7 @@ fn version(said: &str) -> Option<(u32, u32)> {
 pub(crate) async fn make(
     device: &Path,
     format: &Format,
+    looks: bool,
     timeout: Duration,
 ) -> Result<(), BackendError> {
     let (tool, arguments) = match &*format.filesystem {
@@ -149,7 +154,7 @@ pub(crate) async fn make(
             let said = tool.run(["-V".into()], VERSION_TIMEOUT).await?.said;
             // One that does not tell takes what the oldest took.
             let version = version(&said).unwrap_or((0, 0));
-            (tool, xfs(device, format, version))
+            (tool, xfs(device, format, looks, version))
         }
         _ => {
             let is_fresh = format.overwrite == Overwrite::Blank;
@@ -188,7 +193,7 @@ mod tests {
     #[test]
     fn older_tools_are_not_given_what_they_do_not_know() {
         let format = Format::new("xfs").label("x");
-        let text = |version| format!("{:?}", xfs(Path::new("/dev/x"), &format, version));
+        let text = |version| format!("{:?}", xfs(Path::new("/dev/x"), &format, true, version));
         assert!(!text((5, 9)).contains("bigtime") && text((5, 10)).contains("bigtime=0"));
         assert!(!text((6, 9)).contains("parent") && text((6, 10)).contains("parent=0"));
     }

@@ -21,7 +21,7 @@ mod xfs;
 use std::fmt;
 use std::io::{self, Read, Seek};
 
-pub(crate) use blank::places as blank_places;
+pub(crate) use blank::make_blank;
 pub(crate) use readonly::{ErofsDevice, erofs_devices};
 use source::Source;
 

@@ -1,7 +1,7 @@
 //! What the kernel's log says about a mount that it refuses. Only ever for messages, and for nothing that is decided.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -16,6 +16,8 @@ const LONGEST_RECORD: usize = 2048;
 const MOST_LINES: usize = 4;
 /// Reading ends after as many records, whatever the kernel goes on to log.
 const MOST_RECORDS: usize = 1000;
+/// More records than a kernel keeps, whose log has at most some megabytes.
+const MOST_KEPT: usize = 100_000;
 /// Warnings and what is worse.
 const WARNING: u32 = 4;
 
@@ -25,13 +27,15 @@ pub(crate) struct KernelLog(Option<File>);
 
 impl KernelLog {
     pub(crate) fn from_now() -> Self {
-        let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
-        let open = File::options()
-            .read(true)
-            .custom_flags(flags)
-            .open("/dev/kmsg");
         let from_end = |mut log: File| log.seek(SeekFrom::End(0)).map(|_| log);
-        KernelLog(open.and_then(from_end).ok())
+        KernelLog(Self::open().and_then(|log| from_end(log).ok()))
+    }
+
+    fn open() -> Option<File> {
+        let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
+        let mut options = File::options();
+        options.read(true).custom_flags(flags);
+        options.open("/dev/kmsg").ok()
     }
 
     /// The warnings since then that name the device, or that the driver of the filesystem begins with its name, for the end
@@ -57,21 +61,54 @@ impl KernelLog {
     }
 
     fn warnings(&self) -> Vec<String> {
-        let Some(mut log) = self.0.as_ref() else {
-            return Vec::new();
-        };
         let mut lines = Vec::new();
-        let mut buffer = [0; LONGEST_RECORD];
-        for _ in 0..MOST_RECORDS {
-            match log.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(length) => lines.extend(warning(&buffer[..length])),
-                // The kernel has dropped the oldest records, and goes on with the next.
-                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
-                Err(_nothing_more) => break,
-            }
-        }
+        for_each_record(&self.0, MOST_RECORDS, |record| {
+            lines.extend(warning(record));
+        });
         lines
+    }
+}
+
+/// Writes a line to the kernel's log, at the level of information. It is nobody's loss if it is not there.
+pub(crate) fn note(text: &str) {
+    let open = File::options().write(true).open("/dev/kmsg");
+    let line = format!("<6>{}\n", printable(text));
+    if let Err(error) = open.and_then(|mut log| log.write_all(line.as_bytes())) {
+        tracing::debug!(%error, "cannot write to the kernel's log");
+    }
+}
+
+/// What the kernel has logged since the last line with a text; nothing if it has no such line any more, or cannot be read.
+pub(crate) fn since(text: &str) -> Vec<String> {
+    let mut lines = None::<Vec<String>>;
+    for_each_record(&KernelLog::open(), MOST_KEPT, |record| {
+        let record = String::from_utf8_lossy(record);
+        let Some((_, line)) = record.split_once(';') else {
+            return;
+        };
+        if line.contains(text) {
+            lines = Some(Vec::new());
+        } else if let Some(lines) = &mut lines {
+            lines.extend(line.lines().next().map(str::to_owned));
+        }
+    });
+    lines.unwrap_or_default()
+}
+
+/// Reads records until there are no more, or so many.
+fn for_each_record(log: &Option<File>, most: usize, mut see: impl FnMut(&[u8])) {
+    let Some(mut log) = log.as_ref() else {
+        return;
+    };
+    let mut buffer = [0; LONGEST_RECORD];
+    for _ in 0..most {
+        match log.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => see(&buffer[..length]),
+            // The kernel has dropped the oldest records, and goes on with the next.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+            Err(_nothing_more) => break,
+        }
     }
 }
 
@@ -85,7 +122,7 @@ fn warning(record: &[u8]) -> Option<String> {
 }
 
 /// The name that the kernel has for a device in its log.
-fn kernel_name(device: DeviceNumber) -> Option<String> {
+pub(crate) fn kernel_name(device: DeviceNumber) -> Option<String> {
     let link = fs::read_link(device.sysfs()).ok()?;
     Some(link.file_name()?.to_str()?.to_owned())
 }

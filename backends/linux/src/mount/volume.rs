@@ -158,6 +158,9 @@ pub(crate) fn to_grow(list: &UndoList<'_>, kernel: Kernel) -> Result<ToGrow, Bac
         match step {
             Undo::RemoveRange(_) => in_between = Some("a byte range of its disk"),
             Undo::DeletePartition(_) => in_between = Some("a partition"),
+            Undo::CloseIntegrity(_) => {
+                in_between = Some("encrypted with integrity, whose size is fixed")
+            }
             Undo::CloseVerity(_) => in_between = Some("data whose integrity is checked"),
             Undo::CloseCrypt(step) => crypt = Some(*step),
             Undo::Unmount(_) | Undo::RemoveNode(_) | Undo::RemoveDirectory(_) => {}

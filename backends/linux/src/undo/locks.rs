@@ -37,6 +37,7 @@ impl Key {
             Undo::Unmount(_) | Undo::RemoveNode(_) => None,
             Undo::RemoveRange(range) => Some(Key::Mapped(range.names().name)),
             Undo::CloseCrypt(step) => Some(Key::Mapped(step.names().name)),
+            Undo::CloseIntegrity(step) => Some(Key::Mapped(step.names().name)),
             Undo::CloseVerity(verity) => Some(Key::Mapped(verity.names().name)),
             Undo::DeletePartition(step) => Some(Key::Partition(step.disk, step.number)),
             Undo::RemoveDirectory(DirectoryStep { path, .. }) => {

@@ -25,6 +25,8 @@ pub(crate) enum Undo {
     Unmount(Box<MountStep>),
     /// Remove the device that encrypts another, and with it the key. Boxed for its size.
     CloseCrypt(Box<CryptStep>),
+    /// Remove the device with a tag for each block of another.
+    CloseIntegrity(IntegrityStep),
     /// Remove the device that checks the integrity of another. Boxed for its size.
     CloseVerity(Box<VerityStep>),
     /// Remove the device that was made of a byte range.
@@ -155,6 +157,16 @@ fn ephemeral() -> Encryption {
     Encryption::Ephemeral
 }
 
+/// A device that has a tag for each of its blocks. The name of the device without them follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct IntegrityStep {
+    pub(crate) backing: DeviceNumber,
+    /// Tells the device from a later one with the same number: Linux 5.15.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sequence: Option<u64>,
+}
+
 /// A device whose integrity is checked. The name of the device that does so follows from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -266,6 +278,7 @@ impl Undo {
             (Undo::DeletePartition(one), Undo::DeletePartition(other)) => one == other,
             (Undo::RemoveRange(one), Undo::RemoveRange(other)) => one == other,
             (Undo::CloseCrypt(one), Undo::CloseCrypt(other)) => one == other,
+            (Undo::CloseIntegrity(one), Undo::CloseIntegrity(other)) => one == other,
             (Undo::CloseVerity(one), Undo::CloseVerity(other)) => one == other,
             _ => false,
         }

@@ -2,7 +2,7 @@
 
 use blockmount::{BackendError, ErrorKind};
 
-use crate::device::{crypt, dm_linear, free, partition, verity};
+use crate::device::{crypt, dm_linear, free, integrity, partition, verity};
 use crate::kernel::Kernel;
 use crate::mount::{directory, expose, unmount, users};
 use crate::undo::ledger::UndoList;
@@ -50,6 +50,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
             }
         }
         Undo::CloseCrypt(step) => crypt::undo(step)?,
+        Undo::CloseIntegrity(step) => integrity::undo(step)?,
         Undo::CloseVerity(step) => verity::undo(step)?,
         Undo::RemoveNode(node) => match expose::undo(node) {
             Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
@@ -92,6 +93,7 @@ pub(crate) fn name_users(list: &UndoList<'_>, error: BackendError) -> BackendErr
             return BackendError::busy(format!("{} by {by}", error.message()));
         }
         Some(Undo::CloseCrypt(step)) => crypt::node(&step),
+        Some(Undo::CloseIntegrity(step)) => integrity::node(&step),
         Some(Undo::CloseVerity(step)) => verity::node(&step),
         // Who uses the device is in the error already.
         Some(Undo::RemoveNode(_)) => None,

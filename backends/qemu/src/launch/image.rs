@@ -13,7 +13,7 @@ use super::modules::Modules;
 use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
-pub const MODULES: [&str; 20] = [
+pub const MODULES: [&str; 22] = [
     "virtio_pci",
     "virtio_console",
     "virtio_scsi",
@@ -24,6 +24,8 @@ pub const MODULES: [&str; 20] = [
     "dm_mod",
     "dm_verity",
     "dm_crypt",
+    "dm_integrity",
+    "authenc",
     "xts",
     "ecb",
     "aesni_intel",
@@ -40,7 +42,14 @@ pub const MODULES: [&str; 20] = [
 pub const VERITY_MODULES: [&str; 2] = ["dm_verity", "sha512_generic"];
 
 /// Those of [`MODULES`] by which a guest encrypts a disk.
-pub const ENCRYPTION_MODULES: [&str; 4] = ["dm_crypt", "xts", "ecb", "aesni_intel"];
+pub const ENCRYPTION_MODULES: [&str; 6] = [
+    "dm_crypt",
+    "dm_integrity",
+    "authenc",
+    "xts",
+    "ecb",
+    "aesni_intel",
+];
 
 /// Where a guest's program finds which modules to load: a path a line, in the order to load them in.
 pub const MODULE_LIST: &str = "/etc/blockmount/modules";

@@ -1,6 +1,7 @@
 //! Scratch disks that are encrypted with a key that only the guest's kernel has.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -178,6 +179,94 @@ async fn vm_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
     rig.end().await;
 }
 
+/// The bytes of an image in pieces of 4 KiB, of which the longest run that was zero before and is not now has its middle here.
+fn written_between(before: &[u8], after: &[u8]) -> usize {
+    let (mut longest, mut run) = ((0, 0), 0);
+    let both = before.chunks(4096).zip(after.chunks(4096));
+    for (index, (before, after)) in both.enumerate() {
+        let is_zero = |piece: &[u8]| piece.iter().all(|byte| *byte == 0);
+        run = match is_zero(before) && !is_zero(after) {
+            true => run + 1,
+            false => 0,
+        };
+        longest = longest.max((run, index));
+    }
+    let (length, last) = longest;
+    assert!(length > 100, "{length} pieces were written");
+    (last - length / 2) * 4096 + 123
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
+    let rig = Rig::start_logging().await;
+    for (filesystem, mebibytes) in [("ext4", 64), ("xfs", 320)] {
+        let image = blank(&rig, filesystem, mebibytes);
+        let disk = Disk::virtual_disk(&image);
+        let request = keyed(
+            &Encryption::EphemeralWithIntegrity,
+            Some(Format::new(filesystem)),
+        );
+        let mount = rig.manager.add(&disk, &request).await;
+        let mount = mount.unwrap_or_else(|error| panic!("{filesystem}: {}", error.cause()));
+        rig.ask(json!("drop_caches")).await;
+        let before = fs::read(&image).unwrap();
+        let file = mount.path().join("file");
+        let content = MARKER.repeat(40_000);
+        rig.ask(json!({ "write": { "path": file, "content": content } }))
+            .await;
+        rig.ask(json!("drop_caches")).await;
+        rig.assert_content(&file, &content).await;
+        let table = rig.ask(json!("mapped_tables")).await["mapped_tables"].to_string();
+        assert!(table.contains(" :96:logon:") && !has_key(&table), "{table}");
+        // Growing and trimming it is refused, and it is as full as it is.
+        let attachment = rig.manager.attach(&disk).await.unwrap();
+        let larger = (mebibytes + 64) << 20;
+        let error = rig.manager.resize(&attachment, larger).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsuitable, "{}", error.cause());
+        assert!(
+            error.cause().message().contains("integrity"),
+            "{}",
+            error.cause()
+        );
+        let error = rig.manager.trim(&mount).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsuitable, "{}", error.cause());
+        let usage = rig.manager.usage(&mount).await.unwrap().bytes;
+        assert!(usage.used > content.len() as u64 && usage.total < mebibytes << 20);
+        attachment.release().await.unwrap();
+        // In the middle of the file.
+        let at = written_between(&before, &fs::read(&image).unwrap());
+        let open = File::options().read(true).write(true).open(&image).unwrap();
+        let mut byte = [0];
+        open.read_exact_at(&mut byte, at as u64).unwrap();
+        open.write_all_at(&[byte[0] ^ 0x10], at as u64).unwrap();
+        rig.ask(json!("drop_caches")).await;
+        let answer = rig
+            .ask_and_see(json!({ "tree": { "path": mount.path() } }))
+            .await;
+        assert!(
+            answer["failed"].to_string().contains("os error 5"),
+            "{answer}"
+        );
+        mount.release().await.unwrap();
+        let console = rig.vm.console();
+        let said = "are not what was written to them";
+        let line = console.lines().find(|line| line.contains(said));
+        assert!(
+            line.is_some_and(|line| line.contains("disk=\"sd")),
+            "{console}"
+        );
+        assert!(!holds_marker(&image), "{filesystem}");
+        // With the next key the disk is as good as new.
+        let mount = rig.manager.add(&disk, &request).await.unwrap();
+        assert!(!rig.tree(mount.path()).await.contains_key("file"));
+        mount.release().await.unwrap();
+        assert_eq!(mapped(&rig).await, Vec::<String>::new());
+        assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
+    }
+    assert!(!has_key(&rig.vm.console()));
+    rig.end().await;
+}
+
 async fn mapped(rig: &Rig) -> Vec<String> {
     let tables = rig.tables().await;
     let devices = tables["dm_devices"].as_array().unwrap();
@@ -240,7 +329,23 @@ async fn vm_what_is_on_a_disk_is_not_destroyed_by_encrypting_it_unless_that_was_
         "{}",
         error.cause()
     );
+    let with_tags = keyed(
+        &Encryption::EphemeralWithIntegrity,
+        Some(Format::new("ext4")),
+    );
+    let error = rig.manager.add(&disk, &with_tags).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.cause());
     assert!(fs::read(&image).unwrap() == before);
+    let small = rig.path("small");
+    File::create(&small).unwrap().set_len(64 << 10).unwrap();
+    let small = Disk::virtual_disk(&small);
+    let error = rig.manager.add(&small, &with_tags).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{}", error.cause());
+    assert!(
+        error.cause().message().contains("too few"),
+        "{}",
+        error.cause()
+    );
     assert_eq!(mapped(&rig).await, Vec::<String>::new());
     let forced = request(Format::new("ext4").overwriting_everything(), true);
     let mount = rig.manager.add(&disk, &forced).await.unwrap();
@@ -281,7 +386,13 @@ async fn vm_an_agent_that_is_killed_leaves_no_encrypted_device() {
     rig.assert_as_at_first().await;
     for round in 0..5 {
         let disk = Disk::virtual_disk(blank(&rig, &format!("scratch-{round}"), 64));
-        let request = encrypted("ext4");
+        let request = match round % 2 {
+            0 => encrypted("ext4"),
+            _ => keyed(
+                &Encryption::EphemeralWithIntegrity,
+                Some(Format::new("ext4")),
+            ),
+        };
         let killing = async {
             tokio::time::sleep(Duration::from_millis(80 * round)).await;
             rig.ask(json!("kill_agent")).await

@@ -14,6 +14,7 @@ use blockmount_verity::{Parameters, seal};
 use serde_json::json;
 
 use crate::rig::Rig;
+use crate::verity::sealed_apart;
 
 /// Where partition 1 is, in bytes: as large as what is to be in it.
 const START: u64 = 1 << 20;
@@ -53,14 +54,16 @@ impl Tried {
     }
 }
 
-/// The four disks: whole and partitioned, sealed and blank.
-async fn disks(rig: &Rig) -> (Vec<Tried>, Verity) {
+/// The five disks: whole and partitioned, sealed and blank, and one with a tree for the first.
+async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     let sealed = rig.path("sealed");
     images::image("erofs", &sealed, &[("file", "text")]);
     let open = File::options().read(true).write(true).open(&sealed);
     let made = seal(&open.unwrap(), &Parameters::default(), &|_| true).unwrap();
     let verity = made.superblock.options(&made.root_digest, made.hash_offset);
     let content = fs::read(&sealed).unwrap();
+    let tree = rig.path("tree");
+    let apart = sealed_apart(&sealed, &tree);
     let blank = rig.path("blank");
     File::create(&blank).unwrap().set_len(BLANK).unwrap();
     for (name, content) in [
@@ -75,9 +78,10 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, Verity) {
         ("sealed-part", content.len() as u64),
         ("blank", BLANK),
         ("blank-part", BLANK),
+        ("tree", fs::metadata(&tree).unwrap().len()),
     ] {
         let mut disk = Disk::virtual_disk(rig.path(name));
-        if name.starts_with("sealed") {
+        if !name.starts_with("blank") {
             disk = disk.read_only();
         }
         tried.push(Tried {
@@ -87,15 +91,15 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, Verity) {
             disk,
         });
     }
-    (tried, verity.unwrap())
+    (tried, [verity.unwrap(), apart])
 }
 
 async fn exercise(fault: Fault) {
     let rig = Rig::start().await;
-    let (disks, verity) = disks(&rig).await;
+    let (disks, [verity, apart]) = disks(&rig).await;
     let mut tried = 0;
     for (place, layer, appears) in combinations() {
-        let is_written = layer == Layer::Crypt || appears == Appears::NewFilesystem;
+        let is_written = layer.is_written() || appears == Appears::NewFilesystem;
         let disk = &disks[2 * usize::from(is_written) + usize::from(place != Place::Whole)];
         let (start, end) = match place {
             Place::Whole => (0, disk.used),
@@ -109,7 +113,12 @@ async fn exercise(fault: Fault) {
             fault,
             disk: disk.address().into(),
             range: (start, end),
-            verity: (layer == Layer::Verity).then(|| verity.clone()),
+            verity: match layer {
+                Layer::Verity => Some(verity.clone()),
+                Layer::VerityApart => Some(apart.clone()),
+                _ => None,
+            },
+            tree: (layer == Layer::VerityApart).then(|| disks[4].address().into()),
             directory: "/run/exercise".into(),
         };
         let steps = rig.ask(json!({ "exercise": exercise })).await["steps"].clone();
@@ -117,7 +126,7 @@ async fn exercise(fault: Fault) {
         assert!(steps > 8, "{exercise:?} had {steps} steps");
         tried += 1;
     }
-    assert_eq!(tried, 22);
+    assert_eq!(tried, 24);
     for Tried { disk, locator, .. } in &disks {
         rig.guest.unplug(locator).await.unwrap();
         rig.scsi.detach(disk).await.unwrap();

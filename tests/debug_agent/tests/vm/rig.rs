@@ -202,7 +202,8 @@ impl Rig {
     /// A VM whose agent logs everything that it can, on the console.
     pub async fn start_logging() -> Rig {
         let image = build_image(&["--log", ALL_OF_OURS]).await;
-        Self::start_in(machine(image).start().await.unwrap(), None).await
+        let machine = machine(image).saved_states(states());
+        Self::start_in(machine.start().await.unwrap(), None).await
     }
 
     async fn start_with(mode: Option<Mode>) -> Rig {

@@ -380,7 +380,7 @@ async fn vm_an_image_of_veritysetup_is_repaired_by_its_parity() {
 }
 
 /// The tree of an image on a disk of its own, by our own builder, with what a guest is told of both.
-fn sealed_apart(image: &Path, tree: &Path) -> Verity {
+pub fn sealed_apart(image: &Path, tree: &Path) -> Verity {
     let parameters = Parameters::default();
     let data = File::open(image).unwrap();
     let blocks = data.metadata().unwrap().len() / 4096;

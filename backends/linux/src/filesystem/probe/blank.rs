@@ -1,7 +1,9 @@
 //! Proves that a device is blank.
 
+use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use super::source::Source;
 
@@ -14,11 +16,28 @@ const COPIES: [u64; 5] = [64 << 20, 256 << 30, 8193 << 10, 16384 << 11, 32768 <<
 const COPY_LENGTH: u64 = 4096;
 
 /// Where a device must have only zeros to be blank, within its size in bytes.
-pub(crate) fn places(size: u64) -> impl Iterator<Item = Range<u64>> {
+fn places(size: u64) -> impl Iterator<Item = Range<u64>> {
     let copies = COPIES.map(|copy| (copy, COPY_LENGTH));
     let edges = [(0, EDGE), (size.saturating_sub(EDGE), EDGE)];
     let places = edges.into_iter().chain(copies);
     places.map(move |(start, length)| start..size.min(start.saturating_add(length)))
+}
+
+/// Writes zeros wherever a device must have them to be blank, in whole blocks of so many bytes. Blocks.
+pub(crate) fn make_blank(device: &File, size: u64, block: u64) -> io::Result<()> {
+    const PIECE: usize = 64 << 10;
+    let zeros = [0; PIECE];
+    for place in places(size) {
+        let before = place.start.checked_rem(block).unwrap_or_default();
+        let start = place.start.saturating_sub(before);
+        let end = place.end.checked_next_multiple_of(block);
+        let end = size.min(end.unwrap_or(size));
+        for at in (start..end).step_by(PIECE) {
+            let length = PIECE.min(end.saturating_sub(at) as usize);
+            device.write_all_at(&zeros[..length], at)?;
+        }
+    }
+    device.sync_all()
 }
 
 /// Whether there are only zeros wherever a known format has a signature. An empty device is not blank.
