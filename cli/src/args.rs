@@ -178,7 +178,7 @@ What is said of a layer (--partition, --fs, --verity, --option) follows its \
 
 A --file has the stack in TOML: at, name, guest, transport, keep-vm, \
 allow-backing, options (of all layers), overlay-options, a table [scratch] with \
-size, encrypt and format, and for each layer, the topmost first, a table \
+size, encrypt, integrity and format, and for each layer, the topmost first, a table \
 [[layer]] with image, partition, fs, verity, verity-tree, key, devices and options. Paths in it \
 start at its directory. The command line wins where both say one thing; its \
 layers are above those of the file, and lists are joined.

@@ -50,6 +50,8 @@ struct Scratch {
     size: u64,
     #[serde(default)]
     encrypt: bool,
+    #[serde(default)]
+    integrity: bool,
     #[serde(default, deserialize_with = "format")]
     format: Option<String>,
 }
@@ -85,6 +87,9 @@ pub(crate) fn complete(mut args: MountArgs) -> Result<MountArgs, Failure> {
         () if args.at.is_none() => "no place for the tree: add at = \"/mnt/tree\"",
         () if args.scratch.is_none() && (args.encrypt || args.format.is_some()) => {
             "no scratch to encrypt or format: add a table [scratch] with size = \"1G\""
+        }
+        () if args.integrity && !args.encrypt => {
+            "no encryption that could notice changes: add encrypt = true to the table [scratch]"
         }
         () if args.keep_vm && args.name.is_none() => {
             "no name by which a virtual machine that is kept is found again: add name = \"NAME\""
@@ -152,6 +157,7 @@ impl StackFile {
         if let Some(scratch) = self.scratch {
             args.scratch = args.scratch.or(Some(scratch.size));
             args.encrypt |= scratch.encrypt;
+            args.integrity |= scratch.integrity;
             args.format = args.format.take().or(scratch.format);
         }
     }
@@ -269,6 +275,7 @@ mod tests {
         [scratch]
         size = "64M"
         encrypt = true
+        integrity = true
         format = "xfs"
 
         [[layer]]
@@ -292,7 +299,7 @@ mod tests {
         assert_eq!(args.name.unwrap().as_str(), "web");
         assert_eq!(args.guest, Some(GuestKind::Qemu));
         assert_eq!(args.transport, Some(Transports::Auto));
-        assert!(args.keep_vm && args.allow_backing && args.encrypt);
+        assert!(args.keep_vm && args.allow_backing && args.encrypt && args.integrity);
         assert_eq!(args.overlay_options, ["volatile"]);
         assert_eq!(
             (args.scratch, args.format.as_deref()),
