@@ -316,8 +316,9 @@ impl QemuScsi {
     }
 }
 
-/// Reads bytes as the header of an image.
+/// Reads bytes as the headers of an image, of each format.
 #[cfg(fuzzing)]
 pub fn fuzz_qcow2(bytes: &[u8]) {
     let _ = format!("{:?}", qcow2::parse(bytes));
+    vhd::fuzz(bytes);
 }

@@ -92,6 +92,14 @@ fn parameters_at(table: &[u8]) -> Option<u64> {
     little_endian(entry, 16, 4)
 }
 
+/// Reads bytes as each structure.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let (start, end) = bytes.split_at(bytes.len() / 2);
+    let _ = vhd_kind(start, end);
+    let _ = (metadata_at(bytes), parameters_at(bytes));
+}
+
 /// The entry of a table that begins with an id.
 fn entry<'a>(table: &'a [u8], from: usize, count: u64, id: &[u8]) -> Option<&'a [u8]> {
     let count = usize::try_from(count).ok()?;
