@@ -30,6 +30,8 @@ inside() {
     for name in config.toml config credentials.toml; do
       if [ -f "$cargo_home/$name" ]; then install -m 600 "$cargo_home/$name" "$root/cargo/$name"; fi
     done
+    # Whom this machine trusts, its registry may need.
+    cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
     cp /etc/resolv.conf "$root/etc/resolv.conf"
     exec chroot "$root" env -i HOME=/root TERM=dumb LANG=C.UTF-8 CARGO_HOME=/cargo CARGO_TARGET_DIR=/target \
       PATH="$toolchain/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \

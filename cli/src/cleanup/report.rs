@@ -256,8 +256,8 @@ mod tests {
         let long = format!("/var/tmp/{}", "d/".repeat(50));
         let why = "it is in use by process 1234 (a-program), and whoever made it has to remove it before that".to_owned();
         let text = report(vec![
-            item(&long, Outcome::Left(why)),
-            item("/dev/loop0", Outcome::Removed),
+            item(&long, Outcome::Left(why.clone())),
+            item("/dev/loop0", Outcome::Left(why)),
         ])
         .to_text();
         assert!(text.contains(&long), "{text}");
