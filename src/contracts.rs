@@ -305,7 +305,8 @@ pub trait Binder: Send + Sync + 'static {
     /// Shows a mount of [`Mounter::mount`], or a directory of it, at a target, which it makes if it is not there.
     ///
     /// The implementor must follow no link on the way to the directory, and must not leave the mount: what is in it is
-    /// not trusted. Options that it cannot honour are `Unsuitable`, by name.
+    /// not trusted. Options that it cannot honour are `Unsuitable`, by name. What is shown is in use: it is not unmounted
+    /// before its views are gone.
     ///
     /// # Errors
     ///

@@ -62,6 +62,10 @@ async fn the_fake_vm_passes_the_checks_of_a_guest() {
     let passed = conformance::combiner(&vm, &vm, &guest_fixture(&vm)).await;
     assert!(passed.successes >= 8, "{passed}");
     assert_all_run(&passed, &[]);
+    let vm = FakeVm::new();
+    let passed = conformance::binder(&vm, &vm, &guest_fixture(&vm)).await;
+    assert!(passed.successes >= 8, "{passed}");
+    assert_all_run(&passed, &[]);
     vm.assert_empty();
 }
 

@@ -22,7 +22,7 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, DiskKind, Overlay};
 /// It is as strict as a real one: a target that is taken is a `Conflict`, a device that is not there
 /// is `NotFound`, what is in use is `Busy`; but a host may detach a disk under a live mount. Each
 /// source that was not [taken away](Self::remove_source) is a disk; each disk can be mounted as
-/// it is, and has four partitions. Its locators are `fake:0`, `fake:1`, ..., the lowest free first.
+/// it is, and has four partitions, and in each filesystem there is every directory but `missing`. Its locators are `fake:0`, `fake:1`, ..., the lowest free first.
 ///
 /// A test decides how calls end ([`gate_next`](Self::gate_next), [`gate_always`](Self::gate_always),
 /// [`gate_by`](Self::gate_by), in this order of precedence) and how long they take

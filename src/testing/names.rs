@@ -7,6 +7,9 @@ use crate::{BackendError, DeviceLocator};
 /// The transport of the devices of a fake VM.
 pub(super) const SCHEME: &str = "fake";
 
+/// A directory that is on no disk of a test.
+pub(super) const MISSING: &str = "missing";
+
 /// The longest path and the longest name in it, in bytes, as in Linux (`limits.h`); a path ends with a
 /// NUL there.
 const PATH_MAX: usize = 4096;

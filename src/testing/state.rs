@@ -6,7 +6,7 @@ use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::names::{SCHEME, address, well_formed};
+use super::names::{MISSING, SCHEME, address, well_formed};
 use crate::{
     BackendError, BindMount, BlockDevice, DeviceLocator, DiskId, MountOptions, Overlay, Presence,
 };
@@ -468,18 +468,23 @@ impl VmState {
         target: &Arc<Path>,
     ) -> Result<(), BackendError> {
         self.check_free(target)?;
-        let Some(source) = self.mounts.get_mut(&*bind.source) else {
-            let message = format!("nothing is mounted at {}", bind.source.display());
+        let source = bind.source.display();
+        let Some(at) = self.mounts.get_mut(&*bind.source) else {
+            let message = format!("nothing is mounted at {source}");
             return Err(BackendError::not_found(message));
         };
-        source.pins += 1;
-        let at = At {
+        if bind.options.subpath().starts_with(MISSING) {
+            let message = format!("{source} has no directory {MISSING}");
+            return Err(BackendError::not_found(message));
+        }
+        at.pins += 1;
+        let view = At {
             what: What::View(bind.clone()),
             size: 0,
-            read_only: source.read_only || bind.options.is_read_only(),
+            read_only: at.read_only || bind.options.is_read_only(),
             pins: 0,
         };
-        self.mounts.insert(target.clone(), at);
+        self.mounts.insert(target.clone(), view);
         Ok(())
     }
 

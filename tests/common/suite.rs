@@ -33,7 +33,7 @@ pub(crate) fn guest_fixture(
     faults: impl Faults,
     snapshot: impl Snapshot,
 ) -> GuestFixture {
-    let (guest, combiner) = (vm.clone(), vm.clone());
+    let [guest, combiner, binder] = [(); 3].map(|()| vm.clone());
     GuestFixture::new(
         transport,
         vm.clone(),
@@ -45,4 +45,5 @@ pub(crate) fn guest_fixture(
     .faults(faults)
     .next_mounter(move || guest.clone())
     .next_combiner(move || combiner.clone())
+    .next_binder(move || binder.clone())
 }

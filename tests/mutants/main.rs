@@ -3,6 +3,7 @@
 //! Run with `--nocapture` for the table of mutants and the checks that caught them.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
+mod binder;
 mod combiner;
 mod mounter;
 mod resolver;
@@ -256,6 +257,7 @@ fn each_check_catches_the_mutant_that_breaks_it() {
         ("unplugger", unplugger::try_all()),
         ("mounter", mounter::try_all()),
         ("combiner", combiner::try_all()),
+        ("binder", binder::try_all()),
     ];
     let mut missed = Vec::new();
     for (contract, tried) in &tried {

@@ -73,7 +73,9 @@ impl Faults for HoldOpen {
         };
         let held = match step {
             VmStep::Detach | VmStep::Unplug => with_mark(&self.mark).iter().map(open).collect(),
-            VmStep::Unmount | VmStep::Separate => ours.map(|at| File::open(at).unwrap()).collect(),
+            VmStep::Unmount | VmStep::Separate | VmStep::Unbind => {
+                ours.map(|at| File::open(at).unwrap()).collect()
+            }
             _ => return false,
         };
         *self.held.lock().unwrap() = held;
@@ -179,5 +181,15 @@ async fn root_linux_guest_passes_the_checks_of_a_combiner() {
     let passed = conformance::combiner(&guest, &guest, &full_fixture(&bench)).await;
     println!("{passed}");
     assert!(passed.successes > 0, "{passed}");
+    bench.assert_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_linux_guest_passes_the_checks_of_a_binder() {
+    let bench = Bench::new();
+    let guest = linux_guest();
+    let passed = conformance::binder(&guest, &guest, &full_fixture(&bench)).await;
+    println!("{passed}");
+    assert!(passed.successes > 20, "{passed}");
     bench.assert_nothing_left();
 }

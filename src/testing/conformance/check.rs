@@ -24,7 +24,7 @@ impl fmt::Display for Check {
 /// A contract and all checks of its suite.
 #[derive(Debug)]
 pub struct Contract {
-    /// `transport`, `resolver`, `unplugger`, `mounter` or `combiner`.
+    /// `transport`, `resolver`, `unplugger`, `mounter`, `combiner` or `binder`.
     pub name: &'static str,
     /// The checks, in the order of the suite's table.
     pub checks: &'static [Check],

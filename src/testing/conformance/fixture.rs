@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::testing::VmStep;
-use crate::{Disk, LayerCombiner, MountOptions, Mounter, Transport, Unplugger};
+use crate::{Binder, Disk, LayerCombiner, MountOptions, Mounter, Transport, Unplugger};
 
 /// Lists what a backend has set up, for the suite to compare before and after a call.
 ///
@@ -214,6 +214,7 @@ pub struct GuestFixture {
     pub(super) faults: Option<Box<dyn Faults>>,
     pub(super) next_mounter: Option<Successor<dyn Mounter>>,
     pub(super) next_combiner: Option<Successor<dyn LayerCombiner>>,
+    pub(super) next_binder: Option<Successor<dyn Binder>>,
 }
 
 impl GuestFixture {
@@ -221,7 +222,7 @@ impl GuestFixture {
     ///
     /// - `transport` makes devices for the guest, and `unplugger` with it takes them out again.
     /// - `disks`: different disks that are there and not attached, each with a filesystem on all of it
-    ///   that can be mounted with the [options](Self::options); at least two.
+    ///   that can be mounted with the [options](Self::options), and no directory `missing`; at least two.
     /// - `directory`: an absolute path in the guest below which the suite has the paths to itself. The
     ///   suite makes no directories there; the mounter does.
     /// - `snapshot`: what transport and guest have set up.
@@ -244,6 +245,7 @@ impl GuestFixture {
             faults: None,
             next_mounter: None,
             next_combiner: None,
+            next_binder: None,
         }
     }
 
@@ -265,6 +267,13 @@ impl GuestFixture {
         next: impl Fn() -> C + Send + Sync + 'static,
     ) -> Self {
         self.next_combiner = Some(Box::new(move || Box::new(next())));
+        self
+    }
+
+    /// The same for the binder.
+    #[must_use]
+    pub fn next_binder<B: Binder>(mut self, next: impl Fn() -> B + Send + Sync + 'static) -> Self {
+        self.next_binder = Some(Box::new(move || Box::new(next())));
         self
     }
 

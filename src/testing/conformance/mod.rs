@@ -16,6 +16,7 @@
 //! The suites make one call at a time, except where a check says "at once" or gives a call up. Run
 //! them on a tokio runtime with time enabled.
 
+mod binder;
 mod check;
 mod combiner;
 mod contracts;
@@ -28,6 +29,7 @@ mod run;
 mod transport;
 mod unplugger;
 
+pub use binder::{binder, try_binder};
 pub use check::{Broken, Check, Contract, Passed};
 pub use combiner::{combiner, try_combiner};
 pub use contracts::CONTRACTS;

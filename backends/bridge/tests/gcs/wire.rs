@@ -24,6 +24,9 @@ pub(crate) const LIMIT: &str = "64 KiB";
 pub(crate) const NO_ADOPTIONS: Option<&str> =
     Some("GCS has no question for what is mounted: an adoption is answered with `Unknown`");
 
+/// Whether a guest can be asked for a view of a mount.
+pub(crate) const HAS_VIEWS: bool = false;
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[r#"{"Result":"no number"}"#, r#"{"Result":99999999999}"#];
 

@@ -19,6 +19,9 @@ pub(crate) const LIMIT: &str = "1024 KiB";
 /// Why the checks of adoptions are not run.
 pub(crate) const NO_ADOPTIONS: Option<&str> = None;
 
+/// Whether a guest can be asked for a view of a mount.
+pub(crate) const HAS_VIEWS: bool = true;
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[
     r#""Later""#,

@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use tokio::task::block_in_place;
 
 use crate::harness::{ScsiVm, bridged, dial};
-use crate::wire::{BridgeGuest, GuestConnection, GuestServer, NO_ADOPTIONS};
+use crate::wire::{BridgeGuest, GuestConnection, GuestServer, HAS_VIEWS, NO_ADOPTIONS};
 
 /// Words of the names of all checks of adoptions.
 const ADOPTIONS: [&str; 3] = ["earlier process", "adopted", "is absent"];
@@ -39,15 +39,20 @@ async fn the_contracts_hold_across_the_bridge() {
     let (guest, server) = bridged(&vm).await;
     let mut fixture = fixture(&vm, guest.clone());
     if NO_ADOPTIONS.is_none() {
-        let servers = [server.clone(), server.clone()];
-        let [mounters, combiners] = servers.map(|server| move || reached_anew(&server));
+        let servers = [(); 3].map(|()| server.clone());
+        let [mounters, combiners, binders] = servers.map(|server| move || reached_anew(&server));
         fixture = fixture.next_mounter(mounters).next_combiner(combiners);
+        fixture = fixture.next_binder(binders);
     }
     let mounter = conformance::mounter(&guest, &fixture).await;
     let unplugger = conformance::unplugger(&guest, Some(&guest), &fixture).await;
     let combiner = conformance::combiner(&guest, &guest, &fixture).await;
+    let mut all = vec![mounter, unplugger, combiner];
+    if HAS_VIEWS {
+        all.push(conformance::binder(&guest, &guest, &fixture).await);
+    }
     let mut not_run = Vec::new();
-    for passed in [mounter, unplugger, combiner] {
+    for passed in all {
         println!("{passed}");
         assert!(passed.successes > 5, "{passed}");
         not_run.extend(passed.not_run.into_iter().map(|check| check.name()));
