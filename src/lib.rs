@@ -139,4 +139,4 @@ pub use snapshot::Snapshot;
 pub use stack::{Stack, StackRequest};
 pub use turns::Turns;
 pub use usage::{Space, Usage};
-pub use view::{View, ViewRequest};
+pub use view::{View, ViewRequest, Viewable};

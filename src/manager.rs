@@ -14,7 +14,7 @@ use crate::stack::{Combining, combine, release_all, reserve};
 use crate::view::{self, Viewing};
 use crate::{
     AttachManager, Attachment, BlockMountManager, Disk, DiskId, Error, ExtraDisk, HolderName,
-    Mount, MountRequest, Stack, StackRequest, Turns, View, ViewRequest,
+    Mount, MountRequest, Stack, StackRequest, Turns, View, ViewRequest, Viewable,
 };
 
 mod builder;
@@ -231,16 +231,16 @@ impl Manager {
         combine(&self.stacks, holder, request, mounts).await
     }
 
-    /// Shows a mount at a further place, with options of its own, or shares the view that is there.
+    /// Shows a mount, or the tree of a stack, at a further place, with options of its own, or shares the view that is there.
     ///
-    /// The view has a share of the mount, so whoever has the view needs no share besides. Two requests for the same view at
-    /// one target share it; another view there is a `Conflict`.
+    /// The view has a share of what it shows, so whoever has the view needs no share besides. Two requests for the same view
+    /// at one target share it; another view there is a `Conflict`.
     ///
     /// # Errors
     ///
     /// What the binder answers, by [kind](crate::ErrorKind): `NotFound` if the mount has no such directory, `Unsuitable` for
     /// what the guest's kernel cannot do. `Conflict` if the target is taken, or lies above or below one that is. After an
-    /// error nothing is left for this caller, who has the mount as before.
+    /// error nothing is left for this caller, who has what was to be shown as before.
     ///
     /// # Cancel safety
     ///
@@ -250,9 +250,14 @@ impl Manager {
     /// # Panics
     ///
     /// Outside of a tokio runtime.
-    pub async fn view(&self, mount: &Mount, request: &ViewRequest) -> Result<View, Error> {
+    pub async fn view<'a>(
+        &self,
+        of: impl Into<Viewable<'a>>,
+        request: &ViewRequest,
+    ) -> Result<View, Error> {
+        let of = of.into();
         let _running = self.mounts.enter()?;
-        let ask = || view::view(&self.views, mount, request);
+        let ask = || view::view(&self.views, of, request);
         self.mounts.tables.clearing(ask).await
     }
 

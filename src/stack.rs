@@ -129,8 +129,8 @@ impl StackRequest {
 
 /// The layers of a container, mounted and stacked as an overlay.
 ///
-/// It owns its mounts. [`release`](Self::release) takes it apart in reverse order; dropping it does so
-/// in the background, where an error can only be logged.
+/// It owns its mounts. [`release`](Self::release) takes it apart in reverse order, unless there are views of it; dropping it
+/// does so in the background, where an error can only be logged.
 #[must_use = "dropping a stack releases it in the background, where an error is only logged"]
 pub struct Stack(Named<Combining>);
 
@@ -151,7 +151,8 @@ impl Stack {
     }
 
     /// Takes the stack apart: the overlay, the scratch disk, the layers. A layer that others share
-    /// stays for them. If the overlay is in use nothing below it is touched.
+    /// stays for them. If the overlay is in use nothing below it is touched. While there are [views](crate::Manager::view) of
+    /// the tree it stays, and goes with the last of them.
     ///
     /// # Errors
     ///
@@ -173,13 +174,17 @@ impl Stack {
         self.0.abandon();
     }
 
-    /// One more share of it, for a holder.
+    pub(crate) fn key(&self) -> RecordKey {
+        RecordKey::Stack(self.0.key().clone())
+    }
+
+    /// One more share of it, for a holder or for a view of it.
     pub(crate) fn share(&self, holder: Option<Holder>) -> Self {
         Stack(self.0.share(holder))
     }
 }
 
-/// Combining layers, as the lease table sees it. Keyed by target, and never shared.
+/// Combining layers, as the lease table sees it. Keyed by target, and shared by nothing but its views.
 pub(crate) struct Combining {
     combiner: Box<dyn LayerCombiner>,
     claims: Claims,
@@ -256,7 +261,7 @@ pub(crate) fn restore(
         scratch,
         down: Teardown::default(),
     };
-    let resource = matches!(left, Left::Up | Left::Refused).then(|| job.combined());
+    let resource = (left != Left::Pending).then(|| job.combined());
     let lease = table.restore(target.clone(), job, resource);
     let stack = lease.map(|lease| Stack(lease.into()));
     (

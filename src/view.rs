@@ -1,4 +1,4 @@
-//! Views: one mount, seen at many places.
+//! Views: one mount, or the tree of one stack, seen at many places.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,17 +13,42 @@ use crate::lease::{Left, Table};
 use crate::mount::Mount;
 use crate::named::Named;
 use crate::release::Releasing;
+use crate::stack::Stack;
 use crate::{
     BackendError, BindMount, Error, Expose, HolderName, MountPoint, Presence, ReleaseError, Step,
     ViewOptions,
 };
 
 mod driver;
+mod source;
 
+use driver::ViewJob;
 pub(crate) use driver::Viewing;
-use driver::{ViewJob, Viewed};
+pub(crate) use source::Source;
 
-/// A view to make: where a mount appears as well, and how.
+/// What can be shown at further places: a `&Mount`, or a `&Stack`, whose tree is shown.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Viewable<'a> {
+    /// A mount.
+    Mount(&'a Mount),
+    /// The tree of a stack.
+    Stack(&'a Stack),
+}
+
+impl<'a> From<&'a Mount> for Viewable<'a> {
+    fn from(mount: &'a Mount) -> Self {
+        Viewable::Mount(mount)
+    }
+}
+
+impl<'a> From<&'a Stack> for Viewable<'a> {
+    fn from(stack: &'a Stack) -> Self {
+        Viewable::Stack(stack)
+    }
+}
+
+/// A view to make: where a mount or the tree of a stack appears as well, and how.
 ///
 /// ```
 /// use blockmount::{ViewOptions, ViewRequest};
@@ -75,7 +100,8 @@ impl ViewRequest {
     }
 }
 
-/// One share of a view: a mount that is seen at a further place. While a view exists, so does its mount.
+/// One share of a view: a mount, or the tree of a stack, that is seen at a further place. While a view exists, so does what it
+/// shows.
 ///
 /// [`release`](Self::release) it to hear how the tear-down went. Dropping it releases it in the
 /// background, where an error can only be logged.
@@ -93,12 +119,17 @@ impl View {
         &self.0.resource().bind.options
     }
 
-    /// The mount that it shows.
-    pub fn mount(&self) -> &MountPoint {
-        &self.0.resource().mount
+    /// The path of what it shows.
+    pub fn source(&self) -> &Path {
+        &self.0.resource().bind.source
     }
 
-    /// Releases this share. The last release removes the view, and then its share of the mount.
+    /// The mount that it shows; none if that is the tree of a stack.
+    pub fn mount(&self) -> Option<&MountPoint> {
+        self.0.resource().mount.as_ref()
+    }
+
+    /// Releases this share. The last release removes the view, and then its share of what it shows.
     ///
     /// The share counts as released when this returns; the future waits for the tear-down.
     ///
@@ -129,25 +160,27 @@ impl View {
     }
 }
 
-/// Makes a view of a mount, or shares the one that is there.
+/// Makes a view of something, or shares the one that is there.
 pub(crate) async fn view(
     table: &Arc<Table<Viewing>>,
-    mount: &Mount,
+    of: Viewable<'_>,
     request: &ViewRequest,
 ) -> Result<View, Error> {
     let refused = |cause| Error::new(Step::Bind, cause).on_path(&request.target);
-    if mount.mount_key().options.expose() != Expose::Filesystem {
+    if let Viewable::Mount(mount) = of
+        && mount.mount_key().options.expose() != Expose::Filesystem
+    {
         let what = "a block device that is exposed has no views; expose it once more";
         return Err(refused(BackendError::invalid(what)));
     }
     let holders = &table.driver().holders;
     let holder = request.holder().map(|name| holders.reserve(name));
     let holder = holder.transpose().map_err(refused)?;
-    let bind = BindMount::new(mount.path(), &request.target, request.options.clone());
+    let bind = BindMount::new(of.path(), &request.target, request.options.clone());
     let lease = match table.join(&request.target, |up| up.check(&bind)) {
         Some(joined) => joined?,
         None => {
-            let job = ViewJob::new(bind, mount.share(None));
+            let job = ViewJob::new(bind, of.share());
             table.acquire(request.target.clone(), job).await?
         }
     };
@@ -171,10 +204,10 @@ pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result
 pub(crate) fn restore(
     table: &Arc<Table<Viewing>>,
     record: &ViewRecord,
-    mount: Option<Mount>,
+    source: Option<Source>,
     left: Left,
 ) -> (Option<View>, Option<Error>) {
-    let (job, resource, error) = table.driver().restore(record, mount, left);
+    let (job, resource, error) = table.driver().restore(record, source, left);
     if resource.is_none() && (left == Left::Refused || error.is_some()) {
         // In the table it would be torn down.
         return (None, error);
@@ -185,11 +218,11 @@ pub(crate) fn restore(
 
 impl fmt::Debug for View {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Viewed { bind, mount } = self.0.resource();
+        let bind = &self.0.resource().bind;
         f.debug_struct("View")
+            .field("source", &bind.source)
             .field("target", &bind.target)
             .field("options", &bind.options)
-            .field("mount", mount)
             .finish()
     }
 }

@@ -30,7 +30,8 @@ async fn u15_one_volume_is_seen_in_several_ways_at_once() {
     let part = ViewRequest::new("/c3/logs", options([]).with_subpath("logs").unwrap());
     let part = manager.view(&volume, &part).await.unwrap();
     assert_eq!(calls(&vm, [VmStep::Mount, VmStep::Bind]), [1, 3]);
-    assert_eq!(reader.mount(), volume.point());
+    assert_eq!(reader.mount(), Some(volume.point()));
+    assert_eq!(reader.source(), volume.path());
     assert!(reader.options().is_read_only() && !writer.options().is_read_only());
     // The views keep the mount, also when whoever made them has released it.
     volume.release().await.unwrap();
@@ -148,4 +149,39 @@ async fn u15_views_need_a_filesystem_and_a_binder() {
     assert_eq!(error.kind(), ErrorKind::Unsuitable);
     volume.release().await.unwrap();
     clean(&vm, &without).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn u15_a_tree_of_a_stack_is_seen_at_several_places() {
+    let (vm, manager) = vm();
+    let request = StackRequest::new("/tree").layer(layer(0), ro());
+    let request = request.scratch(scratch(1), rw());
+    let stack = manager.stack(&request).await.unwrap();
+    let reader = at("/c1/tree", ["ro", "nosuid"]);
+    let reader = manager.view(&stack, &reader).await.unwrap();
+    let part = ViewRequest::new("/c2/etc", options([]).with_subpath("etc").unwrap());
+    let part = manager.view(&stack, &part).await.unwrap();
+    assert_eq!((reader.source(), reader.mount()), (stack.target(), None));
+    let gone = ViewRequest::new("/c3", options([]).with_subpath("missing").unwrap());
+    let error = manager.view(&stack, &gone).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    // A view of one of its layers is another's, and as good.
+    let mount = manager.add(&layer(0), &ro()).await.unwrap();
+    let below = manager.view(&mount, &at("/c4", [])).await.unwrap();
+    mount.release().await.unwrap();
+    // The views keep the tree, and all that is below it.
+    stack.release().await.unwrap();
+    assert_eq!(calls(&vm, [VmStep::Separate, VmStep::Unmount]), [0, 0]);
+    let again = manager.stack(&request).await.unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::Conflict);
+    part.release().await.unwrap();
+    below.release().await.unwrap();
+    assert_eq!(calls(&vm, [VmStep::Unbind, VmStep::Separate]), [2, 0]);
+    vm.gate_next(VmStep::Unbind, 1, Gate::Err(ErrorKind::Busy));
+    let before = vm.left();
+    let busy = reader.release().await.unwrap_err();
+    assert_eq!((busy.kind(), vm.left()), (ErrorKind::Busy, before));
+    busy.retry().await.unwrap();
+    assert_eq!(calls(&vm, [VmStep::Separate, VmStep::Detach]), [1, 2]);
+    clean(&vm, &manager).await;
 }

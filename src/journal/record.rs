@@ -37,7 +37,7 @@ pub enum Record {
     Mount(MountRecord),
     /// Layers that are combined.
     Stack(StackRecord),
-    /// A mount that is seen at a further place.
+    /// A mount, or the tree of a stack, that is seen at a further place.
     View(ViewRecord),
     /// A holder's name.
     Holder(HolderRecord),
@@ -125,15 +125,16 @@ pub struct StackRecord {
     pub progress: Progress,
 }
 
-/// A mount that is seen at a further place.
+/// A mount, or the tree of a stack, that is seen at a further place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ViewRecord {
     /// What is seen, where and how.
     pub bind: BindMount,
-    /// The mount.
-    pub mount: MountKey,
+    /// The mount; none if it is the tree of the stack at the source that is seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount: Option<MountKey>,
     /// How far it has got.
     pub progress: Progress,
 }
@@ -166,6 +167,13 @@ impl MountRecord {
     /// The disks that the mount keeps attached.
     pub(crate) fn disks(&self) -> impl Iterator<Item = &DiskId> {
         self.disk.iter().chain(&self.devices)
+    }
+}
+
+impl ViewRecord {
+    /// Whether it may show a mount, also if the record makes no sense: it is named, or at the path that is shown.
+    pub(crate) fn may_show(&self, mount: &MountRecord) -> bool {
+        self.mount.as_ref() == Some(&mount.key) || self.bind.source == mount.target
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
+use std::path::PathBuf;
 
 use super::{
     AttachmentRecord, HolderRecord, MountKey, MountRecord, Progress, Record, RecordKey,
@@ -74,6 +75,7 @@ impl Recorded {
         }
         recorded.tell_locators_apart();
         recorded.refuse_written();
+        recorded.refuse_strange_views();
         recorded.refuse_doubles();
         recorded
     }
@@ -132,6 +134,22 @@ impl Recorded {
         }
     }
 
+    /// A view shows what is at its source.
+    fn refuse_strange_views(&mut self) {
+        let mounts = self.mounts.iter();
+        let mounts: HashMap<_, _> = mounts.map(|one| (&one.key, &one.target)).collect();
+        let is_strange = |view: &&ViewRecord| {
+            let at = view.mount.as_ref().and_then(|mount| mounts.get(mount));
+            at.is_some_and(|at| **at != view.bind.source)
+        };
+        let strange = self.views.iter().filter(is_strange);
+        let strange: Vec<_> = strange.map(|view| view.bind.target.clone()).collect();
+        for target in strange {
+            let why = "it shows something else than the mount that it names";
+            self.refuse(RecordKey::View(target), why);
+        }
+    }
+
     /// A manager has each name of a disk once, and each path.
     fn refuse_doubles(&mut self) {
         let disks = self.attachments.iter();
@@ -181,14 +199,6 @@ impl Recorded {
             }
             mounts.insert(record.key.clone());
         }
-        let mut views = HashSet::new();
-        for record in self.views.iter().filter(|one| one.progress == Progress::Up) {
-            let target = &record.bind.target;
-            if !mounts.contains(&record.mount) {
-                return invalid(format!("what {} shows is not mounted", target.display()));
-            }
-            views.insert(target.clone());
-        }
         let mut stacks = HashSet::new();
         for record in self
             .stacks
@@ -201,6 +211,18 @@ impl Recorded {
                 return invalid(format!("a layer of {} is not mounted", target.display()));
             }
             stacks.insert(target.clone());
+        }
+        let mut views = HashSet::new();
+        for record in self.views.iter().filter(|one| one.progress == Progress::Up) {
+            let target = &record.bind.target;
+            let is_shown = match &record.mount {
+                Some(mount) => mounts.contains(mount),
+                None => stacks.contains(&record.bind.source),
+            };
+            if !is_shown {
+                return invalid(format!("what {} shows is not mounted", target.display()));
+            }
+            views.insert(target.clone());
         }
         for HolderRecord { name, of } in &self.holders {
             let there = match of {
@@ -227,7 +249,7 @@ impl Recorded {
     pub(crate) fn shown(&self) -> HashSet<MountKey> {
         let stacks = self.stacks.iter();
         let layers = stacks.flat_map(|stack| stack.layers.iter().chain(&stack.scratch));
-        let views = self.views.iter().map(|view| &view.mount);
+        let views = self.views.iter().filter_map(|view| view.mount.as_ref());
         let mut shown: HashSet<MountKey> = layers.chain(views).cloned().collect();
         for stack in &self.stacks {
             let key = RecordKey::Stack(stack.overlay.target.clone());
@@ -236,7 +258,24 @@ impl Recorded {
                 shown.extend(mounts.map(|mount| mount.key.clone()));
             }
         }
+        for view in &self.views {
+            let key = RecordKey::View(view.bind.target.clone());
+            if self.refused.contains_key(&key) {
+                let mounts = self.mounts.iter().filter(|mount| view.may_show(mount));
+                shown.extend(mounts.map(|mount| mount.key.clone()));
+            }
+        }
         shown
+    }
+
+    /// Where stacks are that have views.
+    pub(crate) fn shown_stacks(&self) -> HashSet<PathBuf> {
+        let views = self.views.iter();
+        let of_stacks = views.filter(|view| {
+            let key = RecordKey::View(view.bind.target.clone());
+            view.mount.is_none() || self.refused.contains_key(&key)
+        });
+        of_stacks.map(|view| view.bind.source.clone()).collect()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Asks the backends what is there, and puts it into the tables.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -13,6 +14,7 @@ use crate::journal::{
 };
 use crate::lease::Left;
 use crate::mount::Attachments;
+use crate::view::Source;
 use crate::{
     Attachment, DeviceLocator, DiskId, Error, ErrorKind, HolderName, Manager, Mount, Presence,
     Stack, View, stack, view,
@@ -54,6 +56,7 @@ impl Adopted {
         let mut restoring = Restoring {
             mounted: self.recorded.mounted(),
             shown: self.recorded.shown(),
+            shown_stacks: self.recorded.shown_stacks(),
             kept: HashSet::new(),
             refused: HashMap::new(),
             manager,
@@ -79,6 +82,8 @@ struct Restoring {
     mounted: HashSet<DiskId>,
     /// The mounts that are layers of stacks, or have views.
     shown: HashSet<MountKey>,
+    /// Where stacks are that have views.
+    shown_stacks: HashSet<PathBuf>,
     /// What is named by what is refused, and must stay up.
     kept: HashSet<RecordKey>,
     /// What is refused, and why.
@@ -114,7 +119,7 @@ impl Restoring {
             self.stack(record, answer, &mounts);
         }
         for (record, answer) in views.iter().zip(adopted.views) {
-            self.view(record, answer);
+            self.view(record, answer, &mounts);
         }
         let mut claims = HashMap::new();
         for holder in holders {
@@ -176,8 +181,9 @@ impl Restoring {
         let all = || record.layers.iter().chain(&record.scratch);
         let on_whole = all().all(|key| under(key).is_some_and(|(_, left)| *left == Left::Up));
         let whole = record.progress == Progress::Up && on_whole;
+        let below = self.shown_stacks.contains(&record.overlay.target);
         let key = RecordKey::Stack(record.overlay.target.clone());
-        let Some(left) = self.what_is_left(&key, &answer, whole, false) else {
+        let Some(left) = self.what_is_left(&key, &answer, whole, below) else {
             return;
         };
         let share = |key: &MountKey| Some(self.mounts.get(key)?.0.share(None));
@@ -198,21 +204,46 @@ impl Restoring {
         }
     }
 
-    fn view(&mut self, record: &ViewRecord, answer: Answer<()>) {
-        let mount = self.mounts.get(&record.mount);
-        let on_whole = mount.is_some_and(|(_, left)| *left == Left::Up);
-        let mount = mount.map(|(mount, _)| mount.share(None));
+    fn view(&mut self, record: &ViewRecord, answer: Answer<()>, mounts: &[MountRecord]) {
+        let (source, on_whole) = self.source_of(record);
         let whole = record.progress == Progress::Up && on_whole;
         let key = RecordKey::View(record.bind.target.clone());
         let Some(left) = self.what_is_left(&key, &answer, whole, false) else {
             return;
         };
-        self.used.extend(mount.iter().map(Mount::key));
+        self.used.extend(source.iter().map(Source::key));
         let views = &self.manager.views;
-        let (view, refused) = view::restore(views, record, mount, left);
+        let (view, refused) = view::restore(views, record, source, left);
         let left = self.found(key.clone(), left, answer.err(), refused);
+        if left == Left::Refused {
+            let below = mounts.iter().filter(|mount| record.may_show(mount));
+            self.kept
+                .extend(below.map(|mount| RecordKey::Mount(mount.key.clone())));
+            self.kept
+                .insert(RecordKey::Stack(record.bind.source.clone()));
+        }
         if let Some(view) = view {
             self.views.insert(key, (view, left));
+        }
+    }
+
+    /// One more share of what a view shows, and whether that is up in whole.
+    fn source_of(&self, record: &ViewRecord) -> (Option<Source>, bool) {
+        let shared = match &record.mount {
+            Some(key) => {
+                let mount = self.mounts.get(key);
+                mount.map(|(mount, left)| (Source::Mount(mount.share(None)), *left))
+            }
+            None => {
+                let stack = self
+                    .stacks
+                    .get(&RecordKey::Stack(record.bind.source.clone()));
+                stack.map(|(stack, left)| (Source::Stack(stack.share(None)), *left))
+            }
+        };
+        match shared {
+            Some((source, left)) => (Some(source), left == Left::Up),
+            None => (None, false),
         }
     }
 

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use tracing::info_span;
 
+use super::source::Source;
 use crate::call::{Teardown, call, call_down};
 use crate::holders::Holders;
 use crate::journal::{MountKey, Progress, Record, RecordKey, ViewRecord};
 use crate::lease::{Driver, Left};
-use crate::mount::Mount;
 use crate::release::{Releasing, nothing_to_release};
 use crate::target::{Claim, Claims};
 use crate::{BackendError, BindMount, Binder, Error, MountPoint, Step};
@@ -22,17 +22,18 @@ pub(crate) struct Viewing {
 
 pub(crate) struct ViewJob {
     bind: BindMount,
-    key: MountKey,
-    /// Held by the entry, not by the leases: the mount stays for as long as the view. None if a restart has found that it is
-    /// not there.
-    mount: Option<Mount>,
+    /// The mount that it shows; none if it shows a stack.
+    key: Option<MountKey>,
+    /// Held by the entry, not by the leases: what is shown stays for as long as the view. None if a restart has found that
+    /// it is not there.
+    source: Option<Source>,
     claim: Option<Claim>,
     down: Teardown,
 }
 
 pub(crate) struct Viewed {
     pub(super) bind: BindMount,
-    pub(super) mount: MountPoint,
+    pub(super) mount: Option<MountPoint>,
 }
 
 impl Viewed {
@@ -49,11 +50,11 @@ impl Viewed {
 }
 
 impl ViewJob {
-    pub(super) fn new(bind: BindMount, mount: Mount) -> Self {
+    pub(super) fn new(bind: BindMount, source: Source) -> Self {
         ViewJob {
             bind,
-            key: mount.mount_key().clone(),
-            mount: Some(mount),
+            key: source.mount_key().cloned(),
+            source: Some(source),
             claim: None,
             down: Teardown::default(),
         }
@@ -68,9 +69,10 @@ impl ViewJob {
     }
 
     fn viewed(&self) -> Option<Viewed> {
+        let source = self.source.as_ref()?;
         Some(Viewed {
             bind: self.bind.clone(),
-            mount: self.mount.as_ref()?.point().clone(),
+            mount: source.point().cloned(),
         })
     }
 }
@@ -89,7 +91,7 @@ impl Viewing {
     pub(super) fn restore(
         &self,
         record: &ViewRecord,
-        mount: Option<Mount>,
+        source: Option<Source>,
         left: Left,
     ) -> (ViewJob, Option<Viewed>, Option<Error>) {
         let target = &record.bind.target;
@@ -100,7 +102,7 @@ impl Viewing {
         let job = ViewJob {
             bind: record.bind.clone(),
             key: record.mount.clone(),
-            mount,
+            source,
             claim,
             down: Teardown::default(),
         };
@@ -132,7 +134,7 @@ impl Driver for Viewing {
         outcome.map_err(|error| error.on_path(target))?;
         Ok(job
             .viewed()
-            .expect("only a restart leaves a view without a mount"))
+            .expect("only a restart leaves a view of nothing"))
     }
 
     async fn teardown(&self, target: &PathBuf, job: &mut ViewJob) -> Result<(), Error> {
@@ -151,15 +153,15 @@ impl Driver for Viewing {
 
     fn release_held(&self, job: ViewJob) -> Releasing {
         drop(job.claim);
-        match job.mount {
-            Some(mount) => mount.releasing(),
+        match job.source {
+            Some(source) => source.releasing(),
             None => nothing_to_release(),
         }
     }
 
     fn abandon(job: ViewJob) {
         job.claim.into_iter().for_each(Claim::keep);
-        job.mount.into_iter().for_each(Mount::abandon);
+        job.source.into_iter().for_each(Source::abandon);
     }
 
     fn check(&self, up: &Viewed, wanted: &ViewJob) -> Result<(), Error> {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockmount::testing::{Gate, Key, VmStep};
-use blockmount::{ErrorKind, FoundState, HolderName, StackRequest};
+use blockmount::{ErrorKind, FoundState, HolderName, StackRequest, ViewOptions, ViewRequest};
 
 use crate::common::{calls, layer, ro, rw, scratch};
 use crate::process::World;
@@ -119,4 +119,77 @@ async fn r01_what_is_left_as_it_is_keeps_no_journal_open() {
     drop((recovery, manager));
     settled().await;
     assert_eq!(std::sync::Arc::strong_count(&journal), 1);
+}
+
+fn view() -> ViewRequest {
+    ViewRequest::new("/view", ViewOptions::default()).held_by(HolderName::new("v").unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn r01_a_manager_that_is_dropped_leaves_what_is_below_a_busy_view() {
+    for retried in [false, true] {
+        let world = World::new();
+        let recovery = world.recover().await;
+        let manager = recovery.manager().clone();
+        let mount = manager.add(&scratch(0), &rw()).await.unwrap();
+        let held = manager.view(&mount, &view()).await.unwrap();
+        mount.release().await.unwrap();
+        assert!(recovery.settle().await.failed.is_empty());
+        let busy = Gate::Err(ErrorKind::Busy);
+        world.vm.gate_always(VmStep::Unbind, busy);
+        let before = world.vm.left();
+        let error = held.release().await.unwrap_err();
+        if retried {
+            drop(error.retry().await.unwrap_err());
+            assert_eq!(manager.drain().await.failed.len(), 1);
+        } else {
+            drop(error);
+        }
+        drop(manager);
+        settled().await;
+        assert_eq!(world.vm.left(), before);
+        assert_eq!(calls(&world.vm, BELOW), [0; 3]);
+        // The next process finds all of it, and takes it apart from the top.
+        let next = world.restart();
+        next.vm.open_gates();
+        let recovery = next.recover().await;
+        let found = recovery.report().found.last().unwrap();
+        assert_eq!(found.state, FoundState::Pending, "{found:?}");
+        assert!(recovery.settle().await.is_clean());
+        next.assert_all_down();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r01_a_recovery_that_is_dropped_leaves_what_is_below_a_view_in_doubt() {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let manager = recovery.manager().clone();
+    let mount = manager.add(&scratch(0), &rw()).await.unwrap();
+    std::mem::forget(manager.view(&mount, &view()).await.unwrap());
+    std::mem::forget(mount);
+    drop((recovery, manager));
+    let before = world.vm.left();
+    let mut next = world;
+    for _ in 0..2 {
+        next = next.restart();
+        // Of the view nobody can say whether it is there.
+        let lost = Gate::Uncertain { happened: true };
+        let shown = Key::Target(Path::new("/view").into());
+        next.vm.gate_by(move |call| match call.step {
+            VmStep::Adopt if *call.key == shown => lost,
+            _ => Gate::Ok,
+        });
+        let recovery = next.recover().await;
+        let found = recovery.report().found.last().unwrap();
+        assert_eq!(found.state, FoundState::Pending, "{found:?}");
+        drop(recovery);
+        settled().await;
+        assert_eq!(next.vm.left(), before);
+        assert_eq!(calls(&next.vm, BELOW), [0; 3]);
+    }
+    let next = next.restart();
+    next.vm.open_gates();
+    assert!(next.recover().await.settle().await.is_clean());
+    next.assert_all_down();
 }

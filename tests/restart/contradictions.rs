@@ -5,7 +5,8 @@ use std::path::Path;
 use blockmount::journal::{Journal, MountRecord, Progress, Record, RecordKey, StackRecord};
 use blockmount::testing::{Gate, Key, VmStep};
 use blockmount::{
-    Error, ErrorKind, FoundState, HolderName, LayerCombiner, Mounter, Recovery, StackRequest, Step,
+    Binder, Error, ErrorKind, FoundState, HolderName, LayerCombiner, Mounter, Recovery,
+    StackRequest, Step, ViewOptions, ViewRequest,
 };
 
 use crate::common::{calls, layer, ro, rw, scratch};
@@ -273,4 +274,92 @@ async fn r02_what_contradicts_another_record_stays_as_it_is() {
             }
         }
     }
+}
+
+/// A view of a mount of disk 0, and another mount, of disk 1.
+async fn with_a_view() -> World {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let manager = recovery.manager();
+    let shown = manager.add(&layer(0), &ro().at("/shown")).await.unwrap();
+    let other = manager.add(&layer(1), &ro().at("/other")).await.unwrap();
+    let view = ViewRequest::new("/view", ViewOptions::default()).held_by(name("v"));
+    let view = manager.view(&shown, &view).await.unwrap();
+    std::mem::forget((shown, other, view));
+    drop(recovery);
+    world.restart()
+}
+
+fn view_record(world: &World) -> Option<Record> {
+    let mut records = world.journal.load().unwrap().into_iter();
+    records.find(|record| matches!(record, Record::View(_)))
+}
+
+/// The record of a mount is lost, and its view is in use.
+#[tokio::test(start_paused = true)]
+async fn r02_the_record_of_a_view_keeps_a_mount_that_is_gone() {
+    let mut world = with_a_view().await;
+    let gone = RecordKey::Mount(mount_record(&world, 0).key);
+    world.journal.remove(&gone).unwrap();
+    let Some(Record::View(before)) = view_record(&world) else {
+        panic!("the view is recorded");
+    };
+    for attempt in 0..3 {
+        world
+            .vm
+            .gate_always(VmStep::Unbind, Gate::Err(ErrorKind::Busy));
+        let recovery = world.recover().await;
+        assert_eq!(refused(&recovery), []);
+        assert_eq!(kind(recovery.claim(&name("v"))), ErrorKind::NotFound);
+        let settled = recovery.settle().await;
+        let mut failed = settled.failed.iter();
+        assert!(
+            failed.any(|error| error.step() == Step::Unbind),
+            "attempt {attempt}: {settled:?}"
+        );
+        let Some(Record::View(after)) = view_record(&world) else {
+            panic!("the view is recorded still");
+        };
+        assert_eq!(after.mount, before.mount);
+        assert_eq!(after.progress, Progress::Ending);
+        world = world.restart();
+    }
+    world.vm.open_gates();
+    drop(world.recover().await.settle().await);
+    assert_eq!(view_record(&world), None);
+}
+
+/// A record says that a view shows another mount than it names: both stay for as long as it may be there.
+#[tokio::test(start_paused = true)]
+async fn r02_a_view_whose_record_makes_no_sense_keeps_what_it_may_show() {
+    let world = with_a_view().await;
+    rewrite(&world, |record| {
+        if let Record::View(view) = record {
+            view.bind.source = "/other".into();
+        }
+    });
+    let broken = view_record(&world);
+    let left = world.vm.left();
+    let view = Key::Target(Path::new("/view").into());
+    world.vm.gate_by(move |call| match call.step {
+        VmStep::Adopt if *call.key == view => Gate::Uncertain { happened: true },
+        _ => Gate::Ok,
+    });
+    let recovery = world.recover().await;
+    assert_eq!(refused(&recovery), [RecordKey::View("/view".into())]);
+    assert_eq!(kind(recovery.claim(&name("v"))), ErrorKind::Invalid);
+    let manager = recovery.manager().clone();
+    assert!(recovery.settle().await.failed.is_empty());
+    assert!(manager.drain().await.failed.is_empty());
+    assert_eq!(world.vm.left(), left);
+    assert_eq!(view_record(&world), broken);
+    drop(manager);
+    // Somebody takes it away: then it stands in nobody's way.
+    let next = world.restart();
+    next.vm.gate_by(|_| Gate::Ok);
+    next.vm.unbind(Path::new("/view")).await.unwrap();
+    let recovery = next.recover().await;
+    assert_eq!(refused(&recovery), []);
+    assert!(recovery.settle().await.is_clean());
+    next.assert_all_down();
 }

@@ -55,6 +55,9 @@ async fn everything(world: World, journal: Killing, handles: Handles) {
         .held_by(name("s"));
     let stack = world.alive(manager.stack(&request).await).await;
     got("s", stack.target());
+    let request = ViewRequest::new("/seen", ViewOptions::default()).held_by(name("t"));
+    let tree = world.alive(manager.view(&stack, &request).await).await;
+    got("t", tree.target());
     let other = StackRequest::new("/other").layer(layer(2), ro());
     let other = world.alive(manager.stack(&other).await).await;
 
@@ -71,6 +74,8 @@ async fn everything(world: World, journal: Killing, handles: Handles) {
     left("a");
     drop(attachment);
     drop(manager.drain().await);
+    left("t");
+    world.alive(tree.release().await).await;
     left("at");
     world.alive(at.release().await).await;
     left("v");
@@ -87,7 +92,7 @@ async fn come_back(world: World, journal: Killing, handles: Handles) {
     let recovery = world.alive(world.builder().recover(journal).await).await;
     let expected = handles.lock().unwrap().clone();
     let mut held = Vec::new();
-    for text in ["a", "m", "at", "s", "v"] {
+    for text in ["a", "m", "at", "s", "v", "t"] {
         match (recovery.claim(&name(text)), expected.get(text)) {
             (Ok(handle), path) => {
                 check(&world.vm, &handle, path);
@@ -138,7 +143,7 @@ fn check(vm: &FakeVm, held: &Held, path: Option<&PathBuf>) {
             stack.target()
         }
         Held::View(view) => {
-            let shown = view.mount().path().display();
+            let shown = view.source().display();
             let shows = format!("{} shows {shown}", view.target().display());
             assert!(vm.left().contains(&shows));
             view.target()

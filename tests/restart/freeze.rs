@@ -16,7 +16,7 @@ fn name(text: &str) -> HolderName {
     HolderName::new(text).unwrap()
 }
 
-/// A manager with a mount, a stack, an attachment and a view that have holders, and a mount of several devices that has none.
+/// A manager with a mount, a stack, an attachment and two views that have holders, and a mount of several devices that has none.
 async fn busy(world: &World) -> Manager {
     let manager = world.builder().build();
     let mount = manager
@@ -33,7 +33,9 @@ async fn busy(world: &World) -> Manager {
     let other = manager.add(&layer(4), &other).await.unwrap();
     let view = ViewRequest::new("/view", ViewOptions::default()).held_by(name("v"));
     let view = manager.view(&other, &view).await.unwrap();
-    std::mem::forget((mount, stack, attachment, other, view));
+    let tree = ViewRequest::new("/seen", ViewOptions::default()).held_by(name("t"));
+    let tree = manager.view(&stack, &tree).await.unwrap();
+    std::mem::forget((mount, stack, attachment, other, view, tree));
     manager
 }
 
@@ -149,9 +151,12 @@ async fn a_snapshot_is_restored_under_the_names_of_another_host() {
     assert_eq!(attachment.disk().source(), Path::new("/here/3.img"));
     let view = recovery.claim(&name("v")).unwrap().into_view().unwrap();
     assert_eq!(view.target(), Path::new("/view"));
+    let tree = recovery.claim(&name("t")).unwrap().into_view().unwrap();
+    assert_eq!((tree.source(), tree.mount()), (Path::new("/tree"), None));
     let manager = recovery.manager().clone();
     assert!(recovery.settle().await.failed.is_empty());
     view.release().await.unwrap();
+    tree.release().await.unwrap();
     mount.release().await.unwrap();
     stack.release().await.unwrap();
     attachment.release().await.unwrap();
@@ -247,8 +252,8 @@ async fn n19_a_snapshot_has_everything() {
         .restore(read(&text).unwrap(), None)
         .await
         .unwrap();
-    assert_eq!(recovery.report().holders.len(), 4);
-    assert_eq!(recovery.report().found.len(), 7 + 4 + 1 + 1);
+    assert_eq!(recovery.report().holders.len(), 5);
+    assert_eq!(recovery.report().found.len(), 7 + 4 + 1 + 2);
     let manager = recovery.manager().clone();
     assert!(recovery.settle().await.is_clean());
     assert!(manager.drain().await.is_clean());

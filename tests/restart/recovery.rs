@@ -1,6 +1,8 @@
 //! What a recovery finds, and what it does with it.
 
-use blockmount::testing::{FakeVm, Gate, VmStep};
+use std::path::Path;
+
+use blockmount::testing::{FakeVm, Gate, Key, VmStep};
 use blockmount::{
     Error, ErrorKind, FoundState, HolderName, StackRequest, Step, ViewOptions, ViewRequest,
 };
@@ -401,4 +403,38 @@ async fn u15_a_view_in_doubt_keeps_its_mount_until_it_is_removed() {
     assert_eq!(found, Some(FoundState::Pending));
     assert!(recovery.settle().await.is_clean());
     next.assert_all_down();
+}
+
+#[tokio::test(start_paused = true)]
+async fn u15_a_view_of_a_stack_is_found_again_and_goes_before_it() {
+    let world = World::new();
+    let recovery = world.recover().await;
+    let manager = recovery.manager();
+    let request = StackRequest::new("/tree").layer(layer(0), ro());
+    let stack = manager.stack(&request).await.unwrap();
+    let seen = ViewRequest::new("/seen", ViewOptions::default()).held_by(name("seen"));
+    leave(manager.view(&stack, &seen).await.unwrap());
+    leave(stack);
+    drop(recovery);
+
+    // Of the stack, which has no holder, nobody can say whether it is there: its view is not handed out, and goes first.
+    let mut next = world.restart();
+    let tree = Key::Target(Path::new("/tree").into());
+    next.vm.gate_by(move |call| match call.step {
+        VmStep::Adopt if *call.key == tree => Gate::Uncertain { happened: true },
+        _ => Gate::Ok,
+    });
+    let before = next.vm.left();
+    let recovery = next.recover().await;
+    assert_eq!(kind(recovery.claim(&name("seen"))), ErrorKind::NotFound);
+    assert_eq!(next.vm.left(), before);
+    drop(recovery);
+    next = next.restart();
+    next.vm.open_gates();
+    let recovery = next.recover().await;
+    assert_eq!(kind(recovery.claim(&name("seen"))), ErrorKind::NotFound);
+    assert!(recovery.settle().await.is_clean());
+    next.assert_all_down();
+    let steps = [VmStep::Unbind, VmStep::Separate, VmStep::Unmount];
+    assert_eq!(calls(&next.vm, steps), [1, 1, 1]);
 }
