@@ -159,13 +159,9 @@ fn last_error() -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// A process in a user namespace of its own, which does nothing and ends with this value, or with this process.
+/// A process in a user namespace of its own, which does nothing and ends with this value, or with the thread that has made it.
 #[derive(Debug)]
-pub(crate) struct WaitingProcess {
-    id: libc::pid_t,
-    /// What it waits for the end of.
-    _line: OwnedFd,
-}
+pub(crate) struct WaitingProcess(libc::pid_t);
 
 impl WaitingProcess {
     /// Starts one.
@@ -174,19 +170,21 @@ impl WaitingProcess {
     ///
     /// `EPERM` if this process may not, `EINVAL`, `ENOSPC` or `ENOSYS` if there are no user namespaces.
     pub(crate) fn in_user_namespace() -> Result<Self, Errno> {
-        let (end, line) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        let [read, write] = [end.as_raw_fd(), line.as_raw_fd()];
-        // No signal at its end: whoever waits for all children of this process does not take it away.
-        let flags = libc::CLONE_NEWUSER as libc::c_ulong;
-        // SAFETY: the new process has memory of its own, as after a fork. It makes three system calls on descriptors that
-        // it has, into memory on its own stack, and runs no other code of this program: what the lock of another thread
-        // protects is not touched.
+        let parent = libc::c_long::from(std::process::id());
+        // It shares the table of descriptors: copies would keep in use what is closed here meanwhile. No signal at its end:
+        // whoever waits for all children of this process does not take it away.
+        let flags = (libc::CLONE_NEWUSER | libc::CLONE_FILES) as libc::c_ulong;
+        // SAFETY: the new process has memory of its own, as after a fork. It makes system calls without memory or descriptors,
+        // and runs no other code of this program: what the lock of another thread protects is not touched.
         let id = unsafe {
             let id = libc::syscall(libc::SYS_clone, flags, 0usize, 0usize, 0usize, 0usize);
             if id == 0 {
-                let mut byte = 0u8;
-                libc::syscall(libc::SYS_close, write);
-                libc::syscall(libc::SYS_read, read, &raw mut byte, 1usize);
+                let (on_death, signal) = (libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::syscall(libc::SYS_prctl, on_death, signal, 0usize, 0usize, 0usize);
+                // Otherwise it has ended before that.
+                while libc::syscall(libc::SYS_getppid) == parent {
+                    libc::syscall(libc::SYS_ppoll, 0usize, 0usize, 0usize, 0usize, 0usize);
+                }
                 libc::syscall(libc::SYS_exit_group, 0);
                 std::hint::unreachable_unchecked();
             }
@@ -195,12 +193,12 @@ impl WaitingProcess {
         let id = libc::pid_t::try_from(id).map_err(|_| Errno::OVERFLOW)?;
         match id {
             -1 => Err(last_error()),
-            id => Ok(WaitingProcess { id, _line: line }),
+            id => Ok(WaitingProcess(id)),
         }
     }
 
     pub(crate) fn id(&self) -> libc::pid_t {
-        self.id
+        self.0
     }
 }
 
@@ -208,8 +206,8 @@ impl Drop for WaitingProcess {
     fn drop(&mut self) {
         // SAFETY: the process is a child that nobody has waited for, so the number is its own; a null status is allowed.
         unsafe {
-            libc::kill(self.id, libc::SIGKILL);
-            libc::waitpid(self.id, std::ptr::null_mut(), libc::__WALL);
+            libc::kill(self.0, libc::SIGKILL);
+            libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL);
         }
     }
 }
