@@ -19,6 +19,9 @@ const XFS_GROW_DATA: u32 = 0x4010_586e;
 /// `_IOW(0x94, 3, struct btrfs_ioctl_vol_args)` of `linux/btrfs.h`.
 const BTRFS_RESIZE: u32 = 0x5000_9403;
 
+/// `_IOWR(0x94, 30, struct btrfs_ioctl_dev_info_args)` of the same.
+const BTRFS_DEVICE: u32 = 0xd000_941e;
+
 #[repr(C)]
 struct TrimRange {
     start: u64,
@@ -48,7 +51,18 @@ struct BtrfsArguments {
     name: [u8; 4088],
 }
 
+/// `struct btrfs_ioctl_dev_info_args`, of which only what is used has a name.
+#[repr(C)]
+struct BtrfsDevice {
+    id: u64,
+    uuid: [u8; 16],
+    used: u64,
+    total: u64,
+    rest: [u64; 507],
+}
+
 const _: () = {
+    assert!(size_of::<BtrfsDevice>() == 4096);
     assert!(size_of::<TrimRange>() == 24);
     assert!(size_of::<XfsGeometry>() == 112);
     assert!(size_of::<XfsGrowData>() == 16);
@@ -112,8 +126,24 @@ pub(crate) fn grow_xfs(mount: &File, bytes: u64) -> io::Result<()> {
     unsafe { request(mount, XFS_GROW_DATA, &mut grow) }
 }
 
-/// Gives a btrfs all of its only device. Blocks.
-pub(crate) fn grow_btrfs(mount: &File) -> io::Result<()> {
+/// The first device of a btrfs, which is the one that a request without another number is about.
+const FIRST: u64 = 1;
+
+/// Gives a btrfs all whole blocks of its only device, whose size is in bytes. Blocks.
+pub(crate) fn grow_btrfs(mount: &File, bytes: u64, block: u64) -> io::Result<()> {
+    let mut device = BtrfsDevice {
+        id: FIRST,
+        uuid: [0; 16],
+        used: 0,
+        total: 0,
+        rest: [0; 507],
+    };
+    // SAFETY: this is the structure of the request.
+    let known = unsafe { request(mount, BTRFS_DEVICE, &mut device) };
+    // Linux refuses a size below 256 MiB also where it is the one that there is.
+    if known.is_ok() && bytes.checked_div(block) <= device.total.checked_div(block) {
+        return Ok(());
+    }
     let mut arguments = BtrfsArguments {
         device: 0,
         name: [0; 4088],

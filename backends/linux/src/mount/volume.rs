@@ -23,6 +23,9 @@ const EXT: u64 = 0xef53;
 const XFS: u64 = 0x5846_5342;
 const BTRFS: u64 = 0x9123_683e;
 
+/// The smallest size in bytes that a device of a btrfs can be given. (`btrfs_ioctl_resize`)
+const SMALLEST_BTRFS: u64 = 256 << 20;
+
 /// What is at a target of ours.
 #[derive(Debug)]
 enum Volume {
@@ -226,13 +229,15 @@ pub(crate) fn grow(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendErr
     let bytes = size(device)?;
     let stat = fstatfs(&directory).map_err(|errno| errno_error(&*what, errno))?;
     let block = u64::try_from(stat.f_bsize).unwrap_or_default();
-    let grown = match stat.f_type as u64 & 0xffff_ffff {
+    let filesystem = stat.f_type as u64 & 0xffff_ffff;
+    let is_btrfs = filesystem == BTRFS;
+    let grown = match filesystem {
         EXT => match bytes.checked_div(block) {
             Some(blocks) => ioctl::grow_ext4(&directory, blocks),
             None => Err(io::ErrorKind::InvalidData.into()),
         },
         XFS => ioctl::grow_xfs(&directory, bytes),
-        BTRFS => ioctl::grow_btrfs(&directory),
+        BTRFS => ioctl::grow_btrfs(&directory, bytes, block),
         _ => Err(Errno::OPNOTSUPP.into()),
     };
     grown.map_err(|error| {
@@ -240,6 +245,10 @@ pub(crate) fn grow(list: &UndoList<'_>, kernel: Kernel) -> Result<(), BackendErr
         match error.kind() {
             ErrorKind::Unsuitable => BackendError::unsuitable(format!(
                 "{what}: this filesystem cannot grow while it is mounted"
+            ))
+            .with_source(error),
+            _ if is_btrfs && bytes < SMALLEST_BTRFS => BackendError::unsuitable(format!(
+                "{what}: Linux gives a btrfs no size below 256 MiB; grow the disk to more than that"
             ))
             .with_source(error),
             _ if errno_of(&error) == Some(Errno::PERM) => {
