@@ -6,6 +6,7 @@ mod devices;
 mod encryption;
 mod flags;
 mod format;
+mod fs_group;
 mod overlay;
 mod verity;
 mod view;
@@ -26,6 +27,7 @@ pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
 pub use encryption::{Encryption, KeySource};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
+pub use fs_group::{FsGroup, FsGroupPolicy};
 pub use overlay::OverlayOptions;
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
 pub use view::{IdMap, IdRange, ViewOptions};
@@ -72,6 +74,8 @@ struct Fields {
     check: Option<Check>,
     expose: Expose,
     devices: Box<[ExtraDevice]>,
+    id_map: Option<Box<IdMap>>,
+    fs_group: Option<FsGroup>,
 }
 
 /// Why [`MountOptions`] cannot be built.
@@ -178,6 +182,16 @@ impl MountOptions {
     /// The devices that the filesystem has beside the one that is mounted, by role, and in their order.
     pub fn devices(&self) -> &[ExtraDevice] {
         &self.0.fields.devices
+    }
+
+    /// The owners that the files appear with; those that the filesystem has if none.
+    pub fn id_map(&self) -> Option<&IdMap> {
+        self.0.fields.id_map.as_deref()
+    }
+
+    /// The group that all files are given to before they appear.
+    pub fn fs_group(&self) -> Option<FsGroup> {
+        self.0.fields.fs_group
     }
 
     /// The same with further devices.

@@ -334,3 +334,43 @@ fn u14_a_security_label_has_commas_and_may_be_quoted() {
         assert!(matches!(error, InvalidOptions::Malformed(..)), "{refused}");
     }
 }
+
+#[test]
+fn u21_u22_owners_travel_and_exclude_what_has_none() {
+    let map: blockmount::IdMap = "u:0:100000:65536".parse().unwrap();
+    let group = blockmount::FsGroup::new(2000);
+    let both = || MountOptions::builder().id_map(map.clone()).fs_group(group);
+    let options = both().build().unwrap();
+    let value = to_value(&options).unwrap();
+    let range = json!([{"stored": 0, "shown": 100_000, "count": 65_536}]);
+    assert_eq!(
+        value,
+        json!({"id_map": {"users": range}, "fs_group": {"gid": 2000}})
+    );
+    assert_eq!(read::<MountOptions>(value).unwrap(), options);
+    // Mounts with other owners are other mounts, and two that only read can be side by side.
+    let reading = |map: Option<&blockmount::IdMap>| {
+        let options = MountOptions::builder().read_only();
+        match map {
+            Some(map) => options.id_map(map.clone()).build().unwrap(),
+            None => options.build().unwrap(),
+        }
+    };
+    let (plain, mapped) = (reading(None), reading(Some(&map)));
+    assert!(plain != mapped && plain.is_compatible_with(&mapped));
+    for refused in [
+        both().read_only().build(),
+        both().expose(Expose::BlockDevice).build(),
+        MountOptions::builder()
+            .id_map(map.clone())
+            .expose(Expose::BlockDevice)
+            .build(),
+        MountOptions::builder()
+            .fs_group(blockmount::FsGroup::new(u32::MAX))
+            .build(),
+    ] {
+        refused.unwrap_err();
+    }
+    let unknown = json!({"fs_group": {"gid": 1, "policy": "Sometimes"}});
+    read::<MountOptions>(unknown).unwrap_err();
+}

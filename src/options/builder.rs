@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::devices;
 use super::flags::decides;
 use super::{
-    Check, DeviceRole, Encryption, Expose, ExtraDevice, Fields, Format, InvalidOptions, MountFlag,
-    MountOptions, Propagation, Verity,
+    Check, DeviceRole, Encryption, Expose, ExtraDevice, Fields, Format, FsGroup, IdMap,
+    InvalidOptions, MountFlag, MountOptions, Propagation, Verity,
 };
 
 /// Collects the options of a mount; [`build`](Self::build) checks them and brings them into canonical form.
@@ -37,6 +37,10 @@ pub struct MountOptionsBuilder {
     expose: Expose,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     devices: Vec<ExtraDevice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id_map: Option<IdMap>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fs_group: Option<FsGroup>,
 }
 
 impl MountOptionsBuilder {
@@ -121,6 +125,21 @@ impl MountOptionsBuilder {
         self
     }
 
+    /// Has the files appear with other owners, for a container with a user namespace. Layers of a stack are mapped by
+    /// themselves, before they are stacked; the scratch is not, because its files are written by whom they appear as.
+    #[must_use]
+    pub fn id_map(mut self, map: IdMap) -> Self {
+        self.id_map = Some(map);
+        self
+    }
+
+    /// Gives all files to a group before they appear. For volumes that are written to.
+    #[must_use]
+    pub fn fs_group(mut self, group: FsGroup) -> Self {
+        self.fs_group = Some(group);
+        self
+    }
+
     /// Brings everything that was said into canonical form.
     ///
     /// # Errors
@@ -159,6 +178,8 @@ impl MountOptionsBuilder {
             check: self.check,
             expose: self.expose,
             devices: devices::canonical(self.devices)?,
+            id_map: self.id_map.map(Box::new),
+            fs_group: self.fs_group,
         }))
     }
 
@@ -181,6 +202,7 @@ impl MountOptionsBuilder {
         if self.check.is_some() && self.expose == Expose::BlockDevice {
             return contradiction("check", "expose as block device");
         }
+        self.check_owners(read_only)?;
         if self.encryption.is_some() && self.verity.is_some() {
             return contradiction("encryption", "verity");
         }
@@ -236,6 +258,26 @@ impl MountOptionsBuilder {
         match (self.expose, of_filesystem.or(self.filesystem.as_ref())) {
             (Expose::BlockDevice, Some(option)) => contradiction("expose as block device", option),
             _ => Ok(()),
+        }
+    }
+}
+
+impl MountOptionsBuilder {
+    /// Files have owners, and a device that is exposed has no files.
+    fn check_owners(&self, read_only: bool) -> Result<(), InvalidOptions> {
+        if let Some(group) = self.fs_group {
+            group.validate()?;
+        }
+        let given = self.fs_group.map(|_| "fs_group");
+        let mapped = self.id_map.as_ref().map(|_| "id map");
+        let excluded = match (given.or(mapped), self.expose) {
+            (Some("fs_group"), _) if read_only => Some(("fs_group", "ro")),
+            (Some(named), Expose::BlockDevice) => Some((named, "expose as block device")),
+            _ => None,
+        };
+        match excluded {
+            Some((one, other)) => Err(InvalidOptions::Contradiction(one.into(), other.into())),
+            None => Ok(()),
         }
     }
 }
@@ -350,6 +392,8 @@ impl From<MountOptions> for MountOptionsBuilder {
             check: fields.check,
             expose: fields.expose,
             devices: fields.devices.into(),
+            id_map: fields.id_map.map(|map| *map),
+            fs_group: fields.fs_group,
         }
     }
 }

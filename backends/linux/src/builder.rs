@@ -86,8 +86,9 @@ impl LinuxGuestBuilder {
         self
     }
 
-    /// How long making a filesystem may take, and checking one, after which the tool is killed; one minute by default. Making one on a fresh
-    /// disk takes less than a second.
+    /// How long making a filesystem may take, and checking one, after which the tool is killed; and giving the files of a
+    /// volume to a [group](blockmount::FsGroup). One minute by default. Making one on a fresh disk takes less than a second,
+    /// giving 10,000 files a fraction of one.
     #[must_use]
     pub fn format_timeout(mut self, timeout: Duration) -> Self {
         self.config.format_timeout = timeout;

@@ -331,6 +331,7 @@ impl Inner {
         }
         let (options, locator) = (options.clone(), locator.clone());
         let (extra, kernel) = (Arc::new(extra), self.config.kernel);
+        let within = self.config.format_timeout;
         let attempt = move |list: &UndoList<'_>| {
             let done = match options.expose() {
                 Expose::Filesystem => {
@@ -339,7 +340,7 @@ impl Inner {
                         node: &device.node,
                         extra: &extra,
                     };
-                    mount_once(list, found, &options, kernel)
+                    mount_once(list, found, &options, within, kernel)
                 }
                 _ => expose_once(list, &locator, &device.open, &options),
             };

@@ -11,6 +11,7 @@ pub(crate) mod mount_id;
 pub mod mountinfo;
 pub(crate) mod mounting;
 pub(crate) mod overlay;
+pub(crate) mod owners;
 pub(crate) mod permission;
 pub(crate) mod target;
 pub(crate) mod unmount;

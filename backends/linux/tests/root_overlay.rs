@@ -9,11 +9,15 @@ mod kit;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay, OverlayOptions};
-use kit::{Image, KERNELS, Loop, TestDir, builder, guest, mount, mount_at, on_linux, refused};
+use blockmount::{
+    ErrorKind, FsGroup, IdMap, LayerCombiner, MountOptions, Mounter, Overlay, OverlayOptions,
+};
+use kit::{
+    Image, KERNELS, Loop, PATIENT, TestDir, builder, guest, mount, mount_at, on_linux, refused,
+};
 
 /// Layers `l0` (the topmost) and so on: each has its own file and its number in `who`.
 fn layers(dir: &TestDir, count: usize) -> Vec<PathBuf> {
@@ -409,5 +413,133 @@ async fn root_overlay_options_that_a_kernel_does_not_have_are_refused() {
     let tried = on_linux((5, 4)).combine(&overlay).await;
     let message = refused(tried, ErrorKind::Unsuitable);
     assert!(message.contains("in one string of 4095 bytes"), "{message}");
+    dir.assert_clean();
+}
+
+fn mapped(read_only: bool) -> MountOptions {
+    let map: IdMap = "0:100000:65536".parse().unwrap();
+    let options = MountOptions::builder().id_map(map);
+    let options = if read_only {
+        options.read_only()
+    } else {
+        options
+    };
+    options.build().unwrap()
+}
+
+fn owner(path: &Path) -> (u32, u32) {
+    let meta = path.symlink_metadata().unwrap();
+    (meta.uid(), meta.gid())
+}
+
+/// The files of the layers appear as those of a container's root, who writes to the tree; the scratch has them as they appear.
+#[tokio::test]
+async fn root_u21_layers_are_mapped_before_they_are_stacked() {
+    for kernel in [(5, 12), (6, 1), (6, 8), (u32::MAX, 0)] {
+        let mut dir = TestDir::new();
+        let [upper, lower, scratch] = [Image::Erofs, Image::Squashfs, Image::Ext4]
+            .map(|image| Loop::new(&image.copy(dir.path())));
+        let own = dir.path().join("own");
+        fs::create_dir(&own).unwrap();
+        let ext4 = Loop::new(&Image::Ext4.copy(&own));
+        dir.settle();
+        let guest = on_linux(kernel);
+        let [a, b, c, s, tree] = ["a", "b", "c", "s", "tree"].map(|name| dir.at(name));
+        for (device, target) in [(&upper, &a), (&lower, &b), (&ext4, &c)] {
+            guest
+                .mount(&device.locator(), target, &mapped(true))
+                .await
+                .unwrap();
+            assert_eq!(
+                owner(&target.join("hello")),
+                (100_000, 100_000),
+                "{kernel:?}"
+            );
+        }
+        mount(&guest, &scratch, &s, &[]).await.unwrap();
+        let layers = [a.clone(), b.clone(), c.clone()].to_vec();
+        let stacked = overlay(layers, Some(s.clone()), tree.clone());
+        guest.combine(&stacked).await.unwrap();
+        assert_eq!(owner(&tree), (100_000, 100_000), "{kernel:?}");
+        assert_eq!(owner(&tree.join("bulk")), (100_000, 100_000));
+        // What is written is as it appears, in the tree and in the scratch.
+        fs::write(tree.join("hello"), "copied up").unwrap();
+        fs::write(tree.join("new"), "").unwrap();
+        chown(tree.join("new"), Some(100_007), Some(100_008)).unwrap();
+        guest.separate(&tree).await.unwrap();
+        assert_eq!(owner(&s.join("upper/hello")), (100_000, 100_000));
+        assert_eq!(owner(&s.join("upper/new")), (100_007, 100_008));
+        fs::remove_dir_all(s.join("upper")).unwrap();
+        fs::remove_dir_all(s.join("work")).unwrap();
+        for target in [&s, &c, &b, &a] {
+            guest.unmount(target).await.unwrap();
+        }
+        dir.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_u21_a_single_mount_is_mapped_or_refused_and_nothing_is_left() {
+    for image in Image::FILESYSTEMS {
+        let mut dir = TestDir::new();
+        let device = Loop::new(&image.copy(dir.path()));
+        dir.settle();
+        let target = dir.at("mnt");
+        let new = builder().busy_timeout(PATIENT).build();
+        let read_only = !image.is_writable();
+        let options = mapped(read_only);
+        new.mount(&device.locator(), &target, &options)
+            .await
+            .unwrap();
+        assert_eq!(
+            owner(&target.join("hello")),
+            (100_000, 100_000),
+            "{image:?}"
+        );
+        if !read_only {
+            chown(target.join("hello"), Some(100_007), None).unwrap();
+            assert!(chown(target.join("hello"), Some(5), None).is_err());
+            // Who does not appear there can own no file.
+            assert!(fs::write(target.join("new"), "").is_err());
+        }
+        new.unmount(&target).await.unwrap();
+        let access = if read_only { "ro" } else { "rw" };
+        mount(&new, &device, &target, &[access]).await.unwrap();
+        let stored = if read_only { 0 } else { 7 };
+        assert_eq!(owner(&target.join("hello")), (stored, 0), "{image:?}");
+        // Two mounts of one device differ in their owners.
+        if read_only {
+            let other = dir.at("other");
+            new.mount(&device.locator(), &other, &options)
+                .await
+                .unwrap();
+            assert_eq!(owner(&other.join("hello")), (100_000, 100_000));
+            new.unmount(&other).await.unwrap();
+        }
+        new.unmount(&target).await.unwrap();
+        for kernel in [(4, 19), (5, 10)] {
+            let old = on_linux(kernel);
+            let tried = old.mount(&device.locator(), &target, &options).await;
+            let message = refused(tried, ErrorKind::Unsuitable);
+            assert!(message.contains("Linux 5.12"), "{message}");
+            dir.assert_clean();
+        }
+    }
+    // A volume is given to a group as the filesystem has it, before it is mapped.
+    let mut dir = TestDir::new();
+    let device = Loop::new(&Image::Ext4.copy(dir.path()));
+    dir.settle();
+    let (guest, target) = (guest(), dir.at("mnt"));
+    let map: IdMap = "0:100000:65536".parse().unwrap();
+    let both = MountOptions::builder()
+        .id_map(map)
+        .fs_group(FsGroup::new(20));
+    let both = both.build().unwrap();
+    guest
+        .mount(&device.locator(), &target, &both)
+        .await
+        .unwrap();
+    assert_eq!(owner(&target.join("hello")), (100_000, 100_020));
+    guest.unmount(&target).await.unwrap();
     dir.assert_clean();
 }

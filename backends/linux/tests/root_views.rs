@@ -10,9 +10,14 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
-use blockmount::{BackendError, BindMount, Binder, ErrorKind, Mounter, Presence, ViewOptions};
+use blockmount::{
+    BackendError, BindMount, Binder, ErrorKind, LayerCombiner, Mounter, Overlay, Presence,
+    ViewOptions,
+};
 use blockmount_linux::LinuxGuest;
-use kit::{Image, KERNELS, Loop, TestDir, builder, guest, mount, mount_at, on_linux, refused, run};
+use kit::{
+    Image, KERNELS, Loop, PATIENT, TestDir, builder, guest, mount, mount_at, on_linux, refused, run,
+};
 
 fn options(names: &[&str]) -> ViewOptions {
     ViewOptions::new(names.iter().copied()).unwrap()
@@ -155,6 +160,9 @@ async fn root_u15_files_of_a_view_have_other_owners() {
     let old = on_linux((5, 10));
     mount(&old, &device, &dir.at("old"), &[]).await.unwrap_err();
     guest.unmount(&volume).await.unwrap();
+    // A process that another test starts has this one's descriptors for a moment.
+    let patient = builder().as_on_linux(5, 10).busy_timeout(PATIENT);
+    let old = patient.build();
     mount(&old, &device, &volume, &[]).await.unwrap();
     let message = refused(
         bind(&old, &volume, &view, &mapped).await,
@@ -293,5 +301,55 @@ async fn root_u15_an_engine_that_was_killed_takes_its_views_over() {
         assert_eq!(found(&options(&["ro"])).await, Presence::Absent);
         second.unmount(&volume).await.unwrap();
         dir.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_u15_the_tree_of_an_overlay_is_seen_at_several_places() {
+    for kernel in KERNELS {
+        let dir = TestDir::new();
+        for (name, text) in [("l0/etc/top", "0"), ("l1/etc/base", "1")] {
+            let path = dir.at(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        fs::create_dir(dir.at("scratch")).unwrap();
+        let guest = on_linux(kernel);
+        let [tree, reader, part] = ["tree", "reader", "deep/part"].map(|name| dir.at(name));
+        let overlay = Overlay::new([dir.at("l0"), dir.at("l1")], &tree);
+        let overlay = overlay.with_scratch(dir.at("scratch"));
+        guest.combine(&overlay).await.unwrap();
+        bind(&guest, &tree, &reader, &options(&["ro", "nosuid"]))
+            .await
+            .unwrap();
+        let etc = options(&[]).with_subpath("etc").unwrap();
+        bind(&guest, &tree, &part, &etc).await.unwrap();
+        fs::write(part.join("new"), "through a view").unwrap();
+        assert_eq!(
+            fs::read_to_string(tree.join("etc/new")).unwrap(),
+            "through a view"
+        );
+        assert_eq!(fs::read_dir(reader.join("etc")).unwrap().count(), 3);
+        let error = fs::write(reader.join("etc/other"), "x").unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        fs::remove_file(part.join("new")).unwrap();
+        // An overlay has the owners of its layers.
+        let mapped = options(&[]).with_id_map("0:100000:65536".parse().unwrap());
+        let tried = bind(&guest, &tree, &dir.at("mapped"), &mapped).await;
+        let message = refused(tried, ErrorKind::Unsuitable);
+        let words = match kernel >= (5, 12) {
+            true => "map its layers",
+            false => "Linux 5.12",
+        };
+        assert!(message.contains(words), "{message}");
+        let message = refused(guest.separate(&tree).await, ErrorKind::Busy);
+        assert!(message.contains("there is a view of it at"), "{message}");
+        for target in [&part, &reader] {
+            guest.unbind(target).await.unwrap();
+        }
+        guest.separate(&tree).await.unwrap();
+        fs::remove_dir_all(dir.at("scratch")).unwrap();
+        assert_eq!(dir.mounts(), []);
+        assert!(!tree.exists() && !reader.exists() && !dir.at("deep").exists());
     }
 }

@@ -74,6 +74,12 @@ pub(crate) fn mount(
             "GCS has no request to mount a filesystem of several devices",
         ));
     }
+    if options.id_map().is_some() {
+        return Err(unsuitable("files that appear with other owners"));
+    }
+    if options.fs_group().is_some() {
+        return Err(unsuitable("a group that files are given to"));
+    }
     match device {
         Device::Scsi(device) if guest.is_windows() => windows_disk(device, path, options),
         Device::Scsi(device) => linux_disk(device, path, options),

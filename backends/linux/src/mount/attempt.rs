@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions};
 
@@ -16,6 +17,7 @@ use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
 use crate::mount::extra_devices::{self, Extra};
 use crate::mount::mounting::{self, Request};
+use crate::mount::owners::Giving;
 use crate::mount::target::MountPoint;
 use crate::mount::writes::Writes;
 use crate::mount::{directory, expose};
@@ -46,11 +48,13 @@ pub(crate) struct Found<'a> {
     pub(crate) extra: &'a [Extra],
 }
 
-/// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list.
+/// One attempt to mount an opened device. Blocks. What was made of it until an error is on the undo list. `within` is how long
+/// its files may take to be given to a group.
 pub(crate) fn mount_once(
     list: &UndoList<'_>,
     device: Found<'_>,
     options: &MountOptions,
+    within: Duration,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
     let Found {
@@ -83,6 +87,12 @@ pub(crate) fn mount_once(
     let mut request = Request::new(&filesystem, node, options);
     request.data.extend(named);
     request.exclusive = others.is_empty();
+    request.giving = options.fs_group().map(|group| Giving { group, within });
+    if request.giving.is_some() && request.read_only {
+        return Err(BackendError::unsuitable(format!(
+            "the files of a {filesystem} cannot be given to a group: it cannot be written to"
+        )));
+    }
     let device = DeviceUse {
         number,
         options: options.clone(),
@@ -120,14 +130,14 @@ fn mount_request(
     kernel: Kernel,
     step: impl Fn(Identity) -> Undo,
 ) -> Result<(), BackendError> {
-    let detached = match request.build(kernel) {
+    let detached = match request.build(list, kernel) {
         // Where the one driver for the whole family does not answer to the older names.
         Err(error)
             if error.kind() == ErrorKind::Unsuitable
                 && matches!(&*request.filesystem, "ext2" | "ext3") =>
         {
             request.filesystem = "ext4".to_owned();
-            request.build(kernel)?
+            request.build(list, kernel)?
         }
         built => built?,
     };
@@ -141,6 +151,11 @@ fn mount_request(
         let expected = request.expected();
         let make = |at: &MountPoint| request.mount_at(at);
         mounting::in_one_step(at, kernel, list, step, expected, make)?;
+        if let Some(giving) = request.giving {
+            let vanished = || BackendError::other("the mount has vanished");
+            let made = list.target().find()?.ok_or_else(vanished)?;
+            giving.give(made.directory(), list)?;
+        }
     }
     let is_writable = !options.is_read_only();
     list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));

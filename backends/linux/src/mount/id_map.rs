@@ -14,6 +14,13 @@ const LONGEST: usize = 4095;
 /// All ids as they are.
 const ALL: &str = "0 0 4294967295\n";
 
+/// What a kernel without such maps is to be told of.
+pub(crate) fn missing() -> BackendError {
+    BackendError::unsuitable(
+        "an id map needs mount_setattr, which Linux 5.12 has, a user namespace, and the permission to use both",
+    )
+}
+
 /// Gives a mount that is still detached a map of owners. Blocks.
 ///
 /// # Errors
@@ -29,7 +36,7 @@ pub(crate) fn apply(mount: &OwnedFd, map: &IdMap) -> Result<(), BackendError> {
     sys::set_attributes(mount, change).map_err(|errno| match errno {
         Errno::INVAL => BackendError::unsuitable(
             "this kernel cannot map the owners of files of this filesystem: ext4 and xfs have that since Linux 5.12, btrfs \
-             since 5.15, erofs since 5.19, squashfs since 6.2",
+             since 5.15, erofs since 5.19, squashfs since 6.2; of an overlay, map its layers",
         )
         .with_source(std::io::Error::from(errno)),
         errno => errno_error("cannot map the owners of files", errno),

@@ -5,7 +5,9 @@ use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use blockmount::{BackendError, MountFlag, MountFlags, MountOptions, Propagation, PropagationMode};
+use blockmount::{
+    BackendError, IdMap, MountFlag, MountFlags, MountOptions, Propagation, PropagationMode,
+};
 use rustix::io::Errno;
 use rustix::mount::{
     self as sys_mount, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
@@ -15,9 +17,11 @@ use crate::device::free;
 use crate::errno::{errno_error, errno_of, is_call_missing};
 use crate::kernel::Kernel;
 use crate::mount::fscontext::Context;
+use crate::mount::id_map;
 use crate::mount::kernel_log::KernelLog;
 use crate::mount::mount_id::MountId;
 use crate::mount::mountinfo::MountInfo;
+use crate::mount::owners::Giving;
 use crate::mount::target::{MountPoint, Target};
 use crate::mount::unmount;
 use crate::sys;
@@ -44,6 +48,10 @@ pub(crate) struct Request {
     pub(crate) data: Vec<String>,
     /// Whether nobody else may have the device mounted; we do not.
     pub(crate) exclusive: bool,
+    /// The owners that files appear with.
+    pub(crate) id_map: Option<IdMap>,
+    /// The group that all files are given to.
+    pub(crate) giving: Option<Giving>,
 }
 
 impl Request {
@@ -65,16 +73,29 @@ impl Request {
             flags: options.flags(),
             data,
             exclusive: true,
+            id_map: options.id_map().cloned(),
+            giving: None,
         }
     }
 
     /// Builds the mount detached: nobody sees it, and it goes when the answer is dropped. `None` if
     /// this kernel cannot, or this process may not.
-    pub(crate) fn build(&self, kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
-        or_without_call(self.build_in_context(kernel))
+    pub(crate) fn build(
+        &self,
+        list: &UndoList<'_>,
+        kernel: Kernel,
+    ) -> Result<Option<OwnedFd>, BackendError> {
+        or_without_call(self.build_in_context(list, kernel))
     }
 
-    fn build_in_context(&self, kernel: Kernel) -> Result<Option<OwnedFd>, BackendError> {
+    fn build_in_context(
+        &self,
+        list: &UndoList<'_>,
+        kernel: Kernel,
+    ) -> Result<Option<OwnedFd>, BackendError> {
+        if self.id_map.is_some() && !kernel.set_attributes {
+            return Ok(None);
+        }
         let Some(context) = Context::open(&self.filesystem, &self.source, kernel)? else {
             return Ok(None);
         };
@@ -88,9 +109,14 @@ impl Request {
             self.prove_exclusive()?;
             context.create()?;
         }
-        context
-            .mount(attributes(self.read_only, self.flags))
-            .map(Some)
+        let mount = context.mount(attributes(self.read_only, self.flags))?;
+        if let Some(giving) = self.giving {
+            giving.give(&mount, list)?;
+        }
+        if let Some(map) = &self.id_map {
+            id_map::apply(&mount, map)?;
+        }
+        Ok(Some(mount))
     }
 
     /// What the kernel's table will say of it.
@@ -108,6 +134,9 @@ impl Request {
 
     /// The same in one step. (`mount(2)`)
     pub(crate) fn mount_at(&self, at: &MountPoint) -> Result<(), BackendError> {
+        if self.id_map.is_some() {
+            return Err(id_map::missing());
+        }
         if self.exclusive {
             self.prove_exclusive()?;
         }

@@ -76,6 +76,7 @@ pub(crate) fn combine(
         scratch: scratch.as_ref(),
         mark,
         options: overlay.options.as_slice(),
+        is_mapped: overlay.layers.iter().any(|layer| list.has_id_map(layer)),
     };
     put(list, &stack, kernel)?;
     // What was made in the scratch stays, now that there is the overlay.
@@ -128,6 +129,8 @@ struct Stack<'a> {
     scratch: Option<&'a Scratch>,
     mark: &'a str,
     options: &'a [String],
+    /// Whether files of a layer appear with other owners.
+    is_mapped: bool,
 }
 
 impl Stack<'_> {
@@ -264,7 +267,10 @@ impl Stack<'_> {
             let (_, since) = SINCE.iter().find(|(name, _)| option.starts_with(name))?;
             Some(format!("{option} (Linux {since})"))
         };
-        let newer: Vec<String> = self.options.iter().filter_map(known).collect();
+        let mut newer: Vec<String> = self.options.iter().filter_map(known).collect();
+        if self.is_mapped {
+            newer.push("layers with id maps (Linux 5.19)".to_owned());
+        }
         let is_refused = matches!(errno_of(&error), Some(Errno::INVAL | Errno::OPNOTSUPP));
         if newer.is_empty() || !is_refused {
             return error;

@@ -335,8 +335,8 @@ impl FileId {
 }
 
 /// The number of the mount that an open file is on, as `mountinfo` has it.
-pub(crate) fn mount_id(fd: &OwnedFd) -> Result<u64, BackendError> {
-    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+pub(crate) fn mount_id(fd: impl AsFd) -> Result<u64, BackendError> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
     let info = std::fs::read_to_string(&path)
         .map_err(|error| errno_error(format!("cannot read {path}"), error))?;
     let id = info

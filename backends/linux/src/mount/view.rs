@@ -159,9 +159,7 @@ fn in_steps(
     step: impl Fn(Identity) -> Undo,
 ) -> Result<(), BackendError> {
     if options.id_map().is_some() {
-        return Err(BackendError::unsuitable(
-            "an id map needs mount_setattr, which Linux 5.12 has, and the permission to use it",
-        ));
+        return Err(id_map::missing());
     }
     let expected = expected(directory)?;
     mounting::in_one_step(at, kernel, list, step, expected, |at| {

@@ -377,6 +377,17 @@ impl<'a> UndoList<'a> {
         !self.look_for(is).is_empty()
     }
 
+    /// Whether a directory is in a mount whose files appear with other owners.
+    pub(crate) fn has_id_map(&self, directory: &Path) -> bool {
+        let lists = self.ledger.lists();
+        let around = directory.ancestors().find_map(|path| lists.get(path));
+        let mount = around.and_then(|list| match list.steps.last() {
+            Some(Undo::Unmount(step)) => Some(step),
+            _ => None,
+        });
+        mount.is_some_and(|step| step.id_map().is_some())
+    }
+
     /// The mount at a path, unless it is a view.
     pub(crate) fn mount_at(&self, path: &Path) -> Option<MountStep> {
         let lists = self.ledger.lists();

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use blockmount::{BindMount, DeviceLocator, Encryption, MountOptions, Verity, ViewOptions};
+use blockmount::{BindMount, DeviceLocator, Encryption, IdMap, MountOptions, Verity, ViewOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::device::number::DeviceNumber;
@@ -114,6 +114,13 @@ impl DeviceUse {
 }
 
 impl MountStep {
+    /// The owners that files of the mount appear with.
+    pub(crate) fn id_map(&self) -> Option<&IdMap> {
+        let of_device = self.device.as_ref().and_then(|used| used.options.id_map());
+        let of_view = || self.view.as_ref().and_then(|view| view.options.id_map());
+        of_device.or_else(of_view)
+    }
+
     /// The device, if files of it can be written to through the mount.
     pub(crate) fn writable_device(&self) -> Option<DeviceNumber> {
         let used = self.device.as_ref()?;

@@ -36,6 +36,9 @@ impl Resolver for ByPath {
     }
 }
 
+/// For what is free as soon as a process that another test starts has closed its copies of our descriptors.
+pub(crate) const PATIENT: Duration = Duration::from_secs(20);
+
 pub(crate) fn builder() -> LinuxGuestBuilder {
     LinuxGuest::builder()
         .resolver("test", Arc::new(ByPath))
