@@ -2,6 +2,7 @@
 
 mod layers;
 mod values;
+mod views;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use values::{Salt, parse_salt};
 pub(crate) use values::parse_size;
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
+pub(crate) use views::Shown;
 
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
@@ -173,8 +175,9 @@ is written to a scratch ends with the mount. A mount with a --name outlives a \
 program that is killed, scratch included, and another program goes on with it; \
 with --keep-vm, so does its virtual machine.
 
-What is said of a layer (--partition, --fs, --verity, --option) follows its \
---layer. An --option before the first --layer is for all of them.
+What is said of a layer (--partition, --fs, --verity, --option, --map-ids) \
+follows its --layer. An --option or --map-ids before the first --layer is for \
+all of them.
 
 A --file has the stack in TOML: at, name, guest, transport, keep-vm, \
 allow-backing, options (of all layers), overlay-options, a table [scratch] with \
@@ -196,6 +199,8 @@ Examples:
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
                         --at /mnt/tree
   sudo blockmount mount --file blockmount.toml
+  sudo blockmount mount --map-ids 0:100000:65536 --layer app.erofs \\
+                        --at /mnt/tree --view /mnt/etc:ro,subpath=etc
   sudo blockmount mount --name web --layer app.erofs --scratch 1G --at /mnt/web
   sudo blockmount mount --resume web
 
@@ -253,6 +258,11 @@ pub(crate) struct MountArgs {
     #[arg(long, value_name = "DIR", required_unless_present_any = ["resume", "file"])]
     pub(crate) at: Option<PathBuf>,
 
+    /// Show the tree at DIR too, with ro, nosuid, nodev, noexec, noatime or a subpath=PATH of it, or with layer=N (the topmost is 1) that layer;
+    /// repeatable
+    #[arg(long = "view", value_name = "DIR[:OPTION,...]")]
+    pub(crate) views: Vec<Shown>,
+
     /// Remember the mount under this name until the next boot, so that it can be resumed should this program be killed; a
     /// guest of QEMU needs --keep-vm for that
     #[arg(long, value_name = "NAME")]
@@ -267,8 +277,9 @@ pub(crate) struct MountArgs {
         long,
         value_name = "NAME",
         conflicts_with_all = [
-            "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "guest", "transport", "allow_backing", "scratch",
-            "encrypt", "integrity", "format", "overlay_options", "at", "name", "keep_vm", "file",
+            "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "map_ids", "guest", "transport",
+            "allow_backing", "scratch", "encrypt", "integrity", "format", "overlay_options", "at", "views", "name",
+            "keep_vm", "file",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use blockmount::{
     Binder, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
-    Transport, Unplugger,
+    Transport, Unplugger, View,
 };
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
@@ -24,6 +24,20 @@ use crate::guest::{Guest, MOUNTS, Place, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
 use crate::recorder::Recorder;
 use crate::run::{ROOTS_RUNS, Run, is_root};
+use crate::terminal::say;
+
+/// What a mount of the program is: a stack, and the views of it.
+#[derive(Debug)]
+pub(crate) struct Mounted {
+    pub(crate) stack: Stack,
+    pub(crate) views: Vec<View>,
+}
+
+/// The name by which a view of a named mount is found again.
+pub(crate) fn name_of_view(name: &HolderName, index: usize) -> Result<HolderName, Failure> {
+    HolderName::new(format!("{name}, view {index}"))
+        .context(|| format!("the name {name} is too long for a mount with views"))
+}
 
 /// A run of the program: everything that it holds, and the way out.
 #[derive(Debug)]
@@ -161,8 +175,12 @@ impl Machine {
         })
     }
 
-    /// The stack of an earlier program, by its name. All else that it has left is released.
-    pub(crate) async fn claim(&mut self, name: &HolderName) -> Result<Stack, Failure> {
+    /// The stack of an earlier program and its views, by its name. All else that it has left is released.
+    pub(crate) async fn claim(
+        &mut self,
+        name: &HolderName,
+        views: usize,
+    ) -> Result<Mounted, Failure> {
         let no_name = || Failure::new("a mount without a name cannot be resumed");
         let recovery = self.recovery.take().ok_or_else(no_name)?;
         let claimed = recovery.claim(name);
@@ -170,13 +188,18 @@ impl Machine {
             Ok(_) => self.run.unmark_lost(),
             Err(_) => self.keep_if_resumed(),
         }
+        let views = match &claimed {
+            Ok(_) => claim_views(&recovery, name, views),
+            Err(_) => Vec::new(),
+        };
         let settled = recovery.settle().await;
         for error in &settled.failed {
             tracing::warn!(%error, "what was left half-way is not all released");
         }
         let what = || format!("the mount with the name {name} cannot be resumed");
         let stack = claimed.context(what)?.into_stack();
-        stack.ok_or_else(|| Failure::new(what()).because("it is no stack"))
+        let stack = stack.ok_or_else(|| Failure::new(what()).because("it is no stack"))?;
+        Ok(Mounted { stack, views })
     }
 
     /// Says that the mount of an earlier program, if this is one, could not be resumed.
@@ -198,8 +221,8 @@ impl Machine {
     }
 
     /// Leaves everything to the next program that resumes the run, as if this one had been killed.
-    pub(crate) fn leave(self, stack: Stack) {
-        std::mem::forget((self, stack));
+    pub(crate) fn leave(self, mounted: Mounted) {
+        std::mem::forget((self, mounted));
     }
 
     /// Where the containers run.
@@ -247,6 +270,18 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// The views that are there still. One that somebody has taken away is no reason to lose the others.
+fn claim_views(recovery: &Recovery, name: &HolderName, views: usize) -> Vec<View> {
+    let claim = |index| {
+        let claimed = recovery.claim(&name_of_view(name, index).ok()?);
+        let claimed = claimed.inspect_err(|error| {
+            say(format_args!("view {} is gone: {error}", index + 1));
+        });
+        claimed.ok()?.into_view()
+    };
+    (0..views).filter_map(claim).collect()
 }
 
 /// The manager of a run, and what it has recovered if the run can be resumed.

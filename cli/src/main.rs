@@ -28,6 +28,7 @@ mod target;
 mod terminal;
 mod test_images;
 mod verity;
+mod viewing;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use blockmount::{
     Disk, Encryption, Format, HolderName, MountOptions, MountPoint, MountRequest, OverlayOptions,
-    Stack, StackRequest, Step,
+    StackRequest, Step,
 };
 use serde::Serialize;
 
@@ -14,12 +14,13 @@ use crate::guest::{GuestKind, Needs, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::{Tables, loop_marks};
-use crate::machine::{Machine, is_raw, require_root};
+use crate::machine::{Machine, Mounted, is_raw, require_root};
 use crate::report::{passed_on, table};
 use crate::run::{self, Remembered, Run, sudo};
 use crate::stacking::{distinct, layer_request};
 use crate::target;
 use crate::terminal::{complain, note, print, print_json, say, wrapped};
+use crate::viewing::{self, HeldView};
 
 /// Where everything is while the stack is held.
 #[derive(Debug, Serialize)]
@@ -28,6 +29,7 @@ struct Held {
     writable: bool,
     layers: Vec<HeldDisk>,
     scratch: Option<HeldDisk>,
+    views: Vec<HeldView>,
     pid: u32,
 }
 
@@ -54,28 +56,32 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     }
     refuse_lost_vm(&args)?;
     refuse_lost_format(&args)?;
-    let target = target_of(&args)?;
+    let target = place_of(args.at.as_deref().unwrap_or(Path::new("")), args.guest())?;
     args.layers.0 = distinct(&args.layers.0);
     refuse_too_many(&args.layers.0)?;
+    viewing::refuse_absent_layers(&args)?;
+    let guest = args.guest();
+    for shown in &mut args.views {
+        shown.at = place_of(&shown.at, guest)?;
+    }
     let requests = args.layers.0.iter().map(layer_request);
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let run = || match &args.name {
         None => Run::start(),
-        Some(name) => Run::start_named(&Remembered::new(
-            name.clone(),
-            &target,
-            &args.layers.0,
-            args.guest(),
-        )),
+        Some(name) => {
+            let layers = &args.layers.0;
+            let remembered = Remembered::new(name.clone(), &target, layers, args.guest());
+            Run::start_named(&remembered.with_views(args.views.len()))
+        }
     };
     let place = Place::of(args.guest(), args.transport, args.allow_backing)?.needing(args.needs());
     let mut machine = Machine::start(place, run, &interrupt).await?;
-    let stack = hold(&args, &target, requests, &mut machine, &interrupt).await;
-    let stack = stack.map_err(|failure| match args.guest() {
+    let mounted = hold(&args, &target, requests, &mut machine, &interrupt).await;
+    let mounted = mounted.map_err(|failure| match args.guest() {
         GuestKind::Local if failure.is_of(Step::Combine) => in_the_way(failure, &target),
         _ => failure,
     });
-    hold_until_the_end(&args, &target, stack, machine, &interrupt, &before).await
+    hold_until_the_end(&args, &target, mounted, machine, &interrupt, &before).await
 }
 
 /// Goes on with the mount of a program that has ended. A signal that comes before the mount is taken over leaves it as it is.
@@ -103,9 +109,10 @@ async fn resume(
     let target = remembered.target();
     machine.note_target(&target)?;
     args.layers.0 = remembered.layers();
-    let claimed = match (machine.claim(name).await, interrupt.check()) {
-        (Ok(stack), Err(interrupted)) => {
-            machine.leave(stack);
+    let claimed = machine.claim(name, remembered.views).await;
+    let claimed = match (claimed, interrupt.check()) {
+        (Ok(mounted), Err(interrupted)) => {
+            machine.leave(mounted);
             return Err(left(interrupted));
         }
         (claimed, _) => claimed,
@@ -113,25 +120,25 @@ async fn resume(
     hold_until_the_end(&args, &target, claimed, machine, interrupt, before).await
 }
 
-/// Shows a stack, holds it until a signal or until it is lost, and releases everything.
+/// Shows what is mounted, holds it until a signal or until it is lost, and releases everything.
 async fn hold_until_the_end(
     args: &MountArgs,
     target: &Path,
-    stack: Result<Stack, Failure>,
+    mounted: Result<Mounted, Failure>,
     mut machine: Machine,
     interrupt: &Interrupt,
     before: &Tables,
 ) -> Result<u8, Failure> {
-    let held = match stack {
-        Ok(stack) => {
+    let held = match mounted {
+        Ok(mounted) => {
             let shown = match machine.mark_held() {
-                Ok(()) => show(args, &machine, &stack).await,
+                Ok(()) => show(args, &machine, &mounted).await,
                 failed => failed,
             };
             let shown = match (shown, &args.name) {
                 // Others may be at work in it, as they were before this program came.
                 (Err(failure), Some(name)) if machine.is_resumed() => {
-                    machine.leave(stack);
+                    machine.leave(mounted);
                     return Err(left(failure, name));
                 }
                 (shown, _) => shown,
@@ -148,7 +155,7 @@ async fn hold_until_the_end(
                 ));
             }
             interrupt.now("releasing the stack");
-            machine.release(stack, further).await;
+            machine.release(mounted, further).await;
             shown
         }
         Err(failure) => Err(failure),
@@ -238,10 +245,9 @@ fn refuse_lost_format(args: &MountArgs) -> Result<(), Failure> {
     }
 }
 
-/// Where the tree is to be. In a virtual machine, whether a link may be on the way is for the guest to say.
-fn target_of(args: &MountArgs) -> Result<PathBuf, Failure> {
-    let given = args.at.as_deref().unwrap_or(Path::new(""));
-    if args.guest() == GuestKind::Qemu {
+/// Where the tree or a view of it is to be. In a virtual machine, whether a link may be on the way is for the guest to say.
+fn place_of(given: &Path, guest: GuestKind) -> Result<PathBuf, Failure> {
+    if guest == GuestKind::Qemu {
         let target = std::path::absolute(given).context(|| format!("--at {given:?} is no path"));
         let target =
             target.map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))?;
@@ -276,7 +282,7 @@ async fn hold(
     requests: Vec<MountRequest>,
     machine: &mut Machine,
     interrupt: &Interrupt,
-) -> Result<Stack, Failure> {
+) -> Result<Mounted, Failure> {
     let options = OverlayOptions::new(&args.overlay_options);
     let options = options.context(|| "the overlay options make no sense".to_owned())?;
     let mut stack = StackRequest::new(target).options(options);
@@ -284,7 +290,8 @@ async fn hold(
         stack = stack.held_by(name.clone());
     }
     let disks = machine.disks(&args.layers.0, args.allow_backing).await?;
-    for (disk, request) in disks.into_iter().zip(requests) {
+    let layers: Vec<_> = disks.into_iter().zip(requests).collect();
+    for (disk, request) in layers.clone() {
         stack = stack.layer(disk, request);
     }
     if let Some(size) = args.scratch {
@@ -306,7 +313,8 @@ async fn hold(
     machine.note_target(target)?;
     let stack = machine.manager().stack(&stack).await?;
     interrupt.check()?;
-    Ok(stack)
+    let views = viewing::make(args, &layers, &stack, machine, interrupt).await?;
+    Ok(Mounted { stack, views })
 }
 
 /// A scratch whose filesystem is made in the guest, behind the encryption if there is any.
@@ -344,7 +352,8 @@ impl MountArgs {
     }
 }
 
-async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), Failure> {
+async fn show(args: &MountArgs, machine: &Machine, mounted: &Mounted) -> Result<(), Failure> {
+    let stack = &mounted.stack;
     let mounts = machine.guest().mounts().await?;
     let disk = |layer: &Layer, mount: &MountPoint| {
         let seen = mounts.at(mount.path())?;
@@ -373,6 +382,7 @@ async fn show(args: &MountArgs, machine: &Machine, stack: &Stack) -> Result<(), 
             Some(mount) => Some(disk(&scratch, mount)?),
             None => None,
         },
+        views: mounted.views.iter().map(HeldView::of).collect(),
         pid: std::process::id(),
     };
     if args.json {
@@ -415,9 +425,11 @@ impl Held {
         } else {
             "read-only"
         };
+        let views = self.views.iter().map(|view| format!("\n{view}"));
         format!(
-            "{table}\n{why}\n{access} tree at {}",
-            printable(&self.target)
+            "{table}\n{why}\n{access} tree at {}{}",
+            printable(&self.target),
+            views.collect::<String>()
         )
     }
 }

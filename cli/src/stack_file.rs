@@ -144,6 +144,7 @@ impl StackFile {
         let for_all = args.layers.1.clone();
         let layers = self.layer.iter().map(|layer| Layer {
             options: [&*for_all, &*self.options, &*layer.options].concat(),
+            id_map: args.layers.2.clone(),
             ..layer.within(directory)
         });
         args.layers.0.extend(layers);
@@ -183,6 +184,7 @@ impl LayerTable {
                 .map(|image| directory.join(image))
                 .collect(),
             options: self.options.clone(),
+            id_map: None,
         }
     }
 }

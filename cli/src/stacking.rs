@@ -40,6 +40,9 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
         let source = KeySource::Keyring(key.clone());
         builder = builder.encryption(Encryption::Keyed(source));
     }
+    if let Some(map) = &layer.id_map {
+        builder = builder.id_map(map.clone());
+    }
     let options = builder
         .build()
         .context(|| "the mount options make no sense".to_owned())?;

@@ -8,7 +8,7 @@ mod merged_erofs;
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -509,4 +509,91 @@ fn root_an_overlay_has_the_options_that_were_asked_for() {
         answer.says(1, &[words]);
         assert_nothing_left(&answer, &dir);
     }
+}
+
+#[test]
+fn root_u15_the_tree_and_a_layer_of_it_are_seen_at_other_places() {
+    let dir = temp();
+    let path = |name: &str| dir.path().join(name);
+    let tree = format!("{}:ro,noexec", path("seen").display());
+    let layer = format!("{}:layer=2", path("made/base").display());
+    let mut arguments = layers(&dir);
+    arguments.extend(["--scratch", "32M", "--view", &tree, "--view", &layer].map(str::to_owned));
+    let held = held(arguments.clone());
+    let views = &held.json["views"];
+    assert_eq!(views[0]["of"], path("at").to_str().unwrap());
+    assert_eq!(views[0]["read_only"], true);
+    assert_eq!(views[1]["of"], held.json["layers"][1]["path"]);
+    fs::write(path("at/new"), "in the tree").unwrap();
+    assert_eq!(fs::read_to_string(path("seen/new")).unwrap(), "in the tree");
+    let error = fs::write(path("seen/other"), "x").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnlyFilesystem);
+    assert_eq!(
+        fs::read_to_string(path("made/base/layer.txt")).unwrap(),
+        "base"
+    );
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
+    assert!(!path("seen").exists() && !path("made").exists());
+    // What cannot be shown is said, and takes nothing along.
+    for (view, code, words) in [
+        (
+            format!("{}:layer=3", path("x").display()),
+            2,
+            "there is no layer 3",
+        ),
+        (
+            format!("{}:subpath=none", path("x").display()),
+            1,
+            "it is not there",
+        ),
+        (
+            path("at").display().to_string(),
+            1,
+            "an overlay is mounted there",
+        ),
+    ] {
+        let mut arguments = layers_of(&dir);
+        arguments.extend(["--view".to_owned(), view]);
+        let Err(answer) = hold(arguments) else {
+            panic!("{words} is no trouble");
+        };
+        answer.says(code, &[words]);
+        assert_nothing_left(&answer, &dir);
+        assert!(!path("at").exists() && !path("x").exists());
+    }
+}
+
+#[test]
+fn root_u21_the_files_of_layers_appear_as_those_of_a_container() {
+    let dir = temp();
+    let at = dir.path().join("at");
+    let mut arguments = vec!["--map-ids".to_owned(), "0:100000:65536".to_owned()];
+    arguments.extend(layers(&dir));
+    arguments.extend(["--scratch", "32M"].map(str::to_owned));
+    let held = held(arguments);
+    let owner = |path: &Path| {
+        let meta = path.metadata().unwrap();
+        (meta.uid(), meta.gid())
+    };
+    let all = (100_000, 100_000);
+    assert_eq!(
+        [owner(&at), owner(&at.join("base")), owner(&at.join("top"))],
+        [all; 3]
+    );
+    // The root of the container, who has no rights on the way to the tree.
+    let written = Command::new("setpriv")
+        .args(["--reuid", "100000", "--regid", "100000", "--clear-groups"])
+        .args(["sh", "-ec", "echo more >> base; mkdir new; rm top"])
+        .current_dir(&at)
+        .status();
+    assert!(written.unwrap().success());
+    assert_eq!(fs::read_to_string(at.join("base")).unwrap(), "bmore\n");
+    assert_eq!(owner(&at.join("new")), all);
+    let scratch = Path::new(held.json["scratch"]["path"].as_str().unwrap());
+    assert_eq!(owner(&scratch.join("upper/base")), all);
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &dir);
 }

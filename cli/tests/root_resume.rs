@@ -492,3 +492,42 @@ fn root_an_interrupted_resume_leaves_the_mount_as_it_was() {
     assert_eq!(precious.unwrap(), PRECIOUS);
     held.end(Signal::TERM).says(0, &["nothing is left"]);
 }
+
+#[test]
+fn root_u15_a_named_mount_is_resumed_with_its_views() {
+    let _alone = alone();
+    let wanted = Wanted::new("views");
+    let path = |name: &str| wanted.dir.path().join(name);
+    let mut arguments = wanted.arguments();
+    for view in ["seen:ro", "made/part:layer=2", "gone"] {
+        arguments.extend(["--view".to_owned(), path(view).display().to_string()]);
+    }
+    let held = hold(&arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let first = held.json["views"].clone();
+    assert_eq!(first.as_array().unwrap().len(), 3);
+    fs::write(wanted.tree().join("new"), "written before").unwrap();
+    kill(held);
+    shell(&["umount", path("gone").to_str().unwrap()]);
+
+    let mut held = wanted.resume();
+    held.wait_for("view 3 is gone");
+    let again = held.json["views"].as_array().unwrap();
+    assert_eq!(again[..], first.as_array().unwrap()[..2]);
+    assert_eq!(
+        fs::read_to_string(path("seen/new")).unwrap(),
+        "written before"
+    );
+    assert_eq!(fs::read_to_string(path("made/part/b")).unwrap(), "of b");
+    assert!(fs::write(path("seen/other"), "x").is_err());
+    let answer = held.end(Signal::TERM);
+    answer.says(0, &["nothing is left"]);
+    assert_nothing_left(&answer, &wanted.dir);
+    assert!(!path("seen").exists() && !path("made").exists());
+
+    // A clean-up knows the views of a run that is dead.
+    let held = hold(&arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    kill(held);
+    common::clean_up(&["--resumable"]);
+    assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
+    assert!(!path("seen").exists() && !path("made").exists());
+}

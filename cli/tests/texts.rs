@@ -339,7 +339,15 @@ fn commands_in(text: &str) -> Vec<Vec<String>> {
     let starts = text.match_indices("blockmount ");
     let commands = starts.filter_map(|(at, name)| {
         let rest = &text[at + name.len()..];
-        let end = rest.find(['"', ';', ',', ':', '\n', '(', ')', '>', '|', '#']);
+        // Within a word they are of an argument.
+        let is_end = |(at, sign): &(usize, char)| match sign {
+            ',' | ':' => rest[at + 1..]
+                .chars()
+                .next()
+                .is_none_or(char::is_whitespace),
+            sign => "\";\n()>|#".contains(*sign),
+        };
+        let end = rest.char_indices().find(is_end).map(|(at, _)| at);
         let rest = &rest[..end.unwrap_or(rest.len())];
         // Two spaces divide an example from what is said of it.
         let rest = rest.split("  ").next()?.trim_end_matches('\\');

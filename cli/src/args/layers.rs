@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use blockmount::IdMap;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use crate::verity::Trusted;
@@ -24,6 +25,8 @@ pub(crate) struct Layer {
     pub(crate) options: Vec<String>,
     /// Further images that its filesystem has data in, in its order.
     pub(crate) devices: Vec<PathBuf>,
+    /// The owners that its files appear with.
+    pub(crate) id_map: Option<IdMap>,
 }
 
 impl Layer {
@@ -40,7 +43,8 @@ impl Layer {
     }
 }
 
-/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE [--verity-tree IMAGE]] [--device IMAGE...] [--option OPTION...]`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE [--verity-tree IMAGE]] [--device IMAGE...] [--option OPTION...]
+/// [--map-ids MAP]`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -49,6 +53,8 @@ pub(crate) struct Layers<const REQUIRED: bool>(
     pub(crate) Vec<Layer>,
     /// The options that stand before the first, and are for all; each layer has them already.
     pub(crate) Vec<String>,
+    /// The id map that stands before the first, likewise.
+    pub(crate) Option<IdMap>,
 );
 
 pub(crate) type OptionalLayers = Layers<false>;
@@ -112,6 +118,12 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             .value_parser(clap::value_parser!(PathBuf))
             .action(clap::ArgAction::Append)
             .help("Image of a further device of the --layer before it, such as a blob of an erofs, in its order; repeatable");
+        let id_map = clap::Arg::new("map_ids")
+            .long("map-ids")
+            .value_name("MAP")
+            .value_parser(clap::value_parser!(IdMap))
+            .action(clap::ArgAction::Append)
+            .help("Show files of the --layer before it with other owners, or of all: STORED:SHOWN:COUNT, such as 0:100000:65536");
         command.args([
             layer,
             partition,
@@ -121,6 +133,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             key,
             device,
             option,
+            id_map,
         ])
     }
 
@@ -156,6 +169,7 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
             layer.devices.push(image.clone());
         }
         self.add_options(matches);
+        self.add_id_maps(matches);
         Ok(())
     }
 }
@@ -164,16 +178,31 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
     /// Adds mount options to the layer that is before each, or to all if none is.
     fn add_options(&mut self, matches: &ArgMatches) {
         for (option, before) in placed::<String>(matches, "option") {
-            let layers = match before {
-                Some(index) => &mut self.0[index..=index],
-                None => {
-                    self.1.push(option.clone());
-                    &mut self.0[..]
-                }
-            };
-            for layer in layers {
+            if before.is_none() {
+                self.1.push(option.clone());
+            }
+            for layer in self.one_or_all(before) {
                 layer.options.push(option.clone());
             }
+        }
+    }
+
+    /// Adds id maps to the layer that is before each, or to all if none is.
+    fn add_id_maps(&mut self, matches: &ArgMatches) {
+        for (map, before) in placed::<IdMap>(matches, "map_ids") {
+            if before.is_none() {
+                self.2 = Some(map.clone());
+            }
+            for layer in self.one_or_all(before) {
+                layer.id_map = Some(map.clone());
+            }
+        }
+    }
+
+    fn one_or_all(&mut self, before: Option<usize>) -> &mut [Layer] {
+        match before {
+            Some(index) => &mut self.0[index..=index],
+            None => &mut self.0[..],
         }
     }
 
@@ -306,6 +335,28 @@ mod tests {
         assert_eq!(given[1].filesystem, None);
         let misplaced = layers(&["--fs", "xfs", "-l", "a"]);
         assert_eq!(misplaced.unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn u21_an_id_map_belongs_to_the_layer_before_it_or_to_all() {
+        let words = [
+            "--map-ids",
+            "0:7:1",
+            "-l",
+            "a",
+            "-l",
+            "b",
+            "--map-ids",
+            "u:0:8:1",
+        ];
+        let given = layers(&words).unwrap();
+        let map = |text: &str| Some(text.parse().unwrap());
+        assert_eq!(
+            (&given[0].id_map, &given[1].id_map),
+            (&map("0:7:1"), &map("u:0:8:1"))
+        );
+        let wrong = layers(&["-l", "a", "--map-ids", "7"]);
+        assert_eq!(wrong.unwrap_err().exit_code(), 2);
     }
 
     #[test]

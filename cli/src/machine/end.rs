@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockmount::{ErrorKind, Stack, Step};
+use blockmount::{ErrorKind, Step};
 use blockmount_loopback::SCHEME;
 
-use super::Machine;
+use super::{Machine, Mounted};
 use crate::failure::{Failure, printable};
 use crate::guest::Guest;
 use crate::interrupt::{Further, Interrupt};
@@ -33,16 +33,22 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
 const ATTEMPTS: u32 = 3;
 
 impl Machine {
-    /// Releases a stack. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
+    /// Releases views and the stack that they show. What fails stays pending in the manager: the end of the run retries it, or says who uses it.
     ///
     /// A signal since `further` gives up on what somebody uses.
-    pub(crate) async fn release(&mut self, stack: Stack, further: Further) {
+    pub(crate) async fn release(&mut self, mounted: Mounted, further: Further) {
         if self.guest.lost().is_some() {
             // Nobody is there who could release it.
-            return std::mem::forget(stack);
+            return std::mem::forget(mounted);
         }
         self.further = Some(further);
         self.run.mark_unheld();
+        let Mounted { stack, views } = mounted;
+        for view in views {
+            if let Err(error) = view.release().await {
+                tracing::info!(%error, "a view could not be released at once");
+            }
+        }
         if let Err(error) = stack.release().await {
             tracing::info!(%error, "the stack could not be released at once");
             self.lost.extend(lost_writes(error.errors()));

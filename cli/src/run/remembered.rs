@@ -36,6 +36,9 @@ pub(crate) struct Remembered {
     layers: Vec<RememberedLayer>,
     /// Whether it is in a virtual machine that lives on.
     keeps_vm: bool,
+    /// How many views of it there are.
+    #[serde(default)]
+    pub(crate) views: usize,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,7 +58,14 @@ impl Remembered {
             target: Name::of(target),
             layers: layers.iter().map(layer).collect(),
             keeps_vm: guest == GuestKind::Qemu,
+            views: 0,
         }
+    }
+
+    /// The same with so many views.
+    pub(crate) fn with_views(mut self, views: usize) -> Self {
+        self.views = views;
+        self
     }
 
     pub(crate) fn guest(&self) -> GuestKind {
