@@ -185,15 +185,22 @@ fn begin_at(last: u32) {
     STEP.store(0, Ordering::SeqCst);
 }
 
-/// Finds `exercise:/dev/sda`, and `exercise:/dev/sda@4096+8192`.
+/// Finds `exercise:/dev/sda`, `exercise:/dev/sda@4096-8192` and, by its SCSI address, `exercise:0:0:0:3`.
 #[derive(Debug)]
-struct ByName;
+pub(crate) struct ByName;
 
 #[async_trait]
 impl Resolver for ByName {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let Some((node, range)) = device.address().split_once('@') else {
-            return Ok(BlockDevice::new(device.address()));
+            let address = Path::new(device.address());
+            if address.has_root() {
+                return Ok(BlockDevice::new(address));
+            }
+            let node = node_of(address).await;
+            return node
+                .map(BlockDevice::new)
+                .map_err(|error| BackendError::not_found(error.to_string()));
         };
         let range = range
             .split_once('-')
@@ -205,7 +212,7 @@ impl Resolver for ByName {
 
 /// Everything that a round could leave.
 #[derive(Debug, PartialEq, Eq)]
-struct State {
+pub(crate) struct State {
     mounts: Vec<PathBuf>,
     mapped: BTreeSet<String>,
     partitions: Vec<u32>,
@@ -395,6 +402,13 @@ impl Exercise {
     }
 
     fn state(&self) -> io::Result<State> {
+        State::of(&self.disk, &self.directory)
+    }
+}
+
+impl State {
+    /// What there is of a disk, by its node, and below a directory.
+    pub(crate) fn of(disk: &Path, directory: &Path) -> io::Result<Self> {
         let mounts = mountinfo::read()?
             .into_iter()
             .map(|mount| mount.mount_point);
@@ -403,13 +417,13 @@ impl Exercise {
             // Where there is no device-mapper, nothing is mapped.
             Err(_) => Vec::new(),
         };
-        let disk = DeviceNumber::of(&File::open(&self.disk)?).map_err(io::Error::other)?;
+        let disk = DeviceNumber::of(&File::open(disk)?).map_err(io::Error::other)?;
         let partitions = device::partitions(disk).map_err(io::Error::other)?;
         let mut tree = BTreeSet::new();
-        walk(&self.directory, &mut tree)?;
+        walk(directory, &mut tree)?;
         Ok(State {
             mounts: mounts
-                .filter(|point| point.starts_with(&self.directory))
+                .filter(|point| point.starts_with(directory))
                 .collect(),
             mapped: mapped.into_iter().map(|mapped| mapped.name).collect(),
             partitions: partitions.into_keys().collect(),
@@ -419,7 +433,7 @@ impl Exercise {
 }
 
 /// The node of the disk at a SCSI address, once it is there.
-async fn node_of(address: &Path) -> io::Result<PathBuf> {
+pub(crate) async fn node_of(address: &Path) -> io::Result<PathBuf> {
     let block = Path::new("/sys/bus/scsi/devices")
         .join(address)
         .join("block");

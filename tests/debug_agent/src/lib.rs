@@ -9,6 +9,7 @@
 //! | `protocol.rs` | what is asked and answered besides a checker's requests |
 //! | `server.rs` | the guest's end |
 //! | `exercise.rs` | mounts of which each step fails or is killed once |
+//! | `trial.rs` | one mount with some options, and what it leaves |
 //! | `agent_process.rs` | which process the agent is |
 //! | `keys.rs` | keys that the owner of a guest places in it |
 //! | `kit.rs`, `kit/` | what tests of several crates share: processes, images, agents on sockets |
@@ -19,6 +20,7 @@ mod keys;
 pub mod kit;
 mod protocol;
 mod server;
+pub mod trial;
 
 pub use protocol::{DebugRequest, DebugResponse};
 pub use server::DebugServer;

@@ -6,6 +6,7 @@ use blockmount_checker::protocol::{Request, Response};
 use serde::{Deserialize, Serialize};
 
 use crate::exercise::Exercise;
+use crate::trial::Trial;
 
 /// What a host asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,11 @@ pub enum OwnRequest {
     KillAgent,
     /// Whether a file is read past the page cache: [`OwnResponse::Dax`].
     Dax {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Whose a file is, a link itself: [`OwnResponse::Owner`].
+    Owner {
         /// The file.
         path: PathBuf,
     },
@@ -76,6 +82,8 @@ pub enum OwnRequest {
     },
     /// Does an exercise: [`OwnResponse::Steps`].
     Exercise(Box<Exercise>),
+    /// Tries a mount: [`OwnResponse::Refused`].
+    Try(Box<Trial>),
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
     PowerOff,
 }
@@ -98,6 +106,8 @@ pub enum OwnResponse {
     Pid(Option<u32>),
     /// Whether a file is read past the page cache.
     Dax(bool),
+    /// The user, the group, and the mode.
+    Owner(u32, u32, u32),
     /// Milliseconds since 1970.
     Clock(u64),
     /// One line for each, as `dmsetup table` prints it.
@@ -108,6 +118,8 @@ pub enum OwnResponse {
     Files(Vec<PathBuf>),
     /// How many steps there were.
     Steps(u32),
+    /// Why there can be no such mount; nothing if there can.
+    Refused(Option<String>),
 }
 
 impl From<Response> for DebugResponse {

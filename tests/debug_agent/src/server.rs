@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -73,6 +74,9 @@ impl DebugServer {
         if let OwnRequest::Exercise(exercise) = request {
             return Ok(OwnResponse::Steps((*exercise).run().await?).into());
         }
+        if let OwnRequest::Try(trial) = request {
+            return Ok(OwnResponse::Refused((*trial).run().await?).into());
+        }
         let state = self.0.clone();
         tokio::task::spawn_blocking(move || state.answer(request)).await?
     }
@@ -100,6 +104,11 @@ impl State {
             OwnRequest::Dax { path } => is_dax(&path)
                 .context(|| format!("cannot look at {}", path.display()))
                 .map(|is_dax| OwnResponse::Dax(is_dax).into()),
+            OwnRequest::Owner { path } => {
+                let metadata = path.symlink_metadata();
+                let found = metadata.context(|| format!("cannot look at {}", path.display()))?;
+                Ok(OwnResponse::Owner(found.uid(), found.gid(), found.mode()).into())
+            }
             OwnRequest::Clock => {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH);
                 let time = since.map_or(0, |since| since.as_millis());
@@ -135,7 +144,7 @@ impl State {
             OwnRequest::PowerOff => {
                 agent_process::is_our_machine(&self.agent).map(|()| Response::Done.into())
             }
-            OwnRequest::KillAgent | OwnRequest::Exercise(_) => {
+            OwnRequest::KillAgent | OwnRequest::Exercise(_) | OwnRequest::Try(_) => {
                 unreachable!("this waits, and is answered elsewhere")
             }
         }

@@ -19,7 +19,7 @@ fn content(seed: usize) -> String {
 }
 
 /// Two images with a file each, and one that has both files and no data.
-fn merged(rig: &Rig) -> [Disk; 3] {
+pub fn merged(rig: &Rig) -> [Disk; 3] {
     let image = |name: &str, seed| {
         let path = rig.path(name);
         images::image("erofs", &path, &[("file", &content(seed))]);

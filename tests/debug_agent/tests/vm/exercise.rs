@@ -13,15 +13,16 @@ use blockmount_debug_agent::kit::images;
 use blockmount_verity::{Parameters, seal};
 use serde_json::json;
 
+use crate::combinations;
 use crate::rig::Rig;
 use crate::verity::sealed_apart;
 
 /// Where partition 1 is, in bytes: as large as what is to be in it.
-const START: u64 = 1 << 20;
+pub const START: u64 = 1 << 20;
 const BLANK: u64 = 16 << 20;
 
 /// A disk with one partition, which holds this content.
-fn partitioned(path: &Path, content: &[u8]) {
+pub fn partitioned(path: &Path, content: &[u8]) {
     let file = File::create(path).unwrap();
     file.set_len(2 * START + content.len() as u64).unwrap();
     let mut sfdisk = images::tool("sfdisk")
@@ -39,17 +40,36 @@ fn partitioned(path: &Path, content: &[u8]) {
 }
 
 /// A disk, its sizes in bytes, and where it is.
-struct Tried {
-    disk: Disk,
-    whole: u64,
-    used: u64,
-    locator: DeviceLocator,
+pub struct Tried {
+    pub disk: Disk,
+    pub whole: u64,
+    pub used: u64,
+    pub locator: DeviceLocator,
 }
 
 impl Tried {
+    /// Attaches an image, of which so many bytes are used.
+    pub async fn attach(rig: &Rig, image: &Path, used: u64) -> Self {
+        let mut disk = Disk::virtual_disk(image);
+        let name = image.file_name().unwrap().to_str().unwrap();
+        if !name.contains("blank") && !name.contains("ext4") {
+            disk = disk.read_only();
+        }
+        Tried {
+            whole: fs::metadata(image).unwrap().len(),
+            used,
+            locator: rig.scsi.attach_identified(&disk).await.unwrap(),
+            disk,
+        }
+    }
+
     /// Its address in the guest, whose controllers have the numbers of the host's.
-    fn address(&self) -> String {
-        let (controller, lun) = self.locator.address().split_once('/').unwrap();
+    pub fn address(&self) -> String {
+        Self::address_of(&self.locator)
+    }
+
+    pub fn address_of(locator: &DeviceLocator) -> String {
+        let (controller, lun) = locator.address().split_once('/').unwrap();
         format!("{controller}:0:0:{lun}")
     }
 }
@@ -80,16 +100,7 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
         ("blank-part", BLANK),
         ("tree", fs::metadata(&tree).unwrap().len()),
     ] {
-        let mut disk = Disk::virtual_disk(rig.path(name));
-        if !name.starts_with("blank") {
-            disk = disk.read_only();
-        }
-        tried.push(Tried {
-            whole: fs::metadata(rig.path(name)).unwrap().len(),
-            used,
-            locator: rig.scsi.attach_identified(&disk).await.unwrap(),
-            disk,
-        });
+        tried.push(Tried::attach(rig, &rig.path(name), used).await);
     }
     (tried, [verity.unwrap(), apart])
 }
@@ -130,6 +141,9 @@ async fn exercise(fault: Fault) {
     for Tried { disk, locator, .. } in &disks {
         rig.guest.unplug(locator).await.unwrap();
         rig.scsi.detach(disk).await.unwrap();
+    }
+    if fault == Fault::Fails {
+        combinations::compare_with_the_readme(&rig).await;
     }
     rig.end().await;
 }

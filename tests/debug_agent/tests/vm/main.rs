@@ -11,6 +11,7 @@
 
 mod rig;
 
+mod combinations;
 mod crypt;
 mod devices;
 mod disks;

@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use blockmount::{
-    BindMount, Binder, ErrorKind, IdMap, MountRequest, Presence, ViewOptions, ViewRequest,
+    BindMount, Binder, Disk, ErrorKind, FsGroup, IdMap, MountOptions, MountRequest, Presence,
+    StackRequest, ViewOptions, ViewRequest,
 };
+use blockmount_debug_agent::kit::images;
 use serde_json::{Value, json};
 
 use crate::rig::Rig;
@@ -18,7 +20,7 @@ fn write(path: &Path, text: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_u15_a_volume_is_writable_in_one_container_and_read_only_in_another() {
+async fn vm_u15_u21_u22_a_volume_is_seen_in_several_ways_and_with_other_owners() {
     let rig = Rig::start().await;
     let volume = rig.scratch("volume");
     let volume = rig.manager.add(&volume, &MountRequest::default()).await;
@@ -59,7 +61,73 @@ async fn vm_u15_a_volume_is_writable_in_one_container_and_read_only_in_another()
     for view in views {
         view.release().await.unwrap();
     }
+    mapped_layers(&rig).await;
+    given_to_a_group(&rig).await;
     rig.end().await;
+}
+
+async fn owner(rig: &Rig, path: &Path) -> Value {
+    rig.ask(json!({ "owner": { "path": path } })).await["owner"].clone()
+}
+
+/// The layers of a stack appear as those of a container, each mapped by itself; a view shows the tree at a second place.
+async fn mapped_layers(rig: &Rig) {
+    let ext4 = rig.path("base");
+    images::image("ext4", &ext4, &[("base", "of base")]);
+    let ext4 = Disk::virtual_disk(ext4).read_only();
+    let map: IdMap = "0:100000:65536".parse().unwrap();
+    let mapped = MountOptions::builder().read_only().id_map(map).build();
+    let mapped = MountRequest::new(mapped.unwrap());
+    let tree = Path::new("/run/containers/5/rootfs");
+    let request = StackRequest::new(tree)
+        .layer(rig.layer("top"), mapped.clone())
+        .layer(ext4, mapped)
+        .scratch(rig.scratch("changes"), MountRequest::default());
+    let stack = rig.manager.stack(&request).await.unwrap();
+    let seen = ViewRequest::new("/run/containers/5/seen", options(&["ro"]));
+    let seen = rig.manager.view(&stack, &seen).await.unwrap();
+    rig.ask(write(&tree.join("base"), "changed")).await;
+    for path in [
+        tree.to_owned(),
+        tree.join("id"),
+        tree.join("base"),
+        seen.target().join("id"),
+    ] {
+        let owner = owner(rig, &path).await;
+        assert_eq!(
+            (&owner[0], &owner[1]),
+            (&json!(100_000), &json!(100_000)),
+            "{path:?}"
+        );
+    }
+    rig.assert_content(&seen.target().join("base"), "changed")
+        .await;
+    // In the scratch the files are as they appear.
+    let upper = stack.scratch().unwrap().path().join("upper/base");
+    assert_eq!(owner(rig, &upper).await[0], json!(100_000));
+    stack.release().await.unwrap();
+    seen.release().await.unwrap();
+    assert!(rig.manager.drain().await.is_clean());
+}
+
+async fn given_to_a_group(rig: &Rig) {
+    let path = rig.path("data");
+    images::image("ext4", &path, &[("file", "text"), ("below/file", "text")]);
+    let options = MountOptions::builder().fs_group(FsGroup::new(2000)).build();
+    let request = MountRequest::new(options.unwrap());
+    let volume = rig.manager.add(&Disk::virtual_disk(path), &request).await;
+    let volume = volume.unwrap();
+    for (name, mode) in [
+        ("", 0o2770),
+        ("file", 0o660),
+        ("below", 0o2770),
+        ("below/file", 0o660),
+    ] {
+        let owner = owner(rig, &volume.path().join(name)).await;
+        assert_eq!(owner[1], json!(2000), "{name}");
+        assert_eq!(owner[2].as_u64().unwrap() & mode, mode, "{name} {owner}");
+    }
+    volume.release().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
