@@ -35,7 +35,8 @@ builds=$!
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
 say "tests"
-cargo test --workspace --all-features
+# All of them, so that one run says all that is wrong.
+cargo test --workspace --all-features --no-fail-fast
 
 say "benches, each once and untimed"
 cargo test --package blockmount --package blockmount-verity --package blockmount-vpmem --benches
