@@ -180,9 +180,9 @@ follows its --layer. An --option or --map-ids before the first --layer is for \
 all of them.
 
 A --file has the stack in TOML: at, name, guest, transport, keep-vm, \
-allow-backing, options (of all layers), overlay-options, a table [scratch] with \
+allow-backing, options (of all layers), overlay-options, map-ids, view, a table [scratch] with \
 size, encrypt, integrity and format, and for each layer, the topmost first, a table \
-[[layer]] with image, partition, fs, verity, verity-tree, key, devices and options. Paths in it \
+[[layer]] with image, partition, fs, verity, verity-tree, key, map-ids, devices and options. Paths in it \
 start at its directory. The command line wins where both say one thing; its \
 layers are above those of the file, and lists are joined.
 

@@ -7,12 +7,12 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use blockmount::HolderName;
+use blockmount::{HolderName, IdMap};
 use clap::ValueEnum as _;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
-use crate::args::{Layer, MountArgs, parse_size};
+use crate::args::{Layer, MountArgs, Shown, parse_size};
 use crate::failure::{Context, Failure};
 use crate::guest::{GuestKind, Transports};
 use crate::verity::Trusted;
@@ -38,6 +38,12 @@ struct StackFile {
     /// Mount options of all layers of this file.
     options: Vec<String>,
     overlay_options: Vec<String>,
+    /// The id map of all layers of this file that have none of their own.
+    #[serde(deserialize_with = "parsed")]
+    map_ids: Option<IdMap>,
+    /// Further places, as on the command line.
+    #[serde(deserialize_with = "views")]
+    view: Vec<Shown>,
     scratch: Option<Scratch>,
     /// The topmost first.
     layer: Vec<LayerTable>,
@@ -66,6 +72,8 @@ struct LayerTable {
     verity: Option<Trusted>,
     verity_tree: Option<PathBuf>,
     key: Option<String>,
+    #[serde(default, deserialize_with = "parsed")]
+    map_ids: Option<IdMap>,
     #[serde(default)]
     devices: Vec<PathBuf>,
     #[serde(default)]
@@ -144,7 +152,12 @@ impl StackFile {
         let for_all = args.layers.1.clone();
         let layers = self.layer.iter().map(|layer| Layer {
             options: [&*for_all, &*self.options, &*layer.options].concat(),
-            id_map: args.layers.2.clone(),
+            id_map: layer
+                .map_ids
+                .as_ref()
+                .or(args.layers.2.as_ref())
+                .or(self.map_ids.as_ref())
+                .cloned(),
             ..layer.within(directory)
         });
         args.layers.0.extend(layers);
@@ -155,6 +168,11 @@ impl StackFile {
         args.keep_vm |= self.keep_vm;
         args.allow_backing |= self.allow_backing;
         args.overlay_options.splice(0..0, self.overlay_options);
+        let views = self.view.into_iter().map(|shown| Shown {
+            at: directory.join(&shown.at),
+            ..shown
+        });
+        args.views.splice(0..0, views);
         if let Some(scratch) = self.scratch {
             args.scratch = args.scratch.or(Some(scratch.size));
             args.encrypt |= scratch.encrypt;
@@ -197,6 +215,12 @@ where
 {
     let text = String::deserialize(deserializer)?;
     text.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn views<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Shown>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let views = texts.iter().map(|text| text.parse());
+    views.collect::<Result<_, _>>().map_err(D::Error::custom)
 }
 
 fn guest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<GuestKind>, D::Error> {
@@ -273,6 +297,8 @@ mod tests {
         allow-backing = true
         options = ["nodev"]
         overlay-options = ["volatile"]
+        map-ids = "0:7:1"
+        view = ["/mnt/etc:ro,subpath=etc"]
 
         [scratch]
         size = "64M"
@@ -307,7 +333,9 @@ mod tests {
             (args.scratch, args.format.as_deref()),
             (Some(64 << 20), Some("xfs"))
         );
+        assert_eq!(args.views, ["/mnt/etc:ro,subpath=etc".parse().unwrap()]);
         let app = Layer {
+            id_map: Some("0:7:1".parse().unwrap()),
             filesystem: Some("erofs".into()),
             verity: Some(Trusted::File("app.erofs.dmverity".into())),
             verity_tree: Some("app.tree".into()),
@@ -317,6 +345,7 @@ mod tests {
             ..Layer::of("app.erofs")
         };
         let base = Layer {
+            id_map: Some("0:7:1".parse().unwrap()),
             partition: NonZeroU32::new(2),
             options: vec!["nodev".into(), "nouuid".into()],
             ..Layer::of("/disks/base.img")
