@@ -209,7 +209,7 @@ fn root_needs_root() {
                 .spawn()
                 .unwrap(),
         );
-        answer.says(1, &["only root", "advice: run it with sudo"]);
+        answer.says(1, &["needs root", "advice: run it with sudo"]);
         assert_nothing_left(&answer, &dir);
     }
 }

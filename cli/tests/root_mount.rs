@@ -399,7 +399,7 @@ fn root_x07_a_scratch_that_lost_writes_is_kept_and_the_mount_ends_with_an_error(
         let cleanup = common::run(["cleanup"]);
         assert_eq!(cleanup.code, Some(1), "{cleanup}");
         assert!(
-            cleanup.stdout.contains("writes to its scratch were lost"),
+            cleanup.has_words("writes to its scratch were lost"),
             "{cleanup}"
         );
         common::clean_up(&["--resumable"]);

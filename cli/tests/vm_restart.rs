@@ -95,7 +95,7 @@ fn resumed_after_a_kill(transport: &str) {
     run(["mount", "--resume", &name]).says(1, &["has ended", "cleanup --resumable"]);
     let answer = run(["cleanup"]);
     assert!(
-        answer.code == Some(1) && answer.stdout.contains("machine has ended"),
+        answer.code == Some(1) && answer.has_words("machine has ended"),
         "{answer}"
     );
     assert!(Path::new(&scratch).exists(), "{answer}");

@@ -73,6 +73,12 @@ impl Answer {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self}"))
     }
 
+    /// Whether its output has these words, wherever its lines are wrapped.
+    pub fn has_words(&self, words: &str) -> bool {
+        let output: Vec<_> = self.stdout.split_whitespace().collect();
+        output.join(" ").contains(words)
+    }
+
     /// Asserts the exit status, and that each of these is said on stderr.
     #[track_caller]
     pub fn says(&self, code: i32, words: &[&str]) {
