@@ -376,7 +376,7 @@ fn root_a_directory_that_is_no_longer_empty_stays() {
     fs::write(killed.dir.path().join("made/mine"), "the user's").unwrap();
     let answer = cleanup();
     answer.says(1, &[]);
-    assert!(answer.stdout.contains("not empty"), "{answer}");
+    assert!(answer.has_words("not empty"), "{answer}");
     assert_eq!(
         fs::read_to_string(killed.dir.path().join("made/mine")).unwrap(),
         "the user's"
@@ -448,7 +448,7 @@ fn root_u02_a_mark_whose_run_is_not_known_here_is_left_and_reported() {
     ] {
         let answer = run(arguments);
         assert!(answer.stdout.contains(id), "{answer}");
-        assert!(answer.stdout.contains("may be alive"), "{answer}");
+        assert!(answer.has_words("may be alive"), "{answer}");
         assert_eq!(in_kernel(id), before, "{answer}");
     }
     // It may be fine where it is: nothing of this clean-up has failed.
@@ -502,7 +502,7 @@ fn root_u02_a_living_run_is_left_alone_by_a_container_with_another_run_directory
         before,
         "{answer}"
     );
-    assert!(answer.stdout.contains("may be alive"), "{answer}");
+    assert!(answer.has_words("may be alive"), "{answer}");
     assert_eq!(fs::read_to_string(format!("{tree}/a")).unwrap(), "of a");
     held.end(Signal::TERM).says(0, &["nothing is left"]);
     tool("umount", &[shared]);
@@ -532,7 +532,7 @@ fn root_x01_a_forged_mark_makes_nobody_remove_files() {
         .unwrap();
     let answer = cleanup();
     answer.says(1, &[]);
-    assert!(answer.stdout.contains("not root's alone"), "{answer}");
+    assert!(answer.has_words("not root's alone"), "{answer}");
     assert!(work.join("kept").exists(), "{answer}");
     assert!(
         in_kernel(id).iter().any(|line| line.contains("tmpfs")),

@@ -379,7 +379,7 @@ fn root_u13_image_files_whose_run_was_lost_are_found() {
     let answer = common::run(["cleanup"]);
     answer.says(1, &[]);
     assert!(
-        answer.stdout.contains("which had a name") && !lost.exists(),
+        answer.has_words("which had a name") && !lost.exists(),
         "{answer}"
     );
     assert!(
@@ -430,10 +430,7 @@ fn root_u13_a_run_that_is_not_as_it_was_made_holds_no_clean_up() {
     let answer = common::run(["cleanup"]);
     answer.says(1, &[]);
     let doubtful = "cannot tell whether its run is alive";
-    assert!(
-        answer.has_words(doubtful) && places[0].exists(),
-        "{answer}"
-    );
+    assert!(answer.has_words(doubtful) && places[0].exists(), "{answer}");
     for place in places {
         fs::remove_dir_all(&place)
             .or_else(|_| if place.exists() { Err(()) } else { Ok(()) })
