@@ -1,5 +1,6 @@
 //! SCSI disks of a running QEMU, by its monitor.
 
+mod fields;
 mod image;
 mod qcow2;
 mod vhd;

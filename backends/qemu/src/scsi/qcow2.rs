@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+
+use super::fields::{big_endian, read_up_to};
 
 /// The first four bytes.
 const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -44,35 +45,25 @@ pub(super) struct Backing {
 
 /// Reads the header; none if it is no qcow2 image. Blocks.
 pub(super) fn read(file: &File) -> io::Result<Option<Header>> {
-    let mut header = vec![0; LEN];
-    let mut length = 0;
-    while length < LEN {
-        match file.read_at(&mut header[length..], length as u64) {
-            Ok(0) => break,
-            Ok(read) => length += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(parse(&header[..length]))
+    Ok(parse(&read_up_to(file, 0, LEN)?))
 }
 
 pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
     if !bytes.starts_with(&MAGIC) {
         return None;
     }
-    let (features, length) = match number(bytes, 4, 4)? {
+    let (features, length) = match big_endian(bytes, 4, 4)? {
         2 => (0, LEN_2),
         3 => (
-            number(bytes, 72, 8)?,
-            usize::try_from(number(bytes, 100, 4)?).ok()?,
+            big_endian(bytes, 72, 8)?,
+            usize::try_from(big_endian(bytes, 100, 4)?).ok()?,
         ),
         _ => return None,
     };
-    let backing = match usize::try_from(number(bytes, 8, 8)?).ok()? {
+    let backing = match usize::try_from(big_endian(bytes, 8, 8)?).ok()? {
         0 => None,
         at => {
-            let size = usize::try_from(number(bytes, 16, 4)?).ok()?;
+            let size = usize::try_from(big_endian(bytes, 16, 4)?).ok()?;
             let end = at.checked_add(size).filter(|_| size <= MAX_NAME)?;
             Some(Backing {
                 name: bytes.get(at..end)?.to_vec(),
@@ -83,7 +74,7 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
     Some(Header {
         backing,
         data_file: features & EXTERNAL_DATA != 0,
-        encrypted: number(bytes, 32, 4)? != 0,
+        encrypted: big_endian(bytes, 32, 4)? != 0,
     })
 }
 
@@ -91,8 +82,8 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Header> {
 /// eight.
 fn backing_format(bytes: &[u8], mut at: usize) -> Option<String> {
     loop {
-        let kind = number(bytes, at, 4)?;
-        let length = usize::try_from(number(bytes, at.checked_add(4)?, 4)?).ok()?;
+        let kind = big_endian(bytes, at, 4)?;
+        let length = usize::try_from(big_endian(bytes, at.checked_add(4)?, 4)?).ok()?;
         let start = at.checked_add(8)?;
         match kind {
             0 => return None,
@@ -103,16 +94,6 @@ fn backing_format(bytes: &[u8], mut at: usize) -> Option<String> {
             _ => at = start.checked_add(length.checked_next_multiple_of(8)?)?,
         }
     }
-}
-
-/// A big-endian number, if the header is that long.
-fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
-    let bytes = bytes.get(at..at.checked_add(length)?)?;
-    Some(
-        bytes
-            .iter()
-            .fold(0, |sum, byte| sum << 8 | u64::from(*byte)),
-    )
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Whether an image is a VHD or VHDX, and whether it is the difference to another (Microsoft's specifications of the two).
 
+use std::fs::File;
 use std::io;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use super::fields::{big_endian, little_endian, read_up_to};
 
 /// What an image is, as far as it matters who may open what for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub(super) fn vhd(file: &File) -> io::Result<Kind> {
     let Some(at) = length.checked_sub(FOOTER as u64) else {
         return Ok(Kind::Other);
     };
-    let start = read(file, 0, FOOTER)?;
-    let end = read(file, at, FOOTER)?;
+    let start = read_up_to(file, 0, FOOTER)?;
+    let end = read_up_to(file, at, FOOTER)?;
     Ok(vhd_kind(&start, &end))
 }
 
@@ -39,7 +39,7 @@ fn vhd_kind(start: &[u8], end: &[u8]) -> Kind {
         true => (start, 3),
         false => (end, 2),
     };
-    match big_endian(footer, VHD_TYPE) {
+    match big_endian(footer, VHD_TYPE, 4) {
         _ if !footer.starts_with(VHD_COOKIE) => Kind::Other,
         Some(4) => Kind::Difference,
         Some(kind) if kind == whole => Kind::Whole,
@@ -59,23 +59,25 @@ const HAS_PARENT: u64 = 1 << 1;
 
 /// Looks at a VHDX. Blocks.
 pub(super) fn vhdx(file: &File) -> io::Result<Kind> {
-    if read(file, 0, 8)? != b"vhdxfile" {
+    if read_up_to(file, 0, 8)? != b"vhdxfile" {
         return Ok(Kind::Other);
     }
-    let regions = read(file, REGIONS, TABLE)?;
+    let regions = read_up_to(file, REGIONS, TABLE)?;
     let Some(at) = metadata_at(&regions) else {
         return Ok(Kind::Other);
     };
-    let table = read(file, at, TABLE)?;
+    let table = read_up_to(file, at, TABLE)?;
     let parameters = parameters_at(&table).and_then(|offset| at.checked_add(offset));
     let Some(parameters) = parameters else {
         return Ok(Kind::Other);
     };
-    Ok(match little_endian(&read(file, parameters, 8)?, 4, 4) {
-        None => Kind::Other,
-        Some(flags) if flags & HAS_PARENT != 0 => Kind::Difference,
-        Some(_) => Kind::Whole,
-    })
+    Ok(
+        match little_endian(&read_up_to(file, parameters, 8)?, 4, 4) {
+            None => Kind::Other,
+            Some(flags) if flags & HAS_PARENT != 0 => Kind::Difference,
+            Some(_) => Kind::Whole,
+        },
+    )
 }
 
 /// Where the metadata is, from the table of regions: a header of 16 bytes, then entries of 32.
@@ -105,43 +107,6 @@ fn entry<'a>(table: &'a [u8], from: usize, count: u64, id: &[u8]) -> Option<&'a 
     let count = usize::try_from(count).ok()?;
     let mut entries = table.get(from..)?.chunks_exact(32).take(count);
     entries.find(|entry| entry.starts_with(id))
-}
-
-/// As much as there is, up to a length.
-fn read(file: &File, at: u64, length: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    let mut filled = 0;
-    while filled < length {
-        let Some(next) = at
-            .checked_add(filled as u64)
-            .filter(|next| i64::try_from(*next).is_ok())
-        else {
-            break;
-        };
-        match file.read_at(&mut bytes[filled..], next) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(filled);
-    Ok(bytes)
-}
-
-fn big_endian(bytes: &[u8], at: usize) -> Option<u32> {
-    let field = bytes.get(at..at.checked_add(4)?)?;
-    Some(
-        field
-            .iter()
-            .fold(0, |sum, byte| sum << 8 | u32::from(*byte)),
-    )
-}
-
-fn little_endian(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
-    let field = bytes.get(at..at.checked_add(length)?)?;
-    let bytes = field.iter().rev();
-    Some(bytes.fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
 }
 
 #[cfg(test)]
@@ -214,7 +179,7 @@ mod tests {
             vhd_kind(&bytes, &tables[0]);
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&bytes).unwrap();
-            read(&file, at, 16).unwrap();
+            read_up_to(&file, at, 16).unwrap();
         }
     }
 }
