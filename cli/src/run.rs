@@ -75,32 +75,26 @@ pub(crate) struct Run {
     _lock: File,
 }
 
+/// What failed if a run has no directory.
+fn cannot_make() -> String {
+    let runs = runs().display();
+    format!("cannot make a directory for this run in {runs}")
+}
+
 impl Run {
     /// Starts a run: makes its directories and takes its lock.
     pub(crate) fn start() -> Result<Run, Failure> {
-        let what = || {
-            format!(
-                "cannot make a directory for this run in {}",
-                runs().display()
-            )
-        };
         let runs = open_runs()
-            .context(what)
+            .context(cannot_make)
             .map_err(|failure| failure.advise(NO_RUN))?;
         lock(&runs, FlockOperation::NonBlockingLockShared)?;
         Self::make()
     }
 
     fn make() -> Result<Run, Failure> {
-        let what = || {
-            format!(
-                "cannot make a directory for this run in {}",
-                runs().display()
-            )
-        };
-        let paths = RunPaths::of(&random_id().context(what)?);
+        let paths = RunPaths::of(&random_id().context(cannot_make)?);
         // From here on a failure removes what is there: nothing but empty directories and files of ours.
-        let made = make_private(&paths.dir).context(what);
+        let made = make_private(&paths.dir).context(cannot_make);
         let made = made.and_then(|()| Self::fill(&paths)).inspect_err(|_| {
             let _ = paths.remove();
         });

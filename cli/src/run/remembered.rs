@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ENGINE, Name, Run, RunPaths, STATE, create, files, is_id, lock, open_runs, runs, sudo, work,
+    ENGINE, Name, Run, RunPaths, STATE, cannot_make, create, files, is_id, lock, open_runs, runs,
+    sudo, work,
 };
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
@@ -151,19 +152,13 @@ impl RunPaths {
 impl Run {
     /// Starts a run that can be resumed by its name, which no other run has.
     pub(crate) fn start_named(remembered: &Remembered) -> Result<Run, Failure> {
-        let what = || {
-            format!(
-                "cannot make a directory for this run in {}",
-                runs().display()
-            )
-        };
-        let opened = open_runs().context(what)?;
+        let opened = open_runs().context(cannot_make)?;
         // Nobody else takes the name meanwhile.
         lock(&opened, FlockOperation::NonBlockingLockExclusive)?;
-        if let Some((other, _)) = named(&remembered.name).context(what)? {
+        if let Some((other, _)) = named(&remembered.name).context(cannot_make)? {
             let name = &remembered.name;
             let failure = Failure::new(format!("there is a mount with the name {name}"));
-            return Err(match other.is_alive().context(what)? {
+            return Err(match other.is_alive().context(cannot_make)? {
                 true => failure
                     .because(format!("{} holds it", other.process_in_words()))
                     .advise("choose another name, or end that process"),
@@ -174,8 +169,8 @@ impl Run {
             });
         }
         let run = Run::make()?;
-        let text = serde_json::to_vec(remembered).context(what)?;
-        create(&run.paths.unheld_file()).context(what)?;
+        let text = serde_json::to_vec(remembered).context(cannot_make)?;
+        create(&run.paths.unheld_file()).context(cannot_make)?;
         // Whole or not at all: a run has its name, or has nothing yet that is worth keeping.
         let (draft, file) = (run.paths.remembered_draft(), run.paths.remembered_file());
         let written = create(&draft).and_then(|mut file| io::Write::write_all(&mut file, &text));
