@@ -22,6 +22,9 @@ pub(crate) use values::parse_size;
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
 pub(crate) use views::Shown;
 
+/// The filesystems that a guest makes on a scratch disk.
+pub(crate) const FORMATS: [&str; 2] = ["ext4", "xfs"];
+
 /// Mounts disk images as the layers of a container, shares them, and takes them out exactly once.
 #[derive(Debug, Parser)]
 #[command(name = "blockmount", version, term_width = 80, after_help = EXAMPLES)]
@@ -247,7 +250,7 @@ pub(crate) struct MountArgs {
     pub(crate) integrity: bool,
 
     /// Have the guest make this filesystem on the scratch disk, in place of an ext4 that is made here
-    #[arg(long, value_name = "FILESYSTEM", requires = "a_scratch", value_parser = ["ext4", "xfs"])]
+    #[arg(long, value_name = "FILESYSTEM", requires = "a_scratch", value_parser = FORMATS)]
     pub(crate) format: Option<String>,
 
     /// Option of the overlay, such as volatile, metacopy=on or verity=require; repeatable

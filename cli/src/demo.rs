@@ -33,7 +33,7 @@ const SCRATCH_SIZE: u64 = 64 << 20;
 pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Failure> {
     if args.guest == GuestKind::Local {
         require_root("demo")?;
-    } else if !args.layers.0.is_empty() && !is_root() {
+    } else if !args.layers.given.is_empty() && !is_root() {
         let what = "what is in a --layer is read through a mount on this machine, which only root may make";
         let advice = "leave --layer out, run it with sudo, or mount it: blockmount mount --guest qemu --layer IMAGE --at /mnt/tree";
         return Err(Failure::new(what).advise(advice));
@@ -99,7 +99,7 @@ async fn job(
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Report, Failure> {
-    let test_images = match args.layers.0.is_empty() {
+    let test_images = match args.layers.given.is_empty() {
         true => {
             let limits = match machine.guest() {
                 Guest::Local(_) => Limits::LAYER,
@@ -198,7 +198,7 @@ async fn given(
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Vec<TestImage>, Failure> {
-    let layers = distinct(&args.layers.0);
+    let layers = distinct(&args.layers.given);
     let disks = machine.local_disks(&layers, args.allow_backing).await?;
     let mut test_images = Vec::new();
     for (layer, disk) in layers.iter().zip(disks) {

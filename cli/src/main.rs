@@ -77,8 +77,8 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
         command => command,
     };
     let layers = match &command {
-        Cmd::Mount(args) => args.layers.0.len(),
-        Cmd::Demo(args) => args.layers.0.len(),
+        Cmd::Mount(args) => args.layers.given.len(),
+        Cmd::Demo(args) => args.layers.given.len(),
         _ => 0,
     };
     limits::ensure_files(layers)?;

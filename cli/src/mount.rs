@@ -57,19 +57,19 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     refuse_lost_vm(&args)?;
     refuse_lost_format(&args)?;
     let target = place_of(args.at.as_deref().unwrap_or(Path::new("")), args.guest())?;
-    args.layers.0 = distinct(&args.layers.0);
-    refuse_too_many(&args.layers.0)?;
+    args.layers.given = distinct(&args.layers.given);
+    refuse_too_many(&args.layers.given)?;
     viewing::refuse_absent_layers(&args)?;
     let guest = args.guest();
     for shown in &mut args.views {
         shown.at = place_of(&shown.at, guest)?;
     }
-    let requests = args.layers.0.iter().map(layer_request);
+    let requests = args.layers.given.iter().map(layer_request);
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let run = || match &args.name {
         None => Run::start(),
         Some(name) => {
-            let layers = &args.layers.0;
+            let layers = &args.layers.given;
             let remembered = Remembered::new(name.clone(), &target, layers, args.guest());
             Run::start_named(&remembered.with_views(args.views.len()))
         }
@@ -108,7 +108,7 @@ async fn resume(
     let mut machine = machine.map_err(|failure| failure.advise(again))?;
     let target = remembered.target();
     machine.note_target(&target)?;
-    args.layers.0 = remembered.layers();
+    args.layers.given = remembered.layers();
     let claimed = machine.claim(name, remembered.views).await;
     let claimed = match (claimed, interrupt.check()) {
         (Ok(mounted), Err(interrupted)) => {
@@ -231,7 +231,7 @@ fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
 
 /// Refuses a name for a mount on this machine that would lose its layers with this program.
 fn refuse_lost_format(args: &MountArgs) -> Result<(), Failure> {
-    let shown = args.layers.0.iter().find(|layer| !is_raw(layer));
+    let shown = args.layers.given.iter().find(|layer| !is_raw(layer));
     match shown {
         Some(layer) if args.name.is_some() && args.guest() == GuestKind::Local => {
             let image = printable(layer.image.display());
@@ -289,7 +289,9 @@ async fn hold(
     if let Some(name) = &args.name {
         stack = stack.held_by(name.clone());
     }
-    let disks = machine.disks(&args.layers.0, args.allow_backing).await?;
+    let disks = machine
+        .disks(&args.layers.given, args.allow_backing)
+        .await?;
     let layers: Vec<_> = disks.into_iter().zip(requests).collect();
     for (disk, request) in layers.clone() {
         stack = stack.layer(disk, request);
@@ -343,10 +345,10 @@ impl MountArgs {
 
     /// What a guest has to be able to do for these.
     fn needs(&self) -> Needs {
-        let mut layers = self.layers.0.iter();
+        let mut layers = self.layers.given.iter();
         Needs {
             verity: layers.any(|layer| layer.verity.is_some()),
-            encryption: self.encrypt || self.layers.0.iter().any(|layer| layer.key.is_some()),
+            encryption: self.encrypt || self.layers.given.iter().any(|layer| layer.key.is_some()),
             filesystem_tools: self.is_formatted_in_guest(),
         }
     }
@@ -373,7 +375,7 @@ async fn show(args: &MountArgs, machine: &Machine, mounted: &Mounted) -> Result<
         writable: stack.scratch().is_some(),
         layers: args
             .layers
-            .0
+            .given
             .iter()
             .zip(stack.layers())
             .map(|(layer, mount)| disk(layer, mount))

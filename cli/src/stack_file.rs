@@ -12,7 +12,7 @@ use clap::ValueEnum as _;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
-use crate::args::{Layer, MountArgs, Shown, parse_size};
+use crate::args::{FORMATS, Layer, MountArgs, Shown, parse_size};
 use crate::failure::{Context, Failure};
 use crate::guest::{GuestKind, Transports};
 use crate::verity::Trusted;
@@ -88,8 +88,10 @@ pub(crate) fn complete(mut args: MountArgs) -> Result<MountArgs, Failure> {
     let directory = path.parent().unwrap_or(Path::new(""));
     read(&path)?.add_to(&mut args, directory);
     let missing = match () {
-        () if args.layers.0.is_empty() => "no layer: add a table [[layer]] with image = \"IMAGE\"",
-        () if args.layers.0.iter().any(Layer::is_unvouched) => {
+        () if args.layers.given.is_empty() => {
+            "no layer: add a table [[layer]] with image = \"IMAGE\""
+        }
+        () if args.layers.given.iter().any(Layer::is_unvouched) => {
             "a hash tree that nothing vouches for: add verity = \"IMAGE.dmverity\" to that layer"
         }
         () if args.at.is_none() => "no place for the tree: add at = \"/mnt/tree\"",
@@ -149,18 +151,18 @@ fn place(text: &str, at: usize) -> (usize, usize) {
 impl StackFile {
     /// What the command line says wins; layers of the file are below its layers, and lists are joined.
     fn add_to(self, args: &mut MountArgs, directory: &Path) {
-        let for_all = args.layers.1.clone();
+        let for_all = args.layers.options.clone();
         let layers = self.layer.iter().map(|layer| Layer {
             options: [&*for_all, &*self.options, &*layer.options].concat(),
             id_map: layer
                 .map_ids
                 .as_ref()
-                .or(args.layers.2.as_ref())
+                .or(args.layers.id_map.as_ref())
                 .or(self.map_ids.as_ref())
                 .cloned(),
             ..layer.within(directory)
         });
-        args.layers.0.extend(layers);
+        args.layers.given.extend(layers);
         args.at = args.at.take().or(self.at.map(|at| directory.join(at)));
         args.name = args.name.take().or(self.name);
         args.guest = args.guest.or(self.guest);
@@ -232,9 +234,12 @@ fn guest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<GuestKind>
 
 fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    match ["ext4", "xfs"].contains(&&*text) {
+    match FORMATS.contains(&&*text) {
         true => Ok(Some(text)),
-        false => Err(D::Error::custom("a guest makes ext4 or xfs")),
+        false => {
+            let known = FORMATS.join(" or ");
+            Err(D::Error::custom(format!("a guest makes {known}")))
+        }
     }
 }
 
@@ -276,7 +281,7 @@ mod tests {
                 *path = below.to_owned();
             }
         };
-        args.layers.0.iter_mut().for_each(|layer| {
+        args.layers.given.iter_mut().for_each(|layer| {
             relative(&mut layer.image);
             layer.devices.iter_mut().for_each(relative);
             layer.verity_tree.iter_mut().for_each(relative);
@@ -350,7 +355,7 @@ mod tests {
             options: vec!["nodev".into(), "nouuid".into()],
             ..Layer::of("/disks/base.img")
         };
-        assert_eq!(args.layers.0, [app, base]);
+        assert_eq!(args.layers.given, [app, base]);
     }
 
     #[test]
@@ -380,7 +385,7 @@ mod tests {
         assert_eq!(args.overlay_options, ["volatile", "metacopy=on"]);
         let layers: Vec<_> = args
             .layers
-            .0
+            .given
             .iter()
             .map(|layer| (layer.image.to_str().unwrap(), layer.options.join(",")))
             .collect();
@@ -483,7 +488,7 @@ mod tests {
     fn the_example_is_a_whole_file() {
         let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/blockmount.toml");
         let args = mount(&std::fs::read_to_string(example).unwrap(), &[]).unwrap();
-        assert_eq!(args.layers.0.len(), 2);
+        assert_eq!(args.layers.given.len(), 2);
     }
 
     /// What a new option of the command line is called in a file, or why it is not there.

@@ -47,7 +47,7 @@ impl fmt::Display for HeldView {
 
 /// Refuses views of layers that are not there, before anything is begun.
 pub(crate) fn refuse_absent_layers(args: &MountArgs) -> Result<(), Failure> {
-    let layers = args.layers.0.len();
+    let layers = args.layers.given.len();
     let numbers = args.views.iter().filter_map(|shown| shown.layer);
     match numbers.map(usize::from).find(|number| *number > layers) {
         None => Ok(()),

@@ -49,13 +49,13 @@ impl Layer {
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Layers<const REQUIRED: bool>(
-    pub(crate) Vec<Layer>,
+pub(crate) struct Layers<const REQUIRED: bool> {
+    pub(crate) given: Vec<Layer>,
     /// The options that stand before the first, and are for all; each layer has them already.
-    pub(crate) Vec<String>,
+    pub(crate) options: Vec<String>,
     /// The id map that stands before the first, likewise.
-    pub(crate) Option<IdMap>,
-);
+    pub(crate) id_map: Option<IdMap>,
+}
 
 pub(crate) type OptionalLayers = Layers<false>;
 pub(crate) type RequiredLayers = Layers<true>;
@@ -151,19 +151,19 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         let images = matches.get_many::<PathBuf>("layer").into_iter().flatten();
-        self.0 = images.map(Layer::of).collect();
+        self.given = images.map(Layer::of).collect();
         self.add(matches, "partition", |layer| &mut layer.partition)?;
         self.add(matches, "fs", |layer| &mut layer.filesystem)?;
         self.add(matches, "verity", |layer| &mut layer.verity)?;
         self.add(matches, "key", |layer| &mut layer.key)?;
         self.add(matches, "verity_tree", |layer| &mut layer.verity_tree)?;
-        if let Some(layer) = self.0.iter().find(|layer| layer.is_unvouched()) {
+        if let Some(layer) = self.given.iter().find(|layer| layer.is_unvouched()) {
             let image = layer.image.display();
             let message = format!("--verity-tree of --layer {image} is given without a --verity");
             return Err(misplaced(message));
         }
         for (image, before) in placed::<PathBuf>(matches, "device") {
-            let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
+            let Some(layer) = before.and_then(|index| self.given.get_mut(index)) else {
                 return Err(misplaced("--device has no --layer before it".to_owned()));
             };
             layer.devices.push(image.clone());
@@ -179,7 +179,7 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
     fn add_options(&mut self, matches: &ArgMatches) {
         for (option, before) in placed::<String>(matches, "option") {
             if before.is_none() {
-                self.1.push(option.clone());
+                self.options.push(option.clone());
             }
             for layer in self.one_or_all(before) {
                 layer.options.push(option.clone());
@@ -191,7 +191,7 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
     fn add_id_maps(&mut self, matches: &ArgMatches) {
         for (map, before) in placed::<IdMap>(matches, "map_ids") {
             if before.is_none() {
-                self.2 = Some(map.clone());
+                self.id_map = Some(map.clone());
             }
             for layer in self.one_or_all(before) {
                 layer.id_map = Some(map.clone());
@@ -201,8 +201,8 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
 
     fn one_or_all(&mut self, before: Option<usize>) -> &mut [Layer] {
         match before {
-            Some(index) => &mut self.0[index..=index],
-            None => &mut self.0[..],
+            Some(index) => &mut self.given[index..=index],
+            None => &mut self.given[..],
         }
     }
 
@@ -214,7 +214,7 @@ impl<const REQUIRED: bool> Layers<REQUIRED> {
         field: impl Fn(&mut Layer) -> &mut Option<T>,
     ) -> Result<(), clap::Error> {
         for (value, before) in placed::<T>(matches, name) {
-            let Some(layer) = before.and_then(|index| self.0.get_mut(index)) else {
+            let Some(layer) = before.and_then(|index| self.given.get_mut(index)) else {
                 let name = name.replace('_', "-");
                 return Err(misplaced(format!("--{name} has no --layer before it")));
             };
@@ -259,7 +259,7 @@ mod tests {
         let Cmd::Mount(mount) = Cli::try_parse_from(words)?.command else {
             unreachable!()
         };
-        Ok(mount.layers.0)
+        Ok(mount.layers.given)
     }
 
     fn layer(image: &str, partition: u32) -> Layer {
