@@ -184,12 +184,6 @@ impl MountOptionsBuilder {
     }
 
     fn check_combination(&self, read_only: bool, words: &Words) -> Result<(), InvalidOptions> {
-        let contradiction = |one: &str, other: &str| {
-            Err(InvalidOptions::Contradiction(
-                one.to_owned(),
-                other.to_owned(),
-            ))
-        };
         if let Some(format) = &self.format {
             format.validate()?;
             if read_only {
@@ -260,26 +254,30 @@ impl MountOptionsBuilder {
             _ => Ok(()),
         }
     }
-}
 
-impl MountOptionsBuilder {
     /// Files have owners, and a device that is exposed has no files.
     fn check_owners(&self, read_only: bool) -> Result<(), InvalidOptions> {
         if let Some(group) = self.fs_group {
             group.validate()?;
         }
-        let given = self.fs_group.map(|_| "fs_group");
-        let mapped = self.id_map.as_ref().map(|_| "id map");
-        let excluded = match (given.or(mapped), self.expose) {
-            (Some("fs_group"), _) if read_only => Some(("fs_group", "ro")),
-            (Some(named), Expose::BlockDevice) => Some((named, "expose as block device")),
-            _ => None,
+        let named = match (self.fs_group, &self.id_map) {
+            (Some(_), _) if read_only => return contradiction("fs_group", "ro"),
+            (Some(_), _) => "fs_group",
+            (None, Some(_)) => "id map",
+            (None, None) => return Ok(()),
         };
-        match excluded {
-            Some((one, other)) => Err(InvalidOptions::Contradiction(one.into(), other.into())),
-            None => Ok(()),
+        match self.expose {
+            Expose::BlockDevice => contradiction(named, "expose as block device"),
+            _ => Ok(()),
         }
     }
+}
+
+fn contradiction(one: &str, other: &str) -> Result<(), InvalidOptions> {
+    Err(InvalidOptions::Contradiction(
+        one.to_owned(),
+        other.to_owned(),
+    ))
 }
 
 /// The words that were said, by what they decide.
