@@ -74,6 +74,14 @@ impl Wanted {
         }
     }
 
+    /// Ends a resumed mount, which has the file that was written before.
+    #[track_caller]
+    fn end_with_the_file(&self, held: Held) {
+        let precious = fs::read_to_string(self.tree().join("precious"));
+        assert_eq!(precious.unwrap(), PRECIOUS);
+        held.end(Signal::TERM).says(0, &["nothing is left"]);
+    }
+
     /// Whether a clean-up says that it keeps this mount.
     #[track_caller]
     fn is_kept(&self) -> bool {
@@ -285,60 +293,45 @@ fn root_r20_a_mount_that_is_killed_while_it_is_set_up_does_not_keep_its_name() {
         .says(0, &["nothing is left"]);
     let held = other.resume();
     assert!(precious.scratch.exists());
-    assert_eq!(
-        fs::read_to_string(other.tree().join("precious")).unwrap(),
-        PRECIOUS
-    );
-    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    other.end_with_the_file(held);
+}
+
+/// A resume that cannot be, which must leave the mount to the next one.
+fn resume_leaves_it_as_it_was(test: &str, said: &str, resume: impl FnOnce(Command) -> Command) {
+    let wanted = Wanted::new(test);
+    let killed = wanted.killed_with_a_file();
+    let name = wanted.dir.path().file_name().unwrap();
+    let before = in_kernel(name);
+    let mut command = resume(common::program(["mount", "--resume", &wanted.name]));
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(said), "{stderr}");
+    assert_eq!(in_kernel(name), before, "{stderr}");
+    assert!(wanted.is_kept() && killed.records.exists(), "{stderr}");
+    wanted.end_with_the_file(wanted.resume());
 }
 
 #[test]
 fn root_r21_a_resume_that_cannot_print_leaves_the_mount_as_it_was() {
     let _alone = alone();
-    let wanted = Wanted::new("unprinted");
-    let killed = wanted.killed_with_a_file();
-    let before = in_kernel(wanted.dir.path().file_name().unwrap());
-    let full = fs::File::options().write(true).open("/dev/full").unwrap();
-    let mut command = common::program(["mount", "--resume", &wanted.name]);
-    let output = command.stdout(full).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("the mount is left as it was"), "{said}");
-    assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), before);
-    assert!(wanted.is_kept() && killed.records.exists());
-    let held = wanted.resume();
-    assert_eq!(
-        fs::read_to_string(wanted.tree().join("precious")).unwrap(),
-        PRECIOUS
-    );
-    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    let said = "the mount is left as it was";
+    resume_leaves_it_as_it_was("unprinted", said, |mut command| {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        command.stdout(full);
+        command
+    });
 }
 
 #[test]
 fn root_r04_a_resume_in_another_mount_namespace_leaves_the_mount_as_it_was() {
     let _alone = alone();
-    let wanted = Wanted::new("elsewhere");
-    let killed = wanted.killed_with_a_file();
-    let name = wanted.dir.path().file_name().unwrap();
-    let before = in_kernel(name);
-    let program = common::program(["mount", "--resume", &wanted.name]);
-    let mut elsewhere = Command::new("unshare");
-    elsewhere
-        .arg("--mount")
-        .arg(program.get_program())
-        .args(program.get_args());
-    let output = elsewhere.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("mount namespace"), "{said}");
-    assert_eq!(in_kernel(name), before, "{said}");
-    assert!(wanted.is_kept() && killed.records.exists(), "{said}");
-    let held = wanted.resume();
-    assert_eq!(
-        fs::read_to_string(wanted.tree().join("precious")).unwrap(),
-        PRECIOUS
-    );
-    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    resume_leaves_it_as_it_was("elsewhere", "mount namespace", |command| {
+        let mut elsewhere = Command::new("unshare");
+        elsewhere.arg("--mount").arg(command.get_program());
+        elsewhere.args(command.get_args());
+        elsewhere
+    });
 }
 
 #[test]
@@ -488,9 +481,7 @@ fn root_an_interrupted_resume_leaves_the_mount_as_it_was() {
     println!("{interrupted} interrupted, {released} released");
     assert!(interrupted > 0);
     let held = wanted.resume();
-    let precious = fs::read_to_string(wanted.tree().join("precious"));
-    assert_eq!(precious.unwrap(), PRECIOUS);
-    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    wanted.end_with_the_file(held);
 }
 
 #[test]

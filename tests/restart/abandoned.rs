@@ -4,7 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockmount::testing::{Gate, Key, VmStep};
-use blockmount::{ErrorKind, FoundState, HolderName, StackRequest, ViewOptions, ViewRequest};
+use blockmount::{
+    ErrorKind, FoundState, HolderName, Manager, ReleaseError, StackRequest, ViewOptions,
+    ViewRequest,
+};
 
 use crate::common::{calls, layer, ro, rw, scratch};
 use crate::process::World;
@@ -22,6 +25,18 @@ async fn settled() {
     tokio::time::sleep(Duration::from_secs(3_600)).await;
 }
 
+/// Gives up on what is busy, perhaps after another attempt, and drops its manager.
+async fn give_up(manager: Manager, error: ReleaseError, retried: bool) {
+    if retried {
+        drop(error.retry().await.unwrap_err());
+        assert_eq!(manager.drain().await.failed.len(), 1);
+    } else {
+        drop(error);
+    }
+    drop(manager);
+    settled().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn r01_a_manager_that_is_dropped_leaves_what_is_below_a_busy_overlay() {
     for retried in [false, true] {
@@ -34,14 +49,7 @@ async fn r01_a_manager_that_is_dropped_leaves_what_is_below_a_busy_overlay() {
         world.vm.gate_always(VmStep::Separate, busy);
         let before = world.vm.left();
         let error = stack.release().await.unwrap_err();
-        if retried {
-            drop(error.retry().await.unwrap_err());
-            assert_eq!(manager.drain().await.failed.len(), 1);
-        } else {
-            drop(error);
-        }
-        drop(manager);
-        settled().await;
+        give_up(manager, error, retried).await;
         assert_eq!(world.vm.left(), before);
         assert_eq!(calls(&world.vm, BELOW), [0; 3]);
 
@@ -139,14 +147,7 @@ async fn r01_a_manager_that_is_dropped_leaves_what_is_below_a_busy_view() {
         world.vm.gate_always(VmStep::Unbind, busy);
         let before = world.vm.left();
         let error = held.release().await.unwrap_err();
-        if retried {
-            drop(error.retry().await.unwrap_err());
-            assert_eq!(manager.drain().await.failed.len(), 1);
-        } else {
-            drop(error);
-        }
-        drop(manager);
-        settled().await;
+        give_up(manager, error, retried).await;
         assert_eq!(world.vm.left(), before);
         assert_eq!(calls(&world.vm, BELOW), [0; 3]);
         // The next process finds all of it, and takes it apart from the top.
