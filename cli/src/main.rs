@@ -112,6 +112,9 @@ fn runtime() -> Result<Runtime, Failure> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     runtime
         .enable_all()
+        // If another cannot be started, tokio panics and then waits for the first one for ever. They only wait here, and
+        // what blocks has threads of its own.
+        .worker_threads(1)
         .build()
         .context(|| "cannot start the runtime".to_owned())
 }
