@@ -199,7 +199,6 @@ fn root_needs_root() {
     for arguments in [
         words!["mount", "--layer", good, "--at", dir.path().join("at")],
         words!["demo", "--json"],
-        words!["cleanup"],
     ] {
         let mut command = as_nobody(dir.path(), arguments);
         let answer = finish(
@@ -212,6 +211,23 @@ fn root_needs_root() {
         answer.says(1, &["needs root", "advice: run it with sudo"]);
         assert_nothing_left(&answer, &dir);
     }
+    // A user has runs and a cache too.
+    let mut command = as_nobody(dir.path(), ["cleanup"]);
+    let own = dir.path().join("own");
+    fs::create_dir(&own).unwrap();
+    std::os::unix::fs::chown(&own, Some(65_534), None).unwrap();
+    for place in ["HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"] {
+        command.env(place, &own);
+    }
+    let answer = finish(
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    answer.says(0, &[]);
+    assert!(answer.stdout.contains("nothing to clean up"), "{answer}");
 }
 
 #[test]
