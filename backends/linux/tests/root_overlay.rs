@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use blockmount::{
     ErrorKind, FsGroup, IdMap, LayerCombiner, MountOptions, Mounter, Overlay, OverlayOptions,
 };
+use blockmount_linux::LinuxGuest;
 use kit::{
     Image, KERNELS, Loop, PATIENT, TestDir, builder, guest, mount, mount_at, on_linux, refused,
 };
@@ -414,6 +415,130 @@ async fn root_overlay_options_that_a_kernel_does_not_have_are_refused() {
     let message = refused(tried, ErrorKind::Unsuitable);
     assert!(message.contains("in one string of 4095 bytes"), "{message}");
     dir.assert_clean();
+}
+
+/// A tree over one layer, with some options, as long as somebody looks at it and at what is in its scratch.
+async fn while_stacked(
+    guest: &LinuxGuest,
+    layer: &Path,
+    options: &[&str],
+    look: impl FnOnce(&Path, &Path),
+) {
+    let dir = TestDir::new();
+    fs::create_dir(dir.at("scratch")).unwrap();
+    let tree = dir.at("tree");
+    let stacked = Overlay::new([layer.to_owned()], &tree).with_scratch(dir.at("scratch"));
+    let stacked = stacked.with_options(with(options));
+    guest.combine(&stacked).await.unwrap();
+    look(&tree, &dir.at("scratch/upper"));
+    guest.separate(&tree).await.unwrap();
+    assert!(dir.mounts().is_empty() && !tree.exists());
+}
+
+fn has_attribute(path: &Path, name: &str) -> bool {
+    let mut value = [0; 256];
+    rustix::fs::lgetxattr(path, name, &mut value).is_ok()
+}
+
+/// What each option does, beside what another value of it does.
+#[tokio::test]
+async fn root_overlay_options_do_what_their_documentation_says() {
+    for kernel in KERNELS {
+        let guest = on_linux(kernel);
+        let dir = TestDir::new();
+        let layer = dir.at("layer");
+        fs::create_dir_all(layer.join("sub")).unwrap();
+        fs::write(layer.join("sub/inside"), "").unwrap();
+        fs::write(layer.join("bulk"), kit::noise(40_000)).unwrap();
+        fs::hard_link(layer.join("bulk"), layer.join("link")).unwrap();
+        // A change of the mode alone copies no data, unless the data could not be checked later.
+        for (options, is_without_data) in [
+            (&["metacopy=on"][..], true),
+            (&["metacopy=on", "verity=on"], true),
+            (&["metacopy=on", "verity=require"], false),
+            (&["metacopy=off"], false),
+        ] {
+            let look = |tree: &Path, upper: &Path| {
+                fs::set_permissions(tree.join("bulk"), PermissionsExt::from_mode(0o600)).unwrap();
+                let marked = has_attribute(&upper.join("bulk"), "trusted.overlay.metacopy");
+                let blocks = upper.join("bulk").metadata().unwrap().blocks();
+                let found = (marked, blocks == 0);
+                let expected = (is_without_data, is_without_data);
+                assert_eq!(found, expected, "{options:?} on {kernel:?}");
+            };
+            while_stacked(&guest, &layer, options, look).await;
+        }
+        // A directory of a layer can be moved, or is not.
+        for (options, is_moved) in [("redirect_dir=on", true), ("redirect_dir=nofollow", false)] {
+            let look = |tree: &Path, upper: &Path| {
+                let moved = fs::rename(tree.join("sub"), tree.join("moved"));
+                let code = moved.err().and_then(|error| error.raw_os_error());
+                let expected = (!is_moved).then_some(libc::EXDEV);
+                assert_eq!(code, expected, "{options} on {kernel:?}");
+                let marked = has_attribute(&upper.join("moved"), "trusted.overlay.redirect");
+                assert_eq!(marked, is_moved, "{options} on {kernel:?}");
+            };
+            while_stacked(&guest, &layer, &[options], look).await;
+        }
+        // Two names of one file stay that when it is written to, or become two files.
+        for (options, is_one) in [("index=on", true), ("index=off", false)] {
+            let look = |tree: &Path, _: &Path| {
+                fs::write(tree.join("bulk"), "changed").unwrap();
+                let other = fs::read(tree.join("link")).unwrap();
+                assert_eq!(other == b"changed", is_one, "{options} on {kernel:?}");
+            };
+            while_stacked(&guest, &layer, &[options], look).await;
+        }
+        // The marks of the scratch are those that a user without rights could have made, or those of root.
+        for (options, prefix, other) in [
+            (&["userxattr"][..], "user", "trusted"),
+            (&[], "trusted", "user"),
+        ] {
+            let look = |tree: &Path, upper: &Path| {
+                fs::remove_dir_all(tree.join("sub")).unwrap();
+                fs::create_dir(tree.join("sub")).unwrap();
+                let marked =
+                    |by: &str| has_attribute(&upper.join("sub"), &format!("{by}.overlay.opaque"));
+                assert_eq!((marked(prefix), marked(other)), (true, false), "{kernel:?}");
+            };
+            while_stacked(&guest, &layer, options, look).await;
+        }
+        // The filesystem has an identity of its own, or that of the scratch's.
+        for (options, is_own) in [("uuid=on", true), ("uuid=null", false)] {
+            let look = |tree: &Path, upper: &Path| {
+                let id = |path: &Path| rustix::fs::statvfs(path).unwrap().f_fsid;
+                assert_eq!(id(tree) != id(upper), is_own, "{options} on {kernel:?}");
+            };
+            while_stacked(&guest, &layer, &[options], look).await;
+        }
+        let look = |tree: &Path, _: &Path| {
+            let table = mount_at(tree);
+            assert!(table.has_option("nfs_export=on"), "{table:?} on {kernel:?}");
+        };
+        let options = ["nfs_export=on", "index=on", "metacopy=off"];
+        while_stacked(&guest, &layer, &options, look).await;
+    }
+}
+
+/// A file of a layer on another filesystem than the scratch has the device number of the tree, or one of its own.
+#[tokio::test]
+async fn root_overlay_inodes_are_of_one_device_if_that_was_asked_for() {
+    let dir = TestDir::new();
+    let device = Loop::new(&Image::Erofs.copy(dir.path()));
+    let layer = dir.at("layer");
+    let owner = guest();
+    mount(&owner, &device, &layer, &["ro"]).await.unwrap();
+    for kernel in KERNELS {
+        for (options, is_one) in [("xino=on", true), ("xino=off", false)] {
+            let look = |tree: &Path, _: &Path| {
+                let device = |path: &Path| path.metadata().unwrap().dev();
+                let same = device(tree) == device(&tree.join("hello"));
+                assert_eq!(same, is_one, "{options} on {kernel:?}");
+            };
+            while_stacked(&on_linux(kernel), &layer, &[options], look).await;
+        }
+    }
+    owner.unmount(&layer).await.unwrap();
 }
 
 fn mapped(read_only: bool) -> MountOptions {
