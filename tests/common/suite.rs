@@ -42,6 +42,7 @@ pub(crate) fn guest_fixture(
         snapshot,
     )
     .scratch(disk("scratch"))
+    .several(disk("merged"), ["blob-1", "blob-2"].map(disk))
     .faults(faults)
     .next_mounter(move || guest.clone())
     .next_combiner(move || combiner.clone())

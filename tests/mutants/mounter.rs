@@ -42,11 +42,16 @@ pub(super) enum Bug {
     ForgetsMounts,
     KeepsWhatItAdopts,
     AdoptsAnyDevice,
+    CannotMountSeveralDevices,
+    IgnoresFurtherDevices,
+    AdoptsOtherFurtherDevices,
+    KeepsFurtherDevices,
+    HidesThatAFurtherDeviceIsMissing,
 }
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 27] = [
+const MUTANTS: [(Bug, &str); 32] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (
@@ -134,6 +139,26 @@ const MUTANTS: [(Bug, &str); 27] = [
         AdoptsAnyDevice,
         "a target with nothing, or with another device, is absent and stays as it was",
     ),
+    (
+        CannotMountSeveralDevices,
+        "a filesystem of several devices can be mounted",
+    ),
+    (
+        IgnoresFurtherDevices,
+        "a further device of a mount is busy as long as it is mounted",
+    ),
+    (
+        AdoptsOtherFurtherDevices,
+        "a mount with other further devices is absent and stays as it was",
+    ),
+    (
+        KeepsFurtherDevices,
+        "the further devices of a mount can be taken out after it",
+    ),
+    (
+        HidesThatAFurtherDeviceIsMissing,
+        "a further device that is not there is not found and leaves nothing",
+    ),
 ];
 
 pub(super) fn try_all() -> Vec<Tried> {
@@ -178,6 +203,15 @@ impl Mounter for Mutant<Bug> {
             Hangs => pending().await,
             CannotMount => return wrong(),
             MountsNothing => return Ok(()),
+            CannotMountSeveralDevices if !options.devices().is_empty() => return wrong(),
+            IgnoresFurtherDevices if !options.devices().is_empty() => {
+                return vm.mount(device, target, &MountOptions::read_only()).await;
+            }
+            KeepsFurtherDevices if !options.devices().is_empty() => {
+                vm.mount(device, target, options).await?;
+                let (kept, plain) = (&options.devices()[0].locator, MountOptions::read_only());
+                return vm.mount(kept, Path::new(HIDDEN), &plain).await;
+            }
             TakesTakenTargets => vm.unmount(target).await?,
             HidesThatADiskIsBlank if self.is_blank(device) => return wrong(),
             HoldsBlankDisks if self.is_blank(device) => {
@@ -206,6 +240,9 @@ impl Mounter for Mutant<Bug> {
             (HidesThatATransportIsAnother, Some(ErrorKind::Unsuitable)) => return wrong(),
             (HidesThatAnAddressIsInvalid, Some(ErrorKind::Invalid)) if !numbered => return wrong(),
             (LeavesImpossibleTargets, Some(_)) if !is_possible(target) => memory.leave(),
+            (HidesThatAFurtherDeviceIsMissing, Some(_)) if !options.devices().is_empty() => {
+                return wrong();
+            }
             (HidesThatADeviceIsMissing, Some(_)) if target.ends_with("absent") => return wrong(),
             (HidesThatItIsInDoubt, Some(ErrorKind::Uncertain)) => return wrong(),
             (ForgetsMountsInDoubt, Some(ErrorKind::Uncertain)) => memory.spoil(),
@@ -269,6 +306,9 @@ impl Mounter for Mutant<Bug> {
         match bug {
             ForgetsMounts => Ok(Presence::Absent),
             AdoptsAnyDevice if vm.device_at(target).is_some() => Ok(Presence::Present(())),
+            AdoptsOtherFurtherDevices if vm.device_at(target).as_ref() == Some(device) => {
+                Ok(Presence::Present(()))
+            }
             KeepsWhatItAdopts => {
                 memory.spoil();
                 Mounter::adopt(vm, device, target, options).await

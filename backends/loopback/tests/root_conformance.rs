@@ -158,9 +158,13 @@ fn linux_guest() -> LinuxGuest {
         .build()
 }
 
-/// A guest whose disks can also be blank, and written to.
+/// A guest whose disks can also be blank, written to, and of one filesystem together.
 fn full_fixture(bench: &Bench) -> GuestFixture {
+    let [merged, blob] = bench
+        .erofs_with_blob()
+        .map(|image| Disk::virtual_disk(image).read_only());
     guest_fixture(bench, &bench.transport())
+        .several(merged, [blob])
         .blank(Disk::virtual_disk(bench.image("blank", 1 << 20)).read_only())
         .scratch(Disk::virtual_disk(bench.ext4("scratch")))
 }

@@ -201,6 +201,14 @@ impl TransportFixture {
     }
 }
 
+/// A filesystem of several disks.
+#[derive(Debug)]
+pub(super) struct Several {
+    /// The one that is mounted.
+    pub(super) disk: Disk,
+    pub(super) data: Vec<Disk>,
+}
+
 /// What the suites of the guest's contracts work on.
 pub struct GuestFixture {
     pub(super) transport: Arc<dyn Transport>,
@@ -211,6 +219,7 @@ pub struct GuestFixture {
     pub(super) options: MountOptions,
     pub(super) blank: Option<Disk>,
     pub(super) scratch: Option<Disk>,
+    pub(super) several: Option<Several>,
     pub(super) faults: Option<Box<dyn Faults>>,
     pub(super) next_mounter: Option<Successor<dyn Mounter>>,
     pub(super) next_combiner: Option<Successor<dyn LayerCombiner>>,
@@ -242,6 +251,7 @@ impl GuestFixture {
             options: MountOptions::read_only(),
             blank: None,
             scratch: None,
+            several: None,
             faults: None,
             next_mounter: None,
             next_combiner: None,
@@ -299,6 +309,15 @@ impl GuestFixture {
         self
     }
 
+    /// A disk with a filesystem whose data is on these others, of which it has one at least. All can be mounted together with
+    /// the [options](Self::options). Without it, the checks of further devices are not run.
+    #[must_use]
+    pub fn several(mut self, disk: Disk, data: impl IntoIterator<Item = Disk>) -> Self {
+        let data = data.into_iter().collect();
+        self.several = Some(Several { disk, data });
+        self
+    }
+
     /// Makes calls fail on purpose. Without it, the checks of the state after `Uncertain`, `Busy` and
     /// `Gone`, and of the order of calls, are not run.
     #[must_use]
@@ -336,6 +355,7 @@ impl fmt::Debug for GuestFixture {
             .field("options", &self.options)
             .field("blank", &self.blank)
             .field("scratch", &self.scratch)
+            .field("several", &self.several)
             .field("directory", &self.directory)
             .finish_non_exhaustive()
     }

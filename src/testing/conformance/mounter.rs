@@ -3,15 +3,18 @@
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
-use super::check::contract;
+use super::check::{REMOVABLE, contract};
 use super::faults::{Pair, PairChecks};
-use super::fixture::{Fault, GuestFixture, Successor};
+use super::fixture::{Fault, GuestFixture, Several, Successor};
 use super::hostile::{foreign, hostile, impossible_targets};
 use super::run::{Held, Run};
 use super::{Broken, Passed};
-use crate::ErrorKind::{Conflict, Invalid, NotFound, Unsuitable};
+use crate::ErrorKind::{Busy, Conflict, Invalid, NotFound, Unsuitable};
 use crate::testing::VmStep;
-use crate::{DeviceLocator, Disk, MountOptionsBuilder, Mounter, Presence, Space, Usage};
+use crate::{
+    DeviceLocator, DeviceRole, Disk, ExtraDevice, MountOptions, MountOptionsBuilder, Mounter,
+    Presence, Space, Usage,
+};
 
 contract! { "mounter" ATTACHABLE REMOVABLE {
     UNMOUNT_ABSENT = "unmounting what was never mounted succeeds";
@@ -38,6 +41,11 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
     ADOPT_ABSENT = "a target with nothing, or with another device, is absent and stays as it was";
     USAGE = "the usage of a mount makes sense or cannot be told, and asking changes nothing";
     USAGE_ABSENT = "usage, trim and growth where nothing is mounted are refused and change nothing";
+    FURTHER = "a filesystem of several devices can be mounted";
+    FURTHER_IN_USE = "a further device of a mount is busy as long as it is mounted";
+    FURTHER_ADOPT = "a mount with other further devices is absent and stays as it was";
+    FURTHER_RELEASED = "the further devices of a mount can be taken out after it";
+    NO_FURTHER = "a further device that is not there is not found and leaves nothing";
     GONE = "an unmount after the end of the VM is done or gone, and leaves nothing";
 }}
 
@@ -52,6 +60,8 @@ contract! { "mounter" ATTACHABLE REMOVABLE {
 /// - a device, a partition or a filesystem that is not there is `NotFound`; another transport is
 ///   `Unsuitable` or `NotFound`; an address or a target that makes no sense fails: each leaves nothing
 /// - unmount of a target that makes no sense changes nothing
+/// - with further devices: all devices of a mount are in use until it is unmounted; one that is not there is `NotFound`; a mount
+///   with others is not the one that is adopted
 /// - with a successor: a mount that an earlier process made is present, can be unmounted, and is absent for another device
 /// - with faults: an unmount after a mount in doubt leaves nothing; after `Busy` the mount is as before,
 ///   and after any error the unmount can be repeated; a mount that was given up has no effect after the
@@ -93,6 +103,9 @@ pub async fn try_mounter(mounter: &dyn Mounter, fixture: &GuestFixture) -> Resul
     suite.after_faults(&mut run, &locators[0]).await?;
     if let Some(next) = &fixture.next_mounter {
         suite.adopt(&mut run, &locators, next).await?;
+    }
+    if let Some(several) = &fixture.several {
+        suite.several(&mut run, several).await?;
     }
 
     run.take_out(fixture, disks, &locators).await?;
@@ -275,6 +288,63 @@ impl Suite<'_> {
         let detach = fixture.transport.detach(blank);
         run.succeeds(BLANK_REMOVABLE, format!("detach of {blank}"), detach)
             .await
+    }
+
+    /// A filesystem of several devices.
+    async fn several(&self, run: &mut Run<'_>, Several { disk, data }: &Several) -> Held {
+        let Suite { mounter, fixture } = self;
+        let before = run.tables().await;
+        let further = run.attached(&*fixture.transport, data).await?;
+        let disks = std::slice::from_ref(disk);
+        let device = &run.attached(&*fixture.transport, disks).await?[0];
+        let with_devices = run.tables().await;
+        let (target, options) = (self.target("several"), self.with_data(&further));
+        let what = format!("mount of {device} with {further:?}");
+        let mount = mounter.mount(device, &target, &options);
+        run.succeeds(FURTHER, &what, mount).await?;
+        run.changed(FURTHER, &what, &with_devices).await?;
+        for device in &further {
+            let unplug = fixture.unplugger.unplug(device);
+            let what = format!("unplug of further device {device}");
+            run.fails(FURTHER_IN_USE, &[Busy], what, unplug).await?;
+        }
+        if let Some(next) = &fixture.next_mounter {
+            let (mounted, process) = (run.tables().await, next());
+            let (what, others) = ("adopt with other devices", self.with_data(&further[1..]));
+            let found = process.adopt(device, &target, &others);
+            let found = run.succeeds(FURTHER_ADOPT, what, found).await?;
+            let said = format!("{what} answered {found:?}");
+            run.holds(FURTHER_ADOPT, found == Presence::Absent, said)?;
+            run.unchanged(FURTHER_ADOPT, what, &mounted).await?;
+        }
+        self.unmount(run, &target, &with_devices).await?;
+        for (disk, device) in data.iter().zip(&further).rev() {
+            let what = format!("unplug of further device {device}");
+            let unplug = fixture.unplugger.unplug(device);
+            run.succeeds(FURTHER_RELEASED, &what, unplug).await?;
+            let (what_disk, detach) = (format!("detach of {disk}"), fixture.transport.detach(disk));
+            run.succeeds(REMOVABLE, what_disk, detach).await?;
+            let mount = mounter.mount(device, &target, &options);
+            let what = format!("mount without further device {device}");
+            run.fails(NO_FURTHER, &[NotFound], what, mount).await?;
+        }
+        let devices = std::slice::from_ref(device);
+        run.take_out(fixture, disks, devices).await?;
+        run.unchanged(FURTHER_RELEASED, "taking them out", &before)
+            .await
+    }
+
+    /// The options of the fixture, with data on further devices.
+    fn with_data(&self, devices: &[DeviceLocator]) -> MountOptions {
+        let options = MountOptionsBuilder::from(self.fixture.options.clone());
+        let data = |at: &DeviceLocator| ExtraDevice::new(DeviceRole::Data, at.clone());
+        let options = devices
+            .iter()
+            .map(data)
+            .fold(options, MountOptionsBuilder::device);
+        options
+            .build()
+            .expect("different devices of a whole disk contradict nothing")
     }
 
     async fn after_faults(&self, run: &mut Run<'_>, device: &DeviceLocator) -> Held {

@@ -27,6 +27,9 @@ pub(crate) const NO_ADOPTIONS: Option<&str> =
 /// Whether a guest can be asked for a view of a mount.
 pub(crate) const HAS_VIEWS: bool = false;
 
+/// Whether a guest can be asked for a filesystem of several devices.
+pub(crate) const HAS_FURTHER_DEVICES: bool = false;
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[r#"{"Result":"no number"}"#, r#"{"Result":99999999999}"#];
 

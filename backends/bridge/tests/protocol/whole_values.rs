@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
-    BackendError, BindMount, Binder, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
-    ErrorKind, Expose, ExtraDevice, Format, HashAlgorithm, KeySource, LayerCombiner, MountFlag,
-    MountOptions, Mounter, OnCorruption, Overlay, Presence, Propagation, Unplugger, Usage, Verity,
+    BackendError, BindMount, Binder, Check, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
+    ErrorKind, Expose, ExtraDevice, Format, FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange,
+    KeySource, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
+    OverlayOptions, Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -112,6 +113,42 @@ fn encryption() -> impl Strategy<Value = Encryption> {
     ]
 }
 
+fn id_map() -> impl Strategy<Value = IdMap> {
+    let ranges = || {
+        let range = (0u32..1 << 16, 0u32..1 << 16, 1u32..1 << 16);
+        prop::collection::vec(range, 0..4).prop_map(|all| {
+            let apart = |(index, (stored, shown, count)): (usize, _)| {
+                let first = (index as u32) << 18;
+                IdRange {
+                    stored: first + stored,
+                    shown: first + shown,
+                    count,
+                }
+            };
+            all.into_iter().enumerate().map(apart).collect::<Vec<_>>()
+        })
+    };
+    (ranges(), ranges()).prop_filter_map("a map has ranges", |(users, groups)| {
+        IdMap::new(users, groups).ok()
+    })
+}
+
+fn fs_group() -> impl Strategy<Value = FsGroup> {
+    let policies = [FsGroupPolicy::Always, FsGroupPolicy::OnRootMismatch];
+    (0..u32::MAX, prop::sample::select(policies.to_vec()))
+        .prop_map(|(gid, policy)| FsGroup::new(gid).policy(policy))
+}
+
+/// What is done to a filesystem before it appears.
+fn preparation() -> impl Strategy<Value = (Option<IdMap>, Option<FsGroup>, Option<Check>)> {
+    let checks = prop::sample::select(vec![Check::Verify, Check::Repair]);
+    (
+        prop::option::weighted(0.3, id_map()),
+        prop::option::weighted(0.3, fs_group()),
+        prop::option::weighted(0.2, checks),
+    )
+}
+
 fn options() -> impl Strategy<Value = MountOptions> {
     let fields = (
         prop::option::weighted(0.3, 1..=u32::MAX),
@@ -121,10 +158,11 @@ fn options() -> impl Strategy<Value = MountOptions> {
         prop::option::weighted(0.2, encryption()),
         prop::option::weighted(0.2, format()),
         prop::bool::weighted(0.2),
+        preparation(),
     );
     fields.prop_filter_map(
         "contradictions are not built",
-        |(partition, filesystem, options, verity, encryption, format, exposed)| {
+        |(partition, filesystem, options, verity, encryption, format, exposed, preparation)| {
             let mut builder = MountOptions::builder().options(options);
             if let Some(number) = partition.and_then(NonZeroU32::new) {
                 builder = builder.partition(number);
@@ -149,6 +187,10 @@ fn options() -> impl Strategy<Value = MountOptions> {
             if exposed {
                 builder = builder.expose(Expose::BlockDevice);
             }
+            let (map, group, check) = preparation;
+            builder = map.into_iter().fold(builder, |all, it| all.id_map(it));
+            builder = group.into_iter().fold(builder, |all, it| all.fs_group(it));
+            builder = check.into_iter().fold(builder, |all, it| all.check(it));
             builder.build().ok()
         },
     )
@@ -165,8 +207,12 @@ fn locator() -> impl Strategy<Value = DeviceLocator> {
 
 fn overlay() -> impl Strategy<Value = Overlay> {
     let layers = prop::collection::vec(path(), 0..20);
-    (layers, prop::option::of(path()), path()).prop_map(|(layers, scratch, target)| {
+    let options = ["volatile", "metacopy=on", "xino=auto", "context=a:b:c0,c1"];
+    let options = prop::sample::subsequence(options.to_vec(), 0..=options.len());
+    let fields = (layers, prop::option::of(path()), path(), options);
+    fields.prop_map(|(layers, scratch, target, options)| {
         let overlay = Overlay::new(layers, target);
+        let overlay = overlay.with_options(OverlayOptions::new(options).unwrap());
         match scratch {
             Some(scratch) => overlay.with_scratch(scratch),
             None => overlay,
@@ -231,7 +277,7 @@ fn the_options_that_are_tried_have_every_field() {
     use proptest::strategy::ValueTree as _;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
-    let mut seen = [0; 11];
+    let mut seen = [0; 14];
     let (mut flags, mut modes) = (std::collections::BTreeSet::new(), Vec::<Propagation>::new());
     for _ in 0..4_000 {
         let options = options().new_tree(&mut runner).unwrap().current();
@@ -249,6 +295,9 @@ fn the_options_that_are_tried_have_every_field() {
             options.format().is_some(),
             options.expose() == Expose::BlockDevice,
             !options.devices().is_empty(),
+            options.id_map().is_some(),
+            options.fs_group().is_some(),
+            options.check().is_some(),
         ];
         for (count, there) in seen.iter_mut().zip(there) {
             *count += usize::from(there);

@@ -22,6 +22,9 @@ pub(crate) const NO_ADOPTIONS: Option<&str> = None;
 /// Whether a guest can be asked for a view of a mount.
 pub(crate) const HAS_VIEWS: bool = true;
 
+/// Whether a guest can be asked for a filesystem of several devices.
+pub(crate) const HAS_FURTHER_DEVICES: bool = true;
+
 /// Answers that cannot be read.
 pub(crate) const UNREADABLE: &[&str] = &[
     r#""Later""#,

@@ -8,7 +8,9 @@ use tokio::runtime::Handle;
 use tokio::task::block_in_place;
 
 use crate::harness::{ScsiVm, bridged, dial};
-use crate::wire::{BridgeGuest, GuestConnection, GuestServer, HAS_VIEWS, NO_ADOPTIONS};
+use crate::wire::{
+    BridgeGuest, GuestConnection, GuestServer, HAS_FURTHER_DEVICES, HAS_VIEWS, NO_ADOPTIONS,
+};
 
 /// Words of the names of all checks of adoptions.
 const ADOPTIONS: [&str; 3] = ["earlier process", "adopted", "is absent"];
@@ -44,6 +46,10 @@ async fn the_contracts_hold_across_the_bridge() {
         fixture = fixture.next_mounter(mounters).next_combiner(combiners);
         fixture = fixture.next_binder(binders);
     }
+    if HAS_FURTHER_DEVICES {
+        let disk = |name: &str| Disk::virtual_disk(format!("/{name}.erofs")).read_only();
+        fixture = fixture.several(disk("merged"), ["one", "other"].map(disk));
+    }
     let mounter = conformance::mounter(&guest, &fixture).await;
     let unplugger = conformance::unplugger(&guest, Some(&guest), &fixture).await;
     let combiner = conformance::combiner(&guest, &guest, &fixture).await;
@@ -62,7 +68,7 @@ async fn the_contracts_hold_across_the_bridge() {
     match NO_ADOPTIONS {
         Some(reason) => {
             println!("not run, because {reason}: {adoptions:?}");
-            assert_eq!(adoptions.len(), 6, "{adoptions:?}");
+            assert_eq!(adoptions.len(), 7, "{adoptions:?}");
         }
         None => assert_eq!(adoptions, [""; 0]),
     }

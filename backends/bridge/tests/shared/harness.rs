@@ -155,6 +155,16 @@ impl ScsiVm {
         let slot = u32::from(address.controller.get()) * 64 + u32::from(address.lun.get());
         Ok(DeviceLocator::new("fake", slot).unwrap())
     }
+
+    /// The same options, with the further devices as the fake VM knows them.
+    fn fake_options(options: &MountOptions) -> Result<MountOptions, BackendError> {
+        let mut fields = serde_json::to_value(options).unwrap();
+        for (index, further) in options.devices().iter().enumerate() {
+            let fake = Self::fake(&further.locator)?;
+            fields["devices"][index]["locator"] = serde_json::to_value(fake).unwrap();
+        }
+        Ok(serde_json::from_value(fields).unwrap())
+    }
 }
 
 #[async_trait]
@@ -206,7 +216,8 @@ impl Mounter for ScsiVm {
         target: &Path,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        self.0.mount(&Self::fake(device)?, target, options).await
+        let options = Self::fake_options(options)?;
+        self.0.mount(&Self::fake(device)?, target, &options).await
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
@@ -231,7 +242,8 @@ impl Mounter for ScsiVm {
         target: &Path,
         options: &MountOptions,
     ) -> Result<Presence, BackendError> {
-        Mounter::adopt(&self.0, &Self::fake(device)?, target, options).await
+        let options = Self::fake_options(options)?;
+        Mounter::adopt(&self.0, &Self::fake(device)?, target, &options).await
     }
 }
 

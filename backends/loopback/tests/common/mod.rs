@@ -55,6 +55,20 @@ impl Bench {
         path
     }
 
+    /// An image with the names of an erofs, and one with the data of its files.
+    pub fn erofs_with_blob(&self) -> [PathBuf; 2] {
+        let [image, blob, tree] = ["merged", "blob", "tree"].map(|name| self.path(name));
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("file"), [7; 8192]).unwrap();
+        let blob_option = format!("--blobdev={}", blob.display());
+        let [at, from] = [&image, &tree].map(|path| path.to_str().unwrap());
+        run(
+            "mkfs.erofs",
+            &["--quiet", "--chunksize=4096", &blob_option, at, from],
+        );
+        [image, blob]
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
