@@ -46,8 +46,15 @@ fn resumed_after_a_kill(transport: &str) {
     image("erofs", &layer, &[("file", "x")]);
     let layer = layer.display().to_string();
     let name = format!("kept-{}", std::process::id());
-    let arguments = keeping(&name, &layer, transport);
-    let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let of_container = ["--map-ids", "0:100000:65536", "--view", "/mnt/seen:ro"];
+    let arguments = || {
+        keeping(&name, &layer, transport)
+            .into_iter()
+            .chain(of_container)
+    };
+    let held = hold(arguments()).unwrap_or_else(|answer| panic!("{answer}"));
+    assert_eq!(held.json["views"][0]["path"], "/mnt/seen", "{}", held.json);
+    let lower = held.json["layers"][0]["path"].as_str().unwrap().to_owned();
     let first = places(&held);
     for (disk, transport) in first.iter().zip([transport, "scsi"]) {
         let locator = disk["locator"].as_str().unwrap();
@@ -65,6 +72,16 @@ fn resumed_after_a_kill(transport: &str) {
     let (written, content) = (Path::new("/mnt/tree/written"), "before the second kill");
     in_guest(&id, async |checker| {
         checker.write(written, content).await.unwrap();
+        let refused = checker.write("/mnt/seen/other", "x").await.unwrap_err();
+        assert!(refused.to_string().contains("os error 30"), "{refused}");
+        let mounts = checker.tables().await.unwrap().mounts;
+        let options = |point: &str| {
+            let mut found = mounts.iter().filter(|mount| mount.mount_point == point);
+            found.next().map(|mount| mount.options.as_str())
+        };
+        let is_mapped = |point: &str| options(point).map(|all| all.contains(",idmapped"));
+        let found = [&*lower, "/mnt/tree", "/mnt/seen"].map(is_mapped);
+        assert_eq!(found, [Some(true), Some(false), Some(false)], "{mounts:?}");
     });
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     assert_eq!(places(&held), first);
@@ -75,7 +92,9 @@ fn resumed_after_a_kill(transport: &str) {
             let digest = digest_bytes(content.as_bytes());
             expected.insert(Path::new(name), Node::File(digest));
         }
-        assert_eq!(checker.tree("/mnt/tree").await.unwrap(), expected);
+        for path in ["/mnt/tree", "/mnt/seen"] {
+            assert_eq!(checker.tree(path).await.unwrap(), expected, "{path}");
+        }
     });
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
     let answer = held.end(Signal::TERM);
@@ -84,7 +103,7 @@ fn resumed_after_a_kill(transport: &str) {
     assert_eq!(machines_of(&id), Vec::<String>::new());
 
     // One whose machine has ended cannot be resumed, and has its scratch still.
-    let held = hold(arguments).unwrap_or_else(|answer| panic!("{answer}"));
+    let held = hold(arguments()).unwrap_or_else(|answer| panic!("{answer}"));
     let id = run_id(&held.kill()).unwrap().to_owned();
     let machine = machine_in(&id);
     common::signal(machine, Signal::KILL);
