@@ -9,7 +9,9 @@ use blockmount::Mounter;
 use blockmount_bridge::{BridgeGuest, GuestConnection};
 use blockmount_debug_agent::kit::LONGEST;
 use blockmount_debug_agent::kit::serving::ask;
-use blockmount_qemu::{GuestImage, GuestImageBuilder, GuestKernel, GuestStream, Vm, VmBuilder};
+use blockmount_qemu::{
+    Accelerator, GuestImage, GuestImageBuilder, GuestKernel, GuestStream, Vm, VmBuilder,
+};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -22,7 +24,10 @@ fn image(arguments: &str) -> GuestImageBuilder {
 }
 
 async fn machine(image: GuestImageBuilder) -> VmBuilder {
-    Vm::builder(image.build().await.unwrap()).directory("/var/tmp")
+    Vm::builder(image.build().await.unwrap())
+        // Where no state remembers that KVM does not work, each process would try it anew.
+        .accelerator(Accelerator::Emulation)
+        .directory("/var/tmp")
 }
 
 async fn start() -> Vm {

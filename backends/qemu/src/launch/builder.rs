@@ -206,7 +206,10 @@ impl VmBuilder {
 
     /// Whether KVM is there, and is not known to be of no use.
     fn may_have_kvm(&self) -> bool {
-        let known = self.states.as_ref().is_some_and(States::knows_no_kvm);
+        // What one directory remembers holds for the machine, so for VMs without saved states as well.
+        if self.states.as_ref().is_some_and(States::knows_no_kvm) {
+            NO_KVM.store(true, Ordering::Relaxed);
+        }
         let opens = || {
             File::options()
                 .read(true)
@@ -214,7 +217,7 @@ impl VmBuilder {
                 .open("/dev/kvm")
                 .is_ok()
         };
-        !NO_KVM.load(Ordering::Relaxed) && !known && opens()
+        !NO_KVM.load(Ordering::Relaxed) && opens()
     }
 
     /// What it would be started with, if no start has to show whether KVM works.
