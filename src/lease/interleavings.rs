@@ -14,8 +14,8 @@ use shuttle::rand::{Rng, thread_rng};
 use super::*;
 use crate::Step;
 
-/// Interleavings of each kind for each test.
-const SCHEDULES: usize = 20_000;
+/// Interleavings of each kind for each test, unless `BLOCKMOUNT_INTERLEAVINGS` says otherwise.
+const INTERLEAVINGS: usize = 8_000;
 
 /// A backend that yields in the middle of each call, and panics when the order of calls is wrong.
 struct Fake {
@@ -231,8 +231,10 @@ fn explore(callers: usize, keys: u8, faulty: bool) {
 fn check<F: Future<Output = ()> + 'static>(
     scenario: impl Fn() -> F + Copy + Send + Sync + 'static,
 ) {
-    shuttle::check_random(move || block_on(scenario()), SCHEDULES);
-    shuttle::check_pct(move || block_on(scenario()), SCHEDULES, 3);
+    let wanted = std::env::var("BLOCKMOUNT_INTERLEAVINGS");
+    let count = wanted.map_or(INTERLEAVINGS, |count| count.parse().unwrap());
+    shuttle::check_random(move || block_on(scenario()), count);
+    shuttle::check_pct(move || block_on(scenario()), count, 3);
 }
 
 /// Drains while the tasks are at work, and once more after they have ended.
