@@ -39,7 +39,7 @@ say "tests"
 cargo test --workspace --all-features --no-fail-fast
 
 say "benches, each once and untimed"
-cargo test --package blockmount --package blockmount-verity --package blockmount-vpmem --benches
+cargo test --workspace --all-features --bench '*'
 
 say "the oldest Rust that the manifest names; Windows, under Wine"
 wait "$builds" || { cat "$builds_log" >&2; exit 1; }

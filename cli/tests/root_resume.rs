@@ -175,7 +175,8 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
     for layer in layers {
         shell(&["umount", layer["path"].as_str().unwrap()]);
     }
-    for _ in 0..3 {
+    // The second time, the first one has been through it.
+    for _ in 0..2 {
         let answer = run(["mount", "--resume", &wanted.name]);
         assert_ne!(answer.code, Some(0), "{answer}");
         assert!(
