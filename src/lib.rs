@@ -128,8 +128,8 @@ pub use name::{HolderName, InvalidHolderName};
 pub use options::{
     Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
     FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange, InvalidOptions, KeySource, MountFlag,
-    MountFlags, MountOptions, MountOptionsBuilder, MountRequest, OnCorruption, OverlayOptions,
-    Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
+    MountFlags, MountOptions, MountOptionsBuilder, MountRequest, NewDirectory, OnCorruption,
+    OverlayOptions, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
 };
 pub use pci::PciAddress;
 pub use printable::{Printable, printable};

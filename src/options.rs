@@ -30,7 +30,7 @@ pub use format::{Format, Overwrite};
 pub use fs_group::{FsGroup, FsGroupPolicy};
 pub use overlay::OverlayOptions;
 pub use verity::{ErrorCorrection, HashAlgorithm, OnCorruption, Verity};
-pub use view::{IdMap, IdRange, ViewOptions};
+pub use view::{IdMap, IdRange, NewDirectory, ViewOptions};
 
 /// How a device is mounted in the guest.
 ///

@@ -15,7 +15,10 @@ const RULE: [(&str, &[&str]); 17] = [
     ("blockmount", &[]),
     ("blockmount-journal", &["blockmount"]),
     ("blockmount-source", &["blockmount"]),
-    ("blockmount-containerd", &["blockmount"]),
+    (
+        "blockmount-containerd",
+        &["blockmount", "blockmount-verity"],
+    ),
     ("blockmount-linux", &["blockmount"]),
     ("blockmount-verity", &["blockmount"]),
     ("blockmount-scsi", &["blockmount", "blockmount-linux"]),

@@ -33,6 +33,19 @@ pub struct ViewOptions {
     propagation: Option<Propagation>,
     subpath: PathBuf,
     id_map: Option<IdMap>,
+    new_directory: Option<NewDirectory>,
+}
+
+/// A directory that is made where it is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewDirectory {
+    /// Its permissions: at most `0o7777`.
+    pub mode: u32,
+    /// Its user.
+    pub user: u32,
+    /// Its group.
+    pub group: u32,
 }
 
 /// As they travel: what is at its default is left out, and a field that the reader does not know is an error.
@@ -45,6 +58,8 @@ struct Spelled {
     subpath: PathBuf,
     #[serde(skip_serializing_if = "Option::is_none")]
     id_map: Option<IdMap>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    new_directory: Option<NewDirectory>,
 }
 
 fn is_empty(path: &Path) -> bool {
@@ -111,6 +126,27 @@ impl ViewOptions {
         self
     }
 
+    /// The same of a directory that is made where it is missing: the last one of the [subpath](Self::with_subpath), whose parent
+    /// must be there. One that is there is shown as it is. It stays when the view goes.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidOptions::Malformed`] without a subpath, and for permissions that are none.
+    pub fn with_new_directory(mut self, directory: NewDirectory) -> Result<Self, InvalidOptions> {
+        let malformed = |reason| {
+            let what = format!("new directory {:o}", directory.mode);
+            Err(InvalidOptions::Malformed(what, reason))
+        };
+        if self.subpath.as_os_str().is_empty() {
+            return malformed("the root of a mount is there; name a subpath");
+        }
+        if directory.mode > 0o7777 {
+            return malformed("permissions are at most 7777, in octal");
+        }
+        self.new_directory = Some(directory);
+        Ok(self)
+    }
+
     /// Whether writing through the view is refused.
     pub fn is_read_only(&self) -> bool {
         self.read_only
@@ -132,6 +168,11 @@ impl ViewOptions {
         &self.subpath
     }
 
+    /// How the directory is made, if it is made where it is missing.
+    pub fn new_directory(&self) -> Option<NewDirectory> {
+        self.new_directory
+    }
+
     /// The owners that files appear with.
     pub fn id_map(&self) -> Option<&IdMap> {
         self.id_map.as_ref()
@@ -144,7 +185,10 @@ impl TryFrom<Spelled> for ViewOptions {
     fn try_from(spelled: Spelled) -> Result<Self, InvalidOptions> {
         let mut options = ViewOptions::new(spelled.options)?.with_subpath(spelled.subpath)?;
         options.id_map = spelled.id_map;
-        Ok(options)
+        match spelled.new_directory {
+            Some(directory) => options.with_new_directory(directory),
+            None => Ok(options),
+        }
     }
 }
 
@@ -158,6 +202,7 @@ impl From<ViewOptions> for Spelled {
             options: words,
             subpath: options.subpath,
             id_map: options.id_map,
+            new_directory: options.new_directory,
         }
     }
 }
@@ -357,6 +402,12 @@ mod tests {
         let options = ViewOptions::new(["ro", "noexec", "rslave"]).unwrap();
         let options = options.with_subpath("a/b").unwrap();
         let options = options.with_id_map("u:1:2:3".parse().unwrap());
+        let new = NewDirectory {
+            mode: 0o750,
+            user: 1,
+            group: 2,
+        };
+        let options = options.with_new_directory(new).unwrap();
         for options in [options, ViewOptions::default()] {
             let text = serde_json::to_string(&options).unwrap();
             assert_eq!(serde_json::from_str::<ViewOptions>(&text).unwrap(), options);
@@ -366,6 +417,8 @@ mod tests {
             r#"{"options":["noload"]}"#,
             r#"{"new":1}"#,
             r#"{"id_map":{}}"#,
+            r#"{"new_directory":{"mode":448,"user":0,"group":0}}"#,
+            r#"{"subpath":"a","new_directory":{"mode":4096,"user":0,"group":0}}"#,
         ] {
             assert!(serde_json::from_str::<ViewOptions>(text).is_err(), "{text}");
         }

@@ -1,4 +1,4 @@
-//! Lists of mounts as containerd describes root filesystems, planned for a guest.
+//! Lists of mounts as containerd describes root filesystems, planned for a guest and performed in it.
 //!
 //! A snapshotter of containerd 2.2 and later describes a root filesystem as a list of [`Mount`]s, each of which may use those
 //! before it. [`plan`] understands such a list as a whole, before anything is done: which image is attached and mounted where,
@@ -21,6 +21,20 @@
 //! # Ok::<(), blockmount_containerd::InvalidMount>(())
 //! ```
 //!
+//! [`perform`] does what a plan says through a [`Manager`](blockmount::Manager), all or nothing:
+//!
+//! ```no_run
+//! # use blockmount_containerd::{Mount, perform, plan};
+//! # async fn example(manager: &blockmount::Manager, list: &[Mount]) -> Result<(), Box<dyn std::error::Error>> {
+//! let plan = plan(list, "/run/blockmount/web".as_ref())?;
+//! let performed = perform(manager, &plan, "web").await?;
+//! let root = performed.points().last(); // where the last mount of the list is
+//! # let _ = root;
+//! performed.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What a shim may declare
 //!
 //! A shim names what it mounts by itself in `containerd.types.MountCapabilities`; containerd leaves that to it. With this crate a
@@ -32,12 +46,12 @@
 //! | `erofs`, `squashfs`, `ext2`, `ext3`, `ext4`, `xfs`, `btrfs` of a file or a block device, with or without `loop` | attached and mounted in the guest |
 //! | the same of `{{ mount N }}` or `{{ source N }}`, where mount N is a `loop` | that disk is mounted |
 //! | `bind` of what an earlier mount has | a view of it |
-//! | `overlay` of what earlier mounts have | stacked in the guest |
+//! | `overlay` of what earlier mounts have | stacked in the guest: whole images, with `upper` and `work` in one of them |
 //!
 //! | transform | what becomes of it |
 //! |---|---|
 //! | `format/` | templates are filled in with the mount points in the guest: `source`, `target`, `mount`, `overlay` in both directions |
-//! | `mkfs/` | the file is made where it is missing, with a filesystem |
+//! | `mkfs/` | the file is made where it is missing, with a filesystem (ext4 or xfs) |
 //! | `mkdir/` | directories are made in what earlier mounts have |
 //!
 //! The transforms of one mount may stand in any order: templates are filled in first, as `mkdir/` and `mkfs/` need their values.
@@ -48,7 +62,9 @@ mod list;
 mod mkdir;
 mod mkfs;
 mod mount;
+mod perform;
 mod place;
+mod placed;
 mod plan;
 mod template;
 mod words;
@@ -57,6 +73,7 @@ pub use list::{MAX_BYTES, MAX_MOUNTS, plan};
 pub use mkdir::Directory;
 pub use mkfs::NewImage;
 pub use mount::{InvalidMount, Mount};
+pub use perform::{Lost, PerformError, Performed, Unreleased, holders, perform};
 pub use place::Place;
 pub use plan::{Action, Bind, Image, Overlay, Plan, Scratch, Step};
 

@@ -86,7 +86,7 @@ fn check_words(mount: &Mount) -> Result<usize, String> {
 }
 
 /// The transforms of a type, and what is left of it: its base, or an unknown transform and all behind it.
-fn transforms(kind: &str) -> (Vec<&str>, &str) {
+pub(crate) fn transforms(kind: &str) -> (Vec<&str>, &str) {
     let (mut transforms, mut base) = (Vec::new(), kind);
     while let Some((transform, rest)) = base.split_once('/') {
         if !TRANSFORMS.contains(&transform) {
@@ -213,7 +213,11 @@ impl Planner<'_> {
                 new.filesystem
             ));
         }
-        image.create = create.or(image.create);
+        let loops = self.steps.iter().filter_map(|step| step.action.as_loop());
+        let mut same = loops.filter(|earlier| earlier.path == image.path);
+        image.create = create
+            .or(image.create)
+            .or_else(|| same.next()?.create.clone());
         image.read_only |= READ_ONLY.contains(&mount.kind.as_str());
         image.filesystem = filesystem;
         for option in &mount.options {

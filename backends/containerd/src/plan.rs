@@ -95,6 +95,16 @@ pub struct Scratch {
     pub work: Place,
 }
 
+impl Action {
+    /// The image, if it is only attached, and no filesystem of it is mounted.
+    pub(crate) fn as_loop(&self) -> Option<&Image> {
+        match self {
+            Action::Image(image) if image.filesystem.is_none() => Some(image),
+            _ => None,
+        }
+    }
+}
+
 impl Image {
     /// The disk to attach, as an image file.
     pub fn disk(&self) -> Disk {

@@ -3,6 +3,13 @@
 /// The prefix of options that are containerd's own, and no filesystem's.
 pub(crate) const OWN: &str = "X-containerd.";
 
+/// Whether an option is one of a transform, such as `mkfs`.
+pub(crate) fn is_of_transform(option: &str, transform: &str) -> bool {
+    let own = option.strip_prefix(OWN);
+    let own = own.and_then(|own| own.strip_prefix(transform));
+    own.is_some_and(|own| own.starts_with('.'))
+}
+
 /// A size as containerd takes it (`units.RAMInBytes`): `104857600`, `100MiB`, `1.5g`. Every unit is a power of 1,024.
 pub(crate) fn bytes(text: &str) -> Option<u64> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();

@@ -11,8 +11,8 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 use blockmount::{
-    BackendError, BindMount, Binder, ErrorKind, LayerCombiner, Mounter, Overlay, Presence,
-    ViewOptions,
+    BackendError, BindMount, Binder, ErrorKind, LayerCombiner, Mounter, NewDirectory, Overlay,
+    Presence, ViewOptions,
 };
 use blockmount_linux::LinuxGuest;
 use kit::{
@@ -110,6 +110,59 @@ async fn root_u15_a_view_shows_a_directory_and_leaves_the_mount_nowhere() {
         for target in [&view, &volume.join("mounted"), &volume] {
             guest.unmount(target).await.unwrap();
         }
+        dir.assert_clean();
+    }
+}
+
+#[tokio::test]
+async fn root_a_view_makes_the_directory_that_it_shows() {
+    for kernel in KERNELS {
+        let mut dir = TestDir::new();
+        let device = Loop::new(&Image::Ext4.copy(dir.path()));
+        dir.settle();
+        let guest = on_linux(kernel);
+        let (volume, view) = (dir.at("volume"), dir.at("view"));
+        mount(&guest, &device, &volume, &[]).await.unwrap();
+        let new = NewDirectory {
+            mode: 0o2750,
+            user: 1000,
+            group: 2000,
+        };
+        let make = |path: &str| {
+            let part = options(&[]).with_subpath(path).unwrap();
+            part.with_new_directory(new).unwrap()
+        };
+        bind(&guest, &volume, &view, &make("upper")).await.unwrap();
+        fs::write(view.join("file"), "kept").unwrap();
+        let seen = volume.join("upper").metadata().unwrap();
+        assert_eq!(
+            (seen.mode() & 0o7777, seen.uid(), seen.gid()),
+            (0o2750, 1000, 2000)
+        );
+        guest.unbind(&view).await.unwrap();
+        // What is there is shown as it is.
+        let other = NewDirectory { mode: 0o777, ..new };
+        let again = make("upper").with_new_directory(other).unwrap();
+        bind(&guest, &volume, &view, &again).await.unwrap();
+        assert_eq!(fs::read_to_string(view.join("file")).unwrap(), "kept");
+        guest.unbind(&view).await.unwrap();
+        assert_eq!(
+            volume.join("upper").metadata().unwrap().mode() & 0o7777,
+            0o2750
+        );
+        // Only the last one is made, and none for a view that cannot be.
+        let message = refused(
+            bind(&guest, &volume, &view, &make("a/b")).await,
+            ErrorKind::NotFound,
+        );
+        assert!(message.contains("a: it is not there"), "{message}");
+        fs::write(&view, "in the way").unwrap();
+        bind(&guest, &volume, &view, &make("new"))
+            .await
+            .unwrap_err();
+        assert!(!volume.join("new").exists() && !volume.join("a").exists());
+        fs::remove_file(&view).unwrap();
+        guest.unmount(&volume).await.unwrap();
         dir.assert_clean();
     }
 }

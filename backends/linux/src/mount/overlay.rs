@@ -21,7 +21,7 @@ use crate::mount::mounting::{self, LONGEST_DATA, path_of};
 use crate::mount::target::MountPoint;
 use crate::undo::ledger::UndoList;
 use crate::undo::locks::Key;
-use crate::undo::step::{DirectoryStep, Identity, MountStep, Undo};
+use crate::undo::step::{Identity, MountStep, Undo};
 
 use scratch::Scratch;
 
@@ -80,12 +80,7 @@ pub(crate) fn combine(
     };
     put(list, &stack, kernel)?;
     // What was made in the scratch stays, now that there is the overlay.
-    list.retain(|step| {
-        !matches!(
-            step,
-            Undo::RemoveDirectory(DirectoryStep { scratch: true, .. })
-        )
-    });
+    list.keep_made_inside();
     list.save_or_warn();
     Ok(())
 }

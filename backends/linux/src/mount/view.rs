@@ -4,8 +4,8 @@ use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use blockmount::{BackendError, BindMount, PropagationMode, ViewOptions};
-use rustix::fs::{FileType, StatVfsMountFlags, fstat, fstatvfs};
+use blockmount::{BackendError, BindMount, NewDirectory, PropagationMode, ViewOptions};
+use rustix::fs::{FileType, Gid, Mode, StatVfsMountFlags, Uid, fchmod, fchown, fstat, fstatvfs};
 use rustix::io::Errno;
 use rustix::mount::{
     self as sys_mount, MountAttrFlags, MountFlags, MountPropagationFlags, OpenTreeFlags,
@@ -13,6 +13,7 @@ use rustix::mount::{
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
+use crate::mount::directory::Wanted;
 use crate::mount::mounting::{self, path_of};
 use crate::mount::target::{MountPoint, Target, mount_id, open_below};
 use crate::mount::unmount::{Now, now};
@@ -37,7 +38,7 @@ pub(crate) fn bind(
     // Nobody unmounts it meanwhile.
     let _held = list.hold(Key::Source(source.path().to_owned()))?;
     let shown = open_source(list, &source, kernel)?;
-    let directory = beneath(shown, &bind.options, source.path())?;
+    let directory = beneath(list, shown, &bind.options, source.path())?;
     let step = |mount| {
         Undo::Unmount(Box::new(MountStep {
             mount,
@@ -56,10 +57,14 @@ pub(crate) fn bind(
     if !moved {
         in_steps(list, at, &directory, options, kernel, step)?;
     }
-    match options.propagation() {
-        Some(propagation) => mounting::propagate(list.target(), propagation, kernel),
-        None => Ok(()),
+    if let Some(propagation) = options.propagation() {
+        mounting::propagate(list.target(), propagation, kernel)?;
     }
+    if options.new_directory().is_some() {
+        list.keep_made_inside();
+        list.save_or_warn();
+    }
+    Ok(())
 }
 
 /// The root of the mount that a view is to show.
@@ -80,12 +85,22 @@ fn open_source(
     }
 }
 
-/// The directory of a mount that is shown: through no link, and on no other mount.
-fn beneath(root: OwnedFd, options: &ViewOptions, source: &Path) -> Result<OwnedFd, BackendError> {
+/// The directory of a mount that is shown: through no link, and on no other mount. The last one is made, if it is missing and
+/// the view may make it.
+fn beneath(
+    list: &UndoList<'_>,
+    root: OwnedFd,
+    options: &ViewOptions,
+    source: &Path,
+) -> Result<OwnedFd, BackendError> {
     let mount = mount_id(&root)?;
     let (mut at, mut path) = (root, source.to_owned());
+    let last = source.join(options.subpath());
     for name in options.subpath() {
         path.push(name);
+        if let Some(new) = options.new_directory().filter(|_| path == last) {
+            make(list, &at, name, &path, new)?;
+        }
         let refused = |why: &str| {
             let message = format!("cannot show {}: it is {why}", path.display());
             Err(BackendError::invalid(message))
@@ -107,6 +122,38 @@ fn beneath(root: OwnedFd, options: &ViewOptions, source: &Path) -> Result<OwnedF
         at = below;
     }
     Ok(at)
+}
+
+/// Makes a directory of the mount where it is missing. Until there is the view it is on the undo list.
+fn make(
+    list: &UndoList<'_>,
+    parent: &OwnedFd,
+    name: &OsStr,
+    path: &Path,
+    new: NewDirectory,
+) -> Result<(), BackendError> {
+    if open_below(parent, name, path)?.is_some() {
+        return Ok(());
+    }
+    let wanted = Wanted {
+        parent,
+        name,
+        path,
+        mode: Mode::RWXU,
+        scratch: true,
+    };
+    if !directory::make(list, &wanted)? {
+        return Ok(());
+    }
+    let refused = |errno| {
+        let what = format!("cannot give {} its owner and mode", path.display());
+        errno_error(what, errno)
+    };
+    let made = directory::readable(parent, name).map_err(refused)?;
+    let owner = (Uid::from_raw(new.user), Gid::from_raw(new.group));
+    fchown(&made, Some(owner.0), Some(owner.1)).map_err(refused)?;
+    // After the owner, whose change takes set-id bits away.
+    fchmod(&made, Mode::from_raw_mode(new.mode)).map_err(refused)
 }
 
 /// Builds the view detached; `None` if this kernel cannot, or this process may not.

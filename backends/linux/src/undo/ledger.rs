@@ -12,7 +12,7 @@ use crate::mount::writes::Writes;
 use crate::undo::journal::{Journal, Note};
 use crate::undo::locks::{Held, Key, Locks};
 use crate::undo::record::Record;
-use crate::undo::step::{MountStep, Undo};
+use crate::undo::step::{DirectoryStep, MountStep, Undo};
 
 /// What there is to undo, by target.
 ///
@@ -230,6 +230,16 @@ impl<'a> UndoList<'a> {
         if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
             list.retain(is_wanted);
         }
+    }
+
+    /// Drops the steps for directories that were made in a filesystem of the disk: they stay, once there is what they were made for.
+    pub(crate) fn keep_made_inside(&self) {
+        self.retain(|step| {
+            !matches!(
+                step,
+                Undo::RemoveDirectory(DirectoryStep { scratch: true, .. })
+            )
+        });
     }
 
     /// Shares a thing that is on any list: its step is added to this one, and returned. It is on record with the next

@@ -20,7 +20,7 @@ use crate::mount::unmount::{Now, now};
 use crate::undo::journal::{Journal, Note};
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::record::Record;
-use crate::undo::step::{Appearance, DirectoryStep, Identity, MountStep, Undo};
+use crate::undo::step::{Appearance, Identity, MountStep, Undo};
 
 /// The ledger as the journal has it, and the targets whose mounts are not there, which are to be undone. Blocks.
 ///
@@ -128,12 +128,7 @@ fn recover_mount(list: &UndoList<'_>, kernel: Kernel) {
         Err(error) => return list.set_aside(&format!("{path} cannot be looked at: {error}")),
     };
     list.replace_last(Undo::Unmount(Box::new(MountStep { mount, ..*step })));
-    list.retain(|step| {
-        !matches!(
-            step,
-            Undo::RemoveDirectory(DirectoryStep { scratch: true, .. })
-        )
-    });
+    list.keep_made_inside();
     list.keep();
     tracing::info!(path = %blockmount::printable(&path), "took over a mount of an earlier process");
 }

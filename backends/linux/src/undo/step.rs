@@ -225,7 +225,7 @@ pub(crate) struct DirectoryStep {
     /// Nothing until it is made under its first name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) id: Option<FileId>,
-    /// Whether it is a part of the scratch of an overlay: it stays once there is the overlay.
+    /// Whether it is in the scratch of an overlay, or in the mount that a view shows: it stays once there is the overlay or the view.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) scratch: bool,
 }
