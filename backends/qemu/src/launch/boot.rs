@@ -189,7 +189,7 @@ impl VmBuilder {
 /// Connects to the monitor that QEMU makes at its start.
 async fn connect(socket: &Path, process: &Process) -> io::Result<UnixStream> {
     /// As long as a busy machine needs to load QEMU.
-    const APPEARING: Duration = Duration::from_secs(10);
+    const APPEARING: Duration = Duration::from_secs(60);
     let connecting = async {
         loop {
             match UnixStream::connect(socket).await {

@@ -294,7 +294,7 @@ impl VmBuilder {
     async fn key(&self, accelerator: &str) -> Result<String, VmError> {
         let mut command = tokio::process::Command::new(&self.qemu);
         let output = command.arg("--version").kill_on_drop(true).output();
-        let output = tokio::time::timeout(Duration::from_secs(10), output)
+        let output = tokio::time::timeout(Duration::from_secs(60), output)
             .await
             .map_err(|elapsed| self.no_qemu(elapsed))?
             .map_err(|error| self.no_qemu(error))?;

@@ -64,6 +64,8 @@ impl GuestChannel for AgentChannel {
 
 /// How long a VM stands still before nobody waits for its guest any more; snapshots and migrations are shorter.
 const STANDING: Duration = Duration::from_secs(2);
+/// How long an agent may take to open its first port: it may be starting still, in a guest that a busy machine emulates.
+const FIRST_OPENING: Duration = Duration::from_secs(60);
 
 /// The virtio-serial ports of this name, which the agent opens.
 #[derive(Debug)]
@@ -103,13 +105,15 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// If no agent opens the port within ten seconds, or it does not speak the protocol.
+    /// If no agent opens the port within a minute, or it does not speak the protocol. One that is lost later has ten
+    /// seconds to open the next.
     ///
     /// # Cancel safety
     ///
     /// Nothing is left when the future is dropped.
     pub async fn guest(&self, port: &str) -> Result<BridgeGuest<AgentChannel>, VmError> {
-        self.guest_within(port, Deadlines::default()).await
+        self.guest_after(FIRST_OPENING, port, Deadlines::default())
+            .await
     }
 
     /// The same with other deadlines; the one of the negotiation is also that of opening the port.
@@ -126,8 +130,17 @@ impl Vm {
         port: &str,
         deadlines: Deadlines,
     ) -> Result<BridgeGuest<AgentChannel>, VmError> {
-        let opening = deadlines.negotiation;
-        let stream = self.connect(port, opening).await?;
+        self.guest_after(deadlines.negotiation, port, deadlines)
+            .await
+    }
+
+    async fn guest_after(
+        &self,
+        first_opening: Duration,
+        port: &str,
+        deadlines: Deadlines,
+    ) -> Result<BridgeGuest<AgentChannel>, VmError> {
+        let stream = self.connect(port, first_opening).await?;
         let connected = GuestConnection::connect_with(stream, deadlines).await;
         let connection = connected.map_err(|error| {
             let error = VmError::new("the agent in the guest does not answer").because(error);
@@ -136,7 +149,7 @@ impl Vm {
         let port = AgentPort {
             vm: self.clone(),
             name: port.to_owned(),
-            opening,
+            opening: deadlines.negotiation,
         };
         Ok(BridgeGuest::new(AgentChannel {
             channel: RedialingChannel::over(port, connection),
