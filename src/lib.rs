@@ -127,9 +127,9 @@ pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
     Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
-    FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange, InvalidOptions, KeySource, MountFlag,
-    MountFlags, MountOptions, MountOptionsBuilder, MountRequest, NewDirectory, OnCorruption,
-    OverlayOptions, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
+    FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange, InvalidOptions, KeySource, LuksKey,
+    MountFlag, MountFlags, MountOptions, MountOptionsBuilder, MountRequest, NewDirectory,
+    OnCorruption, OverlayOptions, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,
 };
 pub use pci::PciAddress;
 pub use printable::{Printable, printable};

@@ -4,8 +4,8 @@ use std::num::NonZeroU32;
 
 use blockmount::{
     DeviceLocator, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, Format,
-    HashAlgorithm, InvalidOptions, KeySource, MountFlag, MountOptions, MountRequest, OnCorruption,
-    Overlay, Verity,
+    HashAlgorithm, InvalidOptions, KeySource, LuksKey, MountFlag, MountOptions, MountRequest,
+    OnCorruption, Overlay, Verity,
 };
 use serde_json::{Value, json, to_value};
 
@@ -186,7 +186,15 @@ fn every_option_survives_the_way() {
     };
     let in_keyring = keyed(KeySource::Keyring("volumes:data".to_owned()));
     let in_file = keyed(KeySource::File("data.key".to_owned()));
+    let luks = |key| {
+        let options = MountOptions::builder().encryption(Encryption::Luks2(key));
+        options.build()
+    };
+    let by_passphrase = luks(LuksKey::Passphrase(KeySource::File("data".to_owned())));
+    let by_key = luks(LuksKey::Volume(KeySource::Keyring("a:b".to_owned())));
     for options in [
+        by_passphrase,
+        by_key,
         verified,
         encrypted,
         authenticated,
@@ -220,6 +228,9 @@ fn a_key_is_named_so_that_its_guest_can_look_for_it() {
     ] {
         let error = encrypted(KeySource::Keyring(name.to_owned())).unwrap_err();
         assert!(matches!(error, InvalidOptions::Malformed(..)), "{name}");
+        let key = LuksKey::Passphrase(KeySource::Keyring(name.to_owned()));
+        let options = MountOptions::builder().encryption(Encryption::Luks2(key));
+        options.build().unwrap_err();
     }
     for name in [
         "",
@@ -234,9 +245,13 @@ fn a_key_is_named_so_that_its_guest_can_look_for_it() {
         let error = encrypted(KeySource::File(name.to_owned())).unwrap_err();
         assert!(matches!(error, InvalidOptions::Malformed(..)), "{name}");
     }
-    let value = json!({"encryption": {"Keyed": {"keyring": "a:b"}}});
-    let read: MountOptions = read(value.clone()).unwrap();
-    assert_eq!(to_value(&read).unwrap(), value);
+    for value in [
+        json!({"encryption": {"Keyed": {"keyring": "a:b"}}}),
+        json!({"encryption": {"Luks2": {"passphrase": {"file": "data"}}}}),
+    ] {
+        let read: MountOptions = read(value.clone()).unwrap();
+        assert_eq!(to_value(&read).unwrap(), value);
+    }
     // Readers share a device if they have one key.
     let reader = |name: &str| {
         let key = Encryption::Keyed(KeySource::File(name.to_owned()));

@@ -21,6 +21,7 @@ needed=(
   qemu-system-x86_64:qemu-system-x86
   qemu-img:qemu-utils
   veritysetup:cryptsetup-bin
+  openssl:openssl
   cc:gcc
 )
 kernel=/var/lib/blockmount/kernel

@@ -20,21 +20,42 @@ pub enum Encryption {
     /// write is two. Its size is fixed. A block that was never written has no tag and cannot be read either, so a filesystem has to be made
     /// on it, and the device cannot be exposed.
     EphemeralWithIntegrity,
-    /// A key that the guest's owner has placed in the guest: the content outlives the mount.
+    /// A key of 64 bytes that the guest's owner has placed in the guest: the content outlives the mount.
     ///
     /// The whole device is encrypted, without a header, with AES-256 in XTS mode in sectors of 4,096 bytes, each by its number
     /// (`plain64`, counted in units of 512 bytes), as `cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512
     /// --sector-size 4096` has it. Nothing tells a wrong key but that there is no filesystem.
     Keyed(KeySource),
+    /// The volume of a disk with a header of LUKS2, which says how the rest of the disk is encrypted. The content outlives the
+    /// mount, and a key that does not fit is an error.
+    ///
+    /// The guest reads the header with the program `cryptsetup` (2.4 or later), which has to be installed there. It opens
+    /// volumes that are encrypted in XTS mode, as `cryptsetup luksFormat` makes them by default, without tags for their
+    /// blocks, and with a header of at most 16 MiB. Nothing is written to the header. Who can write to the disk can replace
+    /// header and content together by others that the same passphrase opens only if the passphrase is known.
+    Luks2(LuksKey),
 }
 
-/// Where the guest finds a key of 64 bytes. The request has only its name: the key itself is in no message, log or journal.
+/// What opens a volume of LUKS2.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum LuksKey {
+    /// A passphrase of one of its key slots, of 1 to 512 bytes, which are taken as they are, with a line end if there is one.
+    /// In a keyring it is a key of the type `user`.
+    Passphrase(KeySource),
+    /// The key of the volume itself. One in a file is compared with the header. One in a keyring, of the type `logon`, can be
+    /// read by no program: nothing tells a wrong one but that there is no filesystem.
+    Volume(KeySource),
+}
+
+/// Where the guest finds a key. The request has only its name: the key itself is in no message, log or journal.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum KeySource {
-    /// In the keyring of the guest's root (`@u`), or one that its agent searches, by the description of a key of the type
-    /// `logon`, such as `volumes:data`.
+    /// In the keyring of the guest's root (`@u`), or one that its agent searches, by the description of a key, such as
+    /// `volumes:data`: of the type `logon` for an encryption without a header.
     Keyring(String),
     /// In a file of the directory of keys that the guest's agent was given, by its name.
     File(String),
@@ -59,6 +80,16 @@ impl Encryption {
         match self {
             Encryption::Ephemeral | Encryption::EphemeralWithIntegrity => Ok(()),
             Encryption::Keyed(source) => source.validate(),
+            Encryption::Luks2(key) => key.source().validate(),
+        }
+    }
+}
+
+impl LuksKey {
+    /// Where it is.
+    pub fn source(&self) -> &KeySource {
+        match self {
+            LuksKey::Passphrase(source) | LuksKey::Volume(source) => source,
         }
     }
 }
@@ -75,7 +106,7 @@ impl KeySource {
             KeySource::Keyring(name) if !is_description(name) => malformed(
                 "key",
                 name,
-                "a key of the type logon has 3 to 255 visible ASCII characters, with a colon after a prefix",
+                "a description of a key has 3 to 255 visible ASCII characters, with a colon after a prefix",
             ),
             KeySource::File(name) if !is_file_name(name) => malformed(
                 "key file",

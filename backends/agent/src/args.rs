@@ -43,7 +43,7 @@ const OWN: [Argument; 8] = [
         "keys",
         "DIR",
         "Where the keys of encrypted disks are that a host names by their file: a directory that only root can use, with \
-         such files of 64 bytes. By default a host can only name keys in root's keyring",
+         such files, of 64 bytes without a header of LUKS2. By default a host can only name keys in root's keyring",
     ),
     Argument::new(
         "set-clock",

@@ -110,7 +110,7 @@ impl LinuxGuestBuilder {
 
     /// Where the keys of encrypted disks are that a request names by their file
     /// ([`KeySource::File`](blockmount::KeySource::File)). Directory and files must belong to the user of this process and be
-    /// private; a key has 64 bytes. By default there are none.
+    /// private; a key has 64 bytes, and one for a volume of LUKS2 what that wants. By default there are none.
     #[must_use]
     pub fn key_directory(mut self, directory: impl Into<PathBuf>) -> Self {
         self.config.keys = Some(directory.into());

@@ -9,6 +9,8 @@ pub(crate) mod free;
 pub(crate) mod integrity;
 mod key;
 mod keyring;
+pub(crate) mod luks;
+mod luks_header;
 pub(crate) mod mapped;
 pub mod mapper;
 pub(crate) mod node;

@@ -15,9 +15,9 @@ const USER_KEYRING: libc::c_long = -4;
 const SEARCH: libc::c_long = 10;
 const INVALIDATE: libc::c_long = 21;
 
-/// Has the kernel keep a key of the type `logon`.
-pub(crate) fn add(description: &str, bytes: &[u8]) -> io::Result<()> {
-    let (kind, description) = (CString::new("logon")?, CString::new(description)?);
+/// Has the kernel keep a key of a type.
+pub(crate) fn add(kind: &str, description: &str, bytes: &[u8]) -> io::Result<()> {
+    let (kind, description) = (CString::new(kind)?, CString::new(description)?);
     let (kind, description) = (kind.as_ptr(), description.as_ptr());
     // SAFETY: the strings end with a NUL, the key has as many bytes as are given, and all outlive the call.
     let id = unsafe {
@@ -34,8 +34,8 @@ pub(crate) fn add(description: &str, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Has the kernel forget it.
-pub(crate) fn remove(description: &str) -> io::Result<()> {
-    let (kind, description) = (CString::new("logon")?, CString::new(description)?);
+pub(crate) fn remove(kind: &str, description: &str) -> io::Result<()> {
+    let (kind, description) = (CString::new(kind)?, CString::new(description)?);
     let (kind, description) = (kind.as_ptr(), description.as_ptr());
     // SAFETY: the strings end with a NUL and outlive the call.
     let id = unsafe { libc::syscall(libc::SYS_keyctl, SEARCH, USER_KEYRING, kind, description, 0) };

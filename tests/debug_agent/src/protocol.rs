@@ -54,8 +54,10 @@ pub enum OwnRequest {
     MappedTables,
     /// Which keys of ours the kernel has: [`OwnResponse::Keys`].
     Keys,
-    /// Has the kernel keep a key of the type `logon` in the keyring of root: [`Response::Done`].
+    /// Has the kernel keep a key in the keyring of root: [`Response::Done`].
     AddKey {
+        /// Its type, such as `logon`.
+        kind: String,
         /// Its description.
         description: String,
         /// The key.
@@ -63,6 +65,8 @@ pub enum OwnRequest {
     },
     /// Has the kernel forget such a key: [`Response::Done`].
     RemoveKey {
+        /// Its type.
+        kind: String,
         /// Its description.
         description: String,
     },

@@ -127,10 +127,14 @@ impl State {
                     .context(|| "cannot drop what is cached".to_owned())
                     .map(|()| Response::Done.into())
             }
-            OwnRequest::AddKey { description, bytes } => keys::add(&description, &bytes)
+            OwnRequest::AddKey {
+                kind,
+                description,
+                bytes,
+            } => keys::add(&kind, &description, &bytes)
                 .context(|| format!("cannot add key {description}"))
                 .map(|()| Response::Done.into()),
-            OwnRequest::RemoveKey { description } => keys::remove(&description)
+            OwnRequest::RemoveKey { kind, description } => keys::remove(&kind, &description)
                 .context(|| format!("cannot remove key {description}"))
                 .map(|()| Response::Done.into()),
             OwnRequest::WriteKey { path, bytes } => keys::write(&path, &bytes)

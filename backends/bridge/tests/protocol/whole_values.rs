@@ -10,7 +10,7 @@ use blockmount::testing::{Gate, VmStep};
 use blockmount::{
     BackendError, BindMount, Binder, Check, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
     ErrorKind, Expose, ExtraDevice, Format, FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange,
-    KeySource, LayerCombiner, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
+    KeySource, LayerCombiner, LuksKey, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
     OverlayOptions, Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
@@ -105,11 +105,15 @@ fn option() -> impl Strategy<Value = String> {
 fn encryption() -> impl Strategy<Value = Encryption> {
     let keyring = "[a-z]{1,9}:[!-~]{1,20}".prop_map(KeySource::Keyring);
     let file = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}".prop_map(KeySource::File);
+    let source = prop_oneof![keyring, file].boxed();
+    let passphrase = source.clone().prop_map(LuksKey::Passphrase);
+    let volume = source.clone().prop_map(LuksKey::Volume);
     prop_oneof![
         Just(Encryption::Ephemeral),
         Just(Encryption::EphemeralWithIntegrity),
-        keyring.prop_map(Encryption::Keyed),
-        file.prop_map(Encryption::Keyed),
+        source.prop_map(Encryption::Keyed),
+        passphrase.prop_map(Encryption::Luks2),
+        volume.prop_map(Encryption::Luks2),
     ]
 }
 

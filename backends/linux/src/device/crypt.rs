@@ -1,5 +1,5 @@
-//! Devices that are encrypted (dm-crypt): with a key of their own, which nobody knows and which ends with the device, or with
-//! one that the guest's owner has placed in the guest.
+//! Devices that are encrypted (dm-crypt): with a key of their own, which nobody knows and which ends with the device, with
+//! one that the guest's owner has placed in the guest, or as a header of LUKS2 says.
 //!
 //! The kernel takes the key from its keyring, from where no program can read it. It is in no request, table or message: they
 //! have only the name under which the keyring has it.
@@ -8,11 +8,13 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use blockmount::{BackendError, Encryption, KeySource};
+use blockmount::{BackendError, Encryption, KeySource, LuksKey};
 use rustix::io::Errno;
 
 use crate::device::content::{is_blank, refuse_content};
 use crate::device::key::{self, Key};
+use crate::device::luks::{Opened, VolumeKey};
+use crate::device::luks_header::Segment;
 use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
@@ -67,6 +69,8 @@ pub(crate) struct Wanted {
     pub(crate) disk: PathBuf,
     /// The directory of the owner's keys.
     pub(crate) keys: Option<PathBuf>,
+    /// How the volume of LUKS2 is encrypted, if it is one.
+    pub(crate) volume: Option<Opened>,
 }
 
 /// What is on a device, as it is decrypted.
@@ -111,7 +115,8 @@ pub(crate) fn open(
         encryption: wanted.encryption.clone(),
         read_only: wanted.read_only,
     };
-    let length = length(below, device.size, &step)?;
+    let segment = wanted.segment(&step, device.size);
+    let length = length(below, device.size, &segment)?;
     let undo = Undo::CloseCrypt(Box::new(step.clone()));
     let is_keyed = !wanted.encryption.is_ephemeral();
     let mut worth = match is_keyed {
@@ -120,20 +125,20 @@ pub(crate) fn open(
     };
     let has_integrity = wanted.encryption.has_integrity();
     let node = mapped::open(list, &step.names(), undo, |mapper, names| {
-        if is_keyed && is_blank(below, &mut device.open)? {
+        if is_keyed && is_blank(below, &mut device.open, segment.start * SECTOR)? {
             worth = Worth::NoiseIfUnknown;
         } else if !is_keyed && !has_integrity && !wanted.may_destroy {
             refuse_content(below, &mut device.open)?;
         }
         let key = wanted.key(&names.name)?;
-        let table = table(&step, length, &key);
+        let table = table(&step, &segment, length, &key);
         let access = match wanted.read_only {
             true => Access::ReadOnly,
             false => Access::ReadWrite,
         };
         let made = mapper.create_mapped(names, &table, access);
         key.leave();
-        let made = made.map_err(|error| explain_refusal(mapper, cipher_of(&step), error))?;
+        let made = made.map_err(|error| explain_refusal(mapper, &segment.cipher, error))?;
         if has_integrity {
             write_tags(made, &wanted.disk)?;
         }
@@ -193,7 +198,30 @@ fn below(device: DeviceNumber) -> Vec<String> {
 }
 
 impl Wanted {
+    /// What is encrypted of a device of so many bytes, and how.
+    fn segment(&self, step: &CryptStep, size: u64) -> Segment {
+        if let Some(volume) = &self.volume {
+            return volume.segment.clone();
+        }
+        let cipher = match self.encryption.has_integrity() {
+            true => AUTHENTICATED,
+            false => CIPHER,
+        };
+        Segment {
+            cipher: cipher.to_owned(),
+            start: 0,
+            first: 0,
+            unit: step.unit(size / SECTOR * SECTOR),
+        }
+    }
+
     fn key(&self, name: &str) -> Result<Key, BackendError> {
+        if let Some(volume) = &self.volume {
+            return match &volume.key {
+                VolumeKey::Known(secret) => Key::of(name, secret),
+                VolumeKey::InKeyring(description) => Key::in_keyring(description, volume.length),
+            };
+        }
         match &self.encryption {
             Encryption::Ephemeral => Key::random(name, KEY_LENGTH),
             Encryption::EphemeralWithIntegrity => Key::random(name, AUTHENTICATED_KEY_LENGTH),
@@ -224,7 +252,13 @@ impl Encrypted {
             let message = format!("{message}: blocks of {disk} are not what was written to them");
             return BackendError::invalid(message).with_source(error);
         }
-        if self.encryption.is_ephemeral() || is_noise() != Some(true) {
+        // A key that was compared with a header is the right one.
+        use LuksKey::{Passphrase, Volume};
+        let is_proven = matches!(
+            &self.encryption,
+            Encryption::Luks2(Passphrase(_) | Volume(KeySource::File(_)))
+        );
+        if self.encryption.is_ephemeral() || is_proven || is_noise() != Some(true) {
             return error;
         }
         let message = format!("{message}: what is on {disk} is not encrypted, or with another key");
@@ -268,7 +302,10 @@ fn report_tampering(step: &CryptStep) {
 /// `Unsuitable` if its key was not kept, or is one that its owner may have changed.
 pub(crate) fn grow(list: &UndoList<'_>, step: &CryptStep, bytes: u64) -> Result<(), BackendError> {
     let Names { name, uuid } = step.names();
-    if let Encryption::Keyed(KeySource::Keyring(key)) = &step.encryption {
+    use KeySource::Keyring;
+    if let Encryption::Keyed(Keyring(key)) | Encryption::Luks2(LuksKey::Volume(Keyring(key))) =
+        &step.encryption
+    {
         return Err(BackendError::unsuitable(format!(
             "cannot grow {name}: key {key} would have to be taken from the keyring again, where it may be another one by now"
         )));
@@ -280,15 +317,14 @@ pub(crate) fn grow(list: &UndoList<'_>, step: &CryptStep, bytes: u64) -> Result<
     let now = mapper.table(&name)?.and_then(|mut table| table.pop());
     let now = now.ok_or_else(gone)?;
     // It goes on as it began.
-    let unit = match now.parameters.contains("sector_size:") {
-        true => LARGE_SECTOR,
-        false => SECTOR,
-    };
-    let length = bytes / unit * unit / SECTOR;
+    let (unit, start, key_length) = read_table(&now.parameters).ok_or_else(|| {
+        BackendError::other(format!("the kernel's table of {name} cannot be read"))
+    })?;
+    let length = bytes.saturating_sub(start.saturating_mul(SECTOR)) / unit * unit / SECTOR;
     if length <= now.length {
         return Ok(());
     }
-    let key = Key::find(&name, KEY_LENGTH)?;
+    let key = Key::find(&name, key_length)?;
     let grown = mapper.replace(&name, &Target { length, ..now }, Access::ReadWrite);
     key.leave();
     grown
@@ -300,9 +336,9 @@ pub(crate) fn node(step: &CryptStep) -> Option<PathBuf> {
 }
 
 /// The size of what a device can have encrypted, in bytes.
-fn length(below: &Path, size: u64, step: &CryptStep) -> Result<u64, BackendError> {
-    let unit = step.unit(size / SECTOR * SECTOR);
-    match size / unit * unit {
+fn length(below: &Path, size: u64, segment: &Segment) -> Result<u64, BackendError> {
+    let Segment { start, unit, .. } = segment;
+    match size.saturating_sub(start * SECTOR) / unit * unit {
         0 => Err(BackendError::invalid(format!(
             "cannot encrypt {}: it has {size} bytes",
             below.display()
@@ -311,21 +347,20 @@ fn length(below: &Path, size: u64, step: &CryptStep) -> Result<u64, BackendError
     }
 }
 
-fn cipher_of(step: &CryptStep) -> &'static str {
-    match step.encryption.has_integrity() {
-        true => AUTHENTICATED,
-        false => CIPHER,
-    }
-}
-
-fn table(step: &CryptStep, length: u64, key: &Key) -> Target {
-    let (cipher, backing) = (cipher_of(step), step.backing);
-    let mut parameters = format!("{cipher} {} 0 {backing} 0", key.reference());
+fn table(step: &CryptStep, segment: &Segment, length: u64, key: &Key) -> Target {
+    let Segment {
+        cipher,
+        start,
+        first,
+        unit,
+    } = segment;
+    let (key, backing) = (key.reference(), step.backing);
+    let mut parameters = format!("{cipher} {key} {first} {backing} {start}");
     if step.encryption.has_integrity() {
         let (tag, block) = (integrity::TAG, integrity::BLOCK);
         parameters += &format!(" 2 integrity:{tag}:aead sector_size:{block}");
-    } else if step.unit(length) == LARGE_SECTOR {
-        parameters += &format!(" 1 sector_size:{LARGE_SECTOR}");
+    } else if *unit != SECTOR {
+        parameters += &format!(" 1 {UNIT}{unit}");
     }
     Target {
         start: 0,
@@ -333,6 +368,20 @@ fn table(step: &CryptStep, length: u64, key: &Key) -> Target {
         kind: KIND.to_owned(),
         parameters,
     }
+}
+
+/// The word of a table for what is encrypted at once.
+const UNIT: &str = "sector_size:";
+
+/// The unit of a table, where its content begins on the device below, and the length of its key: two in bytes, the second in
+/// sectors. A table is the cipher, the key with its length, the number of the first sector, the device and where it begins.
+fn read_table(parameters: &str) -> Option<(u64, u64, usize)> {
+    let words: Vec<&str> = parameters.split_ascii_whitespace().collect();
+    let key = words.get(1)?.strip_prefix(':')?;
+    let key = key.split(':').next()?.parse().ok()?;
+    let start = words.get(4)?.parse().ok()?;
+    let unit = words.iter().find_map(|word| word.strip_prefix(UNIT));
+    Some((unit.map_or(Some(SECTOR), |it| it.parse().ok())?, start, key))
 }
 
 /// Says why the kernel refuses a table that is well-formed.
@@ -354,6 +403,31 @@ fn explain_refusal(mapper: &DeviceMapper, cipher: &str, error: BackendError) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_is_read_as_it_is_written() {
+        for (parameters, expected) in [
+            (
+                "aes-xts-plain64 :64:logon:a:b 0 8:0 0 1 sector_size:4096",
+                (4096, 0, 64),
+            ),
+            (
+                "aes-xts-plain64 :32:logon:a:b 7 8:0 32768",
+                (512, 32768, 32),
+            ),
+        ] {
+            assert_eq!(read_table(parameters), Some(expected), "{parameters}");
+        }
+        for wrong in [
+            "",
+            "aes",
+            "aes :64:logon:a:b 0 8:0",
+            "aes 0011 0 8:0 0",
+            "aes :x:y 0 8:0 0",
+        ] {
+            assert_eq!(read_table(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn g14_the_longest_name_of_an_encrypted_device_fits() {

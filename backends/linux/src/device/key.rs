@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use blockmount::{BackendError, KeySource};
 
-use crate::device::keyring::{self, Id, LOGON, USER};
-use crate::device::secret::Secret;
+use crate::device::keyring::{self, Id, LOGON, USER, USER_READABLE};
+use crate::device::secret::{self, Secret};
 use crate::errno::errno_error;
 
 /// A key. As long as this is there, the kernel finds it for this thread.
@@ -45,21 +46,14 @@ impl Key {
         directory: Option<&Path>,
         length: usize,
     ) -> Result<Self, BackendError> {
-        match (source, directory) {
-            (KeySource::Keyring(description), _) => Self::in_keyring(description, length),
-            (KeySource::File(file), Some(directory)) => {
-                Self::of(name, &Secret::read(directory, file, length)?)
-            }
-            (KeySource::File(file), None) => Err(BackendError::unsuitable(format!(
-                "this guest has no directory of keys, where {file} could be: start its agent with --keys"
-            ))),
-            (other, _) => Err(BackendError::unsuitable(format!(
-                "this guest does not know the source of keys {other:?}"
-            ))),
+        match source {
+            KeySource::Keyring(description) => Self::in_keyring(description, length),
+            other => Self::of(name, &in_directory(other, directory, length..=length)?),
         }
     }
 
-    fn of(name: &str, secret: &Secret) -> Result<Self, BackendError> {
+    /// A key with these bytes, which is kept as a random one is.
+    pub(super) fn of(name: &str, secret: &Secret) -> Result<Self, BackendError> {
         let description = describe(name);
         let linked = keyring::add_to_thread(&description, secret.bytes())
             .map_err(|error| explained("cannot make a key for an encrypted device", error))?;
@@ -73,7 +67,8 @@ impl Key {
         })
     }
 
-    fn in_keyring(description: &str, length: usize) -> Result<Self, BackendError> {
+    /// A key of the owner in a keyring.
+    pub(super) fn in_keyring(description: &str, length: usize) -> Result<Self, BackendError> {
         let what = format!("cannot use key {description}");
         // A process with a session of its own does not search the keyring of root by itself.
         USER.link_to_thread()
@@ -83,7 +78,7 @@ impl Key {
             length,
             linked: USER,
         };
-        let checked = keyring::request(description)
+        let checked = keyring::request(LOGON, description)
             .map_err(|error| explained(&what, error))
             .and_then(|id| match length_of(id) {
                 Some(found) if found != length => Err(BackendError::invalid(format!(
@@ -136,6 +131,56 @@ impl Key {
     }
 }
 
+/// Reads a key from the directory of keys.
+///
+/// # Errors
+///
+/// As [`Secret::read`]; `Unsuitable` if this guest has no such directory, or does not know the source.
+pub(super) fn in_directory(
+    source: &KeySource,
+    directory: Option<&Path>,
+    lengths: RangeInclusive<usize>,
+) -> Result<Secret, BackendError> {
+    match (source, directory) {
+        (KeySource::File(file), Some(directory)) => Secret::read(directory, file, lengths),
+        (KeySource::File(file), None) => Err(BackendError::unsuitable(format!(
+            "this guest has no directory of keys, where {file} could be: start its agent with --keys"
+        ))),
+        (other, _) => Err(BackendError::unsuitable(format!(
+            "this guest does not know the source of keys {other:?}"
+        ))),
+    }
+}
+
+/// Reads a key of the type `user`.
+///
+/// # Errors
+///
+/// `NotFound` if it is not there; `Invalid` if it has another length, or cannot be used any more.
+pub(super) fn read_user_key(
+    description: &str,
+    lengths: RangeInclusive<usize>,
+) -> Result<Secret, BackendError> {
+    let what = format!("cannot use key {description}");
+    let read = || -> io::Result<(Vec<u8>, usize)> {
+        USER.link_to_thread()?;
+        let mut bytes = vec![0; *lengths.end()];
+        let found = keyring::request(USER_READABLE, description);
+        let length = found.and_then(|id| id.read(&mut bytes));
+        USER.unlink_from_thread()?;
+        Ok((bytes, length?))
+    };
+    let (mut bytes, length) = read().map_err(|error| explained(&what, error))?;
+    if !lengths.contains(&length) {
+        let expected = secret::spelled(&lengths);
+        return Err(BackendError::invalid(format!(
+            "{what}: it has {length} bytes, and a key has {expected}"
+        )));
+    }
+    bytes.truncate(length);
+    Ok(Secret::from(bytes))
+}
+
 /// Has the kernel forget the key that was kept under a name, if it has kept one: its device is gone.
 pub(super) fn forget(name: &str) {
     match keyring::search(&describe(name)).and_then(Id::invalidate) {
@@ -160,9 +205,7 @@ fn explained(what: &str, error: io::Error) -> BackendError {
     };
     let why = match number {
         Some(libc::ENOSYS) => "this kernel keeps no keys (CONFIG_KEYS)",
-        Some(libc::ENOKEY) => {
-            "there is no such key of the type logon in the keyring of this guest's root"
-        }
+        Some(libc::ENOKEY) => "there is no such key in the keyring of this guest's root",
         _ => "it has expired or was revoked",
     };
     kind(format!("{what}: {why}")).with_source(error)

@@ -13,11 +13,14 @@ use std::time::SystemTime;
 
 /// A key that no program can read, not even the one that has added it.
 pub(super) const LOGON: &str = "logon";
+/// A key that programs of its owner can read.
+pub(super) const USER_READABLE: &str = "user";
 /// What is asked of keyctl(2), by the numbers of `linux/keyctl.h`: the last one is of Linux 3.5.
 const SET_PERMISSIONS: c_long = 5;
 const LINK: c_long = 8;
 const UNLINK: c_long = 9;
 const SEARCH: c_long = 10;
+const READ: c_long = 11;
 const INVALIDATE: c_long = 21;
 /// `KEY_POS_ALL | KEY_USR_ALL`: also for a process of root that the keyring is not linked to. No program can read the key.
 const EVERYTHING: c_long = 0x3f3f_0000;
@@ -58,6 +61,14 @@ impl Id {
         keyctl([UNLINK, self.0, THREAD.0])
     }
 
+    /// Reads a key into a buffer, and answers how long it is, which may be more.
+    pub(super) fn read(self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (at, room) = (buffer.as_mut_ptr(), buffer.len());
+        // SAFETY: the kernel writes at most as many bytes as there are in the buffer, which outlives the call.
+        let answer = unsafe { libc::syscall(libc::SYS_keyctl, READ, self.0, at, room) };
+        answered(answer).map(|Id(length)| usize::try_from(length).unwrap_or(usize::MAX))
+    }
+
     /// Has the kernel forget the key.
     pub(super) fn invalidate(self) -> io::Result<()> {
         keyctl([INVALIDATE, self.0, 0])
@@ -84,9 +95,9 @@ pub(super) fn search(description: &str) -> io::Result<Id> {
     answered(unsafe { libc::syscall(libc::SYS_keyctl, SEARCH, USER.0, kind, description, 0) })
 }
 
-/// Looks for a key of the type `logon` as the kernel does for this thread.
-pub(super) fn request(description: &str) -> io::Result<Id> {
-    let (kind, description) = (CString::new(LOGON)?, CString::new(description)?);
+/// Looks for a key of a type as the kernel does for this thread.
+pub(super) fn request(kind: &str, description: &str) -> io::Result<Id> {
+    let (kind, description) = (CString::new(kind)?, CString::new(description)?);
     let (kind, description) = (kind.as_ptr(), description.as_ptr());
     let no_program = ptr::null::<libc::c_char>();
     // SAFETY: the strings end with a NUL and outlive the call, which keeps none of them; without the third, no program is

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -17,11 +18,11 @@ use crate::errno::{errno_error, is_absent};
 const OTHERS: u32 = 0o077;
 
 /// Bytes that are wiped when they are dropped.
-pub(super) struct Secret(Box<[u8]>);
+pub(super) struct Secret(Vec<u8>);
 
 impl Secret {
     fn blank(length: usize) -> Self {
-        Secret(vec![0; length].into())
+        Secret(vec![0; length])
     }
 
     /// So many random bytes.
@@ -39,13 +40,17 @@ impl Secret {
         Ok(secret)
     }
 
-    /// Reads a key of so many bytes from a file of a directory, neither of which anybody but their owner, the user of this
+    /// Reads a key of as many bytes as it may have from a file of a directory, neither of which anybody but their owner, the user of this
     /// process, may use. Blocks.
     ///
     /// # Errors
     ///
     /// `NotFound` if there is no such file; `Invalid` if it has another length, or others could read or change it.
-    pub(super) fn read(directory: &Path, name: &str, length: usize) -> Result<Self, BackendError> {
+    pub(super) fn read(
+        directory: &Path,
+        name: &str,
+        lengths: RangeInclusive<usize>,
+    ) -> Result<Self, BackendError> {
         let at = directory.join(name);
         let at = at.display();
         let trouble = |error: std::io::Error| match is_absent(&error) {
@@ -72,11 +77,14 @@ impl Secret {
         }
         let metadata = file.metadata().map_err(trouble)?;
         let found = metadata.len();
-        if !metadata.is_file() || found != length as u64 {
+        let length = usize::try_from(found).ok();
+        let length = length.filter(|length| metadata.is_file() && lengths.contains(length));
+        let Some(length) = length else {
+            let expected = spelled(&lengths);
             return Err(BackendError::invalid(format!(
-                "key file {at} has {found} bytes, and a key has {length}"
+                "key file {at} has {found} bytes, and a key has {expected}"
             )));
-        }
+        };
         let mut secret = Secret::blank(length);
         file.read_exact(&mut secret.0).map_err(trouble)?;
         Ok(secret)
@@ -84,6 +92,20 @@ impl Secret {
 
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+impl From<Vec<u8>> for Secret {
+    fn from(bytes: Vec<u8>) -> Self {
+        Secret(bytes)
+    }
+}
+
+/// How long a key may be.
+pub(super) fn spelled(lengths: &RangeInclusive<usize>) -> String {
+    match (lengths.start(), lengths.end()) {
+        (least, most) if least == most => least.to_string(),
+        (least, most) => format!("{least} to {most}"),
     }
 }
 
@@ -119,10 +141,10 @@ mod tests {
         let file = at.join("volume");
         fs::write(&file, [7; 64]).unwrap();
         chmod(&file, 0o600).unwrap();
-        let secret = Secret::read(at, "volume", 64).unwrap();
+        let secret = Secret::read(at, "volume", 64..=64).unwrap();
         assert_eq!(secret.bytes(), [7; 64]);
         assert_eq!(format!("{secret:?}"), "a key of 64 bytes");
-        let refused = |name: &str| Secret::read(at, name, 64).unwrap_err();
+        let refused = |name: &str| Secret::read(at, name, 64..=64).unwrap_err();
         assert_eq!(refused("absent").kind(), ErrorKind::NotFound);
         symlink("volume", at.join("link")).unwrap();
         fs::create_dir(at.join("directory")).unwrap();
@@ -141,6 +163,6 @@ mod tests {
             assert!(error.message().contains("used by others"), "{error}");
             fs::set_permissions(path, before).unwrap();
         }
-        Secret::read(at, "volume", 64).unwrap();
+        Secret::read(at, "volume", 64..=64).unwrap();
     }
 }

@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockmount::{BackendError, BlockDevice, ErrorKind, MountOptions, Overwrite};
+use blockmount::{BackendError, BlockDevice, Encryption, ErrorKind, MountOptions, Overwrite};
 
 use crate::device::crypt::{Encrypted, Worth};
 use crate::device::verity::Checked;
-use crate::device::{crypt, dm_linear, free, integrity, node, partition, subrange, verity};
+use crate::device::{crypt, dm_linear, free, integrity, luks, node, partition, subrange, verity};
 use crate::errno::{blocking, retry_while_busy};
 use crate::mount::target::Target;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -135,12 +135,19 @@ pub(crate) async fn open(
     }
     if let Some(encryption) = options.encryption() {
         let format = options.format();
+        let volume = match encryption {
+            Encryption::Luks2(key) => {
+                Some(luks::unlock(&layer.node, key, found.keys.clone()).await?)
+            }
+            _ => None,
+        };
         let wanted = crypt::Wanted {
             encryption: encryption.clone(),
             read_only: options.is_read_only(),
             may_destroy: format.is_some_and(|format| format.overwrite == Overwrite::Everything),
             disk: layer.node.clone(),
             keys: found.keys,
+            volume,
         };
         if encryption.has_integrity() {
             let (node, may_destroy) = (layer.node.clone(), wanted.may_destroy);

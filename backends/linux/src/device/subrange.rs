@@ -24,12 +24,7 @@ pub(crate) fn partition(
 ) -> Result<Range<u64>, BackendError> {
     let node = path.display();
     let Range { start, end } = range;
-    let found = probe(&mut Subrange {
-        open,
-        at: start,
-        range,
-    })
-    .map_err(|error| {
+    let found = probe(&mut Subrange::new(open, range)).map_err(|error| {
         errno_error(
             format!("cannot read bytes {start} to {end} of {node}"),
             error,
@@ -65,11 +60,18 @@ pub(crate) fn partition(
 }
 
 /// A range of a device, read as if it were one.
-struct Subrange<'a> {
+pub(super) struct Subrange<'a> {
     open: &'a File,
     range: Range<u64>,
     /// Where it reads next, from the start of the device.
     at: u64,
+}
+
+impl<'a> Subrange<'a> {
+    pub(super) fn new(open: &'a File, range: Range<u64>) -> Self {
+        let at = range.start;
+        Subrange { open, range, at }
+    }
 }
 
 impl Read for Subrange<'_> {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
 use rustix::fs::{Access, access};
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::Command;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::Semaphore;
 
 use crate::errno::errno_error;
@@ -50,6 +50,16 @@ pub(crate) struct Ended {
     pub(crate) out: String,
 }
 
+/// How a tool ended, with its answer.
+pub(crate) struct Answer {
+    /// Nothing if a signal ended it.
+    pub(crate) status: Option<i32>,
+    /// What it said, for a program to read.
+    pub(crate) out: Vec<u8>,
+    /// What it complained about.
+    pub(crate) complaint: String,
+}
+
 impl Tool {
     /// Finds a tool by name.
     ///
@@ -81,6 +91,35 @@ impl Tool {
         arguments: impl IntoIterator<Item = OsString>,
         timeout: Duration,
     ) -> Result<Ended, BackendError> {
+        let answer = self.answer(arguments, &[], LONGEST, timeout).await?;
+        let out = as_line(&answer.out);
+        let said = match answer.complaint.is_empty() {
+            true => shortened(&out),
+            false => answer.complaint,
+        };
+        Ok(Ended {
+            status: answer.status,
+            said,
+            out: blockmount::printable(&out).to_string(),
+        })
+    }
+
+    /// The same for a tool that is given some input, and whose answer is wanted as it is, up to so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// As for [`run`](Self::run).
+    ///
+    /// # Cancel safety
+    ///
+    /// The tool is killed.
+    pub(crate) async fn answer(
+        &self,
+        arguments: impl IntoIterator<Item = OsString>,
+        input: &[u8],
+        most: usize,
+        timeout: Duration,
+    ) -> Result<Answer, BackendError> {
         let name = self.name;
         let deadline = Instant::now() + timeout;
         let too_late = || {
@@ -93,39 +132,51 @@ impl Tool {
         let _running = permit
             .map_err(|_| too_late())?
             .expect("the semaphore is never closed");
-        let mut child = Command::new(&self.path)
-            .args(arguments)
-            // What the machine has configured for its own filesystems does not decide about others.
-            .env_clear()
-            .env("MKE2FS_CONFIG", "/dev/null")
-            .env("LC_ALL", "C")
-            .env("PATH", DIRECTORIES.join(":"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| errno_error(format!("cannot start {}", self.path.display()), error))?;
+        let mut child = self.start(arguments, !input.is_empty())?;
         let (out, error) = (child.stdout.take(), child.stderr.take());
-        let both = async { tokio::join!(first_of(out), first_of(error), child.wait()) };
+        let given = give(child.stdin.take(), input);
+        let all = async {
+            let (out, error) = (first_of(out, most), first_of(error, LONGEST));
+            tokio::join!(out, error, given, child.wait())
+        };
         let left = deadline.saturating_duration_since(Instant::now());
-        let Ok((out, error, status)) = tokio::time::timeout(left, both).await else {
+        let Ok((out, error, (), status)) = tokio::time::timeout(left, all).await else {
             // It is gone before anybody else is told that the device is free.
             let _ended_anyhow = child.kill().await;
             return Err(too_late());
         };
         let status =
             status.map_err(|error| errno_error(format!("cannot wait for {name}"), error))?;
-        let escaped = |text: &str| blockmount::printable(text).to_string();
-        let complaint = if error.is_empty() { &out } else { &error };
-        let said = escaped(complaint).chars().take(LONGEST_COMPLAINT).collect();
-        let out = escaped(&out);
-        Ok(Ended {
+        Ok(Answer {
             status: status.code(),
-            said,
             out,
+            complaint: shortened(&as_line(&error)),
         })
+    }
+
+    fn start(
+        &self,
+        arguments: impl IntoIterator<Item = OsString>,
+        has_input: bool,
+    ) -> Result<Child, BackendError> {
+        let input = match has_input {
+            true => Stdio::piped(),
+            false => Stdio::null(),
+        };
+        Command::new(&self.path)
+            .args(arguments)
+            // What the machine has configured for its own filesystems does not decide about others.
+            .env_clear()
+            .env("MKE2FS_CONFIG", "/dev/null")
+            .env("LC_ALL", "C")
+            .env("PATH", DIRECTORIES.join(":"))
+            .stdin(input)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| errno_error(format!("cannot start {}", self.path.display()), error))
     }
 
     /// The error of a tool that has failed, in its own words.
@@ -142,20 +193,36 @@ impl Tool {
     }
 }
 
-/// The first of what a pipe has, as one line: some tools go on with a page of usage. All of it is read, or the tool would
-/// wait for us.
-async fn first_of(pipe: Option<impl AsyncRead + Unpin>) -> String {
-    let Some(mut pipe) = pipe else {
-        return String::new();
-    };
-    let mut first = Vec::new();
-    let mut buffer = [0; 1024];
-    while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
-        let room = LONGEST.saturating_sub(first.len());
-        first.extend_from_slice(&buffer[..length.min(room)]);
+/// Gives a tool its input. One that ends without reading it says why.
+async fn give(pipe: Option<ChildStdin>, input: &[u8]) {
+    if let Some(mut pipe) = pipe {
+        let _it_says_why = pipe.write_all(input).await;
     }
-    let text = String::from_utf8_lossy(&first);
+}
+
+/// The first bytes of what a pipe has. All of it is read, or the tool would wait for us.
+async fn first_of(pipe: Option<impl AsyncRead + Unpin>, most: usize) -> Vec<u8> {
+    // As large as it can become, so that no copy of it is left somewhere when it grows.
+    let mut first = Vec::with_capacity(most.saturating_add(1));
+    let Some(mut pipe) = pipe else {
+        return first;
+    };
+    let read = (&mut pipe).take(most as u64).read_to_end(&mut first).await;
+    if read.is_ok() {
+        let _rest = tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await;
+    }
+    first
+}
+
+/// A text as one line: some tools go on with a page of usage.
+fn as_line(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let lines = lines.take_while(|line| !line.starts_with("Usage:"));
     lines.collect::<Vec<_>>().join("; ")
+}
+
+fn shortened(line: &str) -> String {
+    let escaped = blockmount::printable(line).to_string();
+    escaped.chars().take(LONGEST_COMPLAINT).collect()
 }

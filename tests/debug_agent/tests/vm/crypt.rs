@@ -11,9 +11,10 @@ use blockmount::{
 use blockmount_debug_agent::kit::images;
 use serde_json::json;
 
+use crate::aes_xts;
 use crate::rig::{KEYS, Rig};
 
-const MARKER: &str = "a marker that no cipher text has by chance";
+pub(crate) const MARKER: &str = "a marker that no cipher text has by chance";
 
 fn request(format: Format, encrypted: bool) -> MountRequest {
     let mut options = MountOptions::builder().format(format);
@@ -27,14 +28,14 @@ fn encrypted(filesystem: &str) -> MountRequest {
     request(Format::new(filesystem), true)
 }
 
-fn blank(rig: &Rig, name: &str, mebibytes: u64) -> PathBuf {
+pub(crate) fn blank(rig: &Rig, name: &str, mebibytes: u64) -> PathBuf {
     let path = rig.path(name);
     let image = File::create(&path).unwrap();
     image.set_len(mebibytes << 20).unwrap();
     path
 }
 
-fn holds_marker(image: &Path) -> bool {
+pub(crate) fn holds_marker(image: &Path) -> bool {
     let bytes = fs::read(image).unwrap();
     assert!(
         bytes.iter().any(|byte| *byte != 0),
@@ -63,7 +64,7 @@ async fn place(rig: &Rig, encryption: &Encryption, bytes: &[u8]) {
             let path = Path::new(KEYS).join(name);
             json!({ "write_key": { "path": path, "bytes": bytes } })
         }
-        _ => json!({ "add_key": { "description": DESCRIPTION, "bytes": bytes } }),
+        _ => json!({ "add_key": { "kind": "logon", "description": DESCRIPTION, "bytes": bytes } }),
     };
     rig.ask(request).await;
 }
@@ -73,7 +74,7 @@ async fn remove(rig: &Rig, encryption: &Encryption) {
         Encryption::Keyed(KeySource::File(name)) => {
             json!({ "remove": { "path": Path::new(KEYS).join(name) } })
         }
-        _ => json!({ "remove_key": { "description": DESCRIPTION } }),
+        _ => json!({ "remove_key": { "kind": "logon", "description": DESCRIPTION } }),
     };
     rig.ask(request).await;
 }
@@ -104,7 +105,7 @@ async fn write_with_key(rig: &Rig, disk: &Disk, encryption: &Encryption) -> Moun
     mount
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -151,8 +152,11 @@ async fn vm_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
                 .await;
             mount.release().await.unwrap();
         }
-        // With another key it is neither mounted nor made anew.
+        // It is what anybody else makes of it with the key.
         let before = fs::read(&image).unwrap();
+        let decrypted = aes_xts::decrypted(&before, &KEY, 4096);
+        assert!(aes_xts::file_in(&decrypted, "file") == content.as_bytes());
+        // With another key it is neither mounted nor made anew.
         place(&rig, &encryption, &[7; 64]).await;
         for (request, kind) in [
             (&plain, ErrorKind::NotFound),
@@ -267,7 +271,7 @@ async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
     rig.end().await;
 }
 
-async fn mapped(rig: &Rig) -> Vec<String> {
+pub(crate) async fn mapped(rig: &Rig) -> Vec<String> {
     let tables = rig.tables().await;
     let devices = tables["dm_devices"].as_array().unwrap();
     let name = |device: &serde_json::Value| device["name"].as_str().unwrap().to_owned();
@@ -404,7 +408,7 @@ async fn vm_an_agent_that_is_killed_leaves_no_encrypted_device() {
 }
 
 /// Whether a text has so many hexadecimal digits in a row that a key could be among them.
-fn has_key(text: &str) -> bool {
+pub(crate) fn has_key(text: &str) -> bool {
     let mut runs = text.split(|c: char| !c.is_ascii_hexdigit());
     runs.any(|digits| digits.len() >= 64)
 }

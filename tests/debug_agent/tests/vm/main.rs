@@ -9,6 +9,7 @@
     clippy::unwrap_used
 )]
 
+mod aes_xts;
 mod rig;
 
 mod combinations;
@@ -20,6 +21,7 @@ mod failure;
 mod filesystems;
 mod gcs;
 mod life;
+mod luks;
 mod migration;
 mod restart;
 mod sharing;

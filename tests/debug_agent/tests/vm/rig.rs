@@ -76,6 +76,7 @@ async fn build_image(more: &[&str]) -> GuestImage {
         .program(env!("CARGO_BIN_EXE_agent-under-test"))
         .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
         .filesystem_tools()
+        .encryption_tools()
         .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
         .file("/etc/blockmount/programs/debug-agent", debug_agent)
         .build()

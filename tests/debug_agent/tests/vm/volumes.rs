@@ -96,7 +96,7 @@ async fn vm_an_exposed_device_grows_and_what_cannot_grow_is_said() {
     attachment.release().await.unwrap();
     // The key of a keyring may be another one by now.
     let key = "volumes:grown";
-    rig.ask(json!({ "add_key": { "description": key, "bytes": vec![7; 64] } }))
+    rig.ask(json!({ "add_key": { "kind": "logon", "description": key, "bytes": vec![7; 64] } }))
         .await;
     let encryption = Encryption::Keyed(KeySource::Keyring(key.to_owned()));
     let options = MountOptions::builder().encryption(encryption);
@@ -111,7 +111,7 @@ async fn vm_an_exposed_device_grows_and_what_cannot_grow_is_said() {
     assert!(error.cause().message().contains(key), "{}", error.cause());
     mount.release().await.unwrap();
     attachment.release().await.unwrap();
-    rig.ask(json!({ "remove_key": { "description": key } }))
+    rig.ask(json!({ "remove_key": { "kind": "logon", "description": key } }))
         .await;
     // A layer is attached read-only.
     let layer = rig.layer("layer");
