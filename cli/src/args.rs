@@ -15,7 +15,7 @@ use clap_complete::Shell;
 
 use crate::guest::{GuestKind, Transports};
 use crate::terminal::Colour;
-use values::{Salt, parse_salt};
+use values::{Salt, parse_disks, parse_rounds, parse_salt};
 
 pub(crate) use values::parse_size;
 
@@ -63,6 +63,7 @@ Examples:
   sudo blockmount mount --layer app.erofs --scratch 1G --at /mnt/tree
   blockmount inspect base.img   what is in an image (no root needed)
   blockmount seal app.erofs     a hash tree for it
+  sudo blockmount bench         how long disks take here
   sudo blockmount cleanup       remove what a killed run has left
   blockmount agent              in a guest: do what its host asks for
 
@@ -80,6 +81,8 @@ pub(crate) enum Cmd {
     Inspect(InspectArgs),
     /// Give an image a hash tree of dm-verity, and say what vouches for it
     Seal(SealArgs),
+    /// Measure how long disks take, step by step, beside the least that they can take
+    Bench(BenchArgs),
     /// Find and remove what killed runs of this program have left
     Cleanup(CleanupArgs),
     /// Serve this machine, a guest, to its host: mount and unplug what the host asks for
@@ -357,6 +360,38 @@ impl SealArgs {
             ..default
         }
     }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+All disks of a number are added at once, and then released. The floor of the \
+same run is what a program would need that does nothing but bind and mount: \
+system calls on this machine, commands for QEMU and mounts in its guest.
+
+Examples:
+  sudo blockmount bench
+  blockmount bench --guest qemu --plot bench.svg
+  blockmount bench --guest qemu --disks 1,256 --rounds 3 --json")]
+pub(crate) struct BenchArgs {
+    /// Where the disks are mounted
+    #[arg(long, value_enum, default_value_t = GuestKind::Local)]
+    pub(crate) guest: GuestKind,
+
+    /// How many disks at once, each number by itself: from 1 to 256
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,8,64,256", value_parser = parse_disks)]
+    pub(crate) disks: Vec<usize>,
+
+    /// How often each number is measured: from 1 to 1,000
+    #[arg(long, value_name = "N", default_value = "5", value_parser = parse_rounds)]
+    pub(crate) rounds: usize,
+
+    /// Draw the medians into this SVG file, which is replaced
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -117,7 +117,7 @@ impl Machine {
             &run.directory().join("helper"),
             [helper_recorder.watch(loops.clone())],
             helper_recorder.watch(engine.clone()),
-            engine.clone(),
+            helper_recorder.watch(engine.clone()),
         )
         .build();
         let mut recovery = None;
@@ -127,7 +127,7 @@ impl Machine {
                     run.mount_root(),
                     [recorder.watch(loops.clone())],
                     recorder.watch(engine.clone()),
-                    engine,
+                    recorder.watch(engine),
                 );
                 let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Local(loops), manager)
@@ -153,7 +153,7 @@ impl Machine {
                     Path::new(MOUNTS),
                     transports.map(|transport| recorder.watch(transport)),
                     recorder.watch(guest.agent().clone()),
-                    guest.agent().clone(),
+                    recorder.watch(guest.agent().clone()),
                 );
                 let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Qemu(Box::new(guest)), manager)
@@ -240,6 +240,11 @@ impl Machine {
 
     pub(crate) fn recorder(&self) -> &Recorder {
         &self.recorder
+    }
+
+    /// What the loop devices of this run are marked with.
+    pub(crate) fn mark(&self) -> String {
+        self.run.mark()
     }
 
     /// A directory for image files, on a disk, which is made if it is not there.

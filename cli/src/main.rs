@@ -1,6 +1,7 @@
 //! The `blockmount` program: mounts stacks of disk images, and cleans up after itself.
 
 mod args;
+mod bench;
 mod check;
 mod child;
 mod cleanup;
@@ -79,6 +80,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
     let layers = match &command {
         Cmd::Mount(args) => args.layers.given.len(),
         Cmd::Demo(args) => args.layers.given.len(),
+        Cmd::Bench(args) => args.disks.iter().copied().max().unwrap_or_default(),
         _ => 0,
     };
     limits::ensure_files(layers)?;
@@ -98,6 +100,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
             }
             Cmd::Demo(args) => demo::run(args, interrupt).await,
             Cmd::Mount(args) => mount::run(args, interrupt).await,
+            Cmd::Bench(args) => bench::run(args, interrupt).await,
             Cmd::Seal(args) => seal::run(args, interrupt).await,
             Cmd::Cleanup(args) => cleanup::run(args, interrupt).await,
         }

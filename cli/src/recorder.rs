@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, ErrorKind, LayerCombiner,
-    MountOptions, Mounter, Overlay, Presence, Transport, Usage,
+    MountOptions, Mounter, Overlay, Presence, Step, Transport, Unplugger, Usage,
 };
 use blockmount_agent::one_line;
 
@@ -24,6 +24,14 @@ struct Record {
     passed_on: HashMap<PathBuf, String>,
     mounted: HashMap<PathBuf, Duration>,
     combined: HashMap<PathBuf, Duration>,
+    /// How long each call that succeeded took, in the order of their ends.
+    times: HashMap<Step, Vec<Duration>>,
+}
+
+impl Record {
+    fn took(&mut self, step: Step, since: Instant) {
+        self.times.entry(step).or_default().push(since.elapsed());
+    }
 }
 
 /// How many calls of each kind succeeded.
@@ -91,6 +99,11 @@ impl Recorder {
         self.record().combined.get(target).copied()
     }
 
+    /// How long each call took since the last time this was asked, by step.
+    pub(crate) fn take_times(&self) -> HashMap<Step, Vec<Duration>> {
+        std::mem::take(&mut self.record().times)
+    }
+
     // Held for the moment of writing down, never across a call of the backend.
     fn record(&self) -> MutexGuard<'_, Record> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -125,14 +138,18 @@ impl<B: Transport> Transport for Recorded<B> {
             took: start.elapsed(),
         };
         let mut record = self.recorder.record();
+        record.took(Step::Attach, start);
         record.counts.attaches += 1;
         record.attached.insert(disk.source().to_owned(), attached);
         Ok(locator)
     }
 
     async fn detach(&self, disk: &Disk) -> Result<(), BackendError> {
+        let start = Instant::now();
         self.backend.detach(disk).await?;
-        self.recorder.record().counts.detaches += 1;
+        let mut record = self.recorder.record();
+        record.took(Step::Detach, start);
+        record.counts.detaches += 1;
         Ok(())
     }
 
@@ -172,14 +189,18 @@ impl<B: Mounter> Mounter for Recorded<B> {
         self.backend.mount(device, target, options).await?;
         let took = start.elapsed();
         let mut record = self.recorder.record();
+        record.took(Step::Mount, start);
         record.counts.mounts += 1;
         record.mounted.insert(target.to_owned(), took);
         Ok(())
     }
 
     async fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        let start = Instant::now();
         self.backend.unmount(target).await?;
-        self.recorder.record().counts.unmounts += 1;
+        let mut record = self.recorder.record();
+        record.took(Step::Unmount, start);
+        record.counts.unmounts += 1;
         Ok(())
     }
 
@@ -202,6 +223,17 @@ impl<B: Mounter> Mounter for Recorded<B> {
         options: &MountOptions,
     ) -> Result<Presence, BackendError> {
         Mounter::adopt(&self.backend, device, target, options).await
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<B: Unplugger> Unplugger for Recorded<B> {
+    async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
+        let start = Instant::now();
+        self.backend.unplug(device).await?;
+        self.recorder.record().took(Step::Unplug, start);
+        Ok(())
     }
 }
 

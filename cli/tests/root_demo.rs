@@ -162,3 +162,51 @@ fn root_u19_a_transport_is_refused_where_there_is_none_to_choose() {
         assert_eq!(common::run_id(&answer.stderr), None, "{answer}");
     }
 }
+
+#[test]
+fn root_a_bench_measures_each_step_beside_bare_calls_and_leaves_nothing() {
+    let dir = temp();
+    let plot = dir.path().join("plot.svg");
+    let answer = run([
+        "bench",
+        "--json",
+        "--disks",
+        "3,1,3",
+        "--rounds",
+        "2",
+        "--plot",
+        plot.to_str().unwrap(),
+    ]);
+    answer.says(0, &[plot.to_str().unwrap()]);
+    common::assert_measured(&answer, "local");
+    let drawn = fs::read_to_string(&plot).unwrap();
+    for text in ["<svg", "up, floor", "down, floor", "</svg>"] {
+        assert!(drawn.contains(text), "{text}: {drawn}");
+    }
+    assert_nothing_left(&answer, &dir);
+    let answer = run(["bench", "--disks", "1", "--rounds", "1", "--quiet"]);
+    answer.says(0, &[]);
+    for text in ["floor p50", "attach", "unplug", "bare system calls"] {
+        assert!(answer.stdout.contains(text), "{text}: {answer}");
+    }
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
+fn root_a_bench_that_cannot_be_says_so_before_anything_is_measured() {
+    let dir = temp();
+    let missing = dir.path().join("no/plot.svg");
+    let refused = [
+        (["--disks", "0"], 2, "from 1 to 256"),
+        (["--disks", "1,257"], 2, "from 1 to 256"),
+        (["--rounds", "x"], 2, "from 1 to 1000"),
+        (["--plot", "plot.png"], 2, ".svg"),
+        (["--plot", missing.to_str().unwrap()], 1, "cannot write"),
+    ];
+    for (words, code, says) in refused {
+        let answer = run([&["bench"][..], &words].concat());
+        answer.says(code, &[says]);
+        assert_eq!(answer.stdout, "", "{answer}");
+        assert_nothing_left(&answer, &dir);
+    }
+}

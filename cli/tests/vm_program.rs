@@ -17,6 +17,17 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::json;
 
 #[test]
+fn vm_a_bench_measures_hot_plugs_beside_bare_commands_and_leaves_nothing() {
+    let dir = temp();
+    let answer = run([
+        "bench", "--guest", "qemu", "--json", "--disks", "1,3", "--rounds", "2",
+    ]);
+    answer.says(0, &[]);
+    common::assert_measured(&answer, "qemu");
+    assert_nothing_left(&answer, &dir);
+}
+
+#[test]
 fn vm_the_demo_shows_both_transports_to_any_user_and_leaves_nothing() {
     // Not the root of this machine: nothing of it is done on this machine.
     let dir = tempfile::tempdir().unwrap();

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use linux_raw_sys::loop_device::{
     LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LOOP_CLR_FD,
-    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_GET_STATUS64, LOOP_SET_CAPACITY,
+    LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, LOOP_SET_CAPACITY,
 };
 pub(crate) use linux_raw_sys::loop_device::{loop_config, loop_info64};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
@@ -66,6 +66,12 @@ unsafe impl<const OPCODE: u32, T> Ioctl for Structured<'_, OPCODE, T> {
 pub(crate) fn add(control: impl AsFd) -> io::Result<u32> {
     // SAFETY: LOOP_CTL_ADD takes a number, where -1 means any.
     Ok(unsafe { ioctl(control, Plain::<LOOP_CTL_ADD>(-1)) }?)
+}
+
+/// The number of a device that is free now, which is made if there is none.
+pub(crate) fn get_free(control: impl AsFd) -> io::Result<u32> {
+    // SAFETY: LOOP_CTL_GET_FREE takes no argument.
+    Ok(unsafe { ioctl(control, Plain::<LOOP_CTL_GET_FREE>(0)) }?)
 }
 
 /// Binds the device in one step; `EBUSY` if it is bound or claimed.

@@ -57,6 +57,7 @@
 #![cfg(target_os = "linux")]
 
 mod adopt;
+mod bare;
 mod bind;
 mod bound;
 mod builder;
@@ -68,6 +69,7 @@ mod resolver;
 mod settings;
 mod transport;
 
+pub use bare::BareLoop;
 pub use bound::{BoundLoop, bound_loops};
 pub use builder::LoopTransportBuilder;
 pub use locator::SCHEME;

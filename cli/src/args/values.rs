@@ -1,4 +1,4 @@
-//! Values on the command line: sizes and salts.
+//! Values on the command line: sizes, numbers and salts.
 
 /// One value: a list of bytes would be several.
 #[derive(Debug, Clone)]
@@ -46,6 +46,22 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// How many disks are measured at once: as many as a virtual machine has places for.
+pub(super) fn parse_disks(text: &str) -> Result<usize, String> {
+    within(text, 256)
+}
+
+/// How often it is measured.
+pub(super) fn parse_rounds(text: &str) -> Result<usize, String> {
+    within(text, 1_000)
+}
+
+fn within(text: &str, most: usize) -> Result<usize, String> {
+    let number = text.parse().ok();
+    let number = number.filter(|number| (1..=most).contains(number));
+    number.ok_or_else(|| format!("it is a number from 1 to {most}"))
+}
+
 /// A smaller ext4 cannot hold a journal and the overlay's directories.
 const MIN_SCRATCH: u64 = 4 << 20;
 /// The largest ext4 with blocks of 4 KiB and 32-bit block numbers.
@@ -54,6 +70,15 @@ const MAX_SCRATCH: u64 = 16 << 40;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_have_bounds() {
+        assert_eq!((parse_disks("1"), parse_disks("256")), (Ok(1), Ok(256)));
+        assert_eq!(parse_rounds("1000"), Ok(1_000));
+        for text in ["", "0", "257", "-1", "1.5", "99999999999999999999"] {
+            assert!(parse_disks(text).is_err(), "{text:?}");
+        }
+    }
 
     #[test]
     fn sizes_have_units_and_bounds() {

@@ -210,6 +210,39 @@ pub fn assert_nothing_left(answer: &Answer, directory: &TempDir) {
     }
 }
 
+/// What a bench of 1 and of 3 disks, 2 rounds each, has to say: each step, beside what is barer.
+pub fn assert_measured(answer: &Answer, guest: &str) {
+    let json = answer.json();
+    assert_eq!(
+        (&json["guest"], &json["rounds"]),
+        (&guest.into(), &2.into())
+    );
+    let sizes = json["sizes"].as_array().unwrap();
+    let disks: Vec<_> = sizes.iter().map(|size| &size["disks"]).collect();
+    assert_eq!(disks, [1, 3], "{answer}");
+    let is_positive = |times: &serde_json::Value| {
+        let times = ["p50", "p90", "p99"].map(|name| times[name].as_f64().unwrap());
+        assert!(times[0] > 0.0 && times.is_sorted(), "{times:?}: {answer}");
+    };
+    for size in sizes {
+        for way in ["up", "down"] {
+            is_positive(&size[way]["ours"]);
+            is_positive(&size[way]["floor"]);
+            assert!(size[way]["ratio"].as_f64().unwrap() > 0.0, "{answer}");
+        }
+        let steps = size["steps"].as_array().unwrap();
+        let names: Vec<_> = steps.iter().map(|step| &step["step"]).collect();
+        assert_eq!(names, ["attach", "mount", "unmount", "unplug", "detach"]);
+        for (index, step) in steps.iter().enumerate() {
+            is_positive(&step["ours"]);
+            match index < 3 {
+                true => is_positive(&step["floor"]),
+                false => assert!(step["floor"].is_null(), "{answer}"),
+            }
+        }
+    }
+}
+
 /// Which run it was, if it came so far.
 pub fn run_id(stderr: &str) -> Option<&str> {
     let (_, after) = stderr.split_once("/run/blockmount/")?;

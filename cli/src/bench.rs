@@ -1,0 +1,111 @@
+//! How long disks take on this machine or in a virtual one, step by step, beside the least that they can take.
+
+mod plot;
+mod report;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockmount::Step;
+
+use crate::args::BenchArgs;
+use crate::failure::Failure;
+use crate::guest::{Guest, GuestKind, Place};
+use crate::interrupt::Interrupt;
+use crate::machine::{Machine, require_root};
+use crate::run::Run;
+use crate::speed::{self, Passed, floor};
+use crate::terminal::{Progress, note, print, print_json};
+use report::{BenchReport, Measured, SizeReport};
+
+/// Measures, and says what came of it. `Ok` is the exit status.
+pub(crate) async fn run(args: BenchArgs, interrupt: Interrupt) -> Result<u8, Failure> {
+    if args.guest == GuestKind::Local {
+        require_root("bench")?;
+    }
+    if let Some(file) = &args.plot {
+        plot::ensure_writable(file)?;
+    }
+    let progress = Progress::new();
+    let place = Place::of(args.guest, None, false)?;
+    let machine = Machine::start(place, Run::start, &interrupt).await?;
+    let measured = job(&args, &machine, &interrupt, &progress).await;
+    progress.stage("releasing everything");
+    let ended = machine.end(&interrupt).await;
+    progress.done();
+    let report = measured?;
+    ended.result?;
+    if let Some(file) = &args.plot {
+        plot::draw(&report, file)?;
+        note(format_args!("the plot is {}", file.display()));
+    }
+    match args.json {
+        true => print_json(&report)?,
+        false => print(&report.to_text())?,
+    }
+    Ok(0)
+}
+
+async fn job(
+    args: &BenchArgs,
+    machine: &Machine,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<BenchReport, Failure> {
+    let mut numbers = args.disks.clone();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let most = numbers.last().copied().unwrap_or_default();
+    progress.stage(format!("making {most} disks to measure with"));
+    let images = speed::make(machine.work_dir()?, most, interrupt).await?;
+    // The first has the kernel load what it needs, and counts for nothing.
+    pass(machine, &images[..1]).await?;
+    bare(machine, &images[..1], interrupt).await?;
+    let mut sizes = Vec::new();
+    for disks in numbers {
+        let mut measured = Measured::default();
+        for round in 1..=args.rounds {
+            interrupt.check()?;
+            progress.stage(format!(
+                "measuring {disks} disks, round {round} of {}",
+                args.rounds
+            ));
+            let images = &images[..disks];
+            measured.floor.add(bare(machine, images, interrupt).await?);
+            measured.ours.add(pass(machine, images).await?);
+        }
+        sizes.push(SizeReport::of(disks, &measured));
+    }
+    Ok(BenchReport {
+        guest: machine.guest().name(),
+        rounds: args.rounds,
+        sizes,
+    })
+}
+
+/// By the manager, with each of its calls.
+async fn pass(machine: &Machine, images: &[PathBuf]) -> Result<Passed, Failure> {
+    machine.recorder().take_times();
+    let passed = speed::pass(machine.manager(), images).await?;
+    let steps: HashMap<Step, Vec<Duration>> = machine.recorder().take_times();
+    Ok(Passed { steps, ..passed })
+}
+
+/// By bare system calls and commands.
+async fn bare(
+    machine: &Machine,
+    images: &[PathBuf],
+    interrupt: &Interrupt,
+) -> Result<Passed, Failure> {
+    match machine.guest() {
+        Guest::Qemu(guest) => floor::in_vm(guest, images).await,
+        Guest::Local(_) => {
+            let (images, mark) = (images.to_vec(), machine.mark());
+            let directory = machine.work_dir()?.to_owned();
+            interrupt
+                .blocking(move |_| floor::here(&images, &mark, &directory))
+                .await
+        }
+    }
+}
