@@ -139,9 +139,8 @@ impl SizeReport {
 
     /// The lines of the table: all disks up and down, and then each step of a disk.
     fn rows(&self) -> Vec<[String; 7]> {
-        let row = |what: &str, ours: &Quantiles, floor: Option<&Quantiles>| {
-            let figure = |time: f64| format!("{time:.2}");
-            let ratio = floor.map_or_else(String::new, |floor| figure(ours.p50 / floor.p50));
+        let figure = |time: f64| format!("{time:.2}");
+        let row = |what: &str, ours: &Quantiles, floor: Option<&Quantiles>, ratio: String| {
             [
                 String::new(),
                 what.to_owned(),
@@ -153,10 +152,15 @@ impl SizeReport {
             ]
         };
         let whole = [("up", &self.up), ("down", &self.down)];
-        let whole = whole.map(|(what, beside)| row(what, &beside.ours, Some(&beside.floor)));
-        let steps = self.steps.iter();
-        let steps =
-            steps.map(|step| row(&format!("  {}", step.step), &step.ours, step.floor.as_ref()));
+        let whole = whole.map(|(what, beside)| {
+            let ratio = figure(beside.ratio);
+            row(what, &beside.ours, Some(&beside.floor), ratio)
+        });
+        // Of steps there is no ratio: those of the floor wait neither for their turn nor for a device.
+        let steps = self.steps.iter().map(|step| {
+            let name = format!("  {}", step.step);
+            row(&name, &step.ours, step.floor.as_ref(), String::new())
+        });
         let mut rows: Vec<_> = whole.into_iter().chain(steps).collect();
         rows[0][0] = self.disks.to_string();
         rows
@@ -180,7 +184,8 @@ impl BenchReport {
             _ => "bare commands for QEMU and bare mounts in the guest",
         };
         format!(
-            "{table}\nup and down: all disks at once, until the last; the steps: each disk. {} rounds.\nfloor: {floor}\n",
+            "{table}\nup, down: from the first disk to the last, all at once; steps: each call, with what \
+             it\nwaits for. {} rounds. floor: {floor}\n",
             self.rounds
         )
     }
