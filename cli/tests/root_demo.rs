@@ -209,4 +209,5 @@ fn root_a_bench_that_cannot_be_says_so_before_anything_is_measured() {
         assert_eq!(answer.stdout, "", "{answer}");
         assert_nothing_left(&answer, &dir);
     }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }

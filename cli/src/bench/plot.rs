@@ -1,9 +1,9 @@
 //! The picture of a measurement: time by number of disks, ours and the floor.
 
-use std::fs::File;
 use std::path::Path;
 
 use plotters::prelude::*;
+use rustix::fs::{Access, access};
 
 use super::report::{BenchReport, SizeReport};
 use crate::failure::{Context, Failure};
@@ -19,10 +19,15 @@ pub(crate) fn ensure_writable(file: &Path) -> Result<(), Failure> {
         let why = "a plot is an SVG, whose name ends in .svg";
         return Err(Failure::usage(what).because(why));
     }
-    let opened = File::options().create(true).append(true).open(file);
-    opened
-        .map(drop)
-        .context(|| format!("cannot write {}", file.display()))
+    let parent = file
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    // The file itself if it is there: it is only replaced when there is something to draw.
+    let written = match file.exists() {
+        true => file,
+        false => parent.unwrap_or(Path::new(".")),
+    };
+    access(written, Access::WRITE_OK).context(|| format!("cannot write {}", file.display()))
 }
 
 /// Draws both ways of ours and of the floor, on logarithmic axes.
