@@ -23,6 +23,7 @@ needed=(
   veritysetup:cryptsetup-bin
   openssl:openssl
   cc:gcc
+  protoc:protobuf-compiler
 )
 kernel=/var/lib/blockmount/kernel
 
@@ -31,6 +32,9 @@ missing=()
 for need in "${needed[@]}"; do
   command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
+# A client of the Mounts service, which is not ours.
+/usr/bin/python3 -c 'import grpc, google.protobuf' 2>/dev/null || missing+=(python3-grpcio python3-protobuf)
+[ -f /usr/include/google/protobuf/empty.proto ] || missing+=(libprotobuf-dev)
 have_kernel=yes
 [ -f "$kernel/vmlinuz" ] && [ -d "$kernel/modules" ] || have_kernel=no
 if [ "${#missing[@]}" -eq 0 ] && [ "$have_kernel" = yes ]; then

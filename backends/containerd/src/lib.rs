@@ -35,6 +35,8 @@
 //! # }
 //! ```
 //!
+//! The feature `service` has containerd's Mounts service, which does both for clients in any language: see `service`.
+//!
 //! # What a shim may declare
 //!
 //! A shim names what it mounts by itself in `containerd.types.MountCapabilities`; containerd leaves that to it. With this crate a
@@ -66,6 +68,8 @@ mod perform;
 mod place;
 mod placed;
 mod plan;
+#[cfg(feature = "service")]
+pub mod service;
 mod template;
 mod words;
 

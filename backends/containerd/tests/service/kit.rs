@@ -1,8 +1,9 @@
 //! A machine with loop devices, images to mount, and what is left at the end.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use blockmount::{Manager, ManagerBuilder};
@@ -12,20 +13,54 @@ use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME, bound_loops};
 
 /// A directory for one test, and the loop devices of its machine by their mark.
 pub(crate) struct Machine {
-    directory: tempfile::TempDir,
+    directory: PathBuf,
     mark: String,
+    /// Nothing in a process that is killed: the directory is its parent's.
+    _owner: Option<tempfile::TempDir>,
 }
+
+/// The variable with the directory of a test, for a process that it starts and kills.
+const DIRECTORY: &str = "BLOCKMOUNT_TEST_DIRECTORY";
+/// What such a process says once it may be killed.
+pub(crate) const READY: &str = "ready to be killed";
 
 impl Machine {
     pub(crate) fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let name = directory.path().file_name().unwrap().to_str().unwrap();
-        let mark = format!("blockmount-{}", name.trim_start_matches('.'));
-        Machine { directory, mark }
+        let owner = tempfile::tempdir().unwrap();
+        Machine::over(owner.path().to_owned(), Some(owner))
+    }
+
+    fn over(directory: PathBuf, owner: Option<tempfile::TempDir>) -> Self {
+        let name = directory.file_name().unwrap().to_str().unwrap();
+        Machine {
+            mark: format!("blockmount-{}", name.trim_start_matches('.')),
+            directory,
+            _owner: owner,
+        }
     }
 
     pub(crate) fn at(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.directory.join(name)
+    }
+
+    /// The machine of the process that has started this one.
+    pub(crate) fn of_parent() -> Self {
+        Machine::over(std::env::var_os(DIRECTORY).unwrap().into(), None)
+    }
+
+    /// Runs a test that is ignored in a process of its own until it says that it is ready, and kills that.
+    pub(crate) fn kill_once_ready(&self, test: &str) {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--ignored", "--nocapture"])
+            .env(DIRECTORY, &self.directory)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(child.stdout.take().unwrap()).lines();
+        let is_ready = said.map_while(Result::ok).any(|line| line.ends_with(READY));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(is_ready);
     }
 
     /// Where the mount points are.
@@ -79,7 +114,7 @@ impl Machine {
     /// What is mounted below this machine's directory, and how many loop devices it has.
     pub(crate) fn left(&self) -> (Vec<String>, usize) {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let own = self.directory.path().to_str().unwrap();
+        let own = self.directory.to_str().unwrap();
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
         let points = points.filter(|point| point.starts_with(own));
         let loops = bound_loops().unwrap().into_iter();

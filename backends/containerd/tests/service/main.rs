@@ -3,7 +3,9 @@
 // Helpers of tests unwrap as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod activations;
 mod golden;
 mod kit;
 #[path = "../../../../tests/common/merged_erofs.rs"]
 mod merged_erofs;
+mod socket;

@@ -1,0 +1,54 @@
+//! The service `containerd.services.mounts.v1.Mounts`: lists of mounts are activated under names, and outlive both the client's
+//! connection and the server.
+//!
+//! [`Activations`] is what the service does, and [`serve`] offers it over gRPC on a Unix socket:
+//!
+//! ```no_run
+//! use blockmount_containerd::service::{Activations, Options, Peers, listen, serve};
+//!
+//! # async fn example(builder: blockmount::ManagerBuilder, journal: impl blockmount::journal::Journal) -> Result<(), Box<dyn std::error::Error>> {
+//! let recovery = builder.recover(journal).await?;
+//! let options = Options::new("/run/blockmount/mounts", "/run/blockmount/activations");
+//! let activations = Activations::recover(recovery, options).await?;
+//! let listener = listen("/run/blockmount.sock".as_ref())?;
+//! let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+//! # let _ = stop;
+//! serve(listener, activations.clone(), Peers::default(), async { drop(stopped.await) }).await;
+//! activations.leave().await; // for the next process
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | call | what it does | errors |
+//! |---|---|---|
+//! | Activate | plans and performs a list | `ALREADY_EXISTS`; `UNIMPLEMENTED` if nothing of the list is ours; `INVALID_ARGUMENT` with the number of the mount and the reason; `FAILED_PRECONDITION` for what is not there, in use or taken |
+//! | Deactivate | takes it back | `NOT_FOUND`; `FAILED_PRECONDITION` while somebody uses it: it is there still, and can be deactivated later; `DATA_LOSS` if it is gone, and writes were lost |
+//! | Info | tells of one | `NOT_FOUND` |
+//! | Update | replaces labels: `labels`, or `labels.KEY` | `NOT_FOUND`, `INVALID_ARGUMENT` for other fields |
+//! | List | tells of all in the namespace that pass one of the filters | `INVALID_ARGUMENT` |
+//!
+//! A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
+
+mod activations;
+mod filter;
+mod grpc;
+mod identifiers;
+mod record;
+mod server;
+mod status;
+mod store;
+
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::missing_errors_doc,
+    clippy::all,
+    reason = "made by a generator"
+)]
+#[rustfmt::skip]
+mod protocol;
+
+pub use activations::{Activate, Activations, Options};
+pub use filter::{Filter, InvalidFilter};
+pub use record::{ActiveMount, Info};
+pub use server::{Peers, listen, serve};

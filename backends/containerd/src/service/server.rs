@@ -1,0 +1,219 @@
+//! The socket, who may use it, and the connections.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::Service;
+
+use super::activations::Activations;
+use super::grpc::Calls;
+use super::protocol::mounts::mounts_server::MountsServer;
+
+/// How many connections there are at once; others wait to be accepted.
+const MOST_CONNECTIONS: usize = 512;
+/// How many calls of one connection run at once.
+const MOST_CALLS: u32 = 1024;
+/// How long the calls under way may take once the server ends: as long as a manager waits for one answer.
+const DRAIN_TIMEOUT: Duration = blockmount::DEFAULT_TIMEOUT;
+/// How long clients have, once their calls have ended, to take the last answers and go.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long accepting pauses where the process has no descriptors left, of which there is no event.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Whose processes may use the socket: root's, those of the server's own user, and of users that are added.
+#[derive(Debug, Clone)]
+pub struct Peers(BTreeSet<u32>);
+
+impl Default for Peers {
+    fn default() -> Self {
+        let own = rustix::process::geteuid().as_raw();
+        Peers([0, own].into())
+    }
+}
+
+impl Peers {
+    /// Lets processes of this user in as well. The permissions of the socket's file may keep them out still.
+    #[must_use]
+    pub fn allow(mut self, user: u32) -> Self {
+        self.0.insert(user);
+        self
+    }
+
+    fn admits(&self, stream: &UnixStream) -> bool {
+        // The kernel's own words (`SO_PEERCRED`), from when the peer connected.
+        match stream.peer_cred() {
+            Ok(peer) if self.0.contains(&peer.uid()) => true,
+            Ok(peer) => {
+                tracing::warn!(
+                    user = peer.uid(),
+                    pid = peer.pid(),
+                    "a process of another user is refused"
+                );
+                false
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a process that cannot be told is refused");
+                false
+            }
+        }
+    }
+}
+
+/// Makes a socket that only its owner can connect to (0600), whatever the umask is. One that a server has left is replaced.
+///
+/// # Errors
+///
+/// `AddrInUse` if a server is there, `AlreadyExists` if something else is.
+///
+/// # Panics
+///
+/// Outside of a tokio runtime.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    match path.symlink_metadata() {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "there is something that is no socket",
+            ));
+        }
+        Ok(_) if StdStream::connect(path).is_ok() => return Err(io::ErrorKind::AddrInUse.into()),
+        _ => {}
+    }
+    // Nobody else can reach a socket in a private directory before it has its permissions.
+    let mut draft = PathBuf::from(path).into_os_string();
+    draft.push(format!(".{}", std::process::id()));
+    let draft = PathBuf::from(draft);
+    DirBuilder::new().mode(0o700).create(&draft)?;
+    let listening = bind(&draft, path);
+    let removed = fs::remove_dir(&draft);
+    listening.and_then(|listener| removed.map(|()| listener))
+}
+
+fn bind(draft: &Path, path: &Path) -> io::Result<UnixListener> {
+    let directory = fs::File::open(draft)?;
+    // The path of a socket is short (108 bytes), and this one always is.
+    let socket = PathBuf::from(format!("/proc/self/fd/{}/s", directory.as_raw_fd()));
+    let listener = UnixListener::bind(&socket)?;
+    let placed = fs::set_permissions(&socket, Permissions::from_mode(0o600))
+        .and_then(|()| fs::rename(&socket, path));
+    match placed {
+        Ok(()) => Ok(listener),
+        Err(error) => {
+            fs::remove_file(&socket)?;
+            Err(error)
+        }
+    }
+}
+
+/// Serves until `stop` ends; then it accepts no connection and no call any more, and waits for those under way, for up to five
+/// minutes. What is activated stays.
+///
+/// # Cancel safety
+///
+/// Dropping the future ends all connections; calls under way come to their end, and what was activated for them is taken back.
+pub async fn serve(
+    listener: UnixListener,
+    activations: Activations,
+    peers: Peers,
+    stop: impl Future<Output = ()>,
+) {
+    let (calls, mut under_way) = mpsc::channel(1);
+    let service = Limited {
+        service: MountsServer::new(Calls(activations)),
+        calls: calls.downgrade(),
+    };
+    let slots = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let (ending, _) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let accepted = async {
+            let slot = slots.clone().acquire_owned().await;
+            (slot, listener.accept().await)
+        };
+        tokio::select! {
+            () = &mut stop => break,
+            Some(_ended) = connections.join_next() => {}
+            (slot, accepted) = accepted => match accepted {
+                Ok((stream, _)) if peers.admits(&stream) => {
+                    let connection = connection(stream, service.clone(), ending.subscribe());
+                    connections.spawn(async move {
+                        connection.await;
+                        drop(slot);
+                    });
+                }
+                Ok(_refused) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a connection cannot be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+    drop((listener, ending, calls));
+    // Nothing is sent: it ends when the last call has.
+    if tokio::time::timeout(DRAIN_TIMEOUT, under_way.recv())
+        .await
+        .is_err()
+    {
+        tracing::warn!("calls are under way still; their clients get no answer");
+    }
+    let closed = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
+        tracing::debug!("clients that do not answer are disconnected");
+    }
+}
+
+/// The service until it ends. Each call has a sender, so that the end of the last is an event.
+#[derive(Clone)]
+struct Limited {
+    service: MountsServer<Calls>,
+    calls: mpsc::WeakSender<Infallible>,
+}
+
+impl Limited {
+    async fn call(mut self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let Some(under_way) = self.calls.upgrade() else {
+            return Ok(Status::unavailable("the server is ending").into_http());
+        };
+        let answer = self.service.call(request).await;
+        drop(under_way);
+        answer
+    }
+}
+
+async fn connection(stream: UnixStream, service: Limited, mut ending: watch::Receiver<()>) {
+    let call = hyper::service::service_fn(move |request| service.clone().call(request));
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.max_concurrent_streams(MOST_CALLS);
+    let serving = builder.serve_connection(TokioIo::new(stream), call);
+    let mut serving = std::pin::pin!(serving);
+    let served = tokio::select! {
+        served = &mut serving => served,
+        // The sender is dropped, and never sends.
+        _ = ending.changed() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "a connection has ended");
+    }
+}

@@ -1,0 +1,129 @@
+//! The socket: who may use it, a client that we did not write, and the end of the server.
+
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use blockmount_containerd::service::{Activations, Peers, listen, serve};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::kit::Machine;
+
+/// How long an event may take on a machine that is busy.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+struct Server {
+    socket: PathBuf,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
+}
+
+impl Server {
+    fn start(machine: &Machine, activations: &Activations) -> Self {
+        let socket = machine.at("socket");
+        let listener = listen(&socket).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let ended = async { drop(stopped.await) };
+        let serving = serve(listener, activations.clone(), Peers::default(), ended);
+        let serving = tokio::spawn(serving);
+        Server {
+            socket,
+            stop,
+            serving,
+        }
+    }
+
+    async fn end(self) {
+        self.stop.send(()).unwrap();
+        let ended = tokio::time::timeout(TIMEOUT, self.serving).await;
+        ended.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_a_client_in_python_that_knows_the_protocol_alone_works() {
+    let machine = Machine::new();
+    let base = machine.erofs("base", &[("a", "base")]);
+    let activations = machine.activations().await;
+    let server = Server::start(&machine, &activations);
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // That of the system, which has the packages of `tests/setup.sh`.
+    let mut client = Command::new("/usr/bin/python3");
+    client
+        .arg(here.join("tests/service/client.py"))
+        .args([&server.socket, &here.join("protocol/proto"), &base])
+        .arg(machine.at("rw.img"))
+        .env_remove("PYTHONPATH");
+    let output = tokio::task::spawn_blocking(move || client.output());
+    let output = output.await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    server.end().await;
+    machine.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_a_socket_is_its_owners_and_processes_of_others_are_refused() {
+    let machine = Machine::new();
+    let activations = machine.activations().await;
+    let before = rustix::process::umask(rustix::fs::Mode::empty());
+    let server = Server::start(&machine, &activations);
+    rustix::process::umask(before);
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&server.socket), 0o600);
+    // A server is there, and nothing beside the socket is left.
+    let again = listen(&server.socket).unwrap_err();
+    assert_eq!(again.kind(), std::io::ErrorKind::AddrInUse);
+    assert!(
+        !machine
+            .at(&format!("socket.{}", std::process::id()))
+            .exists()
+    );
+
+    // Also where the permissions let everybody in.
+    for path in [&server.socket, &machine.at("")] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
+    }
+    let greets = "import socket, sys\n\
+                  s = socket.socket(socket.AF_UNIX)\n\
+                  s.settimeout(60)\n\
+                  s.connect(sys.argv[1])\n\
+                  try: print(len(s.recv(1)))\n\
+                  except ConnectionResetError: print(0)";
+    for (user, greeting) in [(0, "1\n"), (65_534, "0\n")] {
+        let mut peer = Command::new("/usr/bin/python3");
+        peer.args(["-c", greets]).arg(&server.socket).uid(user);
+        let output = tokio::task::spawn_blocking(move || peer.stderr(Stdio::inherit()).output());
+        let output = output.await.unwrap().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), greeting);
+    }
+    server.end().await;
+    // What a server has left is replaced; anything else is not.
+    drop(listen(&machine.at("socket")).unwrap());
+    std::fs::write(machine.at("file"), "").unwrap();
+    let taken = listen(&machine.at("file")).unwrap_err();
+    assert_eq!(taken.kind(), std::io::ErrorKind::AlreadyExists);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_a_server_ends_without_clients_that_say_nothing_or_nonsense() {
+    let machine = Machine::new();
+    let activations = machine.activations().await;
+    let server = Server::start(&machine, &activations);
+    let silent = UnixStream::connect(&server.socket).unwrap();
+    let mut nonsense = UnixStream::connect(&server.socket).unwrap();
+    let heard = tokio::task::spawn_blocking(move || {
+        std::io::Write::write_all(&mut nonsense, &[b'x'; 4096]).unwrap();
+        let mut heard = Vec::new();
+        // It is disconnected, with or without a reason.
+        drop(nonsense.read_to_end(&mut heard));
+    });
+    tokio::time::timeout(TIMEOUT, heard).await.unwrap().unwrap();
+    server.end().await;
+    drop(silent);
+}
