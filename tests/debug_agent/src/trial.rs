@@ -23,6 +23,9 @@ pub struct Trial {
     pub options: MountOptions,
     /// A directory in memory, for the target.
     pub directory: PathBuf,
+    /// Where keys are, if one is needed.
+    #[serde(default)]
+    pub keys: Option<PathBuf>,
 }
 
 impl Trial {
@@ -41,7 +44,11 @@ impl Trial {
         };
         let device = DeviceLocator::new("exercise", address).map_err(io::Error::other)?;
         let target = self.directory.join("made/target");
-        let guest = builder().build();
+        let guest = self
+            .keys
+            .iter()
+            .fold(builder(), LinuxGuestBuilder::key_directory);
+        let guest = guest.build();
         let mounted = guest.mount(&device, &target, &self.options).await;
         let refused = mounted.err().map(|error| error.to_string());
         if refused.is_none() && fs::symlink_metadata(&target).is_err() {

@@ -152,6 +152,18 @@ pub(crate) fn open(
     Ok((node, encrypted))
 }
 
+/// Refuses a device that is read-only, such as a byte range, below one that is not: the kernel writes to it all the same.
+/// Blocks.
+pub(crate) fn ensure_writable(below: &Path) -> Result<(), BackendError> {
+    if !DeviceNumber::at(below)?.is_read_only() {
+        return Ok(());
+    }
+    let below = below.display();
+    Err(BackendError::unsuitable(format!(
+        "cannot encrypt what is written to {below}: it is read-only, as byte ranges of a device are"
+    )))
+}
+
 /// Gives tags to the blocks that are read before a filesystem is made: those where its signature could be, and those of
 /// others. The rest get theirs when they are written. To write all of them would take as long as filling the disk, and a
 /// filesystem reads nothing that it has not written.

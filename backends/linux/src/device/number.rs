@@ -51,6 +51,12 @@ impl DeviceNumber {
         Ok(Self::from_rdev(meta.rdev()))
     }
 
+    /// Whether the kernel says that nothing is written to the device. Blocks.
+    pub(crate) fn is_read_only(self) -> bool {
+        let said = fs::read_to_string(self.sysfs().join("ro"));
+        said.is_ok_and(|said| said.trim() == "1")
+    }
+
     /// Whether the kernel has lost the device while it is in use: it is gone from sysfs, has no capacity any more, or is a SCSI
     /// disk that is offline. Without sysfs no device is known to be lost. Blocks.
     pub(crate) fn is_lost(self) -> bool {

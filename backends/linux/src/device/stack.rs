@@ -134,6 +134,10 @@ pub(crate) async fn open(
         layer.known = Known::Checked(checked);
     }
     if let Some(encryption) = options.encryption() {
+        if !options.is_read_only() {
+            let node = layer.node.clone();
+            blocking(move || crypt::ensure_writable(&node)).await?;
+        }
         let format = options.format();
         let volume = match encryption {
             Encryption::Luks2(key) => {

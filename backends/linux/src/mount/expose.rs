@@ -13,7 +13,6 @@ use rustix::io::Errno;
 
 use crate::device::free;
 use crate::device::number::DeviceNumber;
-use crate::discover::sysfs;
 use crate::errno::errno_error;
 use crate::mount::directory;
 use crate::mount::target::{FileId, Target};
@@ -113,7 +112,7 @@ pub(crate) fn make(list: &UndoList<'_>, device: DeviceUse) -> Result<(), Backend
             "block device {number} is used already with options that exclude these"
         )));
     }
-    if device.options.is_read_only() && !is_read_only(number) {
+    if device.options.is_read_only() && !number.is_read_only() {
         return Err(BackendError::unsuitable(format!(
             "block device {number} can be written to, which its node does not prevent: attach the disk read-only"
         )));
@@ -125,10 +124,6 @@ pub(crate) fn make(list: &UndoList<'_>, device: DeviceUse) -> Result<(), Backend
     };
     node.check_parent()?;
     node.make(list, &access)
-}
-
-fn is_read_only(number: DeviceNumber) -> bool {
-    sysfs::attribute(&number.sysfs(), "ro").ok().flatten() == Some(1)
 }
 
 struct Node {

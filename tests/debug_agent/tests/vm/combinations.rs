@@ -180,6 +180,7 @@ impl Disks {
             range,
             options,
             directory: "/run/trial".into(),
+            keys: None,
         }
     }
 }

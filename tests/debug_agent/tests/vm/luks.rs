@@ -6,12 +6,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use blockmount::{
-    Disk, Encryption, ErrorKind, Format, KeySource, LuksKey, MountOptions, MountRequest,
+    Disk, Encryption, ErrorKind, Format, KeySource, LuksKey, MountOptions, MountRequest, Transport,
+    Unplugger,
 };
+use blockmount_debug_agent::trial::Trial;
 use serde_json::json;
 
 use crate::aes_xts;
 use crate::crypt::{MARKER, has_key, hexadecimal, holds_marker, mapped};
+use crate::exercise::Tried;
 use crate::rig::{KEYS, Rig};
 
 const PASSPHRASE: &str = "correct horse battery staple";
@@ -209,7 +212,7 @@ async fn vm_a_volume_of_luks2_grows_and_survives_kills_and_what_is_none_is_refus
         "no volume of LUKS2",
     )
     .await;
-    let (image, _) = volume(&rig, "volume");
+    let (image, _) = volume(&rig, "volume-of-ext4");
     let disk = Disk::virtual_disk(&image);
     let attachment = rig.manager.attach(&disk).await.unwrap();
     // Its content is blank below the cipher, so that a filesystem may be made, and is none yet.
@@ -243,5 +246,46 @@ async fn vm_a_volume_of_luks2_grows_and_survives_kills_and_what_is_none_is_refus
         rig.settle([added]).await;
         assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     }
+    only_reads_of_a_range(&rig, &image, &key).await;
     rig.end().await;
+}
+
+/// A byte range is part of a disk that others read: what is encrypted there can be read, and not written to.
+async fn only_reads_of_a_range(rig: &Rig, image: &Path, key: &LuksKey) {
+    let before = fs::read(image).unwrap();
+    let used = before.len() as u64;
+    let tried = Tried::attach(rig, image, used).await;
+    let encryptions = [
+        Encryption::Luks2(key.clone()),
+        Encryption::Ephemeral,
+        Encryption::EphemeralWithIntegrity,
+    ];
+    for (index, encryption) in encryptions.into_iter().enumerate() {
+        let options = MountOptions::builder().encryption(encryption);
+        let forced = Format::new("ext4").overwriting_everything();
+        let mut tries = vec![(options.clone().format(forced), false)];
+        if index == 0 {
+            tries.extend([(options.clone().read_only(), true), (options, false)]);
+        }
+        for (options, is_mounted) in tries {
+            let trial = Trial {
+                disk: tried.address().into(),
+                range: Some((0, used)),
+                options: options.build().unwrap(),
+                directory: "/run/trial".into(),
+                keys: Some(KEYS.into()),
+            };
+            let answer = rig.ask(json!({ "try": trial })).await;
+            let refused = answer["refused"].as_str();
+            let why = refused.is_some_and(|why| why.contains("it is read-only"));
+            assert_eq!(
+                (refused.is_none(), why),
+                (is_mounted, !is_mounted),
+                "{answer}"
+            );
+        }
+    }
+    rig.guest.unplug(&tried.locator).await.unwrap();
+    rig.scsi.detach(&tried.disk).await.unwrap();
+    assert!(fs::read(image).unwrap() == before);
 }
