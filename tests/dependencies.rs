@@ -99,6 +99,7 @@ const RULE: [(&str, &[&str]); 17] = [
             "blockmount-agent",
             "blockmount-bridge",
             "blockmount-checker",
+            "blockmount-containerd",
             "blockmount-journal",
             "blockmount-linux",
             "blockmount-loopback",

@@ -1,6 +1,7 @@
 //! What can be said on the command line.
 
 mod layers;
+mod serve;
 mod values;
 mod views;
 
@@ -20,6 +21,7 @@ use values::{Salt, parse_disks, parse_rounds, parse_salt};
 pub(crate) use values::parse_size;
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
+pub(crate) use serve::ServeArgs;
 pub(crate) use views::Shown;
 
 /// The filesystems that a guest makes on a scratch disk.
@@ -77,6 +79,8 @@ pub(crate) enum Cmd {
     Demo(DemoArgs),
     /// Mount a stack of layers and hold it until Ctrl-C or SIGTERM
     Mount(MountArgs),
+    /// Offer containerd's Mounts service on a socket: clients in any language activate lists of mounts
+    Serve(ServeArgs),
     /// Say what is in images: filesystem, sizes, partitions, label, UUID
     Inspect(InspectArgs),
     /// Give an image a hash tree of dm-verity, and say what vouches for it

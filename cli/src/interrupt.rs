@@ -65,6 +65,15 @@ impl Signals {
     }
 }
 
+impl Signals {
+    /// Takes SIGHUP out, for a program that reads its file again then.
+    pub(crate) fn without_hangup(mut self) -> (Self, Option<Signal>) {
+        let at = self.0.iter().position(|(_, name)| *name == "SIGHUP");
+        let hangup = at.map(|at| self.0.remove(at).0);
+        (self, hangup)
+    }
+}
+
 impl Interrupt {
     /// One that hears of no signal yet.
     pub(crate) fn new() -> Self {

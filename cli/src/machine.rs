@@ -202,6 +202,23 @@ impl Machine {
         Ok(Mounted { stack, views })
     }
 
+    /// What an earlier program of this run has left; nothing for one that cannot be resumed. The manager is used by many from
+    /// now on, for as long as they like.
+    pub(crate) fn take_recovery(&mut self) -> Option<Recovery> {
+        self.recorder.be_brief();
+        self.recovery.take()
+    }
+
+    /// The directory for the records of activations, in the run's own.
+    pub(crate) fn records(&self) -> PathBuf {
+        self.run.records()
+    }
+
+    /// Leaves everything to the next program of this run.
+    pub(crate) fn leave_activations(self) {
+        std::mem::forget(self);
+    }
+
     /// Says that the mount of an earlier program, if this is one, could not be resumed.
     fn keep_if_resumed(&mut self) {
         self.not_resumed = self.run.is_resumed();

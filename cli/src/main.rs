@@ -22,6 +22,7 @@ mod recorder;
 mod report;
 mod run;
 mod seal;
+mod serve;
 mod speed;
 mod stack_file;
 mod stacking;
@@ -75,6 +76,7 @@ fn agent() -> Program {
 fn execute(command: Cmd) -> Result<u8, Failure> {
     let command = match command {
         Cmd::Mount(args) => Cmd::Mount(stack_file::complete(args)?),
+        Cmd::Serve(args) => Cmd::Serve(args.complete()?),
         command => command,
     };
     let layers = match &command {
@@ -91,10 +93,14 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
         Cmd::Man(args) => return command_line::man(args.to.as_deref()),
         _ => {}
     }
-    let signals = signals()?;
+    let (signals, hangup) = match &command {
+        Cmd::Serve(_) => signals()?.without_hangup(),
+        _ => (signals()?, None),
+    };
     runtime()?.block_on(async {
         let interrupt = Interrupt::listen(signals);
         match command {
+            Cmd::Serve(args) => serve::run(args, interrupt, hangup).await,
             Cmd::Agent(_) | Cmd::Inspect(_) | Cmd::Completions(_) | Cmd::Man(_) => {
                 unreachable!("these are done before")
             }
@@ -152,6 +158,11 @@ fn start_log(cli: &Cli) -> Result<(), Failure> {
         None => LogFilter::verbose(cli.verbose),
         Some(text) => LogFilter::parse(text).map_err(Failure::usage)?,
     };
+    if let Cmd::Serve(args) = &cli.command
+        && args.logs_json()
+    {
+        return Ok(blockmount_agent::start_json_log(filter)?);
+    }
     Ok(blockmount_agent::start_log(
         filter,
         terminal::is_colourful(),

@@ -92,6 +92,12 @@ async fn resume(
     before: &Tables,
 ) -> Result<u8, Failure> {
     let (run, remembered) = Run::resume(name)?;
+    if remembered.is_server {
+        let what = format!("{name} is no mount, but the activations of a server");
+        return Err(
+            Failure::new(what).advise(format!("go on with them: {}", remembered.resuming()))
+        );
+    }
     let guest = remembered.guest();
     let kept = discard_advice(run.work_dir(), Some(name));
     args.name = Some(name.clone());

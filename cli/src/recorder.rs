@@ -18,6 +18,8 @@ pub(crate) struct Recorder(Arc<Mutex<Record>>);
 
 #[derive(Debug, Default)]
 struct Record {
+    /// Nothing but the counts is kept, by who works for as long as the machine is up.
+    is_brief: bool,
     counts: Counts,
     attached: HashMap<PathBuf, Attached>,
     /// Why a transport passed on a disk, by its source.
@@ -59,6 +61,11 @@ impl Recorder {
             backend,
             recorder: self.clone(),
         }
+    }
+
+    /// Keeps nothing but the counts from now on.
+    pub(crate) fn be_brief(&self) {
+        self.record().is_brief = true;
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -106,7 +113,15 @@ impl Recorder {
 
     // Held for the moment of writing down, never across a call of the backend.
     fn record(&self) -> MutexGuard<'_, Record> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut record = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if record.is_brief {
+            *record = Record {
+                is_brief: true,
+                counts: record.counts,
+                ..Record::default()
+            };
+        }
+        record
     }
 }
 

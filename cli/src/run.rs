@@ -49,6 +49,8 @@ const WORK: &str = "/var/tmp";
 /// The journals of a run that can be resumed: of its manager, and of its guest engine.
 const STATE: &str = "state";
 const ENGINE: &str = "engine";
+/// The records of the activations of a server.
+const RECORDS: &str = "activations";
 /// The filesystem of what carries a mark as its source. Anybody can mount another one with such a source (FUSE).
 pub(crate) const OVERLAY: &str = "overlay";
 /// What starts the mark of every run.
@@ -135,6 +137,11 @@ impl Run {
         let file = self.paths.remembered_file();
         file.exists()
             .then(|| [STATE, ENGINE].map(|name| self.paths.dir.join(name)))
+    }
+
+    /// Where a server keeps the records of its activations.
+    pub(crate) fn records(&self) -> PathBuf {
+        self.paths.dir.join(RECORDS)
     }
 
     /// What loop devices and overlays of this run carry, for all to see.

@@ -16,9 +16,10 @@ use blockmount_debug_agent::kit;
 use common::{Answer, as_nobody, run};
 
 /// All commands that a user can know.
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 9] = [
     "demo",
     "mount",
+    "serve",
     "inspect",
     "seal",
     "cleanup",

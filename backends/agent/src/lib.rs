@@ -68,6 +68,8 @@ pub use args::PORT;
 pub use endpoints::Endpoints;
 pub use error::{AgentError, causes, one_line};
 pub use init::{ARGUMENTS, PROGRAMS};
+#[cfg(feature = "json")]
+pub use log::start_json_log;
 pub use log::{LogFilter, start_log};
 pub use program::{Program, termination};
 pub use service::{Service, ServiceError};

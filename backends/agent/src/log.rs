@@ -83,6 +83,22 @@ pub fn start_log(filter: LogFilter, is_colourful: bool) -> Result<(), AgentError
         .map_err(|_| AgentError::new("this process has a log already"))
 }
 
+/// The same with an object of JSON in each line, for a log that programs read.
+///
+/// # Errors
+///
+/// If the process has a log already.
+#[cfg(feature = "json")]
+pub fn start_json_log(filter: LogFilter) -> Result<(), AgentError> {
+    let lines = tracing_subscriber::fmt::layer()
+        .json()
+        .with_writer(io::stderr)
+        .log_internal_errors(false);
+    let log = tracing_subscriber::registry().with(lines).with(filter.0);
+    log.try_init()
+        .map_err(|_| AgentError::new("this process has a log already"))
+}
+
 /// How the fields of events and of spans are written.
 fn fields() -> impl for<'writer> FormatFields<'writer> + 'static {
     let write = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| match field.name()

@@ -27,7 +27,7 @@
 //! | Update | replaces labels: `labels`, or `labels.KEY` | `NOT_FOUND`, `INVALID_ARGUMENT` for other fields |
 //! | List | tells of all in the namespace that pass one of the filters | `INVALID_ARGUMENT` |
 //!
-//! A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
+//! `blockmount serve` is a program that does this. A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
 
 mod activations;
 mod filter;

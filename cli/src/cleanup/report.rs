@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use super::scan::{Dead, Living, Resumable};
 use crate::failure::printable;
-use crate::run::sudo;
 use crate::terminal::wrapped;
 
 /// Everything that was found.
@@ -139,8 +138,8 @@ impl Report {
         let kept = self.resumable.iter().map(|kept| {
             let (name, target) = (&kept.name, printable(kept.target.display()));
             format!(
-                "\n{name} at {target} is kept; go on with it: {}blockmount mount --resume {name}",
-                sudo()
+                "\n{name} at {target} is kept; go on with it: {}",
+                kept.resuming
             )
         });
         let living = kept.fold(living, |text, line| text + &line);

@@ -77,6 +77,9 @@ pub(crate) struct Resumable {
     run: String,
     pub(crate) name: HolderName,
     pub(crate) target: PathBuf,
+    /// The command that goes on with it.
+    #[serde(skip)]
+    pub(crate) resuming: String,
 }
 
 /// A run that has ended without finishing, and what is left of it.
@@ -116,6 +119,7 @@ pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
             Kept::Resumable(remembered) => resumable.push(Resumable {
                 run: id.clone(),
                 target: remembered.target(),
+                resuming: remembered.resuming(),
                 name: remembered.name,
             }),
         }

@@ -82,8 +82,8 @@ pub(crate) fn in_the_way(target: &Path) -> Option<String> {
     }
     Some(match paths.kept() {
         Kept::Resumable(kept) => format!(
-            "a killed run has left its tree there; go on with it: sudo blockmount mount --resume {}",
-            kept.name
+            "a killed run has left its tree there; go on with it: {}",
+            kept.resuming()
         ),
         Kept::Lost(_) => {
             "a killed run has left its tree there; remove it, with all that was written to it: \

@@ -40,6 +40,9 @@ pub(crate) struct Remembered {
     /// How many views of it there are.
     #[serde(default)]
     pub(crate) views: usize,
+    /// Whether it is no mount, but the activations of a server with this name; the target is the server's socket then.
+    #[serde(default)]
+    pub(crate) is_server: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -60,6 +63,24 @@ impl Remembered {
             layers: layers.iter().map(layer).collect(),
             keeps_vm: guest == GuestKind::Qemu,
             views: 0,
+            is_server: false,
+        }
+    }
+
+    /// The activations of a server at this address.
+    pub(crate) fn of_server(name: HolderName, address: &Path, guest: GuestKind) -> Self {
+        Remembered {
+            is_server: true,
+            ..Remembered::new(name, address, &[], guest)
+        }
+    }
+
+    /// The command that goes on with it.
+    pub(crate) fn resuming(&self) -> String {
+        let name = &self.name;
+        match self.is_server {
+            true => format!("{}blockmount serve --name {name}", sudo()),
+            false => format!("{}blockmount mount --resume {name}", sudo()),
         }
     }
 
@@ -155,17 +176,18 @@ impl Run {
         let opened = open_runs().context(cannot_make)?;
         // Nobody else takes the name meanwhile.
         lock(&opened, FlockOperation::NonBlockingLockExclusive)?;
-        if let Some((other, _)) = named(&remembered.name).context(cannot_make)? {
+        if let Some((other, named)) = named(&remembered.name).context(cannot_make)? {
             let name = &remembered.name;
-            let failure = Failure::new(format!("there is a mount with the name {name}"));
+            let failure =
+                Failure::new(format!("there is a mount or a server with the name {name}"));
             return Err(match other.is_alive().context(cannot_make)? {
                 true => failure
                     .because(format!("{} holds it", other.process_in_words()))
                     .advise("choose another name, or end that process"),
-                false => failure.advise(format!(
-                    "choose another name, or go on with it: {}blockmount mount --resume {name}",
-                    sudo()
-                )),
+                false => {
+                    let again = named.resuming();
+                    failure.advise(format!("choose another name, or go on with it: {again}"))
+                }
             });
         }
         let run = Run::make()?;
@@ -208,6 +230,14 @@ impl Run {
     pub(crate) fn unmark_lost(&self) {
         // There is nothing to be removed unless it was lost.
         let _ = fs::remove_file(self.paths.lost_file());
+    }
+
+    /// Whether there is a run with this name, dead or alive, and what it was started for.
+    pub(crate) fn find(name: &HolderName) -> Result<Option<Remembered>, Failure> {
+        let opened = open_runs().context(cannot_make)?;
+        lock(&opened, FlockOperation::NonBlockingLockShared)?;
+        let found = named(name).context(cannot_make)?;
+        Ok(found.map(|(_, remembered)| remembered))
     }
 
     /// Takes over a run by its name, whose program has ended without releasing its mount.

@@ -425,12 +425,20 @@ impl Activations {
         Ok(infos)
     }
 
-    /// Leaves all that is activated to the next process, once the calls under way have ended. Later ones are `UNAVAILABLE`.
-    pub async fn leave(&self) {
+    /// How many lists are activated, in all namespaces.
+    pub fn count(&self) -> usize {
+        self.table().len()
+    }
+
+    /// Leaves all that is activated to the next process, once the calls under way have ended, and says how many that are. Later
+    /// calls are `UNAVAILABLE`.
+    pub async fn leave(&self) -> usize {
         *self.0.is_left.write().await = true;
+        let count = self.count();
         let table = std::mem::take(&mut *self.table());
         // Released, they would be torn down.
         std::mem::forget(table);
+        count
     }
 
     /// Deactivates everything, for a guest that ends with this process.

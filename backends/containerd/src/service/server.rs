@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -38,28 +38,37 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Whose processes may use the socket: root's, those of the server's own user, and of users that are added.
+///
+/// Clones are the same: a change takes effect for the next who connects.
 #[derive(Debug, Clone)]
-pub struct Peers(BTreeSet<u32>);
+pub struct Peers(Arc<RwLock<BTreeSet<u32>>>);
 
 impl Default for Peers {
     fn default() -> Self {
-        let own = rustix::process::geteuid().as_raw();
-        Peers([0, own].into())
+        let peers = Peers(Arc::default());
+        peers.allow_only([]);
+        peers
     }
 }
 
 impl Peers {
-    /// Lets processes of this user in as well. The permissions of the socket's file may keep them out still.
-    #[must_use]
-    pub fn allow(mut self, user: u32) -> Self {
-        self.0.insert(user);
-        self
+    /// Lets processes of these users in besides root's and the server's own, and of no others. The permissions of the socket's file
+    /// may keep them out still.
+    pub fn allow_only(&self, users: impl IntoIterator<Item = u32>) {
+        let own = [0, rustix::process::geteuid().as_raw()];
+        let users = own.into_iter().chain(users).collect();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = users;
+    }
+
+    fn has(&self, user: u32) -> bool {
+        let users = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        users.contains(&user)
     }
 
     fn admits(&self, stream: &UnixStream) -> bool {
         // The kernel's own words (`SO_PEERCRED`), from when the peer connected.
         match stream.peer_cred() {
-            Ok(peer) if self.0.contains(&peer.uid()) => true,
+            Ok(peer) if self.has(peer.uid()) => true,
             Ok(peer) => {
                 tracing::warn!(
                     user = peer.uid(),

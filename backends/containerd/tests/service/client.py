@@ -1,6 +1,9 @@
 """A client of the Mounts service that knows nothing of the server but containerd's protocol.
 
-client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE
+client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE [activate | list | deactivate]
+
+Without a word at the end it tries everything. With one it does that with an activation of the name "kept", and prints what the
+server tells of all.
 
 The classes of the messages are made by protoc from the protocol's files.
 """
@@ -11,7 +14,7 @@ import tempfile
 
 import grpc
 
-SOCKET, PROTOCOL, IMAGE, WRITABLE = sys.argv[1:]
+SOCKET, PROTOCOL, IMAGE, WRITABLE = sys.argv[1:5]
 SERVICE = "containerd.services.mounts.v1.Mounts"
 
 classes = tempfile.TemporaryDirectory()
@@ -54,6 +57,15 @@ overlay = types.Mount(type="format/mkdir/overlay", source="overlay", options=[
     "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
     "workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ overlay 1 1 }}"])
 request = mounts.ActivateRequest(name="one", mounts=[writable, layer, overlay], labels={"a.b": "1"})
+
+if sys.argv[5:]:
+    if sys.argv[5] == "activate":
+        request.name = "kept"
+        call("Activate", request)
+    if sys.argv[5] == "deactivate":
+        call("Deactivate", mounts.DeactivateRequest(name="kept"))
+    print(*call("List", mounts.ListRequest()))
+    sys.exit()
 
 info = call("Activate", request).info
 assert info.name == "one" and info.labels == {"a.b": "1"} and not info.system, info
