@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
@@ -13,8 +12,10 @@ use blockmount_linux::is_absent;
 use blockmount_source::Source;
 use rustix::io::Errno;
 
-use crate::device::{Device, Status, bound_numbers, failed, is, numbers, unbind, usual_node};
+use crate::device::{Device, Status, failed, is, unbind, usual_node};
+use crate::free::FreeDevice;
 use crate::ioctl;
+use crate::look::{Claim, look};
 
 /// How many devices a call tries that other processes bind or claim before it can.
 const ATTEMPTS: usize = 256;
@@ -42,12 +43,13 @@ pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, Backen
     while tried.len() < ATTEMPTS {
         let free = FreeDevice::reserve(&control, &tried)
             .map_err(|error| loop_error("get a free loop device", error))?;
-        match configure(free.0, source, wanted) {
+        let number = free.number();
+        match configure(number, source, wanted) {
             Ok(bound) => return Ok(bound),
             // Another process has bound, claimed or removed it meanwhile.
-            Err(error) if is(&error, Errno::BUSY) || is_absent(&error) => tried.insert(free.0),
+            Err(error) if is(&error, Errno::BUSY) || is_absent(&error) => tried.insert(number),
             Err(error) => {
-                let path = usual_node(free.0);
+                let path = usual_node(number);
                 return Err(loop_error(&format!("bind {}", path.display()), error));
             }
         };
@@ -55,44 +57,6 @@ pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, Backen
     Err(BackendError::busy(format!(
         "{ATTEMPTS} free loop devices were bound or claimed by other processes first; try again"
     )))
-}
-
-/// The numbers of the devices that calls of this process are about to bind. Held only to look up and to change it.
-static RESERVED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
-
-fn reserved() -> MutexGuard<'static, BTreeSet<u32>> {
-    RESERVED.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An unbound device that no other call of this process tries to bind, until it is dropped.
-///
-/// `LOOP_CTL_GET_FREE` would answer the same number to all calls at once; those that lose the race for it would make
-/// new devices although others are free, and the kernel keeps every device that was ever made.
-struct FreeDevice(u32);
-
-impl FreeDevice {
-    /// Reserves a device outside of `tried`; makes a new one only if none is free.
-    fn reserve(control: &File, tried: &BTreeSet<u32>) -> io::Result<Self> {
-        let is_free = |(number, is_bound): &(u32, bool)| !is_bound && !tried.contains(number);
-        loop {
-            let mut free = numbers()?.into_iter().filter(is_free);
-            // `insert` tells whether the number was not reserved yet.
-            if let Some((number, _)) = free.find(|(number, _)| reserved().insert(*number)) {
-                return Ok(FreeDevice(number));
-            }
-            let new = ioctl::add(control)?;
-            // Otherwise another call has found the new device first.
-            if reserved().insert(new) {
-                return Ok(FreeDevice(new));
-            }
-        }
-    }
-}
-
-impl Drop for FreeDevice {
-    fn drop(&mut self) {
-        reserved().remove(&self.0);
-    }
 }
 
 fn open_control() -> Result<File, BackendError> {
@@ -154,13 +118,6 @@ fn loop_error(tried: &str, error: io::Error) -> BackendError {
     classified.with_source(error)
 }
 
-/// A device that this process has bound already.
-#[derive(Debug, Clone)]
-pub(crate) struct Claim {
-    pub(crate) number: u32,
-    pub(crate) status: Status,
-}
-
 /// Refuses a device whose source another loop device has as well, unless both only read.
 ///
 /// Two writers, or a writer beside a reader, use different page caches and destroy a filesystem. This runs after
@@ -168,18 +125,13 @@ pub(crate) struct Claim {
 pub(crate) fn refuse_conflict(
     bound: &Bound,
     source: &Source,
-    ours: &[Claim],
+    ours: impl FnOnce() -> Vec<Claim>,
 ) -> Result<(), BackendError> {
     let number = bound.device.number;
-    let numbers = bound_numbers()
-        .map_err(|error| failed("compare with other loop devices", number, error))?;
-    for other in numbers.into_iter().filter(|other| *other != number) {
-        let known = ours.iter().find(|claim| claim.number == other);
-        let status = match known {
-            Some(claim) => Some(claim.status.clone()),
-            None => status_of(other).map_err(|error| failed("ask about", other, error))?,
-        };
-        if let Some(status) = status.filter(|status| conflicts(status, bound, source)) {
+    let look =
+        look(ours).map_err(|error| failed("compare with other loop devices", number, error))?;
+    for (other, status) in look.bound.iter().filter(|(other, _)| *other != number) {
+        if conflicts(status, bound, source) {
             let access = if status.read_only {
                 "read-only"
             } else {
@@ -187,7 +139,7 @@ pub(crate) fn refuse_conflict(
             };
             return Err(BackendError::conflict(format!(
                 "{} is already bound {access} to the same disk; detach it first",
-                usual_node(other).display()
+                usual_node(*other).display()
             )));
         }
     }
@@ -200,14 +152,6 @@ fn conflicts(other: &Status, bound: &Bound, source: &Source) -> bool {
         device => other.device_number == device,
     };
     same && !(other.read_only && bound.status.read_only)
-}
-
-fn status_of(number: u32) -> io::Result<Option<Status>> {
-    match Device::open(number) {
-        Ok(device) => device.status(),
-        Err(error) if is_absent(&error) => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 /// Unbinds a device after all. One that others keep open longer is unbound when they close it.

@@ -14,11 +14,12 @@ use blockmount::{
 };
 use blockmount_source as source;
 
-use crate::bind::{self, Bound, Claim, LoopConfig};
+use crate::bind::{self, Bound, LoopConfig};
 use crate::device::{self, Binding, Device, MARK_MAX, Status};
 use crate::locator::{SCHEME, number_of};
+use crate::look::Claim;
 use crate::settings::Settings;
-use crate::{adopt, grow};
+use crate::{adopt, free, grow};
 
 /// Attaches disks as loop devices of this machine.
 ///
@@ -258,7 +259,7 @@ impl Inner {
                 "the filesystem of {} cannot do direct I/O",
                 disk.source().display()
             ))),
-            _ => bind::refuse_conflict(&bound, &source, &self.claims()),
+            _ => bind::refuse_conflict(&bound, &source, || self.claims()),
         };
         if let Err(refusal) = refused {
             bind::undo(bound, self.settings.busy_timeout);
@@ -326,11 +327,13 @@ impl Inner {
             let binding = attached.status.binding.clone();
             Some((attached.number, binding, attached.device.take()))
         });
+        let number = attached.as_ref().map(|(number, ..)| *number);
         let unbound = match attached {
             Some((number, binding, handle)) => self.unbind_device(number, &binding, handle),
             None => Ok(()),
         };
         let Err((device, error)) = unbound else {
+            number.into_iter().for_each(free::note_unbound);
             call.end(Outcome::Absent);
             tracing::debug!(%disk, "unbound a loop device");
             return Ok(());

@@ -82,7 +82,12 @@ async fn root_u07_a_free_device_that_another_process_claims_is_passed_over() {
         .open(&claimed)
         .unwrap();
     transport.attach_identified(&disks[0]).await.unwrap();
-    assert_eq!(format!("loop{}", transport.map()[0].number), unbound[1]);
+    // The next, unless another process has unbound one meanwhile.
+    let bound = format!("loop{}", transport.map()[0].number);
+    assert!(
+        unbound[1..].contains(&bound),
+        "{bound} is not of {unbound:?}"
+    );
     assert_eq!(devices().0, count);
     drop(held);
     transport.detach(&disks[0]).await.unwrap();

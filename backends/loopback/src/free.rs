@@ -1,0 +1,156 @@
+//! Which loop device is bound next.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::device::numbers;
+use crate::ioctl;
+
+/// What this process knows of free devices.
+#[derive(Debug, Default)]
+struct Known {
+    /// About to be bound by a call of this process.
+    reserved: BTreeSet<u32>,
+    /// Unbound when the kernel's table was last read, and not offered since. One that another process has bound meanwhile
+    /// says so when it is configured.
+    unbound: BTreeSet<u32>,
+    /// How many calls read the table now, and what was offered meanwhile: they may take it for unbound.
+    readers: usize,
+    offered: BTreeSet<u32>,
+}
+
+// Held only to look up and to change it.
+static KNOWN: Mutex<Known> = Mutex::new(Known {
+    reserved: BTreeSet::new(),
+    unbound: BTreeSet::new(),
+    readers: 0,
+    offered: BTreeSet::new(),
+});
+
+fn known() -> MutexGuard<'static, Known> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Known {
+    /// Whether a device was not reserved yet; it is from now on.
+    fn reserve(&mut self, number: u32) -> bool {
+        if self.readers > 0 {
+            self.offered.insert(number);
+        }
+        self.reserved.insert(number)
+    }
+
+    /// Reserves the first of those that were unbound.
+    fn next(&mut self, tried: &BTreeSet<u32>) -> Option<u32> {
+        while let Some(number) = self.unbound.pop_first() {
+            if !tried.contains(&number) && self.reserve(number) {
+                return Some(number);
+            }
+        }
+        None
+    }
+
+    fn has_read(&mut self, unbound: impl Iterator<Item = u32>) {
+        let offered = &self.offered;
+        self.unbound
+            .extend(unbound.filter(|number| !offered.contains(number)));
+        self.readers -= 1;
+        if self.readers == 0 {
+            self.offered.clear();
+        }
+    }
+}
+
+/// Reads the kernel's table for whoever asks next.
+fn read_table() -> io::Result<()> {
+    known().readers += 1;
+    let read = numbers();
+    let (unbound, result) = match read {
+        Ok(numbers) => (numbers, Ok(())),
+        Err(error) => (Vec::new(), Err(error)),
+    };
+    let unbound = unbound.into_iter().filter(|(_, is_bound)| !is_bound);
+    known().has_read(unbound.map(|(number, _)| number));
+    result
+}
+
+/// Notes that this process has unbound a device, so that it is bound again before the table is read.
+pub(crate) fn note_unbound(number: u32) {
+    known().unbound.insert(number);
+}
+
+/// An unbound device that no other call of this process tries to bind, until it is dropped.
+///
+/// `LOOP_CTL_GET_FREE` would answer the same number to all calls at once; those that lose the race for it would make
+/// new devices although others are free, and the kernel keeps every device that was ever made. The table, which may have
+/// thousands of devices, is read once for many calls.
+pub(crate) struct FreeDevice(u32);
+
+impl FreeDevice {
+    /// Reserves a device outside of `tried`; makes a new one only if none is free.
+    pub(crate) fn reserve(control: &File, tried: &BTreeSet<u32>) -> io::Result<Self> {
+        loop {
+            if let Some(number) = known().next(tried) {
+                return Ok(FreeDevice(number));
+            }
+            read_table()?;
+            if let Some(number) = known().next(tried) {
+                return Ok(FreeDevice(number));
+            }
+            let new = ioctl::add(control)?;
+            // Otherwise another call has found the new device first.
+            if known().reserve(new) {
+                return Ok(FreeDevice(new));
+            }
+        }
+    }
+
+    pub(crate) fn number(&self) -> u32 {
+        self.0
+    }
+}
+
+impl Drop for FreeDevice {
+    fn drop(&mut self) {
+        known().reserved.remove(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_device_is_offered_once_and_none_that_was_tried_or_taken() {
+        let mut known = Known {
+            readers: 1,
+            ..Known::default()
+        };
+        known.has_read([5, 3, 4, 9].into_iter());
+        assert!(known.reserve(3), "a new device of another call");
+        assert_eq!(known.next(&BTreeSet::from([4])), Some(5));
+        assert_eq!(known.next(&BTreeSet::new()), Some(9));
+        assert_eq!(known.next(&BTreeSet::new()), None);
+    }
+
+    #[test]
+    fn what_was_offered_while_the_table_was_read_is_not_offered_again() {
+        let mut known = Known {
+            readers: 1,
+            ..Known::default()
+        };
+        known.has_read([1, 2].into_iter());
+        known.readers = 2;
+        assert_eq!(known.next(&BTreeSet::new()), Some(1));
+        known.reserved.remove(&1);
+        // Both may have seen 1 before it was bound.
+        known.has_read([1, 2].into_iter());
+        known.has_read([1, 2, 7].into_iter());
+        assert_eq!(known.next(&BTreeSet::new()), Some(2));
+        assert_eq!(known.next(&BTreeSet::new()), Some(7));
+        assert_eq!(known.next(&BTreeSet::new()), None);
+        assert!(known.offered.is_empty() || known.readers > 0);
+    }
+}

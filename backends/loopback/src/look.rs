@@ -1,0 +1,64 @@
+//! What is bound at one moment, looked at once for all calls that ask at the same time.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use blockmount_linux::is_absent;
+
+use crate::device::{Device, Status, bound_numbers};
+
+/// A device that this process has bound already, which need not be opened to know what it is bound to.
+#[derive(Debug, Clone)]
+pub(crate) struct Claim {
+    pub(crate) number: u32,
+    pub(crate) status: Status,
+}
+
+/// All devices that are bound.
+#[derive(Debug)]
+pub(crate) struct Look {
+    began: Instant,
+    pub(crate) bound: Vec<(u32, Status)>,
+}
+
+/// The last look. Whoever waits for this waits for the look that it needs.
+static LAST: Mutex<Option<Arc<Look>>> = Mutex::new(None);
+
+/// A look at all devices that has begun after this call: what was bound before it is in it.
+///
+/// Of many calls at once, those that come while one looks share the next look, so that each device is opened twice and not
+/// once for each of them.
+///
+/// `ours` is asked when the look begins.
+pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
+    let asked = Instant::now();
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(look) = last.as_ref().filter(|look| look.began > asked) {
+        return Ok(Arc::clone(look));
+    }
+    let began = Instant::now();
+    let claims = ours().into_iter();
+    let mut known: HashMap<u32, Status> =
+        claims.map(|claim| (claim.number, claim.status)).collect();
+    let mut bound = Vec::new();
+    for number in bound_numbers()? {
+        let status = match known.remove(&number) {
+            Some(status) => Some(status),
+            None => status_of(number)?,
+        };
+        bound.extend(status.map(|status| (number, status)));
+    }
+    let look = Arc::new(Look { began, bound });
+    *last = Some(Arc::clone(&look));
+    Ok(look)
+}
+
+fn status_of(number: u32) -> io::Result<Option<Status>> {
+    match Device::open(number) {
+        Ok(device) => device.status(),
+        Err(error) if is_absent(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
