@@ -16,13 +16,14 @@ use blockmount_debug_agent::kit;
 use common::{Answer, as_nobody, run};
 
 /// All commands that a user can know.
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 10] = [
     "demo",
     "mount",
     "serve",
     "inspect",
     "seal",
     "cleanup",
+    "bench",
     "agent",
     "completions",
     "man",
