@@ -102,24 +102,29 @@ pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendEr
     let path = path.to_owned();
     let attempt = {
         let path = path.clone();
-        move || match claim(&path)? {
-            // Who uses it is searched for once, when the timeout is over.
-            None => Err(busy(&path, &[])),
-            Some(held) => match flush(&held) {
-                Ok(()) => Ok(held),
-                // The kernel says this once, and the device is free all the same.
-                Err(error) => {
-                    let message = format!(
-                        "device {} did not take all that was written",
-                        path.display()
-                    );
-                    Err(BackendError::lost_writes(message).with_source(error))
-                }
-            },
-        }
+        // Who uses it is searched for once, when the timeout is over.
+        move || try_hold(&path)?.ok_or_else(|| busy(&path, &[]))
     };
     match retry_while_busy(timeout, attempt).await {
         Err(error) if error.kind() == ErrorKind::Busy => blocking(move || Err(in_use(&path))).await,
         done => done,
+    }
+}
+
+/// Holds a device exclusively and flushes it, or answers `None` if somebody uses it. Blocks.
+pub(crate) fn try_hold(path: &Path) -> Result<Option<File>, BackendError> {
+    let Some(held) = claim(path)? else {
+        return Ok(None);
+    };
+    match flush(&held) {
+        Ok(()) => Ok(Some(held)),
+        // The kernel says this once, and the device is free all the same.
+        Err(error) => {
+            let message = format!(
+                "device {} did not take all that was written",
+                path.display()
+            );
+            Err(BackendError::lost_writes(message).with_source(error))
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockmount::BackendError;
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::device::number::DeviceNumber;
 use crate::device::{free, node};
 use crate::discover::sysfs::{names, text};
-use crate::errno::{errno_error, is_absent, retry_while_busy};
+use crate::errno::{Backoff, blocking, errno_error, is_absent, retry_while_busy};
 
 mod ioctl;
 mod wire;
@@ -334,8 +334,12 @@ fn checked(name: &str) -> Result<&str, BackendError> {
     )))
 }
 
+/// How long another call may have the whole device, at least: each that releases a range holds it for a moment, and flushes
+/// it, which takes its time where there are many, on a busy machine.
+const OTHERS: Duration = Duration::from_secs(5);
+
 /// Proves that nobody uses a range of a device, in bytes, for as long as `timeout` lasts: no device is
-/// mapped to it, and nobody has the whole device. Other ranges may be in use.
+/// mapped to it, and nobody has the whole device, for which five seconds are the least. Other ranges may be in use.
 ///
 /// # Errors
 ///
@@ -347,7 +351,7 @@ pub async fn release_range(
 ) -> Result<(), BackendError> {
     let number = {
         let path = path.to_owned();
-        crate::errno::blocking(move || match node::open(&path)? {
+        blocking(move || match node::open(&path)? {
             Some(open) => DeviceNumber::of(&open),
             None => {
                 let message = format!("device {} is not there", path.display());
@@ -362,18 +366,25 @@ pub async fn release_range(
         range.end,
         path.display()
     );
+    let whole = path.to_owned();
     let attempt = move || match users_of_range(number, &range)? {
-        None => Ok(false),
         Some(users) if users.is_empty() => Ok(true),
         Some(users) => {
             let message = format!("{what} are in use by {}", users.join(", "));
             Err(BackendError::busy(message))
         }
+        // Somebody may have it without a mapped device.
+        None => free::try_hold(&whole).map(|held| held.is_some()),
     };
-    match retry_while_busy(timeout, attempt).await? {
-        true => Ok(()),
-        false => free::release(path, timeout).await,
+    let mut others = Backoff::until(Instant::now() + timeout.max(OTHERS));
+    while !retry_while_busy(timeout, attempt.clone()).await? {
+        let Some(pause) = others.pause() else {
+            let path = path.to_owned();
+            return blocking(move || Err(free::in_use(&path))).await;
+        };
+        tokio::time::sleep(pause).await;
     }
+    Ok(())
 }
 
 /// The devices that are mapped to a range of a device. Nothing if no device is stacked on it at all.
