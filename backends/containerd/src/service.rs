@@ -30,6 +30,7 @@
 //! `blockmount serve` is a program that does this. A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
 
 mod activations;
+mod entry;
 mod filter;
 mod grpc;
 mod identifiers;

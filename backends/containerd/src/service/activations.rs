@@ -11,12 +11,13 @@ use blockmount::{BackendError, ErrorKind, Manager, Recovery, Turns, blocking};
 use tokio::sync::{RwLock, oneshot};
 use tonic::Status;
 
+use super::entry::{Entry, Holding, take_over};
 use super::filter::Filter;
 use super::identifiers::{check_labels, check_name, check_namespace};
 use super::record::{Info, Key, Progress, Record, holder_of, id_of};
 use super::status::{of_backend, of_invalid, of_perform, of_release};
 use super::store::Store;
-use crate::{Mount, Performed, Plan, Unreleased, holders, perform, plan};
+use crate::{Mount, Performed, Plan, holders, perform, plan};
 
 /// Lists that are activated. Cloning is cheap, and clones are the same.
 ///
@@ -58,23 +59,6 @@ struct Shared {
     is_left: Arc<RwLock<bool>>,
     /// Held for no I/O.
     table: Mutex<HashMap<Key, Entry>>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    record: Record,
-    held: Holding,
-    /// Whether it is of an earlier process, and no client has asked for it since.
-    unclaimed: bool,
-}
-
-#[derive(Debug)]
-enum Holding {
-    Up(Performed),
-    /// It could not be taken back, or not all of it.
-    Unreleased(Unreleased),
-    /// Whoever is at work has it.
-    Taken,
 }
 
 impl Options {
@@ -385,22 +369,7 @@ impl Activations {
             entry.unclaimed = false;
             entry.record.clone()
         };
-        let kept = &mut record.info.labels;
-        let all = fields.is_empty() || fields.iter().any(|field| field == "labels");
-        for field in fields.iter().filter(|field| *field != "labels") {
-            let Some(label) = field.strip_prefix("labels.") else {
-                return Err(Status::invalid_argument(format!(
-                    "{field:?} cannot be changed; labels can"
-                )));
-            };
-            match labels.get(label) {
-                Some(value) => drop(kept.insert(label.to_owned(), value.clone())),
-                None => drop(kept.remove(label)),
-            }
-        }
-        if all {
-            *kept = labels;
-        }
+        record.info.update_labels(labels, &fields)?;
         let put = self.0.store.put(&record).await;
         put.map_err(|error| of_backend(&error))?;
         let info = record.info.clone();
@@ -466,49 +435,6 @@ impl Activations {
 fn not_found(name: &str) -> Status {
     let name = blockmount::printable(name).shortened(256);
     Status::not_found(format!("there is no mount {name}"))
-}
-
-/// The activation of a record, if it is whole and to be kept; what is there of any other is released.
-async fn take_over(recovery: &Recovery, record: Record) -> Option<Entry> {
-    let points = record
-        .info
-        .active
-        .iter()
-        .map(|mount| mount.mount_point.clone());
-    let claimed = Performed::claim(recovery, &record.holders, points.collect());
-    let (namespace, name) = (&record.info.namespace, &record.info.name);
-    let rest = match claimed {
-        Ok(performed) if record.progress == Progress::Up && !record.temporary => {
-            return Some(Entry {
-                record,
-                held: Holding::Up(performed),
-                unclaimed: true,
-            });
-        }
-        Ok(performed) => performed,
-        Err(lost) => {
-            if record.progress == Progress::Up {
-                let error = &lost.errors[0];
-                tracing::warn!(namespace, name, %error, "an activation is not there in whole any more; the rest of it is released");
-            }
-            lost.rest
-        }
-    };
-    match rest.release().await {
-        Ok(()) => None,
-        Err(error) if error.kind() == ErrorKind::LostWrites => {
-            tracing::warn!(namespace, name, %error, "an activation is released, and writes were lost");
-            None
-        }
-        Err(error) => {
-            tracing::warn!(namespace, name, %error, "an activation cannot be released yet");
-            Some(Entry {
-                record,
-                held: Holding::Unreleased(error),
-                unclaimed: false,
-            })
-        }
-    }
 }
 
 /// Deactivates what no client has asked for in this time.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockmount::HolderName;
 use serde::{Deserialize, Serialize};
+use tonic::Status;
 
 use crate::{Mount, Plan};
 
@@ -80,6 +81,31 @@ impl Info {
             let source = last.mount_point.display().to_string();
             self.system.push(Mount::new("bind", source).option("rbind"));
         }
+    }
+
+    /// Changes labels: `labels` among the fields replaces all, `labels.KEY` the one that is given, or removes it; no field at all
+    /// means all labels.
+    pub(super) fn update_labels(
+        &mut self,
+        labels: BTreeMap<String, String>,
+        fields: &[String],
+    ) -> Result<(), Status> {
+        let all = fields.is_empty() || fields.iter().any(|field| field == "labels");
+        for field in fields.iter().filter(|field| *field != "labels") {
+            let Some(label) = field.strip_prefix("labels.") else {
+                return Err(Status::invalid_argument(format!(
+                    "{field:?} cannot be changed; labels can"
+                )));
+            };
+            match labels.get(label) {
+                Some(value) => drop(self.labels.insert(label.to_owned(), value.clone())),
+                None => drop(self.labels.remove(label)),
+            }
+        }
+        if all {
+            self.labels = labels;
+        }
+        Ok(())
     }
 
     pub(super) fn key(&self) -> Key {
