@@ -184,8 +184,8 @@ impl BenchReport {
             _ => "bare commands for QEMU and bare mounts in the guest",
         };
         format!(
-            "{table}\nup, down: from the first disk to the last, all at once; steps: each call, with what \
-             it\nwaits for. {} rounds. floor: {floor}\n",
+            "{table}\nup, down: from the first disk to the last, all at once\n\
+             steps: each call, with what it waits for; {} rounds\nfloor: {floor}\n",
             self.rounds
         )
     }
