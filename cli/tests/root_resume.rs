@@ -208,7 +208,10 @@ fn root_a_named_mount_is_resumed_after_each_kill_with_what_was_written() {
     assert!(wanted.is_kept());
     assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), left);
     let again: Vec<String> = [vec!["mount".to_owned()], wanted.arguments()].concat();
-    run(&again).says(1, &["there is a mount or a server with the name", "--resume"]);
+    run(&again).says(
+        1,
+        &["there is a mount or a server with the name", "--resume"],
+    );
 
     for round in 0..2 {
         let held = wanted.resume();
