@@ -11,6 +11,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::{FormatFields, Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer, Registry};
 
 use crate::AgentError;
 
@@ -78,9 +79,7 @@ pub fn start_log(filter: LogFilter, is_colourful: bool) -> Result<(), AgentError
         .with_writer(io::stderr)
         .with_ansi(is_colourful)
         .log_internal_errors(false);
-    let log = tracing_subscriber::registry().with(lines).with(filter.0);
-    log.try_init()
-        .map_err(|_| AgentError::new("this process has a log already"))
+    begin(lines, filter)
 }
 
 /// The same with an object of JSON in each line, for a log that programs read.
@@ -94,6 +93,13 @@ pub fn start_json_log(filter: LogFilter) -> Result<(), AgentError> {
         .json()
         .with_writer(io::stderr)
         .log_internal_errors(false);
+    begin(lines, filter)
+}
+
+fn begin<L>(lines: L, filter: LogFilter) -> Result<(), AgentError>
+where
+    L: Layer<Registry> + Send + Sync,
+{
     let log = tracing_subscriber::registry().with(lines).with(filter.0);
     log.try_init()
         .map_err(|_| AgentError::new("this process has a log already"))
