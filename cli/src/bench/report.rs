@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use blockmount::Step;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::CellAlignment;
 use serde::Serialize;
 
-use crate::report::milliseconds;
+use crate::report::{milliseconds, table};
 use crate::speed::Passed;
 
 /// The steps of a disk, in their order.
@@ -170,9 +170,8 @@ impl SizeReport {
 impl BenchReport {
     /// Everything, for people.
     pub(crate) fn to_text(&self) -> String {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_BORDERS_ONLY);
-        table.set_header(["disks", "ms", "p50", "p90", "p99", "floor p50", "ratio"]);
+        let header = ["disks", "ms", "p50", "p90", "p99", "floor p50", "ratio"];
+        let mut table = table(&header);
         for size in &self.sizes {
             table.add_rows(size.rows());
         }
