@@ -1,6 +1,7 @@
 //! A device of characters as a stream of bytes: a virtio port, or a serial line.
 
 use std::fs::File;
+use std::future::poll_fn;
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
@@ -11,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::edges::Edges;
+use crate::edges::{Direction, Edges};
 
 /// How much is looked at to see whether the other end is there, in bytes.
 const LOOK: usize = 4 << 10;
@@ -23,8 +24,7 @@ const DISCARDED: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Port {
     file: File,
-    input: Edges,
-    output: Edges,
+    edges: Edges,
     /// What was read before the conversation began.
     ahead: Vec<u8>,
     /// Whether the other end of this conversation was ever seen to be there. The driver of virtio ports hands
@@ -55,8 +55,7 @@ impl Port {
     /// Takes over a descriptor that does not block.
     pub(super) fn over(file: File) -> io::Result<Self> {
         Ok(Port {
-            input: Edges::of_input(&file)?,
-            output: Edges::of_output(&file)?,
+            edges: Edges::of(&file)?,
             file,
             ahead: Vec::new(),
             met: false,
@@ -95,7 +94,7 @@ impl Port {
             match self.other_end()? {
                 OtherEnd::Connected => return Ok(true),
                 OtherEnd::Removed => return Ok(false),
-                OtherEnd::Absent => self.input.next().await?,
+                OtherEnd::Absent => poll_fn(|cx| self.edges.poll(Direction::Input, cx)).await?,
             }
         }
     }
@@ -112,10 +111,15 @@ impl Port {
         }
     }
 
-    fn is_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(&self.file, PollFlags::OUT)];
+    fn is_hung_up(&mut self) -> bool {
+        let mut fds = [PollFd::new(&self.file, PollFlags::IN | PollFlags::OUT)];
         let polled = rustix::event::poll(&mut fds, Some(&Timespec::default()));
-        polled.is_ok() && fds[0].revents().contains(PollFlags::HUP)
+        let found = fds[0].revents();
+        // What was found by asking is no edge any more.
+        if found.contains(PollFlags::IN) {
+            self.edges.tell(Direction::Input);
+        }
+        polled.is_ok() && found.contains(PollFlags::HUP)
     }
 }
 
@@ -134,14 +138,14 @@ impl AsyncRead for Port {
         }
         loop {
             match rustix::io::read(&port.file, buffer.initialize_unfilled()) {
-                Ok(0) if !port.met => ready!(port.input.poll(cx))?,
+                Ok(0) if !port.met => ready!(port.edges.poll(Direction::Input, cx))?,
                 Ok(length) => {
                     buffer.advance(length);
                     return Poll::Ready(Ok(()));
                 }
                 Err(Errno::AGAIN) => {
                     port.met = true;
-                    ready!(port.input.poll(cx))?;
+                    ready!(port.edges.poll(Direction::Input, cx))?;
                 }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Poll::Ready(Err(errno.into())),
@@ -167,7 +171,7 @@ impl AsyncWrite for Port {
                 Err(Errno::AGAIN) if port.met && port.is_hung_up() => {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
-                Err(Errno::AGAIN) => ready!(port.output.poll(cx))?,
+                Err(Errno::AGAIN) => ready!(port.edges.poll(Direction::Output, cx))?,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Poll::Ready(Err(errno.into())),
             }
@@ -188,7 +192,7 @@ mod tests {
     use std::io::Write;
     use std::time::Duration;
 
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::time::timeout;
 
     use super::*;
@@ -279,6 +283,65 @@ mod tests {
                 .unwrap()
         );
         opened.await.unwrap();
+    }
+
+    /// A port whose other end is a socket: both directions can be waited for.
+    fn socket() -> (std::os::unix::net::UnixStream, Port) {
+        let (host, guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        guest.set_nonblocking(true).unwrap();
+        let guest = std::os::fd::OwnedFd::from(guest);
+        (host, Port::over(guest.into()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_reader_and_a_writer_wait_for_one_port() {
+        use std::io::Read;
+        let (mut host, port) = socket();
+        let (mut input, mut output) = tokio::io::split(port);
+        let mut reader = tokio::spawn(async move { input.read_u8().await });
+        let mut writer = tokio::spawn(async move {
+            // More than a socket holds.
+            output.write_all(&vec![1; 1 << 20]).await.map(|()| output)
+        });
+        let still = Duration::from_millis(100);
+        assert!(timeout(still, &mut writer).await.is_err(), "it is full");
+        assert!(timeout(still, &mut reader).await.is_err(), "it is empty");
+        // What the reader waits for is no end of the writer's wait, and the other way round.
+        host.write_all(&[7]).unwrap();
+        let soon = Duration::from_secs(10);
+        assert_eq!(timeout(soon, reader).await.unwrap().unwrap().unwrap(), 7);
+        assert!(timeout(still, &mut writer).await.is_err(), "it is full");
+        let mut bytes = vec![0; 1 << 20];
+        let drained = tokio::task::spawn_blocking(move || host.read_exact(&mut bytes));
+        assert!(timeout(soon, writer).await.unwrap().unwrap().is_ok());
+        drained.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_edge_that_one_direction_has_taken_is_told_to_the_other() {
+        let (mut host, mut port) = socket();
+        // The first edge is about now: it can be written to.
+        poll_fn(|cx| port.edges.poll(Direction::Output, cx))
+            .await
+            .unwrap();
+        poll_fn(|cx| port.edges.poll(Direction::Input, cx))
+            .await
+            .unwrap();
+        host.write_all(&[7]).unwrap();
+        poll_fn(|cx| port.edges.poll(Direction::Output, cx))
+            .await
+            .unwrap();
+        let told = poll_fn(|cx| port.edges.poll(Direction::Input, cx));
+        timeout(Duration::from_secs(10), told)
+            .await
+            .unwrap()
+            .unwrap();
+        // And the two wait again.
+        for direction in [Direction::Input, Direction::Output] {
+            let more = poll_fn(|cx| port.edges.poll(direction, cx));
+            let more = timeout(Duration::from_millis(100), more).await;
+            assert!(more.is_err(), "{direction:?}");
+        }
     }
 
     #[tokio::test]

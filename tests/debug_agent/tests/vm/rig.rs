@@ -266,7 +266,37 @@ impl Rig {
             serde_json::from_slice(&answer).unwrap()
         };
         let answered = tokio::time::timeout(Duration::from_secs(300), exchange).await;
-        answered.unwrap_or_else(|_| panic!("the debug agent does not answer {question}"))
+        match answered {
+            Ok(answer) => answer,
+            Err(_) => panic!(
+                "the debug agent does not answer {question}\n{}",
+                self.condition().await
+            ),
+        }
+    }
+
+    /// What can be seen of a guest that does not answer: its processor and its console.
+    async fn condition(&self) -> String {
+        let mut seen = String::new();
+        for command in [
+            "info status",
+            "info registers",
+            "info registers",
+            "info chardev",
+        ] {
+            let arguments = json!({ "command-line": command });
+            let execute = self.vm.qmp().execute("human-monitor-command", arguments);
+            let answer: Result<Value, _> = execute.await;
+            let text = match &answer {
+                Ok(answer) => answer.as_str().unwrap_or_default().to_owned(),
+                Err(error) => error.to_string(),
+            };
+            let lines = text
+                .lines()
+                .filter(|line| !line.contains("XMM") && !line.contains("FPR"));
+            seen += &format!("{command}:\n{}\n", lines.collect::<Vec<_>>().join("\n"));
+        }
+        seen + &self.vm.console()
     }
 
     /// Gives the line to the debug agent up, for somebody else to have it.
