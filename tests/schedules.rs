@@ -21,7 +21,7 @@ use blockmount::{Disk, ErrorKind, Manager, MountRequest, ReleaseError, StackRequ
 use harness::{Held, KINDS, clean, disk, manager_of, request, soon};
 use tokio::task::LocalSet;
 
-const SCHEDULES: u64 = 100_000;
+const SCHEDULES: u64 = 50_000;
 
 /// A replay runs its schedule so often: the order in which a drain visits what it finds is that of a
 /// hash table, which differs from run to run.

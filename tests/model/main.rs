@@ -130,7 +130,7 @@ fn config() -> ProptestConfig {
     let given = ProptestConfig::default();
     ProptestConfig {
         cases: if given.cases == 256 {
-            5_000
+            3_000
         } else {
             given.cases
         },
