@@ -308,6 +308,35 @@ async fn root_g21_a_disk_is_proven_free_deleted_and_awaited() {
     }
 }
 
+/// A disk with LUN 0 was plugged in meanwhile, and the kernel has looked for all disks of the target.
+#[tokio::test]
+async fn root_a_disk_that_the_kernel_finds_anew_is_deleted_again() {
+    let tree = Tree::new();
+    let (disk, anew) = (Loop::new(), Loop::new());
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    let device = "bus/scsi/devices/3:0:0:5";
+    let delete = format!("{device}/delete");
+    let unplugger = unplugger(&tree).with_removal_deadline(Duration::from_secs(20));
+    let at = locator("scsi:0/5");
+    let waiting = tokio::spawn(async move { unplugger.unplug(&at).await });
+    let deleted = async || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while tree.read(&delete) != "1" {
+            assert!(Instant::now() < deadline, "it was not deleted");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    deleted().await;
+    // Both are there for a moment, so that the second has a number of its own.
+    tree.rename(device, "deleted");
+    tree.disk("3:0:0:5", &anew);
+    deleted().await;
+    assert!(!waiting.is_finished());
+    tree.remove(device);
+    waiting.await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn root_what_is_not_there_is_unplugged_and_what_is_no_disk_needs_no_proof() {
     let tree = Tree::new();

@@ -1,6 +1,8 @@
 //! Unplugging a disk before the hypervisor takes it out.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -58,7 +60,18 @@ impl ScsiUnplugger {
 #[derive(Debug)]
 struct UnplugTarget {
     device: PathBuf,
+    /// Which device of this address it is: sysfs gives each a number of its own.
+    number: u64,
     disk: Option<Disk>,
+}
+
+/// What has become of a disk that was taken out of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Gone,
+    /// The kernel looks for all disks of a target when one with LUN 0 is plugged in (`virtscsi_handle_transport_reset`),
+    /// and finds this one again, since the hypervisor has it still.
+    Back,
 }
 
 #[async_trait]
@@ -72,27 +85,34 @@ impl Unplugger for ScsiUnplugger {
         let _lock = tokio::time::timeout_at(deadline.into(), lock)
             .await
             .map_err(|_| BackendError::busy(format!("the kernel is still looking for {device}")))?;
-        let Some(UnplugTarget { device: at, disk }) = blocking(move || target(&lookup)).await?
-        else {
-            return Ok(());
-        };
+        let lookup = Arc::new(lookup);
         let mut lost = Ok(());
-        let held = match &disk {
-            Some(disk) => disk.hold_or_lose(self.timeout, &mut lost).await?.map(Some),
-            // It is no disk yet, or no longer: there is nothing that could be in use.
-            None => Some(None),
-        };
-        if let Some(held) = held {
-            sysfs::command_by(deadline, &at, "delete", "1".to_owned(), held).await?;
-        }
-        let look = move || is_gone(&root, &at, disk.as_ref());
-        wait_for(deadline, concerns(lun), look)
-            .await
-            .map_err(|left| {
+        loop {
+            let looked_up = Arc::clone(&lookup);
+            let Some(found) = blocking(move || target(&looked_up)).await? else {
+                return lost;
+            };
+            let held = match &found.disk {
+                Some(disk) => disk.hold_or_lose(self.timeout, &mut lost).await?.map(Some),
+                // It is no disk yet, or no longer: there is nothing that could be in use.
+                None => Some(None),
+            };
+            if let Some(held) = held {
+                sysfs::command_by(deadline, &found.device, "delete", "1".to_owned(), held).await?;
+            }
+            let root = root.clone();
+            let look = move || outcome(&root, &found);
+            let outcome = wait_for(deadline, concerns(lun), look).await;
+            match outcome.map_err(|left| {
                 let message = format!("the kernel does not remove {device}: {}", left.message());
                 BackendError::uncertain(message).with_source(left)
-            })?;
-        lost
+            })? {
+                Outcome::Gone => return lost,
+                Outcome::Back => {
+                    tracing::debug!(%device, "the kernel has found it anew; once more")
+                }
+            }
+        }
     }
 }
 
@@ -101,17 +121,30 @@ fn target(lookup: &Lookup) -> Result<Option<UnplugTarget>, BackendError> {
     let Some(device) = present(lookup.device())? else {
         return Ok(None);
     };
+    let Ok(metadata) = device.symlink_metadata() else {
+        return Ok(None);
+    };
     let disk = present(Disk::below(&device))?;
-    Ok(Some(UnplugTarget { device, disk }))
+    Ok(Some(UnplugTarget {
+        device,
+        number: metadata.ino(),
+        disk,
+    }))
 }
 
 /// Whether the device has gone from sysfs, and its node with it.
-fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Probe<()> {
-    if device.symlink_metadata().is_ok() {
+fn outcome(root: &Path, target: &UnplugTarget) -> Probe<Outcome> {
+    let UnplugTarget { device, disk, .. } = target;
+    if let Ok(metadata) = device.symlink_metadata() {
+        if metadata.ino() != target.number {
+            return Ok(Outcome::Back);
+        }
         let message = format!("{} is there still", device.display());
         return Err(NotReady::not_found(message));
     }
-    let Some(disk) = disk else { return Ok(()) };
+    let Some(disk) = disk else {
+        return Ok(Outcome::Gone);
+    };
     // The name may have gone to another disk already.
     let owner = root
         .join(format!("dev/block/{}", disk.number()))
@@ -122,5 +155,5 @@ fn is_gone(root: &Path, device: &Path, disk: Option<&Disk>) -> Probe<()> {
         let message = format!("{} is there still", disk.node().display());
         return Err(NotReady::not_found(message));
     }
-    Ok(())
+    Ok(Outcome::Gone)
 }

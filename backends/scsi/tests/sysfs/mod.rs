@@ -119,6 +119,10 @@ impl Tree {
         symlink(self.at(&block), link).unwrap();
     }
 
+    pub(crate) fn rename(&self, from: &str, to: &str) {
+        fs::rename(self.at(from), self.at(to)).unwrap();
+    }
+
     pub(crate) fn remove(&self, path: &str) {
         fs::remove_dir_all(self.at(path)).unwrap();
     }
