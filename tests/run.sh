@@ -22,9 +22,6 @@ cargo fmt --all -- --check
 say "lints"
 cargo clippy --workspace --all-targets --all-features -- -D warnings
 
-say "docs"
-RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --all-features
-
 # The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
 # they are built, it waits for them. Of a session of its own, the kernel counts the niceness of its group alone
 # (sched(7), "The autogroup feature").
@@ -41,7 +38,7 @@ cargo test --workspace --all-features --no-fail-fast
 say "benches, each once and untimed"
 cargo test --workspace --all-features --bench '*'
 
-say "the oldest Rust that the manifest names; Windows, under Wine"
+say "the oldest Rust that the manifest names, and docs; Windows, under Wine"
 wait "$builds" || { cat "$builds_log" >&2; exit 1; }
 cat "$builds_log"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds blockmount-hcs and what it stands on for Windows, and runs its tests there, which here is Wine. Wine has no
 # Hyper-V, so a stand-in for the library of the Host Compute Service is built too; the calls, handles and callbacks are
-# real. Debian's compiler brings the source of the standard library, which is built along.
+# real. rustup brings the standard library for Windows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,8 +10,6 @@ fail() { printf 'tests/windows.sh: %s\n' "$*" >&2; exit 1; }
 
 # A file of each package, and the package.
 needed=(
-  /usr/lib/rustlib/src/rust/library/std/Cargo.toml:rust-web-src
-  /usr/bin/rustc:rustc-web
   /usr/bin/x86_64-w64-mingw32-gcc:gcc-mingw-w64-x86-64
   /usr/lib/wine/wine64:wine64
 )
@@ -29,7 +27,9 @@ if [ "${#missing[@]}" -gt 0 ]; then
 fi
 
 target=x86_64-pc-windows-gnu
-# Not the usual place: another compiler would make cargo build all of it anew, each time in turn.
+command -v rustup >/dev/null || fail "install rustup: it brings the standard library for $target"
+rustup target add "$target"
+# Not the usual place: a build that runs beside this one would wait for it.
 work="$(cargo metadata --format-version=1 --no-deps |
   sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/windows"
 mkdir -p "$work/dll"
@@ -43,8 +43,7 @@ for library in computecore bcryptprimitives; do
 done
 
 say "building for $target"
-RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 cargo test --no-run --package blockmount-hcs \
-  -Zbuild-std=std,panic_abort --target "$target" --target-dir "$work" >"$log" 2>&1 ||
+cargo test --no-run --package blockmount-hcs --target "$target" --target-dir "$work" >"$log" 2>&1 ||
   { tail -n 60 "$log" >&2; fail "the build for Windows fails; all of it is in $log"; }
 if grep -q '^warning: ' "$log"; then
   cat "$log" >&2

@@ -153,6 +153,7 @@ impl AgentBuilder {
         let mut engine = LinuxGuest::builder()
             .transports(transports)
             .busy_timeout(self.timeouts.busy)
+            .format_timeout(self.timeouts.format)
             .allow_targets_under(&self.roots);
         if let Some(keys) = self.keys {
             engine = engine.key_directory(keys);

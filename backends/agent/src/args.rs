@@ -62,6 +62,11 @@ const OWN: [Argument; 8] = [
         "How long the users of a device or a mount may take to go before it counts as in use. By default 5",
     ),
     Argument::new(
+        "format-timeout",
+        "SECONDS",
+        "How long making a filesystem may take, checking one, or giving a volume's files to a group. By default 60",
+    ),
+    Argument::new(
         "log",
         "FILTER",
         "What is logged to stderr, such as \"blockmount_agent=debug,blockmount_linux=trace\" or \"info\"; overrides -v",
@@ -138,6 +143,7 @@ pub(crate) fn parse(
             "set-clock" => agent.sets_clock = true,
             "device-timeout" => agent.timeouts.device = seconds(&long, &mut parser)?,
             "busy-timeout" => agent.timeouts.busy = seconds(&long, &mut parser)?,
+            "format-timeout" => agent.timeouts.format = seconds(&long, &mut parser)?,
             "log" => options.log = Some(parser.value()?.string()?),
             long if options.endpoints.argument(long, &mut parser)? => {}
             long => set(agent, long, &mut parser)?,
@@ -290,6 +296,7 @@ mod tests {
             (&["--roof", "/"], "--roof"),
             (&["--busy-timeout", "-1"], "a number of seconds"),
             (&["--device-timeout=1e9"], "a number of seconds"),
+            (&["--format-timeout=soon"], "a number of seconds"),
             (&["extra"], "extra"),
             (&["--vsock", "--vsock-listen=x"], "vsock port"),
             (&["--vsock-listen=7"], "needs --vsock-token"),

@@ -44,6 +44,8 @@ pub struct Timeouts {
     /// For the users of a device or a mount to go, before it counts as in use. Default: five seconds, since
     /// a guest under emulation on a busy host takes one for what is done in milliseconds elsewhere.
     pub busy: Duration,
+    /// For a filesystem to be made or checked, and for the files of a volume to be given to a group. Default: one minute.
+    pub format: Duration,
 }
 
 impl Default for Timeouts {
@@ -51,6 +53,7 @@ impl Default for Timeouts {
         Timeouts {
             device: Duration::from_secs(45),
             busy: Duration::from_secs(5),
+            format: Duration::from_secs(60),
         }
     }
 }

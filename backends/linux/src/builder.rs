@@ -153,6 +153,7 @@ impl LinuxGuestBuilder {
     pub fn build(self) -> LinuxGuest {
         let mut ledger = Ledger::default();
         ledger.fail_at(self.at_step);
+        ledger.wait_for_formats(self.config.format_timeout);
         LinuxGuest::new(self.config, ledger)
     }
 
@@ -189,6 +190,7 @@ impl LinuxGuestBuilder {
         let kernel = config.kernel;
         let (mut ledger, left) = blocking(move || recovery::recover(journal, kernel)).await?;
         ledger.fail_at(at_step);
+        ledger.wait_for_formats(config.format_timeout);
         let guest = LinuxGuest::new(config, ledger);
         guest.undo_left(left).await;
         Ok(guest)

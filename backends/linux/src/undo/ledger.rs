@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use blockmount::{BackendError, MountOptions};
 
@@ -95,6 +96,11 @@ impl Ledger {
     /// Has each step fail that the hook lets fail.
     pub(crate) fn fail_at(&mut self, hook: Option<StepHook>) {
         self.at_step = hook;
+    }
+
+    /// Has locks be awaited as long as a filesystem may take to be made.
+    pub(crate) fn wait_for_formats(&mut self, format: Duration) {
+        self.locks.wait_for_formats(format);
     }
 
     /// The list of a target, whether or not there is anything on it.

@@ -48,8 +48,9 @@ impl Key {
 }
 
 /// The locks that are held now.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Locks {
+    timeout: Duration,
     held: Mutex<HashSet<Key>>,
     freed: Condvar,
 }
@@ -61,8 +62,23 @@ pub(crate) struct Held<'a> {
     key: Key,
 }
 
+impl Default for Locks {
+    fn default() -> Self {
+        Locks {
+            timeout: TIMEOUT,
+            held: Mutex::default(),
+            freed: Condvar::new(),
+        }
+    }
+}
+
 impl Locks {
-    /// Waits for a lock, for 30 seconds at most. Blocks.
+    /// Waits at least as long as a filesystem may take to be made or checked: its device is locked meanwhile.
+    pub(crate) fn wait_for_formats(&mut self, format: Duration) {
+        self.timeout = TIMEOUT.max(format);
+    }
+
+    /// Waits for a lock, for 30 seconds at most, or as long as a format may take. Blocks.
     ///
     /// # Errors
     ///
@@ -71,12 +87,13 @@ impl Locks {
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut held, waited) = self
             .freed
-            .wait_timeout_while(held, TIMEOUT, |held| held.contains(&key))
+            .wait_timeout_while(held, self.timeout, |held| held.contains(&key))
             .unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
-            return Err(BackendError::busy(
-                "another target's call has been working on the same device or directory for 30 seconds",
-            ));
+            return Err(BackendError::busy(format!(
+                "another target's call has been working on the same device or directory for {} seconds",
+                self.timeout.as_secs()
+            )));
         }
         held.insert(key.clone());
         Ok(Held { locks: self, key })

@@ -70,7 +70,9 @@ async fn build_image(more: &[&str]) -> GuestImage {
     }
     arguments.extend(["--keys".to_owned(), KEYS.to_owned()]);
     let appearing = APPEARING.as_secs().to_string();
-    arguments.extend(["--device-timeout".to_owned(), appearing]);
+    for timeout in ["--device-timeout", "--format-timeout"] {
+        arguments.extend([timeout.to_owned(), appearing.clone()]);
+    }
     let kernel = GuestKernel::find().unwrap();
     GuestImage::builder(kernel)
         .program(env!("CARGO_BIN_EXE_agent-under-test"))

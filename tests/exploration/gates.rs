@@ -1,20 +1,13 @@
 //! The gate matrix: every way in which a call can end, at every step, with callers of one disk who
 //! hold, release, drop, retry or give up at some moment.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a panic here is the message of a failure"
-)]
-
-mod harness;
-
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::harness::{Held, clean, disk, manager_of, poll_and_give_up, request, soon};
 use blockmount::testing::{FakeVm, Gate, VmStep};
 use blockmount::{Error, ErrorKind, Manager, ReleaseError, StackRequest};
-use harness::{Held, clean, disk, manager_of, poll_and_give_up, request, soon};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use tokio::time::{Instant, sleep, timeout};
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use blockmount::ErrorKind;
 use blockmount::testing::VmStep;
 
-use crate::{
+use super::{
     DISKS, Kinds, MountKey, SCRATCH_TARGET, SLOTS, SUPERBLOCK, Said, TARGETS, TREES, WRITABLE,
     is_in_guest, name_of,
 };

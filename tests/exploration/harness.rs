@@ -1,9 +1,6 @@
 //! What the big tests of the managers share: a world to run in, what a handle promises, and how a
 //! test ends.
 
-// Each test binary uses its own part of this.
-#![allow(dead_code)]
-
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::task::Poll;

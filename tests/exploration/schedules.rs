@@ -3,22 +3,15 @@
 //!
 //! `BLOCKMOUNT_SCHEDULES=n` sets how many there are; `BLOCKMOUNT_SEED=n` replays one of them.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a panic here is the message of a failure"
-)]
-
-mod harness;
-
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::harness::{Held, KINDS, clean, disk, manager_of, request, soon};
 use blockmount::testing::{FakeVm, Gate, Seed, random_delays, random_faults};
 use blockmount::{Disk, ErrorKind, Manager, MountRequest, ReleaseError, StackRequest};
-use harness::{Held, KINDS, clean, disk, manager_of, request, soon};
 use tokio::task::LocalSet;
 
 const SCHEDULES: u64 = 50_000;

@@ -10,12 +10,12 @@ use blockmount::{Disk, Manager, MountRequest, ReleaseError, StackRequest};
 use proptest_state_machine::StateMachineTest;
 use tokio::runtime::Runtime;
 
-use crate::harness::{Held, builder_of, calls, clean, disk, request, soon};
-use crate::reference::{Has, Model};
-use crate::{
+use super::reference::{Has, Model};
+use super::{
     ALIAS, Act, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE,
     is_in_guest, name_of, sorted,
 };
+use crate::harness::{Held, builder_of, calls, clean, disk, request, soon};
 
 /// The manager, and what its caller holds in the order of the model.
 pub(crate) struct Real {

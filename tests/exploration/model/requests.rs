@@ -5,8 +5,8 @@ use blockmount::testing::{Gate, VmStep};
 use proptest::prelude::*;
 use proptest_state_machine::ReferenceStateMachine;
 
-use crate::reference::{Failed, Has, Model, PendingRelease};
-use crate::{ALIAS, Act, DISKS, Kinds, OPTIONS, SLOTS, Said, TARGETS, TREES, sorted};
+use super::reference::{Failed, Has, Model, PendingRelease};
+use super::{ALIAS, Act, DISKS, Kinds, OPTIONS, SLOTS, Said, TARGETS, TREES, sorted};
 
 impl Model {
     pub(crate) fn owed_trees(&self) -> Vec<PendingRelease> {

@@ -4,23 +4,16 @@
 //! processes that end and are followed by another. After each one the answer, the number of calls of each kind, what is
 //! in use and where everything is must be as the model predicts. The last act of each case is a restart.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a panic here is the message of a failure"
-)]
-
-#[path = "../harness/mod.rs"]
-mod harness;
 mod real;
 mod reference;
 mod requests;
 
+use self::real::Real;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{ErrorKind, HolderName};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use proptest_state_machine::prop_state_machine;
-use real::Real;
 
 const SLOTS: usize = 3;
 const DISKS: usize = 4;
