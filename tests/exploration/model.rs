@@ -53,7 +53,7 @@ type MountKey = (usize, usize);
 
 /// A request, or a fault of the next call of a step.
 #[derive(Debug, Clone)]
-enum Act {
+pub(crate) enum Act {
     Attach {
         name: usize,
         read_only: bool,

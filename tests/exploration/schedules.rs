@@ -9,7 +9,9 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::harness::{Held, KINDS, clean, disk, manager_of, request, soon};
+use crate::harness::{
+    Held, KINDS, calls, clean, disk, manager_of, poll_and_give_up, request, soon,
+};
 use blockmount::testing::{FakeVm, Gate, Seed, random_delays, random_faults};
 use blockmount::{Disk, ErrorKind, Manager, MountRequest, ReleaseError, StackRequest};
 use tokio::task::LocalSet;
@@ -301,7 +303,7 @@ impl Schedule {
         if self.killed.get() {
             self.assert_gone(guest_only).await;
         }
-        let calls: usize = harness::calls(&self.vm).iter().sum();
+        let calls: usize = calls(&self.vm).iter().sum();
         self.count(|sums| sums.calls += calls as u64);
         self.sums.get()
     }
@@ -419,7 +421,7 @@ async fn give_up_after<F: Future>(
 ) -> Option<F::Output> {
     match seed.below(10) {
         0 => None,
-        1 => harness::poll_and_give_up(future, 1 + seed.below(6) as usize).await,
+        1 => poll_and_give_up(future, 1 + seed.below(6) as usize).await,
         _ => {
             let limit = Duration::from_millis(seed.below(milliseconds + 1));
             tokio::time::timeout(limit, future).await.ok()

@@ -27,7 +27,7 @@ command line. It keeps the programs of /etc/blockmount/programs running too: eac
 in its first line, and an argument in each of the others.";
 
 /// The agent's own arguments.
-const OWN: [Argument; 8] = [
+const OWN: [Argument; 9] = [
     Argument::new(
         "root",
         "DIR",

@@ -96,6 +96,8 @@ pub struct Exercise {
     pub appears: Appears,
     /// How the rounds end.
     pub fault: Fault,
+    /// The first step that is tried, and how many steps further the next one is.
+    pub steps: (u32, u32),
     /// The node of the disk, or its SCSI address in this guest (`0:0:0:3`).
     pub disk: PathBuf,
     /// The range of the disk, in bytes, where one is used.
@@ -238,7 +240,8 @@ impl Exercise {
         drop(self.guest(self.builder()).await?);
         self.blank()?;
         let before = self.state()?;
-        for step in 0..TOO_MANY {
+        let (first, apart) = self.steps;
+        for step in (first..TOO_MANY).step_by(apart.max(1) as usize) {
             let is_over = match self.fault {
                 Fault::Fails => self.failed_at(step).await?,
                 Fault::Killed => self.killed_at(step).await?,

@@ -88,6 +88,7 @@ fn root_each_step_fails_once_or_is_the_last_and_nothing_is_left() {
                 layer,
                 appears,
                 fault,
+                steps: (0, 1),
                 disk: device.0.clone(),
                 range: match place {
                     Place::Whole => (0, RANGE.1),

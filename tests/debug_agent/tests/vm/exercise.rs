@@ -105,6 +105,12 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     (tried, [verity.unwrap(), apart])
 }
 
+/// The steps that are tried of a combination: all, or every second, where the next combination has the others.
+fn steps(fault: Fault, combination: u32) -> (u32, u32) {
+    let all = fault == Fault::Fails || std::env::var_os("BLOCKMOUNT_EVERY_KILL").is_some();
+    if all { (0, 1) } else { (combination % 2, 2) }
+}
+
 async fn exercise(fault: Fault) {
     let rig = Rig::start().await;
     let (disks, [verity, apart]) = disks(&rig).await;
@@ -122,6 +128,7 @@ async fn exercise(fault: Fault) {
             layer,
             appears,
             fault,
+            steps: steps(fault, tried),
             disk: disk.address().into(),
             range: (start, end),
             verity: match layer {
@@ -154,6 +161,6 @@ async fn vm_each_step_fails_once_in_every_combination_of_layers_and_nothing_is_l
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_a_process_killed_at_each_step_of_every_combination_leaves_nothing() {
+async fn vm_a_process_killed_at_steps_of_every_combination_leaves_nothing() {
     exercise(Fault::Killed).await;
 }
