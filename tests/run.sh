@@ -19,14 +19,14 @@ tests/setup.sh
 say "formatting"
 cargo fmt --all -- --check
 
-say "lints"
-cargo clippy --workspace --all-targets --all-features -- -D warnings
+say "lints, with the oldest Rust that the manifest names"
+tests/oldest.sh lints
 
 # The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
 # they are built, it waits for them. Of a session of its own, the kernel counts the niceness of its group alone
 # (sched(7), "The autogroup feature").
 builds_log=$(mktemp)
-setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true; tests/oldest.sh && tests/windows.sh' >"$builds_log" 2>&1 &
+setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true; tests/oldest.sh docs && tests/windows.sh' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
@@ -38,7 +38,7 @@ cargo test --workspace --all-features --no-fail-fast
 say "benches, each once and untimed"
 cargo test --workspace --all-features --bench '*'
 
-say "the oldest Rust that the manifest names, and docs; Windows, under Wine"
+say "docs; Windows, under Wine"
 wait "$builds" || { cat "$builds_log" >&2; exit 1; }
 cat "$builds_log"
 

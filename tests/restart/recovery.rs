@@ -369,7 +369,7 @@ async fn u15_a_view_is_found_again_and_goes_before_its_mount() {
     let next = world.restart();
     let recovery = next.recover().await;
     let web = recovery.claim(&name("web")).unwrap().into_view().unwrap();
-    assert_eq!(web.target(), "/web");
+    assert_eq!(web.target(), Path::new("/web"));
     assert_eq!(web.options(), &options);
     let manager = recovery.manager().clone();
     assert!(recovery.settle().await.failed.is_empty());

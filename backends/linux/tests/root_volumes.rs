@@ -20,7 +20,8 @@ use blockmount::{
 };
 use blockmount_linux::LinuxGuest;
 use kit::{
-    Image, Loop, TestDir, blank, builder, guest, mount, noise, on_linux, options, refused, run,
+    Image, Loop, TestDir, blank, builder, free, guest, mount, noise, on_linux, options, refused,
+    run,
 };
 
 const MIB: u64 = 1 << 20;
@@ -108,6 +109,7 @@ async fn root_a_filesystem_grows_while_it_is_used_and_keeps_its_files() {
         };
         let (tool, arguments) = check.split_once(' ').unwrap();
         let arguments: Vec<&str> = arguments.split(' ').collect();
+        free(device.node()).await;
         let node = device.node().to_str().unwrap();
         run(tool, &[&arguments[..], &[node]].concat());
         mount(&guest, &device, &target, &["ro"]).await.unwrap();

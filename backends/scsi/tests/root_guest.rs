@@ -215,6 +215,15 @@ async fn root_g11_a_node_that_is_missing_or_another_is_not_taken() {
 }
 
 /// The kernel is asked once, for exactly the LUN that is missing, and not before half of the time is over.
+/// Waits for a file of the tree, of which nothing is announced.
+async fn until(is_there: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_there() {
+        assert!(Instant::now() < deadline, "it was not written");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     let tree = Tree::new();
@@ -227,10 +236,7 @@ async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     let waiting = tokio::spawn(async move { resolver.resolve(&at).await });
     tokio::time::sleep(timeout / 4).await;
     assert_eq!(tree.read("class/scsi_host/host3/scan"), "");
-    while tree.read("class/scsi_host/host3/scan").is_empty() {
-        assert!(started.elapsed() < timeout);
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until(|| !tree.read("class/scsi_host/host3/scan").is_empty()).await;
     assert!(started.elapsed() >= timeout / 2);
     assert_eq!(tree.read("class/scsi_host/host3/scan"), "0 0 16684");
     tree.disk("3:0:0:16684", &disk);
@@ -320,18 +326,12 @@ async fn root_a_disk_that_the_kernel_finds_anew_is_deleted_again() {
     let unplugger = unplugger(&tree).with_removal_deadline(Duration::from_secs(20));
     let at = locator("scsi:0/5");
     let waiting = tokio::spawn(async move { unplugger.unplug(&at).await });
-    let deleted = async || {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while tree.read(&delete) != "1" {
-            assert!(Instant::now() < deadline, "it was not deleted");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    deleted().await;
+    let deleted = || tree.read(&delete) == "1";
+    until(deleted).await;
     // Both are there for a moment, so that the second has a number of its own.
     tree.rename(device, "deleted");
     tree.disk("3:0:0:5", &anew);
-    deleted().await;
+    until(deleted).await;
     assert!(!waiting.is_finished());
     tree.remove(device);
     waiting.await.unwrap().unwrap();

@@ -17,8 +17,8 @@ use crate::tables::is_scsi_address;
 
 /// How long a device may take to appear.
 const APPEARS: Duration = Duration::from_secs(20);
-/// How long a disk that has just appeared may refuse to be read, and how soon it is tried again.
-const READABLE: Duration = Duration::from_secs(1);
+/// How long a disk that has just appeared may refuse to be read, on a busy machine, and how soon it is tried again.
+const READABLE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(1);
 /// The highest count that makes sense.
 const MOST: u32 = 10_000;
@@ -162,7 +162,7 @@ fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Res
     done.map(|()| times)
 }
 
-/// Mounts, again for a second while that fails with an I/O error: in a burst of hot-plugs a disk that has just appeared
+/// Mounts, again for 20 seconds while that fails with an I/O error: in a burst of hot-plugs a disk that has just appeared
 /// may refuse its first reads, and a mount of it right then fails.
 fn mount_readable(mount: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
     let deadline = Instant::now() + READABLE;

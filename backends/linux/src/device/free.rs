@@ -53,11 +53,15 @@ fn claim(path: &Path) -> Result<Option<File>, BackendError> {
 
 /// The error `Busy` of a device that somebody uses, with the users that can be found: mounts in
 /// whatever mount namespace, devices stacked on it or on a partition, swap; or else the processes
-/// that have it open, apart from a single handle of this process, which the caller may have. Blocks.
+/// that have it open, apart from a single handle of this process, which the caller may have; or else overlays that may
+/// have it as a layer. Blocks.
 pub fn in_use(path: &Path) -> BackendError {
-    let mut users = users::of_device_at(path);
+    let mut users = users::named(path);
     if users.is_empty() {
         users = users::openers_of(path);
+    }
+    if users.is_empty() {
+        users = users::guessed();
     }
     busy(path, &users)
 }

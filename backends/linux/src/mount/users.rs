@@ -23,9 +23,15 @@ pub(crate) fn listed(users: &[String]) -> String {
     }
 }
 
+/// Who uses the device behind a node: who the kernel's tables name, or else who may.
+pub(crate) fn of_device_at(path: &Path) -> Vec<String> {
+    let named = named(path);
+    if named.is_empty() { guessed() } else { named }
+}
+
 /// Who uses the device behind a node, as far as the kernel's tables tell: mounts in
 /// whatever mount namespace, stacked devices, swap.
-pub(crate) fn of_device_at(path: &Path) -> Vec<String> {
+pub(crate) fn named(path: &Path) -> Vec<String> {
     let Ok(disk) = DeviceNumber::at(path) else {
         return Vec::new();
     };
@@ -37,12 +43,17 @@ pub(crate) fn of_device_at(path: &Path) -> Vec<String> {
     };
     found.extend(mounts_everywhere(used));
     found.extend(swap_on(path).then(|| "swap".to_owned()));
-    if found.is_empty() {
-        let overlays = mounts_everywhere(is_overlay_of_gone_layers).into_iter();
-        found.extend(overlays.map(|at| format!("perhaps an overlay that has it as a layer: {at}")));
-    }
     found.truncate(MOST_NAMED);
     found
+}
+
+/// Who may use a device without being in a table that names it.
+pub(crate) fn guessed() -> Vec<String> {
+    let overlays = mounts_everywhere(is_overlay_of_gone_layers).into_iter();
+    overlays
+        .map(|at| format!("perhaps an overlay that has it as a layer: {at}"))
+        .take(MOST_NAMED)
+        .collect()
 }
 
 /// A disk and its partitions.

@@ -11,12 +11,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, MountOptions, Mounter, Resolver,
 };
+use blockmount_linux::device::prove_free;
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_linux::{LinuxGuest, LinuxGuestBuilder};
 use tempfile::TempDir;
@@ -87,6 +88,15 @@ pub(crate) fn refused<T: std::fmt::Debug>(
         "{message}"
     );
     message
+}
+
+/// Waits until nobody uses a device any more: a process that has copied this one's mounts may, for a moment.
+pub(crate) async fn free(node: &Path) {
+    let deadline = Instant::now() + PATIENT;
+    while let Err(error) = prove_free(node) {
+        assert!(Instant::now() < deadline, "{error}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 pub(crate) fn run(program: &str, args: &[&str]) -> String {
