@@ -18,6 +18,7 @@ use crate::{
 };
 
 mod driver;
+mod inspect;
 
 use driver::{Attach, AttachJob, Attached};
 

@@ -52,6 +52,7 @@ use crate::{BackendError, Error, ErrorKind, Step};
 mod clearing;
 mod entry;
 mod handle;
+mod inspect;
 #[cfg(test)]
 mod interleavings;
 mod request;

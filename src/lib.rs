@@ -85,6 +85,7 @@ mod disk;
 mod error;
 mod freeze;
 mod holders;
+mod inspect;
 pub mod journal;
 mod lease;
 mod locator;
@@ -121,6 +122,10 @@ pub use contracts::{
 pub use disk::{CacheMode, Disk, DiskId, DiskKind, DiskOption, DiskOptions, SectorSize};
 pub use error::{BackendError, Error, ErrorKind, Step};
 pub use freeze::Frozen;
+pub use inspect::{
+    AttachmentStatus, HolderStatus, Inspection, LeaseState, LeaseStatus, MountStatus, SlotStatus,
+    StackStatus, StepBucket, StepStatus, ViewStatus,
+};
 pub use locator::{DeviceLocator, InvalidLocator};
 pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};

@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::future::{join, join_all};
 
 use crate::holders::Holders;
+use crate::inspect::Observed;
 use crate::lease::Table;
 use crate::mount::ensure_writable;
 use crate::release::give_back;
@@ -41,6 +42,7 @@ pub struct Manager {
     pub(crate) stacks: Arc<Table<Combining>>,
     pub(crate) views: Arc<Table<Viewing>>,
     pub(crate) resizing: Arc<Turns<DiskId>>,
+    pub(crate) observed: Arc<Observed>,
 }
 
 /// What [`Manager::drain`] found.

@@ -22,6 +22,7 @@ use crate::{
 
 mod attachments;
 mod driver;
+mod inspect;
 
 pub(crate) use attachments::Attachments;
 use driver::{MountJob, Mounting};

@@ -19,6 +19,10 @@ use crate::{
     OverlayOptions, Presence, ReleaseError, Step,
 };
 
+mod inspect;
+
+pub(crate) use inspect::inspect;
+
 /// A stack to make: layers, perhaps a scratch disk for changes, and where the tree appears.
 ///
 /// ```

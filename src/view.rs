@@ -20,10 +20,12 @@ use crate::{
 };
 
 mod driver;
+mod inspect;
 mod source;
 
 use driver::ViewJob;
 pub(crate) use driver::Viewing;
+pub(crate) use inspect::inspect;
 pub(crate) use source::Source;
 
 /// What can be shown at further places: a `&Mount`, or a `&Stack`, whose tree is shown.

@@ -8,13 +8,15 @@ use std::time::Duration;
 use super::missing::Missing;
 use super::{DEFAULT_TIMEOUT, Manager};
 use crate::holders::Holders;
+use crate::inspect::{Observed, Timed};
 use crate::lease::{Table, Tables};
 use crate::stack::Combining;
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::view::Viewing;
 use crate::{
-    AttachManager, Binder, BlockMountManager, LayerCombiner, Mounter, Transport, Unplugger,
+    AttachManager, Binder, BlockMountManager, LayerCombiner, Mounter, SlotStatus, Transport,
+    Unplugger,
 };
 
 /// Puts a [`Manager`] together from backends.
@@ -27,6 +29,7 @@ pub struct ManagerBuilder {
     binder: Box<dyn Binder>,
     mount_root: PathBuf,
     timeout: Duration,
+    observed: Observed,
 }
 
 impl Default for ManagerBuilder {
@@ -39,6 +42,7 @@ impl Default for ManagerBuilder {
             binder: Box::new(Missing("a binder")),
             mount_root: PathBuf::from("/run/mounts/blockmount"),
             timeout: DEFAULT_TIMEOUT,
+            observed: Observed::default(),
         }
     }
 }
@@ -90,6 +94,13 @@ impl ManagerBuilder {
         self
     }
 
+    /// Where the manager reads which slots are in use when it is [inspected](Manager::inspect). It must neither block nor call
+    /// the manager. Without one an inspection shows no slots.
+    pub fn slots(mut self, slots: impl Fn() -> Vec<SlotStatus> + Send + Sync + 'static) -> Self {
+        self.observed.slots = Some(Box::new(slots));
+        self
+    }
+
     /// The manager, without a journal: what it does is forgotten when its process ends. With one it is made by
     /// [`recover`](Self::recover).
     pub fn build(self) -> Manager {
@@ -105,6 +116,7 @@ impl ManagerBuilder {
             binder,
             mount_root,
             timeout,
+            observed,
         } = self;
         let only = if transports.len() == 1 {
             transports.pop()
@@ -121,6 +133,14 @@ impl ManagerBuilder {
             // What is mounted must be unplugged before it is detached.
             (Some(_), None) => Box::new(Missing("an unplugger")),
         };
+        let latencies = &observed.latencies;
+        let transport = Box::new(Timed::new(transport, latencies));
+        let unplugger = unplugger.map(|unplugger| {
+            Box::new(Timed::new(unplugger, latencies)) as Box<dyn Unplugger>
+        });
+        let mounter = Box::new(Timed::new(mounter, latencies));
+        let combiner = Box::new(Timed::new(combiner, latencies));
+        let binder = Box::new(Timed::new(binder, latencies));
         let claims = Claims::new(mount_root);
         let combining = Combining::new(combiner, claims.clone(), holders.clone());
         let viewing = Viewing::new(binder, claims.clone(), holders.clone());
@@ -135,6 +155,7 @@ impl ManagerBuilder {
             stacks: Table::new(combining, timeout),
             views: Table::new(viewing, timeout),
             resizing: Arc::default(),
+            observed: Arc::new(observed),
         };
         let (mounts, attachments) = (&manager.mounts.tables, &manager.attachments.tables);
         let all = attachments

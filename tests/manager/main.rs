@@ -13,6 +13,7 @@ mod conflict;
 mod devices;
 mod failure;
 mod fake_vm;
+mod inspect;
 mod locators;
 mod lost_writes;
 mod pending;
