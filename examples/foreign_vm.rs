@@ -6,14 +6,15 @@
 //! $ qemu-system-x86_64 -M q35 -m 1G -nographic \
 //!     -device virtio-scsi-pci,id=scsi0,addr=10 \
 //!     -qmp unix:/run/vm/qmp,server=on,wait=off \
-//!     -device virtio-serial -device virtserialport,name=blockmount.0,chardev=agent \
+//!     -device virtio-serial -device virtserialport,name=blockmount.agent,chardev=agent \
 //!     -chardev socket,id=agent,path=/run/vm/agent,server=on,wait=off \
 //!     -kernel /var/lib/blockmount/kernel/vmlinuz -initrd guest.cpio -append console=ttyS0
 //! $ cargo run -p blockmount-qemu --no-default-features --example foreign_vm -- /run/vm/qmp /run/vm/agent base.erofs
 //! ```
 //!
-//! In the guest runs `blockmount-agent --virtio-port blockmount.0 --scsi-controller pci:0000:00:10.0`, here as its `/init`
-//! with all that it needs (`guest_image.rs`); in a guest with an init of its own it is a service.
+//! In the guest runs `blockmount-agent --scsi-controller pci:0000:00:10.0`, here as its `/init` with all that it needs
+//! (`guest_image.rs`); in a guest with an init of its own it is a service. `blockmount mount --vm qemu:/run/vm/qmp --agent
+//! unix:/run/vm/agent` is a program that does this and more.
 
 use std::error::Error;
 use std::path::PathBuf;

@@ -4,6 +4,7 @@ mod layers;
 mod serve;
 mod values;
 mod views;
+mod vm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use blockmount_verity::Parameters;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::guest::{GuestKind, Transports};
+use crate::guest::{GuestKind, Socket, Transports};
 use crate::terminal::Colour;
 use values::{Salt, parse_disks, parse_rounds, parse_salt};
 
@@ -23,6 +24,7 @@ pub(crate) use values::parse_size;
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
 pub(crate) use serve::ServeArgs;
 pub(crate) use views::Shown;
+pub(crate) use vm::VmArgs;
 
 /// The filesystems that a guest makes on a scratch disk.
 pub(crate) const FORMATS: [&str; 2] = ["ext4", "xfs"];
@@ -160,9 +162,16 @@ pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) layers: OptionalLayers,
 
-    /// Where the containers run
-    #[arg(long, value_enum, default_value_t = GuestKind::Local)]
-    pub(crate) guest: GuestKind,
+    /// Where the containers run [default: local]
+    #[arg(long, value_enum)]
+    pub(crate) guest: Option<GuestKind>,
+
+    #[command(flatten)]
+    pub(crate) vm: VmArgs,
+
+    /// With --vm: where "blockmount checker" in its guest is reached, which digests the files there
+    #[arg(long, value_name = "unix:PATH|vsock:CID:PORT", requires = "vm")]
+    pub(crate) checker: Option<Socket>,
 
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
@@ -236,6 +245,9 @@ pub(crate) struct MountArgs {
     #[arg(long, value_enum)]
     pub(crate) guest: Option<GuestKind>,
 
+    #[command(flatten)]
+    pub(crate) vm: VmArgs,
+
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
     pub(crate) transport: Option<Transports>,
@@ -289,7 +301,7 @@ pub(crate) struct MountArgs {
         conflicts_with_all = [
             "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "map_ids", "guest", "transport",
             "allow_backing", "scratch", "encrypt", "integrity", "format", "overlay_options", "at", "views", "name",
-            "keep_vm", "file",
+            "keep_vm", "file", "vm", "agent", "agent_token", "controllers",
         ]
     )]
     pub(crate) resume: Option<HolderName>,

@@ -28,7 +28,7 @@ pub(crate) async fn run(args: BenchArgs, interrupt: Interrupt) -> Result<u8, Fai
         plot::ensure_writable(file)?;
     }
     let progress = Progress::new();
-    let place = Place::of(args.guest, None, false)?;
+    let place = Place::of(args.guest, None, None, false)?;
     let machine = Machine::start(place, Run::start, &interrupt).await?;
     let measured = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");

@@ -4,6 +4,7 @@
 //! that does; it is left over if the lock of that run is free. A mark of any other run may be that of a living one with
 //! another directory (another container), or a forgery. Everything else is left alone, and shown where it is in the way.
 
+mod in_machines;
 mod remove;
 mod report;
 mod scan;
@@ -26,8 +27,9 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
         Some(None) => Unwanted::All,
         Some(Some(name)) => Unwanted::Named(name),
     };
+    let in_machines = in_machines::clean_up(dry_run, &unwanted, &interrupt).await?;
     let report = interrupt
-        .blocking(move |stop| clean_up(dry_run, &unwanted, stop))
+        .blocking(move |stop| clean_up(dry_run, &unwanted, in_machines, stop))
         .await?;
     match args.json {
         true => print_json(&report)?,
@@ -40,11 +42,16 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
     })
 }
 
-fn clean_up(dry_run: bool, unwanted: &Unwanted, stop: &Stop) -> Result<Report, Failure> {
+fn clean_up(
+    dry_run: bool,
+    unwanted: &Unwanted,
+    in_machines: Vec<Item>,
+    stop: &Stop,
+) -> Result<Report, Failure> {
     let found = scan::scan(unwanted)?;
     let mut items = match dry_run {
-        true => remove::show(&found),
-        false => remove::remove(&found, stop)?,
+        true => remove::show(&found, in_machines),
+        false => remove::remove(&found, in_machines, stop)?,
     };
     if let Some(draft) = abandoned_state(!dry_run)? {
         let outcome = if dry_run {

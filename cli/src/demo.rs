@@ -11,7 +11,7 @@ use blockmount_checker::tree::Tree;
 use crate::args::{DemoArgs, Layer};
 use crate::check::{self, Check};
 use crate::failure::{Context, FAILED, Failure};
-use crate::guest::{Guest, GuestKind, Mounts, Place, Transports};
+use crate::guest::{ForeignVm, Guest, GuestKind, Mounts, Place, Transports};
 use crate::image_sources::Limits;
 use crate::images;
 use crate::interrupt::Interrupt;
@@ -31,7 +31,7 @@ const SCRATCH_SIZE: u64 = 64 << 20;
 
 /// Runs the demo. `Ok` is the exit status.
 pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Failure> {
-    if args.guest == GuestKind::Local {
+    if args.vm.guest(args.guest) == GuestKind::Local {
         require_root("demo")?;
     } else if !args.layers.given.is_empty() && !is_root() {
         let what = "what is in a --layer is read through a mount on this machine, which only root may make";
@@ -40,8 +40,11 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
     }
     let progress = Progress::new();
     let before = Tables::read()?;
-    let place = Place::of(args.guest, args.transport, args.allow_backing)?;
-    let machine = Machine::start(place, Run::start, &interrupt).await?;
+    let vm = foreign(&args)?;
+    let guest = args.vm.guest(args.guest);
+    let place = Place::of(guest, vm.clone(), args.transport, args.allow_backing)?;
+    let run = || Run::start_anonymous(Path::new(""), vm.as_ref());
+    let machine = Machine::start(place, run, &interrupt).await?;
     let result = job(&args, &machine, &interrupt, &progress).await;
     progress.stage("releasing everything");
     let recorder = machine.recorder().clone();
@@ -73,6 +76,23 @@ pub(crate) async fn run(args: DemoArgs, interrupt: Interrupt) -> Result<u8, Fail
         }
     }
     Ok(if report.is_good() { 0 } else { FAILED })
+}
+
+/// The virtual machine that somebody else has started, with the way to who digests files there.
+fn foreign(args: &DemoArgs) -> Result<Option<ForeignVm>, Failure> {
+    let vm = args.vm.foreign(args.guest)?;
+    match (vm, &args.checker) {
+        (Some(vm), Some(_)) => Ok(Some(ForeignVm {
+            checker: args.checker.clone(),
+            ..vm
+        })),
+        (Some(_), None) => {
+            let what = "the demo digests files in the guest, which an agent does not do";
+            let advice = "have \"blockmount checker\" run there, and add --checker unix:PATH; or see one mount: blockmount mount --vm ...";
+            Err(Failure::usage(what).advise(advice))
+        }
+        (None, _) => Ok(None),
+    }
 }
 
 /// After a failure the user wants to know first whether anything is left.
@@ -158,7 +178,10 @@ async fn job(
             .await
             .context(|| "cannot release a container".to_owned())?;
     }
-    if let Guest::Qemu(guest) = machine.guest() {
+    // The bare commands of the comparison take slots as they please, which nobody else's machine has for us.
+    if let Guest::Qemu(guest) = machine.guest()
+        && guest.is_own()
+    {
         let directory = machine.work_dir()?;
         report.speed = Some(speed::measure(guest, directory, interrupt, progress).await?);
     }
@@ -268,6 +291,7 @@ impl Scene<'_> {
 
     async fn report(&self, checked: Checked) -> Result<Report, Failure> {
         let mounts = self.machine.guest().mounts().await?;
+        let mounts = mounts.ok_or_else(|| Failure::new("nobody in the guest says what is mounted"))?;
         let mut layers = Vec::new();
         for (layer, mount) in self.layers.iter().zip(self.stacks[0].layers()) {
             let sharing = self.stacks.iter().filter(|stack| {

@@ -74,6 +74,12 @@ impl Failure {
         error.is_some_and(|error| error.step() == step)
     }
 
+    /// All there is to tell but the advice.
+    pub(crate) fn on_one_line(&self) -> String {
+        let causes = self.causes().into_iter();
+        causes.fold(self.what.clone(), |line, cause| format!("{line}: {cause}"))
+    }
+
     pub(crate) fn status(&self) -> u8 {
         self.status
     }

@@ -1,5 +1,6 @@
 //! Where the containers run, and how to look and write there: this machine, or a virtual one.
 
+mod foreign;
 mod qemu;
 mod transports;
 
@@ -8,8 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockmount::SlotStatus;
 use blockmount_checker::tree::Tree;
-use blockmount_loopback::LoopTransport;
+use blockmount_loopback::{LoopSlot, LoopTransport, SCHEME};
 use clap::ValueEnum;
 
 use crate::failure::{Context, Failure};
@@ -18,6 +20,7 @@ use crate::kernel;
 use crate::report::SlotReport;
 use crate::terminal::Progress;
 
+pub(crate) use foreign::{ForeignVm, Socket, parse_monitor};
 pub(crate) use qemu::{MOUNTS, Needs, QemuGuest, abandoned_state, ensure_allowed, kept_vm};
 pub(crate) use transports::{Hardware, Transports};
 
@@ -29,19 +32,31 @@ pub(crate) enum GuestKind {
     Local,
     /// A virtual machine of QEMU, started for this run
     Qemu,
+    /// A virtual machine that somebody else has started: what --vm names
+    #[value(skip)]
+    Foreign,
 }
 
 /// Where a run does its work, and by which transports.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Place {
     Local,
     Qemu(Hardware),
+    Foreign(ForeignVm, OtherFiles),
+}
+
+/// Whether QEMU may open the files that an image names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OtherFiles {
+    Refused,
+    Allowed,
 }
 
 impl Place {
     /// Refuses what only a virtual machine has.
     pub(crate) fn of(
         guest: GuestKind,
+        vm: Option<ForeignVm>,
         transports: Option<Transports>,
         allows_backing: bool,
     ) -> Result<Self, Failure> {
@@ -49,7 +64,19 @@ impl Place {
             let advice = "use --guest qemu, or leave that option out";
             Err(Failure::usage(what).advise(advice))
         };
+        if let Some(vm) = vm {
+            let scsi = Transports::default();
+            if transports.is_some_and(|transports| transports != scsi) {
+                return refuse("a virtual machine that others have started is given disks on SCSI alone");
+            }
+            let others = match allows_backing {
+                true => OtherFiles::Allowed,
+                false => OtherFiles::Refused,
+            };
+            return Ok(Place::Foreign(vm, others));
+        }
         match guest {
+            GuestKind::Foreign => Err(Failure::new("nothing is known of the virtual machine")),
             GuestKind::Qemu => Ok(Place::Qemu(Hardware {
                 transports: transports.unwrap_or_default(),
                 allows_backing,
@@ -67,6 +94,7 @@ impl Place {
         match self {
             Place::Local => Place::Local,
             Place::Qemu(hardware) => Place::Qemu(Hardware { needs, ..hardware }),
+            foreign @ Place::Foreign(..) => foreign,
         }
     }
 }
@@ -103,7 +131,8 @@ impl Guest {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Guest::Local(_) => "local",
-            Guest::Qemu(_) => "qemu",
+            Guest::Qemu(guest) if guest.is_own() => "qemu",
+            Guest::Qemu(_) => "foreign",
         }
     }
 
@@ -123,8 +152,13 @@ impl Guest {
         }
     }
 
-    /// What is mounted; of several at a path the topmost.
-    pub(crate) async fn mounts(&self) -> Result<Mounts, Failure> {
+    /// Whether it is a virtual machine that somebody else has started.
+    pub(crate) fn is_foreign(&self) -> bool {
+        matches!(self, Guest::Qemu(guest) if !guest.is_own())
+    }
+
+    /// What is mounted, where somebody can be asked; of several at a path the topmost.
+    pub(crate) async fn mounts(&self) -> Result<Option<Mounts>, Failure> {
         let Guest::Qemu(guest) = self else {
             let mounts = kernel::Tables::read()?.into_mounts().map(|mount| {
                 let seen = Seen {
@@ -133,9 +167,11 @@ impl Guest {
                 };
                 (mount.mount_point, seen)
             });
-            return Ok(Mounts(mounts.collect()));
+            return Ok(Some(Mounts(mounts.collect())));
         };
-        let tables = guest.tables().await?;
+        let Some(tables) = guest.tables().await? else {
+            return Ok(None);
+        };
         let lines = tables.mounts.into_iter().map(|line| {
             let seen = Seen {
                 filesystem: line.filesystem,
@@ -143,7 +179,7 @@ impl Guest {
             };
             (line.mount_point.into(), seen)
         });
-        Ok(Mounts(lines.collect()))
+        Ok(Some(Mounts(lines.collect())))
     }
 
     /// Reads a tree, with the digest of every file, where it is.
@@ -166,8 +202,9 @@ impl Guest {
     /// What is seen at the top of a tree that this machine does not see; none for one that it does.
     pub(crate) async fn look_into(&self, tree: &Path) -> Result<Option<String>, Failure> {
         const MOST: usize = 8;
-        let Guest::Qemu(guest) = self else {
-            return Ok(None);
+        let guest = match self {
+            Guest::Qemu(guest) if guest.has_checker() => guest,
+            _ => return Ok(None),
         };
         let (names, count) = guest.names(tree, MOST).await?;
         let more = match count.saturating_sub(names.len()) {
@@ -209,6 +246,17 @@ impl Guest {
         interrupt.blocking(remove).await
     }
 
+    /// Reads what is in the slots for inspections, which outlive this value.
+    pub(crate) fn slot_source(&self) -> SlotSource {
+        match self {
+            Guest::Local(transport) => {
+                let transport = transport.clone();
+                Box::new(move || transport.map().iter().map(loop_status).collect())
+            }
+            Guest::Qemu(guest) => guest.slot_source(),
+        }
+    }
+
     /// The transports' own lists of what is where.
     pub(crate) fn slots(&self) -> Vec<SlotReport> {
         let transport = match self {
@@ -226,4 +274,12 @@ impl Guest {
         });
         slot.collect()
     }
+}
+
+/// Reads what is in the slots of a guest.
+pub(crate) type SlotSource = Box<dyn Fn() -> Vec<SlotStatus> + Send + Sync>;
+
+fn loop_status(slot: &LoopSlot) -> SlotStatus {
+    let status = SlotStatus::new(SCHEME, slot.slot, slot.usage);
+    status.with_disk(slot.source.to_string_lossy())
 }

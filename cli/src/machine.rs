@@ -20,7 +20,7 @@ pub(crate) use formats::is_raw;
 use tokio::sync::OnceCell;
 
 use crate::failure::{Context, Failure};
-use crate::guest::{Guest, MOUNTS, Place, QemuGuest};
+use crate::guest::{Guest, MOUNTS, OtherFiles, Place, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
 use crate::recorder::Recorder;
 use crate::run::{ROOTS_RUNS, Run, is_root};
@@ -55,6 +55,8 @@ pub(crate) struct Machine {
     lost: Vec<blockmount::Error>,
     /// The signals since the release has begun.
     further: Option<Further>,
+    /// The signal that made the user's program give up on a guest that is somebody else's.
+    gave_up: Option<&'static str>,
     /// What an earlier program of this run has left, until it is claimed.
     recovery: Option<Recovery>,
     /// Images of other formats than raw, once they are shown.
@@ -129,8 +131,10 @@ impl Machine {
                     recorder.watch(engine.clone()),
                     recorder.watch(engine),
                 );
+                let guest = Guest::Local(loops);
+                let builder = builder.slots(guest.slot_source());
                 let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
-                (Guest::Local(loops), manager)
+                (guest, manager)
             }
             Place::Qemu(hardware) => {
                 let kept = journals.is_some();
@@ -148,13 +152,19 @@ impl Machine {
                     started = starting => started?,
                     signal = interrupt.requested() => return Err(Failure::interrupted(signal)),
                 };
-                let transports = guest.transports().iter().cloned();
-                let builder = build(
-                    Path::new(MOUNTS),
-                    transports.map(|transport| recorder.watch(transport)),
-                    recorder.watch(guest.agent().clone()),
-                    recorder.watch(guest.agent().clone()),
-                );
+                let builder = build_vm(Path::new(MOUNTS), &guest, &recorder);
+                let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
+                (Guest::Qemu(Box::new(guest)), manager)
+            }
+            Place::Foreign(vm, others) => {
+                let allows_backing = others == OtherFiles::Allowed;
+                let guest = tokio::select! {
+                    connected = QemuGuest::connect(&vm, allows_backing, interrupt) => connected?,
+                    signal = interrupt.requested() => return Err(Failure::interrupted(signal)),
+                };
+                // Other runs, one after the other, have the same guest.
+                let root = Path::new(MOUNTS).join(run.id());
+                let builder = build_vm(&root, &guest, &recorder);
                 let manager = manage(builder, journals.as_ref(), &mut recovery).await?;
                 (Guest::Qemu(Box::new(guest)), manager)
             }
@@ -169,6 +179,7 @@ impl Machine {
             targets: Vec::new(),
             lost: Vec::new(),
             further: None,
+            gave_up: None,
             recovery,
             shown: OnceCell::new(),
             not_resumed: false,
@@ -279,6 +290,9 @@ impl Machine {
         match self.guest {
             Guest::Local(_) => self.run.directory().join(name),
             // Where its agent may mount, whatever the runs of this user are below.
+            Guest::Qemu(_) if self.guest.is_foreign() => {
+                Path::new(ROOTS_RUNS).join(self.run.id()).join(name)
+            }
             Guest::Qemu(_) => Path::new(ROOTS_RUNS).join(name),
         }
     }
@@ -317,6 +331,18 @@ async fn manage(
     };
     let found = builder.recover(FileJournal::open(journal)?).await?;
     Ok(recovery.insert(found).manager().clone())
+}
+
+/// The manager of what is in a virtual machine.
+fn build_vm(mount_root: &Path, guest: &QemuGuest, recorder: &Recorder) -> ManagerBuilder {
+    let transports = guest.transports().iter().cloned();
+    build(
+        mount_root,
+        transports.map(|transport| recorder.watch(transport)),
+        recorder.watch(guest.agent().clone()),
+        recorder.watch(guest.agent().clone()),
+    )
+    .slots(guest.slot_source())
 }
 
 fn build<T: Transport, G: Mounter + LayerCombiner + Binder + Clone>(

@@ -37,9 +37,10 @@ struct Held {
 struct HeldDisk {
     source: String,
     partition: Option<u32>,
-    filesystem: String,
+    /// As the guest's kernel shows it; none where nobody in the guest can be asked.
+    filesystem: Option<String>,
     locator: String,
-    device: String,
+    device: Option<String>,
     path: String,
     /// Why a transport that was asked before has not taken it.
     passed_on: Option<String>,
@@ -54,6 +55,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     if args.guest() == GuestKind::Local {
         require_root("mount")?;
     }
+    let vm = args.vm.foreign(args.guest)?;
     refuse_lost_vm(&args)?;
     refuse_lost_format(&args)?;
     let target = place_of(args.at.as_deref().unwrap_or(Path::new("")), args.guest())?;
@@ -67,14 +69,16 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     let requests = args.layers.given.iter().map(layer_request);
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
     let run = || match &args.name {
-        None => Run::start(),
+        None => Run::start_anonymous(&target, vm.as_ref()),
         Some(name) => {
             let layers = &args.layers.given;
             let remembered = Remembered::new(name.clone(), &target, layers, args.guest());
+            let remembered = remembered.in_vm(vm.clone());
             Run::start_named(&remembered.with_views(args.views.len()))
         }
     };
-    let place = Place::of(args.guest(), args.transport, args.allow_backing)?.needing(args.needs());
+    let place = Place::of(args.guest(), vm.clone(), args.transport, args.allow_backing)?;
+    let place = place.needing(args.needs());
     let mut machine = Machine::start(place, run, &interrupt).await?;
     let mounted = hold(&args, &target, requests, &mut machine, &interrupt).await;
     let mounted = mounted.map_err(|failure| match args.guest() {
@@ -99,12 +103,15 @@ async fn resume(
         );
     }
     let guest = remembered.guest();
-    let kept = discard_advice(run.work_dir(), Some(name));
+    let kept = match guest {
+        GuestKind::Foreign => format!("once it has ended: {}blockmount cleanup --resumable={name}", sudo()),
+        _ => discard_advice(run.work_dir(), Some(name)),
+    };
     args.name = Some(name.clone());
     let left = |failure: Failure| left(failure, name);
     // Whichever had the disks.
     let transports = (guest == GuestKind::Qemu).then_some(Transports::Auto);
-    let place = Place::of(guest, transports, false)?;
+    let place = Place::of(guest, remembered.vm.clone(), transports, false)?;
     let machine = Machine::start(place, || Ok(run), interrupt).await;
     interrupt.check().map_err(left)?;
     let again = format!(
@@ -225,7 +232,12 @@ fn discard_advice(work: &Path, name: Option<&HolderName>) -> String {
 
 /// Refuses names for what a kill would take along, or leave where it cannot be found again.
 fn refuse_lost_vm(args: &MountArgs) -> Result<(), Failure> {
-    if args.name.is_none() || args.guest() == GuestKind::Local {
+    let is_kept = args.guest() != GuestKind::Qemu;
+    if is_kept && args.keep_vm {
+        let what = "there is no virtual machine of this program's own that could be kept";
+        return Err(Failure::usage(what).advise("add --guest qemu, or leave --keep-vm out"));
+    }
+    if args.name.is_none() || is_kept {
         return Ok(());
     }
     if !args.keep_vm {
@@ -253,11 +265,14 @@ fn refuse_lost_format(args: &MountArgs) -> Result<(), Failure> {
 
 /// Where the tree or a view of it is to be. In a virtual machine, whether a link may be on the way is for the guest to say.
 fn place_of(given: &Path, guest: GuestKind) -> Result<PathBuf, Failure> {
-    if guest == GuestKind::Qemu {
+    if guest != GuestKind::Local {
         let target = std::path::absolute(given).context(|| format!("--at {given:?} is no path"));
         let target =
             target.map_err(|failure| failure.advise("name a directory, such as --at /mnt/tree"))?;
-        ensure_allowed(&target)?;
+        // Where the agent of another machine mounts, it says itself.
+        if guest == GuestKind::Qemu {
+            ensure_allowed(&target)?;
+        }
         return Ok(target);
     }
     let target = target::resolve(given)?;
@@ -342,7 +357,7 @@ fn formatted(args: &MountArgs) -> Result<MountRequest, Failure> {
 
 impl MountArgs {
     fn guest(&self) -> GuestKind {
-        self.guest.unwrap_or_default()
+        self.vm.guest(self.guest)
     }
 
     fn is_formatted_in_guest(&self) -> bool {
@@ -364,13 +379,14 @@ async fn show(args: &MountArgs, machine: &Machine, mounted: &Mounted) -> Result<
     let stack = &mounted.stack;
     let mounts = machine.guest().mounts().await?;
     let disk = |layer: &Layer, mount: &MountPoint| {
-        let seen = mounts.at(mount.path())?;
+        let seen = mounts.as_ref().map(|mounts| mounts.at(mount.path()));
+        let seen = seen.transpose()?;
         Ok(HeldDisk {
             source: layer.image.display().to_string(),
             partition: layer.partition.map(u32::from),
-            filesystem: seen.filesystem.clone(),
+            filesystem: seen.map(|seen| seen.filesystem.clone()),
             locator: mount.locator().to_string(),
-            device: seen.device.clone(),
+            device: seen.map(|seen| seen.device.clone()),
             path: mount.path().display().to_string(),
             passed_on: machine.recorder().passed_on(&layer.image),
         })
@@ -420,9 +436,9 @@ impl Held {
                 .map_or(String::new(), |number| format!(" (partition {number})"));
             table.add_row([
                 printable(format!("{}{partition}", disk.source)).to_string(),
-                disk.filesystem.clone(),
+                disk.filesystem.clone().unwrap_or_else(unseen),
                 disk.locator.clone(),
-                disk.device.clone(),
+                disk.device.clone().unwrap_or_else(unseen),
                 printable(&disk.path).to_string(),
             ]);
         }
@@ -440,4 +456,9 @@ impl Held {
             views.collect::<String>()
         )
     }
+}
+
+/// What stands where only the guest's kernel could tell.
+fn unseen() -> String {
+    "-".to_owned()
 }

@@ -73,6 +73,8 @@ pub(crate) struct Run {
     finished: bool,
     /// Whether an earlier program has started it.
     resumed: bool,
+    /// Whether it is remembered although nobody has given it a name.
+    is_anonymous: bool,
     /// Held for as long as we live; the last field, so that it goes last.
     _lock: File,
 }
@@ -119,6 +121,7 @@ impl Run {
             work: Mutex::default(),
             finished: false,
             resumed: false,
+            is_anonymous: false,
             _lock: lock,
         }
     }
@@ -128,7 +131,12 @@ impl Run {
     }
 
     pub(crate) fn is_named(&self) -> bool {
-        self.paths.is_named()
+        self.paths.is_named() && !self.is_anonymous
+    }
+
+    /// Where a program that asks how the run is doing connects to.
+    pub(crate) fn status_socket(&self) -> PathBuf {
+        self.paths.status_socket()
     }
 
     /// Where the manager of a run that can be resumed keeps its journal, and where the guest engine does; none if the run
@@ -142,6 +150,11 @@ impl Run {
     /// Where a server keeps the records of its activations.
     pub(crate) fn records(&self) -> PathBuf {
         self.paths.dir.join(RECORDS)
+    }
+
+    /// What tells this run from all others.
+    pub(crate) fn id(&self) -> &str {
+        &self.paths.id
     }
 
     /// What loop devices and overlays of this run carry, for all to see.

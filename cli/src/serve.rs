@@ -87,20 +87,22 @@ async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Machine, Failu
         encryption: false,
         filesystem_tools: true,
     };
-    let place = Place::of(args.guest(), args.transport, false)?.needing(needs);
+    let vm = args.foreign()?;
+    let place = Place::of(args.guest(), vm.clone(), args.transport, false)?.needing(needs);
     match found {
         Some(found) if !found.is_server => {
             let what = format!("there is a mount with the name {name}");
             Err(Failure::new(what).advise("choose another --name"))
         }
-        Some(found) if found.guest() != args.guest() => {
+        Some(found) if (found.guest(), &found.vm) != (args.guest(), &vm) => {
             let what = format!("what an earlier server {name} has activated is elsewhere");
-            let advice = "say the same --guest as for that one, or choose another --name";
+            let advice = "say the same --guest or --vm as for that one, or choose another --name";
             Err(Failure::new(what).advise(advice))
         }
         Some(_) => Machine::start(place, || Ok(Run::resume(&name)?.0), interrupt).await,
         None => {
             let remembered = Remembered::of_server(name, args.address(), args.guest());
+            let remembered = remembered.in_vm(vm);
             Machine::start(place, || Run::start_named(&remembered), interrupt).await
         }
     }

@@ -12,9 +12,9 @@ use clap::ValueEnum as _;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
-use crate::args::{FORMATS, Layer, MountArgs, Shown, parse_size};
+use crate::args::{FORMATS, Layer, MountArgs, Shown, VmArgs, parse_size};
 use crate::failure::{Context, Failure};
-use crate::guest::{GuestKind, Transports};
+use crate::guest::{GuestKind, Socket, Transports, parse_monitor};
 use crate::verity::Trusted;
 
 /// More than a stack has to say, in bytes: what is longer is another file.
@@ -31,6 +31,12 @@ struct StackFile {
     name: Option<HolderName>,
     #[serde(deserialize_with = "guest")]
     guest: Option<GuestKind>,
+    #[serde(deserialize_with = "monitor")]
+    vm: Option<PathBuf>,
+    #[serde(deserialize_with = "agent")]
+    agent: Option<Socket>,
+    agent_token: Option<PathBuf>,
+    controllers: Vec<String>,
     #[serde(deserialize_with = "parsed")]
     transport: Option<Transports>,
     keep_vm: bool,
@@ -165,7 +171,16 @@ impl StackFile {
         args.layers.given.extend(layers);
         args.at = args.at.take().or(self.at.map(|at| directory.join(at)));
         args.name = args.name.take().or(self.name);
-        args.guest = args.guest.or(self.guest);
+        // What the command line says of the place, it says alone.
+        if args.guest.is_none() && args.vm.vm.is_none() {
+            args.guest = self.guest;
+            args.vm.or(VmArgs {
+                vm: self.vm,
+                agent: self.agent,
+                agent_token: self.agent_token.map(|file| directory.join(file)),
+                controllers: self.controllers,
+            });
+        }
         args.transport = args.transport.or(self.transport);
         args.keep_vm |= self.keep_vm;
         args.allow_backing |= self.allow_backing;
@@ -206,6 +221,28 @@ impl LayerTable {
             options: self.options.clone(),
             id_map: None,
         }
+    }
+}
+
+fn monitor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    ensure_from_root(&text, "qemu:").map_err(D::Error::custom)?;
+    parse_monitor(&text).map(Some).map_err(D::Error::custom)
+}
+
+fn agent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Socket>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    ensure_from_root(&text, "unix:").map_err(D::Error::custom)?;
+    text.parse().map(Some).map_err(D::Error::custom)
+}
+
+/// On the command line such a path starts at the working directory, which means nothing to a file.
+fn ensure_from_root(text: &str, scheme: &str) -> Result<(), String> {
+    match text.strip_prefix(scheme) {
+        Some(path) if !path.starts_with('/') => {
+            Err(format!("{text:?} has to have a whole path, such as {scheme}/run/vm/socket"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -95,7 +95,7 @@ async fn calls_are_timed_step_by_step_and_failures_are_counted_apart() {
 #[tokio::test(start_paused = true)]
 async fn what_is_under_way_or_pending_says_so_and_why() {
     let (vm, manager) = vm();
-    vm.gate_next(VmStep::Attach, 1, Gate::Hold);
+    vm.gate_next(VmStep::Attach, 1, Gate::Never);
     begin(manager.add(&layer(0), &ro())).await;
     let seen = manager.inspect();
     let attachment = &seen.attachments[0];

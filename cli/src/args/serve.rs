@@ -10,7 +10,9 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use crate::failure::{Context, Failure};
-use crate::guest::{GuestKind, Transports};
+use crate::guest::{ForeignVm, GuestKind, Socket, Transports, parse_monitor};
+
+use super::VmArgs;
 
 /// Where clients of the service find it unless another place is said.
 const ADDRESS: &str = "/run/blockmount.sock";
@@ -32,12 +34,13 @@ SIGTERM ends it once the calls under way have their answers. SIGHUP reads the \
 and a socket unit if you like (LISTEN_FDS).
 
 A --config has these options in TOML, by their names without dashes in front: \
-address, guest, transport, name, grace, allow-users (a list). The command line \
-wins.
+address, guest, vm, agent, agent-token, controllers (a list), transport, name, grace, \
+allow-users (a list). The command line wins.
 
 Examples:
   sudo blockmount serve
   sudo blockmount serve --guest qemu --address /run/vm1.sock --name vm1
+  sudo blockmount serve --vm qemu:/run/vm/qmp --agent unix:/run/vm/agent
   sudo blockmount -v serve --config /etc/blockmount/serve.toml --log-format json")]
 pub(crate) struct ServeArgs {
     /// The socket; one that systemd has opened comes first [default: /run/blockmount.sock]
@@ -47,6 +50,9 @@ pub(crate) struct ServeArgs {
     /// Where mounts are made [default: local]
     #[arg(long, value_enum)]
     guest: Option<GuestKind>,
+
+    #[command(flatten)]
+    vm: VmArgs,
 
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
@@ -88,6 +94,10 @@ enum LogFormat {
 struct ConfigFile {
     address: Option<PathBuf>,
     guest: Option<String>,
+    vm: Option<String>,
+    agent: Option<String>,
+    agent_token: Option<PathBuf>,
+    controllers: Vec<String>,
     transport: Option<String>,
     name: Option<HolderName>,
     grace: Option<String>,
@@ -110,13 +120,25 @@ impl ServeArgs {
         };
         let guest = file.guest.map(|text| GuestKind::from_str(&text, false));
         let guest = guest.transpose().map_err(wrong("guest"))?;
+        let vm = file.vm.as_deref().map(parse_monitor).transpose();
+        let agent = file.agent.map(|text| text.parse::<Socket>()).transpose();
+        let vm = VmArgs {
+            vm: vm.map_err(wrong("vm"))?,
+            agent: agent.map_err(wrong("agent"))?,
+            agent_token: file.agent_token,
+            controllers: file.controllers,
+        };
         let transport = file.transport.map(|text| text.parse::<Transports>());
         let transport = transport.transpose();
         let transport = transport.map_err(|error| wrong("transport")(error.to_string()))?;
         let grace = file.grace.map(|text| parse_time(&text));
         let grace = grace.transpose().map_err(wrong("grace"))?;
         self.address = self.address.or(file.address);
-        self.guest = self.guest.or(guest);
+        // What the command line says of the place, it says alone.
+        if self.guest.is_none() && self.vm.vm.is_none() {
+            self.guest = guest;
+            self.vm.or(vm);
+        }
         self.transport = self.transport.or(transport);
         self.name = self.name.or(file.name);
         self.grace = self.grace.or(grace);
@@ -128,7 +150,12 @@ impl ServeArgs {
     }
 
     pub(crate) fn guest(&self) -> GuestKind {
-        self.guest.unwrap_or_default()
+        self.vm.guest(self.guest)
+    }
+
+    /// The virtual machine that somebody else has started, if it is for one.
+    pub(crate) fn foreign(&self) -> Result<Option<ForeignVm>, Failure> {
+        self.vm.foreign(self.guest)
     }
 
     pub(crate) fn name(&self) -> HolderName {

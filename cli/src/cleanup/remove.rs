@@ -28,9 +28,10 @@ const LOOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// As many users of a mount as a table can hold.
 const USERS: usize = 4;
 
-/// Says what would be removed, in the order of the removal.
-pub(crate) fn show(found: &Found) -> Vec<Item> {
-    let mut items = kept(found);
+/// Says what would be removed, in the order of the removal, after what is in virtual machines of others.
+pub(crate) fn show(found: &Found, in_machines: Vec<Item>) -> Vec<Item> {
+    let mut items = in_machines;
+    items.extend(kept(found));
     for dead in &found.dead {
         let machine = kept_vm(&dead.paths.work);
         items.extend(machine.map(|at| Item::new(dead, What::Machine, &at, Outcome::Found)));
@@ -57,9 +58,15 @@ pub(crate) fn show(found: &Found) -> Vec<Item> {
     items
 }
 
-/// Removes all of it that is not in use. A signal ends it between two steps.
-pub(crate) fn remove(found: &Found, stop: &Stop) -> Result<Vec<Item>, Failure> {
-    let mut items = kept(found);
+/// Removes all of it that is not in use, after what was in virtual machines of others: a run that has left something there stays. A
+/// signal ends it between two steps.
+pub(crate) fn remove(
+    found: &Found,
+    in_machines: Vec<Item>,
+    stop: &Stop,
+) -> Result<Vec<Item>, Failure> {
+    let mut items = in_machines;
+    items.extend(kept(found));
     items.extend(found.dead.iter().flat_map(foreign));
     let deadline = Instant::now() + DEFAULT_TIMEOUT;
     for dead in &found.dead {

@@ -48,6 +48,8 @@ pub(crate) enum What {
     LoopDevice,
     /// A virtual machine that lives on.
     Machine,
+    /// Disks and mounts in a virtual machine of somebody else.
+    InMachine,
     /// A directory that was made for a target.
     Directory,
     /// One of the run's own directories, with what is in it.
@@ -85,6 +87,17 @@ impl Item {
             what: What::Files,
             at: at.display().to_string(),
             of: "a state of a guest that was not saved to its end".to_owned(),
+            outcome,
+        }
+    }
+
+    /// What a run has left in a virtual machine with this monitor.
+    pub(crate) fn in_machine(run: &str, monitor: &Path, outcome: Outcome) -> Self {
+        Item {
+            run: run.to_owned(),
+            what: What::InMachine,
+            at: monitor.display().to_string(),
+            of: "disks and mounts in a virtual machine".to_owned(),
             outcome,
         }
     }
@@ -205,6 +218,7 @@ impl fmt::Display for What {
             What::Mount => "mount",
             What::LoopDevice => "loop device",
             What::Machine => "virtual machine",
+            What::InMachine => "in a machine",
             What::Directory => "directory",
             What::Files => "files",
         })

@@ -19,7 +19,7 @@ use crate::run::{self, Entry, Kept, OVERLAY, Orphan, RunPaths};
 const FUSE: &str = "fuse";
 
 /// Which mounts of ended runs with a name are to be removed, with all that was written to them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Unwanted {
     Nothing,
     Named(HolderName),

@@ -1,18 +1,19 @@
-//! A virtual machine of QEMU, and what its checker says.
+//! A virtual machine of QEMU, our own or somebody else's, and what its checker says.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
 use blockmount_agent::{ARGUMENTS, PORT, PROGRAMS};
-use blockmount_bridge::BridgeGuest;
+use blockmount_bridge::{BridgeGuest, GuestChannel, Reply, Request};
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
 use blockmount_checker::tree::Tree;
 use blockmount_qemu::{
-    AgentChannel, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, GuestKernel, GuestStream,
+    AgentChannel, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, GuestKernel, QemuScsi, Qmp,
     VERITY_MODULES, Vm,
 };
 use tokio::sync::Mutex;
@@ -20,6 +21,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::failure::{Context, Failure, printable};
+use crate::guest::SlotSource;
+use crate::guest::foreign::{AgentSocket, ForeignVm, Stream};
 use crate::guest::transports::{self, Hardware, VmTransport};
 use crate::interrupt::Interrupt;
 use crate::report::SlotReport;
@@ -60,18 +63,21 @@ pub(crate) const MOUNTS: &str = "/run/mounts";
 const OPENING: Duration = Duration::from_secs(60);
 
 /// How long a VM stands still before it is given up.
-const STANDING: Duration = Duration::from_secs(2);
+pub(super) const STANDING: Duration = Duration::from_secs(2);
 /// How long a VM that is about to end may take until it has, and it is known how.
 const ENDING: Duration = Duration::from_millis(500);
 
-/// A VM that was started for this run.
+/// A VM that was started for this run, or that somebody else has started.
 #[derive(Debug)]
 pub(crate) struct QemuGuest {
-    vm: Vm,
+    qmp: Qmp,
+    scsi: QemuScsi,
+    /// Its process, if it is ours.
+    vm: Option<Vm>,
     transports: Vec<Arc<dyn VmTransport>>,
-    agent: BridgeGuest<AgentChannel>,
-    /// It answers one question after the other.
-    checker: Mutex<Checker<GuestStream>>,
+    agent: BridgeGuest<Agent>,
+    /// It answers one question after the other. Few guests of others have one.
+    checker: Option<Mutex<Checker<Box<dyn Stream>>>>,
     /// What the guest's kernel had before anything was asked of it; not known of a VM that was resumed.
     before: Option<Tables>,
     guard: Guard,
@@ -79,7 +85,34 @@ pub(crate) struct QemuGuest {
     lost: OnceLock<String>,
 }
 
-/// Says what happens to a VM, and kills it when a second signal comes: its guest may hang.
+/// The agent of a VM: behind a port of one that is ours, or behind a socket.
+#[derive(Debug)]
+pub(crate) enum Agent {
+    Port(BridgeGuest<AgentChannel>),
+    Socket(AgentSocket),
+}
+
+impl Agent {
+    async fn lost(&self) -> BackendError {
+        match self {
+            Agent::Port(guest) => guest.channel().lost().await,
+            Agent::Socket(channel) => channel.lost().await,
+        }
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl GuestChannel for Agent {
+    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
+        match self {
+            Agent::Port(guest) => guest.channel().call(request).await,
+            Agent::Socket(channel) => channel.call(request).await,
+        }
+    }
+}
+
+/// Says what happens to a VM, and kills one that is ours when a second signal comes: its guest may hang.
 #[derive(Debug)]
 struct Guard {
     /// By which signal it was killed.
@@ -94,20 +127,20 @@ impl Drop for Guard {
 }
 
 impl Guard {
-    fn start(vm: Vm, interrupt: &Interrupt) -> Self {
+    fn start(qmp: &Qmp, vm: Option<Vm>, interrupt: &Interrupt) -> Self {
         let killed = Arc::<OnceLock<_>>::default();
         let kills = killed.clone();
         let mut further = interrupt.further();
+        let mut health = qmp.health();
         let task = tokio::spawn(async move {
-            let mut health = vm.qmp().health();
-            let mut told = 0;
+            let (mut told, mut was_stopped) = (0, false);
             loop {
                 tokio::select! {
-                    signal = further.next() => {
+                    signal = further.next(), if vm.is_some() => {
                         say(format_args!("{signal}: giving up on the guest; its virtual machine is killed"));
                         // Before the end that it causes.
                         let _ = kills.set(signal);
-                        return vm.kill();
+                        return vm.iter().for_each(Vm::kill);
                     }
                     Ok(()) = health.changed() => {
                         let health = health.borrow().clone();
@@ -116,6 +149,12 @@ impl Guard {
                             say(format_args!("warning: in the virtual machine, {error}"));
                         }
                         told = errors.len();
+                        // Whoever has started a machine may let it stand still; one of ours is lost then.
+                        let is_stopped = health.stopped().is_some() && vm.is_none();
+                        if is_stopped && !was_stopped {
+                            say(format_args!("the virtual machine stands still; blockmount waits until it goes on"));
+                        }
+                        was_stopped = is_stopped;
                     }
                 }
             }
@@ -175,9 +214,9 @@ impl QemuGuest {
         let vm = if kept { vm.detached() } else { vm };
         let vm = vm.start().await.context(what)?;
         let mut guest = Self::reach(vm, directory, hardware, interrupt).await?;
-        guest.before = Some(guest.tables().await?);
-        if kept {
-            guest.vm.outlive();
+        guest.before = guest.tables().await?;
+        if kept && let Some(vm) = &guest.vm {
+            vm.outlive();
         }
         Ok(guest)
     }
@@ -208,20 +247,70 @@ impl QemuGuest {
             .connect(blockmount_checker::PORT, OPENING)
             .await
             .context(what)?;
-        let checker = Checker::new(stream);
+        let checker: Checker<Box<dyn Stream>> = Checker::new(Box::new(stream));
         Ok(QemuGuest {
+            qmp: vm.qmp().clone(),
+            scsi: vm.scsi(),
             before: None,
             transports,
-            agent,
-            checker: Mutex::new(checker),
-            guard: Guard::start(vm.clone(), interrupt),
+            agent: BridgeGuest::new(Agent::Port(agent)),
+            checker: Some(Mutex::new(checker)),
+            guard: Guard::start(vm.qmp(), Some(vm.clone()), interrupt),
             lost: OnceLock::new(),
-            vm,
+            vm: Some(vm),
         })
     }
 
-    pub(crate) fn vm(&self) -> &Vm {
-        &self.vm
+    /// Reaches a VM that somebody else has started.
+    pub(crate) async fn connect(
+        foreign: &ForeignVm,
+        allows_backing: bool,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
+        let qmp = foreign.qmp().await?;
+        foreign.ensure_controllers(&qmp).await?;
+        let what = || "cannot use the SCSI controllers of the virtual machine".to_owned();
+        let scsi = QemuScsi::new(qmp.clone(), &foreign.controllers).context(what)?;
+        let transport = transports::scsi(scsi.clone(), allows_backing)?;
+        let agent = foreign.agent(qmp.clone()).await?;
+        let checker = match &foreign.checker {
+            None => None,
+            Some(at) => {
+                let what = || format!("cannot reach the checker of the virtual machine at {at}");
+                Some(Mutex::new(Checker::new(at.connect().await.context(what)?)))
+            }
+        };
+        let mut guest = QemuGuest {
+            scsi,
+            vm: None,
+            transports: vec![transport],
+            agent: BridgeGuest::new(Agent::Socket(agent)),
+            checker,
+            before: None,
+            guard: Guard::start(&qmp, None, interrupt),
+            lost: OnceLock::new(),
+            qmp,
+        };
+        guest.before = guest.tables().await?;
+        Ok(guest)
+    }
+
+    pub(crate) fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    pub(crate) fn scsi(&self) -> &QemuScsi {
+        &self.scsi
+    }
+
+    /// Whether it was started for this run, and ends with it.
+    pub(crate) fn is_own(&self) -> bool {
+        self.vm.is_some()
+    }
+
+    /// Whether nothing of what was in the guest is there any more.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.qmp.is_closed() || self.qmp.health().borrow().ended().is_some()
     }
 
     /// Its transports, in the order in which disks are offered to them.
@@ -236,31 +325,31 @@ impl QemuGuest {
     }
 
     /// Its agent, which mounts, unplugs and combines layers.
-    pub(crate) fn agent(&self) -> &BridgeGuest<AgentChannel> {
+    pub(crate) fn agent(&self) -> &BridgeGuest<Agent> {
         &self.agent
     }
 
-    pub(crate) fn checker(&self) -> &Mutex<Checker<GuestStream>> {
-        &self.checker
+    pub(crate) fn has_checker(&self) -> bool {
+        self.checker.is_some()
     }
 
-    /// What its kernel has.
-    pub(super) async fn tables(&self) -> Result<Tables, Failure> {
-        self.checker
-            .lock()
-            .await
-            .tables()
-            .await
-            .map_err(Failure::of_io)
+    pub(crate) fn checker(&self) -> Result<&Mutex<Checker<Box<dyn Stream>>>, Failure> {
+        let none = || Failure::new("no checker runs in the guest of this virtual machine");
+        self.checker.as_ref().ok_or_else(none)
+    }
+
+    /// What its kernel has, where somebody can be asked.
+    pub(super) async fn tables(&self) -> Result<Option<Tables>, Failure> {
+        let Some(checker) = &self.checker else {
+            return Ok(None);
+        };
+        let tables = checker.lock().await.tables().await;
+        tables.map(Some).map_err(Failure::of_io)
     }
 
     pub(super) async fn tree(&self, root: &Path) -> Result<Tree, Failure> {
-        self.checker
-            .lock()
-            .await
-            .tree(root)
-            .await
-            .map_err(Failure::of_io)
+        let mut checker = self.checker()?.lock().await;
+        checker.tree(root).await.map_err(Failure::of_io)
     }
 
     /// The first names in a directory, and how many there are.
@@ -269,26 +358,18 @@ impl QemuGuest {
         directory: &Path,
         most: usize,
     ) -> Result<(Vec<String>, usize), Failure> {
-        let mut checker = self.checker.lock().await;
+        let mut checker = self.checker()?.lock().await;
         checker.names(directory, most).await.map_err(Failure::of_io)
     }
 
     pub(super) async fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
-        self.checker
-            .lock()
-            .await
-            .write(path, text)
-            .await
-            .map_err(Failure::of_io)
+        let mut checker = self.checker()?.lock().await;
+        checker.write(path, text).await.map_err(Failure::of_io)
     }
 
     pub(super) async fn remove(&self, path: &Path) -> Result<(), Failure> {
-        self.checker
-            .lock()
-            .await
-            .remove(path)
-            .await
-            .map_err(Failure::of_io)
+        let mut checker = self.checker()?.lock().await;
+        checker.remove(path).await.map_err(Failure::of_io)
     }
 
     pub(super) fn slots(&self) -> Vec<SlotReport> {
@@ -296,22 +377,32 @@ impl QemuGuest {
         slots.flatten().collect()
     }
 
+    /// Reads what is in its slots for inspections, which outlive this value.
+    pub(crate) fn slot_source(&self) -> SlotSource {
+        let transports = self.transports.clone();
+        Box::new(move || {
+            let slots = transports.iter().map(|transport| transport.status());
+            slots.flatten().collect()
+        })
+    }
+
     /// What the guest's kernel and QEMU have that they had not at the start, one line each. Nothing is left of a
     /// VM that is gone.
     pub(crate) async fn left_over(&self) -> Result<Vec<String>, Failure> {
-        if self.vm.qmp().is_closed() || self.guard.killed.get().is_some() {
+        if self.has_ended() || self.guard.killed.get().is_some() {
             return Ok(Vec::new());
         }
-        let in_qemu = self.vm.scsi().left().await;
+        let in_qemu = self.scsi.left().await;
         let in_qemu = in_qemu.context(|| "cannot ask QEMU what it has".to_owned())?;
         let mut left: Vec<String> = in_qemu
             .into_iter()
             .map(|what| format!("{what} in QEMU"))
             .collect();
         let slots = self.slots().into_iter();
+        let slots = slots.filter(|slot| slot.state != "foreign");
         left.extend(slots.map(|slot| format!("disk in slot {}", slot.slot)));
-        if let Some(before) = &self.before {
-            let (before, after) = (lines(before), lines(&self.tables().await?));
+        if let (Some(before), Some(after)) = (&self.before, self.tables().await?) {
+            let (before, after) = (lines(before), lines(&after));
             let more = after.difference(&before);
             left.extend(more.map(|what| format!("{what} in the guest")));
         }
@@ -336,16 +427,18 @@ impl QemuGuest {
     /// Waits until the VM has ended, was reset, has crashed or stands still, or its agent does not come back, and says why.
     /// Cancel safe.
     pub(crate) async fn failed(&self) -> String {
-        let qmp = self.vm.qmp();
-        let mut health = qmp.health();
+        let mut health = self.qmp.health();
         let health = tokio::select! {
             ended = health.wait_for(|health| health.ended().is_some()) => {
                 ended.expect("a connection keeps the state of its VM").to_string()
             }
-            stopped = qmp.stands_still(STANDING) => stopped.to_string(),
+            stopped = self.qmp.stands_still(STANDING), if self.is_own() => stopped.to_string(),
             lost = self.agent_lost() => return lost,
         };
-        match timeout(ENDING, self.vm.ended()).await {
+        let Some(vm) = &self.vm else {
+            return health;
+        };
+        match timeout(ENDING, vm.ended()).await {
             Ok(how) => format!("{health} ({how})"),
             Err(_) => health,
         }
@@ -361,8 +454,13 @@ impl QemuGuest {
                 format!("{signal} was the second signal, and made blockmount give up on it");
             return Err(failure.because(cause).advise(advice));
         }
-        let health = self.vm.qmp().health().borrow().clone();
-        if health.ended().is_some() || health.stopped().is_some() {
+        let health = self.qmp.health().borrow().clone();
+        let is_stopped = health.stopped().is_some();
+        if is_stopped && !self.is_own() {
+            // What was released is released, whatever its owner does with it.
+            return Ok(());
+        }
+        if health.ended().is_some() || is_stopped {
             let cause = self.failed().await;
             return Err(failure.because(cause).advise(advice));
         }
@@ -376,9 +474,11 @@ impl QemuGuest {
         }
     }
 
-    /// Ends the VM.
+    /// Ends the VM, unless it is somebody else's.
     pub(crate) async fn end(&mut self) {
-        self.vm.shut_down().await;
+        if let Some(vm) = &self.vm {
+            vm.shut_down().await;
+        }
         self.guard.stop().await;
     }
 }

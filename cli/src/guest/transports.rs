@@ -5,7 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use blockmount::{Disk, Transport};
+use blockmount::{Disk, SlotStatus, Transport};
 use blockmount_qemu::{QemuScsi, QemuVpmem, Vm, VmBuilder};
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
@@ -58,19 +58,25 @@ const LINES: [Line; 2] = [
             let address = |number| format!("pci:{}", blockmount_qemu::controller_address(number));
             arguments("--scsi-controller", (0..CONTROLLERS).map(address))
         },
-        start: |vm, _, hardware| {
-            let attacher = match hardware.allows_backing {
-                true => vm.scsi().allow_backing_files(),
-                false => vm.scsi(),
-            };
-            let geometry = attacher.geometry();
-            let transport = ScsiTransport::new(attacher, geometry, &[]);
-            Ok(Arc::new(
-                transport.context(|| "cannot use SCSI".to_owned())?,
-            ))
-        },
+        start: |vm, _, hardware| scsi(vm.scsi(), hardware.allows_backing),
     },
 ];
+
+/// Everything on the SCSI controllers of a VM, whoever has started it.
+pub(super) fn scsi(
+    attacher: QemuScsi,
+    allows_backing: bool,
+) -> Result<Arc<dyn VmTransport>, Failure> {
+    let attacher = match allows_backing {
+        true => attacher.allow_backing_files(),
+        false => attacher,
+    };
+    let geometry = attacher.geometry();
+    let transport = ScsiTransport::new(attacher, geometry, &[]);
+    Ok(Arc::new(
+        transport.context(|| "cannot use SCSI".to_owned())?,
+    ))
+}
 
 /// How many SCSI controllers a VM has.
 const CONTROLLERS: u8 = 4;
@@ -83,6 +89,9 @@ const MEMORY_SIZE: u64 = 2 << 30;
 pub(crate) trait VmTransport: Transport + Debug {
     /// What is in its slots.
     fn slots(&self) -> Vec<SlotReport>;
+
+    /// The same for an inspection.
+    fn status(&self) -> Vec<SlotStatus>;
 }
 
 impl VmTransport for ScsiTransport<QemuScsi> {
@@ -94,6 +103,12 @@ impl VmTransport for ScsiTransport<QemuScsi> {
         });
         slot.collect()
     }
+
+    fn status(&self) -> Vec<SlotStatus> {
+        let map = self.slot_map();
+        let status = map.iter().map(|entry| SlotStatus::of(blockmount_scsi::SCHEME, entry));
+        status.collect()
+    }
 }
 
 impl VmTransport for VpmemTransport<QemuVpmem> {
@@ -104,6 +119,12 @@ impl VmTransport for VpmemTransport<QemuVpmem> {
             slot(&entry.address, device, entry.usage, entry.disk)
         });
         slot.collect()
+    }
+
+    fn status(&self) -> Vec<SlotStatus> {
+        let map = self.slot_map();
+        let status = map.iter().map(|entry| SlotStatus::of(blockmount_vpmem::SCHEME, entry));
+        status.collect()
     }
 }
 

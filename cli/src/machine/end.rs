@@ -8,7 +8,7 @@ use blockmount_loopback::SCHEME;
 
 use super::{Machine, Mounted};
 use crate::failure::{Failure, printable};
-use crate::guest::Guest;
+use crate::guest::{Guest, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
 use crate::kernel::Ours;
 use crate::recorder::Recorder;
@@ -44,14 +44,36 @@ impl Machine {
         self.further = Some(further);
         self.run.mark_unheld();
         let Mounted { stack, views } = mounted;
-        for view in views {
-            if let Err(error) = view.release().await {
-                tracing::info!(%error, "a view could not be released at once");
+        let releasing = async {
+            for view in views {
+                if let Err(error) = view.release().await {
+                    tracing::info!(%error, "a view could not be released at once");
+                }
             }
-        }
-        if let Err(error) = stack.release().await {
+            stack.release().await
+        };
+        let Some(released) = self.unless_given_up(releasing).await else {
+            return;
+        };
+        if let Err(error) = released {
             tracing::info!(%error, "the stack could not be released at once");
             self.lost.extend(lost_writes(error.errors()));
+        }
+    }
+
+    /// The outcome of some work; none once a further signal has come, where the guest is somebody else's: it may hang, and is not
+    /// killed for that.
+    async fn unless_given_up<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let Some(further) = self.further.as_mut().filter(|_| self.guest.is_foreign()) else {
+            return Some(work.await);
+        };
+        tokio::select! {
+            done = work => Some(done),
+            signal = further.next() => {
+                say(format_args!("{signal}: giving up on the guest, and leaving it as it is"));
+                self.gave_up = Some(signal);
+                None
+            }
         }
     }
 
@@ -66,7 +88,9 @@ impl Machine {
         interrupt.now("waiting for the work under way to stop");
         interrupt.settled().await;
         interrupt.now("releasing disks and mounts");
+        self.further.get_or_insert_with(|| interrupt.further());
         let result = match self.guest.lost() {
+            _ if self.gave_up.is_some() => Err(self.given_up()),
             Some(why) => Err(Failure::new("nothing could be released").because(why.to_owned())),
             None => self.drain(interrupt).await,
         };
@@ -78,7 +102,8 @@ impl Machine {
         let (left_in_guest, mut result) = self.end_guest(result, interrupt).await;
         // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
         // whoever knows its name.
-        let gone = matches!(self.guest, Guest::Qemu(_)) && !self.run.is_named();
+        let is_gone = |guest: &QemuGuest| guest.is_own() || guest.has_ended();
+        let gone = matches!(&self.guest, Guest::Qemu(guest) if is_gone(guest)) && !self.run.is_named();
         let lost_writes = !self.lost.is_empty();
         if lost_writes && scratch.is_some() {
             self.run.mark_lost("writes to its scratch were lost");
@@ -116,8 +141,10 @@ impl Machine {
         let Guest::Qemu(guest) = &mut self.guest else {
             return (left, result);
         };
-        interrupt.now("ending the virtual machine");
-        let is_lost = guest.lost().is_some();
+        if guest.is_own() {
+            interrupt.now("ending the virtual machine");
+        }
+        let is_lost = guest.lost().is_some() || self.gave_up.is_some();
         if !is_lost {
             match guest.left_over().await {
                 Ok(found) => left = found,
@@ -157,9 +184,12 @@ impl Machine {
     async fn drain(&mut self, interrupt: &Interrupt) -> Result<(), Failure> {
         let mut attempts = 0;
         let mut said = String::new();
-        let mut further = self.further.take().unwrap_or_else(|| interrupt.further());
+        let (helper, manager) = (self.helper.clone(), self.manager.clone());
         loop {
-            let (helper, main) = (self.helper.drain().await, self.manager.drain().await);
+            let draining = async { (helper.drain().await, manager.drain().await) };
+            let Some((helper, main)) = self.unless_given_up(draining).await else {
+                return Err(self.given_up());
+            };
             let in_use = helper.in_use + main.in_use;
             // A journal that cannot be told of what is torn down is removed with the other files of this run.
             let failed = helper.failed.into_iter().chain(main.failed);
@@ -184,11 +214,17 @@ impl Machine {
                 ));
                 said = waiting.clone();
             }
+            let further = self.further.get_or_insert_with(|| interrupt.further());
             tokio::select! {
                 () = tokio::time::sleep(BETWEEN_ATTEMPTS) => {}
                 _ = further.next(), if busy => return Err(self.stays(&waiting)),
             }
         }
+    }
+
+    fn given_up(&self) -> Failure {
+        let signal = self.gave_up.unwrap_or("a signal");
+        self.stays(&format!("{signal} was a further signal, and made blockmount give up on the guest"))
     }
 
     fn stays(&self, what: &str) -> Failure {

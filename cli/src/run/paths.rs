@@ -86,6 +86,11 @@ impl RunPaths {
         self.dir.join("lock")
     }
 
+    /// Where a living run says how it is doing.
+    pub(crate) fn status_socket(&self) -> PathBuf {
+        self.dir.join("status")
+    }
+
     pub(super) fn journal(&self) -> PathBuf {
         self.dir.join("journal")
     }
@@ -132,6 +137,7 @@ impl RunPaths {
             self.remembered_file(),
             self.unheld_file(),
             self.lost_file(),
+            self.status_socket(),
         ] {
             absent_is_done(fs::remove_file(file)).context(what)?;
         }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::args::Layer;
 use crate::failure::{Context, Failure};
-use crate::guest::{GuestKind, kept_vm};
+use crate::guest::{ForeignVm, GuestKind, kept_vm};
 
 /// Whether a run that has ended is kept, and why.
 #[derive(Debug)]
@@ -43,6 +43,13 @@ pub(crate) struct Remembered {
     /// Whether it is no mount, but the activations of a server with this name; the target is the server's socket then.
     #[serde(default)]
     pub(crate) is_server: bool,
+    /// The virtual machine of somebody else in which it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) vm: Option<ForeignVm>,
+    /// Whether nobody has given it a name: it is remembered for a clean-up alone, which the kernel's tables of this machine do not
+    /// help.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_anonymous: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,6 +71,24 @@ impl Remembered {
             keeps_vm: guest == GuestKind::Qemu,
             views: 0,
             is_server: false,
+            vm: None,
+            is_anonymous: false,
+        }
+    }
+
+    /// The same in a virtual machine of somebody else.
+    pub(crate) fn in_vm(self, vm: Option<ForeignVm>) -> Self {
+        Remembered { vm, ..self }
+    }
+
+    /// What nobody has given a name, in a virtual machine of somebody else.
+    pub(crate) fn anonymous(target: &Path, vm: ForeignVm) -> Self {
+        let name = format!("process {}", std::process::id());
+        let name = HolderName::new(name).expect("it is a few plain characters");
+        Remembered {
+            is_anonymous: true,
+            vm: Some(vm),
+            ..Remembered::new(name, target, &[], GuestKind::Foreign)
         }
     }
 
@@ -91,9 +116,10 @@ impl Remembered {
     }
 
     pub(crate) fn guest(&self) -> GuestKind {
-        match self.keeps_vm {
-            true => GuestKind::Qemu,
-            false => GuestKind::Local,
+        match (&self.vm, self.keeps_vm) {
+            (Some(_), _) => GuestKind::Foreign,
+            (None, true) => GuestKind::Qemu,
+            (None, false) => GuestKind::Local,
         }
     }
 
@@ -190,7 +216,8 @@ impl Run {
                 }
             });
         }
-        let run = Run::make()?;
+        let mut run = Run::make()?;
+        run.is_anonymous = remembered.is_anonymous;
         let text = serde_json::to_vec(remembered).context(cannot_make)?;
         create(&run.paths.unheld_file()).context(cannot_make)?;
         // Whole or not at all: a run has its name, or has nothing yet that is worth keeping.
@@ -201,8 +228,20 @@ impl Run {
         Ok(run)
     }
 
+    /// Starts a run without a name. What it leaves in a virtual machine of somebody else when it is killed is found again by what is
+    /// remembered of it.
+    pub(crate) fn start_anonymous(target: &Path, vm: Option<&ForeignVm>) -> Result<Run, Failure> {
+        match vm {
+            None => Run::start(),
+            Some(vm) => Run::start_named(&Remembered::anonymous(target, vm.clone())),
+        }
+    }
+
     /// The mount is up, and its user is about to be told so: from now on it is kept.
     pub(crate) fn mark_held(&self) -> Result<(), Failure> {
+        if self.is_anonymous {
+            return Ok(());
+        }
         let file = self.paths.unheld_file();
         files::absent_is_done(fs::remove_file(&file))
             .context(|| format!("cannot remove {}", file.display()))
@@ -258,6 +297,20 @@ impl Run {
                 )),
             );
         };
+        let run = Self::take_over(&paths, &remembered)?;
+        Ok((run, remembered))
+    }
+
+    /// Takes over the run of a program that has ended, for a clean-up.
+    pub(crate) fn resume_dead(paths: &RunPaths, remembered: &Remembered) -> Result<Run, Failure> {
+        let opened = open_runs().context(cannot_make)?;
+        lock(&opened, FlockOperation::NonBlockingLockShared)?;
+        Self::take_over(paths, remembered)
+    }
+
+    fn take_over(paths: &RunPaths, remembered: &Remembered) -> Result<Run, Failure> {
+        let name = &remembered.name;
+        let what = || format!("cannot take over the run of {name} in {}", runs().display());
         let open =
             |path: std::path::PathBuf| files::open_file(&path, fs::File::options().append(true));
         let lock_file = open(paths.lock()).context(what)?;
@@ -273,10 +326,11 @@ impl Run {
             Err(errno) => return Err(Failure::new(what()).because(errno)),
         }
         let journal = open(paths.journal()).context(what)?;
-        let mut run = Run::over(&paths, journal, lock_file);
+        let mut run = Run::over(paths, journal, lock_file);
         run.work = Mutex::new(work::relock(&paths.work).context(what)?);
         run.resumed = true;
-        Ok((run, remembered))
+        run.is_anonymous = remembered.is_anonymous;
+        Ok(run)
     }
 }
 

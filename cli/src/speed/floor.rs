@@ -92,7 +92,7 @@ fn note(steps: &mut HashMap<Step, Vec<Duration>>, step: Step, since: Instant) {
 /// Plugs images into a VM by bare commands, all at once, has a process of the guest mount and unmount them, and takes them
 /// out. For unplugging there is nothing barer than the agent.
 pub(crate) async fn in_vm(guest: &QemuGuest, images: &[PathBuf]) -> Result<Passed, Failure> {
-    let controllers = u64::from(guest.vm().scsi().geometry().controllers());
+    let controllers = u64::from(guest.scsi().geometry().controllers());
     let mut addresses = Vec::new();
     for (number, image) in (0..).zip(images) {
         let controller = (number % controllers).try_into();
@@ -133,7 +133,7 @@ pub(crate) async fn in_vm(guest: &QemuGuest, images: &[PathBuf]) -> Result<Passe
 }
 async fn plug(guest: &QemuGuest, at: ScsiAddress, image: &Path) -> Result<Duration, Failure> {
     let since = Instant::now();
-    let qmp = guest.vm().qmp();
+    let qmp = guest.qmp();
     let what = || format!("cannot plug {}", image.display());
     let name = QemuScsi::name(at);
     let node = json!({
@@ -158,7 +158,7 @@ async fn plug(guest: &QemuGuest, at: ScsiAddress, image: &Path) -> Result<Durati
 
 async fn take_out(guest: &QemuGuest, at: ScsiAddress) -> Result<(), Failure> {
     guest.agent().unplug(&DeviceLocator::from(at)).await?;
-    Ok(guest.vm().scsi().detach(at).await?)
+    Ok(guest.scsi().detach(at).await?)
 }
 
 /// By the guest's clock.
@@ -175,7 +175,7 @@ async fn mount_bare(
         data: DATA.to_string_lossy().into_owned(),
         count: 1,
     });
-    let mut checker = guest.checker().lock().await;
+    let mut checker = guest.checker()?.lock().await;
     checker
         .bare_mount(mounts.collect())
         .await
