@@ -65,6 +65,7 @@ const EXAMPLES: &str = "\
 Examples:
   sudo blockmount demo          the whole way of many layers, on this machine
   sudo blockmount mount --layer app.erofs --scratch 1G --at /mnt/tree
+  sudo blockmount status        how what is held is doing
   blockmount inspect base.img   what is in an image (no root needed)
   blockmount seal app.erofs     a hash tree for it
   sudo blockmount bench         how long disks take here
@@ -83,6 +84,8 @@ pub(crate) enum Cmd {
     Mount(MountArgs),
     /// Offer containerd's Mounts service on a socket: clients in any language activate lists of mounts
     Serve(ServeArgs),
+    /// Show how mounts and servers are doing: slots, disks, mounts, what is pending and why, how long each step takes
+    Status(StatusArgs),
     /// Say what is in images: filesystem, sizes, partitions, label, UUID
     Inspect(InspectArgs),
     /// Give an image a hash tree of dm-verity, and say what vouches for it
@@ -307,6 +310,31 @@ pub(crate) struct MountArgs {
     pub(crate) resume: Option<HolderName>,
 
     /// Print where everything is as one JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Runs of this user that hold something are shown: of \"blockmount mount\" and \
+\"blockmount serve\". --json prints an object with a list of them, each a tree \
+that has all that the tables have, and more; with --watch such an object in each \
+line.
+
+Examples:
+  sudo blockmount status
+  sudo blockmount status --watch --name vm1
+  sudo blockmount status --json | jq '.runs[].manager.attachments'")]
+pub(crate) struct StatusArgs {
+    /// Only the mount or the server of this name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<HolderName>,
+
+    /// Show it again each second, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// Print it as JSON on stdout
     #[arg(long)]
     pub(crate) json: bool,
 }

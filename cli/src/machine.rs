@@ -5,11 +5,13 @@ mod formats;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use blockmount::{
     Binder, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
     Transport, Unplugger, View,
 };
+use blockmount_containerd::service::Activations;
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
@@ -24,6 +26,7 @@ use crate::guest::{Guest, MOUNTS, OtherFiles, Place, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
 use crate::recorder::Recorder;
 use crate::run::{ROOTS_RUNS, Run, is_root};
+use crate::status::{self, Offered, Source};
 use crate::terminal::say;
 
 /// What a mount of the program is: a stack, and the views of it.
@@ -64,6 +67,8 @@ pub(crate) struct Machine {
     /// The mount of an earlier program could not be resumed. Its files stay, and what uses its disks is no other user
     /// that would end, but mounts of its own that are not known any more.
     not_resumed: bool,
+    /// Answers who asks how the run is doing.
+    offered: Option<Offered>,
 }
 
 /// More than a stack has layers: what bounds it is the kernel.
@@ -183,6 +188,7 @@ impl Machine {
             recovery,
             shown: OnceCell::new(),
             not_resumed: false,
+            offered: None,
         })
     }
 
@@ -246,6 +252,32 @@ impl Machine {
     /// The mount is up: from now on a clean-up keeps it, if it has a name.
     pub(crate) fn mark_held(&self) -> Result<(), Failure> {
         self.run.mark_held()
+    }
+
+    /// From now on whoever asks is told how the run is doing: a mount of a tree, or a server at a socket.
+    pub(crate) fn offer_status(
+        &mut self,
+        command: &'static str,
+        name: Option<&HolderName>,
+        at: &Path,
+        activations: Option<Activations>,
+    ) -> Source {
+        let source = Source {
+            run: self.run.id().to_owned(),
+            command,
+            name: name.map(ToString::to_string),
+            guest: self.guest.name(),
+            at: at.display().to_string(),
+            since: Instant::now(),
+            manager: self.manager.clone(),
+            activations,
+        };
+        match status::offer(&self.run.status_socket(), source.clone()) {
+            Ok(offered) => self.offered = Some(offered),
+            // What is held is held all the same.
+            Err(error) => tracing::warn!(%error, "\"blockmount status\" will not see this run"),
+        }
+        source
     }
 
     /// Leaves everything to the next program that resumes the run, as if this one had been killed.

@@ -26,6 +26,7 @@ mod serve;
 mod speed;
 mod stack_file;
 mod stacking;
+mod status;
 mod target;
 mod terminal;
 mod test_images;
@@ -101,6 +102,7 @@ fn execute(command: Cmd) -> Result<u8, Failure> {
         let interrupt = Interrupt::listen(signals);
         match command {
             Cmd::Serve(args) => serve::run(args, interrupt, hangup).await,
+            Cmd::Status(args) => status::run(args, interrupt).await,
             Cmd::Agent(_) | Cmd::Inspect(_) | Cmd::Completions(_) | Cmd::Man(_) => {
                 unreachable!("these are done before")
             }

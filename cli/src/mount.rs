@@ -144,6 +144,7 @@ async fn hold_until_the_end(
 ) -> Result<u8, Failure> {
     let held = match mounted {
         Ok(mounted) => {
+            machine.offer_status("mount", args.name.as_ref(), target, None);
             let shown = match machine.mark_held() {
                 Ok(()) => show(args, &machine, &mounted).await,
                 failed => failed,

@@ -1,6 +1,9 @@
 //! Serving containerd's Mounts service, for this machine or for a virtual one.
 
+mod metrics;
+mod page;
 mod systemd;
+mod web;
 
 use blockmount_containerd::service::{Activations, Options, Peers, listen, serve};
 use tokio::net::UnixListener;
@@ -12,7 +15,11 @@ use crate::guest::{GuestKind, Needs, Place};
 use crate::interrupt::Interrupt;
 use crate::machine::{Machine, require_root};
 use crate::run::{Remembered, Run};
+use crate::status::Source;
 use crate::terminal::{note, say};
+use web::Web;
+
+pub(crate) use web::WebAddress;
 
 /// Below the directory of the run, or of all runs in a guest.
 const TREES: &str = "activated";
@@ -28,6 +35,10 @@ pub(crate) async fn run(
     }
     // Nothing is started for an address that is taken.
     let socket = Socket::open(&args)?;
+    let web = match &args.metrics {
+        Some(address) => Some(Web::open(address).await?),
+        None => None,
+    };
     let peers = Peers::default();
     peers.allow_only(args.allowed_users()?);
     let mut machine = start(&args, &interrupt).await?;
@@ -39,11 +50,18 @@ pub(crate) async fn run(
         options = options.grace(grace);
     }
     let activations = Activations::recover(recovery, options).await?;
+    let name = args.name();
+    let source =
+        machine.offer_status("serve", Some(&name), args.address(), Some(activations.clone()));
     note(format_args!(
         "serving at {}; {} activated",
         printable(args.address().display()),
         activations.count()
     ));
+    if let Some(web) = &web {
+        let address = web.address().context(|| "cannot tell where the metrics are".to_owned())?;
+        note(format_args!("metrics and a page at {address}"));
+    }
     systemd::notify("READY=1");
     let lost = {
         let served = serve(
@@ -56,12 +74,14 @@ pub(crate) async fn run(
             () = served => None,
             why = machine.failed() => Some(why),
             () = reload(hangup, &args, &peers) => None,
+            () = watch(web.as_ref(), source) => None,
         }
     };
     systemd::notify("STOPPING=1");
     if socket.is_own {
         remove_socket(&args);
     }
+    drop(web);
     let count = activations.leave().await;
     if let Some(why) = lost {
         machine.leave_activations();
@@ -106,6 +126,14 @@ async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Machine, Failu
             Machine::start(place, || Run::start_named(&remembered), interrupt).await
         }
     }
+}
+
+/// Offers the metrics, if they are wanted. Never ends.
+async fn watch(web: Option<&Web>, source: Source) {
+    if let Some(web) = web {
+        web.serve(source).await;
+    }
+    std::future::pending().await
 }
 
 /// Reads the file again at each SIGHUP. Never ends.

@@ -49,7 +49,7 @@ mod store;
 #[rustfmt::skip]
 mod protocol;
 
-pub use activations::{Activate, Activations, Options};
+pub use activations::{Activate, ActivationState, ActivationStatus, Activations, Options};
 pub use filter::{Filter, InvalidFilter};
 pub use record::{ActiveMount, Info};
 pub use server::{Peers, listen, serve};

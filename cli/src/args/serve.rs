@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::failure::{Context, Failure};
 use crate::guest::{ForeignVm, GuestKind, Socket, Transports, parse_monitor};
+use crate::serve::WebAddress;
 
 use super::VmArgs;
 
@@ -35,7 +36,7 @@ and a socket unit if you like (LISTEN_FDS).
 
 A --config has these options in TOML, by their names without dashes in front: \
 address, guest, vm, agent, agent-token, controllers (a list), transport, name, grace, \
-allow-users (a list). The command line wins.
+metrics, allow-users (a list). The command line wins.
 
 Examples:
   sudo blockmount serve
@@ -65,6 +66,10 @@ pub(crate) struct ServeArgs {
     /// Release what an earlier server has left and no client asks for within this time: 90s, 10m, 1h [default: never]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) grace: Option<Duration>,
+
+    /// Offer metrics for Prometheus, and a page that shows them, at an address such as 127.0.0.1:9464 or at unix:PATH, to all who can reach it
+    #[arg(long, value_name = "ADDR|unix:PATH")]
+    pub(crate) metrics: Option<WebAddress>,
 
     /// Let processes of this user connect, by its number; repeatable
     #[arg(long = "allow-user", value_name = "UID")]
@@ -101,6 +106,7 @@ struct ConfigFile {
     transport: Option<String>,
     name: Option<HolderName>,
     grace: Option<String>,
+    metrics: Option<String>,
     allow_users: Vec<u32>,
 }
 
@@ -131,6 +137,8 @@ impl ServeArgs {
         let transport = file.transport.map(|text| text.parse::<Transports>());
         let transport = transport.transpose();
         let transport = transport.map_err(|error| wrong("transport")(error.to_string()))?;
+        let metrics = file.metrics.map(|text| text.parse::<WebAddress>());
+        let metrics = metrics.transpose().map_err(wrong("metrics"))?;
         let grace = file.grace.map(|text| parse_time(&text));
         let grace = grace.transpose().map_err(wrong("grace"))?;
         self.address = self.address.or(file.address);
@@ -142,6 +150,7 @@ impl ServeArgs {
         self.transport = self.transport.or(transport);
         self.name = self.name.or(file.name);
         self.grace = self.grace.or(grace);
+        self.metrics = self.metrics.or(metrics);
         Ok(self)
     }
 

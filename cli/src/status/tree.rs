@@ -1,0 +1,58 @@
+//! What a run says of itself: one tree, which the table, the page and the metrics are made of.
+
+use std::time::Instant;
+
+use blockmount::{Inspection, Manager};
+use blockmount_containerd::service::{ActivationStatus, Activations};
+use serde::{Deserialize, Serialize};
+
+/// A run that holds something, at one moment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The run's id.
+    pub(crate) run: String,
+    pub(crate) process: u32,
+    /// `mount` or `serve`.
+    pub(crate) command: String,
+    /// The name that it was given.
+    pub(crate) name: Option<String>,
+    /// `local`, `qemu`, or `foreign` for a virtual machine that somebody else has started.
+    pub(crate) guest: String,
+    /// The tree of a mount, the socket of a server.
+    pub(crate) at: String,
+    /// Since when it holds it.
+    pub(crate) up_seconds: u64,
+    /// What clients of a server have activated.
+    pub(crate) activations: Vec<ActivationStatus>,
+    pub(crate) manager: Inspection,
+}
+
+/// Where a run reads its status.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    pub(crate) run: String,
+    pub(crate) command: &'static str,
+    pub(crate) name: Option<String>,
+    pub(crate) guest: &'static str,
+    pub(crate) at: String,
+    pub(crate) since: Instant,
+    pub(crate) manager: Manager,
+    pub(crate) activations: Option<Activations>,
+}
+
+impl Source {
+    pub(crate) fn read(&self) -> Status {
+        let activations = self.activations.as_ref();
+        Status {
+            run: self.run.clone(),
+            process: std::process::id(),
+            command: self.command.to_owned(),
+            name: self.name.clone(),
+            guest: self.guest.to_owned(),
+            at: self.at.clone(),
+            up_seconds: self.since.elapsed().as_secs(),
+            activations: activations.map(Activations::inspect).unwrap_or_default(),
+            manager: self.manager.inspect(),
+        }
+    }
+}
