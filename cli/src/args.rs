@@ -319,7 +319,7 @@ pub(crate) struct MountArgs {
 Runs of this user that hold something are shown: of \"blockmount mount\" and \
 \"blockmount serve\". --json prints an object with a list of them, each a tree \
 that has all that the tables have, and more; with --watch such an object in each \
-line.
+line. The exit status is 1 if there is a --name, and it holds nothing.
 
 Examples:
   sudo blockmount status

@@ -6,80 +6,13 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use common::{Answer, LONGEST, finish, in_kernel, kill_after, program, run, signal, temp};
+use common::servers::{Server, name, socket};
+use common::{in_kernel, run, signal, temp};
 use rustix::process::Signal;
 use tempfile::TempDir;
-
-/// A server with a directory of its own, and what it tells its service manager.
-struct Server {
-    child: Child,
-    notified: UnixDatagram,
-}
-
-fn socket(dir: &TempDir) -> PathBuf {
-    dir.path().join("socket")
-}
-
-/// The name of the servers of one test.
-fn name(dir: &TempDir) -> String {
-    let name = dir.path().file_name().unwrap().to_str().unwrap();
-    format!("test{name}")
-}
-
-impl Server {
-    fn start(dir: &TempDir, before: &[&str]) -> Self {
-        let path = dir.path().join("notify");
-        let _absent = fs::remove_file(&path);
-        let notified = UnixDatagram::bind(&path).unwrap();
-        notified.set_read_timeout(Some(LONGEST)).unwrap();
-        let server = program(["serve", "--log-format", "json", "--name", &name(dir)]);
-        let mut command = Command::new(before.first().map_or(server.get_program(), AsRef::as_ref));
-        command.args(before.iter().skip(1));
-        if !before.is_empty() {
-            command.arg(server.get_program());
-        }
-        let config = dir.path().join("serve.toml");
-        let text = format!("address = {:?}\nallow-users = [65534]\n", socket(dir));
-        fs::write(&config, text).unwrap();
-        let child = command
-            .args(server.get_args())
-            .arg("--config")
-            .arg(config)
-            .env("NOTIFY_SOCKET", path)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Server { child, notified }
-    }
-
-    fn ready(dir: &TempDir) -> Self {
-        let server = Server::start(dir, &[]);
-        server.hears("READY=1");
-        server
-    }
-
-    #[track_caller]
-    fn hears(&self, expected: &str) {
-        let mut heard = [0; 256];
-        let length = self.notified.recv(&mut heard).unwrap();
-        let heard = String::from_utf8_lossy(&heard[..length]);
-        assert!(heard.starts_with(expected), "{heard}");
-    }
-
-    fn end(self) -> Answer {
-        signal(self.child.id(), Signal::TERM);
-        let watch = kill_after(self.child.id(), LONGEST);
-        let answer = finish(self.child);
-        drop(watch);
-        answer
-    }
-}
 
 /// What a client that is not ours says.
 #[track_caller]
@@ -129,7 +62,7 @@ fn assert_nothing_left(dir: &TempDir) {
 fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     let _alone = common::alone();
     let dir = directory();
-    let server = Server::ready(&dir);
+    let server = Server::ready(&dir, &[]);
     let mode = socket(&dir).metadata().unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     assert_eq!(client(&dir, &[]), "done\n");
@@ -149,9 +82,7 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
 
     let kept = client(&dir, &["activate"]);
     assert!(kept.contains("name: \"kept\""), "{kept}");
-    let Server { mut child, .. } = server;
-    child.kill().unwrap();
-    child.wait().unwrap();
+    server.kill();
 
     let cleanup = run(["cleanup", "--dry-run"]);
     let advice = format!("blockmount serve --name {}", name(&dir));
@@ -162,16 +93,16 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
         "{resumed}"
     );
 
-    let server = Server::ready(&dir);
+    let server = Server::ready(&dir, &[]);
     assert_eq!(client(&dir, &["list"]), kept);
-    signal(server.child.id(), Signal::HUP);
+    signal(server.pid(), Signal::HUP);
     server.hears("RELOADING=1\nMONOTONIC_USEC=");
     server.hears("READY=1");
     let answer = server.end();
     answer.says(0, &["1 activated, which stay"]);
     assert!(!socket(&dir).exists());
 
-    let server = Server::ready(&dir);
+    let server = Server::ready(&dir, &[]);
     assert_eq!(client(&dir, &["deactivate"]), "\n");
     server.end().says(0, &[]);
     assert_nothing_left(&dir);
@@ -183,7 +114,7 @@ fn root_a_server_takes_the_socket_of_its_service_manager() {
     let dir = directory();
     let listen = format!("--listen={}", socket(&dir).display());
     let by_manager = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", &listen];
-    let server = Server::start(&dir, &by_manager);
+    let server = Server::start(&dir, &by_manager, &[]);
     common::eventually("a socket", || socket(&dir).exists());
     assert_eq!(client(&dir, &["list"]), "\n");
     server.hears("READY=1");

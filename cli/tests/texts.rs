@@ -16,10 +16,11 @@ use blockmount_debug_agent::kit;
 use common::{Answer, as_nobody, run};
 
 /// All commands that a user can know.
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 11] = [
     "demo",
     "mount",
     "serve",
+    "status",
     "inspect",
     "seal",
     "cleanup",

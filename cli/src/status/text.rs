@@ -36,7 +36,10 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
     if !manager.stacks.is_empty() || !manager.views.is_empty() {
         let stacks = manager.stacks.iter().map(|stack| {
             let scratch = stack.scratch.as_ref().map_or("", |_| ", scratch");
-            let of = format!("{} layers{scratch}", stack.layers.len());
+            let of = match stack.layers.len() {
+                1 => format!("1 layer{scratch}"),
+                count => format!("{count} layers{scratch}"),
+            };
             line(&stack.target, of, access(stack.scratch.is_none()), &stack.lease)
         });
         let views = manager.views.iter().map(|view| {

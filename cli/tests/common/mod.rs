@@ -9,8 +9,10 @@
     clippy::unwrap_used
 )]
 
+pub mod foreign;
 pub mod kills;
 pub mod machines;
+pub mod servers;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};

@@ -1,0 +1,174 @@
+//! `blockmount serve` with a virtual machine of its own: the lists of containerd's erofs snapshotter, performed in it.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "../../tests/common/merged_erofs.rs"]
+mod merged_erofs;
+
+use std::path::{Path, PathBuf};
+
+use blockmount_checker::tree::Tree;
+use common::machines::{in_guest, machines_of};
+use common::servers::{Client, Server, layer, mount, overlay, writable};
+use common::{alone, image, run, run_id, temp};
+use merged_erofs::Merged;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A list, and what is in the tree that it makes: names, each with its content.
+struct List {
+    name: &'static str,
+    mounts: Vec<Value>,
+    files: Vec<(&'static str, String)>,
+    is_writable: bool,
+}
+
+impl List {
+    /// What has to be in it.
+    fn tree(&self) -> Tree {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in &self.files {
+            std::fs::write(dir.path().join(name), content).unwrap();
+        }
+        Tree::read(dir.path(), &|| false, || ()).unwrap()
+    }
+}
+
+fn erofs(dir: &TempDir, name: &str, files: &[(&str, &str)]) -> PathBuf {
+    let path = dir.path().join(format!("{name}.erofs"));
+    image("erofs", &path, files);
+    path
+}
+
+/// Each list as the snapshotter makes it.
+fn lists(dir: &TempDir) -> Vec<List> {
+    let base = erofs(dir, "base", &[("a", "base"), ("b", "base")]);
+    let app = erofs(dir, "app", &[("b", "app")]);
+    let text = |text: &str| text.to_owned();
+    let upper = "X-containerd.mkdir.path={{ mount 0 }}/upper:0755";
+    let of_upper = mount("format/mkdir/bind", "{{ mount 0 }}/upper", &[upper, "rw", "rbind"]);
+    let read_only = mount("format/bind", "{{ mount 0 }}", &["ro", "rbind"]);
+    let lower = mount("format/mkdir/overlay", "overlay", &["lowerdir={{ overlay 0 1 }}"]);
+    vec![
+        List {
+            name: "active",
+            mounts: vec![writable(dir.path().join("active.img")), layer(&app), layer(&base), overlay(2)],
+            files: vec![("a", text("base")), ("b", text("app"))],
+            is_writable: true,
+        },
+        List {
+            name: "without-parents",
+            mounts: vec![writable(dir.path().join("alone.img")), of_upper],
+            files: vec![],
+            is_writable: true,
+        },
+        List {
+            name: "view",
+            mounts: vec![layer(&app), layer(&base), lower],
+            files: vec![("a", text("base")), ("b", text("app"))],
+            is_writable: false,
+        },
+        List {
+            name: "one-layer",
+            mounts: vec![layer(&base), read_only],
+            files: vec![("a", text("base")), ("b", text("base"))],
+            is_writable: false,
+        },
+        merged(dir),
+        verified(dir),
+    ]
+}
+
+/// Metadata of their own, and the content in other images.
+fn merged(dir: &TempDir) -> List {
+    let contents = ["1", "2"].map(|byte| byte.repeat(4096));
+    let names = ["first", "second"];
+    let images = [0, 1].map(|index| erofs(dir, names[index], &[(names[index], &contents[index])]));
+    let files = [0, 1].map(|index| Merged {
+        name: names[index],
+        image: index,
+        content: contents[index].as_bytes(),
+    });
+    let merged = dir.path().join("merged.erofs");
+    merged_erofs::write(&merged, &[&images[0], &images[1]], &files, true);
+    let devices = images.map(|image| format!("device={}", image.display()));
+    let options = ["ro", "loop", &devices[0], &devices[1]];
+    List {
+        name: "merged",
+        mounts: vec![mount("erofs", &merged, &options)],
+        files: names.into_iter().zip(contents).collect(),
+        is_writable: false,
+    }
+}
+
+/// Sealed as `mkfs.erofs` of containerd's tools does it, here by our own program.
+fn verified(dir: &TempDir) -> List {
+    let sealed = erofs(dir, "sealed", &[("file", "sealed")]);
+    run([Path::new("seal"), &sealed]).says(0, &[]);
+    let metadata = format!("X-containerd.dmverity={}.dmverity", sealed.display());
+    List {
+        name: "verified",
+        mounts: vec![mount("erofs", &sealed, &["ro", "loop", &metadata])],
+        files: vec![("file", "sealed".to_owned())],
+        is_writable: false,
+    }
+}
+
+/// One machine for all of them at once, and across a kill of the server, in whose time the test looks into the guest.
+#[test]
+fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
+    let _alone = alone();
+    let dir = temp();
+    let lists = lists(&dir);
+    let words = ["--guest", "qemu"];
+    let server = Server::ready(&dir, &words);
+    let mut client = Client::of(&dir);
+    let points: Vec<Vec<PathBuf>> = lists
+        .iter()
+        .map(|list| client.activate(list.name, &list.mounts))
+        .collect();
+    for (list, points) in lists.iter().zip(&points) {
+        assert_eq!(points.len(), list.mounts.len(), "{}", list.name);
+    }
+    let wrong = mount("erofs", dir.path().join("none.erofs"), &["ro", "loop"]);
+    let refused = client.ask(&json!({"call": "Activate", "request": {"name": "wrong", "mounts": [wrong]}}));
+    assert_eq!(refused["code"], "FAILED_PRECONDITION", "{refused}");
+    let all = client.call("List", json!({}));
+    drop(client);
+    // The layers of three lists are one disk each.
+    let status = run(["status", "--json", "--name", &common::servers::name(&dir)]).json();
+    let manager = &status["runs"][0]["manager"];
+    let disks = manager["attachments"].as_array().unwrap();
+    assert_eq!(disks.len(), 2 + 2 + 3 + 1, "{manager}");
+    assert_eq!(status["runs"][0]["activations"].as_array().unwrap().len(), lists.len());
+    let said = server.kill();
+    let id = run_id(&said).unwrap().to_owned();
+
+    in_guest(&id, async |checker| {
+        for (list, points) in lists.iter().zip(&points) {
+            let tree = points.last().unwrap();
+            let compared = list.tree().compare(&checker.tree(tree).await.unwrap());
+            assert_eq!(compared.mismatches, Vec::<String>::new(), "{}", list.name);
+            assert_eq!(compared.files, list.files.len() as u64, "{}", list.name);
+            let written = checker.write(tree.join("written"), "x").await;
+            assert_eq!(written.is_ok(), list.is_writable, "{}: {written:?}", list.name);
+        }
+        let tables = checker.tables().await.unwrap();
+        assert_eq!(tables.dm_devices.len(), 1, "only one list is verified");
+    });
+
+    let server = Server::ready(&dir, &words);
+    let mut client = Client::of(&dir);
+    assert_eq!(client.call("List", json!({})), all);
+    for list in &lists {
+        client.deactivate(list.name);
+    }
+    drop(client);
+    server.end().says(0, &[]);
+    assert_eq!(machines_of(&id), Vec::<String>::new());
+    assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
+    // What was written is in the image that the snapshotter has.
+    let kept = dir.path().join("active.img");
+    assert!(kept.exists() && dir.path().join("alone.img").exists());
+}
