@@ -211,11 +211,7 @@ pub struct StepBucket {
 
 impl SlotStatus {
     /// A slot of which no disk is known.
-    pub fn new(
-        transport: impl Into<String>,
-        address: impl ToString,
-        usage: SlotUse,
-    ) -> SlotStatus {
+    pub fn new(transport: impl Into<String>, address: impl ToString, usage: SlotUse) -> SlotStatus {
         SlotStatus {
             transport: transport.into(),
             address: address.to_string(),
@@ -291,12 +287,22 @@ impl Manager {
     pub fn inspect(&self) -> Inspection {
         let mut inspection = Inspection {
             frozen: self.holders().is_frozen(),
-            slots: self.observed.slots.as_ref().map(|slots| slots()).unwrap_or_default(),
+            slots: self
+                .observed
+                .slots
+                .as_ref()
+                .map(|slots| slots())
+                .unwrap_or_default(),
             attachments: self.attachments().inspect(),
             mounts: self.mounts().inspect(),
             stacks: stack::inspect(&self.stacks),
             views: view::inspect(&self.views),
-            holders: self.holders().named().into_iter().filter_map(holder).collect(),
+            holders: self
+                .holders()
+                .named()
+                .into_iter()
+                .filter_map(holder)
+                .collect(),
             steps: self.observed.latencies.read(),
         };
         let Inspection {

@@ -24,6 +24,8 @@ needed=(
   openssl:openssl
   cc:gcc
   protoc:protobuf-compiler
+  crun:crun
+  busybox:busybox-static
 )
 kernel=/var/lib/blockmount/kernel
 

@@ -291,7 +291,8 @@ impl Scene<'_> {
 
     async fn report(&self, checked: Checked) -> Result<Report, Failure> {
         let mounts = self.machine.guest().mounts().await?;
-        let mounts = mounts.ok_or_else(|| Failure::new("nobody in the guest says what is mounted"))?;
+        let mounts =
+            mounts.ok_or_else(|| Failure::new("nobody in the guest says what is mounted"))?;
         let mut layers = Vec::new();
         for (layer, mount) in self.layers.iter().zip(self.stacks[0].layers()) {
             let sharing = self.stacks.iter().filter(|stack| {

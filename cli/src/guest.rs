@@ -67,7 +67,9 @@ impl Place {
         if let Some(vm) = vm {
             let scsi = Transports::default();
             if transports.is_some_and(|transports| transports != scsi) {
-                return refuse("a virtual machine that others have started is given disks on SCSI alone");
+                return refuse(
+                    "a virtual machine that others have started is given disks on SCSI alone",
+                );
             }
             let others = match allows_backing {
                 true => OtherFiles::Allowed,

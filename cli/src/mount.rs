@@ -104,7 +104,10 @@ async fn resume(
     }
     let guest = remembered.guest();
     let kept = match guest {
-        GuestKind::Foreign => format!("once it has ended: {}blockmount cleanup --resumable={name}", sudo()),
+        GuestKind::Foreign => format!(
+            "once it has ended: {}blockmount cleanup --resumable={name}",
+            sudo()
+        ),
         _ => discard_advice(run.work_dir(), Some(name)),
     };
     args.name = Some(name.clone());

@@ -51,15 +51,21 @@ pub(crate) async fn run(
     }
     let activations = Activations::recover(recovery, options).await?;
     let name = args.name();
-    let source =
-        machine.offer_status("serve", Some(&name), args.address(), Some(activations.clone()));
+    let source = machine.offer_status(
+        "serve",
+        Some(&name),
+        args.address(),
+        Some(activations.clone()),
+    );
     note(format_args!(
         "serving at {}; {} activated",
         printable(args.address().display()),
         activations.count()
     ));
     if let Some(web) = &web {
-        let address = web.address().context(|| "cannot tell where the metrics are".to_owned())?;
+        let address = web
+            .address()
+            .context(|| "cannot tell where the metrics are".to_owned())?;
         note(format_args!("metrics and a page at {address}"));
     }
     systemd::notify("READY=1");

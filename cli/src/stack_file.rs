@@ -239,9 +239,9 @@ fn agent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Socket>, D
 /// On the command line such a path starts at the working directory, which means nothing to a file.
 fn ensure_from_root(text: &str, scheme: &str) -> Result<(), String> {
     match text.strip_prefix(scheme) {
-        Some(path) if !path.starts_with('/') => {
-            Err(format!("{text:?} has to have a whole path, such as {scheme}/run/vm/socket"))
-        }
+        Some(path) if !path.starts_with('/') => Err(format!(
+            "{text:?} has to have a whole path, such as {scheme}/run/vm/socket"
+        )),
         _ => Ok(()),
     }
 }

@@ -107,7 +107,8 @@ impl Report {
             }
         }
         report.runs.sort_by(|one, other| {
-            let key = |status: &Status| (status.command.clone(), status.name.clone(), status.process);
+            let key =
+                |status: &Status| (status.command.clone(), status.name.clone(), status.process);
             key(one).cmp(&key(other))
         });
         Ok(report)

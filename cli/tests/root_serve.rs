@@ -4,14 +4,16 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::servers::{Server, name, socket};
+use common::servers::{self, Client, Server, name, socket};
 use common::{in_kernel, run, signal, temp};
 use rustix::process::Signal;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// What a client that is not ours says.
@@ -121,6 +123,125 @@ fn root_a_server_takes_the_socket_of_its_service_manager() {
     server.end().says(0, &[]);
     // It is the manager's to remove.
     fs::remove_file(socket(&dir)).unwrap();
+    assert_nothing_left(&dir);
+}
+
+/// A hundred containers at once over the same eight layers.
+#[test]
+fn root_many_activations_at_once_share_their_layers() {
+    let _alone = common::alone();
+    let dir = directory();
+    let server = Server::ready(&dir, &[]);
+    let layers = (0..8).map(|number| {
+        let copy = dir.path().join(format!("layer-{number}.erofs"));
+        fs::copy(image(&dir), &copy).unwrap();
+        servers::layer(copy)
+    });
+    let mut list: Vec<Value> = layers.collect();
+    list.push(servers::mount(
+        "format/overlay",
+        "overlay",
+        &["lowerdir={{ overlay 0 7 }}"],
+    ));
+    let names: Vec<String> = (0..100).map(|number| format!("c{number}")).collect();
+    let mut client = Client::of(&dir);
+    let calls = names
+        .iter()
+        .map(|name| json!({"call": "Activate", "request": {"name": name, "mounts": list}}));
+    let answers = client.ask(&json!({"all": calls.collect::<Vec<_>>()}));
+    let trees = answers["all"].as_array().unwrap().iter().map(|answer| {
+        let active = answer["answer"]["info"]["active"].as_array();
+        let active = active.unwrap_or_else(|| panic!("{answer}"));
+        active.last().unwrap()["mountPoint"].as_str().unwrap()
+    });
+    let trees: BTreeSet<&str> = trees.collect();
+    assert_eq!(trees.len(), 100);
+    assert!(
+        trees
+            .iter()
+            .all(|tree| fs::read_to_string(Path::new(tree).join("a")).unwrap() == "base")
+    );
+    let status = run(["status", "--json", "--name", &name(&dir)]).json();
+    let manager = &status["runs"][0]["manager"];
+    let count = |what: &str| manager[what].as_array().unwrap().len();
+    assert_eq!(
+        (count("attachments"), count("mounts"), count("stacks")),
+        (8, 8, 100)
+    );
+    let attach = manager["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|step| step["step"] == "Attach");
+    assert_eq!(attach.unwrap()["succeeded"], 8);
+    let calls = names
+        .iter()
+        .map(|name| json!({"call": "Deactivate", "request": {"name": name}}));
+    let answers = client.ask(&json!({"all": calls.collect::<Vec<_>>()}));
+    assert!(
+        answers["all"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|answer| answer.get("answer").is_some())
+    );
+    drop(client);
+    server.end().says(0, &[]);
+    assert_nothing_left(&dir);
+}
+
+/// How much a process has: descriptors, threads, and kilobytes of memory.
+fn held_by(process: u32) -> (usize, usize, u64) {
+    let count = |what: &str| {
+        fs::read_dir(format!("/proc/{process}/{what}"))
+            .unwrap()
+            .count()
+    };
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let resident = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    let kilobytes = resident.split_whitespace().nth(1).unwrap();
+    (count("fd"), count("task"), kilobytes.parse().unwrap())
+}
+
+/// `BLOCKMOUNT_CYCLES` says how often; 10,000 is a quarter of an hour.
+#[test]
+fn root_a_server_does_not_grow_with_what_it_has_done() {
+    let _alone = common::alone();
+    let dir = directory();
+    let server = Server::ready(&dir, &[]);
+    let cycles = std::env::var("BLOCKMOUNT_CYCLES").map_or(60, |cycles| cycles.parse().unwrap());
+    let list = [
+        servers::layer(image(&dir)),
+        servers::mount("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
+    ];
+    let mut client = Client::of(&dir);
+    let mut cycle = || {
+        client.activate("one", &list);
+        client.deactivate("one");
+    };
+    // What is kept for the next time is there after some.
+    (0..20).for_each(|_| cycle());
+    let (files, threads, memory) = held_by(server.pid());
+    (0..cycles).for_each(|_| cycle());
+    let (files_then, threads_then, memory_then) = held_by(server.pid());
+    assert!(
+        files_then <= files,
+        "{files_then} descriptors, and {files} before"
+    );
+    // Threads that have blocked are kept for a while.
+    assert!(
+        threads_then <= threads + 4,
+        "{threads_then} threads, and {threads} before"
+    );
+    assert!(
+        memory_then <= memory + 8 * 1024,
+        "{memory_then} kilobytes, and {memory} before"
+    );
+    drop(client);
+    server.end().says(0, &[]);
     assert_nothing_left(&dir);
 }
 

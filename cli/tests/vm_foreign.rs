@@ -19,7 +19,10 @@ fn vm_a_machine_of_somebody_else_is_used_and_left_as_it_was() {
     let _alone = alone();
     let mut machine = ForeignMachine::start();
     let before = machine.tables();
-    let disks = BTreeSet::from(["SCSI device 0:0:0:0".to_owned(), "SCSI device 0:0:0:2".to_owned()]);
+    let disks = BTreeSet::from([
+        "SCSI device 0:0:0:0".to_owned(),
+        "SCSI device 0:0:0:2".to_owned(),
+    ]);
     assert!(before.is_superset(&disks), "{before:?}");
     a_mount_is_held_and_released(&machine);
     machine.assert_as(&before);
@@ -42,11 +45,17 @@ impl ForeignMachine {
     #[track_caller]
     fn assert_as(&self, before: &BTreeSet<String>) {
         let (ours, theirs) = self.in_qemu();
-        assert_eq!((ours, theirs), (Vec::new(), vec!["theirs0".to_owned(), "theirs2".to_owned()]));
+        assert_eq!(
+            (ours, theirs),
+            (Vec::new(), vec!["theirs0".to_owned(), "theirs2".to_owned()])
+        );
         let now = self.tables();
         let more: Vec<_> = now.difference(before).collect();
         let less: Vec<_> = before.difference(&now).collect();
-        assert!(more.is_empty() && less.is_empty(), "more: {more:?}; less: {less:?}");
+        assert!(
+            more.is_empty() && less.is_empty(),
+            "more: {more:?}; less: {less:?}"
+        );
     }
 
     /// A mount of layers in it.
@@ -59,15 +68,37 @@ impl ForeignMachine {
 fn a_mount_is_held_and_released(machine: &ForeignMachine) {
     let dir = temp();
     let [app, base] = ["app", "base"].map(|name| layer(dir.path(), name));
-    let words = ["--at", "/mnt/tree", "--scratch", "8M", "--layer", &app, "--layer", &base];
+    let words = [
+        "--at",
+        "/mnt/tree",
+        "--scratch",
+        "8M",
+        "--layer",
+        &app,
+        "--layer",
+        &base,
+    ];
     let held = hold(machine.mount(words)).unwrap_or_else(|answer| panic!("{answer}"));
     // Nobody in its guest says what a mount is of. LUNs 0 and 2 are others'.
-    let disks = held.json["layers"].as_array().unwrap().iter().chain([&held.json["scratch"]]);
+    let disks = held.json["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .chain([&held.json["scratch"]]);
     let disks: Vec<_> = disks.collect();
-    assert!(disks.iter().all(|disk| disk["filesystem"].is_null() && disk["device"].is_null()));
-    let locators = disks.iter().map(|disk| disk["locator"].as_str().unwrap().to_owned());
+    assert!(
+        disks
+            .iter()
+            .all(|disk| disk["filesystem"].is_null() && disk["device"].is_null())
+    );
+    let locators = disks
+        .iter()
+        .map(|disk| disk["locator"].as_str().unwrap().to_owned());
     let locators: BTreeSet<String> = locators.collect();
-    assert_eq!(locators, BTreeSet::from(["scsi:0/1", "scsi:0/3", "scsi:0/4"].map(str::to_owned)));
+    assert_eq!(
+        locators,
+        BTreeSet::from(["scsi:0/1", "scsi:0/3", "scsi:0/4"].map(str::to_owned))
+    );
     machine.ask(async |checker| {
         let (mut names, _) = checker.names("/mnt/tree", 9).await.unwrap();
         names.retain(|name| name != "lost+found");
@@ -75,8 +106,14 @@ fn a_mount_is_held_and_released(machine: &ForeignMachine) {
     });
     let status = run(["status", "--json"]).json();
     let runs = status["runs"].as_array().unwrap();
-    let ours = runs.iter().find(|run| run["process"] == held.pid()).unwrap();
-    assert_eq!((&ours["guest"], &ours["at"]), (&json!("foreign"), &json!("/mnt/tree")));
+    let ours = runs
+        .iter()
+        .find(|run| run["process"] == held.pid())
+        .unwrap();
+    assert_eq!(
+        (&ours["guest"], &ours["at"]),
+        (&json!("foreign"), &json!("/mnt/tree"))
+    );
     assert_eq!(ours["manager"]["attachments"].as_array().unwrap().len(), 3);
     let answer = held.end(Signal::TERM);
     answer.says(0, &["nothing is left"]);
@@ -89,14 +126,23 @@ fn what_a_killed_mount_leaves_is_cleaned_up(machine: &ForeignMachine) {
     let words = ["--at", "/mnt/tree", "--layer", &image];
     let held = hold(machine.mount(words)).unwrap_or_else(|answer| panic!("{answer}"));
     let said = held.kill();
-    assert!(machine.tables().iter().any(|line| line.ends_with(" at /mnt/tree")));
+    assert!(
+        machine
+            .tables()
+            .iter()
+            .any(|line| line.ends_with(" at /mnt/tree"))
+    );
     let shown = run(["cleanup", "--dry-run"]);
     shown.says(0, &[]);
     assert!(shown.stdout.contains("in a machine"), "{shown}");
     let cleaned = clean_up(&[]);
     cleaned.says(0, &[]);
     let items = &cleaned.json()["items"];
-    let in_machine = items.as_array().unwrap().iter().find(|item| item["what"] == "in_machine");
+    let in_machine = items
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|item| item["what"] == "in_machine");
     assert_eq!(in_machine.unwrap()["outcome"], "removed", "{cleaned}");
     let id = run_id(&said).unwrap();
     assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
@@ -105,15 +151,33 @@ fn what_a_killed_mount_leaves_is_cleaned_up(machine: &ForeignMachine) {
 fn a_mount_with_a_name_is_resumed(machine: &ForeignMachine) {
     let dir = temp();
     let image = layer(dir.path(), "named");
-    let name = dir.path().file_name().unwrap().to_str().unwrap().replace('.', "");
-    let words = ["--at", "/mnt/tree", "--scratch", "8M", "--layer", &image, "--name", &name];
+    let name = dir
+        .path()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .replace('.', "");
+    let words = [
+        "--at",
+        "/mnt/tree",
+        "--scratch",
+        "8M",
+        "--layer",
+        &image,
+        "--name",
+        &name,
+    ];
     let held = hold(machine.mount(words)).unwrap_or_else(|answer| panic!("{answer}"));
     let places = common::machines::places(&held);
     held.kill();
     machine.ask(async |checker| checker.write("/mnt/tree/written", "x").await.unwrap());
     let status = run(["status", "--json", "--name", &name]).json();
     let resume = status["ended"][0]["resume"].as_str().unwrap().to_owned();
-    assert!(resume.ends_with(&format!("mount --resume {name}")), "{resume}");
+    assert!(
+        resume.ends_with(&format!("mount --resume {name}")),
+        "{resume}"
+    );
     // Kept, in the machine too.
     clean_up(&[]).says(0, &[]);
     let held = hold(["--resume", &name]).unwrap_or_else(|answer| panic!("{answer}"));
@@ -133,7 +197,11 @@ fn a_server_comes_back(machine: &ForeignMachine) {
     let words = machine.words();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let server = Server::ready(&dir, &words);
-    let list = [writable(dir.path().join("rw.img")), mount_of(&image), overlay(1)];
+    let list = [
+        writable(dir.path().join("rw.img")),
+        mount_of(&image),
+        overlay(1),
+    ];
     let points = Client::of(&dir).activate("web", &list);
     server.kill();
     let tree = points.last().unwrap();
@@ -156,12 +224,28 @@ fn the_demo_compares_what_is_in_it(machine: &ForeignMachine) {
     let dir = temp();
     let [app, base] = ["app", "base"].map(|name| layer(dir.path(), name));
     let checker = format!("unix:{}", machine.at("checker").display());
-    let words = ["demo", "--json", "--checker", &checker, "--layer", &app, "--layer", &base];
+    let words = [
+        "demo",
+        "--json",
+        "--checker",
+        &checker,
+        "--layer",
+        &app,
+        "--layer",
+        &base,
+    ];
     let answer = run(words.into_iter().map(str::to_owned).chain(machine.words()));
     answer.says(0, &[]);
     let json = answer.json();
-    assert_eq!((&json["guest"], &json["digest_mismatches"]), (&json!("foreign"), &json!(0)), "{answer}");
-    assert!(json["files_checked"].as_u64().unwrap() > 0 && json["speed"].is_null(), "{answer}");
+    assert_eq!(
+        (&json["guest"], &json["digest_mismatches"]),
+        (&json!("foreign"), &json!(0)),
+        "{answer}"
+    );
+    assert!(
+        json["files_checked"].as_u64().unwrap() > 0 && json["speed"].is_null(),
+        "{answer}"
+    );
     assert_eq!(json["left_over"], json!([]), "{answer}");
     assert_nothing_left(&answer, &dir);
 }
@@ -188,7 +272,9 @@ fn nonsense_is_refused(machine: &ForeignMachine) {
     let outside = run(["mount".to_owned()].into_iter().chain(outside));
     outside.says(1, &["/etc/tree"]);
     let absent = format!("qemu:{}", machine.at("absent").display());
-    let words = ["mount", "--vm", &absent, "--agent", "unix:/x"].into_iter().chain(at);
+    let words = ["mount", "--vm", &absent, "--agent", "unix:/x"]
+        .into_iter()
+        .chain(at);
     run(words).says(1, &["cannot reach the virtual machine", "-qmp"]);
     assert_nothing_left(&outside, &dir);
 }

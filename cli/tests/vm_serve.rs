@@ -47,13 +47,26 @@ fn lists(dir: &TempDir) -> Vec<List> {
     let app = erofs(dir, "app", &[("b", "app")]);
     let text = |text: &str| text.to_owned();
     let upper = "X-containerd.mkdir.path={{ mount 0 }}/upper:0755";
-    let of_upper = mount("format/mkdir/bind", "{{ mount 0 }}/upper", &[upper, "rw", "rbind"]);
+    let of_upper = mount(
+        "format/mkdir/bind",
+        "{{ mount 0 }}/upper",
+        &[upper, "rw", "rbind"],
+    );
     let read_only = mount("format/bind", "{{ mount 0 }}", &["ro", "rbind"]);
-    let lower = mount("format/mkdir/overlay", "overlay", &["lowerdir={{ overlay 0 1 }}"]);
+    let lower = mount(
+        "format/mkdir/overlay",
+        "overlay",
+        &["lowerdir={{ overlay 0 1 }}"],
+    );
     vec![
         List {
             name: "active",
-            mounts: vec![writable(dir.path().join("active.img")), layer(&app), layer(&base), overlay(2)],
+            mounts: vec![
+                writable(dir.path().join("active.img")),
+                layer(&app),
+                layer(&base),
+                overlay(2),
+            ],
             files: vec![("a", text("base")), ("b", text("app"))],
             is_writable: true,
         },
@@ -132,7 +145,8 @@ fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
         assert_eq!(points.len(), list.mounts.len(), "{}", list.name);
     }
     let wrong = mount("erofs", dir.path().join("none.erofs"), &["ro", "loop"]);
-    let refused = client.ask(&json!({"call": "Activate", "request": {"name": "wrong", "mounts": [wrong]}}));
+    let refused =
+        client.ask(&json!({"call": "Activate", "request": {"name": "wrong", "mounts": [wrong]}}));
     assert_eq!(refused["code"], "FAILED_PRECONDITION", "{refused}");
     let all = client.call("List", json!({}));
     drop(client);
@@ -141,7 +155,10 @@ fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
     let manager = &status["runs"][0]["manager"];
     let disks = manager["attachments"].as_array().unwrap();
     assert_eq!(disks.len(), 2 + 2 + 3 + 1, "{manager}");
-    assert_eq!(status["runs"][0]["activations"].as_array().unwrap().len(), lists.len());
+    assert_eq!(
+        status["runs"][0]["activations"].as_array().unwrap().len(),
+        lists.len()
+    );
     let said = server.kill();
     let id = run_id(&said).unwrap().to_owned();
 
@@ -152,7 +169,12 @@ fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
             assert_eq!(compared.mismatches, Vec::<String>::new(), "{}", list.name);
             assert_eq!(compared.files, list.files.len() as u64, "{}", list.name);
             let written = checker.write(tree.join("written"), "x").await;
-            assert_eq!(written.is_ok(), list.is_writable, "{}: {written:?}", list.name);
+            assert_eq!(
+                written.is_ok(),
+                list.is_writable,
+                "{}: {written:?}",
+                list.name
+            );
         }
         let tables = checker.tables().await.unwrap();
         assert_eq!(tables.dm_devices.len(), 1, "only one list is verified");

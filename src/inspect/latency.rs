@@ -65,7 +65,9 @@ impl Latencies {
     /// The steps that were called.
     pub(super) fn read(&self) -> Vec<StepStatus> {
         let steps = STEPS.iter().zip(&self.0);
-        steps.filter_map(|(step, times)| times.lock().status(*step)).collect()
+        steps
+            .filter_map(|(step, times)| times.lock().status(*step))
+            .collect()
     }
 }
 
@@ -120,8 +122,13 @@ impl Times {
 /// The counter of a time: short times by the microsecond, others by their highest bits.
 fn counter_of(time: Duration) -> usize {
     let longest = (1_u64 << LONGEST_BITS) - 1;
-    let micros = u64::try_from(time.as_micros()).unwrap_or(longest).min(longest);
-    let shift = micros.checked_ilog2().unwrap_or(0).saturating_sub(DIVISION_BITS);
+    let micros = u64::try_from(time.as_micros())
+        .unwrap_or(longest)
+        .min(longest);
+    let shift = micros
+        .checked_ilog2()
+        .unwrap_or(0)
+        .saturating_sub(DIVISION_BITS);
     // Below the first power that is divided, both terms are those of the time itself.
     shift as usize * DIVISIONS + (micros >> shift) as usize
 }
@@ -144,13 +151,17 @@ mod tests {
     #[test]
     fn a_counter_holds_times_that_differ_by_a_sixteenth_at_most() {
         let mut last = 0;
-        let powers = (0..LONGEST_BITS).flat_map(|bits| [1 << bits, (1 << bits) + 1, (2 << bits) - 1]);
+        let powers =
+            (0..LONGEST_BITS).flat_map(|bits| [1 << bits, (1 << bits) + 1, (2 << bits) - 1]);
         for time in (0..70_000).chain(powers) {
             let counter = counter_of(micros(time));
             assert!(counter < COUNTERS, "{time}");
             let bound = bound_of(counter).as_micros() as u64;
             assert!(time < bound, "{time} in {counter}, up to {bound}");
-            assert!(bound - time <= time / 16 + 1, "{time} in {counter}, up to {bound}");
+            assert!(
+                bound - time <= time / 16 + 1,
+                "{time} in {counter}, up to {bound}"
+            );
         }
         for time in 0..70_000 {
             let counter = counter_of(micros(time));
@@ -171,15 +182,31 @@ mod tests {
         // Not timed.
         latencies.failed(Step::Record);
         let [mount, detach] = latencies.read().try_into().unwrap();
-        assert_eq!((mount.step, mount.succeeded, mount.failed), (Step::Mount, 1000, 0));
-        assert_eq!((detach.step, detach.succeeded, detach.failed), (Step::Detach, 0, 1));
-        for (found, exact) in [(mount.p50_seconds, 0.5), (mount.p90_seconds, 0.9), (mount.p99_seconds, 0.99)] {
-            assert!((exact..=exact * 17.0 / 16.0 + 1e-6).contains(&found), "{found} for {exact}");
+        assert_eq!(
+            (mount.step, mount.succeeded, mount.failed),
+            (Step::Mount, 1000, 0)
+        );
+        assert_eq!(
+            (detach.step, detach.succeeded, detach.failed),
+            (Step::Detach, 0, 1)
+        );
+        for (found, exact) in [
+            (mount.p50_seconds, 0.5),
+            (mount.p90_seconds, 0.9),
+            (mount.p99_seconds, 0.99),
+        ] {
+            assert!(
+                (exact..=exact * 17.0 / 16.0 + 1e-6).contains(&found),
+                "{found} for {exact}"
+            );
         }
         assert_eq!((mount.max_seconds, mount.total_seconds), (1.0, 500.5));
         assert_eq!((detach.p99_seconds, detach.max_seconds), (0.0, 0.0));
         // Of 1 ms to 1000 ms, those below 65.536 ms are 65.
-        let bucket = mount.buckets.iter().find(|bucket| bucket.below_seconds == 0.065_536);
+        let bucket = mount
+            .buckets
+            .iter()
+            .find(|bucket| bucket.below_seconds == 0.065_536);
         assert_eq!(bucket.unwrap().count, 65);
         assert!(mount.buckets.is_sorted_by_key(|bucket| bucket.count));
         assert_eq!(mount.buckets.last().unwrap().count, 1000);

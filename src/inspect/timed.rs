@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use super::Latencies;
 use crate::{
-    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner,
-    MountOptions, Mounter, Overlay, Presence, Step, Transport, Unplugger, Usage,
+    BackendError, BindMount, Binder, DeviceLocator, Disk, DiskId, LayerCombiner, MountOptions,
+    Mounter, Overlay, Presence, Step, Transport, Unplugger, Usage,
 };
 
 /// A backend between the manager and the one that does the work.
@@ -129,11 +129,13 @@ impl Mounter for Timed<dyn Mounter> {
 #[deny(clippy::missing_trait_methods)]
 impl LayerCombiner for Timed<dyn LayerCombiner> {
     async fn combine(&self, overlay: &Overlay) -> Result<(), BackendError> {
-        self.time(Step::Combine, self.backend.combine(overlay)).await
+        self.time(Step::Combine, self.backend.combine(overlay))
+            .await
     }
 
     async fn separate(&self, target: &Path) -> Result<(), BackendError> {
-        self.time(Step::Separate, self.backend.separate(target)).await
+        self.time(Step::Separate, self.backend.separate(target))
+            .await
     }
 
     async fn adopt(&self, overlay: &Overlay) -> Result<Presence, BackendError> {

@@ -135,9 +135,8 @@ impl ManagerBuilder {
         };
         let latencies = &observed.latencies;
         let transport = Box::new(Timed::new(transport, latencies));
-        let unplugger = unplugger.map(|unplugger| {
-            Box::new(Timed::new(unplugger, latencies)) as Box<dyn Unplugger>
-        });
+        let unplugger = unplugger
+            .map(|unplugger| Box::new(Timed::new(unplugger, latencies)) as Box<dyn Unplugger>);
         let mounter = Box::new(Timed::new(mounter, latencies));
         let combiner = Box::new(Timed::new(combiner, latencies));
         let binder = Box::new(Timed::new(binder, latencies));

@@ -37,25 +37,53 @@ async fn what_is_up_is_shown_with_its_shares_and_holders() {
 
     let seen = manager.inspect();
     let disks = ["/images/0.img", "/images/1.img", "/images/2.img"];
-    let found = seen.attachments.iter().map(|attachment| attachment.disk.as_deref().unwrap());
+    let found = seen
+        .attachments
+        .iter()
+        .map(|attachment| attachment.disk.as_deref().unwrap());
     assert!(found.eq(disks));
     let of_disks = seen.attachments.iter().map(|attachment| {
         let lease = &attachment.lease;
-        (attachment.read_only, lease.state, lease.shares, lease.why.clone())
+        (
+            attachment.read_only,
+            lease.state,
+            lease.shares,
+            lease.why.clone(),
+        )
     });
     let up = LeaseState::Up;
-    assert!(of_disks.eq([(true, up, 1, None), (true, up, 1, None), (false, up, 1, None)]));
+    assert!(of_disks.eq([
+        (true, up, 1, None),
+        (true, up, 1, None),
+        (false, up, 1, None)
+    ]));
     // The layer that both have is one mount with two shares.
-    let shared = seen.mounts.iter().find(|mount| mount.lease.shares == 2).unwrap();
-    assert_eq!(shared.path.as_deref().unwrap(), one.layers()[0].path().to_str().unwrap());
+    let shared = seen
+        .mounts
+        .iter()
+        .find(|mount| mount.lease.shares == 2)
+        .unwrap();
+    assert_eq!(
+        shared.path.as_deref().unwrap(),
+        one.layers()[0].path().to_str().unwrap()
+    );
     assert_eq!(shared.locator, one.layers()[0].locator().to_string());
     assert_eq!(seen.mounts.len(), 3);
-    let stacks = seen.stacks.iter().map(|stack| (&*stack.target, stack.layers.len(), stack.lease.shares));
+    let stacks = seen
+        .stacks
+        .iter()
+        .map(|stack| (&*stack.target, stack.layers.len(), stack.lease.shares));
     assert!(stacks.eq([("/run/c1", 2, 2), ("/run/c2", 1, 1)]));
     assert!(seen.stacks[0].scratch.is_some() && seen.stacks[1].scratch.is_none());
     assert_eq!(seen.views[0].source.as_deref(), Some("/run/c1"));
-    assert_eq!((&*seen.holders[0].name, &*seen.holders[0].of), ("web", "the stack at /run/c1"));
-    assert_eq!((seen.views.len(), seen.holders.len(), seen.frozen), (1, 1, false));
+    assert_eq!(
+        (&*seen.holders[0].name, &*seen.holders[0].of),
+        ("web", "the stack at /run/c1")
+    );
+    assert_eq!(
+        (seen.views.len(), seen.holders.len(), seen.frozen),
+        (1, 1, false)
+    );
     assert_eq!(travelled(&seen), seen);
 
     view.release().await.unwrap();
@@ -76,7 +104,13 @@ async fn calls_are_timed_step_by_step_and_failures_are_counted_apart() {
     for _ in 0..3 {
         let mount = manager.add(&layer(0), &ro()).await.unwrap();
         // A share asks for nothing.
-        manager.add(&layer(0), &ro()).await.unwrap().release().await.unwrap();
+        manager
+            .add(&layer(0), &ro())
+            .await
+            .unwrap()
+            .release()
+            .await
+            .unwrap();
         mount.release().await.unwrap();
     }
     let seen = manager.inspect();
@@ -88,7 +122,13 @@ async fn calls_are_timed_step_by_step_and_failures_are_counted_apart() {
     }
     assert!((0.002..0.004).contains(&mount.max_seconds), "{mount:?}");
     let steps = seen.steps.iter().map(|status| status.step);
-    assert!(steps.eq([Step::Attach, Step::Mount, Step::Unmount, Step::Unplug, Step::Detach]));
+    assert!(steps.eq([
+        Step::Attach,
+        Step::Mount,
+        Step::Unmount,
+        Step::Unplug,
+        Step::Detach
+    ]));
     clean(&vm, &manager).await;
 }
 
@@ -99,10 +139,17 @@ async fn what_is_under_way_or_pending_says_so_and_why() {
     begin(manager.add(&layer(0), &ro())).await;
     let seen = manager.inspect();
     let attachment = &seen.attachments[0];
-    assert_eq!((attachment.lease.state, &attachment.disk), (LeaseState::Starting, &None));
+    assert_eq!(
+        (attachment.lease.state, &attachment.disk),
+        (LeaseState::Starting, &None)
+    );
     assert!(attachment.id.contains("/images/0.img"), "{attachment:?}");
     vm.open_gates();
-    soon(manager.drain()).await.is_clean().then_some(()).unwrap();
+    soon(manager.drain())
+        .await
+        .is_clean()
+        .then_some(())
+        .unwrap();
 
     let mount = manager.add(&layer(0), &ro()).await.unwrap();
     vm.gate_next(VmStep::Unmount, 2, Gate::Err(ErrorKind::Busy));
@@ -110,11 +157,23 @@ async fn what_is_under_way_or_pending_says_so_and_why() {
     let busy = busy.retry().await.unwrap_err();
     let seen = manager.inspect();
     let lease = &seen.mounts[0].lease;
-    assert_eq!((lease.state, lease.shares, lease.attempts), (LeaseState::Pending, 0, 2));
+    assert_eq!(
+        (lease.state, lease.shares, lease.attempts),
+        (LeaseState::Pending, 0, 2)
+    );
     let why = lease.why.as_deref().unwrap();
-    assert!(why.starts_with("cannot unmount") && why.contains(": "), "{why}");
+    assert!(
+        why.starts_with("cannot unmount") && why.contains(": "),
+        "{why}"
+    );
     // What is below it is up for it.
-    assert_eq!((seen.attachments[0].lease.state, seen.attachments[0].lease.shares), (LeaseState::Up, 1));
+    assert_eq!(
+        (
+            seen.attachments[0].lease.state,
+            seen.attachments[0].lease.shares
+        ),
+        (LeaseState::Up, 1)
+    );
     busy.retry().await.unwrap();
     clean(&vm, &manager).await;
 }
@@ -125,8 +184,14 @@ async fn slots_are_those_that_the_manager_was_told_of() {
     let slot = SlotStatus::new("fake", 7, SlotUse::Foreign).with_disk("/images/x");
     let told = vec![slot];
     let shown = told.clone();
-    let manager = Manager::builder().transport(vm).slots(move || shown.clone()).build();
+    let manager = Manager::builder()
+        .transport(vm)
+        .slots(move || shown.clone())
+        .build();
     assert_eq!(manager.inspect().slots, told);
     let text = serde_json::to_string(&manager.inspect()).unwrap();
-    assert!(text.contains(r#"{"transport":"fake","address":"7","usage":"foreign","disk":"/images/x"}"#), "{text}");
+    assert!(
+        text.contains(r#"{"transport":"fake","address":"7","usage":"foreign","disk":"/images/x"}"#),
+        "{text}"
+    );
 }

@@ -63,9 +63,9 @@ impl VmArgs {
             }
         };
         let token = self.agent_token.as_ref().map(std::path::absolute);
-        let token = token.transpose().map_err(|error| {
-            Failure::usage("--agent-token is no path").because(error)
-        })?;
+        let token = token
+            .transpose()
+            .map_err(|error| Failure::usage("--agent-token is no path").because(error))?;
         Ok(Some(ForeignVm {
             token,
             ..ForeignVm::new(monitor, agent, self.controllers.clone())

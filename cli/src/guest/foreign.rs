@@ -288,7 +288,15 @@ mod tests {
         for socket in [&unix, &vsock] {
             assert_eq!(&socket.to_string().parse::<Socket>().unwrap(), socket);
         }
-        for text in ["", "unix:", "/run/vm/agent", "vsock:3", "vsock:a:1", "vsock:3:4294967296", "tcp:1:2"] {
+        for text in [
+            "",
+            "unix:",
+            "/run/vm/agent",
+            "vsock:3",
+            "vsock:a:1",
+            "vsock:3:4294967296",
+            "tcp:1:2",
+        ] {
             assert!(text.parse::<Socket>().is_err(), "{text:?}");
         }
         assert_eq!(parse_monitor("qemu:/run/qmp"), Ok("/run/qmp".into()));

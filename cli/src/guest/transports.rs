@@ -106,7 +106,9 @@ impl VmTransport for ScsiTransport<QemuScsi> {
 
     fn status(&self) -> Vec<SlotStatus> {
         let map = self.slot_map();
-        let status = map.iter().map(|entry| SlotStatus::of(blockmount_scsi::SCHEME, entry));
+        let status = map
+            .iter()
+            .map(|entry| SlotStatus::of(blockmount_scsi::SCHEME, entry));
         status.collect()
     }
 }
@@ -123,7 +125,9 @@ impl VmTransport for VpmemTransport<QemuVpmem> {
 
     fn status(&self) -> Vec<SlotStatus> {
         let map = self.slot_map();
-        let status = map.iter().map(|entry| SlotStatus::of(blockmount_vpmem::SCHEME, entry));
+        let status = map
+            .iter()
+            .map(|entry| SlotStatus::of(blockmount_vpmem::SCHEME, entry));
         status.collect()
     }
 }

@@ -103,7 +103,8 @@ impl Machine {
         // A VM that is gone has taken along whatever could not be released; what it has written to a scratch stays for
         // whoever knows its name.
         let is_gone = |guest: &QemuGuest| guest.is_own() || guest.has_ended();
-        let gone = matches!(&self.guest, Guest::Qemu(guest) if is_gone(guest)) && !self.run.is_named();
+        let gone =
+            matches!(&self.guest, Guest::Qemu(guest) if is_gone(guest)) && !self.run.is_named();
         let lost_writes = !self.lost.is_empty();
         if lost_writes && scratch.is_some() {
             self.run.mark_lost("writes to its scratch were lost");
@@ -224,7 +225,9 @@ impl Machine {
 
     fn given_up(&self) -> Failure {
         let signal = self.gave_up.unwrap_or("a signal");
-        self.stays(&format!("{signal} was a further signal, and made blockmount give up on the guest"))
+        self.stays(&format!(
+            "{signal} was a further signal, and made blockmount give up on the guest"
+        ))
     }
 
     fn stays(&self, what: &str) -> Failure {

@@ -40,22 +40,46 @@ impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let Metrics(status) = self;
         let manager = &status.manager;
-        let mut info = encoder.encode_descriptor("build", "The program that serves", None, MetricType::Info)?;
+        let mut info = encoder.encode_descriptor(
+            "build",
+            "The program that serves",
+            None,
+            MetricType::Info,
+        )?;
         info.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let since = now.as_secs().saturating_sub(status.up_seconds);
+        let seconds = Unit::Seconds;
         let mut start = encoder.encode_descriptor(
             "start_time",
             "When the server has begun to serve, as time since 1970",
-            Some(&Unit::Seconds),
+            Some(&seconds),
             MetricType::Gauge,
         )?;
         start.encode_gauge(&(since as f64))?;
         let leases: [(&str, &str, Vec<&LeaseStatus>); 4] = [
-            ("attachments", "Disks of the VM", manager.attachments.iter().map(|one| &one.lease).collect()),
-            ("mounts", "Devices that are mounted in the guest", manager.mounts.iter().map(|one| &one.lease).collect()),
-            ("stacks", "Layers that are seen as one tree", manager.stacks.iter().map(|one| &one.lease).collect()),
-            ("views", "Mounts that are seen at further places", manager.views.iter().map(|one| &one.lease).collect()),
+            (
+                "attachments",
+                "Disks of the VM",
+                manager.attachments.iter().map(|one| &one.lease).collect(),
+            ),
+            (
+                "mounts",
+                "Devices that are mounted in the guest",
+                manager.mounts.iter().map(|one| &one.lease).collect(),
+            ),
+            (
+                "stacks",
+                "Layers that are seen as one tree",
+                manager.stacks.iter().map(|one| &one.lease).collect(),
+            ),
+            (
+                "views",
+                "Mounts that are seen at further places",
+                manager.views.iter().map(|one| &one.lease).collect(),
+            ),
         ];
         for (name, help, leases) in &leases {
             by_state(&mut encoder, name, help, leases)?;
@@ -66,7 +90,12 @@ impl Collector for Metrics {
         });
         gauges(&mut encoder, "shares", "Shares of what is up", shares)?;
         let holders = manager.holders.len() as i64;
-        let mut held = encoder.encode_descriptor("holders", "Names that hold something", None, MetricType::Gauge)?;
+        let mut held = encoder.encode_descriptor(
+            "holders",
+            "Names that hold something",
+            None,
+            MetricType::Gauge,
+        )?;
         held.encode_gauge(&holders)?;
         slots(&mut encoder, status)?;
         activations(&mut encoder, status)?;
@@ -91,7 +120,9 @@ fn by_state(
 fn slots(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> Result<(), fmt::Error> {
     let mut slots = BTreeMap::new();
     for slot in &status.manager.slots {
-        *slots.entry((&*slot.transport, slot.usage.to_string())).or_insert(0_i64) += 1;
+        *slots
+            .entry((&*slot.transport, slot.usage.to_string()))
+            .or_insert(0_i64) += 1;
     }
     let slots = slots.iter().map(|((transport, usage), count)| {
         ([("transport", *transport), ("usage", &**usage)], *count)
@@ -104,8 +135,15 @@ fn activations(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> Result<(
     for activation in &status.activations {
         *namespaces.entry(&*activation.namespace).or_insert(0_i64) += 1;
     }
-    let namespaces = namespaces.iter().map(|(namespace, count)| ([("namespace", *namespace)], *count));
-    gauges(encoder, "activations", "Lists of mounts that clients have activated", namespaces)
+    let namespaces = namespaces
+        .iter()
+        .map(|(namespace, count)| ([("namespace", *namespace)], *count));
+    gauges(
+        encoder,
+        "activations",
+        "Lists of mounts that clients have activated",
+        namespaces,
+    )
 }
 
 fn gauges<'a, const N: usize>(
@@ -123,16 +161,23 @@ fn gauges<'a, const N: usize>(
 
 fn steps(encoder: &mut DescriptorEncoder<'_>, steps: &[StepStatus]) -> Result<(), fmt::Error> {
     let help = "How long calls of the backends took that have succeeded";
-    let seconds = Some(&Unit::Seconds);
-    let mut times = encoder.encode_descriptor("step_duration", help, seconds, MetricType::Histogram)?;
+    let seconds = Unit::Seconds;
+    let mut times =
+        encoder.encode_descriptor("step_duration", help, Some(&seconds), MetricType::Histogram)?;
     for step in steps {
         let name = step.step.to_string();
         let labels = [("step", &*name)];
         let mut series = times.encode_family(&labels)?;
-        series.encode_histogram::<NoLabelSet>(step.total_seconds, step.succeeded, &buckets(step), None)?;
+        series.encode_histogram::<NoLabelSet>(
+            step.total_seconds,
+            step.succeeded,
+            &buckets(step),
+            None,
+        )?;
     }
     let help = "Calls of the backends that have failed";
-    let mut failures = encoder.encode_descriptor("step_failures", help, None, MetricType::Counter)?;
+    let mut failures =
+        encoder.encode_descriptor("step_failures", help, None, MetricType::Counter)?;
     for step in steps {
         let name = step.step.to_string();
         let labels = [("step", &*name)];
@@ -144,7 +189,10 @@ fn steps(encoder: &mut DescriptorEncoder<'_>, steps: &[StepStatus]) -> Result<()
 
 /// Each bound, with how many calls are between the one before and this one.
 fn buckets(step: &StepStatus) -> Vec<(f64, u64)> {
-    let all = step.buckets.iter().map(|bucket| (bucket.below_seconds, bucket.count));
+    let all = step
+        .buckets
+        .iter()
+        .map(|bucket| (bucket.below_seconds, bucket.count));
     let all = all.chain([(f64::INFINITY, step.succeeded)]);
     let mut before = 0;
     let between = all.map(|(bound, count)| {

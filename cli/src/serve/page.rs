@@ -5,8 +5,8 @@ use std::fmt::{self, Write as _};
 use blockmount::placement::SlotUse;
 use blockmount::{LeaseState, SlotStatus, StepStatus};
 
-use crate::status::text::{seconds, text};
 use crate::status::Status;
+use crate::status::text::{seconds, text};
 
 /// How often a browser asks again.
 const AGAIN_SECONDS: u32 = 2;
@@ -53,7 +53,10 @@ fn write(page: &mut String, status: &Status) -> fmt::Result {
     )?;
     let pending = pending(status);
     if pending > 0 {
-        write!(page, "<p><strong>{pending} pending</strong>: see below why.")?;
+        write!(
+            page,
+            "<p><strong>{pending} pending</strong>: see below why."
+        )?;
     }
     page.push_str("<h2>Slots</h2>");
     slots(page, &status.manager.slots)?;
@@ -86,8 +89,14 @@ fn slots(page: &mut String, slots: &[SlotStatus]) -> fmt::Result {
     let legend = rows as f64 * PITCH + 18.0;
     svg(page, legend + 8.0, "the slots that are not free")?;
     for (index, slot) in slots.iter().enumerate() {
-        let (x, y) = ((index % columns) as f64 * PITCH, (index / columns) as f64 * PITCH);
-        let (class, disk) = (slot.usage, slot.disk.as_deref().unwrap_or("no disk is known"));
+        let (x, y) = (
+            (index % columns) as f64 * PITCH,
+            (index / columns) as f64 * PITCH,
+        );
+        let (class, disk) = (
+            slot.usage,
+            slot.disk.as_deref().unwrap_or("no disk is known"),
+        );
         write!(
             page,
             "<rect class={class} x={x} y={y} width={SLOT} height={SLOT} rx=3><title>{}:{} {class}: {}</title></rect>",
@@ -103,7 +112,9 @@ fn slots(page: &mut String, slots: &[SlotStatus]) -> fmt::Result {
         SlotUse::Foreign,
         SlotUse::Pinned,
     ];
-    let used = uses.into_iter().filter(|usage| slots.iter().any(|slot| slot.usage == *usage));
+    let used = uses
+        .into_iter()
+        .filter(|usage| slots.iter().any(|slot| slot.usage == *usage));
     for (index, usage) in used.enumerate() {
         let x = index as f64 * 130.0;
         let count = slots.iter().filter(|slot| slot.usage == usage).count();
@@ -127,10 +138,16 @@ fn steps(page: &mut String, steps: &[StepStatus]) -> fmt::Result {
     }
     let bottom = steps.len() as f64 * ROW;
     svg(page, bottom + 44.0, "how long each step takes")?;
-    let decades = ["10 µs", "100 µs", "1 ms", "10 ms", "100 ms", "1 s", "10 s", "100 s"];
+    let decades = [
+        "10 µs", "100 µs", "1 ms", "10 ms", "100 ms", "1 s", "10 s", "100 s",
+    ];
     for (power, name) in decades.iter().enumerate() {
         let x = at(SHORTEST * 10_f64.powi(power as i32));
-        let anchor = if power + 1 == decades.len() { "end" } else { "middle" };
+        let anchor = if power + 1 == decades.len() {
+            "end"
+        } else {
+            "middle"
+        };
         write!(
             page,
             "<line class=axis x1={x:.1} x2={x:.1} y1=0 y2={bottom}></line>\

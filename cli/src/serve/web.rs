@@ -147,7 +147,9 @@ where
         async move { Ok::<_, Infallible>(answer) }
     });
     let mut builder = http1::Builder::new();
-    let serving = builder.keep_alive(false).serve_connection(TokioIo::new(stream), service);
+    let serving = builder
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
     match timeout(LONGEST, serving).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "a connection for metrics has ended"),
@@ -158,10 +160,18 @@ where
 
 fn answer(method: &Method, path: &str, source: &Source) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
-        return said(StatusCode::METHOD_NOT_ALLOWED, TEXT, "there is nothing to change here\n".into());
+        return said(
+            StatusCode::METHOD_NOT_ALLOWED,
+            TEXT,
+            "there is nothing to change here\n".into(),
+        );
     }
     match path {
-        "/" => said(StatusCode::OK, "text/html; charset=utf-8", page::html(&source.read())),
+        "/" => said(
+            StatusCode::OK,
+            "text/html; charset=utf-8",
+            page::html(&source.read()),
+        ),
         "/metrics" => match metrics::text(source) {
             Ok(text) => said(StatusCode::OK, metrics::CONTENT_TYPE, text),
             Err(error) => failed(&error),
@@ -170,14 +180,22 @@ fn answer(method: &Method, path: &str, source: &Source) -> Response<Full<Bytes>>
             Ok(text) => said(StatusCode::OK, "application/json", text),
             Err(error) => failed(&error),
         },
-        _ => said(StatusCode::NOT_FOUND, TEXT, "there are /, /metrics and /status.json\n".into()),
+        _ => said(
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "there are /, /metrics and /status.json\n".into(),
+        ),
     }
 }
 
 const TEXT: &str = "text/plain; charset=utf-8";
 
 fn failed(error: &dyn std::error::Error) -> Response<Full<Bytes>> {
-    said(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n"))
+    said(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        TEXT,
+        format!("{error}\n"),
+    )
 }
 
 fn said(status: StatusCode, content: &'static str, text: String) -> Response<Full<Bytes>> {
@@ -200,7 +218,14 @@ mod tests {
         assert_eq!(tcp.to_string(), "http://127.0.0.1:9464/");
         assert_eq!("unix:/a".parse(), Ok(WebAddress::Unix("/a".into())));
         assert!("[::1]:0".parse::<WebAddress>().is_ok());
-        for text in ["", "unix:", "9464", "localhost", "localhost:9464", "/run/metrics"] {
+        for text in [
+            "",
+            "unix:",
+            "9464",
+            "localhost",
+            "localhost:9464",
+            "/run/metrics",
+        ] {
             assert!(text.parse::<WebAddress>().is_err(), "{text:?}");
         }
     }

@@ -23,7 +23,11 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
     let mut parts = vec![head(status)];
     if !manager.attachments.is_empty() {
         let lines = manager.attachments.iter().map(attachment);
-        parts.push(list(&["disk", "at", "access", "state", "shares"], lines, rows));
+        parts.push(list(
+            &["disk", "at", "access", "state", "shares"],
+            lines,
+            rows,
+        ));
     }
     if !manager.mounts.is_empty() {
         let lines = manager.mounts.iter().map(|mount| {
@@ -31,7 +35,11 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
             let locator = mount.locator.clone();
             line(path, locator, access(mount.read_only), &mount.lease)
         });
-        parts.push(list(&["mount", "of", "access", "state", "shares"], lines, rows));
+        parts.push(list(
+            &["mount", "of", "access", "state", "shares"],
+            lines,
+            rows,
+        ));
     }
     if !manager.stacks.is_empty() || !manager.views.is_empty() {
         let stacks = manager.stacks.iter().map(|stack| {
@@ -40,7 +48,12 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
                 1 => format!("1 layer{scratch}"),
                 count => format!("{count} layers{scratch}"),
             };
-            line(&stack.target, of, access(stack.scratch.is_none()), &stack.lease)
+            line(
+                &stack.target,
+                of,
+                access(stack.scratch.is_none()),
+                &stack.lease,
+            )
         });
         let views = manager.views.iter().map(|view| {
             let of = view.source.as_deref().unwrap_or("-");
@@ -51,7 +64,11 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
     }
     if !status.activations.is_empty() {
         let header = ["activation", "namespace", "mounts", "state"];
-        parts.push(list(&header, status.activations.iter().map(activation), rows));
+        parts.push(list(
+            &header,
+            status.activations.iter().map(activation),
+            rows,
+        ));
     }
     let pending = pending(status);
     if !pending.is_empty() {
@@ -70,7 +87,10 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
 }
 
 fn head(status: &Status) -> String {
-    let name = status.name.as_deref().map(|name| format!(" {}", printable(name)));
+    let name = status
+        .name
+        .as_deref()
+        .map(|name| format!(" {}", printable(name)));
     let guest = match &*status.guest {
         "local" => "this machine",
         "qemu" => "a virtual machine of its own",
@@ -160,7 +180,10 @@ fn activation(activation: &ActivationStatus) -> Vec<String> {
 /// What could not be torn down yet, and why.
 fn pending(status: &Status) -> Vec<String> {
     let manager = &status.manager;
-    let attachments = manager.attachments.iter().map(|attachment| &attachment.lease);
+    let attachments = manager
+        .attachments
+        .iter()
+        .map(|attachment| &attachment.lease);
     let mounts = manager.mounts.iter().map(|mount| &mount.lease);
     let stacks = manager.stacks.iter().map(|stack| &stack.lease);
     let views = manager.views.iter().map(|view| &view.lease);
@@ -178,7 +201,12 @@ fn pending(status: &Status) -> Vec<String> {
 }
 
 fn times(step: &StepStatus) -> Vec<String> {
-    let times = [step.p50_seconds, step.p90_seconds, step.p99_seconds, step.max_seconds];
+    let times = [
+        step.p50_seconds,
+        step.p90_seconds,
+        step.p99_seconds,
+        step.max_seconds,
+    ];
     let mut cells = vec![
         step.step.to_string(),
         step.succeeded.to_string(),

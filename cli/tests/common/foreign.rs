@@ -7,13 +7,13 @@ use std::process::{Child, Command, Stdio};
 
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
-use blockmount_qemu::{GuestImage, GuestKernel, Qmp, QemuScsi};
+use blockmount_qemu::{GuestImage, GuestKernel, QemuScsi, Qmp};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use super::{eventually, kill_after, LONGEST};
+use super::{LONGEST, eventually, kill_after};
 
 /// What its guest's agent is told: more than `examples/guest_image.rs` says, since the bus has two controllers.
 const ARGUMENTS: &str = "--scsi-controller\npci:0000:00:10.0\n--scsi-controller\npci:0000:00:11.0\n\
@@ -43,21 +43,46 @@ impl ForeignMachine {
         fs::write(at("guest.cpio"), image.initramfs()).unwrap();
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg,thread=multi"])
-            .args(["-M", "q35,sata=off,smbus=off,usb=off,vmport=off", "-cpu", "max", "-m", "512M"])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-accel",
+                "tcg,thread=multi",
+            ])
+            .args([
+                "-M",
+                "q35,sata=off,smbus=off,usb=off,vmport=off",
+                "-cpu",
+                "max",
+                "-m",
+                "512M",
+            ])
             .arg("-kernel")
             .arg(image.kernel().image())
             .arg("-initrd")
             .arg(at("guest.cpio"))
-            .args(["-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off"])
-            .args(["-device", "virtio-scsi-pci,id=scsi0,addr=0x10", "-device", "virtio-scsi-pci,id=scsi1,addr=0x11"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off",
+            ])
+            .args([
+                "-device",
+                "virtio-scsi-pci,id=scsi0,addr=0x10",
+                "-device",
+                "virtio-scsi-pci,id=scsi1,addr=0x11",
+            ])
             .args(["-device", "virtio-serial-pci,id=serial"])
             .args(["-serial", &format!("file:{}", at("console").display())]);
         for name in ["agent", "checker"] {
             let socket = at(name);
             command.args([
                 "-chardev",
-                &format!("socket,id={name},path={},server=on,wait=off", socket.display()),
+                &format!(
+                    "socket,id={name},path={},server=on,wait=off",
+                    socket.display()
+                ),
                 "-device",
                 &format!("virtserialport,bus=serial.0,name=blockmount.{name},chardev={name}"),
             ]);
@@ -72,7 +97,10 @@ impl ForeignMachine {
                 &format!("scsi-hd,id=theirs{lun},bus=scsi0.0,lun={lun},drive=own{lun}"),
             ]);
         }
-        command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp").display())]);
+        command.args([
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", at("qmp").display()),
+        ]);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let qemu = command.spawn().unwrap();
         let machine = ForeignMachine { dir, qemu, runtime };
@@ -122,7 +150,9 @@ impl ForeignMachine {
             let qmp = Qmp::connect(stream).await.unwrap();
             let scsi = QemuScsi::new(qmp.clone(), ["scsi0", "scsi1"]).unwrap();
             let ours = scsi.left().await.unwrap();
-            let devices = qmp.execute("qom-list", json!({"path": "/machine/peripheral"})).await;
+            let devices = qmp
+                .execute("qom-list", json!({"path": "/machine/peripheral"}))
+                .await;
             let devices = devices.unwrap();
             let names = devices.as_array().unwrap().iter();
             let names = names.filter_map(|device| device["name"].as_str());
@@ -152,10 +182,20 @@ impl Drop for ForeignMachine {
 
 fn lines(tables: &Tables) -> BTreeSet<String> {
     let mounts = tables.mounts.iter();
-    let mounts = mounts.map(|mount| format!("mount of {} at {}", mount.filesystem, mount.mount_point));
-    let disks = tables.block_devices.iter().map(|disk| format!("disk {}", disk.name));
-    let scsi = tables.scsi_devices.iter().map(|address| format!("SCSI device {address}"));
-    let directories = tables.directories.iter().map(|directory| format!("directory {directory}"));
+    let mounts =
+        mounts.map(|mount| format!("mount of {} at {}", mount.filesystem, mount.mount_point));
+    let disks = tables
+        .block_devices
+        .iter()
+        .map(|disk| format!("disk {}", disk.name));
+    let scsi = tables
+        .scsi_devices
+        .iter()
+        .map(|address| format!("SCSI device {address}"));
+    let directories = tables
+        .directories
+        .iter()
+        .map(|directory| format!("directory {directory}"));
     mounts.chain(disks).chain(scsi).chain(directories).collect()
 }
 

@@ -68,7 +68,10 @@ impl Server {
         let mut heard = [0; 256];
         match server.notified.recv(&mut heard) {
             Ok(length) => assert!(heard[..length].starts_with(b"READY=1")),
-            Err(error) => panic!("{error}: {}", server.child.take().map_or(String::new(), said_of)),
+            Err(error) => panic!(
+                "{error}: {}",
+                server.child.take().map_or(String::new(), said_of)
+            ),
         }
         server
     }
@@ -166,7 +169,10 @@ impl Client {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut child = Command::new("/usr/bin/python3")
             .arg(here.join("tests/common/mounts_client.py"))
-            .args([socket(dir), here.join("../backends/containerd/protocol/proto")])
+            .args([
+                socket(dir),
+                here.join("../backends/containerd/protocol/proto"),
+            ])
             .env_remove("PYTHONPATH")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -232,7 +238,12 @@ pub fn layer(image: impl AsRef<Path>) -> Value {
 
 /// The file that an active snapshot is written to.
 pub fn writable(image: impl AsRef<Path>) -> Value {
-    let options = ["rw", "loop", "X-containerd.mkfs.fs=ext4", "X-containerd.mkfs.size=16MiB"];
+    let options = [
+        "rw",
+        "loop",
+        "X-containerd.mkfs.fs=ext4",
+        "X-containerd.mkfs.size=16MiB",
+    ];
     mount("mkfs/ext4", image, &options)
 }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod activations;
+mod fuzz;
 mod golden;
 mod kit;
 #[path = "../../../../tests/common/merged_erofs.rs"]

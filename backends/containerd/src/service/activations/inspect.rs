@@ -45,7 +45,9 @@ impl Activations {
     /// All that is activated, by namespace and name. It claims nothing.
     pub fn inspect(&self) -> Vec<ActivationStatus> {
         let mut seen: Vec<_> = self.table().values().map(status).collect();
-        seen.sort_by(|one, other| (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name)));
+        seen.sort_by(|one, other| {
+            (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name))
+        });
         seen
     }
 }
