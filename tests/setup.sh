@@ -24,7 +24,7 @@ needed=(
   openssl:openssl
   cc:gcc
   protoc:protobuf-compiler
-  crun:crun
+  runc:runc
   busybox:busybox-static
 )
 kernel=/var/lib/blockmount/kernel

@@ -104,10 +104,13 @@ async fn resume(
     }
     let guest = remembered.guest();
     let kept = match guest {
-        GuestKind::Foreign => format!(
-            "once it has ended: {}blockmount cleanup --resumable={name}",
-            sudo()
-        ),
+        GuestKind::Foreign => {
+            let named = format!("={name}");
+            format!(
+                "to release it: {}blockmount cleanup --resumable{named}",
+                sudo()
+            )
+        }
         _ => discard_advice(run.work_dir(), Some(name)),
     };
     args.name = Some(name.clone());

@@ -540,6 +540,7 @@ mod tests {
             "layer",
             "device",
             "overlay-option",
+            "controller",
         ];
         let command = Cli::command();
         let mount = command.find_subcommand("mount").unwrap();

@@ -1,11 +1,11 @@
-//! A container for real: an image of busybox whose layers are erofs, activated through the service, and run by crun.
+//! A container for real: an image of busybox whose layers are erofs, activated through the service, and run by runc.
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -49,7 +49,7 @@ fn layers(dir: &TempDir) -> [PathBuf; 2] {
     })
 }
 
-/// A container: where its tree is, and what crun calls it.
+/// A container: where its tree is, and what runc calls it.
 struct Container<'a> {
     dir: &'a TempDir,
     name: &'a str,
@@ -88,13 +88,11 @@ impl<'a> Container<'a> {
         bundle
     }
 
-    fn crun(&self) -> Command {
-        let mut crun = Command::new("crun");
-        crun.arg("--root").arg(self.dir.path().join("crun"));
-        // The machine of the tests may itself be a container without cgroups to give away.
-        crun.arg("--cgroup-manager=disabled");
-        crun.stdin(Stdio::null());
-        crun
+    fn runc(&self) -> Command {
+        let mut runc = Command::new("runc");
+        runc.arg("--root").arg(self.dir.path().join("runc"));
+        runc.stdin(Stdio::null());
+        runc
     }
 
     /// What a process says that runs in it to its end.
@@ -102,7 +100,7 @@ impl<'a> Container<'a> {
     fn run(&self, words: &[&str]) -> String {
         let bundle = self.bundle(words);
         let output = self
-            .crun()
+            .runc()
             .arg("run")
             .arg("--bundle")
             .arg(bundle)
@@ -142,7 +140,7 @@ fn root_two_containers_run_over_layers_that_they_share() {
 
     // A container that runs keeps its tree, and the other's goes.
     let bundle = one.bundle(&["/bin/sleep", "600"]);
-    let mut sleeping = one.crun();
+    let mut sleeping = one.runc();
     sleeping
         .arg("run")
         .arg("--detach")
@@ -163,7 +161,7 @@ fn root_two_containers_run_over_layers_that_they_share() {
     let text = run(["status", "--name", &servers::name(&dir)]);
     assert!(text.stdout.contains("pending"), "{text}");
     assert!(
-        one.crun()
+        one.runc()
             .args(["delete", "--force", &one.id()])
             .status()
             .unwrap()

@@ -101,15 +101,16 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + Debug> Stream for T {}
 
 impl Socket {
     pub(super) async fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let connecting = async || -> io::Result<Box<dyn Stream>> {
-            Ok(match self {
+        let connecting = async {
+            let stream: Box<dyn Stream> = match self {
                 Socket::Unix(path) => Box::new(UnixStream::connect(path).await?),
                 Socket::Vsock { cid, port } => {
                     Box::new(VsockStream::connect(VsockAddr::new(*cid, *port)).await?)
                 }
-            })
+            };
+            io::Result::Ok(stream)
         };
-        timeout(CONNECTING, connecting()).await?
+        timeout(CONNECTING, connecting).await?
     }
 }
 

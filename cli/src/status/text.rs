@@ -15,7 +15,7 @@ use crate::terminal::wrapped;
 /// The columns of a terminal that nobody has made wider.
 const COLUMNS: u16 = 80;
 /// The columns that a path is given.
-const PATH: usize = 40;
+const PATH: usize = 34;
 
 /// All of it. Of each list at most `rows` lines are shown, and how many more there are.
 pub(crate) fn text(status: &Status, rows: usize) -> String {
@@ -63,7 +63,7 @@ pub(crate) fn text(status: &Status, rows: usize) -> String {
         parts.push(list(&header, stacks.chain(views), rows));
     }
     if !status.activations.is_empty() {
-        let header = ["activation", "namespace", "mounts", "state"];
+        let header = ["activation", "namespace", "state", "mounts"];
         parts.push(list(
             &header,
             status.activations.iter().map(activation),
@@ -172,8 +172,8 @@ fn activation(activation: &ActivationStatus) -> Vec<String> {
     vec![
         shorten(&activation.name, PATH),
         shorten(&activation.namespace, 18),
-        activation.mounts.to_string(),
         state.to_owned(),
+        activation.mounts.to_string(),
     ]
 }
 
@@ -359,7 +359,7 @@ mod tests {
         status.manager.attachments = vec![one; 7];
         let text = text(&status, 5);
         assert!(text.contains("and 2 more"), "{text}");
-        assert_eq!(text.matches("scsi:0/1 ").count(), 5 + 1, "{text}");
+        assert_eq!(text.matches("layer.erofs   scsi:0/1 ").count(), 5, "{text}");
     }
 
     #[test]

@@ -157,7 +157,9 @@ impl ForeignMachine {
             let names = devices.as_array().unwrap().iter();
             let names = names.filter_map(|device| device["name"].as_str());
             let theirs = names.filter(|name| name.starts_with("theirs"));
-            (ours, theirs.map(str::to_owned).collect())
+            let mut theirs: Vec<String> = theirs.map(str::to_owned).collect();
+            theirs.sort_unstable();
+            (ours, theirs)
         })
     }
 
