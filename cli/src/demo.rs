@@ -88,7 +88,7 @@ fn foreign(args: &DemoArgs) -> Result<Option<ForeignVm>, Failure> {
         })),
         (Some(_), None) => {
             let what = "the demo digests files in the guest, which an agent does not do";
-            let advice = "have \"blockmount checker\" run there, and add --checker unix:PATH; or see one mount: blockmount mount --vm ...";
+            let advice = "have \"blockmount checker\" run there, and add --checker unix:PATH";
             Err(Failure::usage(what).advise(advice))
         }
         (None, _) => Ok(None),

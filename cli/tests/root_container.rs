@@ -138,7 +138,7 @@ fn root_two_containers_run_over_layers_that_they_share() {
         "{manager}"
     );
 
-    // A container that runs keeps its tree, and the other's goes.
+    // A container that runs keeps its tree.
     let bundle = one.bundle(&["/bin/sleep", "600"]);
     let mut sleeping = one.runc();
     sleeping
@@ -155,9 +155,10 @@ fn root_two_containers_run_over_layers_that_they_share() {
             .unwrap()
             .success()
     );
+    // The other's goes, and what both have stays for the one that runs; its own tree cannot go.
+    client.deactivate("two");
     let busy = client.ask(&json!({"call": "Deactivate", "request": {"name": "one"}}));
     assert_eq!(busy["code"], "FAILED_PRECONDITION", "{busy}");
-    client.deactivate("two");
     let text = run(["status", "--name", &servers::name(&dir)]);
     assert!(text.stdout.contains("pending"), "{text}");
     assert!(
