@@ -113,6 +113,14 @@ impl<'a> Container<'a> {
     }
 }
 
+impl Drop for Container<'_> {
+    /// A test that fails leaves no process.
+    fn drop(&mut self) {
+        let delete = self.runc().args(["delete", "--force", &self.id()]).output();
+        drop(delete);
+    }
+}
+
 #[test]
 fn root_two_containers_run_over_layers_that_they_share() {
     let _alone = common::alone();

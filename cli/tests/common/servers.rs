@@ -16,6 +16,7 @@ use super::{Answer, LONGEST, finish, kill_after, program, signal};
 pub struct Server {
     child: Option<Child>,
     notified: UnixDatagram,
+    name: String,
 }
 
 /// The name of the servers of one test.
@@ -58,6 +59,7 @@ impl Server {
         Server {
             child: Some(child),
             notified,
+            name: name(dir),
         }
     }
 
@@ -145,7 +147,7 @@ fn said_of(mut child: Child) -> String {
 }
 
 impl Drop for Server {
-    /// A test that fails leaves no server.
+    /// A test that fails leaves no server, and nothing that it has activated.
     fn drop(&mut self) {
         let Some(mut child) = self.child.take() else {
             return;
@@ -154,6 +156,8 @@ impl Drop for Server {
         signal(child.id(), Signal::TERM);
         drop(child.wait());
         drop(watch);
+        let discard = format!("--resumable={}", self.name);
+        drop(program(["cleanup", &discard]).output());
     }
 }
 
