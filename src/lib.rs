@@ -131,7 +131,7 @@ pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};
 pub use name::{HolderName, InvalidHolderName};
 pub use options::{
-    Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
+    Aead, Check, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, ExtraDisk, Format,
     FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange, InvalidOptions, KeySource, LuksKey,
     MountFlag, MountFlags, MountOptions, MountOptionsBuilder, MountRequest, NewDirectory,
     OnCorruption, OverlayOptions, Overwrite, Propagation, PropagationMode, Verity, ViewOptions,

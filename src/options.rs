@@ -24,7 +24,7 @@ use crate::{Disk, HolderName};
 pub use builder::MountOptionsBuilder;
 pub use check::Check;
 pub use devices::{DeviceRole, ExtraDevice, ExtraDisk};
-pub use encryption::{Encryption, KeySource, LuksKey};
+pub use encryption::{Aead, Encryption, KeySource, LuksKey};
 pub use flags::{MountFlag, MountFlags, Propagation, PropagationMode};
 pub use format::{Format, Overwrite};
 pub use fs_group::{FsGroup, FsGroupPolicy};

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use blockmount::{
-    DeviceLocator, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, Format,
+    Aead, DeviceLocator, DeviceRole, Encryption, ErrorCorrection, Expose, ExtraDevice, Format,
     HashAlgorithm, InvalidOptions, KeySource, LuksKey, MountFlag, MountOptions, MountRequest,
     OnCorruption, Overlay, Verity,
 };
@@ -157,6 +157,22 @@ fn y2_an_integrity_check_that_no_kernel_could_be_given_is_refused() {
 }
 
 #[test]
+fn g04_a_read_only_mount_makes_no_filesystem() {
+    for format in [format(), format().overwriting_everything()] {
+        let built = MountOptions::builder().read_only().format(format).build();
+        let error = built.unwrap_err();
+        assert!(
+            matches!(error, InvalidOptions::Contradiction(..)),
+            "{error}"
+        );
+    }
+    // Nor does one that a host asks for.
+    let asked = json!({"options": ["ro"], "format": to_value(format()).unwrap()});
+    let message = read::<MountOptions>(asked).unwrap_err().to_string();
+    assert!(message.contains("format"), "{message}");
+}
+
+#[test]
 fn every_option_survives_the_way() {
     let verified = MountOptions::builder()
         .partition(NonZeroU32::MIN)
@@ -168,17 +184,32 @@ fn every_option_survives_the_way() {
         .encryption(Encryption::Ephemeral)
         .format(format())
         .build();
-    let with_tags = Encryption::EphemeralWithIntegrity;
-    let authenticated = MountOptions::builder()
-        .encryption(with_tags.clone())
-        .format(format())
-        .build();
-    for refused in [
-        MountOptions::builder().expose(Expose::BlockDevice),
-        MountOptions::builder().read_only(),
-    ] {
-        refused.encryption(with_tags.clone()).build().unwrap_err();
+    let with_tags = [
+        Encryption::EphemeralWithIntegrity,
+        Encryption::EphemeralWithAead(Aead::Aegis128),
+        Encryption::EphemeralWithAead(Aead::ChaCha20Poly1305),
+    ];
+    let [authenticated, aegis, chacha] = with_tags.map(|with_tags| {
+        for refused in [
+            MountOptions::builder().expose(Expose::BlockDevice),
+            MountOptions::builder().read_only(),
+        ] {
+            refused.encryption(with_tags.clone()).build().unwrap_err();
+        }
+        let options = MountOptions::builder().encryption(with_tags);
+        options.format(format()).build()
+    });
+    for cipher in Aead::ALL {
+        assert_eq!(cipher.to_string().parse::<Aead>().unwrap(), cipher);
+        assert_eq!(to_value(cipher).unwrap(), cipher.name());
     }
+    assert!(
+        "gcm"
+            .parse::<Aead>()
+            .unwrap_err()
+            .to_string()
+            .contains("aegis128")
+    );
     let exposed = MountOptions::builder().expose(Expose::BlockDevice).build();
     let keyed = |source| {
         let options = MountOptions::builder().read_only();
@@ -198,6 +229,8 @@ fn every_option_survives_the_way() {
         verified,
         encrypted,
         authenticated,
+        aegis,
+        chacha,
         exposed,
         in_keyring,
         in_file,

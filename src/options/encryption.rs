@@ -1,5 +1,8 @@
 //! How the content of a device is encrypted, and where its key is.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use super::InvalidOptions;
@@ -20,6 +23,9 @@ pub enum Encryption {
     /// write is two. Its size is fixed. A block that was never written has no tag and cannot be read either, so a filesystem has to be made
     /// on it, and the device cannot be exposed.
     EphemeralWithIntegrity,
+    /// The same by one cipher that encrypts and makes the tags, in place of AES with HMAC-SHA-256. Each write of a block has a
+    /// random number of its own, which is kept with the tag. The guest's kernel has to have the cipher.
+    EphemeralWithAead(Aead),
     /// A key of 64 bytes that the guest's owner has placed in the guest: the content outlives the mount.
     ///
     /// The whole device is encrypted, without a header, with AES-256 in XTS mode in sectors of 4,096 bytes, each by its number
@@ -34,6 +40,51 @@ pub enum Encryption {
     /// blocks, and with a header of at most 16 MiB. Nothing is written to the header. Who can write to the disk can replace
     /// header and content together by others that the same passphrase opens only if the passphrase is known.
     Luks2(LuksKey),
+}
+
+/// A cipher that authenticates what it encrypts (AEAD).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Aead {
+    /// AEGIS-128: the fastest where the processor has AES. Linux 4.18.
+    #[serde(rename = "aegis128")]
+    Aegis128,
+    /// ChaCha20-Poly1305 (RFC 7539): fast without AES in the processor. Its random numbers have 96 bits, so that no more than
+    /// some 16 TiB should be written with one key.
+    #[serde(rename = "chacha20-poly1305")]
+    ChaCha20Poly1305,
+}
+
+impl Aead {
+    /// Every cipher.
+    pub const ALL: [Aead; 2] = [Self::Aegis128, Self::ChaCha20Poly1305];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Aead::Aegis128 => "aegis128",
+            Aead::ChaCha20Poly1305 => "chacha20-poly1305",
+        }
+    }
+}
+
+impl fmt::Display for Aead {
+    /// Its name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Aead {
+    type Err = InvalidOptions;
+
+    fn from_str(name: &str) -> Result<Self, InvalidOptions> {
+        let known = Self::ALL.into_iter().find(|known| known.name() == name);
+        known.ok_or_else(|| {
+            let why = "aegis128 and chacha20-poly1305 are known";
+            InvalidOptions::Malformed(format!("cipher {name}"), why)
+        })
+    }
 }
 
 /// What opens a volume of LUKS2.
@@ -66,19 +117,26 @@ impl Encryption {
     pub fn is_ephemeral(&self) -> bool {
         matches!(
             self,
-            Encryption::Ephemeral | Encryption::EphemeralWithIntegrity
+            Encryption::Ephemeral
+                | Encryption::EphemeralWithIntegrity
+                | Encryption::EphemeralWithAead(_)
         )
     }
 
     /// Whether reading what was changed on the disk is an error.
     pub fn has_integrity(&self) -> bool {
-        matches!(self, Encryption::EphemeralWithIntegrity)
+        matches!(
+            self,
+            Encryption::EphemeralWithIntegrity | Encryption::EphemeralWithAead(_)
+        )
     }
 
     /// Whether a guest could look for the key.
     pub(super) fn validate(&self) -> Result<(), InvalidOptions> {
         match self {
-            Encryption::Ephemeral | Encryption::EphemeralWithIntegrity => Ok(()),
+            Encryption::Ephemeral
+            | Encryption::EphemeralWithIntegrity
+            | Encryption::EphemeralWithAead(_) => Ok(()),
             Encryption::Keyed(source) => source.validate(),
             Encryption::Luks2(key) => key.source().validate(),
         }

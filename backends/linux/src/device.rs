@@ -1,6 +1,7 @@
 //! Block devices: opening them, proving that nobody uses them, and the device stack: from what a resolver found to what is
 //! mounted.
 
+pub(crate) mod cipher;
 mod content;
 pub(crate) mod crypt;
 pub(crate) mod dax;
@@ -20,7 +21,11 @@ pub(crate) mod partitions;
 mod secret;
 pub(crate) mod stack;
 pub(crate) mod subrange;
+mod tags;
 pub(crate) mod verity;
+
+#[cfg(fuzzing)]
+pub(crate) use luks_header::fuzz as fuzz_luks_header;
 
 pub use free::{flush, hold_free, in_use, prove_free, release};
 pub use node::{await_open, logical_block_size, open, size};

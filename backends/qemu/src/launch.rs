@@ -35,8 +35,8 @@ pub use channel::{AgentChannel, AgentPort};
 pub use error::VmError;
 pub use hardware::{MAX_CONTROLLERS, MAX_MEMORY_PORTS, controller_address, memory_port_address};
 pub use image::{
-    ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, MODULE_LIST, MODULES, PROGRAMS,
-    VERITY_MODULES,
+    AEAD_MODULES, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, MODULE_LIST, MODULES,
+    PROGRAMS, VERITY_MODULES,
 };
 pub use kernel::GuestKernel;
 pub use migrate::IncomingVm;

@@ -90,10 +90,10 @@ pub mod vpmem;
 pub use image_format::ImageFormat;
 #[cfg(feature = "launch")]
 pub use launch::{
-    Accelerator, AgentChannel, AgentPort, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder,
-    GuestKernel, GuestStream, IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS, MODULE_LIST, MODULES,
-    PROGRAMS, ShownImages, VERITY_MODULES, Vm, VmBuilder, VmError, abandoned_state,
-    controller_address, memory_port_address,
+    AEAD_MODULES, Accelerator, AgentChannel, AgentPort, ENCRYPTION_MODULES, GuestImage,
+    GuestImageBuilder, GuestKernel, GuestStream, IncomingVm, MAX_CONTROLLERS, MAX_MEMORY_PORTS,
+    MODULE_LIST, MODULES, PROGRAMS, ShownImages, VERITY_MODULES, Vm, VmBuilder, VmError,
+    abandoned_state, controller_address, memory_port_address,
 };
 pub use qmp::{Qmp, QmpError};
 pub use scsi::QemuScsi;

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{
-    BackendError, BindMount, Binder, Check, DeviceLocator, DeviceRole, Encryption, ErrorCorrection,
-    ErrorKind, Expose, ExtraDevice, Format, FsGroup, FsGroupPolicy, HashAlgorithm, IdMap, IdRange,
-    KeySource, LayerCombiner, LuksKey, MountFlag, MountOptions, Mounter, OnCorruption, Overlay,
-    OverlayOptions, Presence, Propagation, Unplugger, Usage, Verity,
+    Aead, BackendError, BindMount, Binder, Check, DeviceLocator, DeviceRole, Encryption,
+    ErrorCorrection, ErrorKind, Expose, ExtraDevice, Format, FsGroup, FsGroupPolicy, HashAlgorithm,
+    IdMap, IdRange, KeySource, LayerCombiner, LuksKey, MountFlag, MountOptions, Mounter,
+    OnCorruption, Overlay, OverlayOptions, Presence, Propagation, Unplugger, Usage, Verity,
 };
 use blockmount_bridge::{BridgeGuest, GuestConnection, GuestServer};
 use proptest::prelude::*;
@@ -111,6 +111,7 @@ fn encryption() -> impl Strategy<Value = Encryption> {
     prop_oneof![
         Just(Encryption::Ephemeral),
         Just(Encryption::EphemeralWithIntegrity),
+        prop::sample::select(&Aead::ALL[..]).prop_map(Encryption::EphemeralWithAead),
         source.prop_map(Encryption::Keyed),
         passphrase.prop_map(Encryption::Luks2),
         volume.prop_map(Encryption::Luks2),

@@ -4,13 +4,11 @@
 //! The kernel takes the key from its keyring, from where no program can read it. It is in no request, table or message: they
 //! have only the name under which the keyring has it.
 
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, Encryption, KeySource, LuksKey};
-use rustix::io::Errno;
 
+use crate::device::cipher::{self, Cipher};
 use crate::device::content::{is_blank, refuse_content};
 use crate::device::key::{self, Key};
 use crate::device::luks::{Opened, VolumeKey};
@@ -18,29 +16,15 @@ use crate::device::luks_header::Segment;
 use crate::device::mapper::{Access, DeviceMapper, Names, SECTOR, Target};
 use crate::device::number::DeviceNumber;
 use crate::device::partition::sequence;
-use crate::device::{integrity, mapped, node};
-use crate::discover::sysfs;
-use crate::errno::{errno_error, errno_of};
-use crate::filesystem::probe::{Content, make_blank, probe};
-use crate::mount::kernel_log;
+use crate::device::{integrity, mapped, node, tags};
+use crate::filesystem::probe::{Content, probe};
 use crate::undo::ledger::UndoList;
 use crate::undo::locks;
 use crate::undo::step::{CryptStep, Undo};
 
-const KIND: &str = "crypt";
-/// AES-256 in the mode XTS, which has two keys, by the number of the sector.
-const CIPHER: &str = "aes-xts-plain64";
-/// The same, and a tag by HMAC-SHA-256 over a block, its number and its initialization vector.
-const AUTHENTICATED: &str = "capi:authenc(hmac(sha256),xts(aes))-plain64";
-/// How dm-crypt logs a block whose tag is not that of its content.
-const TAMPERED: &str = "INTEGRITY AEAD ERROR";
+pub(super) const KIND: &str = "crypt";
 /// What is encrypted at once, in bytes, where the size of the device allows it: the cipher starts anew less often.
 const LARGE_SECTOR: u64 = 4096;
-
-/// Two keys of AES-256, in bytes.
-const KEY_LENGTH: usize = 64;
-/// And one of HMAC-SHA-256.
-const AUTHENTICATED_KEY_LENGTH: usize = KEY_LENGTH + integrity::TAG;
 
 impl CryptStep {
     /// From the number of the device alone: at most 38 bytes with a mark.
@@ -115,7 +99,7 @@ pub(crate) fn open(
         encryption: wanted.encryption.clone(),
         read_only: wanted.read_only,
     };
-    let segment = wanted.segment(&step, device.size);
+    let segment = wanted.segment(&step, device.size)?;
     let length = length(below, device.size, &segment)?;
     let undo = Undo::CloseCrypt(Box::new(step.clone()));
     let is_keyed = !wanted.encryption.is_ephemeral();
@@ -131,16 +115,16 @@ pub(crate) fn open(
             refuse_content(below, &mut device.open)?;
         }
         let key = wanted.key(&names.name)?;
-        let table = table(&step, &segment, length, &key);
+        let table = table(&step, &segment, length, &key)?;
         let access = match wanted.read_only {
             true => Access::ReadOnly,
             false => Access::ReadWrite,
         };
         let made = mapper.create_mapped(names, &table, access);
         key.leave();
-        let made = made.map_err(|error| explain_refusal(mapper, &segment.cipher, error))?;
+        let made = made.map_err(|error| cipher::explain_refusal(mapper, &segment.cipher, error))?;
         if has_integrity {
-            write_tags(made, &wanted.disk)?;
+            tags::write_first(made, &wanted.disk)?;
         }
         Ok(made)
     })?;
@@ -164,67 +148,18 @@ pub(crate) fn ensure_writable(below: &Path) -> Result<(), BackendError> {
     )))
 }
 
-/// Gives tags to the blocks that are read before a filesystem is made: those where its signature could be, and those of
-/// others. The rest get theirs when they are written. To write all of them would take as long as filling the disk, and a
-/// filesystem reads nothing that it has not written.
-fn write_tags(device: DeviceNumber, disk: &Path) -> Result<(), BackendError> {
-    // The kernel's log has only the name of the device when it finds a block that was changed.
-    if let Some(name) = kernel_log::kernel_name(device) {
-        let disk = disk.display();
-        kernel_log::note(&format!("{} disk {disk}", began(&name)));
-    }
-    let write = || {
-        let node = node::of(device).ok_or(io::ErrorKind::NotFound)?;
-        let open = File::options().read(true).write(true).open(node)?;
-        // What is written in part is read first.
-        make_blank(&open, node::size(&open)?, integrity::BLOCK)
-    };
-    write().map_err(|error| {
-        let disk = disk.display();
-        errno_error(format!("cannot write the first tags of {disk}"), error)
-    })
-}
-
-/// What the kernel's log has from us when a device begins.
-fn began(name: &str) -> String {
-    format!("blockmount: {name} encrypts and authenticates")
-}
-
-/// Whether the kernel has found a block of a device that was changed below it, of which its log says so by the name of the
-/// device or of the one below. Blocks.
-fn is_tampered_with(device: DeviceNumber) -> bool {
-    let Some(name) = kernel_log::kernel_name(device) else {
-        return false;
-    };
-    let lines = kernel_log::since(&format!("{} ", began(&name)));
-    let mut names = below(device).into_iter().chain([name]);
-    names.any(|name| {
-        let finding = format!(" {name}: {TAMPERED}");
-        lines.iter().any(|line| line.contains(&finding))
-    })
-}
-
-/// What a device is made of, by the kernel's names.
-fn below(device: DeviceNumber) -> Vec<String> {
-    sysfs::names(&device.sysfs().join("slaves")).unwrap_or_default()
-}
-
 impl Wanted {
     /// What is encrypted of a device of so many bytes, and how.
-    fn segment(&self, step: &CryptStep, size: u64) -> Segment {
+    fn segment(&self, step: &CryptStep, size: u64) -> Result<Segment, BackendError> {
         if let Some(volume) = &self.volume {
-            return volume.segment.clone();
+            return Ok(volume.segment.clone());
         }
-        let cipher = match self.encryption.has_integrity() {
-            true => AUTHENTICATED,
-            false => CIPHER,
-        };
-        Segment {
-            cipher: cipher.to_owned(),
+        Ok(Segment {
+            cipher: Cipher::of(&self.encryption)?.name.to_owned(),
             start: 0,
             first: 0,
             unit: step.unit(size / SECTOR * SECTOR),
-        }
+        })
     }
 
     fn key(&self, name: &str) -> Result<Key, BackendError> {
@@ -234,15 +169,10 @@ impl Wanted {
                 VolumeKey::InKeyring(description) => Key::in_keyring(description, volume.length),
             };
         }
+        let length = Cipher::of(&self.encryption)?.key;
         match &self.encryption {
-            Encryption::Ephemeral => Key::random(name, KEY_LENGTH),
-            Encryption::EphemeralWithIntegrity => Key::random(name, AUTHENTICATED_KEY_LENGTH),
-            Encryption::Keyed(source) => {
-                Key::of_owner(name, source, self.keys.as_deref(), KEY_LENGTH)
-            }
-            other => Err(BackendError::unsuitable(format!(
-                "this guest does not know the encryption {other:?}"
-            ))),
+            Encryption::Keyed(source) => Key::of_owner(name, source, self.keys.as_deref(), length),
+            _ => Key::random(name, length),
         }
     }
 }
@@ -258,7 +188,7 @@ impl Encrypted {
             Some(found.content == Content::Unknown)
         };
         if self.encryption.has_integrity() {
-            if !DeviceNumber::at(node).is_ok_and(is_tampered_with) {
+            if !DeviceNumber::at(node).is_ok_and(tags::are_wrong) {
                 return error;
             }
             let message = format!("{message}: blocks of {disk} are not what was written to them");
@@ -286,25 +216,11 @@ impl Encrypted {
 pub(crate) fn undo(step: &CryptStep) -> Result<(), BackendError> {
     let names = step.names();
     if step.encryption.has_integrity() {
-        report_tampering(step);
+        tags::report_tampering(step);
     }
     mapped::remove(&names)?;
     key::forget(&names.name);
     Ok(())
-}
-
-/// Says which disk has blocks that were changed, if the kernel has found some.
-fn report_tampering(step: &CryptStep) {
-    let device = DeviceMapper::open().and_then(|mapper| mapper.find_uuid(&step.names().uuid));
-    if let Ok(Some(device)) = device
-        && is_tampered_with(device)
-    {
-        let disk = below(step.backing).join(", ");
-        tracing::error!(
-            disk,
-            "blocks of an encrypted disk are not what was written to them; whoever read them got an error"
-        );
-    }
 }
 
 /// Has the device that encrypts another take all of that, which has so many bytes now. It stays in use. Blocks.
@@ -359,7 +275,12 @@ fn length(below: &Path, size: u64, segment: &Segment) -> Result<u64, BackendErro
     }
 }
 
-fn table(step: &CryptStep, segment: &Segment, length: u64, key: &Key) -> Target {
+fn table(
+    step: &CryptStep,
+    segment: &Segment,
+    length: u64,
+    key: &Key,
+) -> Result<Target, BackendError> {
     let Segment {
         cipher,
         start,
@@ -369,17 +290,17 @@ fn table(step: &CryptStep, segment: &Segment, length: u64, key: &Key) -> Target 
     let (key, backing) = (key.reference(), step.backing);
     let mut parameters = format!("{cipher} {key} {first} {backing} {start}");
     if step.encryption.has_integrity() {
-        let (tag, block) = (integrity::TAG, integrity::BLOCK);
+        let (tag, block) = (Cipher::of(&step.encryption)?.tag, integrity::BLOCK);
         parameters += &format!(" 2 integrity:{tag}:aead sector_size:{block}");
     } else if *unit != SECTOR {
         parameters += &format!(" 1 {UNIT}{unit}");
     }
-    Target {
+    Ok(Target {
         start: 0,
         length: length / SECTOR,
         kind: KIND.to_owned(),
         parameters,
-    }
+    })
 }
 
 /// The word of a table for what is encrypted at once.
@@ -394,22 +315,6 @@ fn read_table(parameters: &str) -> Option<(u64, u64, usize)> {
     let start = words.get(4)?.parse().ok()?;
     let unit = words.iter().find_map(|word| word.strip_prefix(UNIT));
     Some((unit.map_or(Some(SECTOR), |it| it.parse().ok())?, start, key))
-}
-
-/// Says why the kernel refuses a table that is well-formed.
-fn explain_refusal(mapper: &DeviceMapper, cipher: &str, error: BackendError) -> BackendError {
-    let why = match (mapper.version_of(KIND), errno_of(&error)) {
-        (Ok(None), _) => "this kernel has no dm-crypt (is its module loaded?)".to_owned(),
-        (_, Some(Errno::NOENT)) => format!("this kernel has no cipher {cipher}"),
-        // It was there a moment ago.
-        (_, Some(Errno::NOKEY)) => {
-            let message = format!("{}: its key is gone", error.message());
-            return BackendError::not_found(message).with_source(error);
-        }
-        _ => return error,
-    };
-    let message = format!("{}: {why}", error.message());
-    BackendError::unsuitable(message).with_source(error)
 }
 
 #[cfg(test)]

@@ -21,8 +21,6 @@ use crate::undo::ledger::UndoList;
 use crate::undo::step::{IntegrityStep, Undo};
 
 const KIND: &str = "integrity";
-/// The length of a tag, in bytes: that of HMAC-SHA-256.
-pub(super) const TAG: usize = 32;
 /// What has one tag, in bytes. It has to be what is encrypted at once.
 pub(super) const BLOCK: u64 = 4096;
 /// The length of the superblock, in bytes.
@@ -36,7 +34,7 @@ impl IntegrityStep {
     }
 }
 
-/// Makes a device with tags of another, and names its node. What was on the other is lost then: it has to be blank or noise,
+/// Makes a device with tags of so many bytes of another, and names its node. What was on the other is lost then: it has to be blank or noise,
 /// unless anything `may_destroy`. Blocks.
 ///
 /// # Errors
@@ -46,6 +44,7 @@ impl IntegrityStep {
 pub(crate) fn open(
     list: &UndoList<'_>,
     below: &Path,
+    tag: usize,
     may_destroy: bool,
 ) -> Result<PathBuf, BackendError> {
     let mut device = node::measure(below)?;
@@ -60,7 +59,7 @@ pub(crate) fn open(
             refuse_content(below, &mut device.open)?;
         }
         erase_superblock(below)?;
-        let made = format(mapper, names, backing)
+        let made = format(mapper, names, backing, tag)
             .and_then(|table| mapper.create_mapped(names, &table, Access::ReadWrite));
         made.map_err(|error| explain_refusal(mapper, below, device.size, error))
     })
@@ -94,8 +93,10 @@ fn format(
     mapper: &DeviceMapper,
     names: &Names,
     backing: DeviceNumber,
+    tag: usize,
 ) -> Result<Target, BackendError> {
-    mapper.create_mapped(names, &table(backing, BLOCK / SECTOR), Access::ReadWrite)?;
+    let one_block = table(backing, BLOCK / SECTOR, tag);
+    mapper.create_mapped(names, &one_block, Access::ReadWrite)?;
     let status = mapper.status(&names.uuid);
     mapper.remove(&names.name)?;
     let room = status?.as_deref().and_then(room);
@@ -103,7 +104,7 @@ fn format(
         let name = &names.name;
         BackendError::other(format!("the kernel does not say how large {name} can be"))
     })?;
-    Ok(table(backing, room))
+    Ok(table(backing, room, tag))
 }
 
 /// The number of sectors in a status: `0 130048 -`, after that of the tags that did not fit.
@@ -113,13 +114,13 @@ fn room(status: &[Target]) -> Option<u64> {
     room.parse().ok().filter(|room| *room > 0)
 }
 
-fn table(backing: DeviceNumber, length: u64) -> Target {
+fn table(backing: DeviceNumber, length: u64, tag: usize) -> Target {
     Target {
         start: 0,
         length,
         kind: KIND.to_owned(),
         // Without a journal (D), which is there all the same and made as small as can be.
-        parameters: format!("{backing} 0 {TAG} D 2 journal_sectors:1 block_size:{BLOCK}"),
+        parameters: format!("{backing} 0 {tag} D 2 journal_sectors:1 block_size:{BLOCK}"),
     }
 }
 
@@ -153,7 +154,7 @@ mod tests {
     #[test]
     fn a_table_is_what_the_kernels_documentation_says() {
         let disk = DeviceNumber { major: 8, minor: 0 };
-        let table = table(disk, 8);
+        let table = table(disk, 8, 32);
         assert_eq!((table.start, table.length), (0, 8));
         let expected = "8:0 0 32 D 2 journal_sectors:1 block_size:4096";
         assert_eq!(table.parameters, expected);

@@ -14,7 +14,9 @@ use blockmount::{BackendError, BlockDevice, Encryption, ErrorKind, MountOptions,
 
 use crate::device::crypt::{Encrypted, Worth};
 use crate::device::verity::Checked;
-use crate::device::{crypt, dm_linear, free, integrity, luks, node, partition, subrange, verity};
+use crate::device::{
+    cipher, crypt, dm_linear, free, integrity, luks, node, partition, subrange, verity,
+};
 use crate::errno::{blocking, retry_while_busy};
 use crate::mount::target::Target;
 use crate::undo::ledger::{Ledger, UndoList};
@@ -155,7 +157,8 @@ pub(crate) async fn open(
         };
         if encryption.has_integrity() {
             let (node, may_destroy) = (layer.node.clone(), wanted.may_destroy);
-            let open = move |list: &UndoList<'_>| integrity::open(list, &node, may_destroy);
+            let tag = cipher::tag_length(encryption)?;
+            let open = move |list: &UndoList<'_>| integrity::open(list, &node, tag, may_destroy);
             let node = attempt(ledger, target, layer.node, timeouts.busy, open).await?;
             layer = Layer::open(node, deadline).await?;
         }

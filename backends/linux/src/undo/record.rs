@@ -69,13 +69,14 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
     use std::path::Path;
 
-    use blockmount::MountOptions;
+    use blockmount::{Aead, Encryption, KeySource, MountOptions};
     use proptest::prelude::*;
 
     use super::*;
     use crate::device::number::DeviceNumber;
     use crate::undo::step::{
-        DeviceUse, DirectoryStep, Identity, MountStep, NodeStep, PartitionStep, RangeStep,
+        CryptStep, DeviceUse, DirectoryStep, Identity, MountStep, NodeStep, PartitionStep,
+        RangeStep,
     };
 
     /// A list with a step of each kind.
@@ -137,6 +138,31 @@ mod tests {
     fn reads_what_it_writes() {
         for record in [record(b"/run/a"), record(b"/run/\xff\n")] {
             assert_eq!(decode(&encode(&record, "here"), "here"), Ok(record));
+        }
+    }
+
+    #[test]
+    fn an_encryption_comes_back_as_it_was_and_a_record_without_one_is_of_the_first_kind() {
+        let record = |encryption: &Encryption| Record {
+            target: Path::new("/run/a").into(),
+            steps: vec![Undo::CloseCrypt(Box::new(CryptStep {
+                backing: DeviceNumber { major: 7, minor: 3 },
+                sequence: None,
+                encryption: encryption.clone(),
+                read_only: false,
+            }))],
+        };
+        for encryption in [
+            Encryption::Ephemeral,
+            Encryption::EphemeralWithIntegrity,
+            Encryption::EphemeralWithAead(Aead::Aegis128),
+            Encryption::Keyed(KeySource::File("data".to_owned())),
+        ] {
+            let written = record(&encryption);
+            let text = encode(&written, "here");
+            assert_eq!(decode(&text, "here"), Ok(written), "{encryption:?}");
+            let names_it = String::from_utf8(text).unwrap().contains("encryption");
+            assert_eq!(names_it, encryption != Encryption::Ephemeral);
         }
     }
 

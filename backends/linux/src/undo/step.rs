@@ -151,10 +151,7 @@ pub(crate) struct CryptStep {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) sequence: Option<u64>,
     /// How, with no more of a key than its name. Records of earlier versions do not have it.
-    #[serde(
-        default = "ephemeral",
-        skip_serializing_if = "Encryption::is_ephemeral"
-    )]
+    #[serde(default = "ephemeral", skip_serializing_if = "is_plainly_ephemeral")]
     pub(crate) encryption: Encryption,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) read_only: bool,
@@ -162,6 +159,11 @@ pub(crate) struct CryptStep {
 
 fn ephemeral() -> Encryption {
     Encryption::Ephemeral
+}
+
+/// Whether it is what a record that says nothing means. One with tags is another: what was changed on its disk is reported.
+fn is_plainly_ephemeral(encryption: &Encryption) -> bool {
+    *encryption == Encryption::Ephemeral
 }
 
 /// A device that has a tag for each of its blocks. The name of the device without them follows from it.

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::cpio::Archive;
 use super::error::VmError;
 use super::kernel::GuestKernel;
-use super::modules::Modules;
+use super::modules::{Module, Modules};
 use super::program::{self, Program};
 
 /// The modules for all that the Linux engine does, by name. Those that a kernel has built in cost nothing.
@@ -51,6 +51,18 @@ pub const ENCRYPTION_MODULES: [&str; 6] = [
     "aesni_intel",
 ];
 
+/// Those of further ciphers that authenticate what they encrypt, with their versions for some processors: for
+/// [`modules_if_there`](GuestImageBuilder::modules_if_there).
+pub const AEAD_MODULES: [&str; 7] = [
+    "aegis128",
+    "aegis128_aesni",
+    "chacha20poly1305",
+    "chacha_generic",
+    "chacha_x86_64",
+    "poly1305_generic",
+    "poly1305_x86_64",
+];
+
 /// Where a guest's program finds which modules to load: a path a line, in the order to load them in.
 pub const MODULE_LIST: &str = "/etc/blockmount/modules";
 
@@ -82,6 +94,8 @@ pub struct GuestImageBuilder {
     init: Option<PathBuf>,
     programs: Vec<PathBuf>,
     modules: Vec<String>,
+    /// Modules that are left out where the kernel has none of the name.
+    if_there: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
 }
 
@@ -93,6 +107,7 @@ impl GuestImage {
             init: None,
             programs: Vec::new(),
             modules: MODULES.map(str::to_owned).into(),
+            if_there: Vec::new(),
             files: Vec::new(),
         }
     }
@@ -168,6 +183,14 @@ impl GuestImageBuilder {
         self
     }
 
+    /// Adds modules, such as [`AEAD_MODULES`], as far as the kernel has any of these names: not every version has the same.
+    #[must_use]
+    pub fn modules_if_there(mut self, names: &[&str]) -> Self {
+        self.if_there
+            .extend(names.iter().copied().map(str::to_owned));
+        self
+    }
+
     /// Adds a file, at an absolute path.
     #[must_use]
     pub fn file(mut self, path: impl Into<String>, content: impl Into<Vec<u8>>) -> Self {
@@ -195,8 +218,12 @@ impl GuestImageBuilder {
             programs.push((format!("{PROGRAMS}/{name}"), Program::read(&path).await?));
         }
         let (kernel, names, files) = (self.kernel, self.modules, self.files);
+        let if_there = self.if_there;
         let pack = move || {
-            let initramfs = pack(&kernel, &programs, &names, &files)?;
+            let modules = Modules::in_directory(kernel.modules())?;
+            let more = if_there.iter().filter(|name| modules.has(name));
+            let names: Vec<&str> = names.iter().chain(more).map(String::as_str).collect();
+            let initramfs = pack(&modules.in_order(&names)?, &programs, &files)?;
             let image = std::fs::read(kernel.image()).map_err(|error| {
                 let path = kernel.image().display();
                 VmError::new(format!("cannot read the guest's kernel {path}")).because(error)
@@ -215,9 +242,8 @@ impl GuestImageBuilder {
 }
 
 fn pack(
-    kernel: &GuestKernel,
+    modules: &[Module],
     programs: &[(String, Program)],
-    names: &[String],
     files: &[(String, Vec<u8>)],
 ) -> Result<Vec<u8>, VmError> {
     let unfit = |error| VmError::new("cannot pack a guest's files").because(error);
@@ -241,9 +267,8 @@ fn pack(
     for (path, content) in libraries {
         archive.file(path, content, true).map_err(unfit)?;
     }
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut list = String::new();
-    for module in Modules::in_directory(kernel.modules())?.in_order(&names)? {
+    for module in modules {
         let path = format!("{MODULE_DIRECTORY}/{}.ko", module.name);
         archive.file(&path, &module.content, false).map_err(unfit)?;
         list += &path;
@@ -285,6 +310,22 @@ mod tests {
         let all = [&VERITY_MODULES[..], &ENCRYPTION_MODULES].concat();
         let small = GuestImage::builder(kernel).without_modules(&all);
         assert_eq!(small.modules.len(), MODULES.len() - all.len());
+    }
+
+    #[tokio::test]
+    async fn modules_that_a_kernel_does_not_have_are_left_out_where_that_was_asked_for() {
+        let kernel = || GuestKernel::find().expect("tests/setup.sh fetches a kernel");
+        let names = ["no_such_module", "aegis128"];
+        let image = GuestImage::builder(kernel()).modules(["erofs"]);
+        let image = image.modules_if_there(&names).build().await.unwrap();
+        let holds = |text: &str| {
+            let mut windows = image.initramfs().windows(text.len());
+            windows.any(|part| part == text.as_bytes())
+        };
+        assert!(holds("/lib/modules/aegis128.ko\n") && !holds("no_such_module"));
+        let asked = GuestImage::builder(kernel()).modules(names).build();
+        let error = asked.await.unwrap_err().to_string();
+        assert!(error.contains("no module no_such_module"), "{error}");
     }
 
     #[tokio::test]

@@ -51,6 +51,12 @@ impl Modules {
         })
     }
 
+    /// Whether there is a module of this name, or the kernel has it built in.
+    pub(super) fn has(&self, name: &str) -> bool {
+        let name = normal(name);
+        self.files.contains_key(&name) || self.builtin.contains(&name)
+    }
+
     /// The modules of these names and all that they need, in an order in which they can be loaded. What is
     /// built into the kernel is left out. Blocks.
     pub(super) fn in_order(&self, names: &[&str]) -> Result<Vec<Module>, VmError> {
