@@ -84,7 +84,7 @@ async fn root_a_read_only_device_carries_a_read_only_mount_and_no_other() {
 }
 
 #[tokio::test]
-async fn root_options_are_honoured_to_the_last() {
+async fn root_g06_options_are_honoured_to_the_last() {
     let names = [
         "nosuid",
         "nodev",
@@ -123,7 +123,7 @@ async fn root_options_are_honoured_to_the_last() {
 }
 
 #[tokio::test]
-async fn root_an_unknown_option_is_refused_in_the_kernels_words() {
+async fn root_g06_an_unknown_option_is_refused_in_the_kernels_words() {
     for kernel in KERNELS {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));

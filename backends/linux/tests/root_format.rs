@@ -157,7 +157,7 @@ async fn root_the_tools_words_are_in_the_error_and_the_device_is_blank_again() {
 }
 
 #[tokio::test]
-async fn root_a_tool_that_does_not_end_in_time_is_killed_and_nothing_is_left() {
+async fn root_g16_a_tool_that_does_not_end_in_time_is_killed_and_nothing_is_left() {
     let mut dir = TestDir::new();
     blank(&dir.at("disk"), 4 << 30);
     let device = Loop::new(&dir.at("disk"));

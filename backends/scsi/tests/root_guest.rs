@@ -183,7 +183,7 @@ async fn root_g11_waits_are_bounded_and_the_error_says_what_was_missing() {
 }
 
 #[tokio::test]
-async fn root_g11_a_node_that_is_missing_or_another_is_not_taken() {
+async fn root_g11_g15_a_node_that_is_missing_or_another_is_not_taken() {
     let tree = Tree::new();
     let (disk, other) = (Loop::new(), Loop::new());
     tree.host(FIRST, 3);

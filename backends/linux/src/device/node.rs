@@ -143,3 +143,28 @@ pub(crate) fn node_named_in(uevent: &[u8]) -> Option<PathBuf> {
     let is_name = name.components().next().is_some() && name.components().all(is_below);
     is_name.then(|| Path::new("/dev").join(name))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn g15_a_device_without_a_node_has_no_path_and_no_empty_one() {
+        for uevent in [
+            &b""[..],
+            b"MAJOR=253\n",
+            b"DEVNAME=\n",
+            b"DEVNAME=/\n",
+            b"DEVNAME=.\n",
+            b"DEVNAME=../etc/passwd\n",
+            b"DEVNAME=/etc/passwd\n",
+        ] {
+            let text = String::from_utf8_lossy(uevent);
+            assert_eq!(node_named_in(uevent), None, "{text}");
+        }
+        let named = node_named_in(b"MAJOR=253\nDEVNAME=mapper/x\n");
+        assert_eq!(named.unwrap(), Path::new("/dev/mapper/x"));
+        let no_device = DeviceNumber { major: 0, minor: 0 };
+        assert_eq!(of(no_device), None);
+    }
+}

@@ -102,7 +102,7 @@ fn only(fields: &str) -> &str {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_f06_a_host_of_hyper_v_runs_a_container_with_a_scratch_on_our_agent() {
+async fn vm_f06_g09_a_host_of_hyper_v_runs_a_container_with_a_scratch_on_our_agent() {
     let rig = Rig::start().await;
     let mut host = host(&rig).await;
     let layer = rig.path("layer");
@@ -155,7 +155,11 @@ async fn vm_f06_a_host_of_hyper_v_runs_a_container_with_a_scratch_on_our_agent()
             r#"{{"RequestType":"Remove","ResourceType":"CombinedLayers","Settings":{{"ContainerRootPath":"{root}/rootfs"}}}}"#
         ))
         .await;
+        // It does not say that the disk is encrypted, and the device that decrypts it goes all the same.
+        let mapped = async || rig.tables().await["dm_devices"].as_array().unwrap().len();
+        assert_eq!(mapped().await, usize::from(id == "c2"));
         host.modify(&removal).await;
+        assert_eq!(mapped().await, 0);
         host.modify(&format!(
             r#"{{"RequestType":"Remove","ResourceType":"MappedVirtualDisk","Settings":{{"MountPath":"/run/mounts/scsi/m0"{of_layer},"ReadOnly":true}}}}"#
         ))

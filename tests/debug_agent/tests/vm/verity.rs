@@ -3,18 +3,20 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{
-    BackendError, DeviceLocator, DeviceRole, Disk, ErrorCorrection, ErrorKind, HashAlgorithm,
-    MountOptions, MountRequest, Mounter, OnCorruption, Transport, Unplugger, Verity,
+    BackendError, DeviceLocator, DeviceRole, Disk, ErrorCorrection, ErrorKind, Expose,
+    HashAlgorithm, MountOptions, MountRequest, Mounter, OnCorruption, Transport, Unplugger, Verity,
 };
 use blockmount_debug_agent::kit::images;
+use blockmount_debug_agent::trial::Trial;
 use blockmount_verity::{Parameters, Sealed, Superblock, format, seal};
 use blockmount_vpmem::Mode;
 use serde_json::{Value, json};
 
+use crate::exercise::Tried;
 use crate::rig::{Rig, read_only};
 
 /// Longer than a few blocks, and nowhere else in an image.
@@ -85,7 +87,7 @@ async fn read(rig: &Rig, path: &Path) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_a_checked_layer_is_one_device_for_all_who_mount_it() {
+async fn vm_g07_g13_a_checked_layer_is_one_device_for_all_who_mount_it_and_goes_with_the_last() {
     let rig = Rig::start().await;
     let (path, verity) = sealed(&rig, "layer");
     let request = request(&verity);
@@ -120,6 +122,32 @@ async fn vm_a_checked_layer_is_one_device_for_all_who_mount_it() {
     drop(refused);
     guest.unmount(again).await.unwrap();
     assert!(rig.manager.drain().await.is_clean());
+    // Exposed, it goes by its target alone as well.
+    let locator = rig.scsi.attach_identified(&disk(&path)).await.unwrap();
+    let exposed = MountOptions::builder()
+        .read_only()
+        .verity(verity.clone())
+        .expose(Expose::BlockDevice);
+    let exposed = exposed.build().unwrap();
+    guest.mount(&locator, again, &exposed).await.unwrap();
+    assert_eq!(mapped(&rig).await, 1);
+    // Somebody else, who would make a device of the same name, is told at once that there is one.
+    let trial = Trial {
+        disk: Tried::address_of(&locator).into(),
+        range: None,
+        options: request.options().clone(),
+        directory: "/run/trial".into(),
+        keys: None,
+    };
+    let began = Instant::now();
+    let answer = rig.ask(json!({ "try": trial })).await;
+    let refused = answer["refused"].as_str().unwrap();
+    assert!(refused.contains("there is one already"), "{refused}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{answer}");
+    guest.unmount(again).await.unwrap();
+    assert_eq!(mapped(&rig).await, 0);
+    guest.unplug(&locator).await.unwrap();
+    rig.scsi.detach(&disk(&path)).await.unwrap();
     rig.end().await;
 }
 
@@ -210,7 +238,7 @@ async fn vm_a_partition_and_a_range_are_checked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_one_flipped_bit_is_an_error_that_names_the_disk() {
+async fn vm_g20_one_flipped_bit_is_an_error_that_names_the_disk_which_is_unmounted_all_the_same() {
     let rig = Rig::start().await;
     let (good, verity) = sealed(&rig, "good");
     let bytes = fs::read(&good).unwrap();
@@ -253,7 +281,18 @@ async fn vm_one_flipped_bit_is_an_error_that_names_the_disk() {
         failed.contains("large") && failed.contains("os error 5"),
         "{answer}"
     );
+    // Without its superblocks and the root of its tree it could not be mounted, and is unmounted.
+    let image = fs::read(&path).unwrap();
+    let superblocks = [1024..1024 + 64, root - 4096..root + 4096];
+    for range in superblocks {
+        let start = range.start as u64;
+        let noise = vec![0xff; range.len()];
+        std::os::unix::fs::FileExt::write_all_at(&open(&path), &noise, start).unwrap();
+    }
+    rig.ask(json!("drop_caches")).await;
     mount.release().await.unwrap();
+    assert_eq!(mapped(&rig).await, 0);
+    fs::write(&path, image).unwrap();
     // Whoever asks for it gets what is there.
     let mut ignoring = verity.clone();
     ignoring.on_corruption = OnCorruption::Ignore;
