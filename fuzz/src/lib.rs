@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `probe` | a filesystem image's, read by whoever mounts it |
 //! | `verity_superblock` | an image's, read by whoever seals or verifies it |
+//! | `luks_header` | an image's, read by whoever opens a volume of LUKS2, in the words of `cryptsetup` |
 //! | `qcow2` | an image's header, read by the host |
 //! | `journal_record` | a file's in `/run`, read by an agent that was started again |
 //! | `mountinfo`, `uevent` | the kernel's, with names in them that users chose |
@@ -141,6 +142,12 @@ pub fn verity_superblock(bytes: &[u8]) {
 #[cfg(fuzzing)]
 pub fn qcow2(bytes: &[u8]) {
     blockmount_qemu::fuzzing::qcow2(bytes);
+}
+
+/// What `cryptsetup` says of a header of LUKS2, and of a key.
+#[cfg(fuzzing)]
+pub fn luks_header(bytes: &[u8]) {
+    blockmount_linux::fuzzing::luks_header(bytes);
 }
 
 /// A record of the journal.

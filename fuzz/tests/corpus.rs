@@ -37,4 +37,4 @@ corpora! {
     verity_superblock
 }
 #[cfg(fuzzing)]
-corpora! { journal_record qcow2 }
+corpora! { journal_record luks_header qcow2 }

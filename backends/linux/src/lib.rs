@@ -84,6 +84,11 @@ pub mod device;
 pub mod fuzzing {
     //! What the targets in `fuzz/` call.
 
+    /// Reads bytes as what `cryptsetup` says of a header of LUKS2, and of a key.
+    pub fn luks_header(bytes: &[u8]) {
+        crate::device::fuzz_luks_header(bytes);
+    }
+
     /// Reads bytes as a record of the journal, and what it has written again.
     pub fn journal_record(bytes: &[u8]) {
         use crate::undo::record::{decode, encode};

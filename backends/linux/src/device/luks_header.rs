@@ -237,6 +237,20 @@ pub(super) fn dumped_key(said: &[u8]) -> Option<Vec<u8>> {
     (half.is_none() && KEY_LENGTHS.contains(&key.len())).then_some(key)
 }
 
+/// What the fuzz target calls: a header, and what is said of a key.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let room = (16 << 20)..(64 << 20);
+    if let Ok((segment, length)) = read(bytes, &room) {
+        let start = segment.start * SECTOR;
+        assert!(start > 0 && start <= room.start && start.is_multiple_of(segment.unit));
+        assert!(CIPHERS.contains(&&*segment.cipher) && KEY_LENGTHS.contains(&length));
+    }
+    if let Some(key) = dumped_key(bytes) {
+        assert!(KEY_LENGTHS.contains(&key.len()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
