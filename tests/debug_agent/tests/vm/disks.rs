@@ -80,6 +80,73 @@ async fn vm_256_disks_fit_on_a_bus_of_64_each_and_the_next_is_refused() {
     rig.end().await;
 }
 
+/// Makes a disk with a partition for each number, on which is an erofs with a file of the number's name, and one of a common name.
+fn partition_for_each(path: &Path, numbers: &[usize]) {
+    const FIRST: usize = 2048;
+    let erofs = path.with_extension("erofs");
+    let (mut table, mut content) = ("label: gpt\n".to_owned(), Vec::new());
+    for number in numbers {
+        let (own, text) = (format!("layer-{number}"), number.to_string());
+        images::image("erofs", &erofs, &[(&own, &text), ("common", &text)]);
+        let bytes = std::fs::read(&erofs).unwrap();
+        let (start, size) = (FIRST + content.len() / 512, bytes.len() / 512);
+        table += &format!("start={start},size={size}\n");
+        content.extend(bytes);
+    }
+    let disk = std::fs::File::create(path).unwrap();
+    // The table is at the end too.
+    let length = 2 * FIRST * 512 + content.len();
+    disk.set_len(length as u64).unwrap();
+    let script = path.with_extension("script");
+    std::fs::write(&script, table).unwrap();
+    let mut sfdisk = images::tool("sfdisk");
+    let script = std::fs::File::open(script).unwrap();
+    sfdisk.arg("-q").arg(path).stdin(script);
+    images::run_tool(sfdisk);
+    let at = (FIRST * 512) as u64;
+    std::os::unix::fs::FileExt::write_all_at(&disk, &content, at).unwrap();
+}
+
+/// There are not so many disks: each has 125 of the layers. Under emulation 500 of them take minutes, so that they are for by hand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_hundreds_of_layers_are_one_tree() {
+    use sha2::{Digest, Sha256};
+    let count = std::env::var("BLOCKMOUNT_LAYERS").map_or(100, |count| count.parse().unwrap());
+    let rig = Rig::start().await;
+    let mut request = StackRequest::new("/run/containers/many/rootfs");
+    let numbers: Vec<usize> = (0..count).collect();
+    for numbers in numbers.chunks(125) {
+        let image = rig.path(&format!("from-{}", numbers[0]));
+        partition_for_each(&image, numbers);
+        let disk = Disk::virtual_disk(&image).read_only();
+        for number in 1..=numbers.len() as u32 {
+            let options = MountOptions::builder().read_only();
+            let options = options.partition(number.try_into().unwrap()).build();
+            request = request.layer(disk.clone(), MountRequest::new(options.unwrap()));
+        }
+    }
+    let began = std::time::Instant::now();
+    let stack = rig.manager.stack(&request).await;
+    let stack = stack.unwrap_or_else(|error| panic!("{error}: {}", error.cause()));
+    println!("{count} layers were stacked in {:?}", began.elapsed());
+    let tree = rig.tree(stack.target()).await;
+    println!("and read after {:?}", began.elapsed());
+    assert_eq!(tree.len(), count + 1);
+    let file = |text: String| {
+        let digest = Sha256::digest(text);
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        json!({ "file": digest })
+    };
+    for number in numbers {
+        let name = format!("layer-{number}");
+        assert_eq!(tree[&name], file(number.to_string()), "{name}");
+    }
+    assert_eq!(tree["common"], file("0".to_owned()), "the topmost has it");
+    stack.release().await.unwrap();
+    println!("and released after {:?}", began.elapsed());
+    rig.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_every_filesystem_read_only_and_ext4_and_xfs_for_writing() {
     let rig = Rig::start().await;
