@@ -78,6 +78,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Checker<S> {
         self.done(&Request::Write { path, content }).await
     }
 
+    /// Puts a key into a private file.
+    ///
+    /// # Errors
+    ///
+    /// What the guest answered, or why it did not.
+    pub async fn write_key(
+        &mut self,
+        path: impl Into<PathBuf>,
+        bytes: impl Into<Vec<u8>>,
+    ) -> io::Result<()> {
+        let (path, bytes) = (path.into(), bytes.into());
+        self.done(&Request::WriteKey { path, bytes }).await
+    }
+
     /// Removes a file or an empty directory.
     ///
     /// # Errors

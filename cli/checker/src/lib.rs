@@ -9,11 +9,13 @@
 //! | `client.rs` | the host's end |
 //! | `server.rs` | the guest's end: one request at a time on each connection |
 //! | `tables.rs`, `bare_mount.rs`, `tree.rs` | how each answer is found |
+//! | `private.rs` | files that have keys |
 #![cfg(target_os = "linux")]
 
 pub mod bare_mount;
 mod client;
 mod error;
+mod private;
 pub mod protocol;
 pub mod server;
 pub mod tables;
@@ -21,6 +23,7 @@ pub mod tree;
 
 pub use client::Checker;
 pub use error::Context;
+pub use private::write_private;
 pub use server::CheckerServer;
 
 /// The virtio port over which a host reaches the checker.

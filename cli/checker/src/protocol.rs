@@ -42,6 +42,13 @@ pub enum Request {
         /// All that is in it afterwards.
         content: String,
     },
+    /// Puts a key into a private file, in a private directory that is made if it is not there: [`Response::Done`].
+    WriteKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        bytes: Vec<u8>,
+    },
     /// Removes a file or an empty directory: [`Response::Done`].
     Remove {
         /// The file or directory.

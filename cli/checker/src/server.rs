@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use crate::private::write_private;
 use crate::protocol::{Request, Response, parse, receive, send};
 use crate::tree::Tree;
 use crate::{Context, bare_mount, tables};
@@ -54,6 +55,11 @@ impl CheckerServer {
             }
             Request::Write { path, content } => {
                 std::fs::write(&path, content)
+                    .context(|| format!("cannot write {}", path.display()))?;
+                Ok(Response::Done)
+            }
+            Request::WriteKey { path, bytes } => {
+                write_private(&path, &bytes)
                     .context(|| format!("cannot write {}", path.display()))?;
                 Ok(Response::Done)
             }
@@ -158,6 +164,18 @@ mod tests {
         assert_eq!(names, (Vec::new(), 1));
         checker.remove(&path).await.unwrap();
         assert!(!path.exists());
+        let key = dir.path().join("keys/key");
+        for bytes in [&b"\xff\0first"[..], b"second"] {
+            checker.write_key(&key, bytes).await.unwrap();
+            assert_eq!(std::fs::read(&key).unwrap(), bytes);
+        }
+        use std::os::unix::fs::PermissionsExt as _;
+        for (path, mode) in [(&*key, 0o600), (key.parent().unwrap(), 0o700)] {
+            let found = path.metadata().unwrap().permissions().mode();
+            assert_eq!(found & 0o777, mode, "{path:?}");
+        }
+        checker.remove(&key).await.unwrap();
+        checker.remove(dir.path().join("keys")).await.unwrap();
         let error = checker.remove(&path).await.unwrap_err().to_string();
         assert!(
             error.contains("cannot remove") && error.contains("No such file"),

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, DeviceRole, Encryption, ErrorKind, Expose,
-    ExtraDevice, Format, InvalidOptions, MountOptions, Mounter, Resolver, Verity,
+    ExtraDevice, Format, InvalidOptions, KeySource, LuksKey, MountOptions, Mounter, Resolver,
+    Verity,
 };
 use blockmount_linux::device::{self, DeviceNumber};
 use blockmount_linux::mapper::DeviceMapper;
@@ -53,6 +54,8 @@ pub enum Layer {
     Crypt,
     /// What encrypts it, over tags for its blocks.
     CryptWithTags,
+    /// A volume of LUKS2, opened by the passphrase in the file `luks`.
+    Luks,
 }
 
 impl Layer {
@@ -108,6 +111,9 @@ pub struct Exercise {
     pub tree: Option<PathBuf>,
     /// A directory in memory, for the target and the journal.
     pub directory: PathBuf,
+    /// Where keys are, if one is needed.
+    #[serde(default)]
+    pub keys: Option<PathBuf>,
 }
 
 /// All combinations that can be. What is checked, and a range, cannot be written to; and what is encrypted with a new key
@@ -127,6 +133,7 @@ pub fn combinations() -> Vec<(Place, Layer, Appears)> {
             Layer::VerityApart,
             Layer::Crypt,
             Layer::CryptWithTags,
+            Layer::Luks,
         ] {
             for appears in [Appears::Filesystem, Appears::NewFilesystem, Appears::Device] {
                 let is_written = layer.is_written() || appears == Appears::NewFilesystem;
@@ -136,7 +143,11 @@ pub fn combinations() -> Vec<(Place, Layer, Appears)> {
                     (Layer::CryptWithTags, Appears::Filesystem | Appears::Device) => false,
                     // What is below makes no difference any more.
                     (Layer::VerityApart, Appears::NewFilesystem | Appears::Device) => false,
-                    (Layer::VerityApart | Layer::CryptWithTags, _) if place != Place::Whole => {
+                    // It is read only; what is made on it is what is made on others.
+                    (Layer::Luks, Appears::NewFilesystem | Appears::Device) => false,
+                    (Layer::VerityApart | Layer::CryptWithTags | Layer::Luks, _)
+                        if place != Place::Whole =>
+                    {
                         false
                     }
                     _ => !(is_range && is_written),
@@ -218,6 +229,8 @@ pub(crate) struct State {
     mounts: Vec<PathBuf>,
     mapped: BTreeSet<String>,
     partitions: Vec<u32>,
+    /// Those of ours that the kernel keeps, without their numbers.
+    keys: BTreeSet<String>,
     tree: BTreeSet<PathBuf>,
 }
 
@@ -330,9 +343,11 @@ impl Exercise {
     }
 
     fn builder(&self) -> LinuxGuestBuilder {
-        LinuxGuest::builder()
+        let builder = LinuxGuest::builder()
             .resolver("exercise", Arc::new(ByName))
-            .busy_timeout(Duration::from_secs(20))
+            .busy_timeout(Duration::from_secs(20));
+        let keys = self.keys.iter();
+        keys.fold(builder, LinuxGuestBuilder::key_directory)
     }
 
     async fn guest(&self, builder: LinuxGuestBuilder) -> io::Result<LinuxGuest> {
@@ -373,6 +388,10 @@ impl Exercise {
             (Layer::Verity | Layer::VerityApart, Some(verity)) => options.verity(verity.clone()),
             (Layer::CryptWithTags, _) => options.encryption(Encryption::EphemeralWithIntegrity),
             (Layer::Crypt, _) => options.encryption(Encryption::Ephemeral),
+            (Layer::Luks, _) => {
+                let passphrase = LuksKey::Passphrase(KeySource::File("luks".to_owned()));
+                options.encryption(Encryption::Luks2(passphrase))
+            }
             _ => options,
         };
         if let Some(tree) = &self.tree {
@@ -430,9 +449,22 @@ impl State {
                 .collect(),
             mapped: mapped.into_iter().map(|mapped| mapped.name).collect(),
             partitions: partitions.into_keys().collect(),
+            keys: keys(),
             tree,
         })
     }
+}
+
+/// The keys that the kernel keeps for devices of ours; none where it tells no keys. Those that are only to be collected, which
+/// happens in a moment, have an `i` among their flags.
+fn keys() -> BTreeSet<String> {
+    let all = fs::read_to_string("/proc/keys").unwrap_or_default();
+    let ours = all.lines().filter_map(|line| {
+        let flags = line.split_ascii_whitespace().nth(1)?;
+        let at = line.find("blockmount:").filter(|_| !flags.contains('i'))?;
+        Some(line[at..].to_owned())
+    });
+    ours.collect()
 }
 
 /// The node of the disk at a SCSI address, once it is there.

@@ -5,9 +5,8 @@
 )]
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// The keyring of root.
@@ -49,22 +48,6 @@ fn answered(answer: libc::c_long) -> io::Result<libc::c_long> {
         -1 => Err(io::Error::last_os_error()),
         id => Ok(id),
     }
-}
-
-/// Puts a key into a private file of a private directory.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let directory = path.parent().unwrap_or(path);
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)?;
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
-    file.write_all(bytes)
 }
 
 /// The files below a directory that have these bytes in them.

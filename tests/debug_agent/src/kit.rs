@@ -2,7 +2,9 @@
 // A panic anywhere here is a failure message of a test.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub mod aes_xts;
 pub mod images;
+pub mod luks;
 pub mod serving;
 
 use std::ffi::OsStr;

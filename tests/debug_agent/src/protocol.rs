@@ -70,19 +70,17 @@ pub enum OwnRequest {
         /// Its description.
         description: String,
     },
-    /// Puts a key into a private file: [`Response::Done`].
-    WriteKey {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        bytes: Vec<u8>,
-    },
     /// Which files below a directory have these bytes in them: [`OwnResponse::Files`].
     FilesWith {
         /// The bytes.
         bytes: Vec<u8>,
         /// The directory.
         below: PathBuf,
+    },
+    /// Has the kernel unload a module; done as well if it is not loaded: [`Response::Done`].
+    Unload {
+        /// Its name.
+        module: String,
     },
     /// Does an exercise: [`OwnResponse::Steps`].
     Exercise(Box<Exercise>),

@@ -1,6 +1,7 @@
 //! The guest's end of a debug agent.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -13,6 +14,7 @@ use blockmount_checker::protocol::Response;
 use blockmount_checker::{CheckerServer, Context, server};
 use blockmount_linux::mapper::DeviceMapper;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, statx};
+use rustix::io::Errno;
 use rustix::system::{RebootCommand, reboot};
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -137,12 +139,12 @@ impl State {
             OwnRequest::RemoveKey { kind, description } => keys::remove(&kind, &description)
                 .context(|| format!("cannot remove key {description}"))
                 .map(|()| Response::Done.into()),
-            OwnRequest::WriteKey { path, bytes } => keys::write(&path, &bytes)
-                .context(|| format!("cannot write {}", path.display()))
-                .map(|()| Response::Done.into()),
             OwnRequest::FilesWith { bytes, below } => keys::files_with(&bytes, &below)
                 .context(|| format!("cannot read all of {}", below.display()))
                 .map(|files| OwnResponse::Files(files).into()),
+            OwnRequest::Unload { module } => unload(&module)
+                .context(|| format!("cannot unload {module}"))
+                .map(|()| Response::Done.into()),
             OwnRequest::MappedTables => mapped_tables().map(|tables| tables.into()),
             // What is done about it comes after the answer.
             OwnRequest::PowerOff => {
@@ -157,6 +159,13 @@ impl State {
     fn held(&self) -> MutexGuard<'_, HashMap<PathBuf, File>> {
         // Never held while a file is opened or closed, which may block.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unload(module: &str) -> io::Result<()> {
+    match rustix::system::delete_module(&CString::new(module)?, 0) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
     }
 }
 

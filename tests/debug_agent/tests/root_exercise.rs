@@ -96,6 +96,7 @@ fn root_each_step_fails_once_or_is_the_last_and_nothing_is_left() {
                 },
                 verity: None,
                 tree: None,
+                keys: None,
                 directory: memory.path().join("exercise"),
             };
             let steps = steps(&exercise);

@@ -5,17 +5,17 @@ use std::path::Path;
 
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{
-    DeviceLocator, DeviceRole, Disk, Expose, ExtraDevice, FsGroup, InvalidOptions, MountOptions,
-    Transport, Unplugger,
+    DeviceLocator, DeviceRole, Disk, Expose, ExtraDevice, FsGroup, InvalidOptions, KeySource,
+    LuksKey, MountOptions, Transport, Unplugger,
 };
-use blockmount_debug_agent::kit::images;
+use blockmount_debug_agent::kit::{images, luks};
 use blockmount_debug_agent::trial::Trial;
 use blockmount_verity::{Parameters, seal};
 use serde_json::json;
 
 use crate::devices::merged;
 use crate::exercise::{START, Tried, partitioned};
-use crate::rig::Rig;
+use crate::rig::{KEYS, Rig};
 
 /// An option of a mount, as the table has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,7 @@ enum Choice {
     Range,
     Verity,
     Encryption,
+    Luks,
     Format,
     Check,
     Devices,
@@ -35,12 +36,13 @@ enum Choice {
 
 use Choice::*;
 
-const ALL: [(Choice, &str); 11] = [
+const ALL: [(Choice, &str); 12] = [
     (ReadOnly, "`ro`"),
     (Partition, "`partition`"),
     (Range, "byte range"),
     (Verity, "`verity`"),
     (Encryption, "`encryption`"),
+    (Luks, "LUKS2"),
     (Format, "`format`"),
     (Check, "`check`"),
     (Devices, "`device`"),
@@ -56,6 +58,8 @@ enum Content {
     Sealed,
     Merged,
     Blank,
+    /// A volume of LUKS2 with the first in it.
+    Volume,
 }
 
 /// The disks that are tried: each content on all of a disk, and in a partition.
@@ -67,7 +71,8 @@ struct Disks {
 
 impl Disks {
     async fn new(rig: &Rig) -> Self {
-        let [ext4, sealed, blank] = ["c-ext4", "c-sealed", "c-blank"].map(|name| rig.path(name));
+        let [ext4, sealed, blank, volume] =
+            ["c-ext4", "c-sealed", "c-blank", "c-ext4-volume"].map(|name| rig.path(name));
         images::image("ext4", &ext4, &[("file", "text")]);
         images::image("ext4", &sealed, &[("file", "text")]);
         let open = File::options().read(true).write(true).open(&sealed);
@@ -79,6 +84,7 @@ impl Disks {
         let made = seal(&open.unwrap(), &parameters, &|_| true).unwrap();
         let verity = made.superblock.options(&made.root_digest, made.hash_offset);
         File::create(&blank).unwrap().set_len(16 << 20).unwrap();
+        luks::volume_with(&volume, &fs::read(&ext4).unwrap());
         let [merged, blobs @ ..] = merged(rig);
         let mut tried = Vec::new();
         for (content, path) in [
@@ -86,6 +92,7 @@ impl Disks {
             (Content::Sealed, &*sealed),
             (Content::Merged, merged.source()),
             (Content::Blank, &*blank),
+            (Content::Volume, &*volume),
         ] {
             let part = path.with_extension("part");
             partitioned(&part, &fs::read(path).unwrap());
@@ -133,6 +140,11 @@ impl Disks {
         if has(Encryption) {
             options = options.encryption(blockmount::Encryption::Ephemeral);
         }
+        if has(Luks) {
+            // The exercise has placed it.
+            let passphrase = LuksKey::Passphrase(KeySource::File("luks".to_owned()));
+            options = options.encryption(blockmount::Encryption::Luks2(passphrase));
+        }
         if is_formatted {
             options = options.format(blockmount::Format::new("ext4").overwriting_everything());
         }
@@ -162,6 +174,7 @@ impl Disks {
         let has = |choice| choices.contains(&choice);
         let content = match () {
             () if has(Devices) => Content::Merged,
+            () if has(Luks) => Content::Volume,
             () if has(Format) || has(Encryption) => Content::Blank,
             // The data of that is the same, and its disk is attached read-only.
             () if has(Verity) || has(ReadOnly) => Content::Sealed,
@@ -180,13 +193,17 @@ impl Disks {
             range,
             options,
             directory: "/run/trial".into(),
-            keys: None,
+            keys: Some(KEYS.into()),
         }
     }
 }
 
 /// What the table says of a combination.
 async fn outcome(rig: &Rig, disks: &Disks, choices: &[Choice]) -> &'static str {
+    // Both are values of one option.
+    if choices == [Luks, Encryption] {
+        return "no";
+    }
     let options = match disks.options(choices) {
         Ok(options) => options,
         Err(error) => {

@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockmount::{
-    Disk, Encryption, ErrorKind, Format, KeySource, Mount, MountOptions, MountRequest,
+    Aead, Disk, Encryption, ErrorKind, Format, KeySource, Mount, MountOptions, MountRequest,
 };
-use blockmount_debug_agent::kit::images;
+use blockmount_debug_agent::kit::{aes_xts, images};
 use serde_json::json;
 
-use crate::aes_xts;
 use crate::rig::{KEYS, Rig};
 
 pub(crate) const MARKER: &str = "a marker that no cipher text has by chance";
@@ -110,7 +109,7 @@ pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vm_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
+async fn vm_g12_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
     let rig = Rig::start_logging().await;
     for (name, encryption) in [("keyring", in_keyring()), ("file", in_file())] {
         let image = blank(&rig, name, 64);
@@ -134,9 +133,10 @@ async fn vm_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
             error.cause()
         );
         place(&rig, &encryption, &KEY).await;
-        // Nothing on it, and nobody who wants it made.
+        // Nothing on it, and nobody who wants it made: what was opened to see that is closed, and not in the way.
         let error = add(&plain).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{}", error.cause());
+        assert_eq!(mapped(&rig).await, Vec::<String>::new());
         let mount = write_with_key(&rig, &disk, &encryption).await;
         mount.release().await.unwrap();
         assert_eq!(mapped(&rig).await, Vec::<String>::new());
@@ -203,15 +203,30 @@ fn written_between(before: &[u8], after: &[u8]) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
     let rig = Rig::start_logging().await;
-    for (filesystem, mebibytes) in [("ext4", 64), ("xfs", 320)] {
-        let image = blank(&rig, filesystem, mebibytes);
+    let with_hmac = Encryption::EphemeralWithIntegrity;
+    for (name, filesystem, mebibytes, encryption, key_length) in [
+        ("ext4", "ext4", 64, with_hmac.clone(), 96),
+        ("xfs", "xfs", 320, with_hmac, 96),
+        (
+            "aegis",
+            "ext4",
+            64,
+            Encryption::EphemeralWithAead(Aead::Aegis128),
+            16,
+        ),
+        (
+            "chacha",
+            "ext4",
+            64,
+            Encryption::EphemeralWithAead(Aead::ChaCha20Poly1305),
+            32,
+        ),
+    ] {
+        let image = blank(&rig, name, mebibytes);
         let disk = Disk::virtual_disk(&image);
-        let request = keyed(
-            &Encryption::EphemeralWithIntegrity,
-            Some(Format::new(filesystem)),
-        );
+        let request = keyed(&encryption, Some(Format::new(filesystem)));
         let mount = rig.manager.add(&disk, &request).await;
-        let mount = mount.unwrap_or_else(|error| panic!("{filesystem}: {}", error.cause()));
+        let mount = mount.unwrap_or_else(|error| panic!("{name}: {}", error.cause()));
         rig.ask(json!("drop_caches")).await;
         let before = fs::read(&image).unwrap();
         let file = mount.path().join("file");
@@ -221,7 +236,8 @@ async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
         rig.ask(json!("drop_caches")).await;
         rig.assert_content(&file, &content).await;
         let table = rig.ask(json!("mapped_tables")).await["mapped_tables"].to_string();
-        assert!(table.contains(" :96:logon:") && !has_key(&table), "{table}");
+        let reference = format!(" :{key_length}:logon:");
+        assert!(table.contains(&reference) && !has_key(&table), "{table}");
         // Growing and trimming it is refused, and it is as full as it is.
         let attachment = rig.manager.attach(&disk).await.unwrap();
         let larger = (mebibytes + 64) << 20;
@@ -259,7 +275,7 @@ async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
             line.is_some_and(|line| line.contains("disk=\"sd")),
             "{console}"
         );
-        assert!(!holds_marker(&image), "{filesystem}");
+        assert!(!holds_marker(&image), "{name}");
         // With the next key the disk is as good as new.
         let mount = rig.manager.add(&disk, &request).await.unwrap();
         assert!(!rig.tree(mount.path()).await.contains_key("file"));
@@ -268,6 +284,21 @@ async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
         assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     }
     assert!(!has_key(&rig.vm.console()));
+    // A kernel without the cipher, and which of its modules is missing.
+    for module in ["aegis128_aesni", "aegis128"] {
+        rig.ask(json!({ "unload": { "module": module } })).await;
+    }
+    let request = keyed(
+        &Encryption::EphemeralWithAead(Aead::Aegis128),
+        Some(Format::new("ext4")),
+    );
+    let disk = Disk::virtual_disk(blank(&rig, "refused", 64));
+    let error = rig.manager.add(&disk, &request).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsuitable, "{}", error.cause());
+    let message = error.cause().message();
+    assert!(message.contains("needs module aegis128"), "{message}");
+    assert_eq!(mapped(&rig).await, Vec::<String>::new());
+    assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     rig.end().await;
 }
 

@@ -9,12 +9,12 @@ use std::process::Stdio;
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{DeviceLocator, Disk, Transport, Unplugger, Verity};
 use blockmount_debug_agent::exercise::{Appears, Exercise, Fault, Layer, Place, combinations};
-use blockmount_debug_agent::kit::images;
+use blockmount_debug_agent::kit::{images, luks};
 use blockmount_verity::{Parameters, seal};
 use serde_json::json;
 
 use crate::combinations;
-use crate::rig::Rig;
+use crate::rig::{KEYS, Rig};
 use crate::verity::sealed_apart;
 
 /// Where partition 1 is, in bytes: as large as what is to be in it.
@@ -74,7 +74,7 @@ impl Tried {
     }
 }
 
-/// The five disks: whole and partitioned, sealed and blank, and one with a tree for the first.
+/// The disks: whole and partitioned, sealed and blank, one with a tree for the first, and a volume of LUKS2.
 async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     let sealed = rig.path("sealed");
     images::image("erofs", &sealed, &[("file", "text")]);
@@ -92,6 +92,10 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     ] {
         partitioned(&rig.path(name), content);
     }
+    let volume = rig.path("volume");
+    luks::volume_with(&volume, &content[..content.len() / luks::UNIT * luks::UNIT]);
+    let key = json!({ "path": Path::new(KEYS).join("luks"), "bytes": luks::PASSPHRASE.as_bytes() });
+    rig.ask(json!({ "write_key": key })).await;
     let mut tried = Vec::new();
     for (name, used) in [
         ("sealed", content.len() as u64),
@@ -99,6 +103,7 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
         ("blank", BLANK),
         ("blank-part", BLANK),
         ("tree", fs::metadata(&tree).unwrap().len()),
+        ("volume", fs::metadata(&volume).unwrap().len()),
     ] {
         tried.push(Tried::attach(rig, &rig.path(name), used).await);
     }
@@ -117,7 +122,10 @@ async fn exercise(fault: Fault) {
     let mut tried = 0;
     for (place, layer, appears) in combinations() {
         let is_written = layer.is_written() || appears == Appears::NewFilesystem;
-        let disk = &disks[2 * usize::from(is_written) + usize::from(place != Place::Whole)];
+        let disk = match layer {
+            Layer::Luks => &disks[5],
+            _ => &disks[2 * usize::from(is_written) + usize::from(place != Place::Whole)],
+        };
         let (start, end) = match place {
             Place::Whole => (0, disk.used),
             Place::Partition | Place::Range => (START, START + disk.used),
@@ -138,13 +146,14 @@ async fn exercise(fault: Fault) {
             },
             tree: (layer == Layer::VerityApart).then(|| disks[4].address().into()),
             directory: "/run/exercise".into(),
+            keys: Some(KEYS.into()),
         };
         let steps = rig.ask(json!({ "exercise": exercise })).await["steps"].clone();
         let steps = steps.as_u64().unwrap();
         assert!(steps > 8, "{exercise:?} had {steps} steps");
         tried += 1;
     }
-    assert_eq!(tried, 24);
+    assert_eq!(tried, 25);
     for Tried { disk, locator, .. } in &disks {
         rig.guest.unplug(locator).await.unwrap();
         rig.scsi.detach(disk).await.unwrap();

@@ -2,59 +2,28 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use blockmount::{
-    Disk, Encryption, ErrorKind, Format, KeySource, LuksKey, MountOptions, MountRequest, Transport,
-    Unplugger,
+    Aead, Disk, Encryption, ErrorKind, Format, KeySource, LuksKey, MountOptions, MountRequest,
+    Transport, Unplugger,
 };
+use blockmount_debug_agent::kit::aes_xts;
+use blockmount_debug_agent::kit::luks::{self, CONTENT, PASSPHRASE, UNIT};
 use blockmount_debug_agent::trial::Trial;
 use serde_json::json;
 
-use crate::aes_xts;
 use crate::crypt::{MARKER, has_key, hexadecimal, holds_marker, mapped};
 use crate::exercise::Tried;
 use crate::rig::{KEYS, Rig};
 
-const PASSPHRASE: &str = "correct horse battery staple";
 const NAME: &str = "volumes:luks";
-/// Where `cryptsetup` has the content begin.
-const CONTENT: usize = 16 << 20;
-
-fn cryptsetup(arguments: &[&str], files: &[&Path]) {
-    let run = Command::new("cryptsetup")
-        .args(arguments)
-        .args(files)
-        .output();
-    let output = run.unwrap();
-    assert!(output.status.success(), "{output:?}");
-}
 
 /// An image with a volume, and its key.
 fn volume(rig: &Rig, name: &str) -> (PathBuf, Vec<u8>) {
-    let [image, passphrase, key] =
-        ["", "-passphrase", "-key"].map(|end| rig.path(&format!("{name}{end}")));
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    fs::write(&passphrase, PASSPHRASE).unwrap();
-    let by = format!("--key-file={}", passphrase.display());
-    let format = [
-        "luksFormat",
-        "--batch-mode",
-        "--type=luks2",
-        "--pbkdf=argon2id",
-        "--pbkdf-memory=1024",
-        "--pbkdf-force-iterations=4",
-        "--pbkdf-parallel=1",
-        &by,
-    ];
-    cryptsetup(&format, &[&image]);
-    let dump = format!("--volume-key-file={}", key.display());
-    cryptsetup(
-        &["luksDump", "--batch-mode", "--dump-volume-key", &dump, &by],
-        &[&image],
-    );
-    (image, fs::read(key).unwrap())
+    let image = rig.path(name);
+    let key = luks::volume(&image, 64 << 20);
+    (image, key)
 }
 
 fn file() -> KeySource {
@@ -186,7 +155,7 @@ async fn vm_a_volume_of_luks2_is_opened_by_its_passphrase_or_its_key() {
     // It is what anybody else makes of it, and its header is as it was.
     let after = fs::read(&image).unwrap();
     assert!(after[..CONTENT] == header);
-    let plain = aes_xts::decrypted(&after[CONTENT..], &volume_key, 4096);
+    let plain = aes_xts::decrypted(&after[CONTENT..], &volume_key, UNIT);
     assert!(aes_xts::file_in(&plain, "file") == content.as_bytes());
     let console = rig.vm.console();
     assert!(console.contains(NAME), "the log has its name");
@@ -259,6 +228,8 @@ async fn only_reads_of_a_range(rig: &Rig, image: &Path, key: &LuksKey) {
         Encryption::Luks2(key.clone()),
         Encryption::Ephemeral,
         Encryption::EphemeralWithIntegrity,
+        Encryption::EphemeralWithAead(Aead::Aegis128),
+        Encryption::Keyed(file()),
     ];
     for (index, encryption) in encryptions.into_iter().enumerate() {
         let options = MountOptions::builder().encryption(encryption);

@@ -9,7 +9,6 @@
     clippy::unwrap_used
 )]
 
-mod aes_xts;
 mod rig;
 
 mod combinations;

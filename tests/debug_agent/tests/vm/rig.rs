@@ -11,8 +11,8 @@ use blockmount::{
 use blockmount_bridge::{BridgeGuest, Deadlines};
 use blockmount_qemu::qmp::NONE;
 use blockmount_qemu::{
-    Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi, QemuVpmem, Vm,
-    VmBuilder,
+    AEAD_MODULES, Accelerator, AgentChannel, GuestImage, GuestKernel, GuestStream, QemuScsi,
+    QemuVpmem, Vm, VmBuilder,
 };
 use blockmount_scsi::ScsiTransport;
 use blockmount_vpmem::{Mode, VpmemTransport};
@@ -79,6 +79,7 @@ async fn build_image(more: &[&str]) -> GuestImage {
         .add_program(env!("CARGO_BIN_EXE_blockmount-debug-agent"))
         .filesystem_tools()
         .encryption_tools()
+        .modules_if_there(&AEAD_MODULES)
         .file("/etc/blockmount/agent.args", arguments.join("\n") + "\n")
         .file("/etc/blockmount/programs/debug-agent", debug_agent)
         .build()

@@ -4,14 +4,15 @@ use blockmount::testing::AttachIdentified as _;
 use std::path::Path;
 
 use blockmount::{
-    Disk, ErrorKind, MountOptions, MountRequest, Mounter, StackRequest, Transport, Unplugger,
+    Disk, Encryption, ErrorKind, KeySource, LuksKey, MountOptions, MountRequest, Mounter,
+    StackRequest, Transport, Unplugger,
 };
 use blockmount_vpmem::Mode;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::rig::{MEMORY_SIZE, Rig, read_only};
-use blockmount_debug_agent::kit::images;
+use crate::rig::{KEYS, MEMORY_SIZE, Rig, read_only};
+use blockmount_debug_agent::kit::{aes_xts, images, luks};
 
 async fn subranges(rig: &Rig) -> usize {
     rig.tables().await["dm_devices"].as_array().unwrap().len()
@@ -181,6 +182,57 @@ async fn vm_a_container_has_layers_on_both() {
     rig.ask(json!({ "write": { "path": stack.target().join("new"), "content": "" } }))
         .await;
     stack.release().await.unwrap();
+    rig.end().await;
+}
+
+/// What is encrypted in a range of a device is decrypted for readers, by its own sectors and not by those of the device.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_packed_layers_that_are_encrypted_are_read() {
+    let rig = packed().await;
+    let beside = rig.layer("beside");
+    let mount = rig.manager.add(&beside, &read_only()).await.unwrap();
+    let key: Vec<u8> = (100..164).collect();
+    let write = async |name: &str, bytes: &[u8]| {
+        let path = Path::new(KEYS).join(name);
+        rig.ask(json!({ "write_key": { "path": path, "bytes": bytes } }))
+            .await;
+    };
+    let source = |name: &str| KeySource::File(name.to_owned());
+    let text = "of an encrypted layer";
+    let plain = std::fs::read(rig.layer(text).source()).unwrap();
+    let [keyed, volume] = ["keyed", "volume"].map(|name| rig.path(name));
+    std::fs::write(&keyed, aes_xts::encrypted(&plain, &key, 4096)).unwrap();
+    luks::volume_with(&volume, &plain);
+    for (image, encryption, name, right, wrong) in [
+        (&keyed, Encryption::Keyed(source("k")), "k", &*key, [7; 64]),
+        (
+            &volume,
+            Encryption::Luks2(LuksKey::Passphrase(source("p"))),
+            "p",
+            luks::PASSPHRASE.as_bytes(),
+            [b'x'; 64],
+        ),
+    ] {
+        let disk = Disk::virtual_disk(image).read_only();
+        let options = MountOptions::builder().read_only().encryption(encryption);
+        let request = MountRequest::new(options.build().unwrap());
+        write(name, &wrong).await;
+        let error = rig.manager.add(&disk, &request).await.unwrap_err();
+        let message = error.cause().message();
+        let says = ["with another key", "does not open the volume"];
+        assert!(says.iter().any(|said| message.contains(said)), "{message}");
+        assert_eq!(subranges(&rig).await, 1, "only the range beside it");
+        write(name, right).await;
+        let encrypted = rig.manager.add(&disk, &request).await.unwrap();
+        let locator = encrypted.locator().as_str();
+        assert!(locator.starts_with("vpmem:0@"), "{locator}");
+        rig.assert_content(&encrypted.path().join("id"), text).await;
+        assert_eq!(subranges(&rig).await, 3);
+        encrypted.release().await.unwrap();
+        assert_eq!(subranges(&rig).await, 1);
+    }
+    mount.release().await.unwrap();
+    assert_eq!(rig.ask(json!("keys")).await, json!({ "keys": [] }));
     rig.end().await;
 }
 

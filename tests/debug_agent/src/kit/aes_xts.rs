@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+
+use super::images;
 
 /// The polynomial by which a tweak is doubled.
 const POLYNOMIAL: u128 = 0x87;
@@ -11,11 +12,21 @@ const SECTOR: usize = 512;
 
 /// Decrypts what is encrypted in units of so many bytes, each by the number of its first sector of 512 bytes.
 pub fn decrypted(encrypted: &[u8], key: &[u8], unit: usize) -> Vec<u8> {
+    turned("-d", encrypted, key, unit)
+}
+
+/// Encrypts in units of so many bytes, each by the number of its first sector of 512 bytes. What is behind the last whole unit
+/// is left out.
+pub fn encrypted(plain: &[u8], key: &[u8], unit: usize) -> Vec<u8> {
+    turned("-e", plain, key, unit)
+}
+
+fn turned(direction: &str, bytes: &[u8], key: &[u8], unit: usize) -> Vec<u8> {
     let (data_key, tweak_key) = key.split_at(key.len() / 2);
-    let units = encrypted.len() / unit;
+    let units = bytes.len() / unit;
     let number = |index: usize| ((index * (unit / SECTOR)) as u128).to_le_bytes();
     let numbers: Vec<u8> = (0..units).flat_map(number).collect();
-    let first = blocks(&ecb(&["-e"], tweak_key, &numbers));
+    let first = blocks(&ecb("-e", tweak_key, &numbers));
     let per_unit = unit / BLOCK;
     let mut tweaks = Vec::with_capacity(units * per_unit);
     for mut tweak in first {
@@ -25,8 +36,8 @@ pub fn decrypted(encrypted: &[u8], key: &[u8], unit: usize) -> Vec<u8> {
             tweak = (tweak << 1) ^ carry;
         }
     }
-    let inner = mixed(&encrypted[..units * unit], &tweaks);
-    mixed(&ecb(&["-d"], data_key, &inner), &tweaks)
+    let inner = mixed(&bytes[..units * unit], &tweaks);
+    mixed(&ecb(direction, data_key, &inner), &tweaks)
 }
 
 fn blocks(bytes: &[u8]) -> Vec<u128> {
@@ -44,18 +55,17 @@ fn mixed(bytes: &[u8], tweaks: &[u128]) -> Vec<u8> {
 }
 
 /// Each block by itself.
-fn ecb(direction: &[&str], key: &[u8], bytes: &[u8]) -> Vec<u8> {
+fn ecb(direction: &str, key: &[u8], bytes: &[u8]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
     fs::write(&from, bytes).unwrap();
     let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     let path = |path: &Path| path.to_str().unwrap().to_owned();
-    let done = Command::new("openssl")
-        .args(["enc", "-aes-256-ecb", "-nopad", "-K", &key])
-        .args(direction)
-        .args(["-in", &path(&from), "-out", &path(&to)])
-        .status();
-    assert!(done.unwrap().success());
+    let mut openssl = images::tool("openssl");
+    openssl
+        .args(["enc", "-aes-256-ecb", "-nopad", direction, "-K", &key])
+        .args(["-in", &path(&from), "-out", &path(&to)]);
+    images::run_tool(openssl);
     fs::read(&to).unwrap()
 }
 
@@ -64,14 +74,11 @@ pub fn file_in(image: &[u8], name: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     fs::write(&path, image).unwrap();
-    let checked = Command::new("e2fsck")
-        .arg("-fn")
-        .arg(&path)
-        .output()
-        .unwrap();
-    assert!(checked.status.success(), "{checked:?}");
+    let mut check = images::tool("e2fsck");
+    check.arg("-fn").arg(&path);
+    images::run_tool(check);
     let command = format!("cat /{name}");
-    let read = Command::new("debugfs")
+    let read = images::tool("debugfs")
         .args(["-R", &command])
         .arg(&path)
         .output();
@@ -90,4 +97,5 @@ fn the_standard_has_the_same_first_block() {
     let plain = decrypted(&encrypted, &key, SECTOR);
     let expected: Vec<u8> = (0..16).collect();
     assert_eq!(plain[255 * SECTOR..255 * SECTOR + BLOCK], expected);
+    assert!(super::aes_xts::encrypted(&plain, &key, SECTOR) == encrypted);
 }
