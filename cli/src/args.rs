@@ -19,7 +19,7 @@ use crate::guest::{GuestKind, Socket, Transports};
 use crate::terminal::Colour;
 use values::{Salt, parse_disks, parse_rounds, parse_salt};
 
-pub(crate) use values::parse_size;
+pub(crate) use values::{Integrity, parse_size};
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
 pub(crate) use serve::ServeArgs;
@@ -197,14 +197,14 @@ is written to a scratch ends with the mount. A mount with a --name outlives a \
 program that is killed, scratch included, and another program goes on with it; \
 with --keep-vm, so does its virtual machine.
 
-What is said of a layer (--partition, --fs, --verity, --option, --map-ids) \
-follows its --layer. An --option or --map-ids before the first --layer is for \
+What is said of a layer (--partition, --fs, --verity, --key, --luks, --option, \
+--map-ids) follows its --layer. An --option or --map-ids before the first --layer is for \
 all of them.
 
 A --file has the stack in TOML: at, name, guest, transport, keep-vm, \
 allow-backing, options (of all layers), overlay-options, map-ids, view, a table [scratch] with \
 size, encrypt, integrity and format, and for each layer, the topmost first, a table \
-[[layer]] with image, partition, fs, verity, verity-tree, key, map-ids, devices and options. Paths in it \
+[[layer]] with image, partition, fs, verity, verity-tree, key, luks, map-ids, devices and options. Paths in it \
 start at its directory. The command line wins where both say one thing; its \
 layers are above those of the file, and lists are joined.
 
@@ -219,6 +219,9 @@ Examples:
   sudo blockmount mount --guest qemu --layer app.erofs \\
                         --verity app.erofs.dmverity --at /mnt/tree
   sudo blockmount mount --guest qemu --layer app.erofs --scratch 1G --encrypt \\
+                        --at /mnt/tree
+  sudo blockmount mount --guest qemu --layer volume.img \\
+                        --luks file=passphrase \\
                         --at /mnt/tree
   sudo blockmount mount --file blockmount.toml
   sudo blockmount mount --map-ids 0:100000:65536 --layer app.erofs \\
@@ -267,9 +270,17 @@ pub(crate) struct MountArgs {
     #[arg(long, requires = "a_scratch")]
     pub(crate) encrypt: bool,
 
-    /// Notice what is changed on the encrypted scratch disk: reading it is an error
-    #[arg(long, requires = "encrypt")]
-    pub(crate) integrity: bool,
+    /// Notice what is changed on the encrypted scratch disk, where reading is an error then; by another cipher if one is given
+    #[arg(
+        long,
+        requires = "encrypt",
+        value_name = "CIPHER",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "hmac-sha256"
+    )]
+    pub(crate) integrity: Option<Integrity>,
 
     /// Have the guest make this filesystem on the scratch disk, in place of an ext4 that is made here
     #[arg(long, value_name = "FILESYSTEM", requires = "a_scratch", value_parser = FORMATS)]
@@ -302,7 +313,7 @@ pub(crate) struct MountArgs {
         long,
         value_name = "NAME",
         conflicts_with_all = [
-            "layer", "partition", "fs", "verity", "verity_tree", "key", "device", "option", "map_ids", "guest", "transport",
+            "layer", "partition", "fs", "verity", "verity_tree", "key", "luks", "device", "option", "map_ids", "guest", "transport",
             "allow_backing", "scratch", "encrypt", "integrity", "format", "overlay_options", "at", "views", "name",
             "keep_vm", "file", "vm", "agent", "agent_token", "controllers",
         ]

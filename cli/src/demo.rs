@@ -16,6 +16,7 @@ use crate::image_sources::Limits;
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::{Tables, loop_marks};
+use crate::keys;
 use crate::machine::{Machine, require_root};
 use crate::report::{ContainerReport, LISTED, LayerReport, Report, Role, milliseconds};
 use crate::run::{Run, is_root, sudo};
@@ -222,6 +223,10 @@ async fn given(
     progress: &Progress,
 ) -> Result<Vec<TestImage>, Failure> {
     let layers = distinct(&args.layers.given);
+    if !keys::read(&layers)?.is_empty() {
+        let what = "a demo takes keys from keyrings alone";
+        return Err(Failure::usage(what).advise("use \"blockmount mount\" for a key in a file"));
+    }
     let disks = machine.local_disks(&layers, args.allow_backing).await?;
     let mut test_images = Vec::new();
     for (layer, disk) in layers.iter().zip(disks) {

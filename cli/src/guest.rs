@@ -17,6 +17,7 @@ use clap::ValueEnum;
 use crate::failure::{Context, Failure};
 use crate::interrupt::{Interrupt, Stop};
 use crate::kernel;
+use crate::keys::KeyFile;
 use crate::report::SlotReport;
 use crate::terminal::Progress;
 
@@ -217,6 +218,26 @@ impl Guest {
             0 => "nothing".to_owned(),
             _ => format!("{}{more}", names.join(", ")),
         }))
+    }
+
+    /// Puts a key where the guest looks for it by its name, which is in a directory if the guest is this machine.
+    pub(crate) async fn place_key(&self, directory: &Path, key: &KeyFile) -> Result<(), Failure> {
+        let KeyFile { name, bytes } = key;
+        if let Guest::Qemu(guest) = self {
+            return guest.place_key(name, bytes).await;
+        }
+        let path = directory.join(name);
+        blockmount_checker::write_private(&path, bytes)
+            .context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Takes it away again.
+    pub(crate) async fn remove_key(&self, directory: &Path, key: &KeyFile) -> Result<(), Failure> {
+        if let Guest::Qemu(guest) = self {
+            return guest.remove_key(&key.name).await;
+        }
+        let path = directory.join(&key.name);
+        fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))
     }
 
     /// Makes or replaces a file.

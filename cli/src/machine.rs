@@ -24,6 +24,7 @@ use tokio::sync::OnceCell;
 use crate::failure::{Context, Failure};
 use crate::guest::{Guest, MOUNTS, OtherFiles, Place, QemuGuest};
 use crate::interrupt::{Further, Interrupt};
+use crate::keys::KeyFile;
 use crate::recorder::Recorder;
 use crate::run::{ROOTS_RUNS, Run, is_root};
 use crate::status::{self, Offered, Source};
@@ -113,7 +114,8 @@ impl Machine {
         let engine = LinuxGuest::builder()
             .resolver(SCHEME, loops.clone())
             .unplugger(SCHEME, Arc::new(LoopUnplugger::default()))
-            .overlay_mark(run.mark());
+            .overlay_mark(run.mark())
+            .key_directory(run.keys());
         let journals = run.journals();
         let engine = match &journals {
             Some([_, journal]) => engine.journal(journal).await?,
@@ -283,6 +285,34 @@ impl Machine {
     /// Leaves everything to the next program that resumes the run, as if this one had been killed.
     pub(crate) fn leave(self, mounted: Mounted) {
         std::mem::forget((self, mounted));
+    }
+
+    /// Does something while keys are where the guest looks for them, and takes them away again.
+    ///
+    /// Not cancel safe: they stay until the end of the run then.
+    pub(crate) async fn with_keys<T, E: Into<Failure>>(
+        &self,
+        keys: &[KeyFile],
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Failure> {
+        let directory = self.run.keys();
+        let mut placed = Ok(());
+        for key in keys {
+            if placed.is_ok() {
+                placed = self.guest.place_key(&directory, key).await;
+            }
+        }
+        let done = match placed {
+            Ok(()) => work.await.map_err(Into::into),
+            Err(failure) => Err(failure),
+        };
+        let mut removed = Ok(());
+        for key in keys {
+            removed = removed.and(self.guest.remove_key(&directory, key).await);
+        }
+        // After a failure a key may not be there, or its guest.
+        let done = done?;
+        removed.map(|()| done)
     }
 
     /// Where the containers run.

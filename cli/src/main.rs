@@ -15,6 +15,7 @@ mod images;
 mod inspect;
 mod interrupt;
 mod kernel;
+mod keys;
 mod limits;
 mod machine;
 mod mount;

@@ -8,12 +8,13 @@ use blockmount::{
 };
 use serde::Serialize;
 
-use crate::args::{Layer, MountArgs};
+use crate::args::{Integrity, Layer, MountArgs};
 use crate::failure::{Context, Failure, printable};
 use crate::guest::{GuestKind, Needs, Place, Transports, ensure_allowed};
 use crate::images;
 use crate::interrupt::Interrupt;
 use crate::kernel::{Tables, loop_marks};
+use crate::keys::{self, KeyFile};
 use crate::machine::{Machine, Mounted, is_raw, require_root};
 use crate::report::{passed_on, table};
 use crate::run::{self, Remembered, Run, sudo};
@@ -68,6 +69,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     }
     let requests = args.layers.given.iter().map(layer_request);
     let requests = requests.collect::<Result<Vec<_>, _>>()?;
+    let keys = keys::read(&args.layers.given)?;
     let run = || match &args.name {
         None => Run::start_anonymous(&target, vm.as_ref()),
         Some(name) => {
@@ -80,7 +82,7 @@ pub(crate) async fn run(mut args: MountArgs, interrupt: Interrupt) -> Result<u8,
     let place = Place::of(args.guest(), vm.clone(), args.transport, args.allow_backing)?;
     let place = place.needing(args.needs());
     let mut machine = Machine::start(place, run, &interrupt).await?;
-    let mounted = hold(&args, &target, requests, &mut machine, &interrupt).await;
+    let mounted = hold(&args, &target, requests, &keys, &mut machine, &interrupt).await;
     let mounted = mounted.map_err(|failure| match args.guest() {
         GuestKind::Local if failure.is_of(Step::Combine) => in_the_way(failure, &target),
         _ => failure,
@@ -308,6 +310,7 @@ async fn hold(
     args: &MountArgs,
     target: &Path,
     requests: Vec<MountRequest>,
+    keys: &[KeyFile],
     machine: &mut Machine,
     interrupt: &Interrupt,
 ) -> Result<Mounted, Failure> {
@@ -341,7 +344,8 @@ async fn hold(
     }
     interrupt.check()?;
     machine.note_target(target)?;
-    let stack = machine.manager().stack(&stack).await?;
+    let making = machine.manager().stack(&stack);
+    let stack = machine.with_keys(keys, making).await?;
     interrupt.check()?;
     let views = viewing::make(args, &layers, &stack, machine, interrupt).await?;
     Ok(Mounted { stack, views })
@@ -352,10 +356,8 @@ fn formatted(args: &MountArgs) -> Result<MountRequest, Failure> {
     let filesystem = args.format.as_deref().unwrap_or("ext4");
     let mut options = MountOptions::builder().format(Format::new(filesystem));
     if args.encrypt {
-        options = options.encryption(match args.integrity {
-            true => Encryption::EphemeralWithIntegrity,
-            false => Encryption::Ephemeral,
-        });
+        let plain = Encryption::Ephemeral;
+        options = options.encryption(args.integrity.map_or(plain, Integrity::encryption));
     }
     let options = options.build();
     let options = options.context(|| "the scratch cannot be mounted so".to_owned())?;
@@ -373,10 +375,13 @@ impl MountArgs {
 
     /// What a guest has to be able to do for these.
     fn needs(&self) -> Needs {
-        let mut layers = self.layers.given.iter();
+        let any = |is_so: fn(&Layer) -> bool| self.layers.given.iter().any(is_so);
+        let is_luks = any(|layer| layer.luks.is_some());
         Needs {
-            verity: layers.any(|layer| layer.verity.is_some()),
-            encryption: self.encrypt || self.layers.given.iter().any(|layer| layer.key.is_some()),
+            verity: any(|layer| layer.verity.is_some()),
+            encryption: self.encrypt || is_luks || any(|layer| layer.key.is_some()),
+            more_ciphers: self.integrity.is_some(),
+            encryption_tools: is_luks,
             filesystem_tools: self.is_formatted_in_guest(),
         }
     }

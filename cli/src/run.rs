@@ -51,6 +51,8 @@ const STATE: &str = "state";
 const ENGINE: &str = "engine";
 /// The records of the activations of a server.
 const RECORDS: &str = "activations";
+/// The keys of layers that are in files, while these are mounted.
+const KEYS: &str = "keys";
 /// The filesystem of what carries a mark as its source. Anybody can mount another one with such a source (FUSE).
 pub(crate) const OVERLAY: &str = "overlay";
 /// What starts the mark of every run.
@@ -155,6 +157,11 @@ impl Run {
     /// What tells this run from all others.
     pub(crate) fn id(&self) -> &str {
         &self.paths.id
+    }
+
+    /// Where the guest engine of this machine looks for keys by their names: in memory, and made by whoever places one.
+    pub(crate) fn keys(&self) -> PathBuf {
+        self.paths.dir.join(KEYS)
     }
 
     /// What loop devices and overlays of this run carry, for all to see.

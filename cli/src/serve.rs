@@ -111,6 +111,8 @@ async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Machine, Failu
     let needs = Needs {
         verity: true,
         encryption: false,
+        more_ciphers: false,
+        encryption_tools: false,
         filesystem_tools: true,
     };
     let vm = args.foreign()?;

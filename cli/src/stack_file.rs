@@ -12,9 +12,10 @@ use clap::ValueEnum as _;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
-use crate::args::{FORMATS, Layer, MountArgs, Shown, VmArgs, parse_size};
+use crate::args::{FORMATS, Integrity, Layer, MountArgs, Shown, VmArgs, parse_size};
 use crate::failure::{Context, Failure};
 use crate::guest::{GuestKind, Socket, Transports, parse_monitor};
+use crate::keys::KeyFrom;
 use crate::verity::Trusted;
 
 /// More than a stack has to say, in bytes: what is longer is another file.
@@ -62,8 +63,8 @@ struct Scratch {
     size: u64,
     #[serde(default)]
     encrypt: bool,
-    #[serde(default)]
-    integrity: bool,
+    #[serde(default, deserialize_with = "integrity")]
+    integrity: Option<Integrity>,
     #[serde(default, deserialize_with = "format")]
     format: Option<String>,
 }
@@ -77,7 +78,10 @@ struct LayerTable {
     #[serde(default, deserialize_with = "parsed")]
     verity: Option<Trusted>,
     verity_tree: Option<PathBuf>,
-    key: Option<String>,
+    #[serde(default, deserialize_with = "parsed")]
+    key: Option<KeyFrom>,
+    #[serde(default, deserialize_with = "parsed")]
+    luks: Option<KeyFrom>,
     #[serde(default, deserialize_with = "parsed")]
     map_ids: Option<IdMap>,
     #[serde(default)]
@@ -100,11 +104,14 @@ pub(crate) fn complete(mut args: MountArgs) -> Result<MountArgs, Failure> {
         () if args.layers.given.iter().any(Layer::is_unvouched) => {
             "a hash tree that nothing vouches for: add verity = \"IMAGE.dmverity\" to that layer"
         }
+        () if args.layers.given.iter().any(Layer::is_encrypted_twice) => {
+            "a layer with a key and with luks: leave one of them out"
+        }
         () if args.at.is_none() => "no place for the tree: add at = \"/mnt/tree\"",
         () if args.scratch.is_none() && (args.encrypt || args.format.is_some()) => {
             "no scratch to encrypt or format: add a table [scratch] with size = \"1G\""
         }
-        () if args.integrity && !args.encrypt => {
+        () if args.integrity.is_some() && !args.encrypt => {
             "no encryption that could notice changes: add encrypt = true to the table [scratch]"
         }
         () if args.keep_vm && args.name.is_none() => {
@@ -193,7 +200,7 @@ impl StackFile {
         if let Some(scratch) = self.scratch {
             args.scratch = args.scratch.or(Some(scratch.size));
             args.encrypt |= scratch.encrypt;
-            args.integrity |= scratch.integrity;
+            args.integrity = args.integrity.or(scratch.integrity);
             args.format = args.format.take().or(scratch.format);
         }
     }
@@ -212,7 +219,8 @@ impl LayerTable {
             filesystem: self.fs.clone(),
             verity,
             verity_tree: self.verity_tree.as_ref().map(|image| directory.join(image)),
-            key: self.key.clone(),
+            key: self.key.as_ref().map(|key| key.within(directory)),
+            luks: self.luks.as_ref().map(|key| key.within(directory)),
             devices: self
                 .devices
                 .iter()
@@ -267,6 +275,22 @@ fn guest<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<GuestKind>
     let guest = GuestKind::from_str(&text, false);
     let wrong = |_| D::Error::custom("a guest is \"local\" or \"qemu\"");
     guest.map(Some).map_err(wrong)
+}
+
+/// Whether changes are to be noticed, or by which cipher.
+fn integrity<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Integrity>, D::Error> {
+    match toml::Value::deserialize(deserializer)? {
+        toml::Value::Boolean(is_wanted) => Ok(is_wanted.then(Integrity::default)),
+        toml::Value::String(name) => {
+            let wrong =
+                |_| D::Error::custom(format!("integrity is true or {}", Integrity::names()));
+            Integrity::from_str(&name, false).map(Some).map_err(wrong)
+        }
+        _ => Err(D::Error::custom(format!(
+            "integrity is true or {}",
+            Integrity::names()
+        ))),
+    }
 }
 
 fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
@@ -353,12 +377,13 @@ mod tests {
         fs = "erofs"
         verity = "app.erofs.dmverity"
         verity-tree = "app.tree"
-        key = "app"
+        key = "volumes:app"
         devices = ["a.blob", "/b.blob"]
 
         [[layer]]
         image = "/disks/base.img"
         partition = 2
+        luks = "file=/keys/base"
         options = ["nouuid"]
     "#;
 
@@ -369,7 +394,8 @@ mod tests {
         assert_eq!(args.name.unwrap().as_str(), "web");
         assert_eq!(args.guest, Some(GuestKind::Qemu));
         assert_eq!(args.transport, Some(Transports::Auto));
-        assert!(args.keep_vm && args.allow_backing && args.encrypt && args.integrity);
+        assert!(args.keep_vm && args.allow_backing && args.encrypt);
+        assert_eq!(args.integrity, Some(Integrity::HmacSha256));
         assert_eq!(args.overlay_options, ["volatile"]);
         assert_eq!(
             (args.scratch, args.format.as_deref()),
@@ -381,7 +407,7 @@ mod tests {
             filesystem: Some("erofs".into()),
             verity: Some(Trusted::File("app.erofs.dmverity".into())),
             verity_tree: Some("app.tree".into()),
-            key: Some("app".into()),
+            key: Some(KeyFrom::Keyring("volumes:app".into())),
             devices: vec!["a.blob".into(), "/b.blob".into()],
             options: vec!["nodev".into()],
             ..Layer::of("app.erofs")
@@ -389,6 +415,7 @@ mod tests {
         let base = Layer {
             id_map: Some("0:7:1".parse().unwrap()),
             partition: NonZeroU32::new(2),
+            luks: Some(KeyFrom::File("/keys/base".into())),
             options: vec!["nodev".into(), "nouuid".into()],
             ..Layer::of("/disks/base.img")
         };
@@ -472,6 +499,16 @@ mod tests {
                 "missing field `size`",
             ),
             (
+                &format!("{layer}[scratch]\nsize = \"1G\"\nintegrity = \"crc\"\n"),
+                "line 6, column 13",
+                "aegis128",
+            ),
+            (
+                &format!("{layer}luks = \"passphrase.txt\"\n"),
+                "line 4, column 8",
+                "file=FILE",
+            ),
+            (
                 &format!("{layer}verity = \"root=ab\"\n"),
                 "line 4, column 10",
                 "root=DIGEST",
@@ -509,6 +546,10 @@ mod tests {
             (
                 "[[layer]]\nimage = \"a\"\nverity-tree = \"t\"\n",
                 "verity = ",
+            ),
+            (
+                "at = \"x\"\n[[layer]]\nimage = \"a\"\nkey = \"v:a\"\nluks = \"v:a\"\n",
+                "leave one of them out",
             ),
             (
                 "at = \"x\"\nkeep-vm = true\n[[layer]]\nimage = \"a\"\n",

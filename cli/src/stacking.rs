@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
 use std::path::PathBuf;
 
-use blockmount::{DeviceRole, Disk, Encryption, KeySource, MountOptions, MountRequest};
+use blockmount::{DeviceRole, Disk, Encryption, LuksKey, MountOptions, MountRequest};
 
 use crate::args::Layer;
 use crate::failure::{Context, Failure, printable};
@@ -37,8 +37,11 @@ pub(crate) fn layer_request(layer: &Layer) -> Result<MountRequest, Failure> {
         builder = builder.verity(verity);
     }
     if let Some(key) = &layer.key {
-        let source = KeySource::Keyring(key.clone());
-        builder = builder.encryption(Encryption::Keyed(source));
+        builder = builder.encryption(Encryption::Keyed(key.source()));
+    }
+    if let Some(passphrase) = &layer.luks {
+        let key = LuksKey::Passphrase(passphrase.source());
+        builder = builder.encryption(Encryption::Luks2(key));
     }
     if let Some(map) = &layer.id_map {
         builder = builder.id_map(map.clone());
@@ -75,7 +78,7 @@ pub(crate) fn distinct(layers: &[Layer]) -> Vec<Layer> {
                         partition,
                         verity,
                         &layer.verity_tree,
-                        &layer.key,
+                        [&layer.key, &layer.luks],
                         &layer.devices,
                     )
                 });

@@ -12,7 +12,8 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use common::{Held, assert_nothing_left, hold, image, in_kernel, temp};
+use blockmount_debug_agent::kit::luks;
+use common::{Held, assert_nothing_left, hold, image, in_kernel, run_id, temp};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -46,6 +47,54 @@ fn layers_of(dir: &TempDir) -> Vec<String> {
 #[track_caller]
 fn held(arguments: Vec<String>) -> Held {
     hold(arguments).unwrap_or_else(|answer| panic!("{answer}"))
+}
+
+/// The header is read and the key found before anything is mapped, for which not each machine has the means.
+#[test]
+fn root_a_volume_of_luks2_is_opened_here_by_a_passphrase_in_a_file() {
+    let dir = temp();
+    let [plain, volume, right, wrong] =
+        ["plain", "volume", "right", "wrong"].map(|name| dir.path().join(name));
+    image("erofs", &plain, &[("file", "x")]);
+    luks::volume_with(&volume, &fs::read(&plain).unwrap());
+    fs::write(&right, luks::PASSPHRASE).unwrap();
+    fs::write(&wrong, "wrong").unwrap();
+    let at = dir.path().join("at");
+    let words = |passphrase: &Path| {
+        let passphrase = format!("file={}", passphrase.display());
+        let [volume, at] = [&volume, &at].map(|path| path.to_str().unwrap().to_owned());
+        [
+            "--layer".into(),
+            volume,
+            "--luks".into(),
+            passphrase,
+            "--at".into(),
+            at,
+        ]
+    };
+    let refused = hold(words(&wrong)).map(|_| ()).unwrap_err();
+    refused.says(1, &["does not open the volume"]);
+    assert_nothing_left(&refused, &dir);
+    let answer = match hold(words(&right)) {
+        Ok(mut held) => {
+            let said = held.wait_for("run started");
+            let keys = format!("/run/blockmount/{}/keys", run_id(&said).unwrap());
+            assert_eq!(
+                fs::read_dir(keys).unwrap().count(),
+                0,
+                "it is not needed any more"
+            );
+            assert_eq!(fs::read(at.join("file")).unwrap(), b"x");
+            let answer = held.end(Signal::TERM);
+            answer.says(0, &[]);
+            answer
+        }
+        Err(answer) => {
+            answer.says(1, &["no device-mapper"]);
+            answer
+        }
+    };
+    assert_nothing_left(&answer, &dir);
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn the_help_of_each_command_is_as_it_was_and_fits_a_terminal() {
 }
 
 /// Command lines that fail without root, and say why.
-const ERRORS: [&[&str]; 27] = [
+const ERRORS: [&[&str]; 30] = [
     &["mount", "--layer", "x"],
     &["mount", "--at", "/mnt/x"],
     &["mount", "--layer", "x", "--at", "/mnt/x"],
@@ -115,6 +115,23 @@ const ERRORS: [&[&str]; 27] = [
         "x",
         "--transport",
         "usb",
+    ],
+    &[
+        "mount", "--at", "/mnt/x", "--layer", "x", "--luks", "phrase",
+    ],
+    &[
+        "mount", "--at", "/mnt/x", "--layer", "x", "--luks", "a:b", "--key", "a:b",
+    ],
+    &[
+        "mount",
+        "--guest",
+        "qemu",
+        "--at",
+        "/mnt/x",
+        "--layer",
+        "x",
+        "--luks",
+        "file=absent",
     ],
     &["mount", "--file", "absent.toml"],
     &["mount", "--file", "empty"],

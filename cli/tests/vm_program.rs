@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use blockmount_debug_agent::kit;
+use blockmount_debug_agent::kit::{self, aes_xts, luks};
 use blockmount_qemu::Qmp;
 use common::machines::{held_in_a_machine, held_in_a_machine_by, machines_of};
 use common::{alone, assert_nothing_left, eventually, hold, image, run, run_id, temp};
@@ -367,7 +367,11 @@ fn vm_a_scratch_is_encrypted_when_it_was_asked_for() {
         layer,
     ];
     // With tags, there are two mapped devices.
-    for (more, device) in [(None, "/dev/dm-0"), (Some("--integrity"), "/dev/dm-1")] {
+    for (more, device) in [
+        (None, "/dev/dm-0"),
+        (Some("--integrity"), "/dev/dm-1"),
+        (Some("--integrity=aegis128"), "/dev/dm-1"),
+    ] {
         let held = hold(words.into_iter().chain(more));
         let held = held.unwrap_or_else(|answer| panic!("{answer}"));
         let scratch = &held.json["scratch"];
@@ -378,6 +382,63 @@ fn vm_a_scratch_is_encrypted_when_it_was_asked_for() {
         assert_nothing_left(&answer, &dir);
     }
     run(["mount", "--encrypt", "--layer", layer, "--at", "/mnt/x"]).says(2, &["--scratch"]);
+}
+
+/// The keys are in files of this machine, and a guest has them under other names.
+#[test]
+fn vm_a_volume_of_luks2_and_an_image_with_a_key_are_layers() {
+    let dir = temp();
+    let plain = dir.path().join("plain.erofs");
+    image("erofs", &plain, &[("file", "x")]);
+    let content = std::fs::read(&plain).unwrap();
+    let [volume, keyed, passphrase, key] =
+        ["volume", "keyed", "passphrase", "key"].map(|name| dir.path().join(name));
+    luks::volume_with(&volume, &content);
+    let bytes: Vec<u8> = (0..64).collect();
+    std::fs::write(&keyed, aes_xts::encrypted(&content, &bytes, 4096)).unwrap();
+    std::fs::write(&passphrase, luks::PASSPHRASE).unwrap();
+    std::fs::write(&key, &bytes).unwrap();
+    let [volume, keyed] = [&volume, &keyed].map(|path| path.to_str().unwrap());
+    let [passphrase, key] = [&passphrase, &key].map(|path| format!("file={}", path.display()));
+    let words = |how: &str, from: &str, image: &str| {
+        let words = [
+            "--guest",
+            "qemu",
+            "--at",
+            "/mnt/tree",
+            "--layer",
+            image,
+            how,
+            from,
+        ];
+        words.map(str::to_owned)
+    };
+    let both = words("--luks", &passphrase, volume).into_iter();
+    let both = both.chain(["--layer", keyed, "--key", &key].map(str::to_owned));
+    let held = hold(both).unwrap_or_else(|answer| panic!("{answer}"));
+    for layer in [0, 1] {
+        let seen = &held.json["layers"][layer];
+        let device = seen["device"].as_str().unwrap();
+        assert!(device.starts_with("/dev/dm-"), "{seen}");
+        assert_eq!(seen["filesystem"], "erofs");
+    }
+    held.end(Signal::TERM).says(0, &["nothing is left"]);
+    // Another passphrase, none in the guest's keyring, and an image that is no volume.
+    for (words, why) in [
+        (words("--luks", &key, volume), "does not open the volume"),
+        (words("--luks", "volumes:data", volume), "no such key"),
+        (words("--luks", &passphrase, keyed), "no volume of LUKS2"),
+    ] {
+        let answer = hold(words).map(|_| ()).unwrap_err();
+        answer.says(1, &[why]);
+        assert_nothing_left(&answer, &dir);
+    }
+    let absent = run(["mount"].into_iter().map(str::to_owned).chain(words(
+        "--luks",
+        "file=/no/such/key",
+        volume,
+    )));
+    absent.says(1, &["/no/such/key"]);
 }
 
 #[test]

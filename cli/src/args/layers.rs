@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use blockmount::IdMap;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
+use crate::keys::KeyFrom;
 use crate::verity::Trusted;
 
 /// One image, and the part of it that is meant.
@@ -19,8 +20,10 @@ pub(crate) struct Layer {
     pub(crate) verity: Option<Trusted>,
     /// The image with their hash tree, if it is another one.
     pub(crate) verity_tree: Option<PathBuf>,
-    /// The description of the key that it is encrypted with.
-    pub(crate) key: Option<String>,
+    /// Where the key is that it is encrypted with.
+    pub(crate) key: Option<KeyFrom>,
+    /// Where the passphrase is that opens it, if it is a volume of LUKS2.
+    pub(crate) luks: Option<KeyFrom>,
     /// Mount options.
     pub(crate) options: Vec<String>,
     /// Further images that its filesystem has data in, in its order.
@@ -41,10 +44,15 @@ impl Layer {
     pub(crate) fn is_unvouched(&self) -> bool {
         self.verity_tree.is_some() && self.verity.is_none()
     }
+
+    /// Whether it is said to be encrypted in two ways.
+    pub(crate) fn is_encrypted_twice(&self) -> bool {
+        self.key.is_some() && self.luks.is_some()
+    }
 }
 
-/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE [--verity-tree IMAGE]] [--device IMAGE...] [--option OPTION...]
-/// [--map-ids MAP]`, as often as wanted.
+/// `--layer IMAGE [--partition N] [--fs NAME] [--verity FILE [--verity-tree IMAGE]] [--key KEY | --luks KEY] [--device IMAGE...]
+/// [--option OPTION...] [--map-ids MAP]`, as often as wanted.
 ///
 /// What is said of a layer is an argument of its own and belongs to the layer before it, so that a file may have any
 /// name.
@@ -96,9 +104,15 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
         let key = clap::Arg::new("key")
             .long("key")
             .value_name("KEY")
-            .value_parser(clap::value_parser!(String))
+            .value_parser(clap::value_parser!(KeyFrom))
             .action(clap::ArgAction::Append)
-            .help("Decrypt the --layer before it with this key of the type logon in the keyring of the guest's root");
+            .help("Decrypt the --layer before it with this key: file=FILE, or the description of one of the type logon in the keyring of the guest's root");
+        let luks = clap::Arg::new("luks")
+            .long("luks")
+            .value_name("KEY")
+            .value_parser(clap::value_parser!(KeyFrom))
+            .action(clap::ArgAction::Append)
+            .help("Open the volume of LUKS2 that the --layer before it is by this passphrase: file=FILE (all of it), or the description of a key of the type user in that keyring");
         let filesystem = clap::Arg::new("fs")
             .long("fs")
             .value_name("NAME")
@@ -131,6 +145,7 @@ impl<const REQUIRED: bool> Args for Layers<REQUIRED> {
             verity,
             verity_tree,
             key,
+            luks,
             device,
             option,
             id_map,
@@ -156,10 +171,18 @@ impl<const REQUIRED: bool> FromArgMatches for Layers<REQUIRED> {
         self.add(matches, "fs", |layer| &mut layer.filesystem)?;
         self.add(matches, "verity", |layer| &mut layer.verity)?;
         self.add(matches, "key", |layer| &mut layer.key)?;
+        self.add(matches, "luks", |layer| &mut layer.luks)?;
         self.add(matches, "verity_tree", |layer| &mut layer.verity_tree)?;
         if let Some(layer) = self.given.iter().find(|layer| layer.is_unvouched()) {
             let image = layer.image.display();
             let message = format!("--verity-tree of --layer {image} is given without a --verity");
+            return Err(misplaced(message));
+        }
+        if let Some(layer) = self.given.iter().find(|layer| layer.is_encrypted_twice()) {
+            let image = layer.image.display();
+            let message = format!(
+                "--key and --luks are given for --layer {image}, which is encrypted in one way"
+            );
             return Err(misplaced(message));
         }
         for (image, before) in placed::<PathBuf>(matches, "device") {
@@ -295,6 +318,23 @@ mod tests {
         );
         let twice = layers(&["-l", "a", "--verity", "x", "--verity", "y"]);
         assert_eq!(twice.unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn a_key_or_a_passphrase_belongs_to_the_layer_before_it() {
+        let words = ["-l", "a", "--luks", "file=p", "-l", "b", "--key", "v:b"];
+        let given = layers(&words).unwrap();
+        assert_eq!(given[0].luks, Some(KeyFrom::File("p".into())));
+        assert_eq!(given[1].key, Some(KeyFrom::Keyring("v:b".into())));
+        assert_eq!((&given[0].key, &given[1].luks), (&None, &None));
+        for words in [
+            &["--luks", "v:b", "-l", "a"][..],
+            &["-l", "a", "--luks", "v:a", "--key", "v:b"],
+            &["-l", "a", "--luks", "v:a", "--luks", "v:b"],
+            &["-l", "a", "--luks", "passphrase.txt"],
+        ] {
+            assert_eq!(layers(words).unwrap_err().exit_code(), 2, "{words:?}");
+        }
     }
 
     #[test]

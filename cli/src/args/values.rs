@@ -1,4 +1,7 @@
-//! Values on the command line: sizes, numbers and salts.
+//! Values on the command line: sizes, numbers, salts and ciphers.
+
+use blockmount::{Aead, Encryption};
+use clap::ValueEnum;
 
 /// One value: a list of bytes would be several.
 #[derive(Debug, Clone)]
@@ -43,6 +46,39 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     match bytes >= MIN_SCRATCH {
         true => Ok(bytes),
         false => Err("a scratch disk has at least 4M: its filesystem needs as much".to_owned()),
+    }
+}
+
+/// By what changes of an encrypted scratch disk are noticed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Integrity {
+    /// AES, and tags by HMAC-SHA-256
+    #[default]
+    HmacSha256,
+    /// AEGIS-128, the fastest where the processor has AES
+    #[value(name = "aegis128")]
+    Aegis128,
+    /// ChaCha20-Poly1305, where it does not
+    #[value(name = "chacha20-poly1305")]
+    ChaCha20Poly1305,
+}
+
+impl Integrity {
+    /// What a guest is asked for.
+    pub(crate) fn encryption(self) -> Encryption {
+        match self {
+            Integrity::HmacSha256 => Encryption::EphemeralWithIntegrity,
+            Integrity::Aegis128 => Encryption::EphemeralWithAead(Aead::Aegis128),
+            Integrity::ChaCha20Poly1305 => Encryption::EphemeralWithAead(Aead::ChaCha20Poly1305),
+        }
+    }
+
+    /// All names, for a message.
+    pub(crate) fn names() -> String {
+        let names = Self::value_variants().iter();
+        let names = names.filter_map(|one| one.to_possible_value());
+        let names: Vec<String> = names.map(|one| format!("\"{}\"", one.get_name())).collect();
+        names.join(", ")
     }
 }
 

@@ -13,8 +13,8 @@ use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
 use blockmount_checker::tree::Tree;
 use blockmount_qemu::{
-    AgentChannel, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, GuestKernel, QemuScsi, Qmp,
-    VERITY_MODULES, Vm,
+    AEAD_MODULES, AgentChannel, ENCRYPTION_MODULES, GuestImage, GuestImageBuilder, GuestKernel,
+    QemuScsi, Qmp, VERITY_MODULES, Vm,
 };
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -59,6 +59,8 @@ pub(crate) fn ensure_allowed(target: &Path) -> Result<(), Failure> {
 
 /// Below this, mounts without a path of the caller's.
 pub(crate) const MOUNTS: &str = "/run/mounts";
+/// Where the agent looks for keys by their names: in memory.
+const KEYS: &str = "/run/keys";
 /// How long the checker may take to open its port, in a guest that a busy machine emulates.
 const OPENING: Duration = Duration::from_secs(60);
 
@@ -174,6 +176,10 @@ impl Guard {
 pub(crate) struct Needs {
     pub(crate) verity: bool,
     pub(crate) encryption: bool,
+    /// Ciphers that not every kernel has.
+    pub(crate) more_ciphers: bool,
+    /// What opens volumes of LUKS2.
+    pub(crate) encryption_tools: bool,
     pub(crate) filesystem_tools: bool,
 }
 
@@ -184,6 +190,12 @@ impl Needs {
         }
         if !self.encryption {
             image = image.without_modules(&ENCRYPTION_MODULES);
+        }
+        if self.more_ciphers {
+            image = image.modules_if_there(&AEAD_MODULES);
+        }
+        if self.encryption_tools {
+            image = image.encryption_tools();
         }
         match self.filesystem_tools {
             true => image.filesystem_tools(),
@@ -367,6 +379,17 @@ impl QemuGuest {
         checker.write(path, text).await.map_err(Failure::of_io)
     }
 
+    /// Puts a key where the agent finds it by its name. It goes the way of the checker: this program has made the guest.
+    pub(super) async fn place_key(&self, name: &str, bytes: &[u8]) -> Result<(), Failure> {
+        let mut checker = self.checker()?.lock().await;
+        let placed = checker.write_key(Path::new(KEYS).join(name), bytes).await;
+        placed.map_err(Failure::of_io)
+    }
+
+    pub(super) async fn remove_key(&self, name: &str) -> Result<(), Failure> {
+        self.remove(&Path::new(KEYS).join(name)).await
+    }
+
     pub(super) async fn remove(&self, path: &Path) -> Result<(), Failure> {
         let mut checker = self.checker()?.lock().await;
         checker.remove(path).await.map_err(Failure::of_io)
@@ -510,6 +533,7 @@ fn checker_program() -> String {
 fn agent_arguments() -> String {
     let roots = ROOTS.map(|root| ["--root".to_owned(), root.to_owned()]);
     let mut arguments: Vec<String> = roots.into_iter().flatten().collect();
+    arguments.extend(["--keys".to_owned(), KEYS.to_owned()]);
     arguments.extend(transports::agent_arguments());
     arguments.join("\n") + "\n"
 }

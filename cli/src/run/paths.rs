@@ -7,7 +7,7 @@ use blockmount_linux::mountinfo;
 use serde::{Deserialize, Serialize};
 
 use super::files::{self, absent_is_done, remove_directories_in, remove_directory, remove_in};
-use super::{ENGINE, MARK, RECORDS, STATE, WORK, runs};
+use super::{ENGINE, KEYS, MARK, RECORDS, STATE, WORK, runs};
 use crate::failure::{Context, Failure};
 
 /// Where a run has its files.
@@ -129,7 +129,7 @@ impl RunPaths {
                 self.dir.display()
             )
         };
-        for name in [STATE, ENGINE, RECORDS] {
+        for name in [KEYS, STATE, ENGINE, RECORDS] {
             absent_is_done(remove_in(&self.dir, name)).context(what)?;
         }
         for file in [
