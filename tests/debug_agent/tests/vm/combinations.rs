@@ -58,7 +58,7 @@ enum Content {
     Sealed,
     Merged,
     Blank,
-    /// A volume of LUKS2 with the first in it.
+    /// A volume of LUKS2 with an ext4 in it.
     Volume,
 }
 
@@ -84,7 +84,13 @@ impl Disks {
         let made = seal(&open.unwrap(), &parameters, &|_| true).unwrap();
         let verity = made.superblock.options(&made.root_digest, made.hash_offset);
         File::create(&blank).unwrap().set_len(16 << 20).unwrap();
-        luks::volume_with(&volume, &fs::read(&ext4).unwrap());
+        // With blocks as large as what is encrypted at once.
+        let inner = rig.path("c-inner");
+        File::create(&inner).unwrap().set_len(8 << 20).unwrap();
+        let mut mkfs = images::tool("mkfs.ext4");
+        mkfs.args(["-q", "-F", "-b", "4096"]).arg(&inner);
+        images::run_tool(mkfs);
+        luks::volume_with(&volume, &fs::read(&inner).unwrap());
         let [merged, blobs @ ..] = merged(rig);
         let mut tried = Vec::new();
         for (content, path) in [
