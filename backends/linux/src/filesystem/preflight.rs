@@ -112,7 +112,7 @@ pub(crate) fn ensure_block_size(
     match superblock.block_size {
         Some(size) if size < smallest => Err(BackendError::invalid(format!(
             "the {} on {node} has blocks of {size} bytes, and the device reads {smallest} at once: make the image \
-             with blocks of {smallest}, or its hash tree over blocks of {size}",
+             with blocks of {smallest}, or its hash tree or encryption in units of {size}",
             superblock.name
         ))),
         _ => Ok(()),
