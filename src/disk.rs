@@ -1,6 +1,8 @@
 //! Disks of the host, and what makes two of them the same.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,13 +32,69 @@ pub use options::{CacheMode, DiskOption, DiskOptions, SectorSize};
 pub struct Disk(Arc<Fields>);
 
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(from = "Plain", into = "Plain")]
 struct Fields {
+    source: Box<Path>,
+    read_only: bool,
+    /// None for a disk image with the default options, which most are: there are many disks.
+    unusual: Option<Box<Unusual>>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Unusual {
+    kind: DiskKind,
+    options: DiskOptions,
+}
+
+/// A disk as it is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Plain {
     source: Box<Path>,
     kind: DiskKind,
     read_only: bool,
     #[serde(default, skip_serializing_if = "DiskOptions::is_default")]
     options: DiskOptions,
+}
+
+static USUAL: Unusual = Unusual {
+    kind: DiskKind::VirtualDisk,
+    options: DiskOptions::NONE,
+};
+
+impl Fields {
+    fn kind_and_options(&self) -> &Unusual {
+        self.unusual.as_deref().unwrap_or(&USUAL)
+    }
+
+    fn set(&mut self, kind: DiskKind, options: DiskOptions) {
+        let unusual = Unusual { kind, options };
+        self.unusual = (unusual != USUAL).then(|| Box::new(unusual));
+    }
+}
+
+impl From<Plain> for Fields {
+    fn from(plain: Plain) -> Self {
+        let mut fields = Fields {
+            source: plain.source,
+            read_only: plain.read_only,
+            unusual: None,
+        };
+        fields.set(plain.kind, plain.options);
+        fields
+    }
+}
+
+impl From<Fields> for Plain {
+    fn from(fields: Fields) -> Self {
+        let Unusual { kind, options } = fields.kind_and_options().clone();
+        Plain {
+            source: fields.source,
+            kind,
+            read_only: fields.read_only,
+            options,
+        }
+    }
 }
 
 /// The kinds of disk that a hypervisor tells apart.
@@ -74,12 +132,12 @@ impl Disk {
     }
 
     fn of_kind(kind: DiskKind, source: PathBuf) -> Self {
-        Disk(Arc::new(Fields {
+        Disk(Arc::new(Fields::from(Plain {
             source: source.into_boxed_path(),
             kind,
             read_only: false,
-            options: DiskOptions::default(),
-        }))
+            options: DiskOptions::NONE,
+        })))
     }
 
     /// The same disk, attached so that the VM cannot write to it.
@@ -92,7 +150,8 @@ impl Disk {
     /// The same disk, attached with these options.
     #[must_use]
     pub fn with_options(mut self, options: DiskOptions) -> Self {
-        Arc::make_mut(&mut self.0).options = options;
+        let fields = Arc::make_mut(&mut self.0);
+        fields.set(fields.kind_and_options().kind.clone(), options);
         self
     }
 
@@ -109,7 +168,7 @@ impl Disk {
 
     /// What kind of disk it is.
     pub fn kind(&self) -> &DiskKind {
-        &self.0.kind
+        &self.0.kind_and_options().kind
     }
 
     /// Whether the VM is kept from writing to it.
@@ -119,7 +178,7 @@ impl Disk {
 
     /// How it is attached, apart from that.
     pub fn options(&self) -> &DiskOptions {
-        &self.0.options
+        &self.0.kind_and_options().options
     }
 }
 
@@ -150,9 +209,14 @@ impl fmt::Display for Disk {
 ///
 /// Made by [`Transport::identify`](crate::Transport::identify), because only the backend that attaches a
 /// disk knows what can be told apart. Cloning is cheap.
-#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct DiskId(Identity);
+pub struct DiskId {
+    identity: Identity,
+    /// No part of the identity, and of no use to another process.
+    #[serde(skip)]
+    version: Option<NonZeroU64>,
+}
 
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Identity {
@@ -164,19 +228,63 @@ impl DiskId {
     /// A file by device and inode number: the same through links and relative names, and never
     /// given to another file while this one is open.
     pub fn inode(device: u64, inode: u64) -> Self {
-        DiskId(Identity::Inode { device, inode })
+        Self::of(Identity::Inode { device, inode })
     }
 
     /// A disk by a name of which there is only one, such as a canonical path or a provider's own
     /// identifier.
     pub fn name(name: &str) -> Self {
-        DiskId(Identity::Name(name.into()))
+        Self::of(Identity::Name(name.into()))
+    }
+
+    fn of(identity: Identity) -> Self {
+        let version = None;
+        DiskId { identity, version }
+    }
+
+    /// The same disk with a number that is another one whenever what is on it may have changed, such as the time of the last
+    /// change of its file in nanoseconds. Ids that differ in nothing else are equal: it is one disk.
+    ///
+    /// What lingers ([`Linger`](crate::Linger)) is used again only if its version is the same; without one nothing lingers.
+    #[must_use]
+    pub fn with_version(mut self, version: NonZeroU64) -> Self {
+        self.version = Some(version);
+        self
+    }
+
+    /// The same of which no version is known: what another process has seen of it says nothing here.
+    pub(crate) fn without_version(&self) -> Self {
+        Self::of(self.identity.clone())
+    }
+
+    /// Whether the disk is now as it was when it got this id, as far as that matters.
+    pub(crate) fn is_unchanged(&self, now: &DiskId) -> bool {
+        self.version.is_none() || self.version == now.version
+    }
+
+    /// Which version of the disk it is, if that is known.
+    pub fn version(&self) -> Option<NonZeroU64> {
+        self.version
+    }
+}
+
+impl PartialEq for DiskId {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
+impl Eq for DiskId {}
+
+impl Hash for DiskId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.identity.hash(state);
     }
 }
 
 impl fmt::Display for DiskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
+        match &self.identity {
             Identity::Inode { device, inode } => write!(f, "inode {inode} of device {device}"),
             Identity::Name(name) => f.write_str(name),
         }

@@ -105,6 +105,17 @@ impl DiskOptions {
     /// (virtio-blk: 20).
     pub const MAX_SERIAL_LEN: usize = 36;
 
+    pub(super) const NONE: DiskOptions = DiskOptions {
+        direct_io: None,
+        cache: None,
+        bytes_per_second: None,
+        operations_per_second: None,
+        queues: None,
+        discard: None,
+        sector_size: None,
+        serial: None,
+    };
+
     /// Whether the host's page cache is bypassed.
     #[must_use]
     pub fn direct_io(mut self, wanted: bool) -> Self {

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -79,6 +80,8 @@ pub(super) struct State {
     pub(super) calls: [usize; VmStep::ALL.len()],
     missing: HashSet<PathBuf>,
     aliases: HashMap<PathBuf, PathBuf>,
+    /// How often each source was changed.
+    changes: HashMap<PathBuf, u64>,
 }
 
 impl FakeVm {
@@ -102,6 +105,7 @@ impl FakeVm {
             calls: [0; VmStep::ALL.len()],
             missing: HashSet::new(),
             aliases: HashMap::new(),
+            changes: HashMap::new(),
         };
         let shared = Shared {
             state: Mutex::new(state),
@@ -225,6 +229,12 @@ impl FakeVm {
     /// attached and can be detached.
     pub fn remove_source(&self, source: impl AsRef<Path>) {
         self.state().missing.insert(plain(source.as_ref()));
+    }
+
+    /// Changes what is in the file of a source: its disk has another version from now on.
+    pub fn change_source(&self, source: impl AsRef<Path>) {
+        let source = plain(source.as_ref());
+        *self.state().changes.entry(source).or_default() += 1;
     }
 
     /// A copy of everything that happened so far.
@@ -353,10 +363,12 @@ impl State {
         let name = source
             .to_str()
             .map_or_else(|| format!("{source:?}"), str::to_owned);
-        match disk.kind() {
+        let id = match disk.kind() {
             DiskKind::Extensible { provider } => DiskId::name(&format!("evd://{provider}{name}")),
             _ => DiskId::name(&name),
-        }
+        };
+        let changes = self.changes.get(&source).copied().unwrap_or(0);
+        id.with_version(NonZeroU64::MIN.saturating_add(changes))
     }
 
     pub(super) fn record(

@@ -20,7 +20,9 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind};
 use rustix::fs::OFlags;
@@ -28,6 +30,9 @@ use rustix::io::Errno;
 
 /// The smallest disk, and what the size of every disk is a multiple of, in bytes (the kernel's `SECTOR_SIZE`).
 const SECTOR: u64 = 512;
+
+/// The coarsest steps in which filesystems keep times (two seconds, FAT).
+const COARSEST_TIME: Duration = Duration::from_secs(2);
 
 /// A file by device and inode number, as the loop driver reports its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -67,12 +72,36 @@ impl Source {
 
 /// Says which disk is meant, without opening it: a file by its inode, a block device by its number. Blocks.
 ///
+/// A file has the time of its last change as its version ([`DiskId::with_version`]), unless that is so recent that another
+/// change might get the same time.
+///
 /// # Errors
 ///
 /// `NotFound` if there is nothing of that name, `Invalid` if it is not of the disk's kind, `Unsuitable` if the disk
 /// is served by a provider.
 pub fn identify(disk: &Disk) -> Result<DiskId, BackendError> {
-    Ok(id_of(&inspect(disk)?))
+    let metadata = inspect(disk)?;
+    let id = id_of(&metadata);
+    let version = version_of(&metadata, SystemTime::now());
+    Ok(match version {
+        Some(version) => id.with_version(version),
+        None => id,
+    })
+}
+
+/// When a file was changed for the last time (`st_ctime`, which no program can set), in nanoseconds. None for a device, and
+/// for a file whose next change might get the same time.
+fn version_of(metadata: &Metadata, now: SystemTime) -> Option<NonZeroU64> {
+    if !metadata.is_file() {
+        return None;
+    }
+    let changed = Duration::new(
+        metadata.ctime().try_into().ok()?,
+        metadata.ctime_nsec().try_into().ok()?,
+    );
+    let age = now.duration_since(UNIX_EPOCH).ok()?.checked_sub(changed)?;
+    let nanos = u64::try_from(changed.as_nanos()).ok()?;
+    NonZeroU64::new(nanos).filter(|_| age > COARSEST_TIME)
 }
 
 /// What [`identify`] answers for a file with this metadata.
@@ -256,4 +285,33 @@ fn no_source(disk: &Disk, verb: &str, error: io::Error) -> BackendError {
         _ => BackendError::other(tried),
     };
     classified.with_source(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_another_version_after_each_change() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let look = || image.as_file().metadata().unwrap();
+        let later = |by| SystemTime::now() + by;
+        let minute = Duration::from_secs(60);
+        let first = version_of(&look(), later(minute)).expect("it is an old file by then");
+        assert_eq!(version_of(&look(), later(2 * minute)), Some(first));
+        // The clock of the kernel's times ticks a few hundred times a second.
+        std::thread::sleep(Duration::from_millis(50));
+        rustix::io::pwrite(image.as_file(), b"changed", 0).unwrap();
+        let second = version_of(&look(), later(minute));
+        assert!(second.is_some_and(|second| second > first));
+        // The next change might not be seen.
+        assert_eq!(version_of(&look(), SystemTime::now()), None);
+        let disk = Disk::virtual_disk(image.path());
+        assert_eq!(identify(&disk).unwrap().version(), None);
+        // A clock that was set back says nothing.
+        assert_eq!(version_of(&look(), UNIX_EPOCH), None);
+        let device = std::fs::metadata("/dev/null").unwrap();
+        assert_eq!(version_of(&device, later(minute)), None);
+    }
 }
