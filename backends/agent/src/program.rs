@@ -108,6 +108,9 @@ impl Program {
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
+            // If another cannot be started, tokio panics and then waits for the first one for ever. They only wait here, and
+            // what blocks has threads of its own.
+            .worker_threads(1)
             .build()
             .context(|| "cannot start the runtime".to_owned())?;
         runtime.block_on(async {
