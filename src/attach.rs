@@ -9,7 +9,7 @@ use tracing::info_span;
 use crate::call::{call, catch_panic, within};
 use crate::holders::{Holder, Holders};
 use crate::journal::{AttachmentRecord, Record, RecordKey};
-use crate::lease::{Left, Table, Tables};
+use crate::lease::{Left, Lingering, Table, Tables, Which};
 use crate::named::Named;
 use crate::release::Releasing;
 use crate::{
@@ -20,7 +20,8 @@ use crate::{
 mod driver;
 mod inspect;
 
-use driver::{Attach, AttachJob, Attached};
+pub(crate) use driver::Attach;
+use driver::{AttachJob, Attached};
 
 /// Attaches each disk once, shares it between all callers that request it, and detaches it with the last.
 ///
@@ -57,14 +58,21 @@ impl AttachManager {
             Some(unplugger),
             DEFAULT_TIMEOUT,
             holders,
+            Lingering::default(),
         )
     }
 
     /// The same for disks that nothing in the guest has to be told of: a detach is the host's alone. The
     /// caller makes sure that the guest no longer uses a disk before it releases it.
     pub fn without_unplugger(transport: impl Transport) -> Self {
-        let holders = Holders::default();
-        Self::with_holders(Box::new(transport), None, DEFAULT_TIMEOUT, holders)
+        let (holders, lingering) = (Holders::default(), Lingering::default());
+        Self::with_holders(
+            Box::new(transport),
+            None,
+            DEFAULT_TIMEOUT,
+            holders,
+            lingering,
+        )
     }
 
     pub(crate) fn with_holders(
@@ -72,8 +80,10 @@ impl AttachManager {
         unplugger: Option<Box<dyn Unplugger>>,
         timeout: Duration,
         holders: Holders,
+        lingering: Lingering,
     ) -> Self {
-        let table = Table::new(Attach::new(transport, unplugger, holders), timeout);
+        let driver = Attach::new(transport, unplugger, holders);
+        let table = Table::new(driver, lingering, timeout);
         let tables = Tables::one(&table);
         AttachManager { table, tables }
     }
@@ -159,7 +169,9 @@ impl AttachManager {
             // In the table it would be torn down. Its name stays taken.
             return (None, error);
         }
-        let lease = self.table.restore(record.id.clone(), job, resource);
+        let lease = self
+            .table
+            .restore(record.id.without_version(), job, resource);
         (lease.map(|lease| Attachment(lease.into())), error)
     }
 
@@ -176,6 +188,12 @@ impl AttachManager {
         id: DiskId,
         disk: &Disk,
     ) -> Result<Attachment, Error> {
+        let is_changed = |known: &DiskId| !known.is_unchanged(&id);
+        if self.table.key(&id, is_changed) == Some(true) {
+            // What somebody holds is shared as it is.
+            let cleared = self.tables.clear_disk(&id).await;
+            cleared.map_err(|error| error.on_disk(disk))?;
+        }
         let ask = || self.attach_once(&id, disk);
         self.tables.clearing(ask).await
     }
@@ -195,10 +213,13 @@ impl AttachManager {
         Ok(Attachment(lease.into()))
     }
 
-    /// Where a disk is attached with the access and options of `disk`, if it is; nothing keeps it there.
+    /// Where a disk is attached with the access and options of `disk`, if it is and has not changed since; nothing keeps it
+    /// there.
     pub(crate) fn peek(&self, id: &DiskId, disk: &Disk) -> Option<DeviceLocator> {
-        self.table
-            .peek(id, |up| up.check(disk).is_ok().then(|| up.locator.clone()))?
+        self.table.peek(id, |known, up| {
+            let is_same = known.is_unchanged(id) && up.check(disk).is_ok();
+            is_same.then(|| up.locator.clone())
+        })?
     }
 
     /// Grows an attached disk.
@@ -247,7 +268,12 @@ impl Attachment {
     }
 
     pub(crate) fn id(&self) -> &DiskId {
-        &self.0.resource().id
+        self.0.key()
+    }
+
+    /// Which attachment it is.
+    pub(crate) fn which(&self) -> Which<Attach> {
+        self.0.which()
     }
 
     /// The disk, as the first caller named it.
@@ -272,6 +298,11 @@ impl Attachment {
 
     pub(crate) fn releasing(self) -> Releasing {
         self.0.releasing()
+    }
+
+    /// The same for one that must not linger.
+    pub(crate) fn releasing_now(self) -> Releasing {
+        self.0.releasing_now()
     }
 
     /// Leaves the disk attached, and its holder in the journal, for the next process.

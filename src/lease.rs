@@ -13,16 +13,18 @@
 //! | `Idle` | setup is `Uncertain` (or panics) | `Draining`, torn down at once; all queued callers get the error |
 //! | `Up` | acquire | `Up`, leases + 1 |
 //! | `Up` | a lease is released, others remain | `Up`, leases - 1 |
-//! | `Up` | the last lease is released | `Draining`, then teardown |
+//! | `Up` | the last lease is released | `Lingering` if it may; else `Draining`, then teardown |
+//! | `Lingering` | acquire | `Up`, 1 lease |
+//! | `Lingering` | its time is over, its place is needed, its disk has changed, or `drain` | `Draining`, then teardown |
 //! | `Draining` | teardown succeeds | `Gone`, leaves the table; the key is free again |
 //! | `Draining` | teardown answers `LostWrites` | the same; the error reaches whoever waits for the tear-down |
 //! | `Draining` | teardown fails | `Draining` at the step that failed; the next acquire, a retry or `drain` tears down first |
 //!
 //! # Invariants
 //!
-//! 1. **The task owns the transition, and the lease is born in it.** Set-up and tear-down run in a
-//!    task of their own; callers wait for its answer on a channel. A caller that is cancelled drops the
-//!    channel and with it the lease in it, whose `Drop` releases it. There is no cancellation code.
+//! 1. **The task owns the transition, and the lease is born in it.** Set-up and tear-down begin in their caller and move to a
+//!    task of their own as soon as they have to wait (`begin.rs`); callers wait for its answer on a channel. A caller that is
+//!    cancelled drops the channel and with it the lease in it, whose `Drop` releases it. There is no cancellation code.
 //! 2. **Counting never waits.** The state sits behind a plain mutex that is held for a few
 //!    instructions; only transitions queue, on an async mutex that is the entry's own. A lease that is
 //!    released is counted at once, so every later reader sees it.
@@ -33,34 +35,39 @@
 //! 5. **An entry lives once**: `Idle`, `Up`, `Gone`. A stale handle can never touch what took its key
 //!    later. A caller that queued on an entry that went `Gone` gets its error, or looks up a fresh entry.
 //!
-//! No lock and no map guard is held across I/O but the entry's own. Joining what is up spawns nothing.
+//! No lock and no map guard is held across I/O but the entry's own. Joining what is up spawns nothing, and neither does a
+//! transition that never waits.
 
 use std::hash::Hash;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use dashmap::DashMap;
-use foldhash::fast::FixedState;
-use tracing::{Instrument, Span};
+use tracing::Span;
 
 use crate::call::{call, within};
 use crate::journal::Record;
 use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release};
-use crate::sync::{AsyncMutex, Handle, Mutex, lock, oneshot, timeout};
-use crate::{BackendError, Error, ErrorKind, Step};
+use crate::sync::{Handle, lock, timeout};
+use crate::{BackendError, DiskId, Error, ErrorKind, Step};
 
+mod begin;
 mod clearing;
+mod entries;
 mod entry;
 mod handle;
 mod inspect;
 #[cfg(test)]
 mod interleavings;
+mod lingering;
 mod request;
 
+use begin::{Begun, begin, go_on};
 pub(crate) use clearing::Tables;
-use entry::{Entry, JobSlot, Phase, State};
-pub(crate) use handle::Lease;
+use entries::Entries;
+use entry::{Entry, JobGuard, JobSlot, Phase, State};
 use handle::PendingTeardown;
+pub(crate) use handle::{Lease, Which};
+pub(crate) use lingering::Lingering;
 use request::{CancelOnDrop, PendingRequest};
 
 /// What a table does to set a resource up and to tear it down.
@@ -89,8 +96,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Gives back the leases that a job holds. They are counted back when this returns; the future
-    /// waits for what that tears down.
-    fn release_held(&self, job: Self::Job) -> Releasing;
+    /// waits for what that tears down. What they keep up may linger only if the resource `was_up`: after a failure nothing is
+    /// left, and a request that is tried again must not meet what it has left itself.
+    fn release_held(&self, job: Self::Job, was_up: bool) -> Releasing;
 
     /// Leaves the leases that a job holds as they are: what they keep up is below a resource that may still be there, and
     /// stays in use for as long as its table lives.
@@ -98,6 +106,12 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// Refuses a job that cannot share the resource that is up under its key.
     fn check(&self, up: &Self::Resource, wanted: &Self::Job) -> Result<(), Error>;
+
+    /// Whether a resource that is up may be kept for the next caller once nobody has a lease of it.
+    fn may_linger(&self, key: &Self::Key, up: &Self::Resource) -> bool;
+
+    /// Whether a resource that is up is of this disk, or stands on it.
+    fn is_on(&self, key: &Self::Key, up: &Self::Resource, disk: &DiskId) -> bool;
 
     /// Whether everything stands still: nothing is torn down.
     fn is_frozen(&self) -> bool;
@@ -139,24 +153,27 @@ impl Left {
 
 /// The resources of one kind, by key.
 pub(crate) struct Table<D: Driver> {
-    /// The hasher has no random state, so that a test's seed replays its schedule; no key comes from outside the host.
-    entries: DashMap<D::Key, Arc<Entry<D>>, FixedState>,
+    entries: Entries<D>,
     driver: D,
+    /// What is up and has no lease.
+    lingering: Lingering,
     /// How long a caller waits for a task.
     timeout: Duration,
     /// Where releases run that are dropped outside of any runtime.
     runtime: OnceLock<Handle>,
 }
 
-/// Where the answer to one caller goes. If the caller is gone, the lease is released by its `Drop`.
-type Answer<D> = oneshot::Sender<Result<Lease<D>, Error>>;
+/// The answer to one caller. If the caller is gone, the lease is released by its `Drop`.
+type Answer<D> = Result<Lease<D>, Error>;
+
+type Request<D> = PendingRequest<<D as Driver>::Job, Answer<D>>;
 
 impl<D: Driver> Table<D> {
-    pub(crate) fn new(driver: D, timeout: Duration) -> Arc<Self> {
-        let entries = DashMap::default();
+    pub(crate) fn new(driver: D, lingering: Lingering, timeout: Duration) -> Arc<Self> {
         Arc::new(Table {
-            entries,
+            entries: Entries::default(),
             driver,
+            lingering,
             timeout,
             runtime: OnceLock::new(),
         })
@@ -173,8 +190,7 @@ impl<D: Driver> Table<D> {
         key: &D::Key,
         check: impl FnOnce(&D::Resource) -> Result<(), Error>,
     ) -> Option<Result<Lease<D>, Error>> {
-        let entry = Arc::clone(&*self.entries.get(key)?);
-        let lease = self.join_entry(entry)?;
+        let lease = self.join_entry(self.entries.get(key)?)?;
         Some(check(lease.resource()).map(|()| lease))
     }
 
@@ -183,19 +199,33 @@ impl<D: Driver> Table<D> {
         self: &Arc<Self>,
         is_wanted: impl Fn(&D::Resource) -> bool,
     ) -> Vec<Lease<D>> {
-        let up = self.snapshot().into_iter();
+        let up = self.entries.snapshot().into_iter();
         let wanted = up.filter(|entry| entry.resource.get().is_some_and(&is_wanted));
         wanted.filter_map(|entry| self.join_entry(entry)).collect()
     }
 
     /// Reads a resource that was up a moment ago, and may be on its way down.
-    pub(crate) fn peek<T>(&self, key: &D::Key, read: impl FnOnce(&D::Resource) -> T) -> Option<T> {
-        self.entries.get(key)?.resource.get().map(read)
+    pub(crate) fn peek<T>(
+        &self,
+        key: &D::Key,
+        read: impl FnOnce(&D::Key, &D::Resource) -> T,
+    ) -> Option<T> {
+        let read = |entry: &Arc<Entry<D>>| entry.resource.get().map(|up| read(&entry.key, up));
+        self.entries.read(key, read)?
+    }
+
+    /// Reads the key of an entry as its first caller had it.
+    pub(crate) fn key<T>(&self, key: &D::Key, read: impl FnOnce(&D::Key) -> T) -> Option<T> {
+        self.entries.read(key, |entry| read(&entry.key))
     }
 
     fn join_entry(self: &Arc<Self>, entry: Arc<Entry<D>>) -> Option<Lease<D>> {
         match &mut *lock(&entry.state) {
             State::Up(leases) => *leases += 1,
+            state @ State::Lingering(_) => {
+                self.lingering.remove(state);
+                *state = State::Up(1);
+            }
             _ => return None,
         }
         Some(Lease::new(self, entry))
@@ -205,19 +235,19 @@ impl<D: Driver> Table<D> {
     ///
     /// Dropping the future ends the wait, not the work: what is under way is finished, and its lease is
     /// released.
-    pub(crate) async fn acquire(
-        self: &Arc<Self>,
-        key: D::Key,
-        job: D::Job,
-    ) -> Result<Lease<D>, Error> {
-        let runtime = Handle::current();
-        self.runtime.get_or_init(|| runtime.clone());
-        // The entry is in the table before the task runs, so that a `drain` from now on sees it.
-        let entry = self.entry(&key);
+    pub(crate) async fn acquire(self: &Arc<Self>, key: D::Key, job: D::Job) -> Answer<D> {
+        self.runtime.get_or_init(Handle::current);
         let request = PendingRequest::new(job);
-        let (answer, outcome) = oneshot::channel();
-        let task = Arc::clone(self).run(entry, request.clone(), answer);
-        runtime.spawn(task.in_current_span());
+        // The entry is in the table once the work has begun, so that a `drain` from now on sees it.
+        let work = Arc::clone(self).run(key.clone(), request.clone());
+        let work = match begin(Box::pin(work)) {
+            Begun::Over(answer) => {
+                return answer.expect("nobody cancels a request before its caller waits");
+            }
+            Begun::Waits(work) => work,
+        };
+        let outcome = request.receive();
+        go_on(&Handle::current(), async move { drop(work.await) });
         let _on_cancellation = CancelOnDrop(request);
         let cause = match timeout(self.timeout, outcome).await {
             Ok(Ok(outcome)) => return outcome,
@@ -227,72 +257,71 @@ impl<D: Driver> Table<D> {
         Err(self.driver.error(&key, None, cause))
     }
 
-    /// Answers one caller: queues for the key, reads the state, and sets up, shares or tears down accordingly.
-    async fn run(
-        self: Arc<Self>,
-        mut entry: Arc<Entry<D>>,
-        request: PendingRequest<D::Job>,
-        answer: Answer<D>,
-    ) {
+    /// Answers one caller: queues for the key, reads the state, and sets up, shares or tears down accordingly. The answer
+    /// comes back if nobody waits for it elsewhere.
+    async fn run(self: Arc<Self>, key: D::Key, request: Request<D>) -> Option<Answer<D>> {
+        let mut entry = self.entry(&key);
         loop {
             let queued_at = Some(entry.attempts());
-            let mut job = entry.job.lock().await;
+            let mut job = entry.turn().await;
             let refusal = match entry.phase(queued_at) {
                 Phase::Idle => match request.take() {
                     Some(wanted) => {
                         job.0 = Some(wanted);
-                        return self.setup(&entry, job, answer).await;
+                        return self.setup(&entry, job, &request).await;
                     }
                     // Cancelled before its turn: there is nothing to begin.
-                    None => return self.remove(&entry, None),
+                    None => {
+                        self.remove(&entry, None);
+                        return None;
+                    }
                 },
-                Phase::Up => match self.join_entry(Arc::clone(&entry)) {
+                Phase::Up | Phase::Lingering => match self.join_entry(Arc::clone(&entry)) {
                     // The last lease was released since the state was read.
                     None => continue,
                     Some(lease) => {
-                        match request.peek(|job| self.driver.check(lease.resource(), job)) {
-                            Some(Ok(())) => return self.hand_over(lease, &request, answer).await,
-                            Some(Err(refusal)) => refusal,
-                            None => return,
+                        match request.peek(|job| self.driver.check(lease.resource(), job))? {
+                            Ok(()) => return self.hand_over(lease, &request).await,
+                            Err(refusal) => refusal,
                         }
                     }
                 },
-                Phase::Draining if request.is_cancelled() => return,
+                Phase::Draining if request.is_cancelled() => return None,
                 Phase::Draining => match self.teardown(&entry, &mut job).await {
                     Err(error) => error,
                     Ok(rest) => {
                         drop(job);
                         log_failure(rest.await);
-                        entry = self.entry(&entry.key);
+                        entry = self.entry(&key);
                         continue;
                     }
                 },
                 Phase::Failed(error) | Phase::Gone(Some(error)) => error,
                 Phase::Gone(None) => {
                     drop(job);
-                    entry = self.entry(&entry.key);
+                    entry = self.entry(&key);
                     continue;
                 }
             };
-            // Released while this task holds the entry, as everywhere.
+            // Released while this work holds the entry, as everywhere.
             let unused = request
                 .take()
-                .map(|unused| self.driver.release_held(unused));
+                .map(|unused| self.driver.release_held(unused, false));
             drop(job);
             if let Some(rest) = unused {
                 log_failure(rest.await);
             }
-            return drop(answer.send(Err(refusal)));
+            return request.answer(Err(refusal));
         }
     }
 
     /// Answers with a share of what is up. The caller holds the entry's job.
-    async fn hand_over(&self, lease: Lease<D>, unused: &PendingRequest<D::Job>, answer: Answer<D>) {
-        if let Some(unused) = unused.take() {
+    async fn hand_over(&self, lease: Lease<D>, request: &Request<D>) -> Option<Answer<D>> {
+        if let Some(unused) = request.take() {
             // The resource holds leases of its own, so none of these is the last.
-            log_failure(self.driver.release_held(unused).await);
+            log_failure(self.driver.release_held(unused, false).await);
         }
-        drop(answer.send(Ok(lease)));
+        request.answer(Ok(lease))
     }
 
     /// Sets up what an idle entry stands for, and answers.
@@ -300,19 +329,16 @@ impl<D: Driver> Table<D> {
         self: &Arc<Self>,
         entry: &Arc<Entry<D>>,
         mut job: JobGuard<'_, D>,
-        answer: Answer<D>,
-    ) {
-        entry.set(State::Draining {
-            attempts: 0,
-            error: None,
-        });
+        request: &Request<D>,
+    ) -> Option<Answer<D>> {
+        entry.set(State::released());
         let error = match self.driver.setup(&entry.key, work(&mut job)).await {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
                 entry.set(State::Up(1));
-                // Sent while this task holds the job: if the caller is gone, the lease is counted back before
+                // Sent while this work holds the job: if the caller is gone, the lease is counted back before
                 // another task reads the state.
-                return drop(answer.send(Ok(Lease::new(self, Arc::clone(entry)))));
+                return request.answer(Ok(Lease::new(self, Arc::clone(entry))));
             }
             Err(error) => error,
         };
@@ -336,7 +362,7 @@ impl<D: Driver> Table<D> {
             drop(job);
             log_failure(rest.await);
         }
-        drop(answer.send(Err(error)));
+        request.answer(Err(error))
     }
 
     /// Tears an entry down. The leases that it held are counted back by then; the returned future waits for
@@ -372,14 +398,17 @@ impl<D: Driver> Table<D> {
         outcome: Option<Error>,
     ) -> Releasing {
         // Counted back before the entry leaves the table: a caller that finds no entry finds no leases of it either.
-        let rest = self.driver.release_held(job.0.take().expect(JOB_GIVEN));
+        let (job, was_up) = (
+            job.0.take().expect(JOB_GIVEN),
+            entry.resource.get().is_some(),
+        );
+        let rest = self.driver.release_held(job, was_up);
         self.remove(entry, outcome);
         rest
     }
 
     fn remove(&self, entry: &Arc<Entry<D>>, outcome: Option<Error>) {
-        self.entries
-            .remove_if(&entry.key, |_, listed| Arc::ptr_eq(listed, entry));
+        self.entries.remove(entry);
         entry.set(State::Gone(outcome));
     }
 
@@ -390,7 +419,11 @@ impl<D: Driver> Table<D> {
         entry: Arc<Entry<D>>,
         queued_at: Option<usize>,
     ) -> Result<Releasing, ReleaseError> {
-        let mut job = entry.job.lock().await;
+        let mut job = entry.turn().await;
+        if queued_at.is_none() {
+            // The caller of the set-up that this waited for had given up, and its lease was the last.
+            self.stop_lingering(&entry);
+        }
         let outcome = match entry.phase(queued_at) {
             Phase::Draining if self.driver.is_frozen() => {
                 let frozen = BackendError::busy("the manager is frozen");
@@ -398,11 +431,22 @@ impl<D: Driver> Table<D> {
             }
             Phase::Draining => self.teardown(&entry, &mut job).await,
             Phase::Failed(error) => Err(error),
-            Phase::Idle | Phase::Up | Phase::Gone(_) => Ok(nothing_to_release()),
+            Phase::Idle | Phase::Up | Phase::Lingering | Phase::Gone(_) => Ok(nothing_to_release()),
         };
         drop(job);
         outcome
             .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
+    }
+
+    /// Has what lingers torn down next. False if it does not linger.
+    fn stop_lingering(&self, entry: &Entry<D>) -> bool {
+        let mut state = lock(&entry.state);
+        let lingers = matches!(*state, State::Lingering(_));
+        if lingers {
+            self.lingering.remove(&state);
+            *state = State::released();
+        }
+        lingers
     }
 
     /// Puts in what a restart has left, before any caller has the table: up with one share, or only to be torn down. The
@@ -416,18 +460,10 @@ impl<D: Driver> Table<D> {
         self.runtime.get_or_init(Handle::current);
         let state = match &up {
             Some(_) => State::Up(1),
-            None => State::Draining {
-                attempts: 0,
-                error: None,
-            },
+            None => State::released(),
         };
-        let entry = Arc::new(Entry {
-            key: key.clone(),
-            resource: OnceLock::new(),
-            state: Mutex::new(state),
-            job: AsyncMutex::new(JobSlot(Some(job))),
-        });
-        self.entries.insert(key, Arc::clone(&entry));
+        let restored = || Arc::new(Entry::new(key.clone(), state, Some(job)));
+        let entry = self.entries.get_or_insert(&key, restored);
         let _set_once = entry.resource.set(up?);
         Some(Lease::new(self, entry))
     }
@@ -435,7 +471,7 @@ impl<D: Driver> Table<D> {
     /// Runs the tear-downs that are pending or under way, but waits for no set-up. Whether one of them has succeeded: a
     /// path or a slot may be free that was not.
     async fn clear_pending(self: &Arc<Self>) -> bool {
-        let pending = self.snapshot().into_iter();
+        let pending = self.entries.snapshot().into_iter();
         let pending = pending.filter(|entry| entry.is_pending());
         let running: Vec<_> = pending
             .map(|entry| PendingTeardown::new(self, &entry).start())
@@ -448,14 +484,14 @@ impl<D: Driver> Table<D> {
         cleared
     }
 
-    /// Runs all pending tear-downs at once, and waits for those under way. Returns the errors of those that
-    /// are still pending.
+    /// Runs all pending tear-downs at once, also of what lingers, and waits for those under way. Returns the errors of those
+    /// that are still pending.
     pub(crate) async fn drain(self: &Arc<Self>) -> Vec<Error> {
         self.runtime.get_or_init(Handle::current);
-        let pending = self
-            .snapshot()
-            .into_iter()
-            .filter(|entry| !entry.is_settled());
+        let pending = self.entries.snapshot().into_iter().filter(|entry| {
+            self.stop_lingering(entry);
+            !entry.is_settled()
+        });
         // An attempt that is under way may have begun before the cause of its failure was gone.
         let pending = pending.map(|entry| PendingTeardown::new(self, &entry).forced());
         let running: Vec<_> = pending.map(PendingTeardown::start).collect();
@@ -470,39 +506,30 @@ impl<D: Driver> Table<D> {
 
     /// The records of all entries. None is at work: the manager is frozen.
     pub(crate) fn records(&self) -> Vec<Record> {
-        let entries = self.snapshot().into_iter();
+        let entries = self.entries.snapshot().into_iter();
         let records = entries.filter_map(|entry| {
             let job = entry.job.try_lock().ok()?;
             self.driver
-                .record(&entry.key, job.0.as_ref()?, entry.is_up())
+                .record(&entry.key, job.0.as_ref()?, entry.is_whole())
         });
         records.collect()
     }
 
-    /// Reads each resource that is up.
+    /// Reads each resource that is in use.
     pub(crate) fn up<T>(&self, mut read: impl FnMut(&D::Resource) -> T) -> Vec<T> {
-        let up = self.snapshot().into_iter().filter(|entry| entry.is_up());
+        let up = self
+            .entries
+            .snapshot()
+            .into_iter()
+            .filter(|entry| entry.is_up());
         up.filter_map(|entry| entry.resource.get().map(&mut read))
-            .collect()
-    }
-
-    /// The entries as they are now, so that no map guard is held while they are read.
-    fn snapshot(&self) -> Vec<Arc<Entry<D>>> {
-        self.entries
-            .iter()
-            .map(|item| Arc::clone(item.value()))
             .collect()
     }
 
     /// The entry under a key, a fresh one if there is none.
     fn entry(&self, key: &D::Key) -> Arc<Entry<D>> {
-        let fresh = Arc::new(Entry {
-            key: key.clone(),
-            resource: OnceLock::new(),
-            state: Mutex::new(State::Idle),
-            job: AsyncMutex::new(JobSlot(None)),
-        });
-        Arc::clone(&*self.entries.entry(key.clone()).or_insert(fresh))
+        let fresh = || Arc::new(Entry::new(key.clone(), State::Idle, None));
+        self.entries.get_or_insert(key, fresh)
     }
 
     /// Asks a backend, within the deadline, whether something is there that the journal remembers.
@@ -519,6 +546,12 @@ impl<D: Driver> Table<D> {
         self.timeout
     }
 
+    /// The runtime to work in: this one, or that of the first caller.
+    fn runtime(&self) -> Option<Handle> {
+        let here = Handle::try_current().ok();
+        here.or_else(|| self.runtime.get().cloned())
+    }
+
     pub(crate) fn timed_out(&self) -> BackendError {
         let waited = self.timeout;
         BackendError::uncertain(format!(
@@ -526,8 +559,6 @@ impl<D: Driver> Table<D> {
         ))
     }
 }
-
-type JobGuard<'e, D> = crate::sync::AsyncMutexGuard<'e, JobSlot<D>>;
 
 const JOB_GIVEN: &str = "an entry is given a job before its driver is called";
 

@@ -88,6 +88,7 @@ mod holders;
 mod inspect;
 pub mod journal;
 mod lease;
+mod linger;
 mod locator;
 mod manager;
 mod mount;
@@ -126,6 +127,7 @@ pub use inspect::{
     AttachmentStatus, HolderStatus, Inspection, LeaseState, LeaseStatus, MountStatus, SlotStatus,
     StackStatus, StepBucket, StepStatus, ViewStatus,
 };
+pub use linger::Linger;
 pub use locator::{DeviceLocator, InvalidLocator};
 pub use manager::{DEFAULT_TIMEOUT, Drained, Manager, ManagerBuilder};
 pub use mount::{BlockMountManager, Mount, MountPoint};

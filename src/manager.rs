@@ -185,7 +185,7 @@ impl Manager {
             }
         };
         for attachment in attached {
-            give_back(attachment.releasing()).await;
+            give_back(attachment.releasing_now()).await;
         }
         Err(error)
     }
@@ -227,6 +227,7 @@ impl Manager {
             }
         }
         if let Some(error) = first_error {
+            let mounts = mounts.into_iter().map(Mount::releasing_now);
             give_back(release_all(mounts)).await;
             return Err(error);
         }

@@ -11,7 +11,7 @@ use crate::attach::Attachment;
 use crate::call::call;
 use crate::holders::{Holder, Holders, Running};
 use crate::journal::{MountKey, MountRecord, Record, RecordKey};
-use crate::lease::{Lease, Left, Table, Tables};
+use crate::lease::{Lease, Left, Lingering, Table, Tables};
 use crate::named::Named;
 use crate::release::{Releasing, give_back};
 use crate::target::Claims;
@@ -78,7 +78,14 @@ impl BlockMountManager {
     /// requested, and waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(mounter: impl Mounter, root: impl Into<PathBuf>) -> Self {
         let (claims, holders) = (Claims::new(root.into()), Holders::default());
-        Self::with_claims(Box::new(mounter), claims, DEFAULT_TIMEOUT, holders)
+        let lingering = Lingering::default();
+        Self::with_claims(
+            Box::new(mounter),
+            claims,
+            DEFAULT_TIMEOUT,
+            holders,
+            lingering,
+        )
     }
 
     pub(crate) fn with_claims(
@@ -86,13 +93,14 @@ impl BlockMountManager {
         claims: Claims,
         timeout: Duration,
         holders: Holders,
+        lingering: Lingering,
     ) -> Self {
         let driver = Mounting {
             mounter,
             claims,
             holders,
         };
-        let table = Table::new(driver, timeout);
+        let table = Table::new(driver, lingering, timeout);
         let tables = Tables::one(&table);
         BlockMountManager { table, tables }
     }
@@ -311,7 +319,8 @@ impl BlockMountManager {
         let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
         // Another disk may have this locator by now; the mount says which disk it is of.
         let keeps = lease.resource().keeps.mounted.as_ref();
-        (keeps == Some(id)).then(|| Mount(lease.into()))
+        let is_of_it = keeps.is_some_and(|of| of.key() == id && of.key().is_unchanged(id));
+        is_of_it.then(|| Mount(lease.into()))
     }
 
     /// A share of each mount of a device.
@@ -415,6 +424,11 @@ impl Mount {
 
     pub(crate) fn releasing(self) -> Releasing {
         self.0.releasing()
+    }
+
+    /// The same for one that must not linger.
+    pub(crate) fn releasing_now(self) -> Releasing {
+        self.0.releasing_now()
     }
 
     /// Leaves the device mounted, and its holder in the journal, for the next process.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::Error;
 use crate::holders::Holder;
 use crate::journal::RecordKey;
-use crate::lease::{Driver, Lease};
+use crate::lease::{Driver, Lease, Which};
 use crate::release::{Releasing, give_back};
 
 /// What every handle of a caller is: one share of what is up, for a holder if it has a name.
@@ -46,6 +46,16 @@ impl<D: Driver> Named<D> {
     pub(crate) fn releasing(self) -> Releasing {
         drop(self.holder);
         self.lease.release()
+    }
+
+    /// The same for what must not linger.
+    pub(crate) fn releasing_now(self) -> Releasing {
+        drop(self.holder);
+        self.lease.release_now()
+    }
+
+    pub(crate) fn which(&self) -> Which<D> {
+        self.lease.which()
     }
 
     /// Leaves what is up as it is, and its holder in the journal, for the next process.

@@ -15,8 +15,8 @@ use crate::named::Named;
 use crate::release::{Releasing, both};
 use crate::target::{Claim, Claims};
 use crate::{
-    BackendError, Disk, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest, Overlay,
-    OverlayOptions, Presence, ReleaseError, Step,
+    BackendError, Disk, DiskId, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest,
+    Overlay, OverlayOptions, Presence, ReleaseError, Step,
 };
 
 mod inspect;
@@ -367,10 +367,13 @@ impl Driver for Combining {
         job.down.end()
     }
 
-    fn release_held(&self, job: CombineJob) -> Releasing {
+    fn release_held(&self, job: CombineJob, was_up: bool) -> Releasing {
         drop(job.claim);
         let mounts = job.scratch.into_iter().chain(job.layers);
-        release_all(mounts)
+        match was_up {
+            true => release_all(mounts.map(Mount::releasing)),
+            false => release_all(mounts.map(Mount::releasing_now)),
+        }
     }
 
     fn abandon(job: CombineJob) {
@@ -382,6 +385,16 @@ impl Driver for Combining {
     fn check(&self, up: &Combined, _: &CombineJob) -> Result<(), Error> {
         let taken = BackendError::conflict("another stack is there");
         Err(Error::new(Step::Combine, taken).on_path(&up.target))
+    }
+
+    fn may_linger(&self, _: &PathBuf, _: &Combined) -> bool {
+        // Nobody but its container asks for it.
+        false
+    }
+
+    fn is_on(&self, _: &PathBuf, _: &Combined, _: &DiskId) -> bool {
+        // Asked of what lingers.
+        false
     }
 
     fn is_frozen(&self) -> bool {
@@ -403,9 +416,10 @@ impl Driver for Combining {
     }
 }
 
-/// Releases all mounts at once, and reports all errors.
-pub(crate) fn release_all(mounts: impl IntoIterator<Item = Mount>) -> Releasing {
-    let releases: Vec<_> = mounts.into_iter().map(Mount::releasing).collect();
+/// Releases all at once, and reports all errors.
+pub(crate) fn release_all(releases: impl Iterator<Item = Releasing>) -> Releasing {
+    // All are counted back before the first one is waited for.
+    let releases: Vec<_> = releases.collect();
     Box::pin(async move {
         let mut outcome = Ok(());
         for release in releases {

@@ -11,7 +11,7 @@ mod primitives {
     pub(crate) use parking_lot::{Mutex, MutexGuard};
     pub(crate) use tokio::runtime::Handle;
     pub(crate) use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot};
-    pub(crate) use tokio::time::timeout;
+    pub(crate) use tokio::time::{Instant, sleep_until, timeout};
 
     /// Locks for a few instructions.
     pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -26,7 +26,7 @@ mod primitives {
     pub(crate) use shuttle_tokio_impl::sync::{
         Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot,
     };
-    pub(crate) use shuttle_tokio_impl::time::timeout;
+    pub(crate) use shuttle_tokio_impl::time::{Instant, sleep_until, timeout};
 
     pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex

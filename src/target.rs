@@ -1,6 +1,7 @@
 //! Paths in the guest: which are well formed, which are taken, which are made up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::fmt;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
@@ -9,14 +10,10 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::slots::{MAX_PER_GROUP, Policy, Reservation, Slots};
 use crate::{BackendError, DeviceLocator, MountOptions};
 
 /// The longest path that a Linux guest takes, in bytes (`PATH_MAX` less the final zero).
 const MAX_LEN: usize = 4095;
-
-/// The most paths that are made up at once.
-const MADE_UP: u32 = 8 * MAX_PER_GROUP as u32;
 
 /// What is live in one guest: which paths are taken, and how each device is mounted.
 #[derive(Clone)]
@@ -24,7 +21,6 @@ pub(crate) struct Claims(Arc<Shared>);
 
 struct Shared {
     root: PathBuf,
-    numbers: Slots,
     live: Mutex<Live>,
 }
 
@@ -32,15 +28,49 @@ struct Shared {
 struct Live {
     /// Each taken path in comparable form, and what is there. What is below a path begins with it, so
     /// it comes next.
-    paths: BTreeMap<Arc<[u8]>, Taken>,
+    paths: BTreeMap<Box<[u8]>, Taken>,
     mounts: HashMap<DeviceLocator, Vec<MountOptions>, RandomState>,
     /// For each further device of a filesystem, whether each mount that has it only reads it.
     devices: HashMap<DeviceLocator, Vec<bool>, RandomState>,
+    numbers: Numbers,
+}
+
+/// The numbers in paths that are made up, the lowest free one first.
+#[derive(Default)]
+struct Numbers {
+    /// The lowest that was never taken.
+    next: u32,
+    free: BinaryHeap<Reverse<u32>>,
+}
+
+impl Numbers {
+    fn take(&mut self) -> Option<u32> {
+        if let Some(Reverse(number)) = self.free.pop() {
+            return Some(number);
+        }
+        let number = self.next;
+        self.next = number.checked_add(1)?;
+        Some(number)
+    }
+
+    fn give_back(&mut self, number: u32) {
+        self.free.push(Reverse(number));
+        if self.free.len() == self.next as usize {
+            // None is taken.
+            *self = Numbers::default();
+        }
+    }
 }
 
 /// What has taken a path.
 enum Taken {
-    Device(DeviceLocator),
+    Mount(DeviceLocator, MountOptions),
+    Tree(Tree),
+}
+
+/// What is at a path that is no device.
+#[derive(Clone, Copy)]
+enum Tree {
     Overlay,
     View,
 }
@@ -48,9 +78,9 @@ enum Taken {
 impl fmt::Display for Taken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Taken::Device(device) => write!(f, "device {device}"),
-            Taken::Overlay => f.write_str("an overlay"),
-            Taken::View => f.write_str("a view"),
+            Taken::Mount(device, _) => write!(f, "device {device}"),
+            Taken::Tree(Tree::Overlay) => f.write_str("an overlay"),
+            Taken::Tree(Tree::View) => f.write_str("a view"),
         }
     }
 }
@@ -59,23 +89,15 @@ impl fmt::Display for Taken {
 pub(crate) struct Claim {
     claims: Claims,
     target: Arc<Path>,
-    /// The target in comparable form.
-    key: Arc<[u8]>,
-    mount: Option<(DeviceLocator, MountOptions)>,
     /// The number in a path that was made up.
-    _number: Option<Reservation>,
+    number: Option<u32>,
 }
 
 impl Claims {
     /// Paths are made up below `root`.
     pub(crate) fn new(root: PathBuf) -> Self {
-        let numbers = Slots::new(8, MAX_PER_GROUP, Policy::LowestFirst)
-            .expect("8 x 16,384 is a table of slots");
-        Claims(Arc::new(Shared {
-            root,
-            numbers,
-            live: Mutex::default(),
-        }))
+        let live = Mutex::default();
+        Claims(Arc::new(Shared { root, live }))
     }
 
     /// Takes `target` (or a path that it makes up) for a mount of a device.
@@ -89,7 +111,7 @@ impl Claims {
         live.ensure_compatible(device, options)?;
         let (target, key, number) = match target {
             Some(target) => (target.to_owned(), live.free(target, None)?, None),
-            None => self.make_up(&live)?,
+            None => self.make_up(&mut live)?,
         };
         let mounts = live.mounts.entry(device.clone());
         mounts
@@ -99,15 +121,8 @@ impl Claims {
             let users = live.devices.entry(extra.locator.clone()).or_default();
             users.push(options.is_read_only());
         }
-        let mount = Some((device.clone(), options.clone()));
-        Ok(self.claim(
-            &mut live,
-            target,
-            key,
-            Taken::Device(device.clone()),
-            mount,
-            number,
-        ))
+        let taken = Taken::Mount(device.clone(), options.clone());
+        Ok(self.claim(&mut live, target, key, taken, number))
     }
 
     /// Takes `target` for an overlay. It may lie below `scratch`, where its changes go.
@@ -119,22 +134,16 @@ impl Claims {
         let scratch = scratch.map(comparable).transpose()?;
         let mut live = self.live();
         let key = live.free(target, scratch.as_deref())?;
-        Ok(self.claim(
-            &mut live,
-            target.to_owned(),
-            key,
-            Taken::Overlay,
-            None,
-            None,
-        ))
+        let taken = Taken::Tree(Tree::Overlay);
+        Ok(self.claim(&mut live, target.to_owned(), key, taken, None))
     }
 
     /// Takes `target` for a view.
     pub(crate) fn view(&self, target: &Path) -> Result<Claim, BackendError> {
         let mut live = self.live();
         let key = live.free(target, None)?;
-        let path = target.to_owned();
-        Ok(self.claim(&mut live, path, key, Taken::View, None, None))
+        let taken = Taken::Tree(Tree::View);
+        Ok(self.claim(&mut live, target.to_owned(), key, taken, None))
     }
 
     fn claim(
@@ -143,39 +152,35 @@ impl Claims {
         target: PathBuf,
         key: Vec<u8>,
         taken: Taken,
-        mount: Option<(DeviceLocator, MountOptions)>,
-        number: Option<Reservation>,
+        number: Option<u32>,
     ) -> Claim {
-        let key: Arc<[u8]> = key.into();
-        live.paths.insert(Arc::clone(&key), taken);
+        live.paths.insert(key.into(), taken);
         Claim {
             claims: self.clone(),
             target: target.into(),
-            key,
-            mount,
-            _number: number,
+            number,
         }
     }
 
     /// The first made-up path that is not taken by name.
-    fn make_up(
-        &self,
-        live: &Live,
-    ) -> Result<(PathBuf, Vec<u8>, Option<Reservation>), BackendError> {
+    fn make_up(&self, live: &mut Live) -> Result<(PathBuf, Vec<u8>, Option<u32>), BackendError> {
         // Numbers whose path is taken by name are kept aside, so that the next one is another.
         let mut passed = Vec::new();
-        while let Some(number) = self.0.numbers.reserve() {
-            let slot = number.slot();
-            let index = u32::from(slot.group) * u32::from(MAX_PER_GROUP) + u32::from(slot.index);
-            let target = self.numbered(index);
+        let found = loop {
+            let Some(number) = live.numbers.take() else {
+                let full = "all paths that can be made up are taken; release some mounts";
+                break Err(BackendError::full(full));
+            };
+            let target = self.numbered(number);
             match live.free(&target, None) {
-                Ok(key) => return Ok((target, key, Some(number))),
+                Ok(key) => break Ok((target, key, Some(number))),
                 Err(_) => passed.push(number),
             }
-        }
-        Err(BackendError::full(format!(
-            "{MADE_UP} mounts have paths that were made up; release some"
-        )))
+        };
+        passed
+            .into_iter()
+            .for_each(|number| live.numbers.give_back(number));
+        found
     }
 
     fn numbered(&self, index: u32) -> PathBuf {
@@ -287,9 +292,13 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        let key = comparable(&self.target).expect("it was comparable when it was taken");
         let mut live = self.claims.live();
-        live.paths.remove(&*self.key);
-        if let Some((device, options)) = &self.mount
+        let taken = live.paths.remove(&*key);
+        if let Some(number) = self.number {
+            live.numbers.give_back(number);
+        }
+        if let Some(Taken::Mount(device, options)) = &taken
             && let Some(mounts) = live.mounts.get_mut(device)
         {
             if let Some(ours) = mounts.iter().position(|other| other == options) {

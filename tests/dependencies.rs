@@ -113,9 +113,10 @@ const RULE: [(&str, &[&str]); 18] = [
 ];
 
 /// All that the core stands on.
-const CORE: [&str; 9] = [
+const CORE: [&str; 10] = [
     "async-trait",
     "dashmap",
+    "hashbrown",
     "foldhash",
     "futures-util",
     "parking_lot",

@@ -1,7 +1,6 @@
 //! Attaching and detaching, as the lease table sees it.
 
-use dashmap::mapref::entry::Entry;
-use dashmap::{DashMap, DashSet};
+use dashmap::DashSet;
 use foldhash::fast::RandomState;
 use tracing::info_span;
 
@@ -13,7 +12,7 @@ use crate::release::{Releasing, nothing_to_release};
 use crate::{BackendError, DeviceLocator, Disk, DiskId, Error, Step, Transport, Unplugger};
 
 /// Attaching, as the lease table sees it.
-pub(super) struct Attach {
+pub(crate) struct Attach {
     pub(super) transport: Box<dyn Transport>,
     /// None if nothing in the guest is to be told.
     unplugger: Option<Box<dyn Unplugger>>,
@@ -21,24 +20,24 @@ pub(super) struct Attach {
     /// The disks that are being attached or are attached, as they were named: a transport may rely on
     /// never being given two that are equal.
     sources: DashSet<Disk, RandomState>,
-    /// The disk at each locator. Transports cannot know of each other's locators, and the guest goes by the
-    /// locator alone.
-    locators: DashMap<DeviceLocator, DiskId, RandomState>,
+    /// Where disks are. Transports cannot know of each other's locators, and the guest goes by the locator alone.
+    locators: DashSet<DeviceLocator, RandomState>,
 }
 
-pub(super) struct AttachJob {
+pub(crate) struct AttachJob {
     disk: Disk,
     /// Listed among the sources, until it is detached.
     listed: bool,
     /// Known once the attachment has succeeded.
     locator: Option<DeviceLocator>,
+    /// Its locator is listed for it.
+    has_locator: bool,
     /// The guest has unplugged the device.
     unplugged: bool,
     down: Teardown,
 }
 
-pub(super) struct Attached {
-    pub(super) id: DiskId,
+pub(crate) struct Attached {
     pub(super) disk: Disk,
     pub(super) locator: DeviceLocator,
     /// What a restart has left of it: [`Left::Up`], or more than nothing that no caller can share.
@@ -51,6 +50,7 @@ impl AttachJob {
             disk: disk.clone(),
             listed: false,
             locator: None,
+            has_locator: false,
             unplugged: false,
             down: Teardown::default(),
         }
@@ -100,7 +100,7 @@ impl Attach {
             unplugger,
             holders,
             sources: DashSet::default(),
-            locators: DashMap::default(),
+            locators: DashSet::default(),
         }
     }
 
@@ -111,13 +111,14 @@ impl Attach {
         record: &AttachmentRecord,
         left: Left,
     ) -> (AttachJob, Option<Attached>, Option<Error>) {
-        let AttachmentRecord { id, disk, .. } = record;
+        let disk = &record.disk;
         let listed = self.sources.insert(disk.clone());
         // What the guest has unplugged has no more need of its locator, which the next disk may have.
         let locator = record.locator.as_ref().filter(|_| !record.unplugged);
+        let has_locator = listed && locator.is_some_and(|locator| self.occupy(locator));
         let contradiction = if !listed {
             Some("two disks of this name are recorded")
-        } else if locator.is_some_and(|locator| !self.occupy(locator, id)) {
+        } else if locator.is_some() && !has_locator {
             Some("its locator is recorded of another disk too")
         } else {
             None
@@ -126,11 +127,11 @@ impl Attach {
         let job = AttachJob {
             listed,
             locator: locator.cloned(),
+            has_locator,
             unplugged: record.unplugged,
             ..AttachJob::new(disk)
         };
         let attached = |locator: &DeviceLocator| Attached {
-            id: id.clone(),
             disk: disk.clone(),
             locator: locator.clone(),
             left,
@@ -142,14 +143,8 @@ impl Attach {
     }
 
     /// False if another disk is at the locator.
-    fn occupy(&self, locator: &DeviceLocator, id: &DiskId) -> bool {
-        match self.locators.entry(locator.clone()) {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(entry) => {
-                entry.insert(id.clone());
-                true
-            }
-        }
+    fn occupy(&self, locator: &DeviceLocator) -> bool {
+        self.locators.insert(locator.clone())
     }
 
     async fn attach(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
@@ -157,12 +152,12 @@ impl Attach {
         let span = info_span!("attach", disk = %crate::printable(disk.source().display()));
         let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
         let locator = locator.map_err(|error| error.on_disk(disk))?;
-        if !self.occupy(&locator, id) {
+        if !self.occupy(&locator) {
             return Err(self.undo_second_at(&locator, disk).await);
         }
+        job.has_locator = true;
         job.locator = Some(locator.clone());
         Ok(Attached {
-            id: id.clone(),
             disk: disk.clone(),
             locator,
             left: Left::Up,
@@ -188,15 +183,17 @@ impl Attach {
         Ok(())
     }
 
-    async fn detach_job(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
+    async fn detach_job(&self, job: &mut AttachJob) -> Result<(), Error> {
         // Before the detach: the transport may give the locator to the next disk as soon as it answers.
-        if let Some(locator) = &job.locator {
-            self.locators.remove_if(locator, |_, disk| disk == id);
+        if let Some(locator) = &job.locator
+            && std::mem::take(&mut job.has_locator)
+        {
+            self.locators.remove(locator);
         }
         let outcome = job.down.step(self.detach(&job.disk).await);
         outcome.map_err(|error| match &job.locator {
             Some(locator) => {
-                self.occupy(locator, id);
+                job.has_locator = self.occupy(locator);
                 error.on_device(locator)
             }
             None => error,
@@ -259,13 +256,13 @@ impl Driver for Attach {
     async fn teardown(&self, id: &DiskId, job: &mut AttachJob) -> Result<(), Error> {
         self.record_end(id, job);
         self.unplug(id, job).await?;
-        self.detach_job(id, job).await?;
+        self.detach_job(job).await?;
         let records = self.holders.records();
         records.remove(|| RecordKey::Attachment(id.clone()));
         job.down.end()
     }
 
-    fn release_held(&self, job: AttachJob) -> Releasing {
+    fn release_held(&self, job: AttachJob, _: bool) -> Releasing {
         if job.listed {
             self.sources.remove(&job.disk);
         }
@@ -279,6 +276,14 @@ impl Driver for Attach {
 
     fn check(&self, up: &Attached, wanted: &AttachJob) -> Result<(), Error> {
         up.check(&wanted.disk)
+    }
+
+    fn may_linger(&self, id: &DiskId, up: &Attached) -> bool {
+        up.left == Left::Up && up.disk.is_read_only() && id.version().is_some()
+    }
+
+    fn is_on(&self, id: &DiskId, _: &Attached, disk: &DiskId) -> bool {
+        id == disk
     }
 
     fn is_frozen(&self) -> bool {

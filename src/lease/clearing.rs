@@ -1,17 +1,21 @@
-//! Who finds a slot or a path taken by what is only to be torn down has it torn down first.
+//! Who finds a slot or a path taken by what is only to be torn down, or only lingers, has it torn down first.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::{Driver, Table};
-use crate::{Error, ErrorKind};
+use super::{Driver, Lingering, Table};
+use crate::{DiskId, Error, ErrorKind, Step};
 
 type Clearing = Pin<Box<dyn Future<Output = bool> + Send>>;
 
 /// The tables whose resources stand on each other, from the top down: each tear-down releases what the next table tears
 /// down. Cloning is cheap.
 #[derive(Clone)]
-pub(crate) struct Tables(Arc<[Arc<dyn Clear>]>);
+pub(crate) struct Tables {
+    tables: Arc<[Arc<dyn Clear>]>,
+    /// Of all of them.
+    lingering: Lingering,
+}
 
 trait Clear: Send + Sync {
     fn clear(self: Arc<Self>) -> Clearing;
@@ -26,31 +30,55 @@ impl<D: Driver> Clear for Table<D> {
 impl Tables {
     /// One table that stands alone.
     pub(crate) fn one<D: Driver>(table: &Arc<Table<D>>) -> Self {
-        Tables([table.clone() as Arc<dyn Clear>].into())
+        Tables {
+            tables: [table.clone() as Arc<dyn Clear>].into(),
+            lingering: table.lingering.clone(),
+        }
     }
 
     /// The same with these above.
     pub(crate) fn below(&self, above: &Tables) -> Self {
-        Tables(above.0.iter().chain(&*self.0).cloned().collect())
+        let tables = above.tables.iter().chain(&*self.tables);
+        Tables {
+            tables: tables.cloned().collect(),
+            lingering: self.lingering.clone(),
+        }
     }
 
-    /// Asks, and asks once more if a slot or a path was taken by what is only to be torn down, or is on its way down.
+    /// Asks, and asks again if a slot or a path was taken by what is only to be torn down, is on its way down, or lingers.
     pub(crate) async fn clearing<T, F: Future<Output = Result<T, Error>>>(
         &self,
         mut ask: impl FnMut() -> F,
     ) -> Result<T, Error> {
-        let mut cleared = false;
+        let (mut pending, mut all, mut leaving) = (Once::new(), Once::new(), Once::new());
         loop {
-            match ask().await {
-                Err(error) if !cleared && is_taken(&error) && self.clear().await => cleared = true,
+            let error = match ask().await {
+                Err(error) if is_taken(&error) => error,
                 answer => return answer,
+            };
+            let retry = (pending.is_first() && self.clear().await)
+                || match error.kind() {
+                    // One at a time, the least recently used first.
+                    ErrorKind::Full => self.lingering.make_room().await,
+                    // Any of them may have the path or the name.
+                    _ => all.is_first() && self.lingering.clear().await,
+                }
+                // What lingered may be on its way down for somebody else.
+                || (self.lingering.is_on() && leaving.is_first() && self.clear().await);
+            if !retry {
+                return Err(error);
             }
         }
     }
 
+    /// Tears down what lingers of a disk whose file has changed.
+    pub(crate) async fn clear_disk(&self, disk: &DiskId) -> Result<(), Error> {
+        self.lingering.clear_disk(disk).await
+    }
+
     async fn clear(&self) -> bool {
         let mut cleared = false;
-        for table in &*self.0 {
+        for table in &*self.tables {
             cleared |= table.clone().clear().await;
         }
         cleared
@@ -58,5 +86,19 @@ impl Tables {
 }
 
 fn is_taken(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Full | ErrorKind::Conflict)
+    // A journal that is full has no slot for a disk.
+    error.step() != Step::Record && matches!(error.kind(), ErrorKind::Full | ErrorKind::Conflict)
+}
+
+/// Something that is tried once.
+struct Once(bool);
+
+impl Once {
+    fn new() -> Self {
+        Once(true)
+    }
+
+    fn is_first(&mut self) -> bool {
+        std::mem::replace(&mut self.0, false)
+    }
 }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use tracing::{Instrument, error};
+use tracing::error;
 
+use super::begin::{Begun, Work, begin, go_on};
 use super::entry::{Entry, State};
 use super::{Driver, Table, interrupted};
 use crate::release::{PendingRelease, ReleaseError, Releasing, Unheard};
@@ -15,6 +16,21 @@ pub(crate) struct Lease<D: Driver>(Option<Share<D>>);
 struct Share<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
+}
+
+/// Tells one resource that is up from all others, also from a later one under its key. It keeps nothing up.
+pub(crate) struct Which<D: Driver>(Arc<Entry<D>>);
+
+impl<D: Driver> Which<D> {
+    pub(crate) fn key(&self) -> &D::Key {
+        &self.0.key
+    }
+}
+
+impl<D: Driver> PartialEq for Which<D> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 impl<D: Driver> Lease<D> {
@@ -35,6 +51,11 @@ impl<D: Driver> Lease<D> {
         &share.entry.key
     }
 
+    pub(crate) fn which(&self) -> Which<D> {
+        let share = self.0.as_ref().expect("held until it is released");
+        Which(Arc::clone(&share.entry))
+    }
+
     /// One more share of what this one keeps up.
     pub(crate) fn share(&self) -> Self {
         let Share { table, entry } = self.0.as_ref().expect("held until it is released");
@@ -44,8 +65,18 @@ impl<D: Driver> Lease<D> {
 
     /// Releases the lease. It is counted back when this returns; the future waits for the tear-down if
     /// it was the last, and dropping it ends that wait, not the tear-down.
-    pub(crate) fn release(mut self) -> Releasing {
-        let pending = self.0.take().and_then(Share::give_back);
+    pub(crate) fn release(self) -> Releasing {
+        self.give_back(true)
+    }
+
+    /// The same for what must not linger: its tear-down is a part of another one.
+    pub(crate) fn release_now(self) -> Releasing {
+        self.give_back(false)
+    }
+
+    fn give_back(mut self, may_linger: bool) -> Releasing {
+        let share = self.0.take();
+        let pending = share.and_then(|share| share.give_back(may_linger));
         let teardown = pending.map(PendingTeardown::start);
         Box::pin(async move {
             match teardown {
@@ -63,31 +94,38 @@ impl<D: Driver> Lease<D> {
 
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
-        let pending = self.0.take().and_then(Share::give_back);
+        let share = self.0.take();
+        let pending = share.and_then(|share| share.give_back(true));
         if let Some(pending) = pending.filter(|pending| !pending.table.driver.is_frozen()) {
-            // Without a caller that waits, its error is logged.
-            drop(pending.start());
+            // Without a caller that waits, its error is logged. No backend is called in a `Drop`.
+            drop(pending.start_in_task());
         }
     }
 }
 
 impl<D: Driver> Share<D> {
-    /// Counts the share back; returns the tear-down to run if it was the last.
-    fn give_back(self) -> Option<PendingTeardown<D>> {
-        match &mut *lock(&self.entry.state) {
+    /// Counts the share back; returns the tear-down to run if it was the last and the resource does not linger.
+    fn give_back(self, may_linger: bool) -> Option<PendingTeardown<D>> {
+        let Share { table, entry } = self;
+        let mut state = lock(&entry.state);
+        match &mut *state {
             State::Up(leases) if *leases > 1 => {
                 *leases -= 1;
                 return None;
             }
-            last => {
-                debug_assert!(matches!(last, State::Up(1)), "a lease keeps its entry up");
-                *last = State::Draining {
-                    attempts: 0,
-                    error: None,
-                };
-            }
+            last => debug_assert!(matches!(last, State::Up(1)), "a lease keeps its entry up"),
         }
-        Some(PendingTeardown::new(&self.table, &self.entry))
+        let number = match may_linger && table.lets_linger(&entry) {
+            true => table.lingering.add(|| Table::lingerer(&table, &entry)),
+            false => None,
+        };
+        *state = number.map_or_else(State::released, State::Lingering);
+        drop(state);
+        if number.is_some() {
+            table.lingering.enforce(|| table.runtime());
+            return None;
+        }
+        Some(PendingTeardown::new(&table, &entry))
     }
 }
 
@@ -103,7 +141,14 @@ pub(super) struct PendingTeardown<D: Driver> {
 pub(super) struct RunningTeardown<D: Driver> {
     table: Arc<Table<D>>,
     entry: Arc<Entry<D>>,
-    outcome: oneshot::Receiver<Unheard<Releasing>>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Over(Unheard<Releasing>),
+    Waits(oneshot::Receiver<Unheard<Releasing>>),
+    /// There is no runtime to begin in.
+    Never,
 }
 
 impl<D: Driver> PendingTeardown<D> {
@@ -128,21 +173,45 @@ impl<D: Driver> PendingTeardown<D> {
         Box::new(self)
     }
 
-    /// Starts it in a task of its own.
+    /// Begins it here, and goes on in a task of its own if it has to wait.
     pub(super) fn start(self) -> RunningTeardown<D> {
-        let PendingTeardown {
-            table,
-            entry,
-            queued_at,
-        } = self;
-        let (answer, outcome) = oneshot::channel();
-        let teardown = Arc::clone(&table).retry(Arc::clone(&entry), queued_at);
-        let task = async move { drop(answer.send(Unheard::new(teardown.await))) };
-        let here = Handle::try_current().ok();
-        match here.as_ref().or(table.runtime.get()) {
-            Some(runtime) => drop(runtime.spawn(task.in_current_span())),
-            None => error!("no runtime to release in; it is pending until the next drain"),
+        if Handle::try_current().is_err() {
+            return self.start_in_task();
         }
+        match begin(self.attempt()) {
+            Begun::Waits(work) => self.go_on(work),
+            Begun::Over(outcome) => {
+                let outcome = Outcome::Over(Unheard::new(outcome));
+                self.running(outcome)
+            }
+        }
+    }
+
+    /// Runs it in a task from the beginning.
+    pub(super) fn start_in_task(self) -> RunningTeardown<D> {
+        let work = self.attempt();
+        self.go_on(work)
+    }
+
+    fn attempt(&self) -> Work<Result<Releasing, ReleaseError>> {
+        let (table, entry) = (Arc::clone(&self.table), Arc::clone(&self.entry));
+        Box::pin(table.retry(entry, self.queued_at))
+    }
+
+    fn go_on(self, work: Work<Result<Releasing, ReleaseError>>) -> RunningTeardown<D> {
+        let Some(runtime) = self.table.runtime() else {
+            error!("no runtime to release in; it is pending until the next drain");
+            return self.running(Outcome::Never);
+        };
+        let (answer, outcome) = oneshot::channel();
+        go_on(&runtime, async move {
+            drop(answer.send(Unheard::new(work.await)));
+        });
+        self.running(Outcome::Waits(outcome))
+    }
+
+    fn running(self, outcome: Outcome) -> RunningTeardown<D> {
+        let PendingTeardown { table, entry, .. } = self;
         RunningTeardown {
             table,
             entry,
@@ -158,10 +227,14 @@ impl<D: Driver> RunningTeardown<D> {
             entry,
             outcome,
         } = self;
-        let cause = match timeout(table.timeout, outcome).await {
-            Ok(Ok(outcome)) => return outcome.hear()?.await,
-            Ok(Err(_)) => interrupted(),
-            Err(_) => table.timed_out(),
+        let cause = match outcome {
+            Outcome::Over(outcome) => return outcome.hear()?.await,
+            Outcome::Never => interrupted(),
+            Outcome::Waits(outcome) => match timeout(table.timeout, outcome).await {
+                Ok(Ok(outcome)) => return outcome.hear()?.await,
+                Ok(Err(_)) => interrupted(),
+                Err(_) => table.timed_out(),
+            },
         };
         let error = table.driver.error(&entry.key, entry.resource.get(), cause);
         Err(ReleaseError::new(

@@ -12,7 +12,7 @@ use shuttle::future::{JoinHandle, block_on, spawn, yield_now};
 use shuttle::rand::{Rng, thread_rng};
 
 use super::*;
-use crate::Step;
+use crate::{Linger, Step};
 
 /// Interleavings of each kind for each test, unless `BLOCKMOUNT_INTERLEAVINGS` says otherwise.
 const INTERLEAVINGS: usize = 5_000;
@@ -115,7 +115,7 @@ impl Driver for Fake {
         Ok(())
     }
 
-    fn release_held(&self, _: Work) -> Releasing {
+    fn release_held(&self, _: Work, _: bool) -> Releasing {
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -124,6 +124,14 @@ impl Driver for Fake {
     fn check(&self, up: &u8, wanted: &Work) -> Result<(), Error> {
         assert_eq!(*up, wanted.key, "a lease is for the key that was requested");
         Ok(())
+    }
+
+    fn may_linger(&self, _: &u8, _: &u8) -> bool {
+        true
+    }
+
+    fn is_on(&self, key: &u8, _: &u8, disk: &DiskId) -> bool {
+        DiskId::name(&key.to_string()) == *disk
     }
 
     fn is_frozen(&self) -> bool {
@@ -142,12 +150,17 @@ impl Driver for Fake {
 type Leases = Arc<Table<Fake>>;
 
 fn table(faulty: bool) -> Leases {
+    table_that_keeps(Linger::OFF, faulty)
+}
+
+fn table_that_keeps(linger: Linger, faulty: bool) -> Leases {
     Table::new(
         Fake {
             faulty,
             ended: AtomicBool::new(false),
             resources: StdMutex::default(),
         },
+        Lingering::new(linger),
         Duration::from_secs(1),
     )
 }
@@ -228,6 +241,36 @@ fn explore(callers: usize, keys: u8, faulty: bool) {
     });
 }
 
+/// Needs the place of what lingers, or finds that the disk of a key has changed.
+async fn evict(table: Leases) {
+    for _ in 0..2 {
+        match thread_rng().gen_range(0..4u8) {
+            0 => drop(table.lingering.make_room().await),
+            1 => drop(table.lingering.clear().await),
+            2 => drop(table.lingering.clear_disk(&DiskId::name("0")).await),
+            _ => yield_now().await,
+        }
+    }
+}
+
+/// As [`explore`], with a table that keeps one at most, until its time is over, which here is any moment.
+fn explore_lingering(callers: usize, keys: u8, faulty: bool) {
+    check(move || async move {
+        let (at_most, how_many) = (Duration::from_millis(1), 1);
+        let table = table_that_keeps(Linger { at_most, how_many }, faulty);
+        let callers = (0..callers).map(|number| spawn(twice(table.clone(), number as u8 % keys)));
+        let mut tasks: Vec<JoinHandle<()>> = callers.collect();
+        tasks.push(spawn(evict(table.clone())));
+        finish(&table, tasks).await;
+    });
+}
+
+/// Comes back for what it has released.
+async fn twice(table: Leases, key: u8) {
+    caller(table.clone(), key).await;
+    caller(table, key).await;
+}
+
 fn check<F: Future<Output = ()> + 'static>(
     scenario: impl Fn() -> F + Copy + Send + Sync + 'static,
 ) {
@@ -290,6 +333,16 @@ fn three_callers_of_one_key_with_faults() {
 #[test]
 fn four_callers_of_two_keys_with_faults() {
     explore(4, 2, true);
+}
+
+#[test]
+fn two_callers_of_one_key_that_lingers() {
+    explore_lingering(2, 1, false);
+}
+
+#[test]
+fn three_callers_of_two_keys_that_linger_with_faults() {
+    explore_lingering(3, 2, true);
 }
 
 #[test]

@@ -9,14 +9,14 @@ use super::missing::Missing;
 use super::{DEFAULT_TIMEOUT, Manager};
 use crate::holders::Holders;
 use crate::inspect::{Observed, Timed};
-use crate::lease::{Table, Tables};
+use crate::lease::{Lingering, Table, Tables};
 use crate::stack::Combining;
 use crate::target::Claims;
 use crate::transports::Transports;
 use crate::view::Viewing;
 use crate::{
-    AttachManager, Binder, BlockMountManager, LayerCombiner, Mounter, SlotStatus, Transport,
-    Unplugger,
+    AttachManager, Binder, BlockMountManager, LayerCombiner, Linger, Mounter, SlotStatus,
+    Transport, Unplugger,
 };
 
 /// Puts a [`Manager`] together from backends.
@@ -30,6 +30,7 @@ pub struct ManagerBuilder {
     mount_root: PathBuf,
     timeout: Duration,
     observed: Observed,
+    linger: Linger,
 }
 
 impl Default for ManagerBuilder {
@@ -43,6 +44,7 @@ impl Default for ManagerBuilder {
             mount_root: PathBuf::from("/run/mounts/blockmount"),
             timeout: DEFAULT_TIMEOUT,
             observed: Observed::default(),
+            linger: Linger::OFF,
         }
     }
 }
@@ -101,6 +103,12 @@ impl ManagerBuilder {
         self
     }
 
+    /// Keeps what was released for the next caller, for a while. Default: [`Linger::OFF`].
+    pub fn linger(mut self, linger: Linger) -> Self {
+        self.linger = linger;
+        self
+    }
+
     /// The manager, without a journal: what it does is forgotten when its process ends. With one it is made by
     /// [`recover`](Self::recover).
     pub fn build(self) -> Manager {
@@ -117,6 +125,7 @@ impl ManagerBuilder {
             mount_root,
             timeout,
             observed,
+            linger,
         } = self;
         let only = if transports.len() == 1 {
             transports.pop()
@@ -140,7 +149,7 @@ impl ManagerBuilder {
         let mounter = Box::new(Timed::new(mounter, latencies));
         let combiner = Box::new(Timed::new(combiner, latencies));
         let binder = Box::new(Timed::new(binder, latencies));
-        let claims = Claims::new(mount_root);
+        let (claims, lingering) = (Claims::new(mount_root), Lingering::new(linger));
         let combining = Combining::new(combiner, claims.clone(), holders.clone());
         let viewing = Viewing::new(binder, claims.clone(), holders.clone());
         let mut manager = Manager {
@@ -149,10 +158,11 @@ impl ManagerBuilder {
                 unplugger,
                 timeout,
                 holders.clone(),
+                lingering.clone(),
             ),
-            mounts: BlockMountManager::with_claims(mounter, claims, timeout, holders),
-            stacks: Table::new(combining, timeout),
-            views: Table::new(viewing, timeout),
+            mounts: BlockMountManager::with_claims(mounter, claims, timeout, holders, lingering),
+            stacks: Table::new(combining, Lingering::default(), timeout),
+            views: Table::new(viewing, Lingering::default(), timeout),
             resizing: Arc::default(),
             observed: Arc::new(observed),
         };
@@ -173,6 +183,7 @@ impl fmt::Debug for ManagerBuilder {
             .field("transports", &self.transports.len())
             .field("mount_root", &self.mount_root)
             .field("timeout", &self.timeout)
+            .field("linger", &self.linger)
             .finish_non_exhaustive()
     }
 }

@@ -1,6 +1,7 @@
 //! The disks under a mount.
 
-use crate::attach::Attachment;
+use crate::attach::{Attach, Attachment};
+use crate::lease::Which;
 use crate::options::ExtraDevice;
 use crate::release::{Releasing, both, nothing_to_release};
 use crate::{Disk, DiskId, Error, MountOptions, MountRequest, Step};
@@ -17,8 +18,21 @@ pub(crate) struct Attachments {
     pub(crate) devices: Box<[Attachment]>,
 }
 
+/// Which attachments they are.
+#[derive(Default, PartialEq)]
+pub(crate) struct WhichDisks {
+    pub(crate) mounted: Option<Which<Attach>>,
+    pub(crate) devices: Box<[Which<Attach>]>,
+}
+
+impl WhichDisks {
+    pub(crate) fn ids(&self) -> impl Iterator<Item = &DiskId> {
+        self.mounted.iter().chain(&self.devices).map(Which::key)
+    }
+}
+
 /// Which disks they are.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub(crate) struct DiskIds {
     pub(crate) mounted: Option<DiskId>,
     pub(crate) devices: Box<[DiskId]>,
@@ -69,6 +83,20 @@ impl Attachments {
         }
     }
 
+    pub(crate) fn which(&self) -> WhichDisks {
+        WhichDisks {
+            mounted: self.mounted.as_ref().map(Attachment::which),
+            devices: self.devices.iter().map(Attachment::which).collect(),
+        }
+    }
+
+    /// Whether all of them stay as they are while nobody uses them.
+    pub(crate) fn may_linger(&self) -> bool {
+        let mut all = self.mounted.iter().chain(&self.devices);
+        self.mounted.is_some()
+            && all.all(|there| there.disk().is_read_only() && there.id().version().is_some())
+    }
+
     /// Refuses a mount for writing of what the VM cannot write to.
     pub(crate) fn ensure_writable(&self, request: &MountRequest) -> Result<(), Error> {
         self.disks()
@@ -89,15 +117,16 @@ impl Attachments {
         all.for_each(Attachment::abandon);
     }
 
+    /// None of them lingers: the mount has done so, if it may.
     pub(crate) fn releasing(self) -> Releasing {
         let Some(mounted) = self.mounted else {
             return nothing_to_release();
         };
-        let mounted = mounted.releasing();
+        let mounted = mounted.releasing_now();
         if self.devices.is_empty() {
             return mounted;
         }
-        let devices = self.devices.into_iter().map(Attachment::releasing);
+        let devices = self.devices.into_iter().map(Attachment::releasing_now);
         let devices: Vec<_> = devices.collect();
         Box::pin(async move {
             let mut outcome = mounted.await;

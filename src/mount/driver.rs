@@ -6,14 +6,14 @@ use std::sync::Arc;
 use tracing::info_span;
 
 use super::MountPoint;
-use super::attachments::{Attachments, DiskIds};
+use super::attachments::{Attachments, DiskIds, WhichDisks};
 use crate::call::{Teardown, call, call_down};
 use crate::holders::Holders;
 use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
 use crate::lease::{Driver, Left};
 use crate::release::Releasing;
 use crate::target::{Claim, Claims};
-use crate::{BackendError, DeviceLocator, Error, Mounter, Step};
+use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
 
 /// Mounting, as the lease table sees it.
 pub(super) struct Mounting {
@@ -25,7 +25,7 @@ pub(super) struct Mounting {
 pub(super) struct MountJob {
     under: Attachments,
     /// The disks of a mount that a restart has left, which may have been detached under it.
-    recorded: Option<DiskIds>,
+    recorded: Option<Box<DiskIds>>,
     target: Option<Box<Path>>,
     claim: Option<Claim>,
     down: Teardown,
@@ -34,7 +34,8 @@ pub(super) struct MountJob {
 pub(super) struct Mounted {
     pub(super) point: MountPoint,
     /// The disks that the entry keeps attached; none if they were attached without this manager.
-    pub(super) keeps: DiskIds,
+    pub(super) keeps: WhichDisks,
+    may_linger: bool,
     /// What a restart has left of it: [`Left::Up`], or more than nothing that no caller can share.
     left: Left,
 }
@@ -43,7 +44,7 @@ impl Mounted {
     /// A caller with attachments relies on the mount to be of those disks and to keep them attached.
     pub(super) fn check(&self, wanted: &Attachments) -> Result<(), Error> {
         self.ensure_whole()?;
-        let wanted = wanted.ids();
+        let wanted = wanted.which();
         let taken = match (&wanted.mounted, &self.keeps.mounted) {
             (None, _) => return Ok(()),
             (Some(_), Some(_)) if wanted == self.keeps => return Ok(()),
@@ -79,7 +80,7 @@ impl MountJob {
     }
 
     fn disks(&self) -> DiskIds {
-        let recorded = self.recorded.clone();
+        let recorded = self.recorded.as_deref().cloned();
         recorded.unwrap_or_else(|| self.under.ids())
     }
 
@@ -129,14 +130,15 @@ impl Mounting {
             devices: record.devices.clone().into(),
         };
         let job = MountJob {
-            recorded: Some(recorded),
+            recorded: Some(Box::new(recorded)),
             claim,
             ..MountJob::new(under, Some(&record.target))
         };
         let (path, locator) = (Arc::from(&*record.target), device.clone());
         let resource = (left != Left::Pending).then(|| Mounted {
             point: MountPoint { path, locator },
-            keeps: job.disks(),
+            keeps: job.under.which(),
+            may_linger: false,
             left,
         });
         let error = error.map(|cause| job.explain(device, Error::new(Step::Adopt, cause)));
@@ -169,7 +171,8 @@ impl Driver for Mounting {
         let locator = device.clone();
         Ok(Mounted {
             point: MountPoint { path, locator },
-            keeps: job.disks(),
+            keeps: job.under.which(),
+            may_linger: options.is_read_only() && job.under.may_linger(),
             left: Left::Up,
         })
     }
@@ -190,7 +193,7 @@ impl Driver for Mounting {
         job.down.end()
     }
 
-    fn release_held(&self, job: MountJob) -> Releasing {
+    fn release_held(&self, job: MountJob, _: bool) -> Releasing {
         drop(job.claim);
         job.under.releasing()
     }
@@ -202,6 +205,14 @@ impl Driver for Mounting {
 
     fn check(&self, up: &Mounted, wanted: &MountJob) -> Result<(), Error> {
         up.check(&wanted.under)
+    }
+
+    fn may_linger(&self, _: &MountKey, up: &Mounted) -> bool {
+        up.may_linger
+    }
+
+    fn is_on(&self, _: &MountKey, up: &Mounted, disk: &DiskId) -> bool {
+        up.keeps.ids().any(|id| id == disk)
     }
 
     fn is_frozen(&self) -> bool {

@@ -11,7 +11,7 @@ use crate::journal::{MountKey, Progress, Record, RecordKey, ViewRecord};
 use crate::lease::{Driver, Left};
 use crate::release::{Releasing, nothing_to_release};
 use crate::target::{Claim, Claims};
-use crate::{BackendError, BindMount, Binder, Error, MountPoint, Step};
+use crate::{BackendError, BindMount, Binder, DiskId, Error, MountPoint, Step};
 
 /// Views, as the lease table sees them. Keyed by target.
 pub(crate) struct Viewing {
@@ -151,10 +151,11 @@ impl Driver for Viewing {
         job.down.end()
     }
 
-    fn release_held(&self, job: ViewJob) -> Releasing {
+    fn release_held(&self, job: ViewJob, was_up: bool) -> Releasing {
         drop(job.claim);
         match job.source {
-            Some(source) => source.releasing(),
+            Some(source) if was_up => source.releasing(),
+            Some(source) => source.releasing_now(),
             None => nothing_to_release(),
         }
     }
@@ -166,6 +167,16 @@ impl Driver for Viewing {
 
     fn check(&self, up: &Viewed, wanted: &ViewJob) -> Result<(), Error> {
         up.check(&wanted.bind)
+    }
+
+    fn may_linger(&self, _: &PathBuf, _: &Viewed) -> bool {
+        // Nobody but its container asks for it.
+        false
+    }
+
+    fn is_on(&self, _: &PathBuf, _: &Viewed, _: &DiskId) -> bool {
+        // Asked of what lingers.
+        false
     }
 
     fn is_frozen(&self) -> bool {

@@ -62,6 +62,14 @@ impl Source {
         }
     }
 
+    /// The same for what must not linger.
+    pub(super) fn releasing_now(self) -> Releasing {
+        match self {
+            Source::Mount(mount) => mount.releasing_now(),
+            Source::Stack(stack) => stack.releasing(),
+        }
+    }
+
     /// Leaves it as it is, for the next process.
     pub(super) fn abandon(self) {
         match self {

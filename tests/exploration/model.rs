@@ -9,6 +9,8 @@ mod reference;
 mod requests;
 
 use self::real::Real;
+use std::time::Duration;
+
 use blockmount::testing::{Gate, VmStep};
 use blockmount::{ErrorKind, HolderName};
 use proptest::prelude::*;
@@ -73,6 +75,8 @@ pub(crate) enum Act {
     Drop(usize),
     Retry(usize),
     Drain,
+    /// The time of all that lingers is over.
+    Wait,
     Fault(VmStep, Gate),
     /// From now on no call of the guest is answered, whether it happens or not.
     LoseLine {
@@ -99,6 +103,9 @@ enum Said {
     Released(Kinds),
     Drained(Kinds, usize),
 }
+
+/// How long what was released is kept: longer than a case takes.
+const LINGER: Duration = Duration::from_secs(2_000);
 
 /// The calls that a lost line cuts off.
 fn is_in_guest(step: VmStep) -> bool {

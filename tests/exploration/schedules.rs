@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::harness::{
-    Held, KINDS, calls, clean, disk, manager_of, poll_and_give_up, request, soon,
+    Held, KINDS, builder_of, calls, clean, disk, poll_and_give_up, request, soon,
 };
 use blockmount::testing::{FakeVm, Gate, Seed, random_delays, random_faults};
-use blockmount::{Disk, ErrorKind, Manager, MountRequest, ReleaseError, StackRequest};
+use blockmount::{Disk, ErrorKind, Linger, Manager, MountRequest, ReleaseError, StackRequest};
 use tokio::task::LocalSet;
 
 const SCHEDULES: u64 = 50_000;
@@ -158,8 +158,9 @@ impl Schedule {
         } else {
             Duration::from_secs(300)
         };
+        let linger = random_linger(&mut seed);
         let schedule = Rc::new(Schedule {
-            manager: manager_of(&vm, timeout),
+            manager: builder_of(&vm).timeout(timeout).linger(linger).build(),
             vm,
             hasty,
             killed: Cell::new(false),
@@ -203,7 +204,10 @@ impl Schedule {
     async fn call(self: Rc<Self>, mut seed: Seed) {
         sleep_up_to(&mut seed, 8).await;
         for _ in 0..1 + seed.below(3) {
-            match seed.below(20) {
+            match seed.below(21) {
+                20 => self
+                    .vm
+                    .change_source(disk(seed.below(3) as usize, true).source()),
                 0 => drop(self.manager.drain().await),
                 1 => drop(give_up_after(&mut seed, 6, self.manager.drain()).await),
                 2..=4 => self.retry(&mut seed).await,
@@ -406,6 +410,17 @@ fn faults(
             Gate::Err(KINDS[(call.nth + call.step as usize) % KINDS.len()])
         }
         gate => gate,
+    }
+}
+
+/// Every third schedule keeps a few disks for some milliseconds.
+fn random_linger(seed: &mut Seed) -> Linger {
+    if !seed.percent(33) {
+        return Linger::OFF;
+    }
+    Linger {
+        at_most: Duration::from_millis(1 + seed.below(20)),
+        how_many: 1 + seed.below(3) as usize,
     }
 }
 

@@ -14,6 +14,7 @@ mod devices;
 mod failure;
 mod fake_vm;
 mod inspect;
+mod lingering;
 mod locators;
 mod lost_writes;
 mod pending;

@@ -6,13 +6,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blockmount::testing::{FakeVm, Gate, MemoryJournal, VmStep};
-use blockmount::{Disk, Manager, MountRequest, ReleaseError, StackRequest};
+use blockmount::{Disk, Linger, Manager, ManagerBuilder, MountRequest, ReleaseError, StackRequest};
 use proptest_state_machine::StateMachineTest;
 use tokio::runtime::Runtime;
 
 use super::reference::{Has, Model};
 use super::{
-    ALIAS, Act, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE,
+    ALIAS, Act, LINGER, MountKey, OPTIONS, SCRATCH_TARGET, SLOTS, Said, TARGETS, TREES, WRITABLE,
     is_in_guest, name_of, sorted,
 };
 use crate::harness::{Held, builder_of, calls, clean, disk, request, soon};
@@ -87,6 +87,10 @@ impl Real {
                 let kinds = drained.failed.iter().map(blockmount::Error::kind).collect();
                 Said::Drained(sorted(kinds), drained.in_use)
             }
+            Act::Wait => {
+                tokio::time::sleep(LINGER).await;
+                Said::Nothing
+            }
             Act::Fault(step, gate) => {
                 self.vm.gate_next(step, 1, gate);
                 Said::Nothing
@@ -128,7 +132,7 @@ impl Real {
         self.journal = self.journal.restart();
         let recovery = soon(
             "recover",
-            builder_of(&self.vm).recover(self.journal.clone()),
+            builder(&self.vm, model).recover(self.journal.clone()),
         )
         .await;
         let recovery = recovery.unwrap();
@@ -211,6 +215,11 @@ impl Real {
     }
 }
 
+fn builder(vm: &FakeVm, model: &Model) -> ManagerBuilder {
+    let (at_most, how_many) = (LINGER, model.keeps);
+    builder_of(vm).linger(Linger { at_most, how_many })
+}
+
 fn new_vm() -> FakeVm {
     let vm = FakeVm::with_slots(SLOTS as u32);
     vm.alias("/links/0.img", "/images/0.img");
@@ -244,14 +253,14 @@ impl StateMachineTest for Real {
     type SystemUnderTest = Real;
     type Reference = Model;
 
-    fn init_test(_: &Model) -> Real {
+    fn init_test(model: &Model) -> Real {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)
             .build();
         let runtime = Rc::new(runtime.unwrap());
         let (vm, journal) = (new_vm(), MemoryJournal::new());
-        let recovery = runtime.block_on(builder_of(&vm).recover(journal.clone()));
+        let recovery = runtime.block_on(builder(&vm, model).recover(journal.clone()));
         Real {
             runtime,
             manager: recovery.unwrap().manager().clone(),
@@ -300,7 +309,8 @@ impl StateMachineTest for Real {
         .concat();
         if owed.is_empty() && !model.gone {
             let left = real.vm.left();
-            assert_eq!(left.len(), attachments + mounts + trees, "{left:?}");
+            let there = attachments + mounts + trees + model.lingering.len();
+            assert_eq!(left.len(), there, "{left:?}");
         }
         real.check_places(model);
         real.vm.check().unwrap();

@@ -34,6 +34,7 @@ pub(crate) struct Attached {
     pub(crate) leases: usize,
     /// Whether it is in a slot, or has one kept for it.
     pub(crate) slot: bool,
+    pub(crate) may_linger: bool,
     pub(crate) pending: bool,
     pub(crate) unplugged: bool,
 }
@@ -43,6 +44,7 @@ pub(crate) struct Mounted {
     pub(crate) id: u64,
     pub(crate) path: Option<&'static str>,
     pub(crate) leases: usize,
+    pub(crate) may_linger: bool,
     pub(crate) pending: bool,
 }
 
@@ -59,6 +61,12 @@ pub(crate) struct Model {
     pub(crate) attached: BTreeMap<usize, Attached>,
     pub(crate) mounted: BTreeMap<MountKey, Mounted>,
     pub(crate) trees: BTreeMap<usize, Combined>,
+    /// How many are kept after their last release.
+    pub(crate) keeps: usize,
+    /// What is kept, the least recently used first.
+    pub(crate) lingering: Vec<Has>,
+    /// Whether the last request has met something that lingers.
+    pub(crate) met_lingering: bool,
     pub(crate) faults: BTreeMap<usize, ErrorKind>,
     pub(crate) calls: [usize; VmStep::ALL.len()],
     /// What callers hold, each with the number of its request.
@@ -109,13 +117,20 @@ impl Model {
         self.faults.clear();
         (self.line_is_lost, self.errors) = (false, Vec::new());
         if self.gone {
-            let requests = self.requests;
+            let (requests, keeps) = (self.requests, self.keeps);
             *self = Model {
                 requests,
+                keeps,
                 ..Model::default()
             };
             return;
         }
+        // Of what a process before has set up no version is known.
+        let disks = self.attached.values_mut();
+        disks.for_each(|disk| disk.may_linger = false);
+        let mounts = self.mounted.values_mut();
+        mounts.for_each(|mount| mount.may_linger = false);
+        self.end_lingering();
         let handles = std::mem::take(&mut self.handles).into_iter().enumerate();
         for (index, (has, request)) in handles {
             match name_of(request) {
@@ -136,15 +151,86 @@ impl Model {
         self.calls = Default::default();
     }
 
+    /// Tears down the least recently used. Whether all of it is down.
+    fn end_first(&mut self) -> bool {
+        let pending = match self.lingering.remove(0) {
+            Has::Attachment(disk) => {
+                let left = self.attached.get_mut(&disk).unwrap();
+                left.pending = true;
+                PendingRelease::Attachment(disk, left.id)
+            }
+            Has::Mount(key) => {
+                let left = self.mounted.get_mut(&key).unwrap();
+                left.pending = true;
+                PendingRelease::Mount(key, left.id)
+            }
+            Has::Stack(tree) => panic!("tree {tree} lingers"),
+        };
+        self.retry(&pending).is_empty()
+    }
+
+    /// Tears down all that lingers. Whether one of them is down.
+    pub(crate) fn end_lingering(&mut self) -> bool {
+        let mut down = false;
+        while !self.lingering.is_empty() {
+            down |= self.end_first();
+        }
+        down
+    }
+
+    /// Keeps what was released. What is too much is torn down in the background.
+    fn keep(&mut self, has: Has) -> Failed {
+        self.lingering.push(has);
+        while self.lingering.len() > self.keeps {
+            self.end_first();
+        }
+        Vec::new()
+    }
+
+    /// Asks, and asks again while something that lingers may be in the way.
+    fn making_room<T>(
+        &mut self,
+        mut ask: impl FnMut(&mut Model) -> Result<T, ErrorKind>,
+    ) -> Result<T, ErrorKind> {
+        loop {
+            let answer = ask(self);
+            let room = match answer.as_ref().err() {
+                Some(ErrorKind::Full) => self.make_one_room(),
+                Some(ErrorKind::Conflict) => {
+                    self.met_lingering |= !self.lingering.is_empty();
+                    self.end_lingering()
+                }
+                _ => false,
+            };
+            if !room {
+                return answer;
+            }
+        }
+    }
+
+    fn make_one_room(&mut self) -> bool {
+        self.met_lingering |= !self.lingering.is_empty();
+        while !self.lingering.is_empty() {
+            if self.end_first() {
+                return true;
+            }
+        }
+        false
+    }
+
     pub(crate) fn attach(&mut self, name: usize, read_only: bool) -> Result<usize, ErrorKind> {
-        let disk = name % DISKS;
         self.call(VmStep::Identify)?;
+        self.making_room(|model| model.attach_once(name % DISKS, read_only))
+    }
+
+    fn attach_once(&mut self, disk: usize, read_only: bool) -> Result<usize, ErrorKind> {
         match self.attached.get_mut(&disk) {
             Some(up) if !up.pending => {
                 if up.read_only != read_only {
                     return Err(ErrorKind::Conflict);
                 }
                 up.leases += 1;
+                self.lingering.retain(|has| *has != Has::Attachment(disk));
                 return Ok(disk);
             }
             Some(_) => self.lower_attachment(disk)?,
@@ -157,6 +243,7 @@ impl Model {
             read_only,
             leases: 1,
             slot,
+            may_linger: self.keeps > 0 && read_only,
             pending: false,
             unplugged: false,
         };
@@ -191,11 +278,14 @@ impl Model {
         Ok(())
     }
 
-    fn give_attachment(&mut self, disk: usize) -> Failed {
+    fn give_attachment(&mut self, disk: usize, may_linger: bool) -> Failed {
         let up = self.attached.get_mut(&disk).unwrap();
         up.leases -= 1;
         if up.leases > 0 {
             return Vec::new();
+        }
+        if may_linger && up.may_linger {
+            return self.keep(Has::Attachment(disk));
         }
         up.pending = true;
         let pending = PendingRelease::Attachment(disk, up.id);
@@ -214,12 +304,12 @@ impl Model {
         }
         let disk = self.attach(name, read_only)?;
         let key = (disk, options);
-        let mounted = self.mount(key, target);
+        let mounted = self.making_room(|model| model.mount(key, target));
         if let Err(kind) = mounted {
             // An uncertain mount whose tear-down is pending keeps its attachment.
             match self.mounted.get_mut(&key) {
                 Some(left) if left.leases == 1 => left.leases = 0,
-                _ => drop(self.give_attachment(disk)),
+                _ => drop(self.give_attachment(disk, false)),
             }
             return Err(kind);
         }
@@ -231,7 +321,8 @@ impl Model {
         match self.mounted.get_mut(&key) {
             Some(up) if !up.pending => {
                 up.leases += 1;
-                self.give_attachment(key.0);
+                self.lingering.retain(|has| *has != Has::Mount(key));
+                self.give_attachment(key.0, false);
                 return Ok(());
             }
             Some(_) => drop(self.lower_mount(key)?),
@@ -250,6 +341,7 @@ impl Model {
             id,
             path,
             leases: 1,
+            may_linger: key.1 != WRITABLE && self.attached[&key.0].may_linger,
             pending: false,
         };
         self.calls[VmStep::Mount as usize] += 1;
@@ -302,14 +394,17 @@ impl Model {
     fn lower_mount(&mut self, key: MountKey) -> Result<Failed, ErrorKind> {
         self.call_down(VmStep::Unmount)?;
         self.mounted.remove(&key);
-        Ok(self.give_attachment(key.0))
+        Ok(self.give_attachment(key.0, false))
     }
 
-    fn give_mount(&mut self, key: MountKey) -> Failed {
+    fn give_mount(&mut self, key: MountKey, may_linger: bool) -> Failed {
         let up = self.mounted.get_mut(&key).unwrap();
         up.leases -= 1;
         if up.leases > 0 {
             return Vec::new();
+        }
+        if may_linger && up.may_linger {
+            return self.keep(Has::Mount(key));
         }
         up.pending = true;
         let pending = PendingRelease::Mount(key, up.id);
@@ -337,7 +432,7 @@ impl Model {
         if !refusals.is_empty() {
             mounts
                 .into_iter()
-                .for_each(|mount| drop(self.give_mount(mount)));
+                .for_each(|mount| drop(self.give_mount(mount, false)));
             return Err(refusals);
         }
         let (held, before) = (mounts.clone(), self.tree_id(tree));
@@ -346,7 +441,10 @@ impl Model {
                 // An uncertain overlay whose tear-down is pending keeps its mounts.
                 if self.tree_id(tree).is_none_or(|id| Some(id) == before) {
                     held.into_iter()
-                        .for_each(|mount| drop(self.give_mount(mount)));
+                        .for_each(|mount| drop(self.give_mount(mount, false)));
+                }
+                if kind == ErrorKind::Conflict {
+                    self.met_lingering |= !self.lingering.is_empty();
                 }
                 vec![kind]
             })
@@ -407,7 +505,7 @@ impl Model {
         Ok(down
             .mounts
             .into_iter()
-            .flat_map(|mount| self.give_mount(mount))
+            .flat_map(|mount| self.give_mount(mount, true))
             .collect())
     }
 
@@ -436,8 +534,8 @@ impl Model {
 
     pub(crate) fn give(&mut self, has: &Has) -> Failed {
         match has {
-            Has::Attachment(disk) => self.give_attachment(*disk),
-            Has::Mount(key) => self.give_mount(*key),
+            Has::Attachment(disk) => self.give_attachment(*disk, true),
+            Has::Mount(key) => self.give_mount(*key, true),
             Has::Stack(tree) => {
                 let up = self.trees.get_mut(tree).unwrap();
                 up.pending = true;

@@ -32,23 +32,36 @@ impl Model {
 
     pub(crate) fn in_use(&self) -> [usize; 3] {
         [
-            self.attached.values().filter(|disk| !disk.pending).count(),
-            self.mounted.values().filter(|mount| !mount.pending).count(),
+            self.attached
+                .values()
+                .filter(|disk| !disk.pending && disk.leases > 0)
+                .count(),
+            self.mounted
+                .values()
+                .filter(|mount| !mount.pending && mount.leases > 0)
+                .count(),
             self.trees.values().filter(|tree| !tree.pending).count(),
         ]
     }
 
     fn drain(&mut self) -> Said {
         let mut failed = Vec::new();
-        for owed in [
-            Model::owed_trees,
-            Model::owed_mounts,
-            Model::owed_attachments,
-        ] {
-            for pending in owed(self) {
-                failed.extend(self.retry(&pending).into_iter().map(|(kind, _)| kind));
+        let mut retry = |model: &mut Model, owed: fn(&Model) -> Vec<PendingRelease>| {
+            for pending in owed(model) {
+                failed.extend(model.retry(&pending).into_iter().map(|(kind, _)| kind));
+            }
+        };
+        retry(self, Model::owed_trees);
+        // Also what a tree has just let go of.
+        for has in std::mem::take(&mut self.lingering) {
+            match has {
+                Has::Attachment(disk) => self.attached.get_mut(&disk).unwrap().pending = true,
+                Has::Mount(key) => self.mounted.get_mut(&key).unwrap().pending = true,
+                Has::Stack(tree) => panic!("tree {tree} lingers"),
             }
         }
+        retry(self, Model::owed_mounts);
+        retry(self, Model::owed_attachments);
         Said::Drained(sorted(failed), self.in_use().iter().sum())
     }
 
@@ -83,7 +96,12 @@ impl ReferenceStateMachine for Model {
     type Transition = Act;
 
     fn init_state() -> BoxedStrategy<Model> {
-        Just(Model::default()).boxed()
+        let keeps = prop::sample::select(vec![0, 0, 1, 2, 9]);
+        let model = keeps.prop_map(|keeps| Model {
+            keeps,
+            ..Model::default()
+        });
+        model.boxed()
     }
 
     fn transitions(model: &Model) -> BoxedStrategy<Act> {
@@ -152,6 +170,9 @@ impl ReferenceStateMachine for Model {
                 any::<u64>().prop_map(|back| Act::Restart { back }).boxed(),
             ),
         ];
+        if !model.lingering.is_empty() {
+            acts.push((2, Just(Act::Wait).boxed()));
+        }
         if model.line_is_lost {
             acts.push((6, Just(Act::MendLine).boxed()));
         }
@@ -209,9 +230,11 @@ impl ReferenceStateMachine for Model {
             },
             Act::Drain => {
                 let (trees, mounts) = (model.owed_trees().len(), model.owed_mounts().len());
-                let lonely = trees == 0 && mounts + model.owed_attachments().len() <= 1;
+                let all = mounts + model.owed_attachments().len() + model.lingering.len();
+                let lonely = trees == 0 && all <= 1;
                 trees <= 1 && (lonely || !guess)
             }
+            Act::Wait => model.lingering.len() == 1 || (!model.lingering.is_empty() && !guess),
             Act::Fault(step, _) => {
                 let is_new = !model.faults.contains_key(&(*step as usize));
                 is_new && model.faults.len() < 2 && !model.gone
@@ -230,6 +253,7 @@ impl ReferenceStateMachine for Model {
         ) {
             model.requests += 1;
         }
+        model.met_lingering = false;
         model.said = match act {
             Act::Attach { name, read_only } => {
                 let disk = model.attach(*name, *read_only);
@@ -271,6 +295,10 @@ impl ReferenceStateMachine for Model {
                 model.released(failed)
             }
             Act::Drain => model.drain(),
+            Act::Wait => {
+                model.end_lingering();
+                Said::Nothing
+            }
             Act::Fault(step, gate) => {
                 let kind = match gate {
                     Gate::Err(kind) => *kind,
@@ -297,7 +325,8 @@ impl ReferenceStateMachine for Model {
     }
 }
 
-/// Whether a request is refused for a slot or a path while something is pending.
+/// Whether a request is refused for a slot or a path while something is pending, or needs what lingers torn down in a way
+/// that cannot be predicted: beside what is pending, beside other layers, or several at once while one of them fails.
 fn meets_pending(model: &Model, act: &Act) -> bool {
     let is_pending = |model: &Model| {
         let (trees, mounts) = (model.owed_trees().len(), model.owed_mounts().len());
@@ -310,5 +339,8 @@ fn meets_pending(model: &Model, act: &Act) -> bool {
             .any(|kind| matches!(kind, ErrorKind::Conflict | ErrorKind::Full)),
         _ => false,
     };
-    refused && (is_pending(model) || is_pending(&after))
+    let several = model.lingering.len() > 1 && model.has_faults_for_parallel_calls();
+    let makes_room =
+        after.met_lingering && (is_pending(model) || several || matches!(act, Act::Stack { .. }));
+    makes_room || (refused && (is_pending(model) || is_pending(&after)))
 }

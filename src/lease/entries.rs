@@ -1,0 +1,94 @@
+//! All entries of a table, by the key that each has itself.
+
+use std::hash::BuildHasher;
+use std::sync::Arc;
+
+use foldhash::fast::FixedState;
+use hashbrown::HashTable;
+use parking_lot::RwLock;
+
+use super::Driver;
+use super::entry::Entry;
+
+/// How many parts there are, each with a lock of its own; a power of two. More than processors that work here at once.
+const SHARDS: usize = 32;
+
+/// A map whose keys are in its values: with a copy beside each, a million mounts would have a million keys twice.
+pub(super) struct Entries<D: Driver> {
+    /// Without random state, so that a test's seed replays its schedule; no key comes from outside the host.
+    hasher: FixedState,
+    /// Each lock is held for one look-up or change, never while anything else is called.
+    shards: Box<[RwLock<Shard<D>>]>,
+}
+
+type Shard<D> = HashTable<Arc<Entry<D>>>;
+
+impl<D: Driver> Default for Entries<D> {
+    fn default() -> Self {
+        Entries {
+            hasher: FixedState::default(),
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+        }
+    }
+}
+
+impl<D: Driver> Entries<D> {
+    /// The part that a key is in, and its hash there. The table goes by the lowest and the highest bits of a hash.
+    fn place(&self, key: &D::Key) -> (&RwLock<Shard<D>>, u64) {
+        let hash = self.hasher.hash_one(key);
+        let shard = (hash >> 32) as usize % SHARDS;
+        (&self.shards[shard], hash)
+    }
+
+    /// Reads an entry in its place.
+    pub(super) fn read<T>(
+        &self,
+        key: &D::Key,
+        read: impl FnOnce(&Arc<Entry<D>>) -> T,
+    ) -> Option<T> {
+        let (shard, hash) = self.place(key);
+        let shard = shard.read();
+        shard.find(hash, |entry| entry.key == *key).map(read)
+    }
+
+    pub(super) fn get(&self, key: &D::Key) -> Option<Arc<Entry<D>>> {
+        self.read(key, Arc::clone)
+    }
+
+    /// The entry under a key, a fresh one if there is none.
+    pub(super) fn get_or_insert(
+        &self,
+        key: &D::Key,
+        fresh: impl FnOnce() -> Arc<Entry<D>>,
+    ) -> Arc<Entry<D>> {
+        let (shard, hash) = self.place(key);
+        let mut shard = shard.write();
+        let is_it = |entry: &Arc<Entry<D>>| entry.key == *key;
+        let hash_of = |entry: &Arc<Entry<D>>| self.hasher.hash_one(&entry.key);
+        let entry = shard.entry(hash, is_it, hash_of).or_insert_with(fresh);
+        Arc::clone(entry.get())
+    }
+
+    /// Takes an entry out, if it is there.
+    pub(super) fn remove(&self, entry: &Arc<Entry<D>>) {
+        let (shard, hash) = self.place(&entry.key);
+        let is_it = |listed: &Arc<Entry<D>>| Arc::ptr_eq(listed, entry);
+        if let Ok(found) = shard.write().find_entry(hash, is_it) {
+            found.remove();
+        }
+    }
+
+    /// The entries as they are now, so that no lock is held while they are looked at.
+    pub(super) fn snapshot(&self) -> Vec<Arc<Entry<D>>> {
+        let mut all = Vec::new();
+        for shard in &self.shards {
+            all.extend(shard.read().iter().map(Arc::clone));
+        }
+        all
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.shards.iter().all(|shard| shard.read().is_empty())
+    }
+}
