@@ -6,6 +6,8 @@
 //! - "hcsshim scan": how hcsshim's SCSI package shares a disk. One table under one lock,
 //!   walked from end to end, with a full comparison of the configuration at each entry.
 //! - "floor": the steps of one disk one after the other, with nobody in between.
+//! - "primitives": what a manager cannot do without, in the same run: a look-up in a `DashMap`; an uncontended lock of a
+//!   `tokio` mutex, with a task that is spawned and waited for.
 //!
 //! A join is of 64 mounts in turn, however many are live: what is measured is the table, not the memory
 //! behind it.
@@ -15,6 +17,7 @@
 
 mod counting;
 mod nothing;
+mod primitives;
 mod report;
 
 use std::future::Future;
@@ -22,20 +25,34 @@ use std::hint::black_box;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use blockmount::{Disk, Manager, Mount};
+use blockmount::{Disk, Linger, Manager, Mount};
 use criterion::{BenchmarkId, Criterion, SamplingMode};
-use nothing::{Nothing, disk, request};
-use report::{Report, Row, Target};
+use nothing::{Ids, Nothing, disk, request};
+use report::{Beside, Report, Row, Target};
 use tokio::runtime::{Builder, Runtime};
 
-const LIVE: [usize; 3] = [1, 256, 100_000];
-const OCCUPANCIES: [usize; 3] = [0, 255, 100_000];
+const LIVE: [usize; 4] = [1, 256, 100_000, 1_000_000];
+const OCCUPANCIES: [usize; 4] = [0, 1_000, 100_000, 1_000_000];
 const LAYERS: usize = 64;
+const TASKS: usize = 8;
 
 fn manager(step: Duration) -> Manager {
-    let nothing = Nothing { step };
+    manager_that_keeps(Linger::OFF, step)
+}
+
+fn manager_that_keeps(linger: Linger, step: Duration) -> Manager {
+    manager_of(
+        Nothing {
+            step,
+            ids: Ids::Inodes,
+        },
+        linger,
+    )
+}
+
+fn manager_of(nothing: Nothing, linger: Linger) -> Manager {
     let builder = Manager::builder().transport(nothing).unplugger(nothing);
-    builder.mounter(nothing).build()
+    builder.mounter(nothing).linger(linger).build()
 }
 
 async fn live(manager: &Manager, count: usize) -> Vec<Mount> {
@@ -132,6 +149,7 @@ fn joining(criterion: &mut Criterion) {
         });
         drop(mounts);
         runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
+        primitives::look_up(&mut group, count, LAYERS);
 
         let scan = HcsshimScan::with(count);
         let name = BenchmarkId::from_parameter(format!("{count}_seed_scan"));
@@ -181,6 +199,91 @@ fn first_and_last(criterion: &mut Criterion) {
     }
 }
 
+/// The first lease and the last, by several tasks at once. A time is that of the run, divided by what all did together.
+fn by_many_tasks(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("tasks");
+    group.sampling_mode(SamplingMode::Flat);
+    let runtime = two_threads();
+    let manager = manager(Duration::ZERO);
+    group.bench_function("add_and_release", |bencher| {
+        bencher.iter_custom(|rounds| {
+            primitives::by_tasks(&runtime, TASKS, rounds, |task| {
+                let (manager, request, disk) = (manager.clone(), request(), disk(task));
+                move || {
+                    let (manager, request, disk) = (manager.clone(), request.clone(), disk.clone());
+                    async move {
+                        let mount = manager.add(&disk, &request).await.unwrap();
+                        mount.release().await.unwrap();
+                    }
+                }
+            })
+        });
+    });
+    group.bench_function("lock_and_task", |bencher| {
+        bencher.iter_custom(|rounds| {
+            primitives::by_tasks(&runtime, TASKS, rounds, |_| primitives::lock_and_task())
+        });
+    });
+    group.finish();
+    let one = one_thread();
+    let mut group = criterion.benchmark_group("first_and_last");
+    group.sampling_mode(SamplingMode::Flat);
+    group.bench_function("lock_and_task", |bencher| {
+        bencher.iter_custom(|rounds| timed(&one, rounds, primitives::lock_and_task()));
+    });
+}
+
+/// A disk that is released and asked for again, with backends that take a millisecond for each step.
+fn lingering(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("linger");
+    group.sample_size(20).sampling_mode(SamplingMode::Flat);
+    let (runtime, step, request) = (one_thread(), Duration::from_millis(1), request());
+    let keeps = Linger {
+        at_most: Duration::from_secs(600),
+        how_many: 8,
+    };
+    for (name, linger) in [("on", keeps), ("off", Linger::OFF)] {
+        let manager = manager_that_keeps(linger, step);
+        for (what, timed) in [("release", 1), ("add", 0)] {
+            group.bench_function(format!("{what}_{name}"), |bencher| {
+                bencher.iter_custom(|rounds| {
+                    runtime.block_on(async {
+                        let mut took = [Duration::ZERO; 2];
+                        for _ in 0..rounds {
+                            let began = Instant::now();
+                            let mount = manager.add(&disk(1), &request).await.unwrap();
+                            let added = Instant::now();
+                            mount.release().await.unwrap();
+                            took[0] += added - began;
+                            took[1] += added.elapsed();
+                        }
+                        took[timed]
+                    })
+                });
+            });
+        }
+        runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
+    }
+    let manager = manager(step);
+    let held = runtime.block_on(async { manager.add(&disk(1), &request).await.unwrap() });
+    group.bench_function("join", |bencher| {
+        bencher.iter_custom(|rounds| {
+            runtime.block_on(async {
+                let mut took = Duration::ZERO;
+                for _ in 0..rounds {
+                    let began = Instant::now();
+                    let mount = manager.add(&disk(1), &request).await.unwrap();
+                    took += began.elapsed();
+                    drop(mount);
+                }
+                took
+            })
+        });
+    });
+    drop(held);
+    runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
+}
+
 fn many_at_once(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("layers");
     group.sample_size(20).sampling_mode(SamplingMode::Flat);
@@ -215,23 +318,31 @@ fn many_at_once(criterion: &mut Criterion) {
     });
 }
 
-/// Bytes of memory for each live mount.
-fn memory() -> Row {
+/// Bytes of memory for each live mount. hcsshim's controller takes 642 for the same, with the same names.
+fn memory(ids: Ids) -> usize {
     const COUNT: usize = 100_000;
     let runtime = one_thread();
-    let manager = manager(Duration::ZERO);
+    let step = Duration::ZERO;
+    let manager = manager_of(Nothing { step, ids }, Linger::OFF);
     let before = counting::in_use();
     let mounts = runtime.block_on(live(&manager, COUNT));
     let bytes = (counting::in_use() - before) / COUNT;
     drop(mounts);
     runtime.block_on(async { assert!(manager.drain().await.is_clean()) });
-    let met = bytes < 1024;
-    Row::measured(
-        "memory per live mount",
-        format!("{bytes} B"),
-        "< 1 KiB",
-        met,
-    )
+    bytes
+}
+
+fn memory_rows() -> [Row; 2] {
+    [("names", Ids::Names), ("inodes", Ids::Inodes)].map(|(by, ids)| {
+        let bytes = memory(ids);
+        let beside = Beside {
+            ours: format!("{bytes} B"),
+            baseline: "642 B".into(),
+            ratio: 642.0 / bytes as f64,
+        };
+        let what = format!("memory of a live mount, ids by {by}");
+        Row::compared(&what, beside, "< 640 B", bytes < 640)
+    })
 }
 
 fn rows() -> Vec<Row> {
@@ -241,9 +352,14 @@ fn rows() -> Vec<Row> {
             format!("join and leave, {count} live"),
             format!("join/{count}"),
         )
-        .baseline(format!("join/{count}_seed_scan"))
-        .target(Target::MaxNanos(200.0));
+        .baseline(format!("join/{count}_look_up"))
+        .target(Target::WithinBaseline { factor: 5.0 });
         rows.push(row);
+        let row = Row::new(
+            format!("join and leave, {count} live, beside hcsshim"),
+            format!("join/{count}"),
+        );
+        rows.push(row.baseline(format!("join/{count}_seed_scan")));
     }
     let others = LIVE[1..]
         .iter()
@@ -261,11 +377,39 @@ fn rows() -> Vec<Row> {
         ] {
             let name = format!("first_and_last/{bench}_{count}");
             let row = Row::new(format!("first {what}, {count} live"), name)
-                .baseline(format!("first_and_last/{count}_seed_scan"))
-                .target(Target::MaxNanos(10_000.0));
+                .baseline("first_and_last/lock_and_task")
+                .target(Target::WithinBaseline { factor: 10.0 })
+                .target(Target::MaxNanos(2_000.0));
             rows.push(row);
         }
+        let name = format!("first_and_last/mount_{count}");
+        let row = Row::new(
+            format!("add + last release, {count} live, beside hcsshim"),
+            name,
+        );
+        rows.push(row.baseline(format!("first_and_last/{count}_seed_scan")));
     }
+    let flat = Target::FlatWithin {
+        of: vec!["first_and_last/mount_1000000".into()],
+        factor: 2.0,
+    };
+    let row = Row::new(
+        "add + last release, 1,000 and 1,000,000 live",
+        "first_and_last/mount_1000",
+    );
+    rows.push(row.target(flat));
+    let row = Row::new(
+        "first add + last release by 8 tasks",
+        "tasks/add_and_release",
+    );
+    let row = row.baseline("tasks/lock_and_task");
+    rows.push(row.target(Target::WithinBaseline { factor: 10.0 }));
+    let row =
+        Row::new("release of what lingers", "linger/release_on").baseline("linger/release_off");
+    rows.push(row.target(Target::WithinBaseline { factor: 0.01 }));
+    let row =
+        Row::new("add of what lingers, beside a join", "linger/add_on").baseline("linger/join");
+    rows.push(row.target(Target::WithinBaseline { factor: 2.0 }));
     let within = Target::WithinBaseline { factor: 1.25 };
     let layers = Row::new("64 layers at once, 4 steps of 1 ms", "layers/64_at_once");
     rows.push(layers.baseline("layers/floor").target(within));
@@ -282,9 +426,11 @@ fn main() {
         .configure_from_args();
     joining(&mut criterion);
     first_and_last(&mut criterion);
+    by_many_tasks(&mut criterion);
+    lingering(&mut criterion);
     many_at_once(&mut criterion);
     criterion.final_summary();
     let mut rows = rows();
-    rows.push(memory());
+    rows.extend(memory_rows());
     report.print(&rows);
 }

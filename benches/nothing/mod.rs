@@ -1,5 +1,6 @@
 //! Backends that do nothing: what is left is the managers' own time.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,6 +14,15 @@ use blockmount::{
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Nothing {
     pub(crate) step: Duration,
+    pub(crate) ids: Ids,
+}
+
+/// What disks are identified by.
+#[derive(Clone, Copy, Default)]
+pub(crate) enum Ids {
+    #[default]
+    Inodes,
+    Names,
 }
 
 impl Nothing {
@@ -32,7 +42,11 @@ fn number(disk: &Disk) -> u64 {
 #[async_trait]
 impl Transport for Nothing {
     async fn identify(&self, disk: &Disk) -> Result<DiskId, BackendError> {
-        Ok(DiskId::inode(1, number(disk)))
+        let id = match self.ids {
+            Ids::Inodes => DiskId::inode(1, number(disk)),
+            Ids::Names => DiskId::name(disk.source().to_str().unwrap()),
+        };
+        Ok(id.with_version(NonZeroU64::MIN))
     }
 
     async fn attach(&self, disk: &Disk, _id: &DiskId) -> Result<DeviceLocator, BackendError> {
