@@ -6,7 +6,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use blockmount::BackendError;
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, fstat, openat,
+    openat2, statx,
+};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -133,33 +136,56 @@ impl Target {
 
     /// Finds the target as it is; nothing if it does not exist.
     pub(crate) fn find(&self) -> Result<Option<MountPoint>, BackendError> {
-        self.walk(&mut |parent, name, path| open_below(parent, name, path))
+        match self.find_in_one_step() {
+            Ok(found) => Ok(Some(found)),
+            Err(Errno::NOENT) => Ok(None),
+            // A kernel before 5.6, a filter of system calls, or something that the walk tells better.
+            Err(_) => self.walk(&mut |parent, name, path| open_below(parent, name, path)),
+        }
+    }
+
+    /// As a walk finds it: through no symbolic link, and all of it a directory.
+    fn find_in_one_step(&self) -> rustix::io::Result<MountPoint> {
+        let (above, name) = self
+            .path
+            .parent()
+            .zip(self.path.file_name())
+            .ok_or(Errno::INVAL)?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let parent = openat2(CWD, above, flags, Mode::empty(), resolve)?;
+        let directory = openat(&parent, name, flags, Mode::empty())?;
+        Ok(MountPoint {
+            parent,
+            name: name.to_owned(),
+            directory,
+        })
     }
 
     /// Goes down from the root, one component at a time, through no symbolic link. `open` opens each, and may make it;
     /// one that is missing ends the walk.
     pub(crate) fn walk(&self, open: &mut Open<'_>) -> Result<Option<MountPoint>, BackendError> {
         let mut at = PathBuf::from("/");
-        let mut directory =
+        let mut parent =
             open_path(CWD, OsStr::new("/")).map_err(|errno| unreachable_component(&at, errno))?;
-        let mut found = None;
-        for name in self.path.iter().skip(1) {
+        let mut names = self.path.iter().skip(1).peekable();
+        while let Some(name) = names.next() {
             at.push(name);
-            let Some(below) = open(&directory, name, &at)? else {
+            let Some(directory) = open(&parent, name, &at)? else {
                 return Ok(None);
             };
-            check_directory(&below, &at, self.path())?;
-            let next = below
-                .try_clone()
-                .map_err(|error| errno_error("cannot keep a directory open", error))?;
-            let parent = std::mem::replace(&mut directory, next);
-            found = Some(MountPoint {
-                parent,
-                name: name.to_owned(),
-                directory: below,
-            });
+            check_directory(&directory, &at, self.path())?;
+            if names.peek().is_none() {
+                let name = name.to_owned();
+                return Ok(Some(MountPoint {
+                    parent,
+                    name,
+                    directory,
+                }));
+            }
+            parent = directory;
         }
-        Ok(found)
+        Ok(None)
     }
 }
 
@@ -336,6 +362,15 @@ impl FileId {
 
 /// The number of the mount that an open file is on, as `mountinfo` has it.
 pub(crate) fn mount_id(fd: impl AsFd) -> Result<u64, BackendError> {
+    // Linux 5.8 and later, unless a filter of system calls refuses it.
+    let asked = statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID);
+    match asked {
+        Ok(told) if told.stx_mask & StatxFlags::MNT_ID.bits() != 0 => Ok(told.stx_mnt_id),
+        _ => mount_id_by_proc(fd),
+    }
+}
+
+fn mount_id_by_proc(fd: impl AsFd) -> Result<u64, BackendError> {
     let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
     let info = std::fs::read_to_string(&path)
         .map_err(|error| errno_error(format!("cannot read {path}"), error))?;
@@ -379,6 +414,42 @@ mod tests {
             assert!(refused(path).ends_with("a directory of the system"));
         }
         refused("/x".repeat(2048) + "y");
+    }
+
+    #[test]
+    fn both_ways_to_find_a_directory_and_its_mount_agree() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+        for name in [
+            "a/b",
+            "a",
+            "missing",
+            "missing/b",
+            "a/b/c",
+            "file",
+            "file/b",
+            "link",
+            "link/b",
+        ] {
+            let target = Target::parse(&dir.path().join(name), &[]).unwrap();
+            let walked = target.walk(&mut |parent, name, path| open_below(parent, name, path));
+            let found = target.find();
+            match (walked, found) {
+                (Ok(Some(walked)), Ok(Some(found))) => {
+                    assert_eq!(walked.id().unwrap(), found.id().unwrap(), "{name}");
+                    let by_proc = mount_id_by_proc(found.directory()).unwrap();
+                    assert_eq!(found.mount_id().unwrap(), by_proc);
+                    assert!(target.find_in_one_step().is_ok(), "{name}");
+                }
+                (Ok(None), Ok(None)) => assert!(name.contains("missing") || name == "a/b/c"),
+                (Err(walked), Err(found)) => assert_eq!(walked.message(), found.message()),
+                (walked, found) => panic!("{name}: {walked:?} and {found:?}"),
+            }
+        }
+        let proc = Target::directory(Path::new("/proc/self")).unwrap();
+        assert!(proc.find().is_err(), "it is a link");
     }
 
     #[test]
