@@ -49,6 +49,8 @@ pub enum LeaseState {
     Starting,
     /// It is up.
     Up,
+    /// It is up and nobody has it: it [lingers](crate::Linger) for the next caller.
+    Lingering,
     /// It is being torn down.
     Ending,
     /// A tear-down has failed, and is tried again with the next release, request or drain.
@@ -60,6 +62,7 @@ impl fmt::Display for LeaseState {
         f.pad(match self {
             LeaseState::Starting => "starting",
             LeaseState::Up => "up",
+            LeaseState::Lingering => "lingering",
             LeaseState::Ending => "ending",
             LeaseState::Pending => "pending",
         })

@@ -116,9 +116,9 @@ const RULE: [(&str, &[&str]); 18] = [
 const CORE: [&str; 10] = [
     "async-trait",
     "dashmap",
-    "hashbrown",
     "foldhash",
     "futures-util",
+    "hashbrown",
     "parking_lot",
     "serde",
     "thiserror",

@@ -13,12 +13,13 @@ impl<D: Driver> Table<D> {
         mut read: impl FnMut(&D::Key, Option<&D::Resource>, LeaseStatus) -> T,
     ) -> Vec<T> {
         let mut seen = Vec::new();
-        for entry in self.snapshot() {
+        for entry in self.entries.snapshot() {
             let resource = entry.resource.get();
             let status = match &*lock(&entry.state) {
                 State::Gone(_) => continue,
                 State::Idle => LeaseStatus::new(LeaseState::Starting, 0, 0, None),
                 State::Up(shares) => LeaseStatus::new(LeaseState::Up, *shares, 0, None),
+                State::Lingering(_) => LeaseStatus::new(LeaseState::Lingering, 0, 0, None),
                 State::Draining { attempts, error } => {
                     let state = match error {
                         Some(_) => LeaseState::Pending,

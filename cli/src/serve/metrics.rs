@@ -17,9 +17,10 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 /// What stands before the names of all metrics.
 const PREFIX: &str = "blockmount";
 /// The states of what is shared, each of which is there as a series also where nothing is in it.
-const STATES: [LeaseState; 4] = [
+const STATES: [LeaseState; 5] = [
     LeaseState::Starting,
     LeaseState::Up,
+    LeaseState::Lingering,
     LeaseState::Ending,
     LeaseState::Pending,
 ];
