@@ -19,6 +19,7 @@ pub(crate) struct Nothing {
 
 /// What disks are identified by.
 #[derive(Clone, Copy, Default)]
+#[allow(dead_code, reason = "each bench uses its own part of this")]
 pub(crate) enum Ids {
     #[default]
     Inodes,
