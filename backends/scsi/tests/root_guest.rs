@@ -245,6 +245,32 @@ async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     assert!(started.elapsed() < timeout);
 }
 
+/// A burst of hot-plugs can have a disk refuse to say its size, and it has none until the kernel asks again.
+#[tokio::test]
+async fn root_a_disk_without_bytes_is_asked_for_its_size_again() {
+    let tree = Tree::new();
+    let disks = [Loop::new(), Loop::new()];
+    tree.host(FIRST, 3);
+    for (lun, disk) in disks.iter().enumerate() {
+        tree.disk(&format!("3:0:0:{lun}"), disk);
+        tree.write(&format!("bus/scsi/devices/3:0:0:{lun}/rescan"), "");
+    }
+    let name = disks[0].node().file_name().unwrap().to_str().unwrap();
+    tree.write(
+        &format!("bus/scsi/devices/3:0:0:0/block/{name}/size"),
+        "0\n",
+    );
+    for (lun, asked) in ["1", ""].into_iter().enumerate() {
+        let at = locator(&format!("scsi:0/{lun}"));
+        let found = resolver(&tree).resolve(&at).await.unwrap();
+        assert_eq!(found.path, disks[lun].node());
+        assert_eq!(
+            tree.read(&format!("bus/scsi/devices/3:0:0:{lun}/rescan")),
+            asked
+        );
+    }
+}
+
 /// Page 0x80 of a disk's vital product data.
 fn serial_page(serial: &str) -> Vec<u8> {
     let length = u8::try_from(serial.len()).unwrap();

@@ -5,9 +5,9 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver};
+use blockmount::{BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, blocking};
 use blockmount_linux::sysfs::{self, Disk};
-use blockmount_linux::uevent::{NotReady, Probe, wait_for};
+use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 use tokio::sync::OwnedMutexGuard;
 
 use super::controller::{self, ControllerId};
@@ -17,6 +17,8 @@ use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the kernel is had to ask a disk without bytes for its size: one may really have none.
+const ASKED_AGAIN: usize = 5;
 /// The state of a device that takes commands. (Source: Linux, Documentation/scsi/scsi_mid_low_api.rst)
 const RUNNING: &str = "running";
 
@@ -28,9 +30,10 @@ const RUNNING: &str = "running";
 /// found when it takes commands and its node can be opened and is that disk. A disk with the
 /// [serial number](ScsiAddress::serial) of another address is never taken: `Conflict`, unless it is replaced in time.
 ///
-/// Resolving changes nothing, with one exception: when half of the timeout is over, the kernel is asked
+/// Resolving changes nothing, with two exceptions: when half of the timeout is over, the kernel is asked
 /// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost. It never looks
-/// while a [`ScsiUnplugger`](crate::ScsiUnplugger) of a clone works on that address.
+/// while a [`ScsiUnplugger`](crate::ScsiUnplugger) of a clone works on that address. And a disk without bytes is asked for its
+/// size again, which it may have refused to say in a burst of hot-plugs.
 ///
 /// Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -131,6 +134,7 @@ impl Resolver for ScsiResolver {
             early => early,
         };
         let path = found.map_err(|error| named(device, error))?;
+        blocking(move || lookup.ensure_measured()).await?;
         Ok(BlockDevice::new(path))
     }
 }
@@ -173,6 +177,27 @@ impl Lookup {
 
     pub(super) fn sysfs(&self) -> &Path {
         &self.sysfs
+    }
+
+    /// Has the kernel ask a disk without bytes for its size again. Each hot-plug on a target has all of its disks refuse their
+    /// next command, and in a burst of them a new disk refuses the question for its size as often as the kernel repeats it.
+    fn ensure_measured(&self) -> Result<(), BackendError> {
+        for _ in 0..ASKED_AGAIN {
+            let found = self
+                .device()
+                .and_then(|device| Ok((Disk::below(&device)?, device)));
+            let Some((disk, device)) = present(found)? else {
+                break;
+            };
+            if disk.size() > 0 {
+                break;
+            }
+            tracing::warn!(address = %self.address, "the disk has no bytes, having the kernel ask it again");
+            if !sysfs::command(&device, "rescan", "1")? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The node of the disk, once it is ready and the one that is meant.
