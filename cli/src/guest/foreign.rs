@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
-use blockmount_bridge::{Dialer, GuestChannel, RedialingChannel, Reply, Request};
+use blockmount_bridge::{Dialer, RedialingChannel};
+use blockmount_qemu::AgentChannel;
 use blockmount_qemu::qmp::{NONE, Qmp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,7 +19,6 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use super::qemu::STANDING;
 use crate::failure::{Context, Failure, printable};
 
 /// The controller that a machine has unless others are named.
@@ -186,7 +186,7 @@ impl ForeignVm {
         };
         let channel = RedialingChannel::connect(dialer).await.context(what);
         let channel = channel.map_err(|failure| failure.advise(advice))?;
-        Ok(AgentSocket { channel, qmp })
+        Ok(AgentSocket::new(channel, qmp))
     }
 }
 
@@ -208,7 +208,7 @@ fn read_token(path: &Path) -> Result<Vec<u8>, Failure> {
 
 /// The way to the agent, and to QEMU, which knows whether the machine lives.
 #[derive(Debug)]
-pub(super) struct AgentLine {
+pub(crate) struct AgentLine {
     socket: Socket,
     token: Option<Vec<u8>>,
     qmp: Qmp,
@@ -241,40 +241,8 @@ impl Dialer for AgentLine {
     }
 }
 
-/// The agent behind a socket. What is wrong with its machine is said with its errors.
-#[derive(Debug)]
-pub(crate) struct AgentSocket {
-    channel: RedialingChannel<AgentLine>,
-    qmp: Qmp,
-}
-
-impl AgentSocket {
-    /// As that of an agent behind a port of a machine of ours.
-    pub(super) async fn lost(&self) -> BackendError {
-        self.channel.lost().await
-    }
-}
-
-#[async_trait]
-#[deny(clippy::missing_trait_methods)]
-impl GuestChannel for AgentSocket {
-    async fn call(&self, request: Request) -> Result<Reply, BackendError> {
-        let failed = tokio::select! {
-            called = self.channel.call(request) => match called {
-                Ok(reply) => return Ok(reply),
-                Err(error) => error,
-            },
-            _ = self.qmp.stands_still(STANDING) => {
-                BackendError::uncertain("the guest cannot answer")
-            }
-        };
-        let health = self.qmp.health().borrow().clone();
-        match health.is_good() {
-            true => Err(failed),
-            false => Err(BackendError::new(failed.kind(), health.to_string()).with_source(failed)),
-        }
-    }
-}
+/// The agent behind a socket.
+pub(crate) type AgentSocket = AgentChannel<AgentLine>;
 
 #[cfg(test)]
 mod tests {

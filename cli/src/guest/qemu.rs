@@ -65,7 +65,7 @@ const KEYS: &str = "/run/keys";
 const OPENING: Duration = Duration::from_secs(60);
 
 /// How long a VM stands still before it is given up.
-pub(super) const STANDING: Duration = Duration::from_secs(2);
+const STANDING: Duration = Duration::from_secs(2);
 /// How long a VM that is about to end may take until it has, and it is known how.
 const ENDING: Duration = Duration::from_millis(500);
 

@@ -16,19 +16,24 @@ use crate::qmp::{NONE, Qmp};
 /// How long QEMU is given to show that it lives, after the connection to the agent was lost.
 const DYING: Duration = Duration::from_millis(500);
 
-/// The agent in the guest of a [`Vm`], over the bridge.
+/// The agent in the guest of a VM, over the bridge: by default that of a [`Vm`], which is reached by a port.
 ///
 /// When the agent dies and comes back, the next request is sent over a new connection. Only when the VM has ended
 /// is the answer `Gone`, also to requests under way: an agent that has ended leaves its mounts in place, so
 /// that nothing of them counts as undone. A VM that stands still for two seconds ends a request as `Uncertain`. Errors say
 /// what is wrong with the VM, if anything is.
 #[derive(Debug)]
-pub struct AgentChannel {
-    channel: RedialingChannel<AgentPort>,
+pub struct AgentChannel<D: Dialer = AgentPort> {
+    channel: RedialingChannel<D>,
     qmp: Qmp,
 }
 
-impl AgentChannel {
+impl<D: Dialer> AgentChannel<D> {
+    /// The agent behind a channel, in the guest of the VM with this monitor.
+    pub fn new(channel: RedialingChannel<D>, qmp: Qmp) -> Self {
+        AgentChannel { channel, qmp }
+    }
+
     /// Waits until the agent has closed its port and does not open it again within ten seconds, and says why; `Gone` if
     /// the VM has ended. For a program that holds what is in the guest and has nothing to ask it for. An agent that
     /// comes back is connected to at once.
@@ -43,7 +48,7 @@ impl AgentChannel {
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
-impl GuestChannel for AgentChannel {
+impl<D: Dialer> GuestChannel for AgentChannel<D> {
     async fn call(&self, request: Request) -> Result<Reply, BackendError> {
         let failed = tokio::select! {
             called = self.channel.call(request) => match called {
@@ -151,9 +156,10 @@ impl Vm {
             name: port.to_owned(),
             opening: deadlines.negotiation,
         };
-        Ok(BridgeGuest::new(AgentChannel {
-            channel: RedialingChannel::over(port, connection),
-            qmp: self.qmp().clone(),
-        }))
+        let channel = RedialingChannel::over(port, connection);
+        Ok(BridgeGuest::new(AgentChannel::new(
+            channel,
+            self.qmp().clone(),
+        )))
     }
 }
