@@ -103,9 +103,12 @@ fn account_for(failure: Failure, ended: Result<(), Failure>, left_over: &[String
             say(format_args!("everything was released; nothing is left"));
             failure
         }
-        Ok(()) => Failure::new("something is left over")
-            .because(left_over.join("; "))
-            .advise(format!("run: {}blockmount cleanup", sudo())),
+        Ok(()) => {
+            complain(&failure);
+            Failure::new("something is left over")
+                .because(left_over.join("; "))
+                .advise(format!("run: {}blockmount cleanup", sudo()))
+        }
         Err(ended) => {
             complain(&failure);
             ended

@@ -2,6 +2,7 @@
 #![cfg(windows)]
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
+#[path = "integration/common/mod.rs"]
 mod common;
 
 use std::time::Instant;

@@ -1,6 +1,7 @@
 //! The kernel's table of loop devices, which never shrinks, and devices without a node in `/dev`.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
+#[path = "integration/common/mod.rs"]
 mod common;
 
 use std::fs::{self, OpenOptions};

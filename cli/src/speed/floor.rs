@@ -112,11 +112,10 @@ pub(crate) async fn in_vm(guest: &QemuGuest, images: &[PathBuf]) -> Result<Passe
     };
     // Also what a failure has left half-way.
     let start = Instant::now();
-    for taken_out in join_all(addresses.iter().map(|(at, _)| take_out(guest, *at))).await {
-        taken_out?;
-    }
+    let taken_out = join_all(addresses.iter().map(|(at, _)| take_out(guest, *at))).await;
     let taking_out = start.elapsed();
     let (attaching, times) = mounted?;
+    taken_out.into_iter().collect::<Result<(), Failure>>()?;
     let all = |of: fn(&BareTimes) -> &Vec<u64>| -> Vec<Duration> {
         let times = times.iter().flat_map(of);
         times.copied().map(Duration::from_micros).collect()

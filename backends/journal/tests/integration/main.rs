@@ -1,0 +1,5 @@
+//! Tests of the crate from outside. They are one program, since each takes seconds to compile and link.
+
+mod damage;
+mod restart;
+mod root_full;

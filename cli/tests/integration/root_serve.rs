@@ -1,0 +1,261 @@
+//! `blockmount serve` as a service manager and a client see it.
+// A panic in a test is its failure message, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::common::servers::{self, Client, Server, name, socket};
+use crate::common::{self, in_kernel, run, signal, temp};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// What a client that is not ours says.
+#[track_caller]
+fn client(dir: &TempDir, word: &[&str]) -> String {
+    let containerd = Path::new(env!("CARGO_MANIFEST_DIR")).join("../backends/containerd");
+    let output = Command::new("/usr/bin/python3")
+        .arg(containerd.join("tests/service/client.py"))
+        .args([socket(dir), containerd.join("protocol/proto"), image(dir)])
+        .arg(dir.path().join("rw.img"))
+        .args(word)
+        .env_remove("PYTHONPATH")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn image(dir: &TempDir) -> PathBuf {
+    dir.path().join("base.erofs")
+}
+
+fn directory() -> TempDir {
+    let dir = temp();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("a"), "base").unwrap();
+    let mut mkfs = Command::new("mkfs.erofs");
+    let made = mkfs.arg("--quiet").args([&image(&dir), &tree]).status();
+    assert!(made.unwrap().success());
+    dir
+}
+
+#[track_caller]
+fn assert_nothing_left(dir: &TempDir) {
+    let mark = dir.path().file_name().unwrap();
+    assert_eq!(in_kernel(mark), Vec::<String>::new());
+    assert!(!socket(dir).exists());
+    let runs = fs::read_dir("/run/blockmount").unwrap();
+    let files = runs.map(|run| run.unwrap().path().join("mount.json"));
+    let of_test =
+        |file: &PathBuf| fs::read_to_string(file).is_ok_and(|text| text.contains(&name(dir)));
+    assert_eq!(files.filter(of_test).count(), 0);
+}
+
+#[test]
+fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
+    let _alone = common::alone();
+    let dir = directory();
+    let server = Server::ready(&dir, &[]);
+    let mode = socket(&dir).metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert_eq!(client(&dir, &[]), "done\n");
+    // Another at the same address, or of the same name, is refused.
+    let second = run(["serve", "--address", socket(&dir).to_str().unwrap()]);
+    assert!(second.stderr.contains("cannot listen at"), "{second}");
+    let elsewhere = dir.path().join("elsewhere");
+    let second = run([
+        "serve",
+        "--name",
+        &name(&dir),
+        "--address",
+        elsewhere.to_str().unwrap(),
+    ]);
+    assert!(second.stderr.contains("is alive"), "{second}");
+    fs::remove_file(elsewhere).unwrap_or_default();
+
+    let kept = client(&dir, &["activate"]);
+    assert!(kept.contains("name: \"kept\""), "{kept}");
+    server.kill();
+
+    let cleanup = run(["cleanup", "--dry-run"]);
+    let advice = format!("blockmount serve --name {}", name(&dir));
+    assert!(cleanup.stdout.contains(&advice), "{cleanup}");
+    let resumed = run(["mount", "--resume", &name(&dir)]);
+    assert!(
+        resumed.stderr.contains("the activations of a server"),
+        "{resumed}"
+    );
+
+    let server = Server::ready(&dir, &[]);
+    assert_eq!(client(&dir, &["list"]), kept);
+    signal(server.pid(), Signal::HUP);
+    server.hears("RELOADING=1\nMONOTONIC_USEC=");
+    server.hears("READY=1");
+    let answer = server.end();
+    answer.says(0, &["1 activated, which stay"]);
+    assert!(!socket(&dir).exists());
+
+    let server = Server::ready(&dir, &[]);
+    assert_eq!(client(&dir, &["deactivate"]), "\n");
+    server.end().says(0, &[]);
+    assert_nothing_left(&dir);
+}
+
+#[test]
+fn root_a_server_takes_the_socket_of_its_service_manager() {
+    let _alone = common::alone();
+    let dir = directory();
+    let listen = format!("--listen={}", socket(&dir).display());
+    let by_manager = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", &listen];
+    let server = Server::start(&dir, &by_manager, &[]);
+    common::eventually("a socket", || socket(&dir).exists());
+    assert_eq!(client(&dir, &["list"]), "\n");
+    server.hears("READY=1");
+    server.end().says(0, &[]);
+    // It is the manager's to remove.
+    fs::remove_file(socket(&dir)).unwrap();
+    assert_nothing_left(&dir);
+}
+
+/// A hundred containers at once over the same eight layers.
+#[test]
+fn root_many_activations_at_once_share_their_layers() {
+    let _alone = common::alone();
+    let dir = directory();
+    let server = Server::ready(&dir, &[]);
+    let layers = (0..8).map(|number| {
+        let copy = dir.path().join(format!("layer-{number}.erofs"));
+        fs::copy(image(&dir), &copy).unwrap();
+        servers::layer(copy)
+    });
+    let mut list: Vec<Value> = layers.collect();
+    list.push(servers::mount(
+        "format/overlay",
+        "overlay",
+        &["lowerdir={{ overlay 0 7 }}"],
+    ));
+    let names: Vec<String> = (0..100).map(|number| format!("c{number}")).collect();
+    let mut client = Client::of(&dir);
+    let calls = names
+        .iter()
+        .map(|name| json!({"call": "Activate", "request": {"name": name, "mounts": list}}));
+    let answers = client.ask(&json!({"all": calls.collect::<Vec<_>>()}));
+    let trees = answers["all"].as_array().unwrap().iter().map(|answer| {
+        let active = answer["answer"]["info"]["active"].as_array();
+        let active = active.unwrap_or_else(|| panic!("{answer}"));
+        active.last().unwrap()["mountPoint"].as_str().unwrap()
+    });
+    let trees: BTreeSet<&str> = trees.collect();
+    assert_eq!(trees.len(), 100);
+    assert!(
+        trees
+            .iter()
+            .all(|tree| fs::read_to_string(Path::new(tree).join("a")).unwrap() == "base")
+    );
+    let status = run(["status", "--json", "--name", &name(&dir)]).json();
+    let manager = &status["runs"][0]["manager"];
+    let count = |what: &str| manager[what].as_array().unwrap().len();
+    assert_eq!(
+        (count("attachments"), count("mounts"), count("stacks")),
+        (8, 8, 100)
+    );
+    let attach = manager["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|step| step["step"] == "Attach");
+    assert_eq!(attach.unwrap()["succeeded"], 8);
+    let calls = names
+        .iter()
+        .map(|name| json!({"call": "Deactivate", "request": {"name": name}}));
+    let answers = client.ask(&json!({"all": calls.collect::<Vec<_>>()}));
+    assert!(
+        answers["all"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|answer| answer.get("answer").is_some())
+    );
+    drop(client);
+    server.end().says(0, &[]);
+    assert_nothing_left(&dir);
+}
+
+/// How much a process has: descriptors, threads, and kilobytes of memory.
+fn held_by(process: u32) -> (usize, usize, u64) {
+    let count = |what: &str| {
+        fs::read_dir(format!("/proc/{process}/{what}"))
+            .unwrap()
+            .count()
+    };
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let resident = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    let kilobytes = resident.split_whitespace().nth(1).unwrap();
+    (count("fd"), count("task"), kilobytes.parse().unwrap())
+}
+
+/// `BLOCKMOUNT_CYCLES` says how often; 10,000 is a quarter of an hour.
+#[test]
+fn root_a_server_does_not_grow_with_what_it_has_done() {
+    let _alone = common::alone();
+    let dir = directory();
+    let server = Server::ready(&dir, &[]);
+    let cycles = std::env::var("BLOCKMOUNT_CYCLES").map_or(60, |cycles| cycles.parse().unwrap());
+    let list = [
+        servers::layer(image(&dir)),
+        servers::mount("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
+    ];
+    let mut client = Client::of(&dir);
+    let mut cycle = || {
+        client.activate("one", &list);
+        client.deactivate("one");
+    };
+    // What is kept for the next time is there after some.
+    (0..20).for_each(|_| cycle());
+    let (files, threads, memory) = held_by(server.pid());
+    (0..cycles).for_each(|_| cycle());
+    let (files_then, threads_then, memory_then) = held_by(server.pid());
+    assert!(
+        files_then <= files,
+        "{files_then} descriptors, and {files} before"
+    );
+    // Threads that have blocked are kept for a while.
+    assert!(
+        threads_then <= threads + 4,
+        "{threads_then} threads, and {threads} before"
+    );
+    assert!(
+        memory_then <= memory + 8 * 1024,
+        "{memory_then} kilobytes, and {memory} before"
+    );
+    drop(client);
+    server.end().says(0, &[]);
+    assert_nothing_left(&dir);
+}
+
+#[test]
+fn root_a_file_of_a_server_that_makes_no_sense_is_named() {
+    let dir = temp();
+    let file = dir.path().join("serve.toml");
+    for (text, words) in [
+        ("wonder = 1", "unknown field `wonder`"),
+        ("grace = \"soon\"", "grace in"),
+        ("guest = \"moon\"", "guest in"),
+        ("name = \"\"", "holder's name"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let answer = run(["serve", "--config", file.to_str().unwrap()]);
+        assert!(answer.stderr.contains(words), "{answer}");
+        answer.says(2, &["serve.toml"]);
+    }
+}
