@@ -12,6 +12,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 # Everything is built once: what would let a second build be faster only costs time and room.
 export CARGO_INCREMENTAL=0
+# A panic names its line without it, and nobody looks at the programs of this run with a debugger.
+export CARGO_PROFILE_DEV_DEBUG=0
 
 say "tools"
 tests/setup.sh

@@ -130,7 +130,7 @@ fn config() -> ProptestConfig {
     let given = ProptestConfig::default();
     ProptestConfig {
         cases: if given.cases == 256 {
-            3_000
+            1_500
         } else {
             given.cases
         },

@@ -57,7 +57,7 @@ fn change(image: &mut Vec<u8>, used: &[usize], random: &mut Random) {
 
 #[test]
 fn no_image_makes_the_probe_panic() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/probe");
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/probe");
     let images: Vec<Vec<u8>> = fs::read_dir(corpus)
         .unwrap()
         .map(|entry| fs::read(entry.unwrap().path()).unwrap())
