@@ -19,7 +19,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blockmount_debug_agent::kit;
 pub use blockmount_debug_agent::kit::images::{image, partitioned};
@@ -171,10 +171,17 @@ pub fn clean_up(words: &[&str]) -> Answer {
     answer
 }
 
-/// A clean-up is about all runs, also that of the test next door: one at a time.
-pub fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+/// A clean-up is about all runs, also that of the test next door.
+static CLEAN_UPS: RwLock<()> = RwLock::new(());
+
+/// For a test that removes what others may have left, or leaves what others may remove.
+pub fn alone() -> RwLockWriteGuard<'static, ()> {
+    CLEAN_UPS.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// For a test that leaves only runs with names, and removes them by name: a clean-up by the next test leaves them.
+pub fn by_name() -> RwLockReadGuard<'static, ()> {
+    CLEAN_UPS.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Held {

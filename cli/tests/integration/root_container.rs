@@ -121,7 +121,7 @@ impl Drop for Container<'_> {
 
 #[test]
 fn root_two_containers_run_over_layers_that_they_share() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     assert!(
         Path::new(BUSYBOX).exists(),
         "tests/setup.sh installs busybox-static"

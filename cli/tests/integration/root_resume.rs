@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    self, Answer, Held, alone, assert_nothing_left, hold, image, in_kernel, run, temp,
+    self, Answer, Held, alone, assert_nothing_left, by_name, hold, image, in_kernel, run, temp,
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -166,7 +166,7 @@ fn root_r01_who_gives_up_on_a_busy_tree_leaves_what_is_below_it() {
 /// it worse, and once it is free it is taken apart.
 #[test]
 fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
-    let _alone = alone();
+    let _others = by_name();
     let wanted = Wanted::new("r02");
     let held = wanted.hold();
     let layers = held.json["layers"].as_array().unwrap().clone();
@@ -187,7 +187,7 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
         assert!(wanted.tree().join("b").exists(), "{answer}");
     }
     drop(user);
-    common::clean_up(&["--resumable"]);
+    run(["cleanup", &format!("--resumable={}", wanted.name)]).says(0, &[]);
     assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
 }
 
@@ -197,7 +197,7 @@ fn kill(held: Held) {
 
 #[test]
 fn root_a_named_mount_is_resumed_after_each_kill_with_what_was_written() {
-    let _alone = alone();
+    let _others = by_name();
     let wanted = Wanted::new("resumed");
     let file = wanted.tree().join("new");
     let held = wanted.hold();
@@ -318,7 +318,7 @@ fn resume_leaves_it_as_it_was(test: &str, said: &str, resume: impl FnOnce(Comman
 
 #[test]
 fn root_r21_a_resume_that_cannot_print_leaves_the_mount_as_it_was() {
-    let _alone = alone();
+    let _others = by_name();
     let said = "the mount is left as it was";
     resume_leaves_it_as_it_was("unprinted", said, |mut command| {
         let full = fs::File::options().write(true).open("/dev/full").unwrap();
@@ -329,7 +329,7 @@ fn root_r21_a_resume_that_cannot_print_leaves_the_mount_as_it_was() {
 
 #[test]
 fn root_r04_a_resume_in_another_mount_namespace_leaves_the_mount_as_it_was() {
-    let _alone = alone();
+    let _others = by_name();
     resume_leaves_it_as_it_was("elsewhere", "mount namespace", |command| {
         let mut elsewhere = Command::new("unshare");
         elsewhere.arg("--mount").arg(command.get_program());
@@ -375,7 +375,7 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
     }
     let answer = run(["cleanup"]);
     killed.assert_precious_is_there(&answer);
-    run(["cleanup", "--resumable"]).says(0, &[]);
+    run(["cleanup", &format!("--resumable={}", wanted.name)]).says(0, &[]);
     assert!(!killed.scratch.exists() && !killed.records.exists());
     let name = wanted.dir.path().file_name().unwrap();
     assert_eq!(in_kernel(name), Vec::<String>::new());
@@ -383,7 +383,7 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
 
 #[test]
 fn root_a_failed_resume_after_an_unmount_keeps_the_scratch() {
-    let _alone = alone();
+    let _others = by_name();
     let unmount = |path: &Path| shell(&["umount", path.to_str().unwrap()]);
     resume_fails_and_keeps("no-tree", |wanted, _| unmount(&wanted.tree()));
     resume_fails_and_keeps("no-scratch", |wanted, killed| {
@@ -394,7 +394,7 @@ fn root_a_failed_resume_after_an_unmount_keeps_the_scratch() {
 
 #[test]
 fn root_a_failed_resume_with_a_damaged_journal_keeps_the_scratch() {
-    let _alone = alone();
+    let _others = by_name();
     let state = "state/journal";
     resume_fails_and_keeps("torn", |_, killed| killed.cut(state, |length| length - 5));
     resume_fails_and_keeps("empty", |_, killed| killed.cut(state, |_| 0));
@@ -408,10 +408,15 @@ fn root_a_failed_resume_with_a_damaged_journal_keeps_the_scratch() {
 
 #[test]
 fn root_a_resume_without_the_journal_of_the_engine_ends_and_keeps_the_scratch() {
-    let _alone = alone();
+    let _others = by_name();
     resume_fails_and_keeps("no-engine", |_, killed| {
         fs::remove_dir_all(killed.records.join("engine")).unwrap();
     });
+}
+
+#[test]
+fn root_a_resume_with_halved_journals_ends_and_keeps_the_scratch() {
+    let _others = by_name();
     resume_fails_and_keeps("halved", |_, killed| {
         let half = |length| length / 2;
         killed.cut("state/journal", half);
@@ -452,7 +457,7 @@ fn root_a_named_mount_whose_name_is_unreadable_is_removed_only_on_request() {
 /// A signal that comes before the mount is taken over leaves it to the next program.
 #[test]
 fn root_an_interrupted_resume_leaves_the_mount_as_it_was() {
-    let _alone = alone();
+    let _others = by_name();
     let wanted = Wanted::new("interrupted");
     let mut killed = wanted.killed_with_a_file();
     let left = in_kernel(wanted.dir.path().file_name().unwrap());

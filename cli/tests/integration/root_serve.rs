@@ -110,7 +110,7 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
 
 #[test]
 fn root_a_server_takes_the_socket_of_its_service_manager() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     let dir = directory();
     let listen = format!("--listen={}", socket(&dir).display());
     let by_manager = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", &listen];
@@ -127,7 +127,7 @@ fn root_a_server_takes_the_socket_of_its_service_manager() {
 /// A hundred containers at once over the same eight layers.
 #[test]
 fn root_many_activations_at_once_share_their_layers() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     let dir = directory();
     let server = Server::ready(&dir, &[]);
     let layers = (0..8).map(|number| {
@@ -207,7 +207,7 @@ fn held_by(process: u32) -> (usize, usize, u64) {
 /// `BLOCKMOUNT_CYCLES` says how often; 10,000 is a quarter of an hour.
 #[test]
 fn root_a_server_does_not_grow_with_what_it_has_done() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     let dir = directory();
     let server = Server::ready(&dir, &[]);
     let cycles = std::env::var("BLOCKMOUNT_CYCLES").map_or(60, |cycles| cycles.parse().unwrap());

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::common::{
-    self, Answer, Held, after_mounting, alone, clean_up, eventually, hold_by, image, in_kernel,
-    program, signal,
+    self, Answer, Held, after_mounting, alone, by_name, clean_up, eventually, hold_by, image,
+    in_kernel, program, signal,
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -222,7 +222,7 @@ fn work_directories() -> Vec<String> {
 
 #[test]
 fn root_u13_what_is_lacking_is_said_or_done_without() {
-    let _alone = alone();
+    let _others = by_name();
     let before = work_directories();
     for row in ROWS {
         let (dir, mut arguments) = layer();
@@ -287,7 +287,7 @@ fn held_in_small_run(dir_and_arguments: (TempDir, Vec<String>), more: &[&str]) -
 
 #[test]
 fn root_u13_a_full_run_directory_keeps_no_mount_from_being_released() {
-    let _alone = alone();
+    let _others = by_name();
     let before = work_directories();
     for more in [
         &["--scratch", "8M"][..],

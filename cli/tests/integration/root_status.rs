@@ -152,7 +152,7 @@ fn series(text: &str) -> BTreeMap<String, f64> {
 
 #[test]
 fn root_a_server_offers_metrics_and_a_page() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     let dir = temp();
     let image = erofs(&dir);
     let at = dir.path().join("metrics");
@@ -260,7 +260,7 @@ fn root_a_server_offers_metrics_and_a_page() {
 
 #[test]
 fn root_metrics_are_offered_over_tcp_at_a_port_of_the_systems_choice() {
-    let _alone = common::alone();
+    let _others = common::by_name();
     let dir = temp();
     let mut server = Server::ready(&dir, &["--metrics", "127.0.0.1:0"]);
     let said = server.wait_for("metrics and a page at http://");

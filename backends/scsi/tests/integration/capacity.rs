@@ -31,7 +31,7 @@ async fn the_257th_disk_is_refused_with_nothing_changed() {
 async fn the_largest_buses_give_every_address_once() {
     for (controllers, luns) in [(1, 16_384), (64, 512)] {
         let (vm, scsi) = scsi(controllers, luns, &["0/0"]);
-        let last = u64::from(controllers) * u64::from(luns);
+        let last = usize::from(controllers) * usize::from(luns);
         let mut locators = HashSet::new();
         for number in 1..last {
             assert!(locators.insert(scsi.attach_identified(&disk(number)).await.unwrap()));
@@ -40,7 +40,7 @@ async fn the_largest_buses_give_every_address_once() {
             scsi.attach_identified(&disk(0)).await.unwrap_err().kind(),
             ErrorKind::Full
         );
-        assert_eq!(vm.present().len() as u64, last - 1);
+        assert_eq!(vm.present().len(), last - 1);
         for number in 1..last {
             scsi.detach(&disk(number)).await.unwrap();
         }
