@@ -21,27 +21,27 @@ tests/setup.sh
 say "formatting"
 cargo fmt --all -- --check
 
-say "lints, with the oldest Rust that the manifest names"
-tests/oldest.sh lints
-
 # The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
 # they are built, it waits for them. Of a session of its own, the kernel counts the niceness of its group alone
 # (sched(7), "The autogroup feature").
 builds_log=$(mktemp)
-setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true; tests/oldest.sh docs && tests/windows.sh' >"$builds_log" 2>&1 &
+setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true
+  tests/oldest.sh lints && tests/oldest.sh docs && tests/windows.sh' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
-say "tests"
+say "tests; beside them the lints of the oldest Rust that the manifest names, docs, and Windows under Wine"
 # All of them, so that one run says all that is wrong.
-cargo test --workspace --all-features --no-fail-fast
+failed=
+cargo test --workspace --all-features --no-fail-fast || failed="tests"
 
 say "benches, each once and untimed"
-cargo test --workspace --all-features --bench '*'
+cargo test --workspace --all-features --bench '*' || failed="$failed benches"
 
-say "docs; Windows, under Wine"
-wait "$builds" || { cat "$builds_log" >&2; exit 1; }
+say "lints; docs; Windows, under Wine"
+wait "$builds" || failed="$failed lints, docs or Windows"
 cat "$builds_log"
 
+[ -z "$failed" ] || { say "failed: $failed"; exit 1; }
 say "all of it holds"
