@@ -26,7 +26,7 @@
 //!    task of their own as soon as they have to wait (`begin.rs`); callers wait for its answer on a channel. A caller that is
 //!    cancelled drops the channel and with it the lease in it, whose `Drop` releases it. There is no cancellation code.
 //! 2. **Counting never waits.** The state sits behind a plain mutex that is held for a few
-//!    instructions; only transitions queue, on an async mutex that is the entry's own. A lease that is
+//!    instructions; only transitions queue, for the turn of their entry. A lease that is
 //!    released is counted at once, so every later reader sees it.
 //! 3. **Pessimism.** Before a driver is called the state is `Draining`; only success changes that. A
 //!    panic, or a runtime that shuts down in the middle, leaves the state correct.
@@ -64,7 +64,7 @@ mod request;
 use begin::{Begun, begin, go_on};
 pub(crate) use clearing::Tables;
 use entries::Entries;
-use entry::{Entry, JobGuard, JobSlot, Phase, State};
+use entry::{Entry, EntryRef, Phase, State, Turn};
 use handle::PendingTeardown;
 pub(crate) use handle::{Lease, Which};
 pub(crate) use lingering::Lingering;
@@ -210,7 +210,7 @@ impl<D: Driver> Table<D> {
         key: &D::Key,
         read: impl FnOnce(&D::Key, &D::Resource) -> T,
     ) -> Option<T> {
-        let read = |entry: &Arc<Entry<D>>| entry.resource.get().map(|up| read(&entry.key, up));
+        let read = |entry: &EntryRef<D>| entry.resource.get().map(|up| read(&entry.key, up));
         self.entries.read(key, read)?
     }
 
@@ -219,8 +219,8 @@ impl<D: Driver> Table<D> {
         self.entries.read(key, |entry| read(&entry.key))
     }
 
-    fn join_entry(self: &Arc<Self>, entry: Arc<Entry<D>>) -> Option<Lease<D>> {
-        match &mut *lock(&entry.state) {
+    fn join_entry(self: &Arc<Self>, entry: EntryRef<D>) -> Option<Lease<D>> {
+        match &mut lock(&entry.held).state {
             State::Up(leases) => *leases += 1,
             state @ State::Lingering(_) => {
                 self.lingering.remove(state);
@@ -263,12 +263,12 @@ impl<D: Driver> Table<D> {
         let mut entry = self.entry(&key);
         loop {
             let queued_at = Some(entry.attempts());
-            let mut job = entry.turn().await;
+            let mut turn = Entry::turn(&entry).await;
             let refusal = match entry.phase(queued_at) {
                 Phase::Idle => match request.take() {
                     Some(wanted) => {
-                        job.0 = Some(wanted);
-                        return self.setup(&entry, job, &request).await;
+                        turn.job = Some(wanted);
+                        return self.setup(&entry, turn, &request).await;
                     }
                     // Cancelled before its turn: there is nothing to begin.
                     None => {
@@ -276,7 +276,7 @@ impl<D: Driver> Table<D> {
                         return None;
                     }
                 },
-                Phase::Up | Phase::Lingering => match self.join_entry(Arc::clone(&entry)) {
+                Phase::Up | Phase::Lingering => match self.join_entry(EntryRef::clone(&entry)) {
                     // The last lease was released since the state was read.
                     None => continue,
                     Some(lease) => {
@@ -287,10 +287,10 @@ impl<D: Driver> Table<D> {
                     }
                 },
                 Phase::Draining if request.is_cancelled() => return None,
-                Phase::Draining => match self.teardown(&entry, &mut job).await {
+                Phase::Draining => match self.teardown(&entry, &mut turn).await {
                     Err(error) => error,
                     Ok(rest) => {
-                        drop(job);
+                        drop(turn);
                         log_failure(rest.await);
                         entry = self.entry(&key);
                         continue;
@@ -298,7 +298,7 @@ impl<D: Driver> Table<D> {
                 },
                 Phase::Failed(error) | Phase::Gone(Some(error)) => error,
                 Phase::Gone(None) => {
-                    drop(job);
+                    drop(turn);
                     entry = self.entry(&key);
                     continue;
                 }
@@ -307,7 +307,7 @@ impl<D: Driver> Table<D> {
             let unused = request
                 .take()
                 .map(|unused| self.driver.release_held(unused, false));
-            drop(job);
+            drop(turn);
             if let Some(rest) = unused {
                 log_failure(rest.await);
             }
@@ -315,7 +315,7 @@ impl<D: Driver> Table<D> {
         }
     }
 
-    /// Answers with a share of what is up. The caller holds the entry's job.
+    /// Answers with a share of what is up. The caller has the entry's turn.
     async fn hand_over(&self, lease: Lease<D>, request: &Request<D>) -> Option<Answer<D>> {
         if let Some(unused) = request.take() {
             // The resource holds leases of its own, so none of these is the last.
@@ -327,39 +327,36 @@ impl<D: Driver> Table<D> {
     /// Sets up what an idle entry stands for, and answers.
     async fn setup(
         self: &Arc<Self>,
-        entry: &Arc<Entry<D>>,
-        mut job: JobGuard<'_, D>,
+        entry: &EntryRef<D>,
+        mut turn: Turn<D>,
         request: &Request<D>,
     ) -> Option<Answer<D>> {
         entry.set(State::released());
-        let error = match self.driver.setup(&entry.key, work(&mut job)).await {
+        let error = match self.driver.setup(&entry.key, work(&mut turn)).await {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
                 entry.set(State::Up(1));
-                // Sent while this work holds the job: if the caller is gone, the lease is counted back before
+                // Sent while this work has the turn: if the caller is gone, the lease is counted back before
                 // another task reads the state.
-                return request.answer(Ok(Lease::new(self, Arc::clone(entry))));
+                return request.answer(Ok(Lease::new(self, EntryRef::clone(entry))));
             }
             Err(error) => error,
         };
         // An uncertain resource has no lease whose release would tear it down.
         let uncertain = error.kind() == ErrorKind::Uncertain;
         let left = match uncertain {
-            true => self.driver.teardown(&entry.key, work(&mut job)).await,
+            true => self.driver.teardown(&entry.key, work(&mut turn)).await,
             false => Ok(()),
         };
         if left.is_err_and(|left| left.kind() != ErrorKind::LostWrites) {
-            entry.set(State::Draining {
-                attempts: 1,
-                error: Some(error.clone()),
-            });
-            drop(job);
+            entry.set(State::failed(1, error.clone()));
+            drop(turn);
         } else {
             // An error about the request concerns this caller alone: a queued caller may have requested
             // something else, and tries for itself.
             let about_request = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid);
-            let rest = self.retire(entry, &mut job, (!about_request).then(|| error.clone()));
-            drop(job);
+            let rest = self.retire(entry, &mut turn, (!about_request).then(|| error.clone()));
+            drop(turn);
             log_failure(rest.await);
         }
         request.answer(Err(error))
@@ -367,39 +364,27 @@ impl<D: Driver> Table<D> {
 
     /// Tears an entry down. The leases that it held are counted back by then; the returned future waits for
     /// what that tears down.
-    async fn teardown(
-        &self,
-        entry: &Arc<Entry<D>>,
-        job: &mut JobGuard<'_, D>,
-    ) -> Result<Releasing, Error> {
-        match self.driver.teardown(&entry.key, work(job)).await {
-            Ok(()) => Ok(self.retire(entry, job, None)),
+    async fn teardown(&self, entry: &EntryRef<D>, turn: &mut Turn<D>) -> Result<Releasing, Error> {
+        match self.driver.teardown(&entry.key, work(turn)).await {
+            Ok(()) => Ok(self.retire(entry, turn, None)),
             Err(lost) if lost.kind() == ErrorKind::LostWrites => {
                 let lost = Unheard::new(Err(ReleaseError::lost_writes(lost)));
-                let rest = self.retire(entry, job, None);
+                let rest = self.retire(entry, turn, None);
                 Ok(Box::pin(async move { both(lost.hear(), rest.await) }))
             }
             Err(error) => {
                 let attempts = entry.attempts() + 1;
-                entry.set(State::Draining {
-                    attempts,
-                    error: Some(error.clone()),
-                });
+                entry.set(State::failed(attempts, error.clone()));
                 Err(error)
             }
         }
     }
 
     /// Takes an entry out of the table, its resource being down.
-    fn retire(
-        &self,
-        entry: &Arc<Entry<D>>,
-        job: &mut JobGuard<'_, D>,
-        outcome: Option<Error>,
-    ) -> Releasing {
+    fn retire(&self, entry: &EntryRef<D>, turn: &mut Turn<D>, outcome: Option<Error>) -> Releasing {
         // Counted back before the entry leaves the table: a caller that finds no entry finds no leases of it either.
         let (job, was_up) = (
-            job.0.take().expect(JOB_GIVEN),
+            turn.job.take().expect(JOB_GIVEN),
             entry.resource.get().is_some(),
         );
         let rest = self.driver.release_held(job, was_up);
@@ -407,7 +392,7 @@ impl<D: Driver> Table<D> {
         rest
     }
 
-    fn remove(&self, entry: &Arc<Entry<D>>, outcome: Option<Error>) {
+    fn remove(&self, entry: &EntryRef<D>, outcome: Option<Error>) {
         self.entries.remove(entry);
         entry.set(State::Gone(outcome));
     }
@@ -416,10 +401,10 @@ impl<D: Driver> Table<D> {
     /// then; the returned future waits for what that tears down, and has its errors.
     async fn retry(
         self: Arc<Self>,
-        entry: Arc<Entry<D>>,
+        entry: EntryRef<D>,
         queued_at: Option<usize>,
     ) -> Result<Releasing, ReleaseError> {
-        let mut job = entry.turn().await;
+        let mut turn = Entry::turn(&entry).await;
         if queued_at.is_none() {
             // The caller of the set-up that this waited for had given up, and its lease was the last.
             self.stop_lingering(&entry);
@@ -429,21 +414,21 @@ impl<D: Driver> Table<D> {
                 let frozen = BackendError::busy("the manager is frozen");
                 Err(self.driver.error(&entry.key, entry.resource.get(), frozen))
             }
-            Phase::Draining => self.teardown(&entry, &mut job).await,
+            Phase::Draining => self.teardown(&entry, &mut turn).await,
             Phase::Failed(error) => Err(error),
             Phase::Idle | Phase::Up | Phase::Lingering | Phase::Gone(_) => Ok(nothing_to_release()),
         };
-        drop(job);
+        drop(turn);
         outcome
             .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
     }
 
     /// Has what lingers torn down next. False if it does not linger.
     fn stop_lingering(&self, entry: &Entry<D>) -> bool {
-        let mut state = lock(&entry.state);
-        let lingers = matches!(*state, State::Lingering(_));
+        let state = &mut lock(&entry.held).state;
+        let lingers = matches!(state, State::Lingering(_));
         if lingers {
-            self.lingering.remove(&state);
+            self.lingering.remove(state);
             *state = State::released();
         }
         lingers
@@ -462,7 +447,7 @@ impl<D: Driver> Table<D> {
             Some(_) => State::Up(1),
             None => State::released(),
         };
-        let restored = || Arc::new(Entry::new(key.clone(), state, Some(job)));
+        let restored = || EntryRef::new(Entry::new(key.clone(), state, Some(job)));
         let entry = self.entries.get_or_insert(&key, restored);
         let _set_once = entry.resource.set(up?);
         Some(Lease::new(self, entry))
@@ -508,9 +493,8 @@ impl<D: Driver> Table<D> {
     pub(crate) fn records(&self) -> Vec<Record> {
         let entries = self.entries.snapshot().into_iter();
         let records = entries.filter_map(|entry| {
-            let job = entry.job.try_lock().ok()?;
-            self.driver
-                .record(&entry.key, job.0.as_ref()?, entry.is_whole())
+            let is_whole = entry.is_whole();
+            Entry::read_job(&entry, |job| self.driver.record(&entry.key, job, is_whole))?
         });
         records.collect()
     }
@@ -527,8 +511,8 @@ impl<D: Driver> Table<D> {
     }
 
     /// The entry under a key, a fresh one if there is none.
-    fn entry(&self, key: &D::Key) -> Arc<Entry<D>> {
-        let fresh = || Arc::new(Entry::new(key.clone(), State::Idle, None));
+    fn entry(&self, key: &D::Key) -> EntryRef<D> {
+        let fresh = || EntryRef::new(Entry::new(key.clone(), State::Idle, None));
         self.entries.get_or_insert(key, fresh)
     }
 
@@ -562,8 +546,8 @@ impl<D: Driver> Table<D> {
 
 const JOB_GIVEN: &str = "an entry is given a job before its driver is called";
 
-fn work<D: Driver>(job: &mut JobSlot<D>) -> &mut D::Job {
-    job.0.as_mut().expect(JOB_GIVEN)
+fn work<D: Driver>(turn: &mut Turn<D>) -> &mut D::Job {
+    turn.job.as_mut().expect(JOB_GIVEN)
 }
 
 /// For when no caller waits for the error.

@@ -10,7 +10,7 @@ pub(crate) use primitives::*;
 mod primitives {
     pub(crate) use parking_lot::{Mutex, MutexGuard};
     pub(crate) use tokio::runtime::Handle;
-    pub(crate) use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot};
+    pub(crate) use tokio::sync::oneshot;
     pub(crate) use tokio::time::{Instant, sleep_until, timeout};
 
     /// Locks for a few instructions.
@@ -23,9 +23,7 @@ mod primitives {
 mod primitives {
     pub(crate) use shuttle::sync::{Mutex, MutexGuard};
     pub(crate) use shuttle_tokio_impl::runtime::Handle;
-    pub(crate) use shuttle_tokio_impl::sync::{
-        Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, oneshot,
-    };
+    pub(crate) use shuttle_tokio_impl::sync::oneshot;
     pub(crate) use shuttle_tokio_impl::time::{Instant, sleep_until, timeout};
 
     pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -113,7 +113,7 @@ const RULE: [(&str, &[&str]); 18] = [
 ];
 
 /// All that the core stands on.
-const CORE: [&str; 10] = [
+const CORE: [&str; 11] = [
     "async-trait",
     "dashmap",
     "foldhash",
@@ -124,6 +124,7 @@ const CORE: [&str; 10] = [
     "thiserror",
     "tokio",
     "tracing",
+    "triomphe",
 ];
 
 /// The dependencies of each crate of the workspace, apart from those of tests and benches.

@@ -1,14 +1,12 @@
 //! All entries of a table, by the key that each has itself.
 
-use std::hash::BuildHasher;
-use std::sync::Arc;
-
 use foldhash::fast::FixedState;
 use hashbrown::HashTable;
 use parking_lot::RwLock;
+use std::hash::BuildHasher;
 
 use super::Driver;
-use super::entry::Entry;
+use super::entry::EntryRef;
 
 /// How many parts there are, each with a lock of its own; a power of two. More than processors that work here at once.
 const SHARDS: usize = 32;
@@ -21,7 +19,7 @@ pub(super) struct Entries<D: Driver> {
     shards: Box<[RwLock<Shard<D>>]>,
 }
 
-type Shard<D> = HashTable<Arc<Entry<D>>>;
+type Shard<D> = HashTable<EntryRef<D>>;
 
 impl<D: Driver> Default for Entries<D> {
     fn default() -> Self {
@@ -41,48 +39,44 @@ impl<D: Driver> Entries<D> {
     }
 
     /// Reads an entry in its place.
-    pub(super) fn read<T>(
-        &self,
-        key: &D::Key,
-        read: impl FnOnce(&Arc<Entry<D>>) -> T,
-    ) -> Option<T> {
+    pub(super) fn read<T>(&self, key: &D::Key, read: impl FnOnce(&EntryRef<D>) -> T) -> Option<T> {
         let (shard, hash) = self.place(key);
         let shard = shard.read();
         shard.find(hash, |entry| entry.key == *key).map(read)
     }
 
-    pub(super) fn get(&self, key: &D::Key) -> Option<Arc<Entry<D>>> {
-        self.read(key, Arc::clone)
+    pub(super) fn get(&self, key: &D::Key) -> Option<EntryRef<D>> {
+        self.read(key, EntryRef::clone)
     }
 
     /// The entry under a key, a fresh one if there is none.
     pub(super) fn get_or_insert(
         &self,
         key: &D::Key,
-        fresh: impl FnOnce() -> Arc<Entry<D>>,
-    ) -> Arc<Entry<D>> {
+        fresh: impl FnOnce() -> EntryRef<D>,
+    ) -> EntryRef<D> {
         let (shard, hash) = self.place(key);
         let mut shard = shard.write();
-        let is_it = |entry: &Arc<Entry<D>>| entry.key == *key;
-        let hash_of = |entry: &Arc<Entry<D>>| self.hasher.hash_one(&entry.key);
+        let is_it = |entry: &EntryRef<D>| entry.key == *key;
+        let hash_of = |entry: &EntryRef<D>| self.hasher.hash_one(&entry.key);
         let entry = shard.entry(hash, is_it, hash_of).or_insert_with(fresh);
-        Arc::clone(entry.get())
+        EntryRef::clone(entry.get())
     }
 
     /// Takes an entry out, if it is there.
-    pub(super) fn remove(&self, entry: &Arc<Entry<D>>) {
+    pub(super) fn remove(&self, entry: &EntryRef<D>) {
         let (shard, hash) = self.place(&entry.key);
-        let is_it = |listed: &Arc<Entry<D>>| Arc::ptr_eq(listed, entry);
+        let is_it = |listed: &EntryRef<D>| EntryRef::ptr_eq(listed, entry);
         if let Ok(found) = shard.write().find_entry(hash, is_it) {
             found.remove();
         }
     }
 
     /// The entries as they are now, so that no lock is held while they are looked at.
-    pub(super) fn snapshot(&self) -> Vec<Arc<Entry<D>>> {
+    pub(super) fn snapshot(&self) -> Vec<EntryRef<D>> {
         let mut all = Vec::new();
         for shard in &self.shards {
-            all.extend(shard.read().iter().map(Arc::clone));
+            all.extend(shard.read().iter().map(EntryRef::clone));
         }
         all
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::begin::{Begun, Work, begin, go_on};
-use super::entry::{Entry, State};
+use super::entry::{EntryRef, State};
 use super::{Driver, Table, interrupted};
 use crate::release::{PendingRelease, ReleaseError, Releasing, Unheard};
 use crate::sync::{Handle, lock, oneshot, timeout};
@@ -15,11 +15,11 @@ pub(crate) struct Lease<D: Driver>(Option<Share<D>>);
 
 struct Share<D: Driver> {
     table: Arc<Table<D>>,
-    entry: Arc<Entry<D>>,
+    entry: EntryRef<D>,
 }
 
 /// Tells one resource that is up from all others, also from a later one under its key. It keeps nothing up.
-pub(crate) struct Which<D: Driver>(Arc<Entry<D>>);
+pub(crate) struct Which<D: Driver>(EntryRef<D>);
 
 impl<D: Driver> Which<D> {
     pub(crate) fn key(&self) -> &D::Key {
@@ -29,13 +29,13 @@ impl<D: Driver> Which<D> {
 
 impl<D: Driver> PartialEq for Which<D> {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        EntryRef::ptr_eq(&self.0, &other.0)
     }
 }
 
 impl<D: Driver> Lease<D> {
     /// For one that has been counted.
-    pub(super) fn new(table: &Arc<Table<D>>, entry: Arc<Entry<D>>) -> Self {
+    pub(super) fn new(table: &Arc<Table<D>>, entry: EntryRef<D>) -> Self {
         let table = Arc::clone(table);
         Lease(Some(Share { table, entry }))
     }
@@ -53,13 +53,13 @@ impl<D: Driver> Lease<D> {
 
     pub(crate) fn which(&self) -> Which<D> {
         let share = self.0.as_ref().expect("held until it is released");
-        Which(Arc::clone(&share.entry))
+        Which(EntryRef::clone(&share.entry))
     }
 
     /// One more share of what this one keeps up.
     pub(crate) fn share(&self) -> Self {
         let Share { table, entry } = self.0.as_ref().expect("held until it is released");
-        let shared = table.join_entry(Arc::clone(entry));
+        let shared = table.join_entry(EntryRef::clone(entry));
         shared.expect("a lease keeps its entry up")
     }
 
@@ -107,8 +107,8 @@ impl<D: Driver> Share<D> {
     /// Counts the share back; returns the tear-down to run if it was the last and the resource does not linger.
     fn give_back(self, may_linger: bool) -> Option<PendingTeardown<D>> {
         let Share { table, entry } = self;
-        let mut state = lock(&entry.state);
-        match &mut *state {
+        let mut held = lock(&entry.held);
+        match &mut held.state {
             State::Up(leases) if *leases > 1 => {
                 *leases -= 1;
                 return None;
@@ -119,8 +119,8 @@ impl<D: Driver> Share<D> {
             true => table.lingering.add(|| Table::lingerer(&table, &entry)),
             false => None,
         };
-        *state = number.map_or_else(State::released, State::Lingering);
-        drop(state);
+        held.state = number.map_or_else(State::released, State::Lingering);
+        drop(held);
         if number.is_some() {
             table.lingering.enforce(|| table.runtime());
             return None;
@@ -132,7 +132,7 @@ impl<D: Driver> Share<D> {
 /// The pending tear-down of one entry.
 pub(super) struct PendingTeardown<D: Driver> {
     table: Arc<Table<D>>,
-    entry: Arc<Entry<D>>,
+    entry: EntryRef<D>,
     /// The attempts made so far, to share the outcome of those under way; `None` to make an attempt in any case.
     queued_at: Option<usize>,
 }
@@ -140,7 +140,7 @@ pub(super) struct PendingTeardown<D: Driver> {
 /// A tear-down under way in a task of its own.
 pub(super) struct RunningTeardown<D: Driver> {
     table: Arc<Table<D>>,
-    entry: Arc<Entry<D>>,
+    entry: EntryRef<D>,
     outcome: Outcome,
 }
 
@@ -152,11 +152,11 @@ enum Outcome {
 }
 
 impl<D: Driver> PendingTeardown<D> {
-    pub(super) fn new(table: &Arc<Table<D>>, entry: &Arc<Entry<D>>) -> Self {
+    pub(super) fn new(table: &Arc<Table<D>>, entry: &EntryRef<D>) -> Self {
         let queued_at = Some(entry.attempts());
         PendingTeardown {
             table: Arc::clone(table),
-            entry: Arc::clone(entry),
+            entry: EntryRef::clone(entry),
             queued_at,
         }
     }
@@ -194,7 +194,7 @@ impl<D: Driver> PendingTeardown<D> {
     }
 
     fn attempt(&self) -> Work<Result<Releasing, ReleaseError>> {
-        let (table, entry) = (Arc::clone(&self.table), Arc::clone(&self.entry));
+        let (table, entry) = (Arc::clone(&self.table), EntryRef::clone(&self.entry));
         Box::pin(table.retry(entry, self.queued_at))
     }
 

@@ -15,18 +15,24 @@ impl<D: Driver> Table<D> {
         let mut seen = Vec::new();
         for entry in self.entries.snapshot() {
             let resource = entry.resource.get();
-            let status = match &*lock(&entry.state) {
+            let status = match &lock(&entry.held).state {
                 State::Gone(_) => continue,
                 State::Idle => LeaseStatus::new(LeaseState::Starting, 0, 0, None),
                 State::Up(shares) => LeaseStatus::new(LeaseState::Up, *shares, 0, None),
                 State::Lingering(_) => LeaseStatus::new(LeaseState::Lingering, 0, 0, None),
-                State::Draining { attempts, error } => {
-                    let state = match error {
+                State::Draining(failed) => {
+                    let state = match failed {
                         Some(_) => LeaseState::Pending,
                         None if resource.is_some() => LeaseState::Ending,
                         None => LeaseState::Starting,
                     };
-                    LeaseStatus::new(state, 0, *attempts, error.as_ref())
+                    let attempts = failed.as_ref().map_or(0, |failed| failed.attempts);
+                    LeaseStatus::new(
+                        state,
+                        0,
+                        attempts,
+                        failed.as_ref().map(|failed| &failed.error),
+                    )
                 }
             };
             seen.push(read(&entry.key, resource, status));

@@ -13,7 +13,7 @@ use crate::sync::{Handle, Instant, Mutex, MutexGuard, lock, sleep_until};
 use crate::{DiskId, Error};
 
 use super::begin::go_on;
-use super::entry::{Entry, State};
+use super::entry::{Entry, EntryRef, State};
 use super::handle::PendingTeardown;
 use super::{Driver, Table};
 
@@ -51,7 +51,7 @@ pub(super) trait Lingerer: Send + Sync {
 
 struct Idle<D: Driver> {
     table: Arc<Table<D>>,
-    entry: Arc<Entry<D>>,
+    entry: EntryRef<D>,
 }
 
 impl<D: Driver> Lingerer for Idle<D> {
@@ -64,11 +64,11 @@ impl<D: Driver> Lingerer for Idle<D> {
     fn evict(&self, number: u64) -> Option<Releasing> {
         let Idle { table, entry } = self;
         {
-            let mut state = lock(&entry.state);
-            if !matches!(*state, State::Lingering(now) if now == number) {
+            let state = &mut lock(&entry.held).state;
+            if !matches!(state, State::Lingering(now) if *now == number) {
                 return None;
             }
-            table.lingering.remove(&state);
+            table.lingering.remove(state);
             *state = State::released();
         }
         let teardown = PendingTeardown::new(table, entry).start_in_task();
@@ -77,8 +77,8 @@ impl<D: Driver> Lingerer for Idle<D> {
 }
 
 impl<D: Driver> Table<D> {
-    pub(super) fn lingerer(self: &Arc<Self>, entry: &Arc<Entry<D>>) -> Arc<dyn Lingerer> {
-        let (table, entry) = (Arc::clone(self), Arc::clone(entry));
+    pub(super) fn lingerer(self: &Arc<Self>, entry: &EntryRef<D>) -> Arc<dyn Lingerer> {
+        let (table, entry) = (Arc::clone(self), EntryRef::clone(entry));
         Arc::new(Idle { table, entry })
     }
 
