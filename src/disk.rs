@@ -4,9 +4,9 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use triomphe::Arc as Shared;
 
 mod options;
 
@@ -29,7 +29,7 @@ pub use options::{CacheMode, DiskOption, DiskOptions, SectorSize};
 /// Cloning is cheap (a reference count): a disk is remembered in several places while it is attached.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Disk(Arc<Fields>);
+pub struct Disk(Shared<Fields>);
 
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "Plain", into = "Plain")]
@@ -132,7 +132,7 @@ impl Disk {
     }
 
     fn of_kind(kind: DiskKind, source: PathBuf) -> Self {
-        Disk(Arc::new(Fields::from(Plain {
+        Disk(Shared::new(Fields::from(Plain {
             source: source.into_boxed_path(),
             kind,
             read_only: false,
@@ -143,21 +143,21 @@ impl Disk {
     /// The same disk, attached so that the VM cannot write to it.
     #[must_use]
     pub fn read_only(mut self) -> Self {
-        Arc::make_mut(&mut self.0).read_only = true;
+        Shared::make_mut(&mut self.0).read_only = true;
         self
     }
 
     /// The same disk, attached with these options.
     #[must_use]
     pub fn with_options(mut self, options: DiskOptions) -> Self {
-        let fields = Arc::make_mut(&mut self.0);
+        let fields = Shared::make_mut(&mut self.0);
         fields.set(fields.kind_and_options().kind.clone(), options);
         self
     }
 
     /// The same disk under another name.
     pub(crate) fn with_source(mut self, source: PathBuf) -> Self {
-        Arc::make_mut(&mut self.0).source = source.into_boxed_path();
+        Shared::make_mut(&mut self.0).source = source.into_boxed_path();
         self
     }
 
@@ -221,7 +221,21 @@ pub struct DiskId {
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Identity {
     Inode { device: u64, inode: u64 },
-    Name(Arc<str>),
+    Name(#[serde(with = "shared_str")] Shared<str>),
+}
+
+/// `triomphe` has serde only for what is sized.
+mod shared_str {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use triomphe::Arc;
+
+    pub(super) fn serialize<S: Serializer>(text: &Arc<str>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(from).map(Arc::from)
+    }
 }
 
 impl DiskId {

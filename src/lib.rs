@@ -80,6 +80,7 @@
 mod attach;
 mod blocking;
 mod call;
+mod claims;
 pub mod contracts;
 mod disk;
 mod error;
@@ -104,7 +105,6 @@ pub mod slots;
 mod snapshot;
 mod stack;
 mod sync;
-mod target;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod transports;

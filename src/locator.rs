@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use triomphe::ThinArc;
 
 use crate::printable;
 
@@ -31,7 +31,10 @@ use crate::printable;
 /// [`Resolver`]: crate::Resolver
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct DeviceLocator(Arc<str>);
+pub struct DeviceLocator(
+    /// Its text: a pointer of one word, since each mount has its locator in several places.
+    ThinArc<(), u8>,
+);
 
 /// Why a string is not a [`DeviceLocator`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -69,7 +72,11 @@ impl DeviceLocator {
 
     /// The whole locator: `scsi:0/3`.
     pub fn as_str(&self) -> &str {
-        &self.0
+        self.text()
+    }
+
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.0.slice).expect("it was made of a string")
     }
 
     /// Reads a number in an address. Each number has one spelling, so that two locators of one place are equal: decimal digits
@@ -90,14 +97,17 @@ impl DeviceLocator {
     }
 
     fn split(&self) -> (&str, &str) {
-        self.0
+        self.as_str()
             .split_once(':')
             .expect("a locator has a colon since it was checked")
     }
 
     fn checked(text: String) -> Result<Self, InvalidLocator> {
         match reason_against(&text) {
-            None => Ok(DeviceLocator(text.into())),
+            None => Ok(DeviceLocator(ThinArc::from_header_and_slice(
+                (),
+                text.as_bytes(),
+            ))),
             Some(reason) => Err(InvalidLocator {
                 text: printable(text).shortened(64).to_string(),
                 reason,
@@ -126,13 +136,13 @@ fn reason_against(text: &str) -> Option<&'static str> {
 
 impl fmt::Display for DeviceLocator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.as_str())
     }
 }
 
 impl fmt::Debug for DeviceLocator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.as_str())
     }
 }
 
@@ -154,7 +164,7 @@ impl TryFrom<String> for DeviceLocator {
 
 impl From<DeviceLocator> for String {
     fn from(locator: DeviceLocator) -> String {
-        locator.0.as_ref().to_owned()
+        locator.as_str().to_owned()
     }
 }
 

@@ -9,12 +9,12 @@ use tracing::info_span;
 
 use crate::attach::Attachment;
 use crate::call::call;
+use crate::claims::Claims;
 use crate::holders::{Holder, Holders, Running};
 use crate::journal::{MountKey, MountRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Lingering, Table, Tables};
 use crate::named::Named;
 use crate::release::{Releasing, give_back};
-use crate::target::Claims;
 use crate::{
     BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountRequest,
     Mounter, Presence, ReleaseError, Step, Usage,
@@ -22,6 +22,7 @@ use crate::{
 
 mod attachments;
 mod driver;
+mod further;
 mod inspect;
 
 pub(crate) use attachments::Attachments;

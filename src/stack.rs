@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
 use crate::call::{Teardown, call, call_down};
+use crate::claims::{Claim, Claims};
 use crate::holders::{Holder, Holders};
 use crate::journal::{Progress, Record, RecordKey, StackRecord};
 use crate::lease::{Driver, Left, Table};
 use crate::named::Named;
 use crate::release::{Releasing, both};
-use crate::target::{Claim, Claims};
 use crate::{
     BackendError, Disk, DiskId, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest,
     Overlay, OverlayOptions, Presence, ReleaseError, Step,

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::missing::Missing;
 use super::{DEFAULT_TIMEOUT, Manager};
+use crate::claims::Claims;
 use crate::holders::Holders;
 use crate::inspect::{Observed, Timed};
 use crate::lease::{Lingering, Table, Tables};
 use crate::stack::Combining;
-use crate::target::Claims;
 use crate::transports::Transports;
 use crate::view::Viewing;
 use crate::{

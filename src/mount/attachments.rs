@@ -7,6 +7,7 @@ use crate::release::{Releasing, both, nothing_to_release};
 use crate::{Disk, DiskId, Error, MountOptions, MountRequest, Step};
 
 use super::ensure_writable;
+use super::further::Further;
 
 /// The disks under a mount, as far as its manager keeps them attached: the one that is mounted, and the further ones of its
 /// filesystem. The entry of the mount holds them, not its leases: whatever happens to those, the disks stay
@@ -15,19 +16,19 @@ use super::ensure_writable;
 pub(crate) struct Attachments {
     pub(crate) mounted: Option<Attachment>,
     /// In the order of the options.
-    pub(crate) devices: Box<[Attachment]>,
+    pub(crate) devices: Further<Attachment>,
 }
 
 /// Which attachments they are.
 #[derive(Default, PartialEq)]
 pub(crate) struct WhichDisks {
     pub(crate) mounted: Option<Which<Attach>>,
-    pub(crate) devices: Box<[Which<Attach>]>,
+    pub(crate) devices: Further<Which<Attach>>,
 }
 
 impl WhichDisks {
     pub(crate) fn ids(&self) -> impl Iterator<Item = &DiskId> {
-        self.mounted.iter().chain(&self.devices).map(Which::key)
+        self.mounted.iter().chain(&*self.devices).map(Which::key)
     }
 }
 
@@ -43,7 +44,7 @@ impl Attachments {
     pub(crate) fn new(mounted: Attachment, devices: Vec<Attachment>) -> Self {
         Attachments {
             mounted: Some(mounted),
-            devices: devices.into(),
+            devices: devices.into_iter().collect(),
         }
     }
 
@@ -53,7 +54,7 @@ impl Attachments {
             return Ok(request.options().clone());
         }
         let roles = request.devices().iter().map(|device| device.role);
-        let places = roles.zip(&self.devices);
+        let places = roles.zip(&*self.devices);
         let places = places.map(|(role, there)| ExtraDevice::new(role, there.locator().clone()));
         let options = request.options().with_devices(places.collect());
         let options = options.map_err(|why| {
@@ -71,7 +72,7 @@ impl Attachments {
     pub(crate) fn disks(&self) -> impl Iterator<Item = &Disk> {
         self.mounted
             .iter()
-            .chain(&self.devices)
+            .chain(&*self.devices)
             .map(Attachment::disk)
     }
 
@@ -92,7 +93,7 @@ impl Attachments {
 
     /// Whether all of them stay as they are while nobody uses them.
     pub(crate) fn may_linger(&self) -> bool {
-        let mut all = self.mounted.iter().chain(&self.devices);
+        let mut all = self.mounted.iter().chain(&*self.devices);
         self.mounted.is_some()
             && all.all(|there| there.disk().is_read_only() && there.id().version().is_some())
     }

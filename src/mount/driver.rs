@@ -8,11 +8,11 @@ use tracing::info_span;
 use super::MountPoint;
 use super::attachments::{Attachments, DiskIds, WhichDisks};
 use crate::call::{Teardown, call, call_down};
+use crate::claims::{Claim, Claims};
 use crate::holders::Holders;
 use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
 use crate::lease::{Driver, Left};
 use crate::release::Releasing;
-use crate::target::{Claim, Claims};
 use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
 
 /// Mounting, as the lease table sees it.
@@ -24,10 +24,17 @@ pub(super) struct Mounting {
 
 pub(super) struct MountJob {
     under: Attachments,
-    /// The disks of a mount that a restart has left, which may have been detached under it.
-    recorded: Option<Box<DiskIds>>,
-    target: Option<Box<Path>>,
     claim: Option<Claim>,
+    /// What few mounts have: there are many.
+    unusual: Option<Box<Unusual>>,
+}
+
+#[derive(Default)]
+struct Unusual {
+    /// The disks of a mount that a restart has left, which may have been detached under it.
+    recorded: Option<DiskIds>,
+    /// The target that was requested, until it is claimed.
+    target: Option<Box<Path>>,
     down: Teardown,
 }
 
@@ -70,17 +77,51 @@ impl MountPoint {
 
 impl MountJob {
     pub(super) fn new(under: Attachments, target: Option<&Path>) -> Self {
+        let unusual = target.map(|target| {
+            Box::new(Unusual {
+                target: Some(target.into()),
+                ..Unusual::default()
+            })
+        });
         MountJob {
             under,
-            recorded: None,
-            target: target.map(Box::from),
             claim: None,
-            down: Teardown::default(),
+            unusual,
         }
     }
 
+    fn unusual(&mut self) -> &mut Unusual {
+        self.unusual.get_or_insert_default()
+    }
+
+    fn requested(&self) -> Option<&Path> {
+        self.unusual.as_ref()?.target.as_deref()
+    }
+
+    fn has_claimed(&mut self, claim: Claim) -> Arc<Path> {
+        if let Some(unusual) = &mut self.unusual {
+            unusual.target = None;
+        }
+        Arc::clone(self.claim.insert(claim).target())
+    }
+
+    /// As [`Teardown::step`].
+    fn step(&mut self, outcome: Result<(), Error>) -> Result<(), Error> {
+        match outcome {
+            Err(error) => self.unusual().down.step(Err(error)),
+            done => done,
+        }
+    }
+
+    /// As [`Teardown::end`].
+    fn end(&mut self) -> Result<(), Error> {
+        let unusual = self.unusual.as_mut();
+        unusual.map_or(Ok(()), |unusual| unusual.down.end())
+    }
+
     fn disks(&self) -> DiskIds {
-        let recorded = self.recorded.as_deref().cloned();
+        let unusual = self.unusual.as_ref();
+        let recorded = unusual.and_then(|unusual| unusual.recorded.clone());
         recorded.unwrap_or_else(|| self.under.ids())
     }
 
@@ -103,7 +144,7 @@ impl MountJob {
             None => error,
         };
         let claimed = self.claim.as_ref().map(|claim| &**claim.target());
-        match claimed.or(self.target.as_deref()) {
+        match claimed.or(self.requested()) {
             Some(target) => error.on_path(target),
             None => error,
         }
@@ -129,11 +170,11 @@ impl Mounting {
             mounted: record.disk.clone(),
             devices: record.devices.clone().into(),
         };
-        let job = MountJob {
-            recorded: Some(Box::new(recorded)),
-            claim,
-            ..MountJob::new(under, Some(&record.target))
-        };
+        let mut job = MountJob::new(under, Some(&record.target));
+        job.unusual().recorded = Some(recorded);
+        if let Some(claim) = claim {
+            job.has_claimed(claim);
+        }
         let (path, locator) = (Arc::from(&*record.target), device.clone());
         let resource = (left != Left::Pending).then(|| Mounted {
             point: MountPoint { path, locator },
@@ -153,9 +194,9 @@ impl Driver for Mounting {
 
     async fn setup(&self, key: &MountKey, job: &mut MountJob) -> Result<Mounted, Error> {
         let MountKey { device, options } = key;
-        let claim = self.claims.mount(device, options, job.target.as_deref());
+        let claim = self.claims.mount(device, options, job.requested());
         let claim = claim.map_err(|cause| job.explain(device, Error::new(Step::Mount, cause)))?;
-        let path = Arc::clone(job.claim.insert(claim).target());
+        let path = job.has_claimed(claim);
         let records = self.holders.records();
         let begun = records.put(|| job.record(key, &path, Progress::Begun));
         begun.map_err(|error| job.explain(device, error))?;
@@ -188,9 +229,9 @@ impl Driver for Mounting {
             info_span!("unmount", locator = %device, path = %crate::printable(target.display()));
         let outcome = call_down(Step::Unmount, span, self.mounter.unmount(&target)).await;
         let outcome = outcome.map_err(|error| job.explain(device, error));
-        job.down.step(outcome)?;
+        job.step(outcome)?;
         records.remove(|| RecordKey::Mount(key.clone()));
-        job.down.end()
+        job.end()
     }
 
     fn release_held(&self, job: MountJob, _: bool) -> Releasing {

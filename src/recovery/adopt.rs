@@ -167,7 +167,7 @@ impl Restoring {
         let Some(left) = self.what_is_left(&key, &answer, whole, below) else {
             return;
         };
-        let disks = under.mounted.iter().chain(&under.devices);
+        let disks = under.mounted.iter().chain(&*under.devices);
         self.used.extend(disks.map(Attachment::key));
         let (mount, refused) = self.manager.mounts().restore(record, under, left);
         let left = self.found(key, left, answer.err(), refused);

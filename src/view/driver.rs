@@ -6,11 +6,11 @@ use tracing::info_span;
 
 use super::source::Source;
 use crate::call::{Teardown, call, call_down};
+use crate::claims::{Claim, Claims};
 use crate::holders::Holders;
 use crate::journal::{MountKey, Progress, Record, RecordKey, ViewRecord};
 use crate::lease::{Driver, Left};
 use crate::release::{Releasing, nothing_to_release};
-use crate::target::{Claim, Claims};
 use crate::{BackendError, BindMount, Binder, DiskId, Error, MountPoint, Step};
 
 /// Views, as the lease table sees them. Keyed by target.
