@@ -3,6 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Instant;
 
 use blockmount::BackendError;
@@ -13,6 +15,8 @@ use blockmount_source::Inode;
 use rustix::io::Errno;
 
 use crate::ioctl;
+
+const LOOP_MAJOR: u32 = 7;
 
 /// The most bytes of a mark: the kernel keeps 64 with the zero at the end (`LO_NAME_SIZE`).
 pub(crate) const MARK_MAX: usize = 63;
@@ -37,11 +41,11 @@ pub(crate) struct Status {
     pub(crate) unbinds_itself: bool,
 }
 
-/// An open loop device.
-#[derive(Debug)]
+/// An open loop device. A clone is the same handle, which is closed with the last of them.
+#[derive(Debug, Clone)]
 pub(crate) struct Device {
     pub(crate) number: u32,
-    file: File,
+    file: Arc<File>,
 }
 
 impl Device {
@@ -60,6 +64,7 @@ impl Device {
         let mut options = OpenOptions::new();
         options.read(true).write(write);
         let file = node::open(&name(number), device_number(number)?, &options)?;
+        let file = Arc::new(file);
         Ok(Device { number, file })
     }
 
@@ -69,10 +74,16 @@ impl Device {
 
     /// What it is bound to, if it is.
     pub(crate) fn status(&self) -> io::Result<Option<Status>> {
-        let info = match ioctl::get_status(&self.file) {
+        let info = match ioctl::get_status(self.file()) {
             Err(error) if is(&error, Errno::NXIO) => return Ok(None),
             answer => answer?,
         };
+        if info.lo_number != self.number {
+            // The module was loaded again with another number of partitions.
+            MINORS.store(UNKNOWN, Relaxed);
+            let other = format!("it is loop{} by now, try again", info.lo_number);
+            return Err(io::Error::other(other));
+        }
         let mark = info
             .lo_file_name
             .split(|byte| *byte == 0)
@@ -94,7 +105,7 @@ impl Device {
     }
 
     /// Whether it still has this binding.
-    fn is_bound_as(&self, binding: &Binding) -> io::Result<bool> {
+    pub(crate) fn is_bound_as(&self, binding: &Binding) -> io::Result<bool> {
         Ok(self
             .status()?
             .is_some_and(|status| status.binding == *binding))
@@ -105,7 +116,7 @@ impl Device {
     /// The kernel decides this in one step: for the only opener it starts the unbinding, and refuses to open the
     /// device from then on; with other openers the device stays bound until the last of them closes it.
     fn clear(&self) -> io::Result<bool> {
-        match ioctl::clear(&self.file) {
+        match ioctl::clear(self.file()) {
             Err(error) if is(&error, Errno::NXIO) => return Ok(true),
             answer => answer?,
         }
@@ -217,9 +228,34 @@ fn sysfs(number: u32) -> PathBuf {
     Path::new("/sys/block").join(name(number))
 }
 
+/// How many numbers the kernel gives to each device and its partitions, which is the same for all of them. Reading it from
+/// sysfs each time would be five system calls for each time that a device is opened.
+static MINORS: AtomicU32 = AtomicU32::new(UNKNOWN);
+
+const UNKNOWN: u32 = 0;
+
+/// The number of a device that is there. (Source: Linux, drivers/block/loop.c, `loop_add`: the numbers of one device follow
+/// those of the one before)
 fn device_number(number: u32) -> io::Result<DeviceNumber> {
-    let text = std::fs::read_to_string(sysfs(number).join("dev"))?;
-    text.parse().map_err(io::Error::other)
+    let sysfs = sysfs(number);
+    let minors = MINORS.load(Relaxed);
+    if let Some(minor) = number.checked_mul(minors).filter(|_| minors != UNKNOWN) {
+        // Opening the node of a device that is not there would make it.
+        sysfs.metadata()?;
+        return Ok(DeviceNumber {
+            major: LOOP_MAJOR,
+            minor,
+        });
+    }
+    let text = std::fs::read_to_string(sysfs.join("dev"))?;
+    let found: DeviceNumber = text.parse().map_err(io::Error::other)?;
+    if let Some(minors) = found.minor.checked_div(number)
+        && found.major == LOOP_MAJOR
+        && minors.checked_mul(number) == Some(found.minor)
+    {
+        MINORS.store(minors, Relaxed);
+    }
+    Ok(found)
 }
 
 /// The numbers of all loop devices of this machine, in order; the flag says which are bound.

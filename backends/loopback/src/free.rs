@@ -33,6 +33,9 @@ fn known() -> MutexGuard<'static, Known> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Held by the one call that asks the kernel for free devices. Whoever waits for this waits for what that call finds.
+static ASKING: Mutex<()> = Mutex::new(());
+
 impl Known {
     /// Whether a device was not reserved yet; it is from now on.
     fn reserve(&mut self, number: u32) -> bool {
@@ -63,17 +66,15 @@ impl Known {
     }
 }
 
-/// Reads the kernel's table for whoever asks next.
-fn read_table() -> io::Result<()> {
+/// The devices that are bound, in order. The table is read as a whole, and the others are noted for whoever needs one next.
+pub(crate) fn read_table() -> io::Result<Vec<u32>> {
     known().readers += 1;
     let read = numbers();
-    let (unbound, result) = match read {
-        Ok(numbers) => (numbers, Ok(())),
-        Err(error) => (Vec::new(), Err(error)),
-    };
-    let unbound = unbound.into_iter().filter(|(_, is_bound)| !is_bound);
-    known().has_read(unbound.map(|(number, _)| number));
-    result
+    let all = read.as_deref().unwrap_or_default();
+    let unbound = all.iter().filter(|(_, is_bound)| !is_bound);
+    known().has_read(unbound.map(|(number, _)| *number));
+    let bound = read?.into_iter().filter(|(_, is_bound)| *is_bound);
+    Ok(bound.map(|(number, _)| number).collect())
 }
 
 /// Notes that this process has unbound a device, so that it is bound again before the table is read.
@@ -84,8 +85,8 @@ pub(crate) fn note_unbound(number: u32) {
 /// An unbound device that no other call of this process tries to bind, until it is dropped.
 ///
 /// `LOOP_CTL_GET_FREE` would answer the same number to all calls at once; those that lose the race for it would make
-/// new devices although others are free, and the kernel keeps every device that was ever made. The table, which may have
-/// thousands of devices, is read once for many calls.
+/// new devices although others are free, and the kernel keeps every device that was ever made. So its answer is for the first
+/// call alone, and the table, which may have thousands of devices, is read once for all others.
 pub(crate) struct FreeDevice(u32);
 
 impl FreeDevice {
@@ -94,6 +95,14 @@ impl FreeDevice {
         loop {
             if let Some(number) = known().next(tried) {
                 return Ok(FreeDevice(number));
+            }
+            let _asking = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(number) = known().next(tried) {
+                return Ok(FreeDevice(number));
+            }
+            let free = ioctl::get_free(control)?;
+            if !tried.contains(&free) && known().reserve(free) {
+                return Ok(FreeDevice(free));
             }
             read_table()?;
             if let Some(number) = known().next(tried) {

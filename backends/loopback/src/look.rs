@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use blockmount_linux::is_absent;
 
-use crate::device::{Device, Status, bound_numbers};
+use crate::device::{Device, Status};
+use crate::free::read_table;
 
 /// A device that this process has bound already, which need not be opened to know what it is bound to.
 #[derive(Debug, Clone)]
@@ -43,7 +44,7 @@ pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
     let mut known: HashMap<u32, Status> =
         claims.map(|claim| (claim.number, claim.status)).collect();
     let mut bound = Vec::new();
-    for number in bound_numbers()? {
+    for number in read_table()? {
         let status = match known.remove(&number) {
             Some(status) => Some(status),
             None => status_of(number)?,

@@ -39,17 +39,24 @@ impl Resolver for LoopResolver {
 impl Resolver for LoopTransport {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let number = number_of(device)?;
-        let Some(binding) = self.binding_of(number) else {
+        let Some((binding, handle)) = self.find(number) else {
             let message = format!("this transport has no device {device}");
             return Err(BackendError::not_found(message));
         };
-        blocking(move || match find(number, &binding) {
-            Ok(Some(_)) => block_device(number),
-            Ok(None) => Err(BackendError::not_found(format!(
-                "{} is no longer bound as this transport bound it",
-                usual_node(number).display()
-            ))),
-            Err(error) => Err(failed("ask about", number, error)),
+        blocking(move || {
+            let is_ours = match &handle {
+                // It is this device for as long as it is open, but others may give it another file.
+                Some(handle) => handle.is_bound_as(&binding),
+                None => find(number, &binding).map(|found| found.is_some()),
+            };
+            match is_ours {
+                Ok(true) => block_device(number),
+                Ok(false) => Err(BackendError::not_found(format!(
+                    "{} is no longer bound as this transport bound it",
+                    usual_node(number).display()
+                ))),
+                Err(error) => Err(failed("ask about", number, error)),
+            }
         })
         .await
     }

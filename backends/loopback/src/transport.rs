@@ -93,14 +93,14 @@ impl LoopTransport {
         map
     }
 
-    /// What this transport bound the device of this number to.
-    pub(crate) fn binding_of(&self, number: u32) -> Option<Binding> {
-        let bindings = self.0.placement.map_disks(|_, allocation, _| {
+    /// The device of this number, as this transport has bound it, and its handle.
+    pub(crate) fn find(&self, number: u32) -> Option<(Binding, Option<Device>)> {
+        let found = self.0.placement.map_disks(|_, allocation, _| {
             let attached = allocation.attached.as_ref();
             let ours = attached.filter(|attached| attached.number == number)?;
-            Some(ours.status.binding.clone())
+            Some((ours.status.binding.clone(), ours.device.clone()))
         });
-        bindings.into_iter().flatten().next()
+        found.into_iter().flatten().next()
     }
 
     /// How many devices this transport can have at once.
