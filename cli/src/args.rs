@@ -423,8 +423,11 @@ All disks of a number are added at once, and then released. The floor of the \
 same run is what a program would need that does nothing but bind and mount: \
 system calls on this machine, commands for QEMU and mounts in its guest.
 
+With --linger each number is also measured with a manager that keeps what is \
+released: the second time that the disks are added, and released.
+
 Examples:
-  sudo blockmount bench
+  sudo blockmount bench --linger
   blockmount bench --guest qemu --plot bench.svg
   blockmount bench --guest qemu --disks 1,256 --rounds 3 --json")]
 pub(crate) struct BenchArgs {
@@ -439,6 +442,10 @@ pub(crate) struct BenchArgs {
     /// How often each number is measured: from 1 to 1,000
     #[arg(long, value_name = "N", default_value = "5", value_parser = parse_rounds)]
     pub(crate) rounds: usize,
+
+    /// Also measure disks that linger after their release, beside those that do not
+    #[arg(long)]
+    pub(crate) linger: bool,
 
     /// Draw the medians into this SVG file, which is replaced
     #[arg(long, value_name = "FILE.svg")]

@@ -5,9 +5,9 @@ mod report;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use blockmount::Step;
+use blockmount::{Linger, Manager, Step};
 
 use crate::args::BenchArgs;
 use crate::failure::Failure;
@@ -17,7 +17,10 @@ use crate::machine::{Machine, require_root};
 use crate::run::Run;
 use crate::speed::{self, Passed, floor};
 use crate::terminal::{Progress, note, print, print_json};
-use report::{BenchReport, Measured, SizeReport};
+use report::{BenchReport, Measured, Rounds, SizeReport};
+
+/// How long new images may take until their disks linger.
+const OLD_BY: Duration = Duration::from_secs(10);
 
 /// Measures, and says what came of it. `Ok` is the exit status.
 pub(crate) async fn run(args: BenchArgs, interrupt: Interrupt) -> Result<u8, Failure> {
@@ -75,6 +78,11 @@ async fn job(
             measured.floor.add(bare(machine, images, interrupt).await?);
             measured.ours.add(pass(machine, images).await?);
         }
+        if args.linger {
+            progress.stage(format!("measuring {disks} disks that linger"));
+            let images = &images[..disks];
+            measured.lingering = Some(lingering(machine, images, args.rounds, interrupt).await?);
+        }
         sizes.push(SizeReport::of(disks, &measured));
     }
     Ok(BenchReport {
@@ -82,6 +90,54 @@ async fn job(
         rounds: args.rounds,
         sizes,
     })
+}
+
+/// By a manager that keeps what is released, once it has them all.
+async fn lingering(
+    machine: &Machine,
+    images: &[PathBuf],
+    rounds: usize,
+    interrupt: &Interrupt,
+) -> Result<Rounds, Failure> {
+    let manager = machine.manager_that_keeps(Linger {
+        at_most: Duration::from_secs(3600),
+        how_many: images.len(),
+    });
+    let measured = async {
+        // A file that was changed just now might change again unseen, and its disk does not linger yet.
+        let deadline = Instant::now() + OLD_BY;
+        while !passes_by_sharing(machine, &manager, images).await? {
+            interrupt.check()?;
+            if Instant::now() > deadline {
+                return Err(Failure::new("the disks do not linger after their release"));
+            }
+        }
+        let mut measured = Rounds::default();
+        for _ in 0..rounds {
+            interrupt.check()?;
+            measured.add(speed::pass(&manager, images).await?);
+        }
+        Ok(measured)
+    };
+    let measured = measured.await;
+    // In any case: nobody else takes them out.
+    let drained = manager.drain().await;
+    let measured = measured?;
+    match drained.failed.into_iter().next() {
+        Some(error) => Err(error.into()),
+        None => Ok(measured),
+    }
+}
+
+/// Whether disks come and go without a call of a backend.
+async fn passes_by_sharing(
+    machine: &Machine,
+    manager: &Manager,
+    images: &[PathBuf],
+) -> Result<bool, Failure> {
+    machine.recorder().take_times();
+    speed::pass(manager, images).await?;
+    Ok(machine.recorder().take_times().is_empty())
 }
 
 /// By the manager, with each of its calls.

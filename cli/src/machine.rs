@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockmount::{
-    Binder, HolderName, LayerCombiner, Manager, ManagerBuilder, Mounter, Recovery, Stack,
+    Binder, HolderName, LayerCombiner, Linger, Manager, ManagerBuilder, Mounter, Recovery, Stack,
     Transport, Unplugger, View,
 };
 use blockmount_containerd::service::Activations;
@@ -51,6 +51,8 @@ pub(crate) struct Machine {
     /// Does the main job; each call that it makes is recorded.
     manager: Manager,
     recorder: Recorder,
+    /// Mounts on this machine.
+    engine: LinuxGuest,
     /// Does on this machine what has to be done before, such as filling an image; recorded apart.
     helper: Manager,
     helper_recorder: Recorder,
@@ -136,7 +138,7 @@ impl Machine {
                     run.mount_root(),
                     [recorder.watch(loops.clone())],
                     recorder.watch(engine.clone()),
-                    recorder.watch(engine),
+                    recorder.watch(engine.clone()),
                 );
                 let guest = Guest::Local(loops);
                 let builder = builder.slots(guest.slot_source());
@@ -181,6 +183,7 @@ impl Machine {
             guest,
             manager,
             recorder,
+            engine,
             helper,
             helper_recorder,
             targets: Vec::new(),
@@ -322,6 +325,22 @@ impl Machine {
 
     pub(crate) fn manager(&self) -> &Manager {
         &self.manager
+    }
+
+    /// One more manager for the main job, which keeps what is released. Whoever asks for it drains it.
+    pub(crate) fn manager_that_keeps(&self, linger: Linger) -> Manager {
+        const LINGERING: &str = "lingering";
+        let recorder = &self.recorder;
+        let builder = match &self.guest {
+            Guest::Local(loops) => build(
+                &self.run.mount_root().join(LINGERING),
+                [recorder.watch(loops.clone())],
+                recorder.watch(self.engine.clone()),
+                recorder.watch(self.engine.clone()),
+            ),
+            Guest::Qemu(guest) => build_vm(&Path::new(MOUNTS).join(LINGERING), guest, recorder),
+        };
+        builder.linger(linger).build()
     }
 
     pub(crate) fn helper(&self) -> &Manager {

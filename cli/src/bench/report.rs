@@ -38,6 +38,24 @@ pub(crate) struct SizeReport {
     /// From the first release until the last disk is taken out.
     pub(crate) down: Beside,
     pub(crate) steps: Vec<StepReport>,
+    /// The same disks with a manager that keeps what is released, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lingering: Option<LingeringReport>,
+}
+
+/// Disks that linger after their release, and are shared again.
+#[derive(Debug, Serialize)]
+pub(crate) struct LingeringReport {
+    pub(crate) up: Lingered,
+    pub(crate) down: Lingered,
+}
+
+/// One figure of disks that linger.
+#[derive(Debug, Serialize)]
+pub(crate) struct Lingered {
+    pub(crate) ours: Quantiles,
+    /// Of the median to that of ours without lingering.
+    pub(crate) ratio: f64,
 }
 
 /// One figure of ours and of the floor.
@@ -80,6 +98,7 @@ pub(crate) struct Rounds {
 pub(crate) struct Measured {
     pub(crate) ours: Rounds,
     pub(crate) floor: Rounds,
+    pub(crate) lingering: Option<Rounds>,
 }
 
 impl Rounds {
@@ -109,9 +128,20 @@ impl Quantiles {
     }
 }
 
+impl Lingered {
+    fn of(times: &[Duration], without: &Beside) -> Self {
+        let ours = Quantiles::of(times).expect(ONE_ROUND);
+        // It is a small part.
+        let ratio = (ours.p50 / without.ours.p50 * 10_000.0).round() / 10_000.0;
+        Lingered { ours, ratio }
+    }
+}
+
+const ONE_ROUND: &str = "there is at least one round";
+
 impl Beside {
     fn of(ours: &[Duration], floor: &[Duration]) -> Self {
-        let of = |times| Quantiles::of(times).expect("there is at least one round");
+        let of = |times| Quantiles::of(times).expect(ONE_ROUND);
         let (ours, floor) = (of(ours), of(floor));
         let ratio = (ours.p50 / floor.p50 * 100.0).round() / 100.0;
         Beside { ours, floor, ratio }
@@ -120,7 +150,19 @@ impl Beside {
 
 impl SizeReport {
     pub(crate) fn of(disks: usize, measured: &Measured) -> Self {
-        let Measured { ours, floor } = measured;
+        let Measured {
+            ours,
+            floor,
+            lingering,
+        } = measured;
+        let (up, down) = (
+            Beside::of(&ours.up, &floor.up),
+            Beside::of(&ours.down, &floor.down),
+        );
+        let lingering = lingering.as_ref().map(|lingering| LingeringReport {
+            up: Lingered::of(&lingering.up, &up),
+            down: Lingered::of(&lingering.down, &down),
+        });
         let times = |rounds: &Rounds, step| Quantiles::of(rounds.steps.get(&step)?);
         let steps = STEPS.into_iter().filter_map(|step| {
             Some(StepReport {
@@ -131,9 +173,10 @@ impl SizeReport {
         });
         SizeReport {
             disks,
-            up: Beside::of(&ours.up, &floor.up),
-            down: Beside::of(&ours.down, &floor.down),
+            up,
+            down,
             steps: steps.collect(),
+            lingering,
         }
     }
 
@@ -161,7 +204,14 @@ impl SizeReport {
             let name = format!("  {}", step.step);
             row(&name, &step.ours, step.floor.as_ref(), String::new())
         });
-        let mut rows: Vec<_> = whole.into_iter().chain(steps).collect();
+        let lingering = self.lingering.iter().flat_map(|lingering| {
+            let both = [("up again", &lingering.up), ("lingers", &lingering.down)];
+            both.map(|(what, lingered)| {
+                let ratio = format!("{:.4}", lingered.ratio);
+                row(what, &lingered.ours, None, ratio)
+            })
+        });
+        let mut rows: Vec<_> = whole.into_iter().chain(steps).chain(lingering).collect();
         rows[0][0] = self.disks.to_string();
         rows
     }
@@ -182,9 +232,13 @@ impl BenchReport {
             "local" => "bare system calls, one disk after the other",
             _ => "bare commands for QEMU and bare mounts in the guest",
         };
+        let lingers = match self.sizes.iter().any(|size| size.lingering.is_some()) {
+            true => "up again, lingers: of disks that linger; the ratio is to up and down\n",
+            false => "",
+        };
         format!(
             "{table}\nup, down: from the first disk to the last, all at once\n\
-             steps: each call, with what it waits for; {} rounds\nfloor: {floor}\n",
+             steps: each call, with what it waits for; {} rounds\nfloor: {floor}\n{lingers}",
             self.rounds
         )
     }
@@ -219,8 +273,17 @@ mod tests {
             measured.ours.add(passed(milliseconds, Step::Detach));
             measured.floor.add(passed(milliseconds / 2, Step::Attach));
         }
+        let mut lingering = Rounds::default();
+        lingering.add(Passed {
+            up: Duration::from_micros(3),
+            down: Duration::from_micros(2),
+            steps: HashMap::new(),
+        });
+        measured.lingering = Some(lingering);
         let report = SizeReport::of(64, &measured);
         assert_eq!(report.up.ratio, 2.0);
+        let lingering = report.lingering.as_ref().unwrap();
+        assert_eq!((lingering.up.ratio, lingering.down.ratio), (0.0005, 0.002));
         let [step] = &report.steps[..] else {
             panic!("{report:?}");
         };

@@ -172,11 +172,19 @@ fn root_a_bench_measures_each_step_beside_bare_calls_and_leaves_nothing() {
         "3,1,3",
         "--rounds",
         "2",
+        "--linger",
         "--plot",
         plot.to_str().unwrap(),
     ]);
     answer.says(0, &[plot.to_str().unwrap()]);
     common::assert_measured(&answer, "local");
+    for size in answer.json()["sizes"].as_array().unwrap() {
+        for way in ["up", "down"] {
+            let lingering = &size["lingering"][way];
+            assert!(lingering["ours"]["p50"].as_f64().unwrap() > 0.0, "{answer}");
+            assert!(lingering["ratio"].as_f64().is_some(), "{answer}");
+        }
+    }
     let drawn = fs::read_to_string(&plot).unwrap();
     for text in ["<svg", "up, floor", "down, floor", "</svg>"] {
         assert!(drawn.contains(text), "{text}: {drawn}");
