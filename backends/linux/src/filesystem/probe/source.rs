@@ -2,16 +2,31 @@
 
 use std::io::{self, Read, Seek, SeekFrom};
 
+/// How much is read at once at the start of a device, in bytes: nearly all signatures are there, the last of them that of
+/// btrfs, in the block at 64 KiB.
+const START: u64 = 68 << 10;
+
 /// A device to read from, with its size.
 pub(super) struct Source<'a, R> {
     device: &'a mut R,
     size: u64,
+    /// What the device starts with; nothing if that cannot be read in one piece.
+    start: Vec<u8>,
 }
 
 impl<'a, R: Read + Seek> Source<'a, R> {
     pub(super) fn new(device: &'a mut R) -> io::Result<Self> {
         let size = device.seek(SeekFrom::End(0))?;
-        Ok(Source { device, size })
+        let mut source = Source {
+            device,
+            size,
+            start: Vec::new(),
+        };
+        // Of a device with a bad block whatever lies beside it is read all the same, piece by piece.
+        if let Ok(Some(start)) = source.read(0, size.min(START) as usize) {
+            source.start = start.0;
+        }
+        Ok(source)
     }
 
     /// The size in bytes.
@@ -27,6 +42,15 @@ impl<'a, R: Read + Seek> Source<'a, R> {
         if !fits {
             return Ok(None);
         }
+        let known = usize::try_from(offset).ok();
+        let known = known.and_then(|offset| self.start.get(offset..offset.checked_add(length)?));
+        match known {
+            Some(known) => Ok(Some(Bytes(known.to_vec()))),
+            None => self.read(offset, length),
+        }
+    }
+
+    fn read(&mut self, offset: u64, length: usize) -> io::Result<Option<Bytes>> {
         self.device.seek(SeekFrom::Start(offset))?;
         let mut bytes = vec![0; length];
         match self.device.read_exact(&mut bytes) {
@@ -52,16 +76,18 @@ impl<R: Read + Seek> Source<'_, R> {
         is_it: impl Fn(&Bytes) -> bool,
         fits: impl Fn(&Bytes) -> bool,
     ) -> io::Result<Option<Bytes>> {
-        for _ in 0..ATTEMPTS {
-            let Some(bytes) = self.bytes(offset, length)?.filter(&is_it) else {
+        let mut found = self.bytes(offset, length)?;
+        for _ in 1..ATTEMPTS {
+            let Some(bytes) = found.filter(&is_it) else {
                 return Ok(None);
             };
             if fits(&bytes) {
                 return Ok(Some(bytes));
             }
             std::thread::yield_now();
+            found = self.read(offset, length)?;
         }
-        Ok(None)
+        Ok(found.filter(|bytes| is_it(bytes) && fits(bytes)))
     }
 }
 

@@ -452,6 +452,45 @@ fn u16_a_superblock_that_changes_while_it_is_read_is_read_again() {
     assert_eq!(found_after(1000), "unknown content");
 }
 
+/// A device with a byte that cannot be read.
+struct Bad {
+    image: Cursor<Vec<u8>>,
+    at: u64,
+}
+
+impl Read for Bad {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let start = self.image.position();
+        match (start..start + buffer.len() as u64).contains(&self.at) {
+            true => Err(io::Error::other("a bad block")),
+            false => self.image.read(buffer),
+        }
+    }
+}
+
+impl Seek for Bad {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.image.seek(to)
+    }
+}
+
+#[test]
+fn a_bad_block_beside_all_signatures_is_not_missed() {
+    let (name, image) = samples().swap_remove(0);
+    let at = 40_000;
+    let image = Cursor::new(image);
+    let found = probe(&mut Bad {
+        image: image.clone(),
+        at,
+    })
+    .unwrap();
+    assert_eq!(found, probe(&mut image.clone()).unwrap(), "{name}");
+    assert!(matches!(found.content, Content::Filesystem(_)), "{name}");
+    // Where something is looked for, the error is told.
+    let at = 1024 + 56;
+    assert!(probe(&mut Bad { image, at }).is_err());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
