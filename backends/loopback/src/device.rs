@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Instant;
 
-use blockmount::BackendError;
+use blockmount::{BackendError, DeviceLocator};
 use blockmount_linux::device::{DeviceNumber, in_use};
 use blockmount_linux::sysfs::numbered;
 use blockmount_linux::{Backoff, is_absent, node};
@@ -278,6 +278,41 @@ pub(crate) fn bound_numbers() -> io::Result<Vec<u32>> {
         .collect())
 }
 
+/// The numbers of all loop devices that can be read or written: those that are bound, but for one without a whole sector. To
+/// ask sysfs of each device of the table, which may have thousands, would take a system call for each. (Source: Linux,
+/// block/genhd.c, `show_partition`)
+pub(crate) fn readable_numbers() -> io::Result<Vec<u32>> {
+    match std::fs::read_to_string("/proc/partitions") {
+        Ok(table) => Ok(loops_in(&table)),
+        Err(error) if is_absent(&error) => bound_numbers(),
+        Err(error) => Err(error),
+    }
+}
+
+/// The loop devices in the kernel's table of devices with sectors, without their partitions.
+fn loops_in(table: &str) -> Vec<u32> {
+    let names = table
+        .lines()
+        .filter_map(|line| line.split_ascii_whitespace().last());
+    let numbers = names.filter_map(|name| DeviceLocator::number(name.strip_prefix("loop")?));
+    numbers
+        .filter_map(|number| number.try_into().ok())
+        .collect()
+}
+
 pub(crate) fn is(error: &io::Error, errno: Errno) -> bool {
     Errno::from_io_error(error) == Some(errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_table_has_devices_and_their_partitions() {
+        let table = "major minor  #blocks  name\n\n   7        4       4096 loop4\n 259        1       \
+                     1024 loop4p1\n   8        0    1048576 sda\n   7       12          0 loop12\n";
+        assert_eq!(loops_in(table), [4, 12]);
+        assert_eq!(loops_in(""), []);
+    }
 }

@@ -66,15 +66,14 @@ impl Known {
     }
 }
 
-/// The devices that are bound, in order. The table is read as a whole, and the others are noted for whoever needs one next.
-pub(crate) fn read_table() -> io::Result<Vec<u32>> {
+/// Reads the kernel's table for whoever asks next.
+fn read_table() -> io::Result<()> {
     known().readers += 1;
     let read = numbers();
     let all = read.as_deref().unwrap_or_default();
     let unbound = all.iter().filter(|(_, is_bound)| !is_bound);
     known().has_read(unbound.map(|(number, _)| *number));
-    let bound = read?.into_iter().filter(|(_, is_bound)| *is_bound);
-    Ok(bound.map(|(number, _)| number).collect())
+    read.map(drop)
 }
 
 /// Notes that this process has unbound a device, so that it is bound again before the table is read.

@@ -7,8 +7,7 @@ use std::time::Instant;
 
 use blockmount_linux::is_absent;
 
-use crate::device::{Device, Status};
-use crate::free::read_table;
+use crate::device::{Device, Status, readable_numbers};
 
 /// A device that this process has bound already, which need not be opened to know what it is bound to.
 #[derive(Debug, Clone)]
@@ -17,7 +16,7 @@ pub(crate) struct Claim {
     pub(crate) status: Status,
 }
 
-/// All devices that are bound.
+/// All devices that are bound, and can be read or written.
 #[derive(Debug)]
 pub(crate) struct Look {
     began: Instant,
@@ -44,7 +43,7 @@ pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
     let mut known: HashMap<u32, Status> =
         claims.map(|claim| (claim.number, claim.status)).collect();
     let mut bound = Vec::new();
-    for number in read_table()? {
+    for number in readable_numbers()? {
         let status = match known.remove(&number) {
             Some(status) => Some(status),
             None => status_of(number)?,
