@@ -104,6 +104,7 @@ async fn lingering(
         how_many: images.len(),
     });
     let measured = async {
+        speed::pass(&manager, images).await?;
         // A file that was changed just now might change again unseen, and its disk does not linger yet.
         let deadline = Instant::now() + OLD_BY;
         while !passes_by_sharing(machine, &manager, images).await? {

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::device::{Device, Status, failed, is, unbind, usual_node};
 use crate::free::FreeDevice;
 use crate::ioctl;
-use crate::look::{Claim, look};
+use crate::look::{Claim, Pending, look};
 
 /// How many devices a call tries that other processes bind or claim before it can.
 const ATTEMPTS: usize = 256;
@@ -32,8 +32,21 @@ pub(crate) struct LoopConfig {
 /// A device that this process has bound. Closing it unbinds it (`LO_FLAGS_AUTOCLEAR`).
 #[derive(Debug)]
 pub(crate) struct Bound {
+    // The first that is dropped.
+    pub(crate) pending: Pending,
     pub(crate) device: Device,
     pub(crate) status: Status,
+}
+
+impl Bound {
+    pub(crate) fn new(device: Device, status: Status) -> Self {
+        let pending = Pending::new(device.number, &status);
+        Bound {
+            device,
+            status,
+            pending,
+        }
+    }
 }
 
 /// Binds the source to a free device.
@@ -101,7 +114,7 @@ fn configure(number: u32, source: &Source, wanted: &LoopConfig) -> io::Result<Bo
     };
     let gone = || io::Error::other("it was unbound again while it was being bound");
     let status = device.status()?.ok_or_else(gone)?;
-    Ok(Bound { device, status })
+    Ok(Bound::new(device, status))
 }
 
 /// Classifies an error about loop devices.
@@ -157,7 +170,13 @@ fn conflicts(other: &Status, bound: &Bound, source: &Source) -> bool {
 /// Unbinds a device after all. One that others keep open longer is unbound when they close it.
 pub(crate) fn undo(bound: Bound, timeout: Duration) {
     let deadline = Instant::now() + timeout;
-    if let Err((_, error)) = unbind(bound.device, &bound.status.binding, deadline) {
+    let Bound {
+        device,
+        status,
+        pending,
+    } = bound;
+    drop(pending);
+    if let Err((_, error)) = unbind(device, &status.binding, deadline) {
         tracing::warn!(%error, "a loop device stays bound until its other users close it");
     }
 }

@@ -1,8 +1,8 @@
 //! What is bound at one moment, looked at once for all calls that ask at the same time.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use blockmount_linux::is_absent;
@@ -23,6 +23,30 @@ pub(crate) struct Look {
     pub(crate) bound: Vec<(u32, Status)>,
 }
 
+/// What calls of this process have bound, and their transports do not know yet.
+static PENDING: Mutex<BTreeMap<u32, Status>> = Mutex::new(BTreeMap::new());
+
+fn pending() -> MutexGuard<'static, BTreeMap<u32, Status>> {
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A device that was just bound, so that no look has to open it. Dropped when its transport knows it, or before it is unbound.
+#[derive(Debug)]
+pub(crate) struct Pending(u32);
+
+impl Pending {
+    pub(crate) fn new(number: u32, status: &Status) -> Self {
+        pending().insert(number, status.clone());
+        Pending(number)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        pending().remove(&self.0);
+    }
+}
+
 /// The last look. Whoever waits for this waits for the look that it needs.
 static LAST: Mutex<Option<Arc<Look>>> = Mutex::new(None);
 
@@ -39,9 +63,10 @@ pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
         return Ok(Arc::clone(look));
     }
     let began = Instant::now();
+    // What leaves these meanwhile is among the claims.
+    let mut known = pending().clone();
     let claims = ours().into_iter();
-    let mut known: HashMap<u32, Status> =
-        claims.map(|claim| (claim.number, claim.status)).collect();
+    known.extend(claims.map(|claim| (claim.number, claim.status)));
     let mut bound = Vec::new();
     for number in readable_numbers()? {
         let status = match known.remove(&number) {

@@ -206,7 +206,11 @@ struct Fresh {
 
 impl Fresh {
     fn keep(self) -> DeviceLocator {
-        let Bound { device, status } = self.bound;
+        let Bound {
+            device,
+            status,
+            pending,
+        } = self.bound;
         let number = device.number;
         let device = Some(device);
         let attached = Attached {
@@ -216,6 +220,7 @@ impl Fresh {
         };
         self.call
             .update(|allocation| allocation.attached = Some(attached));
+        drop(pending);
         self.call.end(Outcome::Present);
         let locator = DeviceLocator::new(SCHEME, number).expect("a number is an address");
         tracing::debug!(%locator, "bound a loop device");
@@ -301,7 +306,7 @@ impl Inner {
         };
         let call = self.placement.attach(disk, || self.allocate())?;
         let call = call.ok_or_else(|| self.full())?;
-        let bound = Bound { device, status };
+        let bound = Bound::new(device, status);
         Ok(Presence::Present(Fresh { bound, call }.keep()))
     }
 

@@ -58,8 +58,14 @@ pub(crate) fn guessed() -> Vec<String> {
 
 /// A disk and its partitions.
 fn with_partitions(disk: DeviceNumber) -> Vec<DeviceNumber> {
-    let below = fs::read_dir(disk.sysfs()).into_iter().flatten().flatten();
+    let sysfs = disk.sysfs();
+    // The kernel's name for a partition begins with its name for the disk, and for each other attribute of a disk there would
+    // be a system call.
+    let kernel_name = fs::read_link(&sysfs).unwrap_or_default();
+    let kernel_name = kernel_name.file_name().unwrap_or_default().as_bytes();
+    let below = fs::read_dir(&sysfs).into_iter().flatten().flatten();
     let partitions = below
+        .filter(|entry| entry.file_name().as_bytes().starts_with(kernel_name))
         .map(|entry| entry.path())
         .filter(|below| below.join("partition").exists())
         .filter_map(|below| fs::read_to_string(below.join("dev")).ok()?.parse().ok());
