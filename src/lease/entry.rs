@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use super::Driver;
 use crate::Error;
-use crate::sync::{Mutex, lock, oneshot};
+use crate::sync::{Mutex, is_over, lock, oneshot};
 
 /// What the table knows of one key, from the first request to the end of the tear-down.
 pub(super) struct Entry<D: Driver> {
@@ -257,7 +257,9 @@ impl<D: Driver> Turn<D> {
 
 impl<D: Driver> Drop for Turn<D> {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry.take() {
+        if let Some(entry) = self.entry.take()
+            && !is_over()
+        {
             Entry::pass_on(&entry, self.job.take());
         }
     }
