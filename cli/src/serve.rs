@@ -88,7 +88,7 @@ pub(crate) async fn run(
         remove_socket(&args);
     }
     drop(web);
-    let count = activations.leave().await;
+    let count = activations.leave().await.len();
     if let Some(why) = lost {
         machine.leave_activations();
         return Err(Failure::new("what is activated is lost").because(why));

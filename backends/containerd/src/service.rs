@@ -27,6 +27,10 @@
 //! | Update | replaces labels: `labels`, or `labels.KEY` | `NOT_FOUND`, `INVALID_ARGUMENT` for other fields |
 //! | List | tells of all in the namespace that pass one of the filters | `INVALID_ARGUMENT` |
 //!
+//! One service can be for several virtual machines ([`Activations::recover_in_vms`]), each with a name. The label [`VM_LABEL`] of a list
+//! to activate names one of them (`INVALID_ARGUMENT` if it does not, and there is more than one); names of activations are unique among
+//! all, and the label tells with each where it is.
+//!
 //! `blockmount serve` is a program that does this. A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
 
 mod activations;
@@ -38,6 +42,7 @@ mod record;
 mod server;
 mod status;
 mod store;
+mod vm;
 
 #[allow(
     missing_docs,
@@ -53,3 +58,4 @@ pub use activations::{Activate, ActivationState, ActivationStatus, Activations, 
 pub use filter::{Filter, InvalidFilter};
 pub use record::{ActiveMount, Info};
 pub use server::{Peers, listen, serve};
+pub use vm::{InvalidVmName, VM_LABEL, VmName};

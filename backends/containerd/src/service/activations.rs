@@ -4,25 +4,24 @@ mod activating;
 mod deactivating;
 mod inspect;
 mod labels;
+mod recover;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use blockmount::{BackendError, Manager, Recovery, Turns, blocking};
+use blockmount::Turns;
 use tokio::sync::{RwLock, oneshot};
 use tonic::Status;
 
-use super::entry::{Entry, take_over};
+use super::entry::Entry;
 use super::filter::Filter;
 use super::identifiers::{check_labels, check_name, check_namespace};
-use super::record::{Info, Key, id_of};
+use super::record::{Info, Key};
 use super::status::of_backend;
-use super::store::Store;
+use super::vm::Vm;
 use crate::Mount;
-use deactivating::release_unclaimed;
 
 pub use inspect::{ActivationState, ActivationStatus};
 
@@ -35,8 +34,8 @@ pub struct Activations(Arc<Shared>);
 /// Where activations are, and how long they wait for their owners.
 #[derive(Debug, Clone)]
 pub struct Options {
-    root: PathBuf,
-    records: PathBuf,
+    pub(super) root: PathBuf,
+    pub(super) records: PathBuf,
     grace: Option<Duration>,
 }
 
@@ -49,7 +48,8 @@ pub struct Activate {
     pub name: String,
     /// The list.
     pub mounts: Vec<Mount>,
-    /// Labels, which are kept as they are.
+    /// Labels, which are kept as they are. [`VM_LABEL`](super::VM_LABEL) says in which virtual machine it is to be, and may be left out
+    /// where there is one.
     pub labels: BTreeMap<String, String>,
     /// Whether it ends with the server.
     pub temporary: bool,
@@ -57,10 +57,8 @@ pub struct Activate {
 
 #[derive(Debug)]
 struct Shared {
-    manager: Manager,
-    root: PathBuf,
-    store: Store,
-    next: AtomicU64,
+    /// At least one; those with names in the order of these.
+    vms: Vec<Arc<Vm>>,
     turns: Turns<Key>,
     /// Whether everything is left to the next process. Each call that changes something reads it for as long as it runs.
     is_left: Arc<RwLock<bool>>,
@@ -89,55 +87,6 @@ impl Options {
 }
 
 impl Activations {
-    /// Takes over what an earlier process has activated, and releases all else that it has left: what was half done, what was
-    /// temporary, and what is not there in whole any more.
-    ///
-    /// # Errors
-    ///
-    /// If the records cannot be read.
-    ///
-    /// # Panics
-    ///
-    /// Outside of a tokio runtime.
-    pub async fn recover(recovery: Recovery, options: Options) -> Result<Self, BackendError> {
-        let directory = options.records;
-        let loaded = blocking(move || {
-            let store = Store::open(&directory)?;
-            let records = store.load()?;
-            Ok((store, records))
-        });
-        let (store, records) = loaded.await?;
-        let held = recovery.report().holders.iter();
-        let held = held.filter_map(|holder| id_of(&holder.name));
-        let last = held.chain(records.iter().map(|record| record.id)).max();
-        let mut table = HashMap::new();
-        for record in records {
-            let (id, key) = (record.id, record.info.key());
-            match take_over(&recovery, record).await {
-                Some(entry) => drop(table.insert(key, entry)),
-                None => store.remove(id).await,
-            }
-        }
-        let manager = recovery.manager().clone();
-        let settled = recovery.settle().await;
-        for error in &settled.failed {
-            tracing::warn!(%error, "what an earlier process has left is not all released");
-        }
-        let shared = Arc::new(Shared {
-            manager,
-            root: options.root,
-            store,
-            next: AtomicU64::new(last.map_or(0, |last| last + 1)),
-            turns: Turns::default(),
-            is_left: Arc::default(),
-            table: Mutex::new(table),
-        });
-        if let Some(grace) = options.grace {
-            tokio::spawn(release_unclaimed(Arc::downgrade(&shared), grace));
-        }
-        Ok(Activations(shared))
-    }
-
     /// Activates a list, all or nothing.
     ///
     /// # Errors
@@ -211,15 +160,15 @@ impl Activations {
         self.table().len()
     }
 
-    /// Leaves all that is activated to the next process, once the calls under way have ended, and says how many that are. Later
+    /// Leaves all that is activated to the next process, once the calls under way have ended, and tells what that is. Later
     /// calls are `UNAVAILABLE`.
-    pub async fn leave(&self) -> usize {
+    pub async fn leave(&self) -> Vec<ActivationStatus> {
         *self.0.is_left.write().await = true;
-        let count = self.count();
+        let left = self.inspect();
         let table = std::mem::take(&mut *self.table());
         // Released, they would be torn down.
         std::mem::forget(table);
-        count
+        left
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {

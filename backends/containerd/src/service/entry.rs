@@ -1,13 +1,18 @@
 //! An activation that is there, of this process or of an earlier one.
 
+use std::sync::Arc;
+
 use blockmount::{ErrorKind, Recovery};
 
 use super::record::{Progress, Record};
+use super::vm::Vm;
 use crate::{Performed, Unreleased};
 
 /// An activation that is there.
 #[derive(Debug)]
 pub(super) struct Entry {
+    /// Where it is.
+    pub(super) vm: Arc<Vm>,
     pub(super) record: Record,
     pub(super) held: Holding,
     /// Whether it is of an earlier process, and no client has asked for it since.
@@ -25,7 +30,7 @@ pub(super) enum Holding {
 }
 
 /// The activation of a record, if it is whole and to be kept; what is there of any other is released.
-pub(super) async fn take_over(recovery: &Recovery, record: Record) -> Option<Entry> {
+pub(super) async fn take_over(recovery: &Recovery, vm: &Arc<Vm>, record: Record) -> Option<Entry> {
     let points = record
         .info
         .active
@@ -36,6 +41,7 @@ pub(super) async fn take_over(recovery: &Recovery, record: Record) -> Option<Ent
     let rest = match claimed {
         Ok(performed) if record.progress == Progress::Up && !record.temporary => {
             return Some(Entry {
+                vm: vm.clone(),
                 record,
                 held: Holding::Up(performed),
                 unclaimed: true,
@@ -59,6 +65,7 @@ pub(super) async fn take_over(recovery: &Recovery, record: Record) -> Option<Ent
         Err(error) => {
             tracing::warn!(namespace, name, %error, "an activation cannot be released yet");
             Some(Entry {
+                vm: vm.clone(),
                 record,
                 held: Holding::Unreleased(error),
                 unclaimed: false,

@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 
 use tonic::Status;
 
-/// The longest namespace, in bytes. (containerd, `pkg/identifiers`)
-const LONGEST_NAMESPACE: usize = 76;
+/// The longest namespace or name of a virtual machine, in bytes. (containerd, `pkg/identifiers`)
+const LONGEST_IDENTIFIER: usize = 76;
 /// The longest name of an activation, in bytes: containerd has none, and its own are below this.
 const LONGEST_NAME: usize = 1024;
 /// The longest label, key and value together, in bytes. (containerd, `pkg/labels`)
 const LONGEST_LABEL: usize = 4096;
 
-/// Letters and digits, with single `.`, `-` or `_` between them.
-pub(super) fn check_namespace(namespace: &str) -> Result<(), Status> {
+/// Whether it is letters and digits, with single `.`, `-` or `_` between them.
+pub(super) fn is_identifier(text: &str) -> bool {
     let is_word = |word: &str| !word.is_empty() && word.bytes().all(|c| c.is_ascii_alphanumeric());
-    let is_valid = namespace.split(['.', '-', '_']).all(is_word);
-    match is_valid && namespace.len() <= LONGEST_NAMESPACE {
+    text.len() <= LONGEST_IDENTIFIER && text.split(['.', '-', '_']).all(is_word)
+}
+
+pub(super) fn check_namespace(namespace: &str) -> Result<(), Status> {
+    match is_identifier(namespace) {
         true => Ok(()),
         false => Err(Status::invalid_argument(
             "a namespace is up to 76 letters and digits, with single '.', '-' or '_' between them",

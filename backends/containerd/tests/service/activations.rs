@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use blockmount::Recovery;
 use blockmount_containerd::Mount;
 use blockmount_containerd::service::{Activate, Activations, Filter, Info, Options};
 use blockmount_journal::FileJournal;
@@ -15,13 +16,17 @@ use crate::kit::{Machine, READY, layer, overlay, read, writable};
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Machine {
-    fn options(&self) -> Options {
+    pub(crate) fn options(&self) -> Options {
         Options::new(self.root(), self.at("activations"))
     }
 
-    async fn recover(&self, options: Options) -> Activations {
+    pub(crate) async fn recovery(&self) -> Recovery {
         let journal = FileJournal::open(self.at("journal")).unwrap();
-        let recovery = self.builder().await.recover(journal).await.unwrap();
+        self.builder().await.recover(journal).await.unwrap()
+    }
+
+    async fn recover(&self, options: Options) -> Activations {
+        let recovery = self.recovery().await;
         Activations::recover(recovery, options).await.unwrap()
     }
 
@@ -30,14 +35,14 @@ impl Machine {
     }
 
     /// As [`assert_clean`](Self::assert_clean), and no record is left.
-    fn assert_all_clean(&self) {
+    pub(crate) fn assert_all_clean(&self) {
         let records = fs::read_dir(self.at("activations")).unwrap();
         assert_eq!(records.count(), 0);
         self.assert_clean();
     }
 }
 
-fn request(name: &str, mounts: &[Mount]) -> Activate {
+pub(crate) fn request(name: &str, mounts: &[Mount]) -> Activate {
     Activate {
         namespace: "default".to_owned(),
         name: name.to_owned(),
@@ -46,15 +51,15 @@ fn request(name: &str, mounts: &[Mount]) -> Activate {
     }
 }
 
-fn tree(info: &Info) -> PathBuf {
+pub(crate) fn tree(info: &Info) -> PathBuf {
     info.active.last().unwrap().mount_point.clone()
 }
 
-fn listed(activations: &Activations) -> Vec<Info> {
+pub(crate) fn listed(activations: &Activations) -> Vec<Info> {
     activations.list("default", &Filter::default()).unwrap()
 }
 
-fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code) -> String {
+pub(crate) fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code) -> String {
     let status = answer.unwrap_err();
     assert_eq!(status.code(), code, "{status:?}");
     status.message().to_owned()

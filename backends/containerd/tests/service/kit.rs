@@ -48,6 +48,17 @@ impl Machine {
         Machine::over(std::env::var_os(DIRECTORY).unwrap().into(), None)
     }
 
+    /// A machine beside others of the same test, in a directory of its own.
+    pub(crate) fn one_of_several(&self, name: &str) -> Self {
+        let directory = self.at(name);
+        fs::create_dir_all(&directory).unwrap();
+        Machine {
+            directory,
+            mark: format!("{}-{name}", self.mark),
+            _owner: None,
+        }
+    }
+
     /// Runs a test that is ignored in a process of its own until it says that it is ready, and kills that.
     pub(crate) fn kill_once_ready(&self, test: &str) {
         let mut child = Command::new(std::env::current_exe().unwrap())

@@ -10,3 +10,4 @@ mod kit;
 #[path = "../../../../tests/common/merged_erofs.rs"]
 mod merged_erofs;
 mod socket;
+mod vms;

@@ -1,6 +1,8 @@
 //! Activating a list, in the turn of its name.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::oneshot;
@@ -9,13 +11,14 @@ use tonic::Status;
 use super::super::entry::{Entry, Holding};
 use super::super::record::{Info, Progress, Record, holder_of};
 use super::super::status::{of_backend, of_invalid, of_perform};
+use super::super::vm::{VM_LABEL, Vm, VmName};
 use super::{Activate, Activations};
 use crate::{Mount, Performed, Plan, holders, perform, plan};
 
 impl Activations {
     pub(super) async fn activate_in_turn(
         &self,
-        request: Activate,
+        mut request: Activate,
         mut gone: oneshot::Receiver<Infallible>,
     ) -> Result<Info, Status> {
         let key = (request.namespace.clone(), request.name.clone());
@@ -26,9 +29,11 @@ impl Activations {
                 key.1
             )));
         }
-        let id = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let vm = self.choose(&request.labels)?;
+        vm.label(&mut request.labels)?;
+        let id = vm.next.fetch_add(1, Ordering::Relaxed);
         let list = request.mounts;
-        let planned = plan(&list, &self.0.root.join(id.to_string()));
+        let planned = plan(&list, &vm.root.join(id.to_string()));
         let plan = planned.map_err(|error| of_invalid(&error))?;
         if plan.steps.is_empty() {
             return Err(Status::unimplemented(
@@ -49,17 +54,18 @@ impl Activations {
             },
             holders: held.map_err(|error| Status::internal(error.to_string()))?,
         };
-        let put = self.0.store.put(&record).await;
+        let put = vm.store.put(&record).await;
         put.map_err(|error| of_backend(&error))?;
-        let performed = match self.perform(&plan, &list, &mut record).await {
+        let performed = match vm.perform(&plan, &list, &mut record).await {
             Ok(performed) => performed,
             Err(status) => {
-                self.0.store.remove(id).await;
+                vm.store.remove(id).await;
                 return Err(status);
             }
         };
         let info = record.info.clone();
         let entry = Entry {
+            vm,
             record,
             held: Holding::Up(performed),
             unclaimed: false,
@@ -76,6 +82,38 @@ impl Activations {
         Ok(info)
     }
 
+    /// The virtual machine that the label names; the only one, if it names none.
+    fn choose(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
+        let vms = &self.0.vms;
+        let wanted = labels.get(VM_LABEL);
+        let found = match (wanted, &vms[..]) {
+            (None, [only]) => Some(only),
+            (None, _) => None,
+            (Some(wanted), _) => vms
+                .iter()
+                .find(|vm| vm.name.as_ref().map(VmName::as_str) == Some(wanted)),
+        };
+        found.cloned().ok_or_else(|| {
+            let names: Vec<&str> = vms
+                .iter()
+                .filter_map(|vm| vm.name.as_ref().map(VmName::as_str))
+                .collect();
+            let known = match names.is_empty() {
+                true => "this service is for one guest, which has no name".to_owned(),
+                false => format!("there are: {}", names.join(", ")),
+            };
+            Status::invalid_argument(match wanted {
+                Some(wanted) => format!(
+                    "the label {VM_LABEL} names no virtual machine of this service: {}; {known}",
+                    blockmount::printable(wanted).shortened(256)
+                ),
+                None => format!("the label {VM_LABEL} has to name a virtual machine; {known}"),
+            })
+        })
+    }
+}
+
+impl Vm {
     /// Performs a plan, and records that it is up.
     async fn perform(
         &self,
@@ -83,14 +121,14 @@ impl Activations {
         list: &[Mount],
         record: &mut Record,
     ) -> Result<Performed, Status> {
-        let performed = perform(&self.0.manager, plan, &holder_of(record.id)).await;
+        let performed = perform(&self.manager, plan, &holder_of(record.id)).await;
         let performed = performed.map_err(|error| of_perform(&error))?;
         let placed = plan.placed(list, performed.points());
         let recorded = match placed {
             Ok(placed) => {
                 record.progress = Progress::Up;
                 record.info.fill(placed, record.temporary);
-                let put = self.0.store.put(record).await;
+                let put = self.store.put(record).await;
                 put.map_err(|error| of_backend(&error))
             }
             Err(error) => Err(of_invalid(&error)),

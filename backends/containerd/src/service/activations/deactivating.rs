@@ -10,6 +10,7 @@ use super::super::entry::Holding;
 use super::super::identifiers::check_namespace;
 use super::super::record::{Key, Progress};
 use super::super::status::of_release;
+use super::super::vm::VmName;
 use super::{Activations, Shared, not_found};
 
 impl Activations {
@@ -31,16 +32,16 @@ impl Activations {
     }
 
     pub(super) async fn deactivate_in_turn(&self, key: &Key) -> Result<(), Status> {
-        let (held, mut record) = {
+        let (held, vm, mut record) = {
             let mut table = self.table();
             let entry = table.get_mut(key).ok_or_else(|| not_found(&key.1))?;
             let held = std::mem::replace(&mut entry.held, Holding::Taken);
-            (held, entry.record.clone())
+            (held, entry.vm.clone(), entry.record.clone())
         };
         let released = match held {
             Holding::Up(performed) => {
                 record.progress = Progress::Ending;
-                if let Err(error) = self.0.store.put(&record).await {
+                if let Err(error) = vm.store.put(&record).await {
                     // After a restart it is found out that it is not all there.
                     tracing::warn!(%error, "an activation that ends cannot be recorded as ending");
                 }
@@ -64,7 +65,7 @@ impl Activations {
             }
             released => {
                 self.table().remove(key);
-                self.0.store.remove(record.id).await;
+                vm.store.remove(record.id).await;
                 released.map_err(|error| of_release(&error))
             }
         }
@@ -88,8 +89,8 @@ impl Activations {
     }
 }
 
-/// Deactivates what no client has asked for in this time.
-pub(super) async fn release_unclaimed(shared: Weak<Shared>, grace: Duration) {
+/// Deactivates what is in a virtual machine and no client has asked for in this time.
+pub(super) async fn release_unclaimed(shared: Weak<Shared>, vm: Option<VmName>, grace: Duration) {
     tokio::time::sleep(grace).await;
     let Some(shared) = shared.upgrade() else {
         return;
@@ -97,7 +98,9 @@ pub(super) async fn release_unclaimed(shared: Weak<Shared>, grace: Duration) {
     let activations = Activations(shared);
     let unclaimed: Vec<Key> = {
         let table = activations.table();
-        let unclaimed = table.iter().filter(|(_, entry)| entry.unclaimed);
+        let unclaimed = table
+            .iter()
+            .filter(|(_, entry)| entry.unclaimed && entry.vm.name == vm);
         unclaimed.map(|(key, _)| key.clone()).collect()
     };
     for key in unclaimed {

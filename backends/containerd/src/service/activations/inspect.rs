@@ -9,11 +9,14 @@ use super::Activations;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct ActivationStatus {
+    /// The virtual machine that it is in, where the service has several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// The namespace.
     pub namespace: String,
     /// The name.
     pub name: String,
-    /// Its number, which is in the names of its mount points.
+    /// Its number in its guest, which is in the names of its mount points.
     pub id: u64,
     /// How it is.
     pub state: ActivationState,
@@ -61,6 +64,7 @@ fn status(entry: &Entry) -> ActivationStatus {
     };
     let info = &entry.record.info;
     ActivationStatus {
+        vm: entry.vm.name.as_ref().map(ToString::to_string),
         namespace: info.namespace.clone(),
         name: info.name.clone(),
         id: entry.record.id,

@@ -15,7 +15,8 @@ impl Activations {
     ///
     /// # Errors
     ///
-    /// `NOT_FOUND`; `INVALID_ARGUMENT` for other fields, which cannot be changed.
+    /// `NOT_FOUND`; `INVALID_ARGUMENT` for other fields, which cannot be changed, and for another
+    /// [`VM_LABEL`](crate::service::VM_LABEL), which stays where it is left out.
     ///
     /// # Cancel safety
     ///
@@ -41,14 +42,15 @@ impl Activations {
         labels: BTreeMap<String, String>,
         fields: Vec<String>,
     ) -> Result<Info, Status> {
-        let mut record = {
+        let (vm, mut record) = {
             let mut table = self.table();
             let entry = table.get_mut(key).ok_or_else(|| not_found(&key.1))?;
             entry.unclaimed = false;
-            entry.record.clone()
+            (entry.vm.clone(), entry.record.clone())
         };
         record.info.update_labels(labels, &fields)?;
-        let put = self.0.store.put(&record).await;
+        vm.label(&mut record.info.labels)?;
+        let put = vm.store.put(&record).await;
         put.map_err(|error| of_backend(&error))?;
         let info = record.info.clone();
         if let Some(entry) = self.table().get_mut(key) {
