@@ -22,7 +22,7 @@ use values::{Salt, parse_disks, parse_rounds, parse_salt};
 pub(crate) use values::{Integrity, parse_size};
 
 pub(crate) use layers::{Layer, OptionalLayers, RequiredLayers};
-pub(crate) use serve::ServeArgs;
+pub(crate) use serve::{ServeArgs, Served};
 pub(crate) use views::Shown;
 pub(crate) use vm::VmArgs;
 

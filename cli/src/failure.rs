@@ -67,6 +67,13 @@ impl Failure {
         self
     }
 
+    /// The same, which is about one of several.
+    #[must_use]
+    pub(crate) fn of(mut self, one: impl fmt::Display) -> Self {
+        self.what = format!("{one}: {}", self.what);
+        self
+    }
+
     /// Whether it is the failure of a step of the managers.
     pub(crate) fn is_of(&self, step: Step) -> bool {
         let cause = self.cause.as_deref();

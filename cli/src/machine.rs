@@ -11,7 +11,7 @@ use blockmount::{
     Binder, HolderName, LayerCombiner, Linger, Manager, ManagerBuilder, Mounter, Recovery, Stack,
     Transport, Unplugger, View,
 };
-use blockmount_containerd::service::Activations;
+use blockmount_containerd::service::{Activations, VmName};
 use blockmount_journal::FileJournal;
 use blockmount_linux::LinuxGuest;
 use blockmount_loopback::{LoopTransport, LoopUnplugger, SCHEME};
@@ -259,18 +259,24 @@ impl Machine {
         self.run.mark_held()
     }
 
-    /// From now on whoever asks is told how the run is doing: a mount of a tree, or a server at a socket.
+    /// From now on whoever asks is told how the run is doing: a mount of a tree, or a server at a socket, with the name of the
+    /// virtual machine if it has several.
     pub(crate) fn offer_status(
         &mut self,
         command: &'static str,
         name: Option<&HolderName>,
         at: &Path,
-        activations: Option<Activations>,
+        activations: Option<(Activations, Option<&VmName>)>,
     ) -> Source {
+        let (activations, vm) = match activations {
+            Some((activations, vm)) => (Some(activations), vm),
+            None => (None, None),
+        };
         let source = Source {
             run: self.run.id().to_owned(),
             command,
             name: name.map(ToString::to_string),
+            vm: vm.map(ToString::to_string),
             guest: self.guest.name(),
             at: at.display().to_string(),
             since: Instant::now(),

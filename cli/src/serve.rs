@@ -1,28 +1,26 @@
 //! Serving containerd's Mounts service, for this machine or for a virtual one.
 
+mod guests;
 mod metrics;
 mod page;
 mod systemd;
 mod web;
 
-use blockmount_containerd::service::{Activations, Options, Peers, listen, serve};
+use blockmount_containerd::service::{Peers, listen, serve};
 use tokio::net::UnixListener;
 use tokio::signal::unix::Signal;
 
-use crate::args::ServeArgs;
+use crate::args::{ServeArgs, Served};
 use crate::failure::{Context, Failure, printable};
-use crate::guest::{GuestKind, Needs, Place};
+use crate::guest::GuestKind;
 use crate::interrupt::Interrupt;
-use crate::machine::{Machine, require_root};
-use crate::run::{Remembered, Run};
+use crate::machine::require_root;
 use crate::status::Source;
 use crate::terminal::{note, say};
+use guests::Guests;
 use web::Web;
 
 pub(crate) use web::WebAddress;
-
-/// Below the directory of the run, or of all runs in a guest.
-const TREES: &str = "activated";
 
 /// Serves until a signal. `Ok` is the exit status.
 pub(crate) async fn run(
@@ -30,7 +28,8 @@ pub(crate) async fn run(
     interrupt: Interrupt,
     hangup: Option<Signal>,
 ) -> Result<u8, Failure> {
-    if args.guest() == GuestKind::Local {
+    let is_local = |served: &Served| served.guest == GuestKind::Local;
+    if args.served()?.iter().any(is_local) {
         require_root("serve")?;
     }
     // Nothing is started for an address that is taken.
@@ -41,22 +40,15 @@ pub(crate) async fn run(
     };
     let peers = Peers::default();
     peers.allow_only(args.allowed_users()?);
-    let mut machine = start(&args, &interrupt).await?;
-    machine.mark_held()?;
-    let no_journal = || Failure::new("a server without a journal has nothing to go on with");
-    let recovery = machine.take_recovery().ok_or_else(no_journal)?;
-    let mut options = Options::new(machine.own_target(TREES), machine.records());
-    if let Some(grace) = args.grace {
-        options = options.grace(grace);
-    }
-    let activations = Activations::recover(recovery, options).await?;
-    let name = args.name();
-    let source = machine.offer_status(
-        "serve",
-        Some(&name),
-        args.address(),
-        Some(activations.clone()),
-    );
+    let mut guests = Guests::start(&args, &interrupt).await?;
+    let activations = match guests.recover(&args).await {
+        Ok(activations) => activations,
+        Err(failure) => {
+            guests.give_up(&interrupt).await;
+            return Err(failure);
+        }
+    };
+    let sources = guests.offer_status(&args, &activations);
     note(format_args!(
         "serving at {}; {} activated",
         printable(args.address().display()),
@@ -78,9 +70,9 @@ pub(crate) async fn run(
         );
         tokio::select! {
             () = served => None,
-            why = machine.failed() => Some(why),
+            why = guests.failed() => Some(why),
             () = reload(hangup, &args, &peers) => None,
-            () = watch(web.as_ref(), source) => None,
+            () = watch(web.as_ref(), sources) => None,
         }
     };
     systemd::notify("STOPPING=1");
@@ -88,58 +80,24 @@ pub(crate) async fn run(
         remove_socket(&args);
     }
     drop(web);
-    let count = activations.leave().await.len();
-    if let Some(why) = lost {
-        machine.leave_activations();
-        return Err(Failure::new("what is activated is lost").because(why));
-    }
-    if count > 0 {
-        let name = args.name();
+    let left = activations.leave().await;
+    if lost.is_none() && !left.is_empty() {
+        let (count, name) = (left.len(), args.name());
         say(format_args!(
             "{count} activated, which stay for the next server with --name {name}"
         ));
-        machine.leave_activations();
-        return Ok(0);
     }
-    machine.end(&interrupt).await.result.map(|()| 0)
-}
-
-/// Goes on with the run of an earlier server, or starts one.
-async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Machine, Failure> {
-    let name = args.name();
-    let found = Run::find(&name)?;
-    let needs = Needs {
-        verity: true,
-        encryption: false,
-        more_ciphers: false,
-        encryption_tools: false,
-        filesystem_tools: true,
-    };
-    let vm = args.foreign()?;
-    let place = Place::of(args.guest(), vm.clone(), args.transport, false)?.needing(needs);
-    match found {
-        Some(found) if !found.is_server => {
-            let what = format!("there is a mount with the name {name}");
-            Err(Failure::new(what).advise("choose another --name"))
-        }
-        Some(found) if (found.guest(), &found.vm) != (args.guest(), &vm) => {
-            let what = format!("what an earlier server {name} has activated is elsewhere");
-            let advice = "say the same --guest or --vm as for that one, or choose another --name";
-            Err(Failure::new(what).advise(advice))
-        }
-        Some(_) => Machine::start(place, || Ok(Run::resume(&name)?.0), interrupt).await,
-        None => {
-            let remembered = Remembered::of_server(name, args.address(), args.guest());
-            let remembered = remembered.in_vm(vm);
-            Machine::start(place, || Run::start_named(&remembered), interrupt).await
-        }
+    let ended = guests.end(&left, &interrupt).await;
+    match lost {
+        Some(why) => Err(Failure::new("what is activated is lost").because(why)),
+        None => ended.map(|()| 0),
     }
 }
 
 /// Offers the metrics, if they are wanted. Never ends.
-async fn watch(web: Option<&Web>, source: Source) {
+async fn watch(web: Option<&Web>, sources: Vec<Source>) {
     if let Some(web) = web {
-        web.serve(source).await;
+        web.serve(sources).await;
     }
     std::future::pending().await
 }

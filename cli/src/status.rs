@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
 
+use blockmount::HolderName;
 use serde::Serialize;
 
 use crate::args::StatusArgs;
@@ -21,8 +22,12 @@ pub(crate) use tree::{Source, Status};
 
 /// How often the runs are asked again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The lines of a list, where it is shown for a moment only.
+/// The lines of a list, where it is shown for a moment only, and to no terminal.
 const WATCHED_ROWS: usize = 12;
+/// The lines of a run of which nothing is shown but how much it has.
+const LEAST_ROWS: usize = 4;
+/// The lines of a terminal that does not say how many it has.
+const ROWS: usize = 24;
 /// Shows another picture in place of what a terminal shows, and puts that back.
 const OTHER_SCREEN: &str = "\u{1b}[?1049h\u{1b}[?25l";
 const FIRST_SCREEN: &str = "\u{1b}[?25h\u{1b}[?1049l";
@@ -65,7 +70,7 @@ pub(crate) async fn run(args: StatusArgs, interrupt: Interrupt) -> Result<u8, Fa
                 let line = serde_json::to_string(&report);
                 print(&line.context(|| "cannot write the status as json".to_owned())?)?;
             }
-            (false, Some(screen)) => screen.draw(&report.to_text(WATCHED_ROWS))?,
+            (false, Some(screen)) => screen.draw(&report)?,
             (false, None) => print(&format!("{}\n", report.to_text(WATCHED_ROWS)))?,
         }
         tokio::select! {
@@ -78,10 +83,6 @@ pub(crate) async fn run(args: StatusArgs, interrupt: Interrupt) -> Result<u8, Fa
 
 impl Report {
     async fn read(args: &StatusArgs) -> Result<Self, Failure> {
-        let is_wanted = |name: Option<&str>| match &args.name {
-            None => true,
-            Some(wanted) => name == Some(wanted.as_str()),
-        };
         let mut report = Report {
             runs: Vec::new(),
             ended: Vec::new(),
@@ -89,16 +90,15 @@ impl Report {
         for paths in all_runs()? {
             match socket::ask(&paths.status_socket()).await {
                 Ok(Some(status)) => {
-                    if is_wanted(status.name.as_deref()) {
+                    let wanted = args.name.as_ref().map(HolderName::as_str);
+                    if wanted.is_none() || wanted == status.name.as_deref() {
                         report.runs.push(status);
                     }
                 }
                 Ok(None) => {
-                    if let Some(ended) = EndedRun::of(&paths)
-                        && is_wanted(Some(&ended.name))
-                    {
-                        report.ended.push(ended);
-                    }
+                    report
+                        .ended
+                        .extend(EndedRun::of(&paths, args.name.as_ref()));
                 }
                 Err(error) => {
                     let run = &paths.id;
@@ -107,8 +107,14 @@ impl Report {
             }
         }
         report.runs.sort_by(|one, other| {
-            let key =
-                |status: &Status| (status.command.clone(), status.name.clone(), status.process);
+            let key = |status: &Status| {
+                (
+                    status.command.clone(),
+                    status.name.clone(),
+                    status.process,
+                    status.vm.clone(),
+                )
+            };
             key(one).cmp(&key(other))
         });
         Ok(report)
@@ -116,7 +122,33 @@ impl Report {
 
     fn to_text(&self, rows: usize) -> String {
         let runs = self.runs.iter().map(|status| text::text(status, rows));
-        let mut parts: Vec<String> = runs.collect();
+        self.with_ended(runs.collect())
+    }
+
+    /// As much of it as has room in so many lines, about the same for each run.
+    fn fitted(&self, lines: usize) -> String {
+        let ended = match self.ended.is_empty() {
+            true => 0,
+            false => self.with_ended(Vec::new()).lines().count() + 1,
+        };
+        let mut left = lines.saturating_sub(ended);
+        let mut parts = Vec::new();
+        for (index, status) in self.runs.iter().enumerate() {
+            let others = self.runs.len() - index;
+            // An empty line is between two.
+            let own = ((left + 1) / others).saturating_sub(1);
+            let text = text::fitted(status, own.max(LEAST_ROWS).min(left));
+            if text.is_empty() {
+                parts.push(format!("and {others} more"));
+                break;
+            }
+            left = left.saturating_sub(text.lines().count() + 1);
+            parts.push(text);
+        }
+        self.with_ended(parts)
+    }
+
+    fn with_ended(&self, mut parts: Vec<String>) -> String {
         for EndedRun { name, resume } in &self.ended {
             let line = format!("{name}: its program has ended; go on with it: {resume}");
             parts.push(wrapped(&line, "  "));
@@ -129,14 +161,18 @@ impl Report {
 }
 
 impl EndedRun {
-    /// None for a run that lives, and holds nothing yet or anymore, or that nobody can go on with.
-    fn of(paths: &RunPaths) -> Option<Self> {
+    /// None for a run that lives, and holds nothing yet or anymore, or that nobody can go on with, or that has another name than the
+    /// wanted one.
+    fn of(paths: &RunPaths, wanted: Option<&HolderName>) -> Option<Self> {
         if paths.is_alive().unwrap_or(true) {
             return None;
         }
         let Kept::Resumable(remembered) = paths.kept() else {
             return None;
         };
+        if wanted.is_some_and(|wanted| !remembered.is_called(wanted)) {
+            return None;
+        }
         Some(EndedRun {
             name: remembered.name.to_string(),
             resume: remembered.resuming(),
@@ -166,9 +202,14 @@ impl Screen {
     }
 
     /// Line by line over what is there, so that nothing flickers.
-    fn draw(&self, text: &str) -> Result<(), Failure> {
+    fn draw(&self, report: &Report) -> Result<(), Failure> {
+        let size = rustix::termios::tcgetwinsize(io::stdout());
+        let rows = size.map_or(0, |size| usize::from(size.ws_row));
+        let rows = if rows == 0 { ROWS } else { rows };
+        let text = report.fitted(rows - 1);
         let mut picture = String::from(HOME);
-        for line in text.lines() {
+        // A terminal that is given more lines than it has scrolls its top away.
+        for line in text.lines().take(rows - 1) {
             picture.push_str(line);
             picture.push_str(END_OF_LINE);
             picture.push_str("\r\n");

@@ -1,4 +1,4 @@
-//! `blockmount serve` with a virtual machine of its own: the lists of containerd's erofs snapshotter, performed in it.
+//! `blockmount serve` with a virtual machine of its own: the lists of containerd's erofs snapshotter, performed in it; and with several.
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
@@ -6,13 +6,16 @@ mod common;
 #[path = "../../tests/common/merged_erofs.rs"]
 mod merged_erofs;
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use blockmount_checker::tree::Tree;
-use common::machines::{in_guest, machines_of};
+use common::machines::{in_guest, machine_in, machines_of};
 use common::servers::{Client, Server, layer, mount, overlay, writable};
-use common::{alone, image, run, run_id, temp};
+use common::{alone, clean_up, image, in_kernel, run, run_id, signal, temp};
 use merged_erofs::Merged;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -193,4 +196,111 @@ fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
     // What was written is in the image that the snapshotter has.
     let kept = dir.path().join("active.img");
     assert!(kept.exists() && dir.path().join("alone.img").exists());
+}
+
+/// What a server offers at an address over HTTP.
+fn get(at: &Path, path: &str) -> String {
+    let mut stream = UnixStream::connect(at).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// The run of each virtual machine of a server, by its name.
+fn runs(dir: &TempDir) -> Vec<(String, String, usize)> {
+    let status = run(["status", "--json", "--name", &common::servers::name(dir)]).json();
+    let runs = status["runs"].as_array().unwrap().iter();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let runs = runs.map(|run| {
+        let activations = run["activations"].as_array().unwrap();
+        (text(&run["vm"]), text(&run["run"]), activations.len())
+    });
+    runs.collect()
+}
+
+/// This machine and a virtual one by their names, beside one that has ended, across a kill of the server and then one of the
+/// virtual machine.
+#[test]
+fn vm_one_server_is_for_several_machines_by_their_names() {
+    let _alone = alone();
+    let dir = temp();
+    let name = common::servers::name(&dir);
+    let path = |name: &str| dir.path().join(name);
+    let list = [layer(erofs(&dir, "base", &[("a", "base")]))];
+    let tables = format!(
+        "[vm.far]\nguest = \"qemu\"\n[vm.here]\nguest = \"local\"\n\
+         [vm.gone]\nvm = \"qemu:{0}/qmp\"\nagent = \"unix:{0}/agent\"\n",
+        dir.path().display()
+    );
+    let metrics = format!("unix:{}", path("metrics").display());
+    let words = ["--metrics", &metrics];
+    let mut server = Server::ready_with(&dir, &words, &tables);
+    server.wait_for("the virtual machine gone has ended, and is left out");
+    let mut client = Client::of(&dir);
+    let unsaid = json!({"call": "Activate", "request": {"name": "one", "mounts": list}});
+    let refused = client.ask(&unsaid);
+    assert_eq!(refused["code"], "INVALID_ARGUMENT");
+    let said = refused["details"].as_str().unwrap();
+    assert!(said.contains("there are: far, here"), "{said}");
+
+    let far = client.activate_in("far", "one", &list);
+    let here = client.activate_in("here", "two", &list);
+    client.activate_in("far", "three", &list);
+    let file = |points: &[PathBuf]| points.last().unwrap().join("a");
+    assert_eq!(std::fs::read_to_string(file(&here)).unwrap(), "base");
+    assert!(!file(&far).exists());
+    let all = client.call("List", json!({}));
+    drop(client);
+    let before = runs(&dir);
+    let [(vm, id, 2), (other, here_id, 1)] = &before[..] else {
+        panic!("{before:?}")
+    };
+    assert_eq!((&**vm, &**other), ("far", "here"));
+    let text = run(["status", "--name", &name]).stdout;
+    let heads = ["far", "here"].map(|vm| format!("serve {name}, vm {vm}:"));
+    let text = text.replace("\n  ", " ");
+    assert!(heads.iter().all(|head| text.contains(head)), "{text}");
+    let series = get(&path("metrics"), "/metrics");
+    for series_of in [
+        "activations{vm=\"far\",namespace=\"default\"} 2",
+        "activations{vm=\"here\",namespace=\"default\"} 1",
+        "slots{vm=\"far\",transport=\"scsi\",usage=\"occupied\"} 1",
+        "step_duration_seconds_count{vm=\"here\",step=\"attach\"} 1",
+    ] {
+        assert!(series.contains(series_of), "{series_of}: {series}");
+    }
+    let page = get(&path("metrics"), "/");
+    assert!(page.contains("<h2>VM far</h2>") && page.contains("<h2>VM here</h2>"));
+
+    server.kill();
+    let kept = run(["cleanup", "--dry-run"]);
+    let advice = format!("blockmount serve --name {name}\n");
+    assert_eq!(kept.stdout.matches(&advice).count(), 2, "{kept}");
+    in_guest(id, async |checker| {
+        let tree = checker.tree(far.last().unwrap()).await.unwrap();
+        assert_eq!(tree.compare(&tree).files, 1);
+    });
+    let mut server = Server::ready_with(&dir, &words, &tables);
+    let mut client = Client::of(&dir);
+    assert_eq!(client.call("List", json!({})), all);
+    assert_eq!(runs(&dir), before);
+    client.deactivate("three");
+    client.deactivate("two");
+    assert_eq!(in_kernel(here_id), Vec::<String>::new());
+
+    // The others are served for as long as one is there.
+    signal(machine_in(id), Signal::KILL);
+    server.wait_for("what is activated in the virtual machine far is lost");
+    client.activate_in("here", "three", &list);
+    client.deactivate("three");
+    let lost = client.call("Info", json!({"name": "one"}));
+    assert_eq!(lost["info"]["labels"], json!({"blockmount.vm": "far"}));
+    drop(client);
+    server.end().says(0, &[]);
+    clean_up(&[&format!("--resumable={name}")]);
+    for id in [id, here_id] {
+        assert_eq!(machines_of(id), Vec::<String>::new());
+        assert!(!Path::new(&format!("/run/blockmount/{id}")).exists());
+    }
 }

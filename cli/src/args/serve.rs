@@ -1,26 +1,26 @@
 //! What a server is told, on the command line and in its file.
 
-use std::fs::File;
-use std::io::Read as _;
+mod file;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockmount::HolderName;
+use blockmount_containerd::service::VmName;
 use clap::{Args, ValueEnum};
-use serde::Deserialize;
 
-use crate::failure::{Context, Failure};
-use crate::guest::{ForeignVm, GuestKind, Socket, Transports, parse_monitor};
+use crate::failure::Failure;
+use crate::guest::{ForeignVm, GuestKind, Place, Transports};
 use crate::serve::WebAddress;
 
 use super::VmArgs;
+use file::{ConfigFile, Guests, wrong};
 
 /// Where clients of the service find it unless another place is said.
 const ADDRESS: &str = "/run/blockmount.sock";
 /// The name under which the next server finds what this one has left, unless another is said.
 const NAME: &str = "serve";
-/// More than a server has to be told, in bytes.
-const LONGEST: u64 = 1 << 20;
 
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -36,7 +36,11 @@ and a socket unit if you like (LISTEN_FDS).
 
 A --config has these options in TOML, by their names without dashes in front: \
 address, guest, vm, agent, agent-token, controllers (a list), transport, name, grace, \
-metrics, allow-users (a list). The command line wins.
+metrics, allow-users (a list). The command line wins. For several virtual machines \
+it has a table [vm.NAME] for each, with those of guest, vm, agent, agent-token, \
+controllers and transport that are about it; the label blockmount.vm=NAME says in \
+which of them a list is activated, and may be left out where there is one. A \
+machine that has ended is left out until the next start of the server.
 
 Examples:
   sudo blockmount serve
@@ -55,9 +59,13 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     vm: VmArgs,
 
+    /// The guests of a file that names several.
+    #[arg(skip)]
+    named: BTreeMap<VmName, Settings>,
+
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
-    pub(crate) transport: Option<Transports>,
+    transport: Option<Transports>,
 
     /// The name under which the next server finds what this one has left [default: serve]
     #[arg(long, value_name = "NAME")]
@@ -93,21 +101,37 @@ enum LogFormat {
     Json,
 }
 
-/// The file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-struct ConfigFile {
-    address: Option<PathBuf>,
-    guest: Option<String>,
-    vm: Option<String>,
-    agent: Option<String>,
-    agent_token: Option<PathBuf>,
-    controllers: Vec<String>,
-    transport: Option<String>,
-    name: Option<HolderName>,
-    grace: Option<String>,
-    metrics: Option<String>,
-    allow_users: Vec<u32>,
+/// What is said of one guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Settings {
+    guest: Option<GuestKind>,
+    vm: VmArgs,
+    transport: Option<Transports>,
+}
+
+/// A guest that a server is for.
+#[derive(Debug)]
+pub(crate) struct Served {
+    /// The name of its virtual machine; none for the one guest of a server without names.
+    pub(crate) name: Option<VmName>,
+    pub(crate) guest: GuestKind,
+    /// The virtual machine, if somebody else has started it.
+    pub(crate) vm: Option<ForeignVm>,
+    pub(crate) place: Place,
+}
+
+impl Settings {
+    fn served(&self, name: Option<VmName>) -> Result<Served, Failure> {
+        let vm = self.vm.foreign(self.guest)?;
+        let guest = self.vm.guest(self.guest);
+        let place = Place::of(guest, vm.clone(), self.transport, false)?;
+        Ok(Served {
+            name,
+            guest,
+            vm,
+            place,
+        })
+    }
 }
 
 impl ServeArgs {
@@ -116,55 +140,77 @@ impl ServeArgs {
         let Some(path) = self.config.clone() else {
             return Ok(self);
         };
-        let file = read(&path)?;
+        let mut file = ConfigFile::read(&path)?;
+        let of_file = file.take_guests(&path)?;
         let wrong = |key: &'static str| {
-            let path = path.clone();
-            move |why: String| {
-                let what = format!("{key} in {} makes no sense", path.display());
-                Failure::usage(what).because(why)
-            }
+            let path = &path;
+            move |why: String| wrong(key, path, why)
         };
-        let guest = file.guest.map(|text| GuestKind::from_str(&text, false));
-        let guest = guest.transpose().map_err(wrong("guest"))?;
-        let vm = file.vm.as_deref().map(parse_monitor).transpose();
-        let agent = file.agent.map(|text| text.parse::<Socket>()).transpose();
-        let vm = VmArgs {
-            vm: vm.map_err(wrong("vm"))?,
-            agent: agent.map_err(wrong("agent"))?,
-            agent_token: file.agent_token,
-            controllers: file.controllers,
-        };
-        let transport = file.transport.map(|text| text.parse::<Transports>());
-        let transport = transport.transpose();
-        let transport = transport.map_err(|error| wrong("transport")(error.to_string()))?;
         let metrics = file.metrics.map(|text| text.parse::<WebAddress>());
         let metrics = metrics.transpose().map_err(wrong("metrics"))?;
         let grace = file.grace.map(|text| parse_time(&text));
         let grace = grace.transpose().map_err(wrong("grace"))?;
-        self.address = self.address.or(file.address);
-        // What the command line says of the place, it says alone.
-        if self.guest.is_none() && self.vm.vm.is_none() {
-            self.guest = guest;
-            self.vm.or(vm);
+        match of_file {
+            Guests::One(settings) => {
+                // What the command line says of the place, it says alone.
+                if self.guest.is_none() && self.vm.vm.is_none() {
+                    self.guest = settings.guest;
+                    self.vm.or(settings.vm);
+                }
+                self.transport = self.transport.or(settings.transport);
+            }
+            Guests::Named(_) if self.settings() != Settings::default() => {
+                let what = format!(
+                    "the command line is about one guest, and {} names several",
+                    path.display()
+                );
+                let advice = "say in the tables [vm.NAME] of the file what is to be said of each";
+                return Err(Failure::usage(what).advise(advice));
+            }
+            Guests::Named(named) => self.named = named,
         }
-        self.transport = self.transport.or(transport);
+        self.address = self.address.or(file.address);
         self.name = self.name.or(file.name);
         self.grace = self.grace.or(grace);
         self.metrics = self.metrics.or(metrics);
         Ok(self)
     }
 
+    /// What it is for: one guest, or several by their names.
+    pub(crate) fn served(&self) -> Result<Vec<Served>, Failure> {
+        if self.named.is_empty() {
+            return Ok(vec![self.settings().served(None)?]);
+        }
+        let served = self.named.iter().map(|(name, settings)| {
+            settings.served(Some(name.clone())).map_err(|failure| {
+                Failure::usage(format!("[vm.{name}] makes no sense")).because(failure.on_one_line())
+            })
+        });
+        let served: Vec<Served> = served.collect::<Result<_, _>>()?;
+        let mut monitors = BTreeMap::new();
+        for Served { name, vm, .. } in &served {
+            let (Some(name), Some(vm)) = (name, vm) else {
+                continue;
+            };
+            if let Some(other) = monitors.insert(&vm.monitor, name) {
+                let what = format!("[vm.{other}] and [vm.{name}] are the same virtual machine");
+                return Err(Failure::usage(what).advise("leave one of them out"));
+            }
+        }
+        Ok(served)
+    }
+
+    /// What the command line says of its guest.
+    fn settings(&self) -> Settings {
+        Settings {
+            guest: self.guest,
+            vm: self.vm.clone(),
+            transport: self.transport,
+        }
+    }
+
     pub(crate) fn address(&self) -> &Path {
         self.address.as_deref().unwrap_or(Path::new(ADDRESS))
-    }
-
-    pub(crate) fn guest(&self) -> GuestKind {
-        self.vm.guest(self.guest)
-    }
-
-    /// The virtual machine that somebody else has started, if it is for one.
-    pub(crate) fn foreign(&self) -> Result<Option<ForeignVm>, Failure> {
-        self.vm.foreign(self.guest)
     }
 
     pub(crate) fn name(&self) -> HolderName {
@@ -174,7 +220,7 @@ impl ServeArgs {
 
     /// The users whose processes may connect, as the file says now.
     pub(crate) fn allowed_users(&self) -> Result<Vec<u32>, Failure> {
-        let file = self.config.as_deref().map(read).transpose()?;
+        let file = self.config.as_deref().map(ConfigFile::read).transpose()?;
         let of_file = file.unwrap_or_default().allow_users.into_iter();
         Ok(self.allow_users.iter().copied().chain(of_file).collect())
     }
@@ -182,15 +228,6 @@ impl ServeArgs {
     pub(crate) fn logs_json(&self) -> bool {
         self.log_format == LogFormat::Json
     }
-}
-
-fn read(path: &Path) -> Result<ConfigFile, Failure> {
-    let what = || format!("cannot read {}", path.display());
-    let file = File::open(path).context(what)?;
-    let mut text = String::new();
-    file.take(LONGEST).read_to_string(&mut text).context(what)?;
-    let parsed: Result<ConfigFile, toml::de::Error> = toml::from_str(&text);
-    parsed.map_err(|error| Failure::usage(what()).because(error))
 }
 
 /// A time: a number of seconds, or one with s, m or h behind it.

@@ -7,7 +7,7 @@ use clap::Args;
 use crate::failure::Failure;
 use crate::guest::{ForeignVm, GuestKind, Socket, parse_monitor};
 
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub(crate) struct VmArgs {
     /// Use a virtual machine that somebody else has started, by the socket of its QMP monitor; nothing else in it is touched, and it goes on
     #[arg(long, value_name = "qemu:SOCKET", value_parser = parse_monitor)]

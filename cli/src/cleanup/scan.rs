@@ -30,7 +30,9 @@ impl Unwanted {
     fn has(&self, paths: &RunPaths) -> bool {
         match self {
             Unwanted::Nothing => false,
-            Unwanted::Named(name) => paths.remembered().is_some_and(|found| found.name == *name),
+            Unwanted::Named(name) => paths
+                .remembered()
+                .is_some_and(|found| found.is_called(name)),
             Unwanted::All => true,
         }
     }

@@ -43,6 +43,9 @@ pub(crate) struct Remembered {
     /// Whether it is no mount, but the activations of a server with this name; the target is the server's socket then.
     #[serde(default)]
     pub(crate) is_server: bool,
+    /// The name of the server, where it has several virtual machines: each has a run of its own then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    server: Option<HolderName>,
     /// The virtual machine of somebody else in which it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) vm: Option<ForeignVm>,
@@ -71,6 +74,7 @@ impl Remembered {
             keeps_vm: guest == GuestKind::Qemu,
             views: 0,
             is_server: false,
+            server: None,
             vm: None,
             is_anonymous: false,
         }
@@ -100,9 +104,22 @@ impl Remembered {
         }
     }
 
+    /// The same in one of several virtual machines of a server with this name.
+    pub(crate) fn for_one_of_several(self, server: HolderName) -> Self {
+        Remembered {
+            server: Some(server),
+            ..self
+        }
+    }
+
+    /// Whether a user calls it so: by its own name, or by that of its server.
+    pub(crate) fn is_called(&self, name: &HolderName) -> bool {
+        self.name == *name || self.server.as_ref() == Some(name)
+    }
+
     /// The command that goes on with it.
     pub(crate) fn resuming(&self) -> String {
-        let name = &self.name;
+        let name = self.server.as_ref().unwrap_or(&self.name);
         match self.is_server {
             true => format!("{}blockmount serve --name {name}", sudo()),
             false => format!("{}blockmount mount --resume {name}", sudo()),

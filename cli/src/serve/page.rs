@@ -10,8 +10,8 @@ use crate::status::text::{seconds, text};
 
 /// How often a browser asks again.
 const AGAIN_SECONDS: u32 = 2;
-/// The page is this wide, in pixels.
-const WIDTH: f64 = 860.0;
+/// A drawing has this width of its own. As wide as a narrow window, so that its text is not made smaller there.
+const WIDTH: f64 = 600.0;
 /// A slot is a square with some space around it.
 const SLOT: f64 = 18.0;
 const PITCH: f64 = 22.0;
@@ -25,32 +25,44 @@ const LONGEST: f64 = 1e2;
 const ROWS: usize = 200;
 
 const STYLE: &str = "\
-body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:860px;color:#222;background:#fff}\
-h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}\
-pre{font:12px/1.35 ui-monospace,monospace;overflow-x:auto}\
+body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:860px;color:#222;background:#fff}\
+h1{font-size:1.4em}h2{font-size:1.2em;margin-top:2em;border-top:1px solid #ccc;padding-top:1em}h3{font-size:1.1em;margin-top:2em}\
+pre{font:12px/1.15 ui-monospace,monospace;overflow-x:auto}svg{display:block;max-width:720px}\
 text{font:12px system-ui,sans-serif;fill:currentColor}.axis{stroke:#ccc}.quiet{fill:#777}\
 .occupied{fill:#2b7bba}.quarantined{fill:#d43d3d}.retained{fill:#c9a227}.foreign{fill:#999}.pinned{fill:#555}\
 .half{fill:#2b7bba}.most{fill:#8fbfe0}.all{fill:#d6e8f5}.longest{stroke:#d43d3d;stroke-width:2}\
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}.axis{stroke:#444}.most{fill:#336688}.all{fill:#234}}";
 
-/// The whole page.
-pub(super) fn html(status: &Status) -> String {
+/// The whole page: what a server is for, one after the other.
+pub(super) fn html(statuses: &[Status]) -> String {
     let mut page = String::new();
-    write(&mut page, status).expect("a string takes all that is written to it");
+    write(&mut page, statuses).expect("a string takes all that is written to it");
     page
 }
 
-fn write(page: &mut String, status: &Status) -> fmt::Result {
-    let title = match &status.name {
-        Some(name) => format!("blockmount {} {name}", status.command),
-        None => format!("blockmount {}", status.command),
-    };
-    let title = Escaped(&title);
+fn write(page: &mut String, statuses: &[Status]) -> fmt::Result {
+    let first = statuses.first();
+    let command = first.map_or("serve", |status| &status.command);
+    let name = first.and_then(|status| status.name.as_deref());
+    let title = format!("blockmount {command} {}", name.unwrap_or_default());
+    let title = Escaped(title.trim_end());
     write!(
         page,
         "<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
          <meta http-equiv=refresh content={AGAIN_SECONDS}><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
     )?;
+    for status in statuses {
+        section(page, status)?;
+    }
+    page.push_str("<p><a href=/metrics>metrics</a> <a href=/status.json>JSON</a></html>\n");
+    Ok(())
+}
+
+fn section(page: &mut String, status: &Status) -> fmt::Result {
+    // Where there are several, each has its name.
+    if let Some(vm) = &status.vm {
+        write!(page, "<h2>VM {}</h2>", Escaped(vm))?;
+    }
     let pending = pending(status);
     if pending > 0 {
         write!(
@@ -58,14 +70,15 @@ fn write(page: &mut String, status: &Status) -> fmt::Result {
             "<p><strong>{pending} pending</strong>: see below why."
         )?;
     }
-    page.push_str("<h2>Slots</h2>");
+    page.push_str("<h3>Slots</h3>");
     slots(page, &status.manager.slots)?;
-    page.push_str("<h2>Time of each step</h2>");
+    page.push_str("<h3>Time of each step</h3>");
     steps(page, &status.manager.steps)?;
-    page.push_str("<h2>All of it</h2><pre>");
-    write!(page, "{}", Escaped(&text(status, ROWS)))?;
-    page.push_str("</pre><p><a href=/metrics>metrics</a> <a href=/status.json>JSON</a></html>\n");
-    Ok(())
+    write!(
+        page,
+        "<h3>All of it</h3><pre>{}</pre>",
+        Escaped(&text(status, ROWS))
+    )
 }
 
 fn pending(status: &Status) -> usize {
@@ -116,7 +129,7 @@ fn slots(page: &mut String, slots: &[SlotStatus]) -> fmt::Result {
         .into_iter()
         .filter(|usage| slots.iter().any(|slot| slot.usage == *usage));
     for (index, usage) in used.enumerate() {
-        let x = index as f64 * 130.0;
+        let x = index as f64 * 118.0;
         let count = slots.iter().filter(|slot| slot.usage == usage).count();
         write!(
             page,

@@ -17,6 +17,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -25,7 +26,7 @@ use tokio::time::timeout;
 
 use super::{metrics, page};
 use crate::failure::{Context, Failure, printable};
-use crate::status::Source;
+use crate::status::{Source, Status};
 
 /// How many are served at once; others wait.
 const MOST: usize = 32;
@@ -91,13 +92,14 @@ impl Web {
     }
 
     /// Serves for ever.
-    pub(super) async fn serve(&self, source: Source) {
+    pub(super) async fn serve(&self, sources: Vec<Source>) {
+        let sources = Arc::from(sources);
         match self {
             Web::Tcp(listener) => {
-                serve_all(source, async || Ok(listener.accept().await?.0)).await;
+                serve_all(sources, async || Ok(listener.accept().await?.0)).await;
             }
             Web::Unix(listener, _) => {
-                serve_all(source, async || Ok(listener.accept().await?.0)).await;
+                serve_all(sources, async || Ok(listener.accept().await?.0)).await;
             }
         }
     }
@@ -113,11 +115,10 @@ impl Drop for Web {
     }
 }
 
-async fn serve_all<S>(source: Source, accept: impl AsyncFn() -> io::Result<S>)
+async fn serve_all<S>(sources: Arc<[Source]>, accept: impl AsyncFn() -> io::Result<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let source = Arc::new(source);
     let slots = Arc::new(Semaphore::new(MOST));
     let mut connections = JoinSet::new();
     loop {
@@ -127,7 +128,7 @@ where
         tokio::select! {
             Some(_ended) = connections.join_next() => {}
             accepted = accept() => match accepted {
-                Ok(stream) => drop(connections.spawn(connection(stream, source.clone(), slot))),
+                Ok(stream) => drop(connections.spawn(connection(stream, sources.clone(), slot))),
                 Err(error) => {
                     tracing::warn!(%error, "a connection for metrics cannot be accepted");
                     tokio::time::sleep(PAUSE).await;
@@ -138,12 +139,12 @@ where
 }
 
 /// One request, and its answer.
-async fn connection<S>(stream: S, source: Arc<Source>, slot: OwnedSemaphorePermit)
+async fn connection<S>(stream: S, sources: Arc<[Source]>, slot: OwnedSemaphorePermit)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(request.method(), request.uri().path(), &source);
+        let answer = answer(request.method(), request.uri().path(), &sources);
         async move { Ok::<_, Infallible>(answer) }
     });
     let mut builder = http1::Builder::new();
@@ -158,7 +159,7 @@ where
     drop(slot);
 }
 
-fn answer(method: &Method, path: &str, source: &Source) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, sources: &[Source]) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         return said(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -166,17 +167,18 @@ fn answer(method: &Method, path: &str, source: &Source) -> Response<Full<Bytes>>
             "there is nothing to change here\n".into(),
         );
     }
+    let read = || -> Vec<Status> { sources.iter().map(Source::read).collect() };
     match path {
         "/" => said(
             StatusCode::OK,
             "text/html; charset=utf-8",
-            page::html(&source.read()),
+            page::html(&read()),
         ),
-        "/metrics" => match metrics::text(source) {
+        "/metrics" => match metrics::text(read()) {
             Ok(text) => said(StatusCode::OK, metrics::CONTENT_TYPE, text),
             Err(error) => failed(&error),
         },
-        "/status.json" => match serde_json::to_string(&source.read()) {
+        "/status.json" => match serde_json::to_string(&json!({ "runs": read() })) {
             Ok(text) => said(StatusCode::OK, "application/json", text),
             Err(error) => failed(&error),
         },

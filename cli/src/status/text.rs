@@ -1,6 +1,7 @@
 //! The status of a run for people, in 80 columns.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use blockmount::placement::SlotUse;
 use blockmount::{AttachmentStatus, LeaseState, LeaseStatus, SlotStatus, StepStatus};
@@ -14,76 +15,120 @@ use crate::terminal::wrapped;
 
 /// The columns of a terminal that nobody has made wider.
 const COLUMNS: u16 = 80;
-/// The columns that a path is given.
-const PATH: usize = 34;
+/// The columns that the second of a list is given. The first, which is a path or a name, has what the others leave.
+const SECOND: usize = 18;
 
 /// All of it. Of each list at most `rows` lines are shown, and how many more there are.
 pub(crate) fn text(status: &Status, rows: usize) -> String {
-    let manager = &status.manager;
-    let mut parts = vec![head(status)];
-    if !manager.attachments.is_empty() {
-        let lines = manager.attachments.iter().map(attachment);
-        parts.push(list(
-            &["disk", "at", "access", "state", "shares"],
-            lines,
-            rows,
-        ));
-    }
-    if !manager.mounts.is_empty() {
-        let lines = manager.mounts.iter().map(|mount| {
-            let path = mount.path.as_deref().unwrap_or("-");
-            let locator = mount.locator.clone();
-            line(path, locator, access(mount.read_only), &mount.lease)
-        });
-        parts.push(list(
-            &["mount", "of", "access", "state", "shares"],
-            lines,
-            rows,
-        ));
-    }
-    if !manager.stacks.is_empty() || !manager.views.is_empty() {
-        let stacks = manager.stacks.iter().map(|stack| {
-            let scratch = stack.scratch.as_ref().map_or("", |_| ", scratch");
-            let of = match stack.layers.len() {
-                1 => format!("1 layer{scratch}"),
-                count => format!("{count} layers{scratch}"),
-            };
-            line(
-                &stack.target,
-                of,
-                access(stack.scratch.is_none()),
-                &stack.lease,
-            )
-        });
-        let views = manager.views.iter().map(|view| {
-            let of = view.source.as_deref().unwrap_or("-");
-            line(&view.target, shorten(of, 18), "view", &view.lease)
-        });
-        let header = ["tree", "of", "kind", "state", "shares"];
-        parts.push(list(&header, stacks.chain(views), rows));
-    }
-    if !status.activations.is_empty() {
-        let header = ["activation", "namespace", "state", "mounts"];
-        parts.push(list(
-            &header,
-            status.activations.iter().map(activation),
-            rows,
-        ));
-    }
-    let pending = pending(status);
-    if !pending.is_empty() {
-        parts.push(format!("pending\n{}", pending.join("\n")));
-    }
-    if !manager.steps.is_empty() {
-        let header = ["step", "calls", "failed", "p50", "p90", "p99", "max"];
-        let mut table = list_of(&header);
-        for step in &manager.steps {
-            table.add_row(times(step));
+    let parts = parts(status);
+    let texts = parts.iter().map(|part| part.text(rows));
+    texts.collect::<Vec<_>>().join("\n")
+}
+
+/// As much of it as has room in so many lines, the most important first.
+pub(super) fn fitted(status: &Status, mut lines: usize) -> String {
+    let mut shown = Vec::new();
+    for part in parts(status) {
+        let rows = (1..=part.len().min(lines)).rev();
+        let fits = |text: &String| text.lines().count() <= lines;
+        if let Some(text) = rows.map(|rows| part.text(rows)).find(fits) {
+            lines -= text.lines().count();
+            shown.push(text);
         }
-        align(&mut table, 1..7);
-        parts.push(table.to_string());
     }
-    parts.join("\n")
+    shown.join("\n")
+}
+
+/// One thing that is shown, in lines that can be left out from its end.
+enum Part {
+    Head(String),
+    Pending(Vec<String>),
+    List {
+        header: &'static [&'static str],
+        rows: Vec<Vec<String>>,
+        /// The columns with numbers, which stand on the right.
+        numbers: Range<usize>,
+    },
+}
+
+impl Part {
+    fn list(header: &'static [&'static str], rows: impl Iterator<Item = Vec<String>>) -> Self {
+        Part::List {
+            header,
+            rows: rows.collect(),
+            numbers: header.len() - 1..header.len(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Part::Head(_) => 1,
+            Part::Pending(lines) => lines.len(),
+            Part::List { rows, .. } => rows.len(),
+        }
+    }
+
+    fn text(&self, most: usize) -> String {
+        let mut text = match self {
+            Part::Head(text) => return text.clone(),
+            Part::Pending(lines) => {
+                let shown = &lines[..lines.len().min(most)];
+                format!("pending\n{}", shown.join("\n"))
+            }
+            Part::List {
+                header,
+                rows,
+                numbers,
+            } => list(header, &rows[..rows.len().min(most)], numbers.clone()),
+        };
+        if let Some(more) = self.len().checked_sub(most).filter(|more| *more > 0) {
+            let _ = write!(text, "\n  and {more} more");
+        }
+        text
+    }
+}
+
+/// The parts that have something to show, the most important first.
+fn parts(status: &Status) -> Vec<Part> {
+    let manager = &status.manager;
+    let steps = Part::List {
+        header: &["step", "calls", "failed", "p50", "p90", "p99", "max"],
+        rows: manager.steps.iter().map(times).collect(),
+        numbers: 1..7,
+    };
+    let activations = status.activations.iter().map(activation);
+    let stacks = manager.stacks.iter().map(|stack| {
+        let scratch = stack.scratch.as_ref().map_or("", |_| ", scratch");
+        let of = match stack.layers.len() {
+            1 => format!("1 layer{scratch}"),
+            count => format!("{count} layers{scratch}"),
+        };
+        let kind = access(stack.scratch.is_none());
+        line(&stack.target, of, kind, &stack.lease)
+    });
+    let views = manager.views.iter().map(|view| {
+        let of = view.source.clone().unwrap_or_else(|| "-".to_owned());
+        line(&view.target, of, "view", &view.lease)
+    });
+    let mounts = manager.mounts.iter().map(|mount| {
+        let path = mount.path.as_deref().unwrap_or("-");
+        let kind = access(mount.read_only);
+        line(path, mount.locator.clone(), kind, &mount.lease)
+    });
+    let disks = manager.attachments.iter().map(attachment);
+    let all = [
+        Part::Head(head(status)),
+        Part::Pending(pending(status)),
+        steps,
+        Part::list(&["activation", "namespace", "state", "mounts"], activations),
+        Part::list(
+            &["tree", "of", "kind", "state", "shares"],
+            stacks.chain(views),
+        ),
+        Part::list(&["mount", "of", "access", "state", "shares"], mounts),
+        Part::list(&["disk", "at", "access", "state", "shares"], disks),
+    ];
+    all.into_iter().filter(|part| part.len() > 0).collect()
 }
 
 fn head(status: &Status) -> String {
@@ -96,10 +141,12 @@ fn head(status: &Status) -> String {
         "qemu" => "a virtual machine of its own",
         _ => "a virtual machine of somebody else",
     };
+    let vm = status.vm.as_deref().map(|vm| format!(", vm {vm}"));
     let first = format!(
-        "{}{}: process {}, up {}, {guest}, at {}",
+        "{}{}{}: process {}, up {}, {guest}, at {}",
         status.command,
         name.unwrap_or_default(),
+        vm.unwrap_or_default(),
         status.process,
         duration(status.up_seconds),
         printable(&status.at)
@@ -146,8 +193,8 @@ fn attachment(attachment: &AttachmentStatus) -> Vec<String> {
 
 fn line(what: &str, of: String, kind: &str, lease: &LeaseStatus) -> Vec<String> {
     vec![
-        shorten(what, PATH),
-        shorten(&of, 18),
+        what.to_owned(),
+        shorten(&of, SECOND),
         kind.to_owned(),
         lease.state.to_string(),
         lease.shares.to_string(),
@@ -170,8 +217,8 @@ fn activation(activation: &ActivationStatus) -> Vec<String> {
         _ => "pending",
     };
     vec![
-        shorten(&activation.name, PATH),
-        shorten(&activation.namespace, 18),
+        activation.name.clone(),
+        shorten(&activation.namespace, SECOND),
         state.to_owned(),
         activation.mounts.to_string(),
     ]
@@ -250,34 +297,27 @@ fn shorten(text: &str, columns: usize) -> String {
     }
 }
 
-fn list(header: &[&str], lines: impl Iterator<Item = Vec<String>>, rows: usize) -> String {
-    let mut table = list_of(header);
-    let (mut shown, mut more) = (0, 0);
-    for line in lines {
-        match shown < rows {
-            true => {
-                table.add_row(line);
-                shown += 1;
-            }
-            false => more += 1,
-        }
-    }
-    align(&mut table, header.len() - 1..header.len());
-    let mut text = table.to_string();
-    if more > 0 {
-        let _ = write!(text, "\n  and {more} more");
-    }
-    text
-}
-
-fn list_of(header: &[&str]) -> Table {
+fn list(header: &[&str], rows: &[Vec<String>], numbers: Range<usize>) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.chain([header[column].len()]).max().unwrap_or(0)
+    };
+    // A frame on both sides, and three spaces between two columns.
+    let others: usize = (1..header.len()).map(|column| width(column) + 3).sum();
+    let first = usize::from(COLUMNS).saturating_sub(others + 4);
     let mut table = table(header);
     table.set_width(COLUMNS);
-    table
+    for row in rows {
+        let mut row = row.clone();
+        row[0] = shorten(&row[0], first);
+        table.add_row(row);
+    }
+    align(&mut table, numbers);
+    table.to_string()
 }
 
 /// Numbers stand on the right.
-fn align(table: &mut Table, columns: std::ops::Range<usize>) {
+fn align(table: &mut Table, columns: Range<usize>) {
     for column in columns {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -355,6 +395,26 @@ mod tests {
     }
 
     #[test]
+    fn the_most_important_is_there_however_few_lines_there_are() {
+        let mut status = status();
+        let one = status.activations[0].clone();
+        status.activations = vec![one; 30];
+        for lines in 2..80 {
+            let text = fitted(&status, lines);
+            assert!(text.lines().count() <= lines, "{lines}: {text}");
+            assert!(text.starts_with("serve vm1: process 4711"), "{text}");
+            assert_eq!(text.contains("in use by process 12"), lines >= 5, "{text}");
+        }
+        let text = fitted(&status, 23);
+        assert_eq!(text.lines().count(), 23, "{text}");
+        assert!(text.contains("910 µs"), "{text}");
+        let shown = text.matches("default").count();
+        let rest = format!("and {} more", 30 - shown);
+        assert!(shown > 5 && text.contains(&rest), "{text}");
+        assert_eq!(fitted(&status, 1000), super::text(&status, 1000));
+    }
+
+    #[test]
     fn long_lists_are_cut_and_say_so() {
         let mut status = status();
         let one = status.manager.attachments[0].clone();
@@ -362,6 +422,9 @@ mod tests {
         let text = text(&status, 5);
         assert!(text.contains("and 2 more"), "{text}");
         assert_eq!(text.matches("layer.erofs   scsi:0/1 ").count(), 5, "{text}");
+        let is_whole =
+            |line: &str| line.ends_with(['│', '┐', '╡', '┘', 'e']) || !line.starts_with('│');
+        assert!(text.lines().all(is_whole), "{text}");
     }
 
     #[test]

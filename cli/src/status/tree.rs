@@ -16,6 +16,9 @@ pub(crate) struct Status {
     pub(crate) command: String,
     /// The name that it was given.
     pub(crate) name: Option<String>,
+    /// The name of the virtual machine, where a server has several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) vm: Option<String>,
     /// `local`, `qemu`, or `foreign` for a virtual machine that somebody else has started.
     pub(crate) guest: String,
     /// The tree of a mount, the socket of a server.
@@ -33,6 +36,7 @@ pub(crate) struct Source {
     pub(crate) run: String,
     pub(crate) command: &'static str,
     pub(crate) name: Option<String>,
+    pub(crate) vm: Option<String>,
     pub(crate) guest: &'static str,
     pub(crate) at: String,
     pub(crate) since: Instant,
@@ -42,16 +46,19 @@ pub(crate) struct Source {
 
 impl Source {
     pub(crate) fn read(&self) -> Status {
-        let activations = self.activations.as_ref();
+        let activations = self.activations.as_ref().map(Activations::inspect);
+        let mut activations = activations.unwrap_or_default();
+        activations.retain(|activation| activation.vm == self.vm);
         Status {
             run: self.run.clone(),
             process: std::process::id(),
             command: self.command.to_owned(),
             name: self.name.clone(),
+            vm: self.vm.clone(),
             guest: self.guest.to_owned(),
             at: self.at.clone(),
             up_seconds: self.since.elapsed().as_secs(),
-            activations: activations.map(Activations::inspect).unwrap_or_default(),
+            activations,
             manager: self.manager.inspect(),
         }
     }

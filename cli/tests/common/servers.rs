@@ -32,6 +32,11 @@ pub fn socket(dir: &TempDir) -> PathBuf {
 impl Server {
     /// Starts one, by another program if one is named, with these words and a file that says where.
     pub fn start(dir: &TempDir, before: &[&str], words: &[&str]) -> Self {
+        Server::start_with(dir, before, words, "")
+    }
+
+    /// The same with more in the file.
+    fn start_with(dir: &TempDir, before: &[&str], words: &[&str], more: &str) -> Self {
         let path = dir.path().join("notify");
         let _absent = fs::remove_file(&path);
         let notified = UnixDatagram::bind(&path).unwrap();
@@ -43,7 +48,7 @@ impl Server {
             command.arg(server.get_program());
         }
         let config = dir.path().join("serve.toml");
-        let text = format!("address = {:?}\nallow-users = [65534]\n", socket(dir));
+        let text = format!("address = {:?}\nallow-users = [65534]\n{more}", socket(dir));
         fs::write(&config, text).unwrap();
         let child = command
             .args(server.get_args())
@@ -66,7 +71,13 @@ impl Server {
     /// The same until it is ready, or an end that says why it is not.
     #[track_caller]
     pub fn ready(dir: &TempDir, words: &[&str]) -> Self {
-        let mut server = Server::start(dir, &[], words);
+        Server::ready_with(dir, words, "")
+    }
+
+    /// The same with more in its file.
+    #[track_caller]
+    pub fn ready_with(dir: &TempDir, words: &[&str], more: &str) -> Self {
+        let mut server = Server::start_with(dir, &[], words, more);
         let mut heard = [0; 256];
         match server.notified.recv(&mut heard) {
             Ok(length) => assert!(heard[..length].starts_with(b"READY=1")),
@@ -211,10 +222,15 @@ impl Client {
     /// Activates a list, and says where each of its mounts is.
     #[track_caller]
     pub fn activate(&mut self, name: &str, mounts: &[Value]) -> Vec<PathBuf> {
-        let answer = self.call("Activate", json!({"name": name, "mounts": mounts}));
-        let active = answer["info"]["active"].as_array().unwrap().iter();
-        let point = |mount: &Value| mount["mountPoint"].as_str().unwrap_or_default().into();
-        active.map(point).collect()
+        points(&self.call("Activate", json!({"name": name, "mounts": mounts})))
+    }
+
+    /// The same in one of several virtual machines.
+    #[track_caller]
+    pub fn activate_in(&mut self, vm: &str, name: &str, mounts: &[Value]) -> Vec<PathBuf> {
+        let labels = json!({"blockmount.vm": vm});
+        let request = json!({"name": name, "mounts": mounts, "labels": labels});
+        points(&self.call("Activate", request))
     }
 
     #[track_caller]
@@ -228,6 +244,12 @@ impl Drop for Client {
         drop(self.asks.take());
         drop(self.child.wait());
     }
+}
+
+fn points(answer: &Value) -> Vec<PathBuf> {
+    let active = answer["info"]["active"].as_array().unwrap().iter();
+    let point = |mount: &Value| mount["mountPoint"].as_str().unwrap_or_default().into();
+    active.map(point).collect()
 }
 
 /// A mount of containerd's.

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -51,11 +52,16 @@ fn assert_nothing_left(dir: &TempDir) {
     let mark = dir.path().file_name().unwrap();
     assert_eq!(in_kernel(mark), Vec::<String>::new());
     assert!(!socket(dir).exists());
-    let runs = fs::read_dir("/run/blockmount").unwrap();
-    let files = runs.map(|run| run.unwrap().path().join("mount.json"));
+    assert_eq!(runs_of(dir), 0);
+}
+
+/// How many runs of the servers of one test there are.
+fn runs_of(dir: &TempDir) -> usize {
+    let runs = fs::read_dir("/run/blockmount").unwrap().flatten();
+    let files = runs.map(|run| run.path().join("mount.json"));
     let of_test =
         |file: &PathBuf| fs::read_to_string(file).is_ok_and(|text| text.contains(&name(dir)));
-    assert_eq!(files.filter(of_test).count(), 0);
+    files.filter(of_test).count()
 }
 
 #[test]
@@ -252,10 +258,66 @@ fn root_a_file_of_a_server_that_makes_no_sense_is_named() {
         ("grace = \"soon\"", "grace in"),
         ("guest = \"moon\"", "guest in"),
         ("name = \"\"", "holder's name"),
+        ("vm = 1", "has tables such as [vm.NAME]"),
+        ("[vm]", "it names no virtual machine"),
+        ("[vm.\"a/b\"]", "up to 76 letters"),
+        ("[vm.a]\nwonder = 1", "unknown field `wonder`"),
+        ("[vm.a]\nagent = \"tcp:1\"", "vm.a.agent in"),
+        ("guest = \"qemu\"\n[vm.a]", "belongs into its table"),
     ] {
         fs::write(&file, text).unwrap();
         let answer = run(["serve", "--config", file.to_str().unwrap()]);
         assert!(answer.stderr.contains(words), "{answer}");
         answer.says(2, &["serve.toml"]);
     }
+}
+
+#[test]
+fn root_guests_that_cannot_be_together_are_refused() {
+    let dir = temp();
+    let file = dir.path().join("serve.toml");
+    let same = "vm = \"qemu:/q\"\nagent = \"unix:/a\"";
+    for (text, more, words) in [
+        ("[vm.a]\nvm = \"qemu:/q\"", &[][..], "[vm.a] makes no sense"),
+        (
+            &format!("[vm.a]\n{same}\n[vm.b]\n{same}"),
+            &[],
+            "[vm.a] and [vm.b] are the same",
+        ),
+        (
+            "[vm.a]",
+            &["--guest", "qemu"],
+            "the command line is about one guest",
+        ),
+        (
+            "[vm.a]",
+            &["--transport", "scsi"],
+            "the command line is about one guest",
+        ),
+    ] {
+        fs::write(&file, text).unwrap();
+        let words_of = ["serve", "--config", file.to_str().unwrap()];
+        let answer = run(words_of.iter().chain(more));
+        answer.says(2, &[words]);
+    }
+}
+
+#[test]
+fn root_a_machine_that_does_not_answer_is_an_error_and_the_others_are_undone() {
+    let _alone = common::alone();
+    let dir = temp();
+    let monitor = dir.path().join("qmp");
+    let listener = UnixListener::bind(&monitor).unwrap();
+    // Somebody is there, and no QEMU that talks to us.
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    let file = dir.path().join("serve.toml");
+    let busy = format!("vm = \"qemu:{}\"\nagent = \"unix:/a\"", monitor.display());
+    fs::write(&file, format!("[vm.busy]\n{busy}\n[vm.here]\n")).unwrap();
+    let (name, at) = (name(&dir), socket(&dir));
+    let words = ["serve", "--name", &name, "--address", at.to_str().unwrap()];
+    let answer = run(words
+        .into_iter()
+        .chain(["--config", file.to_str().unwrap()]));
+    answer.says(1, &["vm busy: cannot reach the virtual machine"]);
+    assert_eq!(runs_of(&dir), 0);
 }

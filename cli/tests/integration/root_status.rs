@@ -231,7 +231,8 @@ fn root_a_server_offers_metrics_and_a_page() {
     );
     let (_, tree) = get("/status.json");
     let tree: Value = serde_json::from_str(&tree).unwrap();
-    assert_eq!(tree["activations"].as_array().unwrap().len(), 2);
+    let activations = &tree["runs"][0]["activations"];
+    assert_eq!(activations.as_array().unwrap().len(), 2);
     assert!(get("/etc/passwd").0.starts_with("http/1.1 404"));
     let mut post = UnixStream::connect(&at).unwrap();
     post.write_all(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")

@@ -1,0 +1,226 @@
+//! The guests of a server: this machine, a virtual one, or several of these with names.
+
+use std::sync::OnceLock;
+
+use blockmount::HolderName;
+use blockmount_containerd::service::{ActivationStatus, Activations, Options, VmName};
+use futures_util::StreamExt as _;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+
+use crate::args::{ServeArgs, Served};
+use crate::failure::{Context, Failure};
+use crate::guest::Needs;
+use crate::interrupt::Interrupt;
+use crate::machine::Machine;
+use crate::run::{Remembered, Run};
+use crate::status::Source;
+use crate::terminal::say;
+
+/// Below the directory of the run, or of all runs in a guest.
+const TREES: &str = "activated";
+const NEEDS: Needs = Needs {
+    verity: true,
+    encryption: false,
+    more_ciphers: false,
+    encryption_tools: false,
+    filesystem_tools: true,
+};
+
+/// The guests that are there, each with a run of its own. At least one.
+#[derive(Debug)]
+pub(super) struct Guests(Vec<Guest>);
+
+#[derive(Debug)]
+struct Guest {
+    name: Option<VmName>,
+    machine: Machine,
+    /// Why what was in it is lost, once that is so.
+    lost: OnceLock<String>,
+}
+
+impl Guests {
+    /// Goes on with the runs of an earlier server, or starts them. A virtual machine with a name that has ended is left out.
+    pub(super) async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Self, Failure> {
+        let served = args.served()?;
+        let starting = served.iter().map(|served| start(args, served, interrupt));
+        let (mut guests, mut ended, mut failed) = (Vec::new(), None, None);
+        for (served, started) in served.iter().zip(join_all(starting).await) {
+            let name = served.name.clone();
+            let (failure, name) = match (started, name) {
+                (Ok(machine), name) => {
+                    let lost = OnceLock::new();
+                    guests.push(Guest {
+                        name,
+                        machine,
+                        lost,
+                    });
+                    continue;
+                }
+                (Err(failure), None) => return Err(failure),
+                (Err(failure), Some(name)) => (failure, name),
+            };
+            match has_ended(served).await {
+                true => {
+                    say(format_args!(
+                        "the virtual machine {name} has ended, and is left out: {}",
+                        failure.on_one_line()
+                    ));
+                    ended.get_or_insert(failure);
+                }
+                false => drop(failed.get_or_insert(failure.of(format!("vm {name}")))),
+            }
+        }
+        let none = guests.is_empty().then_some(ended).flatten();
+        let guests = Guests(guests);
+        match failed.or(none) {
+            None => Ok(guests),
+            Some(failure) => {
+                guests.give_up(interrupt).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Takes over what an earlier server has activated in them.
+    pub(super) async fn recover(&mut self, args: &ServeArgs) -> Result<Activations, Failure> {
+        let mut found = Vec::new();
+        for Guest { name, machine, .. } in &mut self.0 {
+            machine.mark_held()?;
+            let no_journal =
+                || Failure::new("a server without a journal has nothing to go on with");
+            let recovery = machine.take_recovery().ok_or_else(no_journal)?;
+            let mut options = Options::new(machine.own_target(TREES), machine.records());
+            if let Some(grace) = args.grace {
+                options = options.grace(grace);
+            }
+            found.push((name.clone(), recovery, options));
+        }
+        let recovered = match found.pop() {
+            Some((None, recovery, options)) => Activations::recover(recovery, options).await,
+            last => {
+                let named = found.into_iter().chain(last);
+                let named =
+                    named.filter_map(|(name, recovery, options)| Some((name?, recovery, options)));
+                Activations::recover_in_vms(named).await
+            }
+        };
+        let advice = "see what there is with \"blockmount cleanup --dry-run\"";
+        let recovered = recovered
+            .context(|| "cannot go on with what an earlier server has activated".to_owned());
+        recovered.map_err(|failure| failure.advise(advice))
+    }
+
+    /// Has each say how it is doing.
+    pub(super) fn offer_status(
+        &mut self,
+        args: &ServeArgs,
+        activations: &Activations,
+    ) -> Vec<Source> {
+        let server = args.name();
+        let offered = self.0.iter_mut().map(|Guest { name, machine, .. }| {
+            let activations = Some((activations.clone(), name.as_ref()));
+            machine.offer_status("serve", Some(&server), args.address(), activations)
+        });
+        offered.collect()
+    }
+
+    /// Waits until what is in all of them is lost, and says why.
+    pub(super) async fn failed(&self) -> String {
+        let failing = self
+            .0
+            .iter()
+            .map(async |guest| (guest, guest.machine.failed().await));
+        let mut failing: FuturesUnordered<_> = failing.collect();
+        let mut last = String::new();
+        while let Some((guest, why)) = failing.next().await {
+            if let Some(name) = &guest.name {
+                say(format_args!(
+                    "what is activated in the virtual machine {name} is lost: {why}"
+                ));
+            }
+            last = guest.lost.get_or_init(|| why).clone();
+        }
+        last
+    }
+
+    /// Leaves those in which something is activated, or was when they were lost, to the next server, and ends the others.
+    pub(super) async fn end(
+        self,
+        left: &[ActivationStatus],
+        interrupt: &Interrupt,
+    ) -> Result<(), Failure> {
+        let mut result = Ok(());
+        for Guest {
+            name,
+            machine,
+            lost,
+        } in self.0
+        {
+            let name = name.as_ref().map(VmName::as_str);
+            let has_some = left
+                .iter()
+                .any(|activation| activation.vm.as_deref() == name);
+            match has_some || lost.get().is_some() {
+                true => machine.leave_activations(),
+                false => result = result.and(machine.end(interrupt).await.result),
+            }
+        }
+        result
+    }
+
+    /// Undoes a start that another guest has made fail.
+    pub(super) async fn give_up(self, interrupt: &Interrupt) {
+        for Guest { machine, .. } in self.0 {
+            if machine.is_resumed() {
+                machine.leave_activations();
+            } else if let Err(failure) = machine.end(interrupt).await.result {
+                say(format_args!("{}", failure.on_one_line()));
+            }
+        }
+    }
+}
+
+/// Goes on with the run of an earlier server in a guest, or starts one.
+async fn start(
+    args: &ServeArgs,
+    served: &Served,
+    interrupt: &Interrupt,
+) -> Result<Machine, Failure> {
+    let server = args.name();
+    let name = match &served.name {
+        None => server.clone(),
+        Some(vm) => HolderName::new(format!("{server}/{vm}"))
+            .context(|| format!("{server} is too long for a server of several virtual machines"))?,
+    };
+    let found = Run::find(&name)?;
+    let place = served.place.clone().needing(NEEDS);
+    match found {
+        Some(found) if !found.is_server => {
+            let what = format!("there is a mount with the name {name}");
+            Err(Failure::new(what).advise("choose another --name"))
+        }
+        Some(found) if (found.guest(), &found.vm) != (served.guest, &served.vm) => {
+            let what = format!("what an earlier server {name} has activated is elsewhere");
+            let advice = "say the same --guest or --vm as for that one, or choose another --name";
+            Err(Failure::new(what).advise(advice))
+        }
+        Some(_) => Machine::start(place, || Ok(Run::resume(&name)?.0), interrupt).await,
+        None => {
+            let remembered = Remembered::of_server(name, args.address(), served.guest);
+            let remembered = match served.name {
+                None => remembered,
+                Some(_) => remembered.for_one_of_several(server),
+            };
+            let remembered = remembered.in_vm(served.vm.clone());
+            Machine::start(place, || Run::start_named(&remembered), interrupt).await
+        }
+    }
+}
+
+async fn has_ended(served: &Served) -> bool {
+    match &served.vm {
+        Some(vm) => vm.has_ended().await,
+        None => false,
+    }
+}
