@@ -26,6 +26,7 @@ needed=(
   protoc:protobuf-compiler
   runc:runc
   busybox:busybox-static
+  chromium-headless-shell:chromium-headless-shell
 )
 kernel=/var/lib/blockmount/kernel
 

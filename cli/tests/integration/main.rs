@@ -13,6 +13,7 @@ mod root_demo;
 mod root_interrupt;
 mod root_layers;
 mod root_mount;
+mod root_page;
 mod root_resume;
 mod root_serve;
 mod root_shortages;
