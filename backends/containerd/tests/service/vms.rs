@@ -195,12 +195,14 @@ async fn root_the_next_process_finds_each_activation_in_its_machine() {
     };
     tokio::time::timeout(TIMEOUT, released).await.unwrap();
     a.assert_all_clean();
-    let new = activations.activate(within("a", "new", &list)).await;
+    // What is new has nothing in common with what is there, but the layer.
+    let new = activations.activate(within("b", "new", &list)).await;
     assert_eq!(read(tree(&new.unwrap()).join("a")), "base");
+    activations.deactivate("default", "new").await.unwrap();
+    let two = activations.info("default", "two").unwrap();
+    assert_eq!(read(tree(&two).join("a")), "base");
     activations.deactivate("default", "two").await.unwrap();
     b.assert_all_clean();
-    activations.deactivate("default", "new").await.unwrap();
-    a.assert_all_clean();
 }
 
 /// Not a test: the process that the next one kills. It serves the machines one by one, so that a name is taken in both.
