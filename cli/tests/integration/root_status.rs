@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use crate::common::servers::{Client, Server, layer, overlay, writable};
 use crate::common::{
@@ -95,6 +95,16 @@ fn root_a_held_mount_says_how_it_is_doing() {
     assert!(watch.wait().unwrap().success());
     drop(watched);
 
+    for picture in pictures(&only, 12) {
+        let lines: Vec<&str> = picture.split("\r\n").collect();
+        assert!(lines.len() <= 12, "{picture:?}");
+        let [first, .., last] = &lines[..] else {
+            panic!("{picture:?}")
+        };
+        assert!(first.starts_with("mount "), "{picture:?}");
+        assert_eq!(*last, "Ctrl-C ends it");
+    }
+
     held.kill();
     let ended = run(only);
     ended.says(1, &[]);
@@ -108,6 +118,30 @@ fn root_a_held_mount_says_how_it_is_doing() {
     answer.says(0, &["nothing is left"]);
     assert_nothing_left(&answer, &dir);
     assert_eq!(run(only).stdout, "nothing is held\n");
+}
+
+/// What a terminal with so many lines is shown within some seconds, without what positions and clears.
+fn pictures(words: &[&str], rows: u32) -> Vec<String> {
+    let watch = program(words);
+    let words: Vec<&str> = watch
+        .get_args()
+        .map(|word| word.to_str().unwrap())
+        .collect();
+    let watch = watch.get_program().to_str().unwrap();
+    let command = format!(
+        "stty rows {rows} cols 80; timeout -s INT 3 {watch} {} --watch",
+        words.join(" ")
+    );
+    let mut script = Command::new("script");
+    script.args(["-qec", &command, "/dev/null"]);
+    let output = script.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (text, _) = text.rsplit_once("\u{1b}[J").unwrap();
+    let pictures = text.split("\u{1b}[H").skip(1);
+    let pictures = pictures.map(|picture| picture.replace("\u{1b}[K", "").replace("\u{1b}[J", ""));
+    let pictures: Vec<String> = pictures.collect();
+    assert!(pictures.len() > 1, "{text:?}");
+    pictures
 }
 
 /// What a server answers to one request, and what it says of it.
