@@ -2,6 +2,9 @@
 //!
 //! Layout: `fs/erofs/erofs_fs.h` of Linux; chunk-based files with indexes, and a table of devices.
 
+// Helpers of tests unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 const BLOCK: usize = 4096;

@@ -1,4 +1,7 @@
 //! A made-up tree with the layout of `/sys`, whose disks are real loop devices.
+
+// Helpers of tests unwrap as tests do.
+#![allow(clippy::unwrap_used)]
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::fs;
