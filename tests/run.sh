@@ -16,7 +16,7 @@ export CARGO_INCREMENTAL=0
 export CARGO_PROFILE_DEV_DEBUG=0
 
 say "tools"
-tests/setup.sh
+tests/setup.sh all
 
 say "formatting"
 cargo fmt --all -- --check

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests and the demo use, where it is missing: the tools that make filesystems, QEMU, and a kernel
 # for its guests. The kernel is only unpacked, to /var/lib/blockmount/kernel: this machine never boots it.
+#
+#   tests/setup.sh [all]    all: also what only the tests use, such as a browser
 set -euo pipefail
 
 # A command of each package, and the package.
@@ -21,13 +23,20 @@ needed=(
   qemu-system-x86_64:qemu-system-x86
   qemu-img:qemu-utils
   veritysetup:cryptsetup-bin
-  openssl:openssl
   cc:gcc
+)
+for_tests=(
+  openssl:openssl
   protoc:protobuf-compiler
   runc:runc
   busybox:busybox-static
   chromium-headless-shell:chromium-headless-shell
 )
+case ${1:-} in
+  '') ;;
+  all) needed+=("${for_tests[@]}") ;;
+  *) echo "tests/setup.sh: $1 is not known; say all, or nothing" >&2; exit 2 ;;
+esac
 kernel=/var/lib/blockmount/kernel
 
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -35,9 +44,11 @@ missing=()
 for need in "${needed[@]}"; do
   command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
-# A client of the Mounts service, which is not ours.
-/usr/bin/python3 -c 'import grpc, google.protobuf' 2>/dev/null || missing+=(python3-grpcio python3-protobuf)
-[ -f /usr/include/google/protobuf/empty.proto ] || missing+=(libprotobuf-dev)
+if [ "${1:-}" = all ]; then
+  # A client of the Mounts service, which is not ours.
+  /usr/bin/python3 -c 'import grpc, google.protobuf' 2>/dev/null || missing+=(python3-grpcio python3-protobuf)
+  [ -f /usr/include/google/protobuf/empty.proto ] || missing+=(libprotobuf-dev)
+fi
 have_kernel=yes
 [ -f "$kernel/vmlinuz" ] && [ -d "$kernel/modules" ] || have_kernel=no
 if [ "${#missing[@]}" -eq 0 ] && [ "$have_kernel" = yes ]; then

@@ -154,7 +154,7 @@ fn head(status: &Status) -> String {
     let manager = &status.manager;
     let frozen = if manager.frozen { "; frozen" } else { "" };
     let counts = format!(
-        "{} disks, {} mounts, {} stacks, {} views, {} holders; slots: {}{frozen}",
+        "disks: {}, mounts: {}, stacks: {}, views: {}, holders: {}; slots: {}{frozen}",
         manager.attachments.len(),
         manager.mounts.len(),
         manager.stacks.len(),

@@ -124,7 +124,7 @@ fn root_two_containers_run_over_layers_that_they_share() {
     let _others = common::by_name();
     assert!(
         Path::new(BUSYBOX).exists(),
-        "tests/setup.sh installs busybox-static"
+        "tests/setup.sh all installs busybox-static"
     );
     let dir = temp();
     let layers = layers(&dir);

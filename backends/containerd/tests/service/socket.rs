@@ -52,7 +52,7 @@ async fn root_a_client_in_python_that_knows_the_protocol_alone_works() {
     let activations = machine.activations().await;
     let server = Server::start(&machine, &activations);
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // That of the system, which has the packages of `tests/setup.sh`.
+    // That of the system, which has the packages of `tests/setup.sh all`.
     let mut client = Command::new("/usr/bin/python3");
     client
         .arg(here.join("tests/service/client.py"))
