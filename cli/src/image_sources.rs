@@ -47,8 +47,8 @@ pub(crate) struct Limits {
 impl Limits {
     /// Enough to be real, little enough to be quick.
     pub(crate) const LAYER: Limits = Limits {
-        files: 2_500,
-        bytes: 16 << 20,
+        files: 1_000,
+        bytes: 8 << 20,
         file_bytes: 2 << 20,
     };
     /// The same where the guest reads every file several times, perhaps under emulation.

@@ -28,7 +28,7 @@ fn vm_a_bench_measures_hot_plugs_beside_bare_commands_and_leaves_nothing() {
 }
 
 #[test]
-fn vm_the_demo_shows_both_transports_to_any_user_and_leaves_nothing() {
+fn vm_a_demo_shows_both_transports_to_any_user_and_leaves_nothing() {
     // Not the root of this machine: nothing of it is done on this machine.
     let dir = tempfile::tempdir().unwrap();
     let home = dir.path().join("home");

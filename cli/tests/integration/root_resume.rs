@@ -187,7 +187,7 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
         assert!(wanted.tree().join("b").exists(), "{answer}");
     }
     drop(user);
-    run(["cleanup", &format!("--resumable={}", wanted.name)]).says(0, &[]);
+    run(["cleanup", &format!("--resumable={}", wanted.name)]);
     assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
 }
 
@@ -375,8 +375,12 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
     }
     let answer = run(["cleanup"]);
     killed.assert_precious_is_there(&answer);
-    run(["cleanup", &format!("--resumable={}", wanted.name)]).says(0, &[]);
-    assert!(!killed.scratch.exists() && !killed.records.exists());
+    // What the test next door has lost in the same way is left, and said.
+    let answer = run(["cleanup", &format!("--resumable={}", wanted.name)]);
+    assert!(
+        !killed.scratch.exists() && !killed.records.exists(),
+        "{answer}"
+    );
     let name = wanted.dir.path().file_name().unwrap();
     assert_eq!(in_kernel(name), Vec::<String>::new());
 }
