@@ -2,4 +2,3 @@
 
 mod damage;
 mod restart;
-mod root_full;

@@ -1,4 +1,4 @@
-//! A journal on a disk that is full.
+//! A journal on a disk that is full. A program of its own, since what it starts has the locks of all open journals for a moment.
 #![allow(clippy::unwrap_used)] // a panic is a test's failure message
 
 use std::error::Error as _;
