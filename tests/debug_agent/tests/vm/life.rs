@@ -17,7 +17,7 @@ use blockmount_vpmem::{Mode, VpmemTransport};
 use serde_json::json;
 
 use crate::rig::{self, Rig, read_only};
-use blockmount_debug_agent::kit::images;
+use blockmount_debug_agent::kit::{images, temp};
 
 /// Longer than an agent is waited for, also on a busy machine.
 const LONG: Duration = Duration::from_secs(240);
@@ -50,8 +50,10 @@ async fn is_running(rig: &Rig) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_u05_a_full_host_disk_is_an_io_error_of_the_guest_and_does_not_stop_the_vm() {
+    // Dropped in the other order: the VM is gone before its disk, and that before the directory.
+    let dir = temp();
+    let small = Small::at(&dir.path().join("small"), "8M");
     let rig = Rig::start().await;
-    let small = Small::at(&rig.path("small"), "8M");
     let image = small.0.join("scratch.ext4");
     images::image("ext4", &image, &[]);
     fs::File::options()
