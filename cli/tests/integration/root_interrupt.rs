@@ -2,7 +2,7 @@
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::{
@@ -10,9 +10,22 @@ use crate::common::{
 };
 use rustix::process::Signal;
 
+/// The program, which no signal passes by: a shell without a terminal has what it starts in the background ignore SIGINT, and
+/// nohup SIGHUP, until the program listens to them.
+fn interruptible(arguments: &[&str]) -> Command {
+    let program = program(arguments);
+    let mut command = Command::new("env");
+    command
+        .arg("--default-signal")
+        .arg(program.get_program())
+        .args(program.get_args())
+        .stdin(Stdio::null());
+    command
+}
+
 /// Runs the program and sends a signal after a while.
 fn interrupted(arguments: &[&str], after: Duration, with: Signal) -> Answer {
-    let mut command = program(arguments);
+    let mut command = interruptible(arguments);
     let child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -115,7 +128,7 @@ fn root_mount_at_20_moments_of_its_set_up() {
     let arguments = [&["mount", "--at", &at, "--scratch", "32M"][..], &layers].concat();
     for n in 1..=20 {
         // Users press Ctrl-C more than once: that must not leave anything either.
-        let child = program(&arguments)
+        let child = interruptible(&arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
