@@ -7,7 +7,6 @@ mod merged_erofs;
 
 mod inspect;
 mod root_bad_input;
-mod root_cleanup;
 mod root_container;
 mod root_demo;
 mod root_interrupt;
