@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use crate::device::{MARK_MAX, node, usual_node};
 use crate::ioctl;
 
+/// How often a device that is free is asked for.
+const TRIES: u32 = 64;
+
 /// An image that is bound to a loop device, read-only, by five system calls: the least that it takes.
 ///
-/// It looks at nothing and remembers nothing: not whether the image is one, nor whether another device has it, and a device
-/// that another process takes first is an error. So this is for measurements alone.
+/// It looks at nothing and remembers nothing: not whether the image is one, nor whether another device has it. So this is
+/// for measurements alone.
 ///
 /// The kernel unbinds the device when this is dropped, or when it is unmounted after that.
 #[derive(Debug)]
@@ -26,13 +29,26 @@ impl BareLoop {
     ///
     /// # Errors
     ///
-    /// Those of the kernel; `EBUSY` if another process takes the free device at the same moment.
+    /// Those of the kernel; `EBUSY` if other processes take the free device first, again and again.
     pub fn bind(image: &Path, mark: &str) -> io::Result<Self> {
         let control = OpenOptions::new()
             .read(true)
             .write(true)
             .open("/dev/loop-control")?;
-        let number = ioctl::get_free(&control)?;
+        let mut tries = 1;
+        loop {
+            match Self::bind_free(&control, image, mark) {
+                // Somebody else was quicker to take the device that was free.
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && tries < TRIES => {
+                    tries += 1;
+                }
+                bound => return bound,
+            }
+        }
+    }
+
+    fn bind_free(control: &File, image: &Path, mark: &str) -> io::Result<Self> {
+        let number = ioctl::get_free(control)?;
         let node = match usual_node(number) {
             usual if usual.exists() => usual,
             _ => node(number)?,

@@ -4,7 +4,10 @@
     reason = "a panic is the failure message of a test"
 )]
 
-use crate::kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, run};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::kit::{Image, KERNELS, Loop, PATIENT, TestDir, mount, mount_at, on_linux, run};
 use blockmount::Mounter;
 
 /// A mount of tmpfs at `at`, shared or private, gone with the value.
@@ -23,7 +26,17 @@ impl Parent {
 
 impl Drop for Parent {
     fn drop(&mut self) {
-        run("umount", &[&self.0]);
+        // Where it is shared, it is busy while a process that has copied this one's mounts is in the copy.
+        let deadline = Instant::now() + PATIENT;
+        while !Command::new("umount")
+            .arg(&self.0)
+            .status()
+            .unwrap()
+            .success()
+        {
+            assert!(Instant::now() < deadline, "{} stays in use", self.0);
+            std::thread::sleep(Duration::from_millis(5));
+        }
         std::fs::remove_dir(&self.0).unwrap();
     }
 }
