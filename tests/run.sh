@@ -31,8 +31,6 @@ builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
-# One more than there are processors, since each of them waits now and then.
-export RUST_TEST_THREADS=$(($(nproc) + 1))
 say "tests; beside them the lints of the oldest Rust that the manifest names, docs, and Windows under Wine"
 # All of them, so that one run says all that is wrong.
 failed=
