@@ -14,7 +14,6 @@ mod root_expose;
 mod root_filesystems;
 mod root_format;
 mod root_incomplete;
-mod root_lost_writes;
 mod root_order;
 mod root_overlay;
 mod root_partitions;

@@ -4,12 +4,15 @@
     reason = "a panic is the failure message of a test"
 )]
 
+#[path = "integration/kit/mod.rs"]
+mod kit;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::kit::{self, KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
+use kit::{self, KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
 
 /// A filesystem of memory that is full after three megabytes, gone with the value.
 struct Small(tempfile::TempDir);
