@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
-use kit::{self, KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
+use kit::{KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
 
 /// A filesystem of memory that is full after three megabytes, gone with the value.
 struct Small(tempfile::TempDir);
