@@ -5,11 +5,14 @@
     reason = "a panic is the failure message of a test"
 )]
 
+#[path = "integration/kit/mod.rs"]
+mod kit;
+
 use std::fs;
 
-use crate::kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, options, refused, run};
 use blockmount::{DeviceLocator, ErrorKind, MountOptions, Mounter, Unplugger};
 use blockmount_linux::device;
+use kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, options, refused, run};
 
 #[tokio::test]
 async fn root_readers_share_and_a_writer_does_not() {

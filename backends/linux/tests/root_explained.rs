@@ -5,14 +5,17 @@
 )]
 #![allow(unsafe_code, reason = "a filter of system calls has no safe wrapper")]
 
+#[path = "integration/kit/mod.rs"]
+mod kit;
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::kit::{self, Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused};
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
 use blockmount_linux::mountinfo;
 use crc::{CRC_32_ISCSI, Crc};
+use kit::{Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused};
 
 /// Where the superblock of a filesystem has its incompatible features, and its checksum.
 struct Layout {
