@@ -29,7 +29,8 @@ pub(crate) async fn run(
     hangup: Option<Signal>,
 ) -> Result<u8, Failure> {
     let is_local = |served: &Served| served.guest == GuestKind::Local;
-    if args.served()?.iter().any(is_local) {
+    let served = args.served()?;
+    if served.iter().any(is_local) {
         require_root("serve")?;
     }
     // Nothing is started for an address that is taken.
@@ -40,7 +41,7 @@ pub(crate) async fn run(
     };
     let peers = Peers::default();
     peers.allow_only(args.allowed_users()?);
-    let mut guests = Guests::start(&args, &interrupt).await?;
+    let mut guests = Guests::start(&args, served, &interrupt).await?;
     let activations = match guests.recover(&args).await {
         Ok(activations) => activations,
         Err(failure) => {
@@ -62,14 +63,14 @@ pub(crate) async fn run(
     }
     systemd::notify("READY=1");
     let lost = {
-        let served = serve(
+        let serving = serve(
             socket.listener,
             activations.clone(),
             peers.clone(),
             interrupt.token().clone().cancelled_owned(),
         );
         tokio::select! {
-            () = served => None,
+            () = serving => None,
             why = guests.failed() => Some(why),
             () = reload(hangup, &args, &peers) => None,
             () = watch(web.as_ref(), sources) => None,

@@ -1,9 +1,10 @@
 //! All entries of a table, by the key that each has itself.
 
+use std::hash::BuildHasher;
+
 use foldhash::fast::FixedState;
 use hashbrown::HashTable;
 use parking_lot::RwLock;
-use std::hash::BuildHasher;
 
 use super::Driver;
 use super::entry::EntryRef;

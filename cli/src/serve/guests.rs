@@ -41,8 +41,11 @@ struct Guest {
 
 impl Guests {
     /// Goes on with the runs of an earlier server, or starts them. A virtual machine with a name that has ended is left out.
-    pub(super) async fn start(args: &ServeArgs, interrupt: &Interrupt) -> Result<Self, Failure> {
-        let served = args.served()?;
+    pub(super) async fn start(
+        args: &ServeArgs,
+        served: Vec<Served>,
+        interrupt: &Interrupt,
+    ) -> Result<Self, Failure> {
         let starting = served.iter().map(|served| start(args, served, interrupt));
         let (mut guests, mut ended, mut failed) = (Vec::new(), None, None);
         for (served, started) in served.iter().zip(join_all(starting).await) {

@@ -28,6 +28,11 @@ impl Wanted {
         Wanted { dir, name }
     }
 
+    /// Removes what is kept under this name, and of other names nothing.
+    fn discard(&self) -> Answer {
+        run(["cleanup", &format!("--resumable={}", self.name)])
+    }
+
     fn tree(&self) -> PathBuf {
         self.dir.path().join("made/tree")
     }
@@ -187,7 +192,7 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
         assert!(wanted.tree().join("b").exists(), "{answer}");
     }
     drop(user);
-    run(["cleanup", &format!("--resumable={}", wanted.name)]);
+    wanted.discard();
     assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
 }
 
@@ -344,7 +349,7 @@ fn root_r22_one_name_is_discarded_and_the_others_stay() {
     let (kept, unwanted) = (Wanted::new("kept"), Wanted::new("unwanted"));
     let precious = kept.killed_with_a_file();
     kill(unwanted.hold());
-    run(["cleanup", &format!("--resumable={}", unwanted.name)]).says(0, &[]);
+    unwanted.discard().says(0, &[]);
     let name = unwanted.dir.path().file_name().unwrap();
     assert_eq!(in_kernel(name), Vec::<String>::new());
     assert!(kept.is_kept() && !unwanted.is_kept());
@@ -376,7 +381,7 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
     let answer = run(["cleanup"]);
     killed.assert_precious_is_there(&answer);
     // What the test next door has lost in the same way is left, and said.
-    let answer = run(["cleanup", &format!("--resumable={}", wanted.name)]);
+    let answer = wanted.discard();
     assert!(
         !killed.scratch.exists() && !killed.records.exists(),
         "{answer}"

@@ -92,6 +92,11 @@ impl Vm {
         Ok((vm, records))
     }
 
+    /// Its name as text, if it has one.
+    pub(super) fn called(&self) -> Option<&str> {
+        self.name.as_ref().map(VmName::as_str)
+    }
+
     /// Has the labels of an activation say that it is here, where it stays.
     pub(super) fn label(&self, labels: &mut BTreeMap<String, String>) -> Result<(), Status> {
         let before = match &self.name {
@@ -99,11 +104,9 @@ impl Vm {
             None => labels.get(VM_LABEL).cloned(),
         };
         match before {
-            Some(other) if self.name.as_ref().map(VmName::as_str) != Some(&other) => {
-                Err(Status::invalid_argument(format!(
-                    "the label {VM_LABEL} is the service's, and an activation stays in its virtual machine"
-                )))
-            }
+            Some(other) if self.called() != Some(&other) => Err(Status::invalid_argument(format!(
+                "the label {VM_LABEL} is the service's, and an activation stays in its virtual machine"
+            ))),
             _ => Ok(()),
         }
     }

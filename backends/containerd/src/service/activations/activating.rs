@@ -11,7 +11,7 @@ use tonic::Status;
 use super::super::entry::{Entry, Holding};
 use super::super::record::{Info, Progress, Record, holder_of};
 use super::super::status::{of_backend, of_invalid, of_perform};
-use super::super::vm::{VM_LABEL, Vm, VmName};
+use super::super::vm::{VM_LABEL, Vm};
 use super::{Activate, Activations};
 use crate::{Mount, Performed, Plan, holders, perform, plan};
 
@@ -89,15 +89,10 @@ impl Activations {
         let found = match (wanted, &vms[..]) {
             (None, [only]) => Some(only),
             (None, _) => None,
-            (Some(wanted), _) => vms
-                .iter()
-                .find(|vm| vm.name.as_ref().map(VmName::as_str) == Some(wanted)),
+            (Some(wanted), _) => vms.iter().find(|vm| vm.called() == Some(wanted)),
         };
         found.cloned().ok_or_else(|| {
-            let names: Vec<&str> = vms
-                .iter()
-                .filter_map(|vm| vm.name.as_ref().map(VmName::as_str))
-                .collect();
+            let names: Vec<&str> = vms.iter().filter_map(|vm| vm.called()).collect();
             let known = match names.is_empty() {
                 true => "this service is for one guest, which has no name".to_owned(),
                 false => format!("there are: {}", names.join(", ")),

@@ -64,7 +64,7 @@ fn status(entry: &Entry) -> ActivationStatus {
     };
     let info = &entry.record.info;
     ActivationStatus {
-        vm: entry.vm.name.as_ref().map(ToString::to_string),
+        vm: entry.vm.called().map(str::to_owned),
         namespace: info.namespace.clone(),
         name: info.name.clone(),
         id: entry.record.id,

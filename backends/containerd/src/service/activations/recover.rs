@@ -123,7 +123,7 @@ fn ensure_unique(left: &[Left]) -> Result<(), BackendError> {
                 continue;
             };
             let (namespace, name) = record.info.key();
-            let [one, other] = [other, vm].map(|vm| vm.name.as_ref().map_or("", VmName::as_str));
+            let [one, other] = [other, vm].map(|vm| vm.called().unwrap_or_default());
             return Err(BackendError::conflict(format!(
                 "{name:?} is activated in namespace {namespace} of both virtual machines {one} and {other}"
             )));
