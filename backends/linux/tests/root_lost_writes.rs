@@ -145,7 +145,7 @@ async fn root_x07_the_device_is_free_as_soon_as_the_mount_is_gone() {
             run("umount", &[target.to_str().unwrap()]);
         }
         guest.unmount(&target).await.unwrap();
-        blockmount_linux::device::prove_free(device.node()).unwrap();
+        kit::free(device.node()).await;
     }
     dir.assert_clean();
 }

@@ -90,7 +90,8 @@ pub(crate) fn refused<T: std::fmt::Debug>(
     message
 }
 
-/// Waits until nobody uses a device any more: a process that has copied this one's mounts may, for a moment.
+/// Waits until nobody uses a device any more: a process that another test starts has copies of this one's mounts and
+/// descriptors, for a moment.
 pub(crate) async fn free(node: &Path) {
     let deadline = Instant::now() + PATIENT;
     while let Err(error) = prove_free(node) {
