@@ -230,10 +230,18 @@ pub(crate) type Scsi = ScsiTransport<Arc<Vm>>;
 
 /// A VM with as many controllers and LUNs, and its transport.
 pub(crate) fn scsi(controllers: u16, luns: u16, reserved: &[&str]) -> (Arc<Vm>, Arc<Scsi>) {
-    let vm = Arc::new(Vm::default());
     let reserved: Vec<_> = reserved.iter().map(|text| address(text)).collect();
+    scsi_without(controllers, luns, &reserved)
+}
+
+pub(crate) fn scsi_without(
+    controllers: u16,
+    luns: u16,
+    reserved: &[ScsiAddress],
+) -> (Arc<Vm>, Arc<Scsi>) {
+    let vm = Arc::new(Vm::default());
     let geometry = Geometry::new(controllers, luns).unwrap();
-    let scsi = ScsiTransport::new(vm.clone(), geometry, &reserved).unwrap();
+    let scsi = ScsiTransport::new(vm.clone(), geometry, reserved).unwrap();
     (vm, Arc::new(scsi))
 }
 
