@@ -608,19 +608,26 @@ fn left_by_the_dead() -> Vec<String> {
         .collect()
 }
 
-/// Kills the program after each of these times, and cleans up.
-fn kill_at(moments: &[Duration], dir: &TempDir, command: impl Fn() -> Command) {
-    let mut killed = 0;
+/// Kills the program so many times, each after a time of its own below a limit, and cleans up.
+fn kill_at(count: u32, mut limit: Duration, dir: &TempDir, command: impl Fn() -> Command) {
+    let (mut killed, mut ended) = (0, 0);
     // What others have on this machine, in containers for example, is for no clean-up here.
     let before = left_by_the_dead();
-    for moment in moments {
+    while killed < count {
+        let moment = limit.mul_f64(random_fraction());
         let mut child = command()
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(*moment);
-        killed += u32::from(child.try_wait().unwrap().is_none());
+        std::thread::sleep(moment);
+        if child.try_wait().unwrap().is_none() {
+            killed += 1;
+        } else {
+            // It is quicker than when the limit was measured.
+            ended += 1;
+            limit = limit.mul_f64(0.8);
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         let answer = cleanup();
@@ -642,25 +649,18 @@ fn kill_at(moments: &[Duration], dir: &TempDir, command: impl Fn() -> Command) {
             !dir.path().join("made").exists(),
             "killed after {moment:?}: {answer}"
         );
+        assert!(ended <= 20, "only {killed} were still running when killed");
     }
-    assert!(
-        killed as usize > moments.len() / 4,
-        "only {killed} were still running when killed"
-    );
 }
 
-/// Times below a limit, from the kernel's random numbers.
-fn moments(count: usize, below: Duration) -> Vec<Duration> {
-    let mut bytes = vec![0; count * 2];
+/// A number from 0 to 1, from the kernel's random ones.
+fn random_fraction() -> f64 {
+    let mut bytes = [0; 2];
     File::open("/dev/urandom")
         .unwrap()
         .read_exact(&mut bytes)
         .unwrap();
-    let fraction = |pair: &[u8]| f64::from(u16::from_le_bytes([pair[0], pair[1]])) / 65_536.0;
-    bytes
-        .chunks(2)
-        .map(|pair| below.mul_f64(fraction(pair)))
-        .collect()
+    f64::from(u16::from_le_bytes(bytes)) / 65_536.0
 }
 
 fn layers(dir: &TempDir) -> [PathBuf; 2] {
@@ -675,7 +675,7 @@ fn root_a_mount_that_is_killed_at_any_moment_leaves_nothing_after_a_clean_up() {
     let _alone = alone();
     let dir = temp();
     let [a, b] = layers(&dir);
-    kill_at(&moments(25, Duration::from_millis(400)), &dir, || {
+    kill_at(25, Duration::from_millis(400), &dir, || {
         let mut command = common::program(["mount", "--scratch", "8M", "--layer"]);
         command
             .arg(&a)
@@ -698,9 +698,9 @@ fn root_a_demo_that_is_killed_at_any_moment_leaves_nothing_after_a_clean_up() {
         command
     };
     let with_samples = || common::program(["demo"]);
-    kill_at(&moments(15, most_of(with_images())), &dir, with_images);
+    kill_at(15, most_of(with_images()), &dir, with_images);
     // Few, since each demo makes its samples first.
-    kill_at(&moments(4, most_of(with_samples())), &dir, with_samples);
+    kill_at(4, most_of(with_samples()), &dir, with_samples);
 }
 
 /// Most of the time that a command takes on this machine, when it is let finish.

@@ -10,7 +10,6 @@ mod root_bad_input;
 mod root_container;
 mod root_demo;
 mod root_interrupt;
-mod root_layers;
 mod root_mount;
 mod root_page;
 mod root_resume;

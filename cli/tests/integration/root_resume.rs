@@ -11,6 +11,7 @@ use crate::common::{
     self, Answer, Held, alone, assert_nothing_left, by_name, hold, image, in_kernel, run, temp,
 };
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// What is asked for: two layers and a scratch at `tree`, under a name of this test's own.
@@ -28,9 +29,19 @@ impl Wanted {
         Wanted { dir, name }
     }
 
-    /// Removes what is kept under this name, and of other names nothing.
-    fn discard(&self) -> Answer {
-        run(["cleanup", &format!("--resumable={}", self.name)])
+    /// Removes what is kept under this name, and of other names nothing: a test beside this one may have some that is
+    /// left, and said.
+    #[track_caller]
+    fn discard(&self, run_id: &str) -> Answer {
+        let answer = run(["cleanup", "--json", &format!("--resumable={}", self.name)]);
+        let items = answer.json()["items"].as_array().unwrap().clone();
+        let (ours, others): (Vec<_>, Vec<_>) =
+            items.into_iter().partition(|item| item["run"] == run_id);
+        let is_removed = |item: &Value| item["outcome"] == "removed";
+        assert!(!ours.is_empty() && ours.iter().all(is_removed), "{answer}");
+        let is_left = others.iter().any(|item| !item["outcome"]["left"].is_null());
+        assert_eq!(answer.code, Some(i32::from(is_left)), "{answer}");
+        answer
     }
 
     fn tree(&self) -> PathBuf {
@@ -176,7 +187,7 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
     let held = wanted.hold();
     let layers = held.json["layers"].as_array().unwrap().clone();
     let user = User::of(&wanted.tree());
-    kill(held);
+    let run_id = common::run_id(&held.kill()).unwrap().to_owned();
     for layer in layers {
         shell(&["umount", layer["path"].as_str().unwrap()]);
     }
@@ -192,7 +203,7 @@ fn root_r02_layers_that_are_gone_do_not_lose_the_rest() {
         assert!(wanted.tree().join("b").exists(), "{answer}");
     }
     drop(user);
-    wanted.discard();
+    wanted.discard(&run_id);
     assert_eq!(in_kernel(wanted.dir.path().file_name().unwrap()), [""; 0]);
 }
 
@@ -348,8 +359,8 @@ fn root_r22_one_name_is_discarded_and_the_others_stay() {
     let _alone = alone();
     let (kept, unwanted) = (Wanted::new("kept"), Wanted::new("unwanted"));
     let precious = kept.killed_with_a_file();
-    kill(unwanted.hold());
-    unwanted.discard().says(0, &[]);
+    let run_id = common::run_id(&unwanted.hold().kill()).unwrap().to_owned();
+    unwanted.discard(&run_id);
     let name = unwanted.dir.path().file_name().unwrap();
     assert_eq!(in_kernel(name), Vec::<String>::new());
     assert!(kept.is_kept() && !unwanted.is_kept());
@@ -380,8 +391,8 @@ fn resume_fails_and_keeps(test: &str, damage: impl Fn(&Wanted, &Killed)) {
     }
     let answer = run(["cleanup"]);
     killed.assert_precious_is_there(&answer);
-    // What the test next door has lost in the same way is left, and said.
-    let answer = wanted.discard();
+    let run_id = killed.records.file_name().unwrap().to_str().unwrap();
+    let answer = wanted.discard(run_id);
     assert!(
         !killed.scratch.exists() && !killed.records.exists(),
         "{answer}"
