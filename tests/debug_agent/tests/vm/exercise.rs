@@ -110,10 +110,10 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     (tried, [verity.unwrap(), apart])
 }
 
-/// The steps that are tried of a combination: all, or every second, where the next combination has the others.
+/// The steps that are tried of a combination: all, or every third, where the next combinations have the others.
 fn steps(fault: Fault, combination: u32) -> (u32, u32) {
     let all = fault == Fault::Fails || std::env::var_os("BLOCKMOUNT_EVERY_KILL").is_some();
-    if all { (0, 1) } else { (combination % 2, 2) }
+    if all { (0, 1) } else { (combination % 3, 3) }
 }
 
 async fn exercise(fault: Fault) {
