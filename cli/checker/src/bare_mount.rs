@@ -20,6 +20,8 @@ const APPEARS: Duration = Duration::from_secs(20);
 /// How long a disk that has just appeared may refuse to be read, on a busy machine, and how soon it is tried again.
 const READABLE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(1);
+/// How often a disk without bytes is asked for its size again.
+const ASKED_AGAIN: u32 = 5;
 /// The highest count that makes sense.
 const MOST: u32 = 10_000;
 
@@ -106,10 +108,22 @@ fn node(device: &str) -> Option<PathBuf> {
     let disks = Path::new("/sys/bus/scsi/devices")
         .join(device)
         .join("block");
-    let name = fs::read_dir(disks).ok()?.flatten().next()?.file_name();
-    let node = Path::new("/dev").join(name);
+    let disk = fs::read_dir(disks).ok()?.flatten().next()?;
+    ensure_measured(&disk.path());
+    let node = Path::new("/dev").join(disk.file_name());
     // Open before it is announced means that it does not answer yet.
     fs::File::open(&node).is_ok().then_some(node)
+}
+
+/// Has the kernel ask a disk without bytes for its size again: in a burst of hot-plugs a new disk refuses the question as often
+/// as the kernel repeats it, and cannot be read from then on.
+fn ensure_measured(disk: &Path) {
+    let has_bytes = || fs::read_to_string(disk.join("size")).is_ok_and(|size| size.trim() != "0");
+    for _ in 0..ASKED_AGAIN {
+        if has_bytes() || fs::write(disk.join("device/rescan"), "1").is_err() {
+            return;
+        }
+    }
 }
 
 fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Result<BareTimes> {
@@ -219,6 +233,19 @@ mod tests {
         let mut none = asked("null", &dir.path().join("x"));
         none.count = 0;
         assert!(run_all(vec![none]).await.is_err());
+    }
+
+    #[test]
+    fn a_disk_without_bytes_is_asked_for_its_size_again_and_no_other_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let [size, device] = ["size", "device"].map(|name| dir.path().join(name));
+        fs::create_dir(&device).unwrap();
+        for (bytes, asked) in [("8\n", ""), ("0\n", "1")] {
+            fs::write(&size, bytes).unwrap();
+            fs::write(device.join("rescan"), "").unwrap();
+            ensure_measured(dir.path());
+            assert_eq!(fs::read_to_string(device.join("rescan")).unwrap(), asked);
+        }
     }
 
     #[test]
