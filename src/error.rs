@@ -62,8 +62,15 @@ impl fmt::Display for ErrorKind {
 /// never repeated inside the message. The fields beside them are for programs.
 ///
 /// It travels: serialised, it keeps its kind, message and fields, and its sources as their messages.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BackendError(
+    /// Behind a pointer, so that the answers that are no errors stay small.
+    Arc<Failure>,
+);
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct BackendError {
+struct Failure {
     kind: ErrorKind,
     message: Arc<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,73 +90,76 @@ pub struct BackendError {
 impl BackendError {
     /// An error of a kind, with a message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        BackendError {
+        BackendError(Arc::new(Failure {
             kind,
             message: message.into().into(),
             operation: None,
             errno: None,
             path: None,
             source: None,
-        }
+        }))
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Failure)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
     }
 
     /// The same error with its cause. The number of a system call's error becomes its [`errno`](Self::errno), unless it
     /// has one.
     #[must_use]
-    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub fn with_source(self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         let source = source.into();
         let errno = source
             .downcast_ref::<io::Error>()
             .and_then(io::Error::raw_os_error);
-        self.errno = self.errno.or(errno);
-        self.source = Some(source.into());
-        self
+        self.with(|failure| {
+            failure.errno = failure.errno.or(errno);
+            failure.source = Some(source.into());
+        })
     }
 
     /// The same error with the operation that failed, such as `fsconfig` or `device_add`.
     #[must_use]
-    pub fn with_operation(mut self, operation: impl Into<Arc<str>>) -> Self {
-        self.operation = Some(operation.into());
-        self
+    pub fn with_operation(self, operation: impl Into<Arc<str>>) -> Self {
+        self.with(|failure| failure.operation = Some(operation.into()))
     }
 
     /// The same error with the number that the system gave it.
     #[must_use]
-    pub fn with_errno(mut self, errno: i32) -> Self {
-        self.errno = Some(errno);
-        self
+    pub fn with_errno(self, errno: i32) -> Self {
+        self.with(|failure| failure.errno = Some(errno))
     }
 
     /// The same error with the path it is about.
     #[must_use]
-    pub fn with_path(mut self, path: impl Into<Arc<Path>>) -> Self {
-        self.path = Some(path.into());
-        self
+    pub fn with_path(self, path: impl Into<Arc<Path>>) -> Self {
+        self.with(|failure| failure.path = Some(path.into()))
     }
 
     /// What the caller can do about it.
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 
     /// What was tried on what.
     pub fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 
     /// The operation that failed, if the backend names one.
     pub fn operation(&self) -> Option<&str> {
-        self.operation.as_deref()
+        self.0.operation.as_deref()
     }
 
     /// The number of the error where it happened: `errno` of the host or of the guest.
     pub fn errno(&self) -> Option<i32> {
-        self.errno
+        self.0.errno
     }
 
     /// The path it is about, if the backend names one.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
+        self.0.path.as_deref()
     }
 
     /// A backend must not panic; if it does, what it has done is unknown.
@@ -202,13 +212,19 @@ constructors! {
 
 impl fmt::Display for BackendError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        printable(&self.message).fmt(f)
+        printable(&self.0.message).fmt(f)
+    }
+}
+
+impl fmt::Debug for BackendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
 impl StdError for BackendError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as _)
+        self.0.source.as_deref().map(|source| source as _)
     }
 }
 
@@ -322,7 +338,7 @@ impl Error {
 
     /// What the caller can do about it.
     pub fn kind(&self) -> ErrorKind {
-        self.0.cause.kind
+        self.0.cause.kind()
     }
 
     /// The step that failed.
