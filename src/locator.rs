@@ -1,6 +1,6 @@
 //! Where an attached device sits, in its transport's own words.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -57,7 +57,12 @@ impl DeviceLocator {
     /// address is at least one visible ASCII character and has no white space, and both together
     /// fit in [`MAX_LEN`](Self::MAX_LEN).
     pub fn new(transport: &str, address: impl fmt::Display) -> Result<Self, InvalidLocator> {
-        Self::checked(format!("{transport}:{address}"))
+        // Room for the address that nearly all have, so that the text is not moved as it grows.
+        let mut text = String::with_capacity(transport.len() + 32);
+        text.push_str(transport);
+        text.push(':');
+        write!(text, "{address}").expect("text can be added to any");
+        Self::checked(text)
     }
 
     /// The transport, which is also the scheme under which a resolver is registered: `scsi`.
@@ -121,7 +126,9 @@ fn reason_against(text: &str) -> Option<&'static str> {
     if text.len() > DeviceLocator::MAX_LEN {
         return Some("it is longer than 255 bytes");
     }
-    let Some((transport, address)) = text.split_once(':') else {
+    // Found as a byte, which is quicker than as a character.
+    let colon = text.bytes().position(|byte| byte == b':');
+    let Some((transport, address)) = colon.map(|at| (&text[..at], &text[at + 1..])) else {
         return Some("it has no colon between transport and address");
     };
     let word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
