@@ -76,7 +76,9 @@ impl Times {
         self.succeeded += 1;
         self.total = self.total.saturating_add(time);
         self.longest = self.longest.max(time);
-        self.counters.resize(COUNTERS, 0);
+        if self.counters.is_empty() {
+            self.counters.resize(COUNTERS, 0);
+        }
         self.counters[counter_of(time)] += 1;
     }
 
@@ -122,9 +124,10 @@ impl Times {
 /// The counter of a time: short times by the microsecond, others by their highest bits.
 fn counter_of(time: Duration) -> usize {
     let longest = (1_u64 << LONGEST_BITS) - 1;
-    let micros = u64::try_from(time.as_micros())
-        .unwrap_or(longest)
-        .min(longest);
+    // In 64 bits, which are enough for what is counted at all.
+    let micros = time.as_secs().saturating_mul(1_000_000);
+    let micros = micros.saturating_add(time.subsec_micros().into());
+    let micros = micros.min(longest);
     let shift = micros
         .checked_ilog2()
         .unwrap_or(0)
