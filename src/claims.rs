@@ -55,7 +55,8 @@ impl Claims {
                 let Live { made_up, paths, .. } = &mut *live;
                 let is_free =
                     |key: &[u8]| at_or_below(paths, key).is_none() && above(paths, key).is_none();
-                let (number, path) = made_up.next(is_free)?;
+                // With no path taken by name there is nothing to compare with.
+                let (number, path) = made_up.next((!paths.is_empty()).then_some(is_free))?;
                 made_up.put(number, device.clone());
                 (path.into(), Some(number))
             }
@@ -270,6 +271,22 @@ mod tests {
             Path::new("/run/mounts/m0")
         );
         mount(Some("/run/mounts/m2")).unwrap();
+    }
+
+    #[test]
+    fn no_path_is_made_up_below_what_is_no_directory_of_a_guest() {
+        let (_, device, options) = claims();
+        // With the longest of these, only the numbers of one digit fit.
+        let longest = format!("/{}", "x".repeat(MAX_LEN - "/".len() - "/m0".len()));
+        for (root, usable) in [("relative", 0), ("/a/../b", 0), (longest.as_str(), 10)] {
+            let claims = Claims::new(root.into());
+            let mount = || claims.mount(&device, &options, None);
+            let live: Vec<_> = (0..usable).map(|_| mount().unwrap()).collect();
+            let refused = mount().err().map(|error| error.kind());
+            assert_eq!(refused, Some(ErrorKind::Invalid), "{root:.20}");
+            drop(live);
+            assert_eq!(mount().is_ok(), usable > 0, "{root:.20}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Which paths of a guest are taken, and how each device is mounted.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::Bound;
@@ -76,12 +77,14 @@ impl Live {
             let users = self.devices.entry(extra.locator.clone()).or_default();
             users.push(options.is_read_only());
         }
-        match self.mounts.contains_key(device) {
-            true => {
+        match self.mounts.entry(device.clone()) {
+            Entry::Vacant(first) => {
+                first.insert(mounted);
+            }
+            Entry::Occupied(_) => {
                 let more = self.more_mounts.entry(device.clone()).or_default();
                 more.push(mounted);
             }
-            false => drop(self.mounts.insert(device.clone(), mounted)),
         }
     }
 

@@ -4,16 +4,22 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ffi::OsString;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use super::{comparable, is_windows};
+use super::{MAX_LEN, comparable, is_windows};
 use crate::{BackendError, DeviceLocator};
+
+/// For how many paths memory is kept when the last mount is gone.
+const FEW: usize = 64;
 
 /// The numbers in paths that are made up, the lowest free one first.
 #[derive(Default)]
 pub(super) struct MadeUp {
-    root: PathBuf,
-    /// The root in comparable form, which each path begins with.
+    /// What each path begins with, up to its number.
+    stem: OsString,
+    /// The root in comparable form, which each path begins with. Empty if no path can be made up below it.
     prefix: Vec<u8>,
     /// What is at each number that was ever taken.
     devices: Vec<Option<DeviceLocator>>,
@@ -22,8 +28,12 @@ pub(super) struct MadeUp {
 
 impl MadeUp {
     pub(super) fn below(root: PathBuf) -> Self {
+        let stem = match root.to_str() {
+            Some(root) if is_windows(root) => format!("{root}\\m").into(),
+            _ => Path::join(&root, "m").into_os_string(),
+        };
         let mut made_up = MadeUp {
-            root,
+            stem,
             ..MadeUp::default()
         };
         // Without one no path can be made up, and the first caller is told why.
@@ -37,10 +47,11 @@ impl MadeUp {
         made_up
     }
 
-    /// The first that no path stands in the way of, which `is_free` says. It is taken with [`put`](Self::put).
+    /// The first that no path stands in the way of, which `is_free` says; without it none does. It is taken with
+    /// [`put`](Self::put).
     pub(super) fn next(
         &mut self,
-        is_free: impl Fn(&[u8]) -> bool,
+        is_free: Option<impl Fn(&[u8]) -> bool>,
     ) -> Result<(u32, PathBuf), BackendError> {
         // Numbers whose path is taken by name are kept aside, so that the next one is another.
         let mut passed = Vec::new();
@@ -50,9 +61,9 @@ impl MadeUp {
                 break Err(BackendError::full(full));
             };
             let path = self.path(number);
-            match comparable(&path) {
-                Ok(key) if is_free(&key) => break Ok((number, path)),
-                Ok(_) => passed.push(number),
+            match self.is_usable(&path, is_free.as_ref()) {
+                Ok(true) => break Ok((number, path)),
+                Ok(false) => passed.push(number),
                 Err(error) => {
                     passed.push(number);
                     break Err(error);
@@ -63,6 +74,19 @@ impl MadeUp {
             .into_iter()
             .for_each(|number| drop(self.give_back(number)));
         found
+    }
+
+    fn is_usable(
+        &self,
+        path: &Path,
+        is_free: Option<&impl Fn(&[u8]) -> bool>,
+    ) -> Result<bool, BackendError> {
+        let is_well_formed = !self.prefix.is_empty() && path.as_os_str().len() <= MAX_LEN;
+        match is_free {
+            None if is_well_formed => Ok(true),
+            None => comparable(path).map(|_| true),
+            Some(is_free) => comparable(path).map(|key| is_free(&key)),
+        }
     }
 
     fn take(&mut self) -> Option<u32> {
@@ -83,8 +107,11 @@ impl MadeUp {
         let device = self.devices[number as usize].take();
         self.free.push(Reverse(number));
         if self.is_empty() {
-            self.devices = Vec::new();
-            self.free = BinaryHeap::new();
+            // Begins anew, and keeps the memory of a few.
+            self.devices.clear();
+            self.devices.shrink_to(FEW);
+            self.free.clear();
+            self.free.shrink_to(FEW);
         }
         device
     }
@@ -113,9 +140,10 @@ impl MadeUp {
     }
 
     fn path(&self, number: u32) -> PathBuf {
-        match self.root.to_str() {
-            Some(root) if is_windows(root) => PathBuf::from(format!("{root}\\m{number}")),
-            _ => Path::join(&self.root, format!("m{number}")),
-        }
+        // Room for the longest number: nothing is copied on the way.
+        let mut path = OsString::with_capacity(self.stem.len() + 10);
+        path.push(&self.stem);
+        write!(path, "{number}").expect("text can be added to any");
+        path.into()
     }
 }
