@@ -51,9 +51,9 @@ impl Holders {
     }
 
     /// Begins work that a freeze waits for; an error if the manager is frozen.
-    pub(crate) fn enter(&self) -> Result<Running, BackendError> {
+    pub(crate) fn enter(&self) -> Result<Running<'_>, BackendError> {
         self.0.running.fetch_add(1, SeqCst);
-        let running = Running(self.clone());
+        let running = Running(self);
         // Counted first: a freeze sees either this caller, or this caller sees the freeze.
         match self.is_frozen() {
             true => Err(BackendError::busy(
@@ -63,12 +63,21 @@ impl Holders {
         }
     }
 
+    fn leave(&self) {
+        let was_last = self.0.running.fetch_sub(1, SeqCst) == 1;
+        // Only a freeze waits, and it says so before it counts who is at work.
+        if was_last && self.is_frozen() {
+            self.0.idle.notify_waiters();
+        }
+    }
+
     /// Freezes, unless it is so already. What is returned thaws again when it is dropped.
     pub(crate) fn freeze(&self) -> Option<Thaw> {
         let was_frozen = self.0.frozen.swap(true, SeqCst);
         (!was_frozen).then(|| Thaw(self.clone()))
     }
 
+    /// Waits for everybody at work, once the manager is frozen.
     pub(crate) async fn until_idle(&self) {
         loop {
             let idle = self.0.idle.notified();
@@ -173,13 +182,29 @@ impl Drop for Holder {
 }
 
 /// A caller at work.
-pub(crate) struct Running(Holders);
+pub(crate) struct Running<'a>(&'a Holders);
 
-impl Drop for Running {
+/// A caller whose work may outlive it.
+pub(crate) struct RunningInTask(Holders);
+
+impl Running<'_> {
+    pub(crate) fn in_task(self) -> RunningInTask {
+        let holders = self.0.clone();
+        // Still counted.
+        std::mem::forget(self);
+        RunningInTask(holders)
+    }
+}
+
+impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.0.0.running.fetch_sub(1, SeqCst) == 1 {
-            self.0.0.idle.notify_waiters();
-        }
+        self.0.leave();
+    }
+}
+
+impl Drop for RunningInTask {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 

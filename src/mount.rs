@@ -176,7 +176,7 @@ impl BlockMountManager {
     }
 
     /// Begins work that a freeze waits for.
-    pub(crate) fn enter(&self) -> Result<Running, Error> {
+    pub(crate) fn enter(&self) -> Result<Running<'_>, Error> {
         let running = self.holders().enter();
         running.map_err(|cause| Error::new(Step::Mount, cause))
     }

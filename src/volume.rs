@@ -24,7 +24,7 @@ impl Manager {
     ///
     /// Outside of a tokio runtime.
     pub async fn resize(&self, attachment: &Attachment, bytes: u64) -> Result<(), Error> {
-        let running = self.mounts().enter()?;
+        let running = self.mounts().enter()?.in_task();
         let (disk, id) = (attachment.disk().clone(), attachment.id().clone());
         let (attachments, mounts) = (self.attachments().clone(), self.mounts().clone());
         // A share of it, so that nobody detaches the disk meanwhile.
