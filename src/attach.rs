@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use tracing::info_span;
 
-use crate::call::{call, catch_panic, within};
+use crate::call::{call, call_within};
 use crate::holders::{Holder, Holders};
+use crate::inspect::{Latencies, Timed};
 use crate::journal::{AttachmentRecord, Record, RecordKey};
 use crate::lease::{Left, Lingering, Table, Tables, Which};
 use crate::named::Named;
@@ -51,33 +52,29 @@ pub struct Attachment(Named<Attach>);
 impl AttachManager {
     /// A manager that waits for one answer at most [`DEFAULT_TIMEOUT`].
     pub fn new(transport: impl Transport, unplugger: impl Unplugger) -> Self {
-        let unplugger: Box<dyn Unplugger> = Box::new(unplugger);
-        let holders = Holders::default();
-        Self::with_holders(
-            Box::new(transport),
-            Some(unplugger),
-            DEFAULT_TIMEOUT,
-            holders,
-            Lingering::default(),
-        )
+        Self::alone(Box::new(transport), Some(Box::new(unplugger)))
     }
 
     /// The same for disks that nothing in the guest has to be told of: a detach is the host's alone. The
     /// caller makes sure that the guest no longer uses a disk before it releases it.
     pub fn without_unplugger(transport: impl Transport) -> Self {
-        let (holders, lingering) = (Holders::default(), Lingering::default());
+        Self::alone(Box::new(transport), None)
+    }
+
+    fn alone(transport: Box<dyn Transport>, unplugger: Option<Box<dyn Unplugger>>) -> Self {
+        let latencies = Arc::<Latencies>::default();
         Self::with_holders(
-            Box::new(transport),
-            None,
+            Timed::new(transport, &latencies),
+            unplugger.map(|unplugger| Timed::new(unplugger, &latencies)),
             DEFAULT_TIMEOUT,
-            holders,
-            lingering,
+            Holders::default(),
+            Lingering::default(),
         )
     }
 
     pub(crate) fn with_holders(
-        transport: Box<dyn Transport>,
-        unplugger: Option<Box<dyn Unplugger>>,
+        transport: Timed<dyn Transport>,
+        unplugger: Option<Timed<dyn Unplugger>>,
         timeout: Duration,
         holders: Holders,
         lingering: Lingering,
@@ -148,12 +145,9 @@ impl AttachManager {
             id, disk, locator, ..
         } = record;
         let span = info_span!("adopt", disk = %crate::printable(disk.source().display()));
-        let adopt = self
-            .table
-            .driver()
-            .transport
-            .adopt(disk, id, locator.as_ref());
-        let answer = self.table.adopt(span, adopt).await;
+        let transport = &self.table.driver().transport;
+        let adopt = || transport.adopt(disk, id, locator.as_ref());
+        let answer = self.table.adopt(&span, adopt).await;
         answer.map_err(|error| error.on_disk(disk))
     }
 
@@ -177,8 +171,8 @@ impl AttachManager {
 
     /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
     pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
-        let identify = catch_panic(self.table.driver().transport.identify(disk));
-        let id = within(self.table.timeout(), identify).await;
+        let identify = || self.table.driver().transport.identify(disk);
+        let id = call_within(self.table.timeout(), identify).await;
         let id = id.unwrap_or_else(|| Err(self.table.timed_out()));
         id.map_err(|cause| Error::new(Step::Identify, cause).on_disk(disk))
     }
@@ -189,9 +183,9 @@ impl AttachManager {
         disk: &Disk,
     ) -> Result<Attachment, Error> {
         let is_changed = |known: &DiskId| !known.is_unchanged(&id);
-        if self.table.key(&id, is_changed) == Some(true) {
+        if self.tables.let_linger() && self.table.key(&id, is_changed) == Some(true) {
             // What somebody holds is shared as it is.
-            let cleared = self.tables.clear_disk(&id).await;
+            let cleared = Box::pin(self.tables.clear_disk(&id)).await;
             cleared.map_err(|error| error.on_disk(disk))?;
         }
         let ask = || self.attach_once(&id, disk);
@@ -199,17 +193,12 @@ impl AttachManager {
     }
 
     async fn attach_once(&self, id: &DiskId, disk: &Disk) -> Result<Attachment, Error> {
-        let lease = match self.table.join(id, |up| up.check(disk)) {
-            Some(joined) => joined?,
-            None => {
-                let acquired = self.table.acquire(id.clone(), AttachJob::new(disk));
-                let lease = acquired.await;
-                lease.map_err(|error| match error.disk() {
-                    Some(_) => error,
-                    None => error.on_disk(disk),
-                })?
-            }
-        };
+        let (check, job) = (|up: &Attached| up.check(disk), || AttachJob::new(disk));
+        let lease = self.table.acquire(id, check, job).await;
+        let lease = lease.map_err(|error| match error.disk() {
+            Some(_) => error,
+            None => error.on_disk(disk),
+        })?;
         Ok(Attachment(lease.into()))
     }
 
@@ -226,8 +215,8 @@ impl AttachManager {
     pub(crate) async fn resize(&self, attachment: &Attachment, bytes: u64) -> Result<(), Error> {
         let disk = attachment.disk();
         let span = info_span!("resize", disk = %crate::printable(disk.source().display()), bytes);
-        let resize = self.table.driver().transport.resize(disk, bytes);
-        let resized = call(Step::Resize, span, resize).await;
+        let resize = || self.table.driver().transport.resize(disk, bytes);
+        let resized = call(Step::Resize, &span, resize).await;
         resized.map_err(|error| error.on_device(attachment.locator()).on_disk(disk))
     }
 

@@ -2,38 +2,32 @@
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
-use std::task::Poll;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tracing::{Instrument, Span, debug};
+use tracing::{Span, debug};
 
 use crate::{BackendError, Error, ErrorKind, Step};
 
+/// What `async_trait` makes of a call of a backend.
+pub(crate) type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, BackendError>> + Send + 'a>>;
+
 /// Runs one call of a backend inside `span`. A panic counts as an error of kind `Uncertain`.
-pub(crate) async fn call<T>(
+pub(crate) async fn call<'a, T>(
     step: Step,
-    span: Span,
-    backend: impl Future<Output = Result<T, BackendError>>,
+    span: &Span,
+    backend: impl FnOnce() -> Answer<'a, T>,
 ) -> Result<T, Error> {
-    let outcome = catch_panic(backend).instrument(span.clone()).await;
+    let outcome = match span.in_scope(|| catch(backend)) {
+        Ok(mut answer) => poll_fn(|context| span.in_scope(|| poll(&mut answer, context))).await,
+        Err(panicked) => Err(panicked),
+    };
     span.in_scope(|| match &outcome {
         Ok(_) => debug!("done"),
         Err(error) => debug!(kind = %error.kind(), %error, "failed"),
     });
     outcome.map_err(|error| Error::new(step, error))
-}
-
-/// As [`call`], for tear-down: when the VM is gone, so is what was to be torn down.
-pub(crate) async fn call_down(
-    step: Step,
-    span: Span,
-    backend: impl Future<Output = Result<(), BackendError>>,
-) -> Result<(), Error> {
-    match call(step, span, backend).await {
-        Err(error) if error.kind() == ErrorKind::Gone => Ok(()),
-        outcome => outcome,
-    }
 }
 
 /// The steps of one tear-down that are done.
@@ -61,25 +55,32 @@ impl Teardown {
     }
 }
 
-/// Waits at most that long. What is ready at once, as most answers are, costs no timer.
-pub(crate) async fn within<T>(timeout: Duration, answer: impl Future<Output = T>) -> Option<T> {
-    let mut answer = pin!(answer);
-    let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context)));
+/// Runs one call of a backend that may be given up, and waits at most that long: none if it is not over by then. What is
+/// ready at once, as most answers are, costs no timer.
+pub(crate) async fn call_within<'a, T>(
+    timeout: Duration,
+    backend: impl FnOnce() -> Answer<'a, T>,
+) -> Option<Result<T, BackendError>> {
+    let mut answer = match catch(backend) {
+        Ok(answer) => answer,
+        Err(panicked) => return Some(Err(panicked)),
+    };
+    let at_once = poll_fn(|context| Poll::Ready(poll(&mut answer, context)));
     match at_once.await {
-        Poll::Ready(answer) => Some(answer),
-        Poll::Pending => crate::sync::timeout(timeout, answer).await.ok(),
+        Poll::Ready(outcome) => Some(outcome),
+        Poll::Pending => {
+            let rest = poll_fn(|context| poll(&mut answer, context));
+            // Boxed, since few come to it.
+            Box::pin(crate::sync::timeout(timeout, rest)).await.ok()
+        }
     }
 }
 
-/// Makes an error of a panic.
-pub(crate) async fn catch_panic<T>(
-    backend: impl Future<Output = Result<T, BackendError>>,
-) -> Result<T, BackendError> {
-    let mut backend = pin!(backend);
-    poll_fn(|context| {
-        // A future that panicked is not polled again, so whatever it broke is not seen.
-        catch_unwind(AssertUnwindSafe(|| backend.as_mut().poll(context)))
-            .unwrap_or_else(|panic| Poll::Ready(Err(BackendError::from_panic(panic))))
-    })
-    .await
+/// A future that panicked is not polled again, so whatever it broke is not seen.
+fn poll<T>(answer: &mut Answer<'_, T>, context: &mut Context<'_>) -> Poll<Result<T, BackendError>> {
+    catch(|| answer.as_mut().poll(context)).unwrap_or_else(|panicked| Poll::Ready(Err(panicked)))
+}
+
+fn catch<T>(backend: impl FnOnce() -> T) -> Result<T, BackendError> {
+    catch_unwind(AssertUnwindSafe(backend)).map_err(BackendError::from_panic)
 }

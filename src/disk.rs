@@ -176,6 +176,11 @@ impl Disk {
         self.0.read_only
     }
 
+    /// Whether one attachment can be of both, whatever their names.
+    pub(crate) fn is_attached_like(&self, other: &Disk) -> bool {
+        self.0.read_only == other.0.read_only && self.0.unusual == other.0.unusual
+    }
+
     /// How it is attached, apart from that.
     pub fn options(&self) -> &DiskOptions {
         &self.0.kind_and_options().options

@@ -38,6 +38,7 @@ pub use record::{
     StackRecord, ViewRecord,
 };
 
+pub(crate) use record::MountKeyParts;
 pub(crate) use recorded::Recorded;
 
 /// Keeps the records of one manager. The crate `blockmount-journal` has one in a file.

@@ -44,10 +44,10 @@ use std::time::Duration;
 
 use tracing::Span;
 
-use crate::call::{call, within};
+use crate::call::{Answer as BackendAnswer, call};
 use crate::journal::Record;
-use crate::release::{ReleaseError, Releasing, Unheard, both, nothing_to_release};
-use crate::sync::{Handle, lock, timeout};
+use crate::release::{ReleaseError, Releasing, nothing_to_release};
+use crate::sync::{Handle, lock, oneshot, timeout};
 use crate::{BackendError, DiskId, Error, ErrorKind, Step};
 
 mod begin;
@@ -187,10 +187,10 @@ impl<D: Driver> Table<D> {
     /// refuses.
     pub(crate) fn join(
         self: &Arc<Self>,
-        key: &D::Key,
+        key: &(impl Hash + PartialEq<D::Key>),
         check: impl FnOnce(&D::Resource) -> Result<(), Error>,
     ) -> Option<Result<Lease<D>, Error>> {
-        let lease = self.join_entry(self.entries.get(key)?)?;
+        let lease = self.join_entry(self.entries.read(key, EntryRef::clone)?)?;
         Some(check(lease.resource()).map(|()| lease))
     }
 
@@ -228,17 +228,57 @@ impl<D: Driver> Table<D> {
             }
             _ => return None,
         }
-        Some(Lease::new(self, entry))
+        Some(Lease::new(Arc::clone(self), entry))
     }
 
-    /// Shares the resource under `key`, and sets it up first if need be.
+    /// Shares the resource under `key`, and sets it up first if need be. `check` refuses to share what is up; `job` is made if
+    /// it is needed.
     ///
     /// Dropping the future ends the wait, not the work: what is under way is finished, and its lease is
     /// released.
-    pub(crate) async fn acquire(self: &Arc<Self>, key: D::Key, job: D::Job) -> Answer<D> {
+    pub(crate) async fn acquire(
+        self: &Arc<Self>,
+        key: &D::Key,
+        check: impl FnOnce(&D::Resource) -> Result<(), Error>,
+        job: impl FnOnce() -> D::Job,
+    ) -> Answer<D> {
         self.runtime.get_or_init(Handle::current);
+        // The entry is in the table before the work begins, so that a `drain` from now on sees it.
+        let entry = self.entry(key);
+        if let Some(mut turn) = Entry::first_turn(&entry) {
+            turn.job = Some(job());
+            return self.acquire_first(key, turn).await;
+        }
+        if let Some(lease) = self.join_entry(entry) {
+            return check(lease.resource()).map(|()| lease);
+        }
+        // Boxed as all that few callers come to: the future of each one would have room for it.
+        Box::pin(self.acquire_queued(key, job())).await
+    }
+
+    /// Sets up what nobody else works on.
+    async fn acquire_first(self: &Arc<Self>, key: &D::Key, turn: Turn<D>) -> Answer<D> {
+        let work = match begin(Box::pin(Arc::clone(self).setup(turn))) {
+            Begun::Over((answer, turn)) => {
+                drop(turn);
+                return answer;
+            }
+            Begun::Waits(work) => work,
+        };
+        let (answer, outcome) = oneshot::channel();
+        go_on(&Handle::current(), async move {
+            let (outcome, turn) = work.await;
+            // Sent while this work has the turn: if the caller is gone, the lease is counted back before another task
+            // reads the state.
+            drop(answer.send(outcome));
+            drop(turn);
+        });
+        Box::pin(self.wait(key, outcome)).await
+    }
+
+    /// Queues for what somebody else works on, or what has to be torn down first.
+    async fn acquire_queued(self: &Arc<Self>, key: &D::Key, job: D::Job) -> Answer<D> {
         let request = PendingRequest::new(job);
-        // The entry is in the table once the work has begun, so that a `drain` from now on sees it.
         let work = Arc::clone(self).run(key.clone(), request.clone());
         let work = match begin(Box::pin(work)) {
             Begun::Over(answer) => {
@@ -249,12 +289,17 @@ impl<D: Driver> Table<D> {
         let outcome = request.receive();
         go_on(&Handle::current(), async move { drop(work.await) });
         let _on_cancellation = CancelOnDrop(request);
+        self.wait(key, outcome).await
+    }
+
+    /// Waits for the answer of a task.
+    async fn wait(&self, key: &D::Key, outcome: oneshot::Receiver<Answer<D>>) -> Answer<D> {
         let cause = match timeout(self.timeout, outcome).await {
             Ok(Ok(outcome)) => return outcome,
             Ok(Err(_)) => interrupted(),
             Err(_) => self.timed_out(),
         };
-        Err(self.driver.error(&key, None, cause))
+        Err(self.driver.error(key, None, cause))
     }
 
     /// Answers one caller: queues for the key, reads the state, and sets up, shares or tears down accordingly. The answer
@@ -268,7 +313,11 @@ impl<D: Driver> Table<D> {
                 Phase::Idle => match request.take() {
                     Some(wanted) => {
                         turn.job = Some(wanted);
-                        return self.setup(&entry, turn, &request).await;
+                        let (answer, turn) = self.setup(turn).await;
+                        // As in `acquire_first`.
+                        let unsent = request.answer(answer);
+                        drop(turn);
+                        return unsent;
                     }
                     // Cancelled before its turn: there is nothing to begin.
                     None => {
@@ -287,7 +336,7 @@ impl<D: Driver> Table<D> {
                     }
                 },
                 Phase::Draining if request.is_cancelled() => return None,
-                Phase::Draining => match self.teardown(&entry, &mut turn).await {
+                Phase::Draining => match self.teardown(&mut turn).await {
                     Err(error) => error,
                     Ok(rest) => {
                         drop(turn);
@@ -324,53 +373,54 @@ impl<D: Driver> Table<D> {
         request.answer(Ok(lease))
     }
 
-    /// Sets up what an idle entry stands for, and answers.
-    async fn setup(
-        self: &Arc<Self>,
-        entry: &EntryRef<D>,
-        mut turn: Turn<D>,
-        request: &Request<D>,
-    ) -> Option<Answer<D>> {
+    /// Sets up what an idle entry stands for. The answer comes with the turn that it is to be sent in, if it is a lease.
+    async fn setup(self: Arc<Self>, mut turn: Turn<D>) -> (Answer<D>, Option<Turn<D>>) {
+        let (entry, job) = turn.work();
         entry.set(State::released());
-        let error = match self.driver.setup(&entry.key, work(&mut turn)).await {
+        match self.driver.setup(&entry.key, job).await {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
                 entry.set(State::Up(1));
-                // Sent while this work has the turn: if the caller is gone, the lease is counted back before
-                // another task reads the state.
-                return request.answer(Ok(Lease::new(self, EntryRef::clone(entry))));
+                let entry = EntryRef::clone(entry);
+                (Ok(Lease::new(self, entry)), Some(turn))
             }
-            Err(error) => error,
-        };
+            Err(error) => {
+                Box::pin(self.clean_up(turn, error.clone())).await;
+                (Err(error), None)
+            }
+        }
+    }
+
+    /// Sees to it that nothing is left of a set-up that has failed, and ends the turn.
+    async fn clean_up(&self, mut turn: Turn<D>, error: Error) {
+        let (entry, job) = turn.work();
         // An uncertain resource has no lease whose release would tear it down.
         let uncertain = error.kind() == ErrorKind::Uncertain;
         let left = match uncertain {
-            true => self.driver.teardown(&entry.key, work(&mut turn)).await,
+            true => self.driver.teardown(&entry.key, job).await,
             false => Ok(()),
         };
         if left.is_err_and(|left| left.kind() != ErrorKind::LostWrites) {
-            entry.set(State::failed(1, error.clone()));
-            drop(turn);
-        } else {
-            // An error about the request concerns this caller alone: a queued caller may have requested
-            // something else, and tries for itself.
-            let about_request = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid);
-            let rest = self.retire(entry, &mut turn, (!about_request).then(|| error.clone()));
-            drop(turn);
-            log_failure(rest.await);
+            entry.set(State::failed(1, error));
+            return;
         }
-        request.answer(Err(error))
+        // An error about the request concerns this caller alone: a queued caller may have requested
+        // something else, and tries for itself.
+        let about_request = matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Invalid);
+        let rest = self.retire(&mut turn, (!about_request).then_some(error));
+        drop(turn);
+        log_failure(rest.await);
     }
 
     /// Tears an entry down. The leases that it held are counted back by then; the returned future waits for
     /// what that tears down.
-    async fn teardown(&self, entry: &EntryRef<D>, turn: &mut Turn<D>) -> Result<Releasing, Error> {
-        match self.driver.teardown(&entry.key, work(turn)).await {
-            Ok(()) => Ok(self.retire(entry, turn, None)),
+    async fn teardown(&self, turn: &mut Turn<D>) -> Result<Releasing, Error> {
+        let (entry, job) = turn.work();
+        match self.driver.teardown(&entry.key, job).await {
+            Ok(()) => Ok(self.retire(turn, None)),
             Err(lost) if lost.kind() == ErrorKind::LostWrites => {
-                let lost = Unheard::new(Err(ReleaseError::lost_writes(lost)));
-                let rest = self.retire(entry, turn, None);
-                Ok(Box::pin(async move { both(lost.hear(), rest.await) }))
+                let lost = Err(ReleaseError::lost_writes(lost));
+                Ok(self.retire(turn, None).after(lost))
             }
             Err(error) => {
                 let attempts = entry.attempts() + 1;
@@ -381,12 +431,10 @@ impl<D: Driver> Table<D> {
     }
 
     /// Takes an entry out of the table, its resource being down.
-    fn retire(&self, entry: &EntryRef<D>, turn: &mut Turn<D>, outcome: Option<Error>) -> Releasing {
+    fn retire(&self, turn: &mut Turn<D>, outcome: Option<Error>) -> Releasing {
         // Counted back before the entry leaves the table: a caller that finds no entry finds no leases of it either.
-        let (job, was_up) = (
-            turn.job.take().expect(JOB_GIVEN),
-            entry.resource.get().is_some(),
-        );
+        let (entry, job) = turn.take_work();
+        let was_up = entry.resource.get().is_some();
         let rest = self.driver.release_held(job, was_up);
         self.remove(entry, outcome);
         rest
@@ -398,29 +446,39 @@ impl<D: Driver> Table<D> {
     }
 
     /// Retries the pending tear-down of an entry, unless it is done. The leases that it held are released by
-    /// then; the returned future waits for what that tears down, and has its errors.
+    /// then; what is returned waits for what that tears down, and has its errors.
     async fn retry(
         self: Arc<Self>,
         entry: EntryRef<D>,
         queued_at: Option<usize>,
-    ) -> Result<Releasing, ReleaseError> {
-        let mut turn = Entry::turn(&entry).await;
-        if queued_at.is_none() {
-            // The caller of the set-up that this waited for had given up, and its lease was the last.
-            self.stop_lingering(&entry);
-        }
-        let outcome = match entry.phase(queued_at) {
+        turn: Option<Turn<D>>,
+    ) -> Releasing {
+        let (mut turn, phase) = match turn {
+            // The release that made it pending has had the turn since.
+            Some(turn) => (turn, Phase::Draining),
+            None => {
+                let turn = Entry::turn(&entry).await;
+                if queued_at.is_none() {
+                    // The caller of the set-up that this waited for had given up, and its lease was the last.
+                    self.stop_lingering(&entry);
+                }
+                (turn, entry.phase(queued_at))
+            }
+        };
+        let outcome = match phase {
             Phase::Draining if self.driver.is_frozen() => {
                 let frozen = BackendError::busy("the manager is frozen");
                 Err(self.driver.error(&entry.key, entry.resource.get(), frozen))
             }
-            Phase::Draining => self.teardown(&entry, &mut turn).await,
+            Phase::Draining => self.teardown(&mut turn).await,
             Phase::Failed(error) => Err(error),
             Phase::Idle | Phase::Up | Phase::Lingering | Phase::Gone(_) => Ok(nothing_to_release()),
         };
         drop(turn);
-        outcome
-            .map_err(|error| ReleaseError::new(error, PendingTeardown::new(&self, &entry).boxed()))
+        outcome.unwrap_or_else(|error| {
+            let pending = PendingTeardown::new(&self, &entry).boxed();
+            Releasing::over(Err(ReleaseError::new(error, pending)))
+        })
     }
 
     /// Has what lingers torn down next. False if it does not linger.
@@ -450,7 +508,7 @@ impl<D: Driver> Table<D> {
         let restored = || EntryRef::new(Entry::new(key.clone(), state, Some(job)));
         let entry = self.entries.get_or_insert(&key, restored);
         let _set_once = entry.resource.set(up?);
-        Some(Lease::new(self, entry))
+        Some(Lease::new(Arc::clone(self), entry))
     }
 
     /// Runs the tear-downs that are pending or under way, but waits for no set-up. Whether one of them has succeeded: a
@@ -464,7 +522,7 @@ impl<D: Driver> Table<D> {
         let mut cleared = false;
         for teardown in running {
             // What still fails has been reported to whoever released it.
-            cleared |= teardown.wait().await.is_ok();
+            cleared |= teardown.await.is_ok();
         }
         cleared
     }
@@ -482,7 +540,7 @@ impl<D: Driver> Table<D> {
         let running: Vec<_> = pending.map(PendingTeardown::start).collect();
         let mut failed = Vec::new();
         for teardown in running {
-            if let Err(error) = teardown.wait().await {
+            if let Err(error) = teardown.await {
                 failed.extend(error.into_errors());
             }
         }
@@ -517,13 +575,13 @@ impl<D: Driver> Table<D> {
     }
 
     /// Asks a backend, within the deadline, whether something is there that the journal remembers.
-    pub(crate) async fn adopt<T>(
+    pub(crate) async fn adopt<'a, T>(
         &self,
-        span: Span,
-        adopt: impl Future<Output = Result<T, BackendError>>,
+        span: &Span,
+        adopt: impl FnOnce() -> BackendAnswer<'a, T>,
     ) -> Result<T, Error> {
-        let answer = within(self.timeout, call(Step::Adopt, span, adopt)).await;
-        answer.unwrap_or_else(|| Err(Error::new(Step::Adopt, self.timed_out())))
+        let answer = timeout(self.timeout, call(Step::Adopt, span, adopt)).await;
+        answer.unwrap_or_else(|_| Err(Error::new(Step::Adopt, self.timed_out())))
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -542,12 +600,6 @@ impl<D: Driver> Table<D> {
             "no answer within {waited:?}; it goes on in the background"
         ))
     }
-}
-
-const JOB_GIVEN: &str = "an entry is given a job before its driver is called";
-
-fn work<D: Driver>(turn: &mut Turn<D>) -> &mut D::Job {
-    turn.job.as_mut().expect(JOB_GIVEN)
 }
 
 /// For when no caller waits for the error.

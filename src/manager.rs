@@ -136,20 +136,18 @@ impl Manager {
         if holder.is_none()
             && request.devices().is_empty()
             && let Some(locator) = self.attachments.peek(&id, disk)
-            && let Some(mount) = self.mounts.join(&id, locator, request)
+            && let Some(mount) = self.mounts.join(&id, &locator, request)
         {
             return Ok(mount);
         }
-        let attachment = self.attachments.attach_identified(id, disk);
-        if request.devices().is_empty() {
-            let attachment = attachment.await?;
-            let devices = Vec::new();
-            return self
-                .mounts
-                .mount_for(holder, attachment, devices, request)
-                .await;
-        }
-        let (attachment, devices) = self.attach_together(attachment, request).await?;
+        let (attachment, devices) = match request.devices() {
+            [] => (
+                self.attachments.attach_identified(id, disk).await?,
+                Vec::new(),
+            ),
+            // Boxed, since few have any.
+            _ => Box::pin(self.attach_together(id, disk, request)).await?,
+        };
         self.mounts
             .mount_for(holder, attachment, devices, request)
             .await
@@ -158,9 +156,11 @@ impl Manager {
     /// Attaches all disks of a mount at once: all or nothing.
     async fn attach_together(
         &self,
-        mounted: impl Future<Output = Result<Attachment, Error>>,
+        id: DiskId,
+        disk: &Disk,
         request: &MountRequest,
     ) -> Result<(Attachment, Vec<Attachment>), Error> {
+        let mounted = self.attachments.attach_identified(id, disk);
         let attach = async |device: &ExtraDisk| {
             ensure_writable(&device.disk, request)?;
             let id = self.attachments.identify(&device.disk).await?;

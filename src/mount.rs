@@ -8,10 +8,11 @@ use std::time::Duration;
 use tracing::info_span;
 
 use crate::attach::Attachment;
-use crate::call::call;
+use crate::call::{Answer, call};
 use crate::claims::Claims;
 use crate::holders::{Holder, Holders, Running};
-use crate::journal::{MountKey, MountRecord, Record, RecordKey};
+use crate::inspect::Timed;
+use crate::journal::{MountKey, MountKeyParts, MountRecord, Record, RecordKey};
 use crate::lease::{Lease, Left, Lingering, Table, Tables};
 use crate::named::Named;
 use crate::release::{Releasing, give_back};
@@ -26,7 +27,7 @@ mod further;
 mod inspect;
 
 pub(crate) use attachments::Attachments;
-use driver::{MountJob, Mounting};
+use driver::{MountJob, Mounted, Mounting};
 
 /// Mounts each device once for each set of options, shares the mount between all callers that request it,
 /// and unmounts with the last.
@@ -81,7 +82,7 @@ impl BlockMountManager {
         let (claims, holders) = (Claims::new(root.into()), Holders::default());
         let lingering = Lingering::default();
         Self::with_claims(
-            Box::new(mounter),
+            Timed::new(Box::new(mounter), &Arc::default()),
             claims,
             DEFAULT_TIMEOUT,
             holders,
@@ -90,7 +91,7 @@ impl BlockMountManager {
     }
 
     pub(crate) fn with_claims(
-        mounter: Box<dyn Mounter>,
+        mounter: Timed<dyn Mounter>,
         claims: Claims,
         timeout: Duration,
         holders: Holders,
@@ -278,11 +279,9 @@ impl BlockMountManager {
         under: &Attachments,
         request: &MountRequest,
     ) -> Result<Lease<Mounting>, Error> {
-        if let Some(joined) = self.table.join(key, |up| up.check(under)) {
-            return joined;
-        }
-        let job = MountJob::new(under.again(), request.target());
-        self.table.acquire(key.clone(), job).await
+        let check = |up: &Mounted| up.check(under);
+        let job = || MountJob::new(under.again(), request.target());
+        self.table.acquire(key, check, job).await
     }
 
     /// Asks the mounter whether a mount is there that the journal remembers.
@@ -290,8 +289,8 @@ impl BlockMountManager {
         let (MountKey { device, options }, target) = (&record.key, &record.target);
         let span =
             info_span!("adopt", locator = %device, path = %crate::printable(target.display()));
-        let adopt = self.table.driver().mounter.adopt(device, target, options);
-        let answer = self.table.adopt(span, adopt).await;
+        let adopt = || self.table.driver().mounter.adopt(device, target, options);
+        let answer = self.table.adopt(&span, adopt).await;
         answer.map_err(|error| error.on_device(device).on_path(target))
     }
 
@@ -313,10 +312,13 @@ impl BlockMountManager {
     pub(crate) fn join(
         &self,
         id: &DiskId,
-        device: DeviceLocator,
+        device: &DeviceLocator,
         request: &MountRequest,
     ) -> Option<Mount> {
-        let key = MountKey::new(device, request.options().clone());
+        let key = MountKeyParts {
+            device,
+            options: request.options(),
+        };
         let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
         // Another disk may have this locator by now; the mount says which disk it is of.
         let keeps = lease.resource().keeps.mounted.as_ref();
@@ -333,29 +335,29 @@ impl BlockMountManager {
 
     /// Grows what is mounted after its disk has grown.
     pub(crate) async fn grow(&self, mount: &Mount, bytes: u64) -> Result<(), Error> {
-        let grow = self.table.driver().mounter.grow(mount.path(), bytes);
+        let grow = || self.table.driver().mounter.grow(mount.path(), bytes);
         self.ask(Step::Grow, mount, grow).await
     }
 
     pub(crate) async fn usage(&self, mount: &Mount) -> Result<Usage, Error> {
-        let usage = self.table.driver().mounter.usage(mount.path());
+        let usage = || self.table.driver().mounter.usage(mount.path());
         self.ask(Step::Usage, mount, usage).await
     }
 
     pub(crate) async fn trim(&self, mount: &Mount) -> Result<u64, Error> {
-        let trim = self.table.driver().mounter.trim(mount.path());
+        let trim = || self.table.driver().mounter.trim(mount.path());
         self.ask(Step::Trim, mount, trim).await
     }
 
     /// A call about a mount that its caller has a share of.
-    async fn ask<T>(
+    async fn ask<'a, T>(
         &self,
         step: Step,
         mount: &Mount,
-        ask: impl Future<Output = Result<T, BackendError>>,
+        ask: impl FnOnce() -> Answer<'a, T>,
     ) -> Result<T, Error> {
         let span = info_span!("ask", %step, path = %crate::printable(mount.path().display()));
-        let answer = call(step, span, ask).await;
+        let answer = call(step, &span, ask).await;
         answer.map_err(|error| error.on_device(mount.locator()).on_path(mount.path()))
     }
 

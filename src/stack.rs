@@ -7,13 +7,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
-use crate::call::{Teardown, call, call_down};
+use crate::call::Teardown;
 use crate::claims::{Claim, Claims};
 use crate::holders::{Holder, Holders};
+use crate::inspect::Timed;
 use crate::journal::{Progress, Record, RecordKey, StackRecord};
 use crate::lease::{Driver, Left, Table};
 use crate::named::Named;
-use crate::release::{Releasing, both};
+use crate::release::{Releasing, both, give_back};
 use crate::{
     BackendError, Disk, DiskId, Error, HolderName, LayerCombiner, Mount, MountPoint, MountRequest,
     Overlay, OverlayOptions, Presence, ReleaseError, Step,
@@ -190,7 +191,7 @@ impl Stack {
 
 /// Combining layers, as the lease table sees it. Keyed by target, and shared by nothing but its views.
 pub(crate) struct Combining {
-    combiner: Box<dyn LayerCombiner>,
+    combiner: Timed<dyn LayerCombiner>,
     claims: Claims,
     holders: Holders,
 }
@@ -211,7 +212,11 @@ pub(crate) struct Combined {
 }
 
 impl Combining {
-    pub(crate) fn new(combiner: Box<dyn LayerCombiner>, claims: Claims, holders: Holders) -> Self {
+    pub(crate) fn new(
+        combiner: Timed<dyn LayerCombiner>,
+        claims: Claims,
+        holders: Holders,
+    ) -> Self {
         Combining {
             combiner,
             claims,
@@ -238,8 +243,8 @@ pub(crate) async fn adopt(
 ) -> Result<Presence, Error> {
     let target = &record.overlay.target;
     let span = info_span!("adopt", path = %crate::printable(target.display()));
-    let adopt = table.driver().combiner.adopt(&record.overlay);
-    let answer = table.adopt(span, adopt).await;
+    let adopt = || table.driver().combiner.adopt(&record.overlay);
+    let answer = table.adopt(&span, adopt).await;
     answer.map_err(|error| error.on_path(target))
 }
 
@@ -306,11 +311,25 @@ pub(crate) async fn combine(
         claim: None,
         down: Teardown::default(),
     };
-    let lease = table.acquire(request.target.clone(), job).await?;
+    let mut job = Some(job);
+    let give = || job.take().expect("a job is asked for once");
+    let lease = table.acquire(&request.target, Combined::refuse, give).await;
+    if let Some(unused) = job {
+        give_back(table.driver().release_held(unused, false)).await;
+    }
+    let lease = lease?;
     let key = |stack: &Named<Combining>| RecordKey::Stack(stack.key().clone());
     let explain = |_: &Named<Combining>, error: Error| error.on_path(&request.target);
     let stack = Named::from(lease).held_by(holder, key, explain).await;
     stack.map(Stack)
+}
+
+impl Combined {
+    /// A target has one stack, which only its views share.
+    fn refuse(&self) -> Result<(), Error> {
+        let taken = BackendError::conflict("another stack is there");
+        Err(Error::new(Step::Combine, taken).on_path(&self.target))
+    }
 }
 
 impl CombineJob {
@@ -346,7 +365,8 @@ impl Driver for Combining {
         let overlay = &job.record.overlay;
         let layers = overlay.layers.len();
         let span = info_span!("combine", path = %crate::printable(target.display()), layers);
-        let outcome = call(Step::Combine, span, self.combiner.combine(overlay)).await;
+        let combine = |combiner| LayerCombiner::combine(combiner, overlay);
+        let outcome = self.combiner.call(Step::Combine, &span, combine).await;
         let outcome = records.after_setup(
             outcome,
             || job.record(Progress::Up),
@@ -360,7 +380,11 @@ impl Driver for Combining {
         let records = self.holders.records();
         records.ending(|| job.record(Progress::Ending));
         let span = info_span!("separate", path = %crate::printable(target.display()));
-        let outcome = call_down(Step::Separate, span, self.combiner.separate(target)).await;
+        let separate = |combiner| LayerCombiner::separate(combiner, target);
+        let outcome = self
+            .combiner
+            .call_down(Step::Separate, &span, separate)
+            .await;
         job.down
             .step(outcome.map_err(|error| error.on_path(target)))?;
         records.remove(|| RecordKey::Stack(target.clone()));
@@ -383,8 +407,7 @@ impl Driver for Combining {
     }
 
     fn check(&self, up: &Combined, _: &CombineJob) -> Result<(), Error> {
-        let taken = BackendError::conflict("another stack is there");
-        Err(Error::new(Step::Combine, taken).on_path(&up.target))
+        up.refuse()
     }
 
     fn may_linger(&self, _: &PathBuf, _: &Combined) -> bool {
@@ -420,7 +443,7 @@ impl Driver for Combining {
 pub(crate) fn release_all(releases: impl Iterator<Item = Releasing>) -> Releasing {
     // All are counted back before the first one is waited for.
     let releases: Vec<_> = releases.collect();
-    Box::pin(async move {
+    Releasing::waits(async move {
         let mut outcome = Ok(());
         for release in releases {
             outcome = both(outcome, release.await);

@@ -23,8 +23,8 @@ mod driver;
 mod inspect;
 mod source;
 
-use driver::ViewJob;
 pub(crate) use driver::Viewing;
+use driver::{ViewJob, Viewed};
 pub(crate) use inspect::inspect;
 pub(crate) use source::Source;
 
@@ -179,13 +179,11 @@ pub(crate) async fn view(
     let holder = request.holder().map(|name| holders.reserve(name));
     let holder = holder.transpose().map_err(refused)?;
     let bind = BindMount::new(of.path(), &request.target, request.options.clone());
-    let lease = match table.join(&request.target, |up| up.check(&bind)) {
-        Some(joined) => joined?,
-        None => {
-            let job = ViewJob::new(bind, of.share());
-            table.acquire(request.target.clone(), job).await?
-        }
-    };
+    let (check, job) = (
+        |up: &Viewed| up.check(&bind),
+        || ViewJob::new(bind.clone(), of.share()),
+    );
+    let lease = table.acquire(&request.target, check, job).await?;
     let key = |view: &Named<Viewing>| RecordKey::View(view.key().clone());
     let explain = |_: &Named<Viewing>, error: Error| error.on_path(&request.target);
     let view = Named::from(lease).held_by(holder, key, explain).await;
@@ -196,8 +194,8 @@ pub(crate) async fn view(
 pub(crate) async fn adopt(table: &Table<Viewing>, record: &ViewRecord) -> Result<Presence, Error> {
     let target = &record.bind.target;
     let span = info_span!("adopt", path = %crate::printable(target.display()));
-    let adopt = table.driver().binder.adopt(&record.bind);
-    let answer = table.adopt(span, adopt).await;
+    let adopt = || table.driver().binder.adopt(&record.bind);
+    let answer = table.adopt(&span, adopt).await;
     answer.map_err(|error| error.on_path(target))
 }
 

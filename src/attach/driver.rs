@@ -4,8 +4,9 @@ use dashmap::DashSet;
 use foldhash::fast::RandomState;
 use tracing::info_span;
 
-use crate::call::{Teardown, call, call_down};
+use crate::call::Teardown;
 use crate::holders::Holders;
+use crate::inspect::Timed;
 use crate::journal::{AttachmentRecord, Progress, Record, RecordKey};
 use crate::lease::{Driver, Left};
 use crate::release::{Releasing, nothing_to_release};
@@ -13,9 +14,9 @@ use crate::{BackendError, DeviceLocator, Disk, DiskId, Error, Step, Transport, U
 
 /// Attaching, as the lease table sees it.
 pub(crate) struct Attach {
-    pub(super) transport: Box<dyn Transport>,
+    pub(super) transport: Timed<dyn Transport>,
     /// None if nothing in the guest is to be told.
-    unplugger: Option<Box<dyn Unplugger>>,
+    unplugger: Option<Timed<dyn Unplugger>>,
     pub(super) holders: Holders,
     /// The disks that are being attached or are attached, as they were named: a transport may rely on
     /// never being given two that are equal.
@@ -73,10 +74,10 @@ impl Attached {
         let whole = self.left.ensure_whole();
         whole.map_err(|cause| Error::new(Step::Attach, cause).on_disk(wanted))?;
         let (up, locator) = (&self.disk, &self.locator);
-        let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
-        if same_access && wanted.options() == up.options() {
+        if wanted.is_attached_like(up) {
             return Ok(());
         }
+        let same_access = (wanted.kind(), wanted.is_read_only()) == (up.kind(), up.is_read_only());
         let taken = match same_access {
             false => format!("from {up}; one disk has one access for all"),
             true => format!(
@@ -91,8 +92,8 @@ impl Attached {
 
 impl Attach {
     pub(super) fn new(
-        transport: Box<dyn Transport>,
-        unplugger: Option<Box<dyn Unplugger>>,
+        transport: Timed<dyn Transport>,
+        unplugger: Option<Timed<dyn Unplugger>>,
         holders: Holders,
     ) -> Self {
         Attach {
@@ -150,7 +151,8 @@ impl Attach {
     async fn attach(&self, id: &DiskId, job: &mut AttachJob) -> Result<Attached, Error> {
         let disk = &job.disk;
         let span = info_span!("attach", disk = %crate::printable(disk.source().display()));
-        let locator = call(Step::Attach, span, self.transport.attach(disk, id)).await;
+        let attach = |transport| Transport::attach(transport, disk, id);
+        let locator = self.transport.call(Step::Attach, &span, attach).await;
         let locator = locator.map_err(|error| error.on_disk(disk))?;
         if !self.occupy(&locator) {
             return Err(self.undo_second_at(&locator, disk).await);
@@ -175,7 +177,8 @@ impl Attach {
         let disk = &job.disk;
         let span =
             info_span!("unplug", disk = %crate::printable(disk.source().display()), %locator);
-        let outcome = call_down(Step::Unplug, span, unplugger.unplug(locator)).await;
+        let unplug = |unplugger| Unplugger::unplug(unplugger, locator);
+        let outcome = unplugger.call_down(Step::Unplug, &span, unplug).await;
         let outcome = outcome.map_err(|error| error.on_disk(disk).on_device(locator));
         job.down.step(outcome)?;
         job.unplugged = true;
@@ -207,7 +210,8 @@ impl Attach {
 
     async fn detach(&self, disk: &Disk) -> Result<(), Error> {
         let span = info_span!("detach", disk = %crate::printable(disk.source().display()));
-        let outcome = call_down(Step::Detach, span, self.transport.detach(disk)).await;
+        let detach = |transport| Transport::detach(transport, disk);
+        let outcome = self.transport.call_down(Step::Detach, &span, detach).await;
         outcome.map_err(|error| error.on_disk(disk))
     }
 

@@ -89,6 +89,19 @@ pub struct MountKey {
     pub options: MountOptions,
 }
 
+/// A [`MountKey`] by reference, to look one up. It has the fields of that in the same order, and so the same hash.
+#[derive(Hash)]
+pub(crate) struct MountKeyParts<'a> {
+    pub(crate) device: &'a DeviceLocator,
+    pub(crate) options: &'a MountOptions,
+}
+
+impl PartialEq<MountKey> for MountKeyParts<'_> {
+    fn eq(&self, key: &MountKey) -> bool {
+        *self.device == key.device && *self.options == key.options
+    }
+}
+
 /// The mount of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -192,5 +205,26 @@ impl fmt::Display for RecordKey {
             RecordKey::View(target) => write!(f, "the view at {}", target.display()),
             RecordKey::Holder(name) => write!(f, "the holder {name}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_key_are_found_where_it_is() {
+        let device: DeviceLocator = "scsi:0/3".parse().unwrap();
+        let options = MountOptions::read_only();
+        let key = MountKey::new(device.clone(), options.clone());
+        let (device, options) = (&device, &options);
+        let parts = MountKeyParts { device, options };
+        let hasher = BuildHasherDefault::<DefaultHasher>::default();
+        assert_eq!(hasher.hash_one(&parts), hasher.hash_one(&key));
+        assert!(parts == key);
+        let options = &MountOptions::default();
+        assert!(MountKeyParts { device, options } != key);
     }
 }

@@ -50,25 +50,40 @@ impl Tables {
         &self,
         mut ask: impl FnMut() -> F,
     ) -> Result<T, Error> {
-        let (mut pending, mut all, mut leaving) = (Once::new(), Once::new(), Once::new());
+        let mut means = Means::default();
         loop {
             let error = match ask().await {
                 Err(error) if is_taken(&error) => error,
                 answer => return answer,
             };
-            let retry = (pending.is_first() && self.clear().await)
-                || match error.kind() {
-                    // One at a time, the least recently used first.
-                    ErrorKind::Full => self.lingering.make_room().await,
-                    // Any of them may have the path or the name.
-                    _ => all.is_first() && self.lingering.clear().await,
-                }
-                // What lingered may be on its way down for somebody else.
-                || (self.lingering.is_on() && leaving.is_first() && self.clear().await);
-            if !retry {
+            // Boxed, since few come to it.
+            if !Box::pin(self.clear_for(&error, &mut means)).await {
                 return Err(error);
             }
         }
+    }
+
+    /// Whether it is worth to ask again.
+    async fn clear_for(&self, error: &Error, means: &mut Means) -> bool {
+        let Means {
+            pending,
+            all,
+            leaving,
+        } = means;
+        (pending.is_first() && self.clear().await)
+            || match error.kind() {
+                // One at a time, the least recently used first.
+                ErrorKind::Full => self.lingering.make_room().await,
+                // Any of them may have the path or the name.
+                _ => all.is_first() && self.lingering.clear().await,
+            }
+            // What lingered may be on its way down for somebody else.
+            || (self.let_linger() && leaving.is_first() && self.clear().await)
+    }
+
+    /// Whether anything can linger.
+    pub(crate) fn let_linger(&self) -> bool {
+        self.lingering.is_on()
     }
 
     /// Tears down what lingers of a disk whose file has changed.
@@ -90,15 +105,20 @@ fn is_taken(error: &Error) -> bool {
     error.step() != Step::Record && matches!(error.kind(), ErrorKind::Full | ErrorKind::Conflict)
 }
 
-/// Something that is tried once.
+/// What is tried for one request, once each.
+#[derive(Default)]
+struct Means {
+    pending: Once,
+    all: Once,
+    leaving: Once,
+}
+
+/// Whether something was tried.
+#[derive(Default)]
 struct Once(bool);
 
 impl Once {
-    fn new() -> Self {
-        Once(true)
-    }
-
     fn is_first(&mut self) -> bool {
-        std::mem::replace(&mut self.0, false)
+        !std::mem::replace(&mut self.0, true)
     }
 }

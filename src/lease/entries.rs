@@ -1,6 +1,6 @@
 //! All entries of a table, by the key that each has itself.
 
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hash};
 
 use foldhash::fast::FixedState;
 use hashbrown::HashTable;
@@ -33,21 +33,21 @@ impl<D: Driver> Default for Entries<D> {
 
 impl<D: Driver> Entries<D> {
     /// The part that a key is in, and its hash there. The table goes by the lowest and the highest bits of a hash.
-    fn place(&self, key: &D::Key) -> (&RwLock<Shard<D>>, u64) {
+    fn place(&self, key: &impl Hash) -> (&RwLock<Shard<D>>, u64) {
         let hash = self.hasher.hash_one(key);
         let shard = (hash >> 32) as usize % SHARDS;
         (&self.shards[shard], hash)
     }
 
-    /// Reads an entry in its place.
-    pub(super) fn read<T>(&self, key: &D::Key, read: impl FnOnce(&EntryRef<D>) -> T) -> Option<T> {
+    /// Reads an entry in its place. A key may be given by its parts, if it has the same hash.
+    pub(super) fn read<T, K: Hash + PartialEq<D::Key>>(
+        &self,
+        key: &K,
+        read: impl FnOnce(&EntryRef<D>) -> T,
+    ) -> Option<T> {
         let (shard, hash) = self.place(key);
         let shard = shard.read();
-        shard.find(hash, |entry| entry.key == *key).map(read)
-    }
-
-    pub(super) fn get(&self, key: &D::Key) -> Option<EntryRef<D>> {
-        self.read(key, EntryRef::clone)
+        shard.find(hash, |entry| *key == entry.key).map(read)
     }
 
     /// The entry under a key, a fresh one if there is none.

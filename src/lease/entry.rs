@@ -104,6 +104,15 @@ impl<D: Driver> Entry<D> {
         }
     }
 
+    /// The turn of who is the first to ask for the entry.
+    pub(super) fn first_turn(entry: &EntryRef<D>) -> Option<Turn<D>> {
+        let held = &mut *lock(&entry.held);
+        match held.state {
+            State::Idle => held.free_turn(entry),
+            _ => None,
+        }
+    }
+
     /// Waits until no other task sets up or tears down. Tasks come in the order in which they ask.
     pub(super) async fn turn(entry: &EntryRef<D>) -> Turn<D> {
         let waiting = {
@@ -122,8 +131,7 @@ impl<D: Driver> Entry<D> {
 
     /// Reads the job, unless somebody has it.
     pub(super) fn read_job<T>(entry: &EntryRef<D>, read: impl FnOnce(&D::Job) -> T) -> Option<T> {
-        let job = lock(&entry.held).job.take().ok()?;
-        let turn = Turn::new(entry, job);
+        let turn = lock(&entry.held).free_turn(entry)?;
         turn.job.as_ref().map(read)
     }
 
@@ -207,6 +215,12 @@ impl<D: Driver> Entry<D> {
 }
 
 impl<D: Driver> Held<D> {
+    /// The turn of `entry`, whose state this is, unless somebody has it.
+    pub(super) fn free_turn(&mut self, entry: &EntryRef<D>) -> Option<Turn<D>> {
+        let job = self.job.take().ok()?;
+        Some(Turn::new(entry, job))
+    }
+
     /// Nobody sets up or tears down.
     fn is_at_rest(&self) -> bool {
         !matches!(self.job, JobSlot::Taken(_))
@@ -253,7 +267,28 @@ impl<D: Driver> Turn<D> {
         let entry = Some(EntryRef::clone(entry));
         Turn { entry, job }
     }
+
+    /// The entry and its job, for the driver.
+    pub(super) fn work(&mut self) -> (&EntryRef<D>, &mut D::Job) {
+        let Turn { entry, job } = self;
+        (
+            entry.as_ref().expect(NOT_PASSED_ON),
+            job.as_mut().expect(JOB_GIVEN),
+        )
+    }
+
+    /// The same for the end of the entry.
+    pub(super) fn take_work(&mut self) -> (&EntryRef<D>, D::Job) {
+        let Turn { entry, job } = self;
+        (
+            entry.as_ref().expect(NOT_PASSED_ON),
+            job.take().expect(JOB_GIVEN),
+        )
+    }
 }
+
+const NOT_PASSED_ON: &str = "a turn is passed on when it is dropped";
+const JOB_GIVEN: &str = "an entry is given a job before its driver is called";
 
 impl<D: Driver> Drop for Turn<D> {
     fn drop(&mut self) {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::begin::{Begun, Work, begin, go_on};
-use super::entry::{EntryRef, State};
+use super::entry::{EntryRef, State, Turn};
 use super::{Driver, Table, interrupted};
-use crate::release::{PendingRelease, ReleaseError, Releasing, Unheard};
+use crate::release::{PendingRelease, ReleaseError, Releasing, nothing_to_release};
 use crate::sync::{Handle, lock, oneshot, timeout};
 
 /// One caller's share of a resource that is up; its `Drop` releases it.
@@ -35,8 +35,7 @@ impl<D: Driver> PartialEq for Which<D> {
 
 impl<D: Driver> Lease<D> {
     /// For one that has been counted.
-    pub(super) fn new(table: &Arc<Table<D>>, entry: EntryRef<D>) -> Self {
-        let table = Arc::clone(table);
+    pub(super) fn new(table: Arc<Table<D>>, entry: EntryRef<D>) -> Self {
         Lease(Some(Share { table, entry }))
     }
 
@@ -76,14 +75,8 @@ impl<D: Driver> Lease<D> {
 
     fn give_back(mut self, may_linger: bool) -> Releasing {
         let share = self.0.take();
-        let pending = share.and_then(|share| share.give_back(may_linger));
-        let teardown = pending.map(PendingTeardown::start);
-        Box::pin(async move {
-            match teardown {
-                Some(teardown) => teardown.wait().await,
-                None => Ok(()),
-            }
-        })
+        let last = share.and_then(|share| share.give_back(may_linger));
+        last.map_or_else(nothing_to_release, LastShare::start)
     }
 
     /// Gives the lease up without releasing it: what it keeps up stays in use for as long as its table lives.
@@ -95,17 +88,17 @@ impl<D: Driver> Lease<D> {
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
         let share = self.0.take();
-        let pending = share.and_then(|share| share.give_back(true));
-        if let Some(pending) = pending.filter(|pending| !pending.table.driver.is_frozen()) {
+        let last = share.and_then(|share| share.give_back(true));
+        if let Some(last) = last.filter(|last| !last.table.driver.is_frozen()) {
             // Without a caller that waits, its error is logged. No backend is called in a `Drop`.
-            drop(pending.start_in_task());
+            drop(last.start_in_task());
         }
     }
 }
 
 impl<D: Driver> Share<D> {
     /// Counts the share back; returns the tear-down to run if it was the last and the resource does not linger.
-    fn give_back(self, may_linger: bool) -> Option<PendingTeardown<D>> {
+    fn give_back(self, may_linger: bool) -> Option<LastShare<D>> {
         let Share { table, entry } = self;
         let mut held = lock(&entry.held);
         match &mut held.state {
@@ -119,13 +112,38 @@ impl<D: Driver> Share<D> {
             true => table.lingering.add(|| Table::lingerer(&table, &entry)),
             false => None,
         };
-        held.state = number.map_or_else(State::released, State::Lingering);
-        drop(held);
-        if number.is_some() {
+        if let Some(number) = number {
+            held.state = State::Lingering(number);
+            drop(held);
             table.lingering.enforce(|| table.runtime());
             return None;
         }
-        Some(PendingTeardown::new(&table, &entry))
+        held.state = State::released();
+        let turn = held.free_turn(&entry);
+        drop(held);
+        Some(LastShare { table, entry, turn })
+    }
+}
+
+/// What is left of the last share of an entry: a tear-down that nobody has attempted yet.
+struct LastShare<D: Driver> {
+    table: Arc<Table<D>>,
+    entry: EntryRef<D>,
+    /// None if somebody is at work on the entry.
+    turn: Option<Turn<D>>,
+}
+
+impl<D: Driver> LastShare<D> {
+    fn start(self) -> Releasing {
+        let LastShare { table, entry, turn } = self;
+        start(table, entry, Some(0), turn)
+    }
+
+    /// The task asks for the turn when it runs, which it may never do.
+    fn start_in_task(self) -> Releasing {
+        let LastShare { table, entry, turn } = self;
+        drop(turn);
+        start_in_task(table, entry, Some(0))
     }
 }
 
@@ -135,20 +153,6 @@ pub(super) struct PendingTeardown<D: Driver> {
     entry: EntryRef<D>,
     /// The attempts made so far, to share the outcome of those under way; `None` to make an attempt in any case.
     queued_at: Option<usize>,
-}
-
-/// A tear-down under way in a task of its own.
-pub(super) struct RunningTeardown<D: Driver> {
-    table: Arc<Table<D>>,
-    entry: EntryRef<D>,
-    outcome: Outcome,
-}
-
-enum Outcome {
-    Over(Unheard<Releasing>),
-    Waits(oneshot::Receiver<Unheard<Releasing>>),
-    /// There is no runtime to begin in.
-    Never,
 }
 
 impl<D: Driver> PendingTeardown<D> {
@@ -174,83 +178,72 @@ impl<D: Driver> PendingTeardown<D> {
     }
 
     /// Begins it here, and goes on in a task of its own if it has to wait.
-    pub(super) fn start(self) -> RunningTeardown<D> {
-        if Handle::try_current().is_err() {
-            return self.start_in_task();
-        }
-        match begin(self.attempt()) {
-            Begun::Waits(work) => self.go_on(work),
-            Begun::Over(outcome) => {
-                let outcome = Outcome::Over(Unheard::new(outcome));
-                self.running(outcome)
-            }
-        }
+    pub(super) fn start(self) -> Releasing {
+        start(self.table, self.entry, self.queued_at, None)
     }
 
     /// Runs it in a task from the beginning.
-    pub(super) fn start_in_task(self) -> RunningTeardown<D> {
-        let work = self.attempt();
-        self.go_on(work)
-    }
-
-    fn attempt(&self) -> Work<Result<Releasing, ReleaseError>> {
-        let (table, entry) = (Arc::clone(&self.table), EntryRef::clone(&self.entry));
-        Box::pin(table.retry(entry, self.queued_at))
-    }
-
-    fn go_on(self, work: Work<Result<Releasing, ReleaseError>>) -> RunningTeardown<D> {
-        let Some(runtime) = self.table.runtime() else {
-            error!("no runtime to release in; it is pending until the next drain");
-            return self.running(Outcome::Never);
-        };
-        let (answer, outcome) = oneshot::channel();
-        go_on(&runtime, async move {
-            drop(answer.send(Unheard::new(work.await)));
-        });
-        self.running(Outcome::Waits(outcome))
-    }
-
-    fn running(self, outcome: Outcome) -> RunningTeardown<D> {
-        let PendingTeardown { table, entry, .. } = self;
-        RunningTeardown {
-            table,
-            entry,
-            outcome,
-        }
+    pub(super) fn start_in_task(self) -> Releasing {
+        start_in_task(self.table, self.entry, self.queued_at)
     }
 }
 
-impl<D: Driver> RunningTeardown<D> {
-    pub(super) async fn wait(self) -> Result<(), ReleaseError> {
-        let RunningTeardown {
-            table,
-            entry,
-            outcome,
-        } = self;
+fn start<D: Driver>(
+    table: Arc<Table<D>>,
+    entry: EntryRef<D>,
+    queued_at: Option<usize>,
+    turn: Option<Turn<D>>,
+) -> Releasing {
+    if Handle::try_current().is_err() {
+        drop(turn);
+        return start_in_task(table, entry, queued_at);
+    }
+    let (of, in_table) = (EntryRef::clone(&entry), Arc::clone(&table));
+    match begin(Box::pin(table.retry(entry, queued_at, turn))) {
+        Begun::Over(releasing) => releasing,
+        Begun::Waits(work) => go_on_in_task(in_table, of, work),
+    }
+}
+
+fn start_in_task<D: Driver>(
+    table: Arc<Table<D>>,
+    entry: EntryRef<D>,
+    queued_at: Option<usize>,
+) -> Releasing {
+    let (of, in_table) = (EntryRef::clone(&entry), Arc::clone(&table));
+    go_on_in_task(in_table, of, Box::pin(table.retry(entry, queued_at, None)))
+}
+
+fn go_on_in_task<D: Driver>(
+    table: Arc<Table<D>>,
+    entry: EntryRef<D>,
+    work: Work<Releasing>,
+) -> Releasing {
+    let outcome = table.runtime().map(|runtime| {
+        let (answer, outcome) = oneshot::channel();
+        go_on(&runtime, async move { drop(answer.send(work.await)) });
+        outcome
+    });
+    if outcome.is_none() {
+        error!("no runtime to release in; it is pending until the next drain");
+    }
+    Releasing::waits(async move {
         let cause = match outcome {
-            Outcome::Over(outcome) => return outcome.hear()?.await,
-            Outcome::Never => interrupted(),
-            Outcome::Waits(outcome) => match timeout(table.timeout, outcome).await {
-                Ok(Ok(outcome)) => return outcome.hear()?.await,
+            None => interrupted(),
+            Some(outcome) => match timeout(table.timeout, outcome).await {
+                Ok(Ok(releasing)) => return releasing.await,
                 Ok(Err(_)) => interrupted(),
                 Err(_) => table.timed_out(),
             },
         };
         let error = table.driver.error(&entry.key, entry.resource.get(), cause);
-        Err(ReleaseError::new(
-            error,
-            PendingTeardown::new(&table, &entry).boxed(),
-        ))
-    }
+        let pending = PendingTeardown::new(&table, &entry).boxed();
+        Err(ReleaseError::new(error, pending))
+    })
 }
 
 impl<D: Driver> PendingRelease for PendingTeardown<D> {
     fn retry(self: Box<Self>) -> Releasing {
-        Box::pin(async move {
-            PendingTeardown::new(&self.table, &self.entry)
-                .start()
-                .wait()
-                .await
-        })
+        PendingTeardown::new(&self.table, &self.entry).start()
     }
 }

@@ -116,7 +116,7 @@ impl Driver for Fake {
     }
 
     fn release_held(&self, _: Work, _: bool) -> Releasing {
-        Box::pin(std::future::ready(Ok(())))
+        nothing_to_release()
     }
 
     fn abandon(_: Work) {}
@@ -192,13 +192,21 @@ async fn hold(table: &Leases, lease: &Lease<Fake>) {
     );
 }
 
+async fn acquire(table: &Leases, key: u8) -> Answer<Fake> {
+    let check = |up: &u8| {
+        assert_eq!(*up, key, "a lease is for the key that was requested");
+        Ok(())
+    };
+    table.acquire(&key, check, || Work { key }).await
+}
+
 /// One caller: acquires, holds and releases, in one of the ways in which callers do.
 async fn caller(table: Leases, key: u8) {
     let polls = thread_rng().gen_range(0..8usize);
     let lease = match table.join(&key, |_| Ok(())) {
         Some(joined) => Some(joined),
-        None if polls < 4 => poll_then_drop(table.acquire(key, Work { key }), polls).await,
-        None => Some(table.acquire(key, Work { key }).await),
+        None if polls < 4 => poll_then_drop(acquire(&table, key), polls).await,
+        None => Some(acquire(&table, key).await),
     };
     let Some(Ok(lease)) = lease else { return };
     hold(&table, &lease).await;

@@ -71,8 +71,7 @@ impl<D: Driver> Lingerer for Idle<D> {
             table.lingering.remove(state);
             *state = State::released();
         }
-        let teardown = PendingTeardown::new(table, entry).start_in_task();
-        Some(Box::pin(teardown.wait()))
+        Some(PendingTeardown::new(table, entry).start_in_task())
     }
 }
 

@@ -143,12 +143,11 @@ impl ManagerBuilder {
             (Some(_), None) => Box::new(Missing("an unplugger")),
         };
         let latencies = &observed.latencies;
-        let transport = Box::new(Timed::new(transport, latencies));
-        let unplugger = unplugger
-            .map(|unplugger| Box::new(Timed::new(unplugger, latencies)) as Box<dyn Unplugger>);
-        let mounter = Box::new(Timed::new(mounter, latencies));
-        let combiner = Box::new(Timed::new(combiner, latencies));
-        let binder = Box::new(Timed::new(binder, latencies));
+        let transport = Timed::new(transport, latencies);
+        let unplugger = unplugger.map(|unplugger| Timed::new(unplugger, latencies));
+        let mounter = Timed::new(mounter, latencies);
+        let combiner = Timed::new(combiner, latencies);
+        let binder = Timed::new(binder, latencies);
         let (claims, lingering) = (Claims::new(mount_root), Lingering::new(linger));
         let combining = Combining::new(combiner, claims.clone(), holders.clone());
         let viewing = Viewing::new(binder, claims.clone(), holders.clone());

@@ -129,7 +129,7 @@ impl Attachments {
         }
         let devices = self.devices.into_iter().map(Attachment::releasing_now);
         let devices: Vec<_> = devices.collect();
-        Box::pin(async move {
+        Releasing::waits(async move {
             let mut outcome = mounted.await;
             for device in devices {
                 outcome = both(outcome, device.await);

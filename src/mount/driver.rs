@@ -7,9 +7,10 @@ use tracing::info_span;
 
 use super::MountPoint;
 use super::attachments::{Attachments, DiskIds, WhichDisks};
-use crate::call::{Teardown, call, call_down};
+use crate::call::Teardown;
 use crate::claims::{Claim, Claims};
 use crate::holders::Holders;
+use crate::inspect::Timed;
 use crate::journal::{MountKey, MountRecord, Progress, Record, RecordKey};
 use crate::lease::{Driver, Left};
 use crate::release::Releasing;
@@ -17,7 +18,7 @@ use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
 
 /// Mounting, as the lease table sees it.
 pub(super) struct Mounting {
-    pub(super) mounter: Box<dyn Mounter>,
+    pub(super) mounter: Timed<dyn Mounter>,
     pub(super) claims: Claims,
     pub(super) holders: Holders,
 }
@@ -201,8 +202,8 @@ impl Driver for Mounting {
         let begun = records.put(|| job.record(key, &path, Progress::Begun));
         begun.map_err(|error| job.explain(device, error))?;
         let span = info_span!("mount", locator = %device, path = %crate::printable(path.display()));
-        let mount = self.mounter.mount(device, &path, options);
-        let outcome = call(Step::Mount, span, mount).await;
+        let mount = |mounter| Mounter::mount(mounter, device, &path, options);
+        let outcome = self.mounter.call(Step::Mount, &span, mount).await;
         let outcome = records.after_setup(
             outcome,
             || job.record(key, &path, Progress::Up),
@@ -227,7 +228,8 @@ impl Driver for Mounting {
         records.ending(|| job.record(key, &target, Progress::Ending));
         let span =
             info_span!("unmount", locator = %device, path = %crate::printable(target.display()));
-        let outcome = call_down(Step::Unmount, span, self.mounter.unmount(&target)).await;
+        let unmount = |mounter| Mounter::unmount(mounter, &target);
+        let outcome = self.mounter.call_down(Step::Unmount, &span, unmount).await;
         let outcome = outcome.map_err(|error| job.explain(device, error));
         job.step(outcome)?;
         records.remove(|| RecordKey::Mount(key.clone()));

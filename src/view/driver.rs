@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use tracing::info_span;
 
 use super::source::Source;
-use crate::call::{Teardown, call, call_down};
+use crate::call::Teardown;
 use crate::claims::{Claim, Claims};
 use crate::holders::Holders;
+use crate::inspect::Timed;
 use crate::journal::{MountKey, Progress, Record, RecordKey, ViewRecord};
 use crate::lease::{Driver, Left};
 use crate::release::{Releasing, nothing_to_release};
@@ -15,7 +16,7 @@ use crate::{BackendError, BindMount, Binder, DiskId, Error, MountPoint, Step};
 
 /// Views, as the lease table sees them. Keyed by target.
 pub(crate) struct Viewing {
-    pub(super) binder: Box<dyn Binder>,
+    pub(super) binder: Timed<dyn Binder>,
     claims: Claims,
     pub(super) holders: Holders,
 }
@@ -78,7 +79,7 @@ impl ViewJob {
 }
 
 impl Viewing {
-    pub(crate) fn new(binder: Box<dyn Binder>, claims: Claims, holders: Holders) -> Self {
+    pub(crate) fn new(binder: Timed<dyn Binder>, claims: Claims, holders: Holders) -> Self {
         Viewing {
             binder,
             claims,
@@ -125,7 +126,8 @@ impl Driver for Viewing {
         let begun = records.put(|| job.record(Progress::Begun));
         begun.map_err(|error| error.on_path(target))?;
         let span = info_span!("bind", path = %crate::printable(target.display()));
-        let outcome = call(Step::Bind, span, self.binder.bind(&job.bind)).await;
+        let bind = |binder| Binder::bind(binder, &job.bind);
+        let outcome = self.binder.call(Step::Bind, &span, bind).await;
         let outcome = records.after_setup(
             outcome,
             || job.record(Progress::Up),
@@ -144,7 +146,8 @@ impl Driver for Viewing {
         let records = self.holders.records();
         records.ending(|| job.record(Progress::Ending));
         let span = info_span!("unbind", path = %crate::printable(target.display()));
-        let outcome = call_down(Step::Unbind, span, self.binder.unbind(target)).await;
+        let unbind = |binder| Binder::unbind(binder, target);
+        let outcome = self.binder.call_down(Step::Unbind, &span, unbind).await;
         job.down
             .step(outcome.map_err(|error| error.on_path(target)))?;
         records.remove(|| RecordKey::View(target.clone()));
