@@ -6,6 +6,9 @@
 //! It finds equal disks on the way, which here is the lease table's work: see the bench of
 //! joining and of first attachments for that part.
 //!
+//! The other baselines are what no table under a lock can do without, in the same run: one lock and unlock of an uncontended
+//! `parking_lot::Mutex`; a counter under that lock that goes up and down again, from two threads.
+//!
 //! With two threads, a time is the time of the run divided by what both did together.
 
 // A bench that cannot set up has nothing to measure.
@@ -30,6 +33,8 @@ const POLICIES: [(&str, Policy); 2] = [
 ];
 const THREADS: [usize; 2] = [1, 2];
 const BASELINE: &str = "seed_scan";
+const UNCONTENDED: &str = "lock/uncontended_1t";
+const COUNTER: &str = "lock/counter_2t";
 
 /// What hcsshim compares at each slot.
 #[derive(Clone, PartialEq, Eq)]
@@ -179,9 +184,33 @@ fn baseline(group: &mut BenchmarkGroup<'_, WallTime>, size: (u16, u16), occupanc
     }
 }
 
+/// The lock alone.
+fn lock(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("lock");
+    group.sampling_mode(SamplingMode::Flat);
+    let counter = &parking_lot::Mutex::new(0_u64);
+    group.bench_function("uncontended_1t", |bencher| {
+        bencher.iter_custom(|rounds| timed(1, rounds, |_| || *black_box(counter).lock() += 1));
+    });
+    group.bench_function("counter_2t", |bencher| {
+        bencher.iter_custom(|rounds| {
+            timed(2, rounds, |_| {
+                || {
+                    *black_box(counter).lock() += 1;
+                    *black_box(counter).lock() -= 1;
+                }
+            })
+        });
+    });
+}
+
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for threads in THREADS {
+        let (lock, of_lock, factor) = match threads {
+            1 => (UNCONTENDED, "a lock", 3.0),
+            _ => (COUNTER, "a counter under a lock", 1.5),
+        };
         let mut all = Vec::new();
         for (policy, _) in POLICIES {
             for size in SIZES {
@@ -190,12 +219,14 @@ fn rows() -> Vec<Row> {
                     let ours = format!("slots_{policy}/{case}");
                     let what = format!("{policy} {}", case.replace('_', " "));
                     let row = Row::new(what, &ours).baseline(format!("{BASELINE}/{case}"));
-                    let row = row.target(Target::MaxNanos(50.0));
                     rows.push(match (size, occupancy) {
                         ((4, 64), "one_free") => row.target(Target::MinRatio(20.0)),
                         ((64, _), "one_free") => row.target(Target::MinRatio(1_000.0)),
                         _ => row,
                     });
+                    let what = format!("the same, beside {of_lock}");
+                    let row = Row::new(what, &ours).baseline(lock);
+                    rows.push(row.target(Target::WithinBaseline { factor }));
                     all.push(ours);
                 }
             }
@@ -220,6 +251,7 @@ fn main() {
         .measurement_time(Duration::from_millis(40))
         .without_plots()
         .configure_from_args();
+    lock(&mut criterion);
     for (name, policy) in POLICIES {
         let mut group = criterion.benchmark_group(format!("slots_{name}"));
         group.sampling_mode(SamplingMode::Flat);
