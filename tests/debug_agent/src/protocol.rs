@@ -6,6 +6,7 @@ use blockmount_checker::protocol::{Request, Response};
 use serde::{Deserialize, Serialize};
 
 use crate::exercise::Exercise;
+use crate::run::{Ended, Run};
 use crate::trial::Trial;
 
 /// What a host asks.
@@ -86,6 +87,8 @@ pub enum OwnRequest {
     Exercise(Box<Exercise>),
     /// Tries a mount: [`OwnResponse::Refused`].
     Try(Box<Trial>),
+    /// Runs a program in a root to its end: [`OwnResponse::Ended`].
+    Run(Run),
     /// Turns the machine off: [`Response::Done`], if there is still time for it.
     PowerOff,
 }
@@ -122,6 +125,8 @@ pub enum OwnResponse {
     Steps(u32),
     /// Why there can be no such mount; nothing if there can.
     Refused(Option<String>),
+    /// How a program has ended.
+    Ended(Ended),
 }
 
 impl From<Response> for DebugResponse {

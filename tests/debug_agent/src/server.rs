@@ -79,6 +79,9 @@ impl DebugServer {
         if let OwnRequest::Try(trial) = request {
             return Ok(OwnResponse::Refused((*trial).run().await?).into());
         }
+        if let OwnRequest::Run(program) = request {
+            return Ok(OwnResponse::Ended(program.run().await?).into());
+        }
         let state = self.0.clone();
         tokio::task::spawn_blocking(move || state.answer(request)).await?
     }
@@ -150,9 +153,10 @@ impl State {
             OwnRequest::PowerOff => {
                 agent_process::is_our_machine(&self.agent).map(|()| Response::Done.into())
             }
-            OwnRequest::KillAgent | OwnRequest::Exercise(_) | OwnRequest::Try(_) => {
-                unreachable!("this waits, and is answered elsewhere")
-            }
+            OwnRequest::KillAgent
+            | OwnRequest::Exercise(_)
+            | OwnRequest::Try(_)
+            | OwnRequest::Run(_) => unreachable!("this waits, and is answered elsewhere"),
         }
     }
 

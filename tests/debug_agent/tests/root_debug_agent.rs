@@ -2,12 +2,14 @@
 // A panic in a test is its failure message, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use blockmount_debug_agent::kit::serving::{Serving, ask};
-use blockmount_debug_agent::kit::temp;
+use blockmount_debug_agent::kit::{eventually, temp};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -117,4 +119,82 @@ async fn root_this_machine_is_not_turned_off() {
         answer["failed"].as_str().unwrap().contains("pid 1"),
         "{answer}"
     );
+}
+
+/// The processes that have a root.
+fn processes_in(root: &Path) -> usize {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let roots = processes.filter_map(|process| fs::read_link(process.path().join("root")).ok());
+    roots.filter(|of| of == root).count()
+}
+
+#[tokio::test]
+async fn root_a_program_runs_in_a_root_to_its_end_or_its_deadline() {
+    let root = temp();
+    fs::create_dir(root.path().join("bin")).unwrap();
+    fs::copy("/bin/busybox", root.path().join("bin/sh")).unwrap();
+    fs::write(root.path().join("file"), "").unwrap();
+    let debug_agent = debug_agent();
+    let mut stream = debug_agent.connect().await;
+    let mut run = async |root: &Path, words: &[&str], deadline: u32| {
+        let run = json!({"root": root, "words": words, "deadline": deadline});
+        ask(&mut stream, json!({ "run": run })).await
+    };
+    let ended = |status: Value, signal: Value, stdout: &str, stderr: &str| json!({"ended": {"status": status, "signal": signal, "stdout": stdout, "stderr": stderr, "left_out": 0}});
+    let script = "echo /*; pwd; echo other >&2; exit 3";
+    let answer = run(root.path(), &["sh", "-c", script], 60).await;
+    let expected = ended(json!(3), Value::Null, "/bin /file\n/\n", "other\n");
+    assert_eq!(answer, expected);
+    let answer = run(root.path(), &["/bin/sh", "-c", "kill -9 $$"], 60).await;
+    assert_eq!(answer, ended(Value::Null, json!(9), "", ""));
+    // Who says more than is kept is not held up.
+    let much = "i=0; while [ $i -lt 2000 ]; do echo 0123456789012345678901234567890123456789012345678; i=$((i+1)); done";
+    let answer = run(root.path(), &["/bin/sh", "-c", much], 60).await;
+    let said = answer["ended"]["stdout"].as_str().unwrap();
+    assert_eq!(
+        (
+            said.len(),
+            &answer["ended"]["left_out"],
+            &answer["ended"]["status"]
+        ),
+        (65_536, &json!(100_000 - 65_536), &json!(0))
+    );
+
+    let forever = "echo begun; (while :; do :; done) & while :; do :; done";
+    let answer = run(root.path(), &["/bin/sh", "-c", forever], 1).await;
+    let failed = answer["failed"].as_str().unwrap_or_default();
+    assert!(
+        failed.contains("did not end within 1s and was killed") && failed.contains("begun"),
+        "{answer}"
+    );
+    eventually("the end of what was killed", || {
+        processes_in(root.path()) == 0
+    });
+    for (root, words, why) in [
+        (root.path(), &["/bin/absent"][..], "/bin/absent"),
+        (root.path(), &["/bin/ls\0"], "nul byte"),
+        (root.path(), &[], "no program"),
+        (&root.path().join("file"), &["/bin/sh"], "no such root"),
+        (&root.path().join("absent"), &["/bin/sh"], "no such root"),
+    ] {
+        let answer = run(root, words, 60).await;
+        let failed = answer["failed"].as_str().unwrap_or_default();
+        assert!(failed.contains(why), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn root_a_program_is_killed_when_nobody_waits_for_it_any_more() {
+    let root = temp();
+    fs::create_dir(root.path().join("bin")).unwrap();
+    fs::copy("/bin/busybox", root.path().join("bin/sh")).unwrap();
+    let debug_agent = debug_agent();
+    let mut stream = debug_agent.connect().await;
+    let run = json!({"run": {"root": root.path(), "words": ["/bin/sh", "-c", "while :; do :; done"], "deadline": 600}});
+    let text = run.to_string();
+    stream.write_u32_le(text.len() as u32).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    eventually("its start", || processes_in(root.path()) == 1);
+    debug_agent.end(Signal::TERM).0.says(0, &[]);
+    eventually("its end", || processes_in(root.path()) == 0);
 }
