@@ -43,23 +43,6 @@ fn vm_a_machine_of_somebody_else_is_used_and_left_as_it_was() {
 }
 
 impl ForeignMachine {
-    /// Nothing of ours is in it, and all of theirs.
-    #[track_caller]
-    fn assert_as(&self, before: &BTreeSet<String>) {
-        let (ours, theirs) = self.in_qemu();
-        assert_eq!(
-            (ours, theirs),
-            (Vec::new(), vec!["theirs0".to_owned(), "theirs2".to_owned()])
-        );
-        let now = self.tables();
-        let more: Vec<_> = now.difference(before).collect();
-        let less: Vec<_> = before.difference(&now).collect();
-        assert!(
-            more.is_empty() && less.is_empty(),
-            "more: {more:?}; less: {less:?}"
-        );
-    }
-
     /// A mount of layers in it.
     fn mount<'a>(&self, words: impl IntoIterator<Item = &'a str>) -> Vec<String> {
         let words = words.into_iter().map(str::to_owned);

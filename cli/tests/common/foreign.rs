@@ -5,10 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use blockmount_agent::{Endpoints, termination};
 use blockmount_checker::Checker;
 use blockmount_checker::protocol::Tables;
-use blockmount_qemu::{GuestImage, GuestKernel, QemuScsi, Qmp};
-use serde_json::json;
+use blockmount_debug_agent::kit::serving;
+use blockmount_debug_agent::{DebugServer, PORT};
+use blockmount_qemu::{GuestImage, GuestImageBuilder, GuestKernel, PROGRAMS, QemuScsi, Qmp};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -18,6 +21,9 @@ use super::{LONGEST, eventually, kill_after};
 /// What its guest's agent is told: more than `examples/guest_image.rs` says, since the bus has two controllers.
 const ARGUMENTS: &str = "--scsi-controller\npci:0000:00:10.0\n--scsi-controller\npci:0000:00:11.0\n\
                          --root\n/mnt\n--root\n/run/mounts\n--root\n/run/blockmount\n";
+/// Below these that agent mounts.
+const ROOTS: [&str; 3] = ["/mnt", "/run/mounts", "/run/blockmount"];
+const DEBUG_AGENT: &str = "/etc/blockmount/programs/debug-agent";
 const CHECKER: &str = "/init\nchecker\n/mnt\n/run/mounts\n/run/blockmount\n";
 
 pub struct ForeignMachine {
@@ -29,6 +35,22 @@ pub struct ForeignMachine {
 impl ForeignMachine {
     /// Starts a machine with two disks of its own, at LUNs 0 and 2 of the first controller.
     pub fn start() -> Self {
+        Self::start_with(|image| image)
+    }
+
+    /// The same with a debug agent in its guest, which is the program of this test: in the guest its test of this name has to
+    /// [be one](serve_in_guest).
+    pub fn start_with_debug_agent(
+        test: &str,
+        more: impl FnOnce(GuestImageBuilder) -> GuestImageBuilder,
+    ) -> Self {
+        let program = std::env::current_exe().unwrap();
+        let name = program.file_name().unwrap().to_str().unwrap();
+        let words = format!("{PROGRAMS}/{name}\n--exact\n{test}\n--nocapture\n--test-threads\n1\n");
+        Self::start_with(|image| more(image.add_program(&program).file(DEBUG_AGENT, words)))
+    }
+
+    fn start_with(more: impl FnOnce(GuestImageBuilder) -> GuestImageBuilder) -> Self {
         let dir = tempfile::Builder::new().prefix("vm").tempdir().unwrap();
         let runtime = Runtime::new().unwrap();
         let kernel = GuestKernel::find().unwrap();
@@ -36,9 +58,8 @@ impl ForeignMachine {
             .program(env!("CARGO_BIN_EXE_blockmount"))
             .file("/etc/blockmount/agent.args", ARGUMENTS)
             .file("/etc/blockmount/programs/checker", CHECKER)
-            .filesystem_tools()
-            .build();
-        let image = runtime.block_on(image).unwrap();
+            .filesystem_tools();
+        let image = runtime.block_on(more(image).build()).unwrap();
         let at = |name: &str| dir.path().join(name);
         fs::write(at("guest.cpio"), image.initramfs()).unwrap();
         let mut command = Command::new("qemu-system-x86_64");
@@ -75,7 +96,7 @@ impl ForeignMachine {
             ])
             .args(["-device", "virtio-serial-pci,id=serial"])
             .args(["-serial", &format!("file:{}", at("console").display())]);
-        for name in ["agent", "checker"] {
+        for name in ["agent", "checker", "debug"] {
             let socket = at(name);
             command.args([
                 "-chardev",
@@ -143,6 +164,51 @@ impl ForeignMachine {
         })
     }
 
+    /// Asks its debug agent, and expects an answer.
+    pub fn debug(&self, question: Value) -> Value {
+        let answer = self.runtime.block_on(async {
+            let mut stream = UnixStream::connect(self.at("debug")).await.unwrap();
+            serving::ask(&mut stream, question.clone()).await
+        });
+        assert!(answer.get("failed").is_none(), "{question}: {answer}");
+        answer
+    }
+
+    /// Runs a program in a root of the guest, and tells its exit status and what it has said on each stream.
+    #[track_caller]
+    pub fn run(&self, root: &Path, words: &[&str]) -> (i64, String, String) {
+        let run = json!({"root": root, "words": words, "deadline": 120});
+        let ended = &self.debug(json!({ "run": run }))["ended"];
+        assert_eq!(ended["left_out"], 0, "{words:?}: {ended}");
+        let status = ended["status"].as_i64();
+        let status = status.unwrap_or_else(|| panic!("{words:?}: {ended}"));
+        let text = |name: &str| ended[name].as_str().unwrap().to_owned();
+        (status, text("stdout"), text("stderr"))
+    }
+
+    /// Nothing of ours is in it, and all of theirs.
+    #[track_caller]
+    pub fn assert_as(&self, before: &BTreeSet<String>) {
+        let (ours, theirs) = self.in_qemu();
+        assert_eq!(
+            (ours, theirs),
+            (Vec::new(), vec!["theirs0".to_owned(), "theirs2".to_owned()])
+        );
+        self.assert_guest_as(before);
+    }
+
+    /// Nothing of ours is in its guest.
+    #[track_caller]
+    pub fn assert_guest_as(&self, before: &BTreeSet<String>) {
+        let now = self.tables();
+        let more: Vec<_> = now.difference(before).collect();
+        let less: Vec<_> = before.difference(&now).collect();
+        assert!(
+            more.is_empty() && less.is_empty(),
+            "more: {more:?}; less: {less:?}"
+        );
+    }
+
     /// What QEMU has of ours, and of others on the SCSI controllers. Nobody else may be at its monitor.
     pub fn in_qemu(&self) -> (Vec<String>, Vec<String>) {
         self.runtime.block_on(async {
@@ -194,11 +260,34 @@ fn lines(tables: &Tables) -> BTreeSet<String> {
         .scsi_devices
         .iter()
         .map(|address| format!("SCSI device {address}"));
+    let mapped = tables
+        .dm_devices
+        .iter()
+        .map(|device| format!("mapped device {}", device.name));
     let directories = tables
         .directories
         .iter()
         .map(|directory| format!("directory {directory}"));
-    mounts.chain(disks).chain(scsi).chain(directories).collect()
+    let devices = disks.chain(scsi).chain(mapped);
+    mounts.chain(devices).chain(directories).collect()
+}
+
+/// Whether this program is the debug agent of such a machine's guest.
+pub fn is_in_guest() -> bool {
+    Path::new(DEBUG_AGENT).exists()
+}
+
+/// Is the debug agent of this guest until it is ended.
+pub fn serve_in_guest() {
+    let runtime = Runtime::new().unwrap();
+    runtime.block_on(async {
+        let server = DebugServer::new(ROOTS.map(PathBuf::from).into(), "/init".into());
+        let endpoints = Endpoints::default().or_port(PORT);
+        endpoints
+            .serve(server, termination().unwrap())
+            .await
+            .unwrap();
+    });
 }
 
 /// An image with one file in it.

@@ -9,6 +9,7 @@
     clippy::unwrap_used
 )]
 
+pub mod containers;
 pub mod foreign;
 pub mod kills;
 pub mod machines;

@@ -3,49 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::common::containers::{self, BUSYBOX};
 use crate::common::servers::{self, Client, Server};
 use crate::common::{self, eventually, in_kernel, run, temp};
 use serde_json::json;
 use tempfile::TempDir;
-
-/// Where Debian's package puts it, without libraries.
-const BUSYBOX: &str = "/bin/busybox";
-
-/// The layers of the image, the topmost first: an application over what it needs.
-fn layers(dir: &TempDir) -> [PathBuf; 2] {
-    let [app, base] = ["app", "base"].map(|name| dir.path().join(name));
-    for directory in ["bin", "dev", "proc", "sys", "tmp", "etc"] {
-        fs::create_dir_all(base.join(directory)).unwrap();
-    }
-    fs::copy(BUSYBOX, base.join("bin/busybox")).unwrap();
-    for name in ["sh", "cat", "sleep", "echo", "ls"] {
-        std::os::unix::fs::symlink("busybox", base.join("bin").join(name)).unwrap();
-    }
-    fs::write(base.join("etc/release"), "base\n").unwrap();
-    fs::create_dir_all(app.join("app")).unwrap();
-    fs::create_dir_all(app.join("etc")).unwrap();
-    fs::write(app.join("etc/release"), "app\n").unwrap();
-    let script = app.join("app/hello");
-    fs::write(
-        &script,
-        "#!/bin/sh\ncat /etc/release\necho \"from $1\" > /app/written\ncat /app/written\n",
-    )
-    .unwrap();
-    fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
-    [app, base].map(|tree| {
-        let image = tree.with_extension("erofs");
-        let made = Command::new("mkfs.erofs")
-            .arg("--quiet")
-            .args([&image, &tree])
-            .status();
-        assert!(made.unwrap().success());
-        image
-    })
-}
 
 /// A container: where its tree is, and what runc calls it.
 struct Container<'a> {
@@ -57,12 +22,7 @@ struct Container<'a> {
 impl<'a> Container<'a> {
     /// Activates the image for it, with a scratch of its own.
     fn activate(dir: &'a TempDir, client: &mut Client, name: &'a str, layers: &[PathBuf]) -> Self {
-        let scratch = dir.path().join(format!("{name}.img"));
-        let mut list = vec![servers::writable(scratch)];
-        list.extend(layers.iter().map(servers::layer));
-        list.push(servers::overlay(layers.len()));
-        let points = client.activate(name, &list);
-        let root = points.last().unwrap().clone();
+        let root = containers::activate(dir, client, name, layers);
         Container { dir, name, root }
     }
 
@@ -127,7 +87,7 @@ fn root_two_containers_run_over_layers_that_they_share() {
         "tests/setup.sh all installs busybox-static"
     );
     let dir = temp();
-    let layers = layers(&dir);
+    let layers = containers::layers(&dir);
     let server = Server::ready(&dir, &[]);
     let mut client = Client::of(&dir);
     let one = Container::activate(&dir, &mut client, "one", &layers);
