@@ -18,6 +18,7 @@ use crate::undo::recovery;
 #[derive(Debug, Clone)]
 pub struct LinuxGuestBuilder {
     config: Config,
+    device_mark: Option<String>,
     at_journal_change: Option<fn()>,
     at_step: Option<StepHook>,
 }
@@ -35,6 +36,7 @@ impl Default for LinuxGuestBuilder {
                 overlay_mark: "blockmount".to_owned(),
                 kernel: Kernel::default(),
             },
+            device_mark: None,
             at_journal_change: None,
             at_step: None,
         }
@@ -125,6 +127,15 @@ impl LinuxGuestBuilder {
         self
     }
 
+    /// What the UUIDs of mapped devices end with, by which a clean-up can tell whose they are:
+    /// [`DeviceMapper::marked`](crate::mapper::DeviceMapper::marked). Up to 40 visible characters of ASCII without a slash. By
+    /// default nothing.
+    #[must_use]
+    pub fn device_mark(mut self, mark: impl Into<String>) -> Self {
+        self.device_mark = Some(mark.into());
+        self
+    }
+
     /// Does without what this version of Linux did not have yet. For tests of the old ways.
     #[doc(hidden)]
     #[must_use]
@@ -153,6 +164,7 @@ impl LinuxGuestBuilder {
     pub fn build(self) -> LinuxGuest {
         let mut ledger = Ledger::default();
         ledger.fail_at(self.at_step);
+        ledger.mark_devices(self.device_mark);
         ledger.wait_for_formats(self.config.format_timeout);
         LinuxGuest::new(self.config, ledger)
     }
@@ -184,12 +196,13 @@ impl LinuxGuestBuilder {
     /// What is begun is finished, and the journal is closed afterwards.
     pub async fn journal(self, directory: impl Into<PathBuf>) -> Result<LinuxGuest, BackendError> {
         let (config, hook, directory) = (self.config, self.at_journal_change, directory.into());
-        let at_step = self.at_step;
+        let (at_step, device_mark) = (self.at_step, self.device_mark);
         let open = move || Journal::open(&directory, hook);
         let journal = retry_while_busy(config.busy_timeout, open).await?;
         let kernel = config.kernel;
         let (mut ledger, left) = blocking(move || recovery::recover(journal, kernel)).await?;
         ledger.fail_at(at_step);
+        ledger.mark_devices(device_mark);
         ledger.wait_for_formats(config.format_timeout);
         let guest = LinuxGuest::new(config, ledger);
         guest.undo_left(left).await;

@@ -30,7 +30,8 @@ impl CryptStep {
     /// From the number of the device alone: at most 38 bytes with a mark.
     pub(crate) fn names(&self) -> Names {
         let DeviceNumber { major, minor } = self.backing;
-        Names::new(&format!("crypt-{major}.{minor}"))
+        let suffix = format!("crypt-{major}.{minor}");
+        Names::new(&suffix, self.mark.as_deref())
     }
 
     /// The unit of a device of so many bytes. What outlives its mount has one unit for all sizes, so that it can grow.
@@ -98,6 +99,7 @@ pub(crate) fn open(
         sequence: sequence(backing),
         encryption: wanted.encryption.clone(),
         read_only: wanted.read_only,
+        mark: list.device_mark(),
     };
     let segment = wanted.segment(&step, device.size)?;
     let length = length(below, device.size, &segment)?;
@@ -356,6 +358,7 @@ mod tests {
             sequence: None,
             encryption: Encryption::Ephemeral,
             read_only: false,
+            mark: Some("m".repeat(40)),
         };
         let Names { name, uuid } = step.names();
         assert!(name.len().max(uuid.len()) <= 127, "{name}");

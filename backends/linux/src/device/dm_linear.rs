@@ -22,7 +22,7 @@ impl RangeStep {
     }
 
     pub(crate) fn names(&self) -> Names {
-        Names::new(&self.suffix())
+        Names::new(&self.suffix(), self.mark.as_deref())
     }
 }
 
@@ -37,7 +37,8 @@ pub(crate) fn open(
     path: &Path,
     range: Range<u64>,
 ) -> Result<PathBuf, BackendError> {
-    let range = validate(path, &node::measure(path)?, range)?;
+    let mut range = validate(path, &node::measure(path)?, range)?;
+    range.mark = list.device_mark();
     let table = Target::linear(range.backing, range.start..range.end)?;
     let step = Undo::RemoveRange(range.clone());
     mapped::open(list, &range.names(), step, |mapper, names| {
@@ -83,6 +84,7 @@ fn validate(path: &Path, device: &Measured, range: Range<u64>) -> Result<RangeSt
         sequence: sequence(number),
         start,
         end,
+        mark: None,
     })
 }
 
@@ -97,9 +99,10 @@ mod tests {
             sequence: None,
             start,
             end,
+            mark: Some("m".repeat(40)),
         };
-        let longest = range(u32::MAX, u32::MAX, 0, u64::MAX).names().name;
-        assert!(longest.len() + 20 <= 127, "{longest}");
+        let Names { name, uuid } = range(u32::MAX, u32::MAX, 0, u64::MAX).names();
+        assert!(name.len().max(uuid.len()) <= 127, "{uuid}");
         assert_eq!(
             range(259, 1, 4096, 12_288).names().name,
             "blockmount-range-259.1-4096-8192"

@@ -30,7 +30,8 @@ impl IntegrityStep {
     /// From the number of the device alone: at most 42 bytes with a mark.
     pub(crate) fn names(&self) -> Names {
         let DeviceNumber { major, minor } = self.backing;
-        Names::new(&format!("integrity-{major}.{minor}"))
+        let suffix = format!("integrity-{major}.{minor}");
+        Names::new(&suffix, self.mark.as_deref())
     }
 }
 
@@ -52,6 +53,7 @@ pub(crate) fn open(
     let step = IntegrityStep {
         backing,
         sequence: sequence(backing),
+        mark: list.device_mark(),
     };
     let undo = Undo::CloseIntegrity(step.clone());
     mapped::open(list, &step.names(), undo, |mapper, names| {
@@ -186,6 +188,7 @@ mod tests {
                 minor: u32::MAX,
             },
             sequence: None,
+            mark: Some("m".repeat(40)),
         };
         let Names { name, uuid } = step.names();
         assert!(name.len().max(uuid.len()) <= 127, "{name}");

@@ -29,6 +29,19 @@ use wire::{READ_ONLY, Reply, Request, SECURE, STATUS_TABLE};
 pub const NAME_MARK: &str = "blockmount-";
 /// What the UUIDs of our devices start with.
 pub const UUID_MARK: &str = "BLKMNT-";
+/// What is before the mark of an engine in the UUIDs of its devices.
+const BEFORE_MARK: char = '@';
+
+/// A mapped device that an engine with a [mark](crate::LinuxGuestBuilder::device_mark) has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    /// The device.
+    pub device: Mapped,
+    /// By what it is told from a later one with the same name.
+    pub uuid: String,
+    /// The mark of the engine.
+    pub mark: String,
+}
 
 /// By what a device of ours is told from all others: the kernel lets each name and each UUID be there once.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,12 +51,15 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    /// With our marks. The suffix says what is made of which device.
-    pub(crate) fn new(suffix: &str) -> Self {
-        Names {
-            name: format!("{NAME_MARK}{suffix}"),
-            uuid: format!("{UUID_MARK}{suffix}"),
-        }
+    /// With our marks. The suffix says what is made of which device; the mark of the engine is in the UUID alone, so that no two
+    /// engines make the same of one device.
+    pub(crate) fn new(suffix: &str, mark: Option<&str>) -> Self {
+        let uuid = match mark {
+            None => format!("{UUID_MARK}{suffix}"),
+            Some(mark) => format!("{UUID_MARK}{suffix}{BEFORE_MARK}{mark}"),
+        };
+        let name = format!("{NAME_MARK}{suffix}");
+        Names { name, uuid }
     }
 }
 
@@ -232,7 +248,7 @@ impl DeviceMapper {
     /// # Errors
     ///
     /// `Busy` if it is in use; it stays as it was then.
-    pub(crate) fn remove_uuid(&self, uuid: &str) -> Result<bool, BackendError> {
+    pub fn remove_uuid(&self, uuid: &str) -> Result<bool, BackendError> {
         match self.run(Command::Remove, Request::new("").uuid(checked(uuid)?)) {
             Ok(_) => Ok(true),
             Err(Errno::NXIO) => Ok(false),
@@ -288,6 +304,33 @@ impl DeviceMapper {
         Ok(reply.names())
     }
 
+    /// The devices of engines with a mark, also those whose engine was killed before it gave them a table.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn marked(&self) -> Result<Vec<Marked>, BackendError> {
+        let mut found = Vec::new();
+        for device in self.list()? {
+            if !device.name.starts_with(NAME_MARK) {
+                continue;
+            }
+            let uuid = match self.run(Command::Status, Request::new(&device.name)) {
+                Ok(reply) => reply.uuid(),
+                // It is gone meanwhile.
+                Err(Errno::NXIO) => continue,
+                Err(errno) => {
+                    let what = format!("cannot look at mapped device {}", device.name);
+                    return Err(errno_error(what, errno));
+                }
+            };
+            if let Some(mark) = mark_in(&uuid).map(str::to_owned) {
+                found.push(Marked { device, uuid, mark });
+            }
+        }
+        Ok(found)
+    }
+
     /// The number of the device of a name. Nothing if there is none.
     ///
     /// # Errors
@@ -317,6 +360,12 @@ impl DeviceMapper {
             )),
         }
     }
+}
+
+/// The mark of the engine in a UUID of ours.
+fn mark_in(uuid: &str) -> Option<&str> {
+    let (_, mark) = uuid.strip_prefix(UUID_MARK)?.split_once(BEFORE_MARK)?;
+    Some(mark)
 }
 
 /// A name or UUID that the kernel keeps as it is: it cuts longer ones.
@@ -417,6 +466,18 @@ mod tests {
     use blockmount::ErrorKind;
 
     use super::*;
+
+    #[test]
+    fn the_mark_of_an_engine_is_in_the_uuid_and_read_from_it() {
+        let plain = Names::new("crypt-7.1", None);
+        let marked = Names::new("crypt-7.1", Some("run:a@b"));
+        assert_eq!(plain.name, marked.name);
+        assert_eq!(marked.uuid, "BLKMNT-crypt-7.1@run:a@b");
+        assert_eq!(mark_in(&marked.uuid), Some("run:a@b"));
+        for other in [&*plain.uuid, "CRYPT-x@run:a", "", "BLKMNT-"] {
+            assert_eq!(mark_in(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn g14_names_that_the_kernel_would_cut_are_refused() {

@@ -23,11 +23,12 @@ const HASH_TYPE: u32 = 1;
 const DIGITS: usize = 32;
 
 impl VerityStep {
-    /// From the number of the device and the root digest that was asked for: at most 69 bytes with a mark.
+    /// From the number of the device and the root digest that was asked for: at most 69 bytes with our mark.
     pub(crate) fn names(&self) -> Names {
         let DeviceNumber { major, minor } = self.backing;
         let digits: String = self.verity.root_digest.chars().take(DIGITS).collect();
-        Names::new(&format!("verity-{major}.{minor}-{digits}"))
+        let suffix = format!("verity-{major}.{minor}-{digits}");
+        Names::new(&suffix, self.mark.as_deref())
     }
 }
 
@@ -67,6 +68,7 @@ pub(crate) fn open(
         sequence: sequence(backing),
         verity: verity.clone(),
         tree: tree_device.map(tree_step),
+        mark: list.device_mark(),
     };
     let table = table(&step)?;
     let undo = Undo::CloseVerity(Box::new(step.clone()));
@@ -347,6 +349,7 @@ mod tests {
             sequence: None,
             verity,
             tree: None,
+            mark: None,
         }
     }
 
@@ -408,6 +411,7 @@ mod tests {
                 major: u32::MAX,
                 minor: u32::MAX,
             },
+            mark: Some("m".repeat(40)),
             ..step(Verity::new("f".repeat(128), 1))
         };
         let Names { name, uuid } = step.names();

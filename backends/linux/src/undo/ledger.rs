@@ -26,6 +26,8 @@ pub(crate) struct Ledger {
     /// Held across a write to the journal, which is in memory, so that both say the same.
     lists: Mutex<HashMap<PathBuf, List>>,
     locks: Locks,
+    /// What mapped devices are marked with.
+    device_mark: Option<String>,
     /// Whether the next step fails, for tests of what is left then.
     at_step: Option<StepHook>,
 }
@@ -98,6 +100,11 @@ impl Ledger {
         self.at_step = hook;
     }
 
+    /// Has mapped devices be marked.
+    pub(crate) fn mark_devices(&mut self, mark: Option<String>) {
+        self.device_mark = mark;
+    }
+
     /// Has locks be awaited as long as a filesystem may take to be made.
     pub(crate) fn wait_for_formats(&mut self, format: Duration) {
         self.locks.wait_for_formats(format);
@@ -145,6 +152,11 @@ pub(crate) struct UndoList<'a> {
 impl<'a> UndoList<'a> {
     pub(crate) fn target(&self) -> &'a Target {
         self.target
+    }
+
+    /// What mapped devices are marked with.
+    pub(crate) fn device_mark(&self) -> Option<String> {
+        self.ledger.device_mark.clone()
     }
 
     /// Locks a thing that other targets may share.

@@ -91,6 +91,7 @@ mod tests {
                     sequence: Some(3),
                     start: 512,
                     end: 1024,
+                    mark: Some("run:1".to_owned()),
                 }),
                 Undo::DeletePartition(PartitionStep {
                     disk,
@@ -150,6 +151,7 @@ mod tests {
                 sequence: None,
                 encryption: encryption.clone(),
                 read_only: false,
+                mark: None,
             }))],
         };
         for encryption in [

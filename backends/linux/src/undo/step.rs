@@ -140,6 +140,9 @@ pub(crate) struct RangeStep {
     pub(crate) start: u64,
     /// In bytes.
     pub(crate) end: u64,
+    /// What the engine [marks](crate::LinuxGuestBuilder::device_mark) its devices with, if with anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mark: Option<String>,
 }
 
 /// A device that is encrypted. The name of the device that does so follows from it.
@@ -155,6 +158,9 @@ pub(crate) struct CryptStep {
     pub(crate) encryption: Encryption,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) read_only: bool,
+    /// What the engine [marks](crate::LinuxGuestBuilder::device_mark) its devices with, if with anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mark: Option<String>,
 }
 
 fn ephemeral() -> Encryption {
@@ -174,6 +180,9 @@ pub(crate) struct IntegrityStep {
     /// Tells the device from a later one with the same number: Linux 5.15.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) sequence: Option<u64>,
+    /// What the engine [marks](crate::LinuxGuestBuilder::device_mark) its devices with, if with anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mark: Option<String>,
 }
 
 /// A device whose integrity is checked. The name of the device that does so follows from it.
@@ -188,6 +197,9 @@ pub(crate) struct VerityStep {
     /// The device with the hash tree, if it is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) tree: Option<TreeStep>,
+    /// What the engine [marks](crate::LinuxGuestBuilder::device_mark) its devices with, if with anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mark: Option<String>,
 }
 
 /// A device with the hash tree of another.

@@ -30,6 +30,7 @@ const FLAGS: usize = 28;
 const NUMBER: usize = 40;
 const NAME: usize = 48;
 const UUID: usize = 176;
+const UUID_END: usize = UUID + 129;
 
 /// The length of `struct dm_target_spec`, and where its fields are.
 const SPEC: usize = 40;
@@ -178,6 +179,12 @@ impl Reply {
 
     pub(super) fn number(&self) -> DeviceNumber {
         decode(u64_at(&self.0, NUMBER).unwrap_or_default())
+    }
+
+    /// The UUID of the device that was asked about; empty for one that has none.
+    pub(super) fn uuid(&self) -> String {
+        let field = self.0.get(..UUID_END).unwrap_or_default();
+        string_at(field, UUID).unwrap_or_default()
     }
 
     fn data(&self) -> &[u8] {
