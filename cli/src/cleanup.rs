@@ -1,4 +1,4 @@
-//! Finding and removing what killed runs have left: mounts first, then loop devices, then files.
+//! Finding and removing what killed runs have left: mounts first, then mapped devices, then loop devices, then files.
 //!
 //! Something is ours if it carries the mark of a run that root's own directory of runs knows, or is mounted from a device
 //! that does; it is left over if the lock of that run is free. A mark of any other run may be that of a living one with

@@ -1,4 +1,4 @@
-//! What the kernel says is there: mounts and loop devices, to prove that nothing is left.
+//! What the kernel says is there: mounts, mapped devices and loop devices, to prove that nothing is left.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use blockmount_linux::mapper::{DeviceMapper, Marked};
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_loopback::bound_loops;
 
@@ -16,6 +17,8 @@ use crate::run::OVERLAY;
 #[derive(Debug)]
 pub(crate) struct Tables {
     mounts: Vec<MountInfo>,
+    /// Those that carry a mark; none where they cannot be listed.
+    mapped: Vec<Marked>,
     /// Each loop device in use, and the file behind it.
     loops: BTreeMap<String, PathBuf>,
 }
@@ -23,7 +26,7 @@ pub(crate) struct Tables {
 /// What would be ours if it were found.
 #[derive(Debug, Default)]
 pub(crate) struct Ours {
-    /// What our overlays and loop devices carry.
+    /// What our overlays, mapped devices and loop devices carry.
     pub(crate) mark: String,
     /// Directories of ours, with all below them.
     pub(crate) directories: Vec<PathBuf>,
@@ -34,7 +37,7 @@ pub(crate) struct Ours {
 }
 
 impl Tables {
-    /// Reads `/proc/self/mountinfo` and `/sys/block`. Blocks.
+    /// Reads `/proc/self/mountinfo` and `/sys/block`, and asks the device mapper. Blocks.
     pub(crate) fn read() -> Result<Self, Failure> {
         let mounts = mountinfo::read()
             .context(|| "cannot read the table of mounts".to_owned())
@@ -50,7 +53,12 @@ impl Tables {
                 loops.insert(device.file_name().to_string_lossy().into_owned(), file);
             }
         }
-        Ok(Tables { mounts, loops })
+        let mapped = DeviceMapper::open().and_then(|mapper| mapper.marked());
+        Ok(Tables {
+            mounts,
+            mapped: mapped.unwrap_or_default(),
+            loops,
+        })
     }
 
     /// The mounts, each with its path; of several at a path the topmost comes last.
@@ -88,6 +96,8 @@ impl Tables {
                 mount.mount_point.display()
             )
         });
+        let mapped = self.mapped.iter().filter(|marked| marked.mark == ours.mark);
+        let mapped = mapped.map(|marked| format!("mapped device {}", marked.device.name));
         let loops = self.loops.iter().filter(|(name, file)| {
             let file = without_deleted(file);
             let was_ours = |(ours, was): &(String, PathBuf)| ours == *name && was == file;
@@ -106,7 +116,8 @@ impl Tables {
             .iter()
             .filter(|path| path.symlink_metadata().is_ok());
         let directories = directories.map(|path| format!("directory {}", path.display()));
-        mounts.chain(loops).chain(directories).collect()
+        let devices = mapped.chain(loops);
+        mounts.chain(devices).chain(directories).collect()
     }
 }
 
@@ -128,6 +139,9 @@ fn without_deleted(file: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use blockmount_linux::device::DeviceNumber;
+    use blockmount_linux::mapper::Mapped;
+
     use super::*;
 
     #[test]
@@ -142,6 +156,7 @@ mod tests {
         // Somebody else's, below ours: it was there before.
         let before = Tables {
             mounts: mounts[4..].to_vec(),
+            mapped: Vec::new(),
             loops: BTreeMap::new(),
         };
         let loops = [
@@ -166,12 +181,33 @@ mod tests {
         };
         // The number and the file are those of ours, and the device is another run's by now.
         let marks = || BTreeMap::from([("loop5".to_owned(), "blockmount:y".to_owned())]);
-        let found = Tables { mounts, loops }.left_over(&ours, &before, marks);
+        let marked = |name: &str, mark: &str| Marked {
+            device: Mapped {
+                name: name.to_owned(),
+                number: DeviceNumber {
+                    major: 254,
+                    minor: 0,
+                },
+            },
+            uuid: String::new(),
+            mark: mark.to_owned(),
+        };
+        let mapped = vec![
+            marked("crypt", "blockmount:x"),
+            marked("other", "blockmount:xy"),
+        ];
+        let tables = Tables {
+            mounts,
+            mapped,
+            loops,
+        };
+        let found = tables.left_over(&ours, &before, marks);
         assert_eq!(
             found,
             [
                 "mount of ext4 at /run/blockmount/x/m/0",
                 "mount of overlay at /mnt/tree",
+                "mapped device crypt",
                 "loop device loop1 of /w/a (deleted)",
                 "loop device loop2 of /img",
             ]

@@ -117,6 +117,7 @@ impl Machine {
             .resolver(SCHEME, loops.clone())
             .unplugger(SCHEME, Arc::new(LoopUnplugger::default()))
             .overlay_mark(run.mark())
+            .device_mark(run.mark())
             .key_directory(run.keys());
         let journals = run.journals();
         let engine = match &journals {

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use blockmount_linux::mapper::{DeviceMapper, Marked};
 use blockmount_linux::mountinfo::MountInfo;
 use blockmount_loopback::BoundLoop;
 use blockmount_qemu::Vm;
@@ -23,6 +24,8 @@ use crate::run::remove_empty;
 
 /// How long all mounts together are waited for, in case their user is on the way out.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the mapped devices of one run are waited for: who looks at a device that has changed opens it for a moment.
+const MAPPED_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long one loop device is waited for.
 const LOOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// As many users of a mount as a table can hold.
@@ -42,6 +45,8 @@ pub(crate) fn show(found: &Found, in_machines: Vec<Item>) -> Vec<Item> {
             .rev()
             .map(|mount| Item::mount(dead, mount, Outcome::Found));
         items.extend(mounts);
+        let mapped = dead.mapped.iter();
+        items.extend(mapped.map(|marked| Item::mapped(dead, marked, Outcome::Found)));
         items.extend(
             dead.loops
                 .iter()
@@ -87,11 +92,15 @@ pub(crate) fn remove(
     for dead in &found.dead {
         // What is still mounted keeps its device for as long; others may close it in a moment.
         let is_mounted = items.iter().any(|item| item.is_left_of(dead));
-        let timeout = if is_mounted {
-            Duration::ZERO
-        } else {
-            LOOP_TIMEOUT
-        };
+        let unless_mounted = |timeout| if is_mounted { Duration::ZERO } else { timeout };
+        stop.check()?;
+        let removed = remove_mapped(&dead.mapped, unless_mounted(MAPPED_TIMEOUT));
+        items.extend(
+            removed
+                .into_iter()
+                .map(|(marked, result)| Item::mapped(dead, marked, outcome(result))),
+        );
+        let timeout = unless_mounted(LOOP_TIMEOUT);
         for bound in &dead.loops {
             stop.check()?;
             let result = bound.unbind(timeout).map_err(|error| error.to_string());
@@ -121,7 +130,7 @@ fn kept(found: &Found) -> Vec<Item> {
 /// What is not ours to remove, and is in the way.
 fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
     const WHY: &str = "it is not of a run of blockmount; whoever made it has to remove it";
-    each(dead, &dead.foreign_mounts, &dead.foreign_loops, || {
+    each(dead, &dead.foreign_mounts, &[], &dead.foreign_loops, || {
         Outcome::Left(WHY.to_owned())
     })
 }
@@ -130,7 +139,7 @@ fn foreign(dead: &Dead) -> impl Iterator<Item = Item> {
 fn unknown(run: &Dead) -> impl Iterator<Item = Item> {
     const WHY: &str = "/run/blockmount here does not know its run, which may be alive in another container: run \
                        \"blockmount cleanup\" where it was started";
-    each(run, &run.mounts, &run.loops, || {
+    each(run, &run.mounts, &run.mapped, &run.loops, || {
         Outcome::Elsewhere(WHY.to_owned())
     })
 }
@@ -138,13 +147,17 @@ fn unknown(run: &Dead) -> impl Iterator<Item = Item> {
 fn each<'a>(
     dead: &'a Dead,
     mounts: &'a [MountInfo],
+    mapped: &'a [Marked],
     loops: &'a [BoundLoop],
     outcome: fn() -> Outcome,
 ) -> impl Iterator<Item = Item> + 'a {
     let mounts = mounts.iter();
     let mounts = mounts.map(move |mount| Item::mount(dead, mount, outcome()));
+    let mapped = mapped.iter();
+    let mapped = mapped.map(move |marked| Item::mapped(dead, marked, outcome()));
     let loops = loops.iter();
-    mounts.chain(loops.map(move |bound| Item::of_loop(dead, bound, outcome())))
+    let loops = loops.map(move |bound| Item::of_loop(dead, bound, outcome()));
+    mounts.chain(mapped).chain(loops)
 }
 
 /// All mounts, the latest first: nothing is below what is unmounted.
@@ -201,6 +214,44 @@ fn unmount_exactly(mount: &MountInfo, deadline: Instant) -> Result<(), String> {
             }
             Err(Errno::BUSY) => return Err(format!("it is in use{}", users(mount))),
             Err(errno) => return Err(format!("cannot unmount it: {errno}")),
+        }
+    }
+}
+
+/// Removes the mapped devices of a run, each once nothing stands on it any more, waiting for those who use one.
+fn remove_mapped(devices: &[Marked], timeout: Duration) -> Vec<(&Marked, Result<(), String>)> {
+    if devices.is_empty() {
+        return Vec::new();
+    }
+    let deadline = Instant::now() + timeout;
+    let mapper = match DeviceMapper::open() {
+        Ok(mapper) => mapper,
+        Err(error) => {
+            let failed = |device| (device, Err(error.to_string()));
+            return devices.iter().map(failed).collect();
+        }
+    };
+    let (mut done, mut left) = (Vec::new(), devices.iter().collect::<Vec<_>>());
+    loop {
+        let before = left.len();
+        let mut failed = Vec::new();
+        left.retain(|device| match mapper.remove_uuid(&device.uuid) {
+            Ok(_) => {
+                done.push((*device, Ok(())));
+                false
+            }
+            Err(error) => {
+                failed.push((*device, Err(error.to_string())));
+                true
+            }
+        });
+        if left.is_empty() || left.len() == before && Instant::now() >= deadline {
+            done.extend(failed);
+            return done;
+        }
+        if left.len() == before {
+            // There is no event for the end of a use.
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }

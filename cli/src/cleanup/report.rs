@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
+use blockmount_linux::mapper::Marked;
 use blockmount_linux::mountinfo::MountInfo;
 use blockmount_loopback::BoundLoop;
 use serde::Serialize;
@@ -36,7 +37,7 @@ pub(crate) struct Item {
     what: What,
     #[serde(rename = "where")]
     at: String,
-    /// What is behind it: the source of a mount, the file of a loop device.
+    /// What is behind it: the source of a mount, the name of a mapped device, the file of a loop device.
     of: String,
     outcome: Outcome,
 }
@@ -45,6 +46,8 @@ pub(crate) struct Item {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum What {
     Mount,
+    /// What is made of another device: it decrypts it, or checks its integrity.
+    MappedDevice,
     LoopDevice,
     /// A virtual machine that lives on.
     Machine,
@@ -107,6 +110,14 @@ impl Item {
         Item {
             of,
             ..Item::new(dead, What::Mount, &mount.mount_point, outcome)
+        }
+    }
+
+    pub(crate) fn mapped(dead: &Dead, marked: &Marked, outcome: Outcome) -> Self {
+        let at = format!("/dev/dm-{}", marked.device.number.minor);
+        Item {
+            of: marked.device.name.clone(),
+            ..Item::new(dead, What::MappedDevice, Path::new(&at), outcome)
         }
     }
 
@@ -216,6 +227,7 @@ impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             What::Mount => "mount",
+            What::MappedDevice => "mapped device",
             What::LoopDevice => "loop device",
             What::Machine => "virtual machine",
             What::InMachine => "in a machine",

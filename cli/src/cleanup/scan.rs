@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use blockmount::HolderName;
+use blockmount::{ErrorKind, HolderName};
+use blockmount_linux::mapper::{DeviceMapper, Marked};
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_loopback::{BoundLoop, bound_loops};
 use rustix::fs::FlockOperation;
@@ -90,6 +91,8 @@ pub(crate) struct Dead {
     pub(crate) paths: RunPaths,
     /// In the kernel's order: what stands on another comes after it.
     pub(crate) mounts: Vec<MountInfo>,
+    /// What is made of its loop devices, in any order.
+    pub(crate) mapped: Vec<Marked>,
     pub(crate) loops: Vec<BoundLoop>,
     /// Directories that were made for a target, from the top.
     pub(crate) directories: Vec<PathBuf>,
@@ -132,18 +135,24 @@ pub(crate) fn scan(unwanted: &Unwanted) -> Result<Found, Failure> {
         true => bound_loops()?,
         false => Vec::new(),
     };
+    let mapped = match run::is_root() {
+        true => mapped_devices()?,
+        false => Vec::new(),
+    };
     let mounts = mountinfo::read().context(|| "cannot read the table of mounts".to_owned())?;
     let loop_marks = loops.iter().map(|bound| bound.mark());
+    let mapped_marks = mapped.iter().map(|device| device.mark.clone());
     let may_be_ours = |mount: &&MountInfo| mount.filesystem == OVERLAY && run::is_root();
     let overlays = mounts.iter().filter(may_be_ours);
     let overlay_marks = overlays.map(|mount| mount.source.to_string_lossy().into_owned());
-    let marks: Vec<String> = loop_marks.chain(overlay_marks).collect();
+    let marks = loop_marks.chain(mapped_marks).chain(overlay_marks);
+    let marks: Vec<String> = marks.collect();
     let marked = marks.iter().filter_map(|mark| run::id_in(mark));
     let is_kept = |id: &str| lost.contains_key(id) || resumable.iter().any(|kept| kept.run == id);
     let is_known = |id: &str| living.contains(id) || dead.contains(id) || doubtful.contains_key(id);
     let is_unknown = |id: &&str| !is_known(id) && !is_kept(id);
     let unknown: BTreeSet<&str> = marked.filter(is_unknown).collect();
-    let look_at = |id: &str| look_at(id, &loops, &mounts);
+    let look_at = |id: &str| look_at(id, &loops, &mapped, &mounts);
     let orphans = run::orphans().unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot look for image files of runs without a directory");
         Vec::new()
@@ -223,15 +232,27 @@ fn sort_runs() -> io::Result<Sorted> {
     Ok(sorted)
 }
 
-fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
+/// The mapped devices of runs; none where the kernel cannot have any.
+fn mapped_devices() -> Result<Vec<Marked>, Failure> {
+    match DeviceMapper::open().and_then(|mapper| mapper.marked()) {
+        Err(error) if error.kind() == ErrorKind::Unsuitable => Ok(Vec::new()),
+        found => found.context(|| "cannot list the mapped devices".to_owned()),
+    }
+}
+
+fn look_at(id: &str, loops: &[BoundLoop], mapped: &[Marked], mounts: &[MountInfo]) -> Dead {
     let paths = RunPaths::of(id);
     let mark = paths.mark();
     let (ours, others): (Vec<_>, Vec<_>) = loops
         .iter()
         .cloned()
         .partition(|bound| bound.mark() == mark);
+    let mapped = mapped.iter().filter(|device| device.mark == mark);
+    let mapped: Vec<Marked> = mapped.cloned().collect();
+    let numbers = mapped.iter().map(|marked| marked.device.number);
+    let numbers = numbers.map(|number| (number.major, number.minor));
     let devices = ours.iter().flat_map(|bound| device_numbers(bound.number()));
-    let devices: BTreeSet<(u32, u32)> = devices.collect();
+    let devices: BTreeSet<(u32, u32)> = devices.chain(numbers).collect();
     // Nobody but root can mount in there.
     let is_private = paths.has_private_work();
     let is_ours = |mount: &MountInfo| {
@@ -251,6 +272,7 @@ fn look_at(id: &str, loops: &[BoundLoop], mounts: &[MountInfo]) -> Dead {
         mounts.iter().cloned().partition(is_ours);
     Dead {
         mounts: ours_mounted,
+        mapped,
         loops: ours,
         directories: noted_directories(&paths),
         foreign_mounts: others_mounted.into_iter().filter(is_on_ours).collect(),
