@@ -22,7 +22,9 @@ use crate::report::SlotReport;
 use crate::terminal::Progress;
 
 pub(crate) use foreign::{ForeignVm, Socket, parse_monitor};
-pub(crate) use qemu::{MOUNTS, Needs, QemuGuest, abandoned_state, ensure_allowed, kept_vm};
+pub(crate) use qemu::{
+    MOUNTS, Needs, QemuGuest, abandoned_state, ensure_allowed, kept_vm, kept_vm_has_ended,
+};
 pub(crate) use transports::{Hardware, Transports};
 
 /// Where containers can run, by their names on the command line.

@@ -58,4 +58,5 @@ pub use activations::{Activate, ActivationState, ActivationStatus, Activations, 
 pub use filter::{Filter, InvalidFilter};
 pub use record::{ActiveMount, Info};
 pub use server::{Peers, listen, serve};
+pub use store::recorded;
 pub use vm::{InvalidVmName, VM_LABEL, VmName};

@@ -524,6 +524,17 @@ pub(crate) fn kept_vm(directory: &Path) -> Option<PathBuf> {
     found.find(|path| Vm::is_alive_in(path))
 }
 
+/// Whether the VM that a run has kept with its image files has ended for certain.
+pub(crate) fn kept_vm_has_ended(directory: &Path) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut machines = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .peekable();
+    // What is no machine that has ended may be one whose record is damaged.
+    machines.peek().is_some() && machines.all(|path| Vm::has_ended_in(&path))
+}
+
 /// The checker, which this program is too, as the guest's init starts it.
 fn checker_program() -> String {
     format!("/init\nchecker\n{}\n", ROOTS.join("\n"))

@@ -3,14 +3,16 @@
 use std::sync::OnceLock;
 
 use blockmount::HolderName;
-use blockmount_containerd::service::{ActivationStatus, Activations, Options, VmName};
+use blockmount_containerd::service::{
+    ActivationStatus, Activations, Options, VmName, recorded,
+};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 
 use crate::args::{ServeArgs, Served};
-use crate::failure::{Context, Failure};
-use crate::guest::Needs;
+use crate::failure::{Context, Failure, printable};
+use crate::guest::{GuestKind, Needs, kept_vm_has_ended};
 use crate::interrupt::Interrupt;
 use crate::machine::Machine;
 use crate::run::{Remembered, Run};
@@ -208,8 +210,10 @@ async fn start(
             let advice = "say the same --guest or --vm as for that one, or choose another --name";
             Err(Failure::new(what).advise(advice))
         }
-        Some(_) => Machine::start(place, || Ok(Run::resume(&name)?.0), interrupt).await,
-        None => {
+        Some(_) if !discard_ended(&name, served)? => {
+            Machine::start(place, || Ok(Run::resume(&name)?.0), interrupt).await
+        }
+        _ => {
             let remembered = Remembered::of_server(name, args.address(), served.guest);
             let remembered = match served.name {
                 None => remembered,
@@ -219,6 +223,42 @@ async fn start(
             Machine::start(place, || Run::start_named(&remembered), interrupt).await
         }
     }
+}
+
+/// Removes what an earlier server has noted of a virtual machine of its own that has ended for certain, and says what is lost with
+/// it. False if it may be alive.
+fn discard_ended(name: &HolderName, served: &Served) -> Result<bool, Failure> {
+    /// As many names as fit into a line that somebody reads.
+    const MOST: usize = 8;
+    if served.guest != GuestKind::Qemu {
+        return Ok(false);
+    }
+    let (run, _) = Run::resume(name)?;
+    if !kept_vm_has_ended(run.work_dir()) {
+        return Ok(false);
+    }
+    let what = || format!("cannot tell what was activated in the virtual machine of {name}");
+    let lost = recorded(&run.records()).context(what)?;
+    run.finish()?;
+    let names = lost.iter().take(MOST);
+    let mut names: Vec<String> = names
+        .map(|info| printable(format!("{}/{}", info.namespace, info.name)).to_string())
+        .collect();
+    if lost.len() > MOST {
+        names.push(format!("{} more", lost.len() - MOST));
+    }
+    let lost = match names.is_empty() {
+        true => "nothing was activated in it".to_owned(),
+        false => format!("what was activated in it is lost: {}", names.join(", ")),
+    };
+    let machine = match &served.name {
+        None => "the virtual machine of the earlier server".to_owned(),
+        Some(vm) => format!("the virtual machine {vm} of the earlier server"),
+    };
+    say(format_args!(
+        "{machine} has ended, and {lost}; another one is started"
+    ));
+    Ok(true)
 }
 
 async fn has_ended(served: &Served) -> bool {

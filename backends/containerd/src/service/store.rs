@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use blockmount::{BackendError, blocking};
 
-use super::record::Record;
+use super::record::{Info, Progress, Record};
 
 /// The longest record that is read, in bytes: a list with all its words, several times over.
 const LONGEST: u64 = 16 << 20;
@@ -76,6 +76,17 @@ impl Store {
     }
 }
 
+/// What is activated as the records in a directory say, for who has to tell that it is lost. Blocks.
+///
+/// # Errors
+///
+/// If the directory cannot be read.
+pub fn recorded(directory: &Path) -> Result<Vec<Info>, BackendError> {
+    let records = Store::open(directory)?.load()?.into_iter();
+    let up = records.filter(|record| record.progress != Progress::Begun);
+    Ok(up.map(|record| record.info).collect())
+}
+
 fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let draft = path.with_extension("new");
     let mut options = OpenOptions::new();
@@ -115,7 +126,6 @@ fn failed(doing: &str, path: &Path, error: io::Error) -> BackendError {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Info, Progress};
     use super::*;
 
     #[tokio::test]
@@ -148,6 +158,10 @@ mod tests {
         let expected = [record(7, Progress::Up), record(9, Progress::Ending)];
         assert_eq!(Store::open(&path).unwrap().load().unwrap(), expected);
         assert!(path.join("10.damaged").exists() && path.join("11.damaged").exists());
+        store.put(&record(12, Progress::Begun)).await.unwrap();
+        let names = recorded(&path).unwrap().into_iter().map(|info| info.name);
+        assert_eq!(names.collect::<Vec<_>>(), ["7", "9"]);
+        store.remove(12).await;
         store.remove(7).await;
         store.remove(7).await;
         assert_eq!(store.load().unwrap(), expected[1..]);

@@ -50,6 +50,16 @@ impl Vm {
         Record::read(directory).is_ok_and(|record| record.process.is_there())
     }
 
+    /// Whether the [detached](super::VmBuilder::detached) VM with this directory has ended for certain: its record says which process
+    /// it was, which is gone, and nobody is at its monitor, as there would be if it were out of sight in another container. False
+    /// where that cannot be told. Blocks for a moment.
+    pub fn has_ended_in(directory: &Path) -> bool {
+        let Ok(record) = Record::read(directory) else {
+            return false;
+        };
+        !record.process.is_there() && is_nobody_at(&monitor(directory))
+    }
+
     /// Kills the detached VM with this directory, if it runs. Blocks for a moment.
     pub fn kill_in(directory: &Path) {
         if let Ok(record) = Record::read(directory)
@@ -99,6 +109,12 @@ impl Vm {
     }
 }
 
+fn is_nobody_at(socket: &Path) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    let connected = std::os::unix::net::UnixStream::connect(socket);
+    connected.is_err_and(|error| matches!(error.kind(), ConnectionRefused | NotFound))
+}
+
 impl Started {
     /// The process with this number, as it is now. `NotFound` if there is none, or it has ended and is only not waited for.
     pub(super) fn of(pid: Pid) -> io::Result<Self> {
@@ -135,6 +151,7 @@ impl Started {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
     use std::process::{Command, Stdio};
 
     use rustix::event::{PollFd, PollFlags, poll};
@@ -155,17 +172,26 @@ mod tests {
         };
         record.write(directory.path()).unwrap();
         assert!(Vm::is_alive_in(directory.path()));
+        assert!(!Vm::has_ended_in(directory.path()));
         let pidfd = record.process.open().unwrap();
         drop(child.stdin.take());
         poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
 
         assert!(!Vm::is_alive_in(directory.path()));
         assert!(record.process.open().is_err());
+        assert!(Vm::has_ended_in(directory.path()));
+        // Somebody answers there whose process is not seen.
+        let listener = UnixListener::bind(monitor(directory.path())).unwrap();
+        assert!(!Vm::has_ended_in(directory.path()));
+        drop(listener);
+        assert!(Vm::has_ended_in(directory.path()));
         let error = Vm::reattach(directory.path()).await.unwrap_err();
         assert!(
             error.to_string().contains("no VM to reach again"),
             "{error}"
         );
         child.wait().unwrap();
+        std::fs::write(Record::path(directory.path()), "{").unwrap();
+        assert!(!Vm::has_ended_in(directory.path()));
     }
 }
