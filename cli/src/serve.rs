@@ -3,6 +3,7 @@
 mod guests;
 mod metrics;
 mod page;
+mod reload;
 mod systemd;
 mod web;
 
@@ -15,18 +16,18 @@ use crate::failure::{Context, Failure, printable};
 use crate::guest::GuestKind;
 use crate::interrupt::Interrupt;
 use crate::machine::require_root;
-use crate::status::Source;
 use crate::terminal::{note, say};
 use guests::Guests;
-use web::Web;
+use reload::Reloading;
+use web::{Sources, Web};
 
 pub(crate) use web::WebAddress;
 
 /// Serves until a signal. `Ok` is the exit status.
 pub(crate) async fn run(
-    args: ServeArgs,
+    mut args: ServeArgs,
     interrupt: Interrupt,
-    hangup: Option<Signal>,
+    mut hangup: Option<Signal>,
 ) -> Result<u8, Failure> {
     let is_local = |served: &Served| served.guest == GuestKind::Local;
     let served = args.served()?;
@@ -42,6 +43,8 @@ pub(crate) async fn run(
     let peers = Peers::default();
     peers.allow_only(args.allowed_users()?);
     let mut guests = Guests::start(&args, served, &interrupt).await?;
+    // One that is left out is tried again when the file is read again.
+    args.remember_only(guests.names());
     let activations = match guests.recover(&args).await {
         Ok(activations) => activations,
         Err(failure) => {
@@ -49,7 +52,9 @@ pub(crate) async fn run(
             return Err(failure);
         }
     };
-    let sources = guests.offer_status(&args, &activations);
+    let sources = Sources::default();
+    guests.offer_status(&args, &activations);
+    sources.set(guests.sources());
     note(format_args!(
         "serving at {}; {} activated",
         printable(args.address().display()),
@@ -62,18 +67,32 @@ pub(crate) async fn run(
         note(format_args!("metrics and a page at {address}"));
     }
     systemd::notify("READY=1");
+    // A task of its own: it goes on while the file is read again, which may take as long as a virtual machine takes to boot.
+    let mut serving = tokio::spawn(serve(
+        socket.listener,
+        activations.clone(),
+        peers.clone(),
+        interrupt.token().clone().cancelled_owned(),
+    ));
     let lost = {
-        let serving = serve(
-            socket.listener,
-            activations.clone(),
-            peers.clone(),
-            interrupt.token().clone().cancelled_owned(),
-        );
-        tokio::select! {
-            () = serving => None,
-            why = guests.failed() => Some(why),
-            () = reload(hangup, &args, &peers) => None,
-            () = watch(web.as_ref(), sources) => None,
+        let watching = watch(web.as_ref(), sources.clone());
+        tokio::pin!(watching);
+        loop {
+            tokio::select! {
+                ended = &mut serving => break ended.err().map(|error| error.to_string()),
+                why = guests.failed() => break Some(why),
+                () = hear(&mut hangup) => {
+                    let mut reloading = Reloading {
+                        args: &mut args,
+                        peers: &peers,
+                        guests: &mut guests,
+                        activations: &activations,
+                        sources: &sources,
+                    };
+                    reloading.run(&interrupt).await;
+                }
+                () = &mut watching => {}
+            }
         }
     };
     systemd::notify("STOPPING=1");
@@ -96,32 +115,22 @@ pub(crate) async fn run(
 }
 
 /// Offers the metrics, if they are wanted. Never ends.
-async fn watch(web: Option<&Web>, sources: Vec<Source>) {
+async fn watch(web: Option<&Web>, sources: Sources) {
     if let Some(web) = web {
         web.serve(sources).await;
     }
     std::future::pending().await
 }
 
-/// Reads the file again at each SIGHUP. Never ends.
-async fn reload(hangup: Option<Signal>, args: &ServeArgs, peers: &Peers) {
-    let Some(mut hangup) = hangup else {
-        return std::future::pending().await;
+/// Waits for a SIGHUP; for ever, where it is not listened to.
+async fn hear(hangup: &mut Option<Signal>) {
+    let heard = match hangup {
+        Some(hangup) => hangup.recv().await,
+        None => None,
     };
-    while hangup.recv().await.is_some() {
-        systemd::notify_reloading();
-        match args.allowed_users() {
-            Ok(users) => {
-                peers.allow_only(users);
-                note(format_args!(
-                    "SIGHUP: the users that may connect were read again"
-                ));
-            }
-            Err(failure) => say(format_args!("SIGHUP: nothing is changed: {failure}")),
-        }
-        systemd::notify("READY=1");
+    if heard.is_none() {
+        std::future::pending().await
     }
-    std::future::pending().await
 }
 
 struct Socket {

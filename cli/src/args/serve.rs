@@ -2,7 +2,7 @@
 
 mod file;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,8 +31,10 @@ end of the server remove all that is its own. Only processes of root and of \
 users that are allowed may connect.
 
 SIGTERM ends it once the calls under way have their answers. SIGHUP reads the \
---config again, of which allow-users takes effect. With systemd: Type=notify, \
-and a socket unit if you like (LISTEN_FDS).
+--config again: allow-users takes effect, a new table [vm.NAME] is served, and \
+one that has gone no more, once nothing is activated in it; all else waits for \
+the next start. With systemd: Type=notify-reload, and a socket unit if you like \
+(LISTEN_FDS).
 
 A --config has these options in TOML, by their names without dashes in front: \
 address, guest, vm, agent, agent-token, controllers (a list), transport, name, grace, \
@@ -40,7 +42,7 @@ metrics, allow-users (a list). The command line wins. For several virtual machin
 it has a table [vm.NAME] for each, with those of guest, vm, agent, agent-token, \
 controllers and transport that are about it; the label blockmount.vm=NAME says in \
 which of them a list is activated, and may be left out where there is one. A \
-machine that has ended is left out until the next start of the server.
+machine that has ended is left out until the next start or SIGHUP.
 
 Examples:
   sudo blockmount serve
@@ -112,6 +114,7 @@ struct Settings {
 /// A guest that a server is for.
 #[derive(Debug)]
 pub(crate) struct Served {
+    settings: Settings,
     /// The name of its virtual machine; none for the one guest of a server without names.
     pub(crate) name: Option<VmName>,
     pub(crate) guest: GuestKind,
@@ -120,12 +123,26 @@ pub(crate) struct Served {
     pub(crate) place: Place,
 }
 
+/// How a file differs from what is served.
+#[derive(Debug, Default)]
+pub(crate) struct ReadAgain {
+    /// The users whose processes may connect.
+    pub(crate) users: Vec<u32>,
+    /// What is not served yet.
+    pub(crate) added: Vec<Served>,
+    /// What it does not name any more.
+    pub(crate) removed: Vec<VmName>,
+    /// Of what it says something else.
+    pub(crate) changed: Vec<VmName>,
+}
+
 impl Settings {
     fn served(&self, name: Option<VmName>) -> Result<Served, Failure> {
         let vm = self.vm.foreign(self.guest)?;
         let guest = self.vm.guest(self.guest);
         let place = Place::of(guest, vm.clone(), self.transport, false)?;
         Ok(Served {
+            settings: self.clone(),
             name,
             guest,
             vm,
@@ -181,23 +198,64 @@ impl ServeArgs {
         if self.named.is_empty() {
             return Ok(vec![self.settings().served(None)?]);
         }
-        let served = self.named.iter().map(|(name, settings)| {
-            settings.served(Some(name.clone())).map_err(|failure| {
-                Failure::usage(format!("[vm.{name}] makes no sense")).because(failure.on_one_line())
-            })
-        });
-        let served: Vec<Served> = served.collect::<Result<_, _>>()?;
-        let mut monitors = BTreeMap::new();
-        for Served { name, vm, .. } in &served {
-            let (Some(name), Some(vm)) = (name, vm) else {
-                continue;
-            };
-            if let Some(other) = monitors.insert(&vm.monitor, name) {
-                let what = format!("[vm.{other}] and [vm.{name}] are the same virtual machine");
-                return Err(Failure::usage(what).advise("leave one of them out"));
+        served_by(&self.named)
+    }
+
+    /// What the file says now, compared with what is served.
+    pub(crate) fn read_again(&self) -> Result<ReadAgain, Failure> {
+        let mut again = ReadAgain {
+            users: self.allow_users.clone(),
+            ..ReadAgain::default()
+        };
+        let Some(path) = &self.config else {
+            return Ok(again);
+        };
+        let mut file = ConfigFile::read(path)?;
+        again.users.append(&mut file.allow_users);
+        let named = match file.take_guests(path)? {
+            Guests::One(_) if self.named.is_empty() => return Ok(again),
+            Guests::Named(named) if !self.named.is_empty() => named,
+            guests => {
+                let (now, server) = match guests {
+                    Guests::One(_) => ("no virtual machines", "several"),
+                    Guests::Named(_) => ("several virtual machines", "one guest"),
+                };
+                let path = path.display();
+                let what = format!("{path} names {now} now, and the server is for {server}");
+                return Err(Failure::usage(what).advise("start the server again"));
             }
+        };
+        again.added = served_by(&named)?;
+        again.added.retain(|served| {
+            let mut names = served.name.iter();
+            names.all(|name| !self.named.contains_key(name))
+        });
+        let names = || self.named.keys().cloned();
+        again.removed = names().filter(|name| !named.contains_key(name)).collect();
+        let has_changed = |name: &VmName| {
+            let now = named.get(name);
+            now.is_some_and(|now| self.named.get(name) != Some(now))
+        };
+        again.changed = names().filter(has_changed).collect();
+        Ok(again)
+    }
+
+    /// A guest of the file is served now.
+    pub(crate) fn remember(&mut self, served: Served) {
+        if let Some(name) = served.name {
+            self.named.insert(name, served.settings);
         }
-        Ok(served)
+    }
+
+    /// A guest of the file is not served, or not any more.
+    pub(crate) fn forget(&mut self, name: &VmName) {
+        self.named.remove(name);
+    }
+
+    /// Of several guests no others are served.
+    pub(crate) fn remember_only<'a>(&mut self, names: impl IntoIterator<Item = &'a VmName>) {
+        let names: BTreeSet<&VmName> = names.into_iter().collect();
+        self.named.retain(|name, _| names.contains(name));
     }
 
     /// What the command line says of its guest.
@@ -228,6 +286,27 @@ impl ServeArgs {
     pub(crate) fn logs_json(&self) -> bool {
         self.log_format == LogFormat::Json
     }
+}
+
+/// The guests of a file, none of them twice.
+fn served_by(named: &BTreeMap<VmName, Settings>) -> Result<Vec<Served>, Failure> {
+    let served = named.iter().map(|(name, settings)| {
+        settings.served(Some(name.clone())).map_err(|failure| {
+            Failure::usage(format!("[vm.{name}] makes no sense")).because(failure.on_one_line())
+        })
+    });
+    let served: Vec<Served> = served.collect::<Result<_, _>>()?;
+    let mut monitors = BTreeMap::new();
+    for Served { name, vm, .. } in &served {
+        let (Some(name), Some(vm)) = (name, vm) else {
+            continue;
+        };
+        if let Some(other) = monitors.insert(&vm.monitor, name) {
+            let what = format!("[vm.{other}] and [vm.{name}] are the same virtual machine");
+            return Err(Failure::usage(what).advise("leave one of them out"));
+        }
+    }
+    Ok(served)
 }
 
 /// A time: a number of seconds, or one with s, m or h behind it.

@@ -2,10 +2,8 @@
 
 use std::sync::OnceLock;
 
-use blockmount::HolderName;
-use blockmount_containerd::service::{
-    ActivationStatus, Activations, Options, VmName, recorded,
-};
+use blockmount::{BackendError, HolderName, Recovery};
+use blockmount_containerd::service::{ActivationStatus, Activations, Options, VmName, recorded};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
@@ -39,6 +37,49 @@ struct Guest {
     machine: Machine,
     /// Why what was in it is lost, once that is so.
     lost: OnceLock<String>,
+    /// How it is doing, once it offers that.
+    source: Option<Source>,
+}
+
+impl Guest {
+    fn new(name: Option<VmName>, machine: Machine) -> Self {
+        Guest {
+            name,
+            machine,
+            lost: OnceLock::new(),
+            source: None,
+        }
+    }
+
+    /// What an earlier server has left there, and how it is taken over.
+    fn take_recovery(&mut self, args: &ServeArgs) -> Result<(Recovery, Options), Failure> {
+        let Guest { machine, .. } = self;
+        machine.mark_held()?;
+        let no_journal = || Failure::new("a server without a journal has nothing to go on with");
+        let recovery = machine.take_recovery().ok_or_else(no_journal)?;
+        let options = Options::new(machine.own_target(TREES), machine.records());
+        Ok(match args.grace {
+            Some(grace) => (recovery, options.grace(grace)),
+            None => (recovery, options),
+        })
+    }
+
+    fn offer_status(&mut self, args: &ServeArgs, activations: &Activations) {
+        let Guest { name, machine, .. } = self;
+        let activations = Some((activations.clone(), name.as_ref()));
+        let offered =
+            machine.offer_status("serve", Some(&args.name()), args.address(), activations);
+        self.source = Some(offered);
+    }
+
+    /// Undoes a start that has come to nothing.
+    async fn give_up(self, interrupt: &Interrupt) {
+        if self.machine.is_resumed() {
+            self.machine.leave_activations();
+        } else if let Err(failure) = self.machine.end(interrupt).await.result {
+            say(format_args!("{}", failure.on_one_line()));
+        }
+    }
 }
 
 impl Guests {
@@ -54,12 +95,7 @@ impl Guests {
             let name = served.name.clone();
             let (failure, name) = match (started, name) {
                 (Ok(machine), name) => {
-                    let lost = OnceLock::new();
-                    guests.push(Guest {
-                        name,
-                        machine,
-                        lost,
-                    });
+                    guests.push(Guest::new(name, machine));
                     continue;
                 }
                 (Err(failure), None) => return Err(failure),
@@ -90,16 +126,9 @@ impl Guests {
     /// Takes over what an earlier server has activated in them.
     pub(super) async fn recover(&mut self, args: &ServeArgs) -> Result<Activations, Failure> {
         let mut found = Vec::new();
-        for Guest { name, machine, .. } in &mut self.0 {
-            machine.mark_held()?;
-            let no_journal =
-                || Failure::new("a server without a journal has nothing to go on with");
-            let recovery = machine.take_recovery().ok_or_else(no_journal)?;
-            let mut options = Options::new(machine.own_target(TREES), machine.records());
-            if let Some(grace) = args.grace {
-                options = options.grace(grace);
-            }
-            found.push((name.clone(), recovery, options));
+        for guest in &mut self.0 {
+            let (recovery, options) = guest.take_recovery(args)?;
+            found.push((guest.name.clone(), recovery, options));
         }
         let recovered = match found.pop() {
             Some((None, recovery, options)) => Activations::recover(recovery, options).await,
@@ -110,34 +139,84 @@ impl Guests {
                 Activations::recover_in_vms(named).await
             }
         };
-        let advice = "see what there is with \"blockmount cleanup --dry-run\"";
-        let recovered = recovered
-            .context(|| "cannot go on with what an earlier server has activated".to_owned());
-        recovered.map_err(|failure| failure.advise(advice))
+        going_on(recovered)
+    }
+
+    /// Serves one more, as at the start.
+    pub(super) async fn take_in(
+        &mut self,
+        args: &ServeArgs,
+        served: &Served,
+        activations: &Activations,
+        interrupt: &Interrupt,
+    ) -> Result<(), Failure> {
+        let machine = start(args, served, interrupt).await?;
+        let mut guest = Guest::new(served.name.clone(), machine);
+        let added = match (guest.take_recovery(args), &served.name) {
+            (Ok((recovery, options)), Some(name)) => {
+                going_on(activations.add_vm(name.clone(), recovery, options).await)
+            }
+            (Ok(_), None) => Err(Failure::new("it has no name")),
+            (Err(failure), _) => Err(failure),
+        };
+        match added {
+            Ok(()) => {
+                guest.offer_status(args, activations);
+                self.0.push(guest);
+                Ok(())
+            }
+            Err(failure) => {
+                guest.give_up(interrupt).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Ends one in which nothing is activated any more.
+    pub(super) async fn leave_out(
+        &mut self,
+        name: &VmName,
+        interrupt: &Interrupt,
+    ) -> Result<(), Failure> {
+        let mut guests = self.0.iter();
+        match guests.position(|guest| guest.name.as_ref() == Some(name)) {
+            Some(at) => self.0.remove(at).machine.end(interrupt).await.result,
+            None => Ok(()),
+        }
+    }
+
+    /// The names of the virtual machines, where there are several.
+    pub(super) fn names(&self) -> impl Iterator<Item = &VmName> {
+        self.0.iter().filter_map(|guest| guest.name.as_ref())
     }
 
     /// Has each say how it is doing.
-    pub(super) fn offer_status(
-        &mut self,
-        args: &ServeArgs,
-        activations: &Activations,
-    ) -> Vec<Source> {
-        let server = args.name();
-        let offered = self.0.iter_mut().map(|Guest { name, machine, .. }| {
-            let activations = Some((activations.clone(), name.as_ref()));
-            machine.offer_status("serve", Some(&server), args.address(), activations)
-        });
-        offered.collect()
+    pub(super) fn offer_status(&mut self, args: &ServeArgs, activations: &Activations) {
+        for guest in &mut self.0 {
+            guest.offer_status(args, activations);
+        }
     }
 
-    /// Waits until what is in all of them is lost, and says why.
+    /// How each is doing, by the names of their virtual machines.
+    pub(super) fn sources(&self) -> Vec<Source> {
+        let sources = self.0.iter().filter_map(|guest| guest.source.clone());
+        let mut sources: Vec<Source> = sources.collect();
+        sources.sort_by(|one, other| one.vm.cmp(&other.vm));
+        sources
+    }
+
+    /// Waits until what is in all of them is lost, and says why. Cancel safe: what was said of one is not said again.
     pub(super) async fn failed(&self) -> String {
-        let failing = self
-            .0
-            .iter()
+        let mut last = String::new();
+        let (lost, served): (Vec<_>, Vec<_>) =
+            self.0.iter().partition(|guest| guest.lost.get().is_some());
+        if let Some(why) = lost.last().and_then(|guest| guest.lost.get()) {
+            last.clone_from(why);
+        }
+        let failing = served
+            .into_iter()
             .map(async |guest| (guest, guest.machine.failed().await));
         let mut failing: FuturesUnordered<_> = failing.collect();
-        let mut last = String::new();
         while let Some((guest, why)) = failing.next().await {
             if let Some(name) = &guest.name {
                 say(format_args!(
@@ -160,6 +239,7 @@ impl Guests {
             name,
             machine,
             lost,
+            ..
         } in self.0
         {
             let name = name.as_ref().map(VmName::as_str);
@@ -176,14 +256,18 @@ impl Guests {
 
     /// Undoes a start that another guest has made fail.
     pub(super) async fn give_up(self, interrupt: &Interrupt) {
-        for Guest { machine, .. } in self.0 {
-            if machine.is_resumed() {
-                machine.leave_activations();
-            } else if let Err(failure) = machine.end(interrupt).await.result {
-                say(format_args!("{}", failure.on_one_line()));
-            }
+        for guest in self.0 {
+            guest.give_up(interrupt).await;
         }
     }
+}
+
+fn going_on<T>(recovered: Result<T, BackendError>) -> Result<T, Failure> {
+    let what = || "cannot go on with what an earlier server has activated".to_owned();
+    let advice = "see what there is with \"blockmount cleanup --dry-run\"";
+    recovered
+        .context(what)
+        .map_err(|failure| failure.advise(advice))
 }
 
 /// Goes on with the run of an earlier server in a guest, or starts one.

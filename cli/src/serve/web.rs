@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use blockmount_containerd::service::listen;
@@ -92,8 +92,7 @@ impl Web {
     }
 
     /// Serves for ever.
-    pub(super) async fn serve(&self, sources: Vec<Source>) {
-        let sources = Arc::from(sources);
+    pub(super) async fn serve(&self, sources: Sources) {
         match self {
             Web::Tcp(listener) => {
                 serve_all(sources, async || Ok(listener.accept().await?.0)).await;
@@ -102,6 +101,22 @@ impl Web {
                 serve_all(sources, async || Ok(listener.accept().await?.0)).await;
             }
         }
+    }
+}
+
+/// Whose status is offered, as they come and go. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sources(Arc<Mutex<Vec<Source>>>);
+
+impl Sources {
+    pub(super) fn set(&self, sources: Vec<Source>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+    }
+
+    fn read(&self) -> Vec<Status> {
+        let sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let sources = sources.clone();
+        sources.iter().map(Source::read).collect()
     }
 }
 
@@ -115,7 +130,7 @@ impl Drop for Web {
     }
 }
 
-async fn serve_all<S>(sources: Arc<[Source]>, accept: impl AsyncFn() -> io::Result<S>)
+async fn serve_all<S>(sources: Sources, accept: impl AsyncFn() -> io::Result<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -139,7 +154,7 @@ where
 }
 
 /// One request, and its answer.
-async fn connection<S>(stream: S, sources: Arc<[Source]>, slot: OwnedSemaphorePermit)
+async fn connection<S>(stream: S, sources: Sources, slot: OwnedSemaphorePermit)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -159,7 +174,7 @@ where
     drop(slot);
 }
 
-fn answer(method: &Method, path: &str, sources: &[Source]) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, sources: &Sources) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         return said(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -167,18 +182,17 @@ fn answer(method: &Method, path: &str, sources: &[Source]) -> Response<Full<Byte
             "there is nothing to change here\n".into(),
         );
     }
-    let read = || -> Vec<Status> { sources.iter().map(Source::read).collect() };
     match path {
         "/" => said(
             StatusCode::OK,
             "text/html; charset=utf-8",
-            page::html(&read()),
+            page::html(&sources.read()),
         ),
-        "/metrics" => match metrics::text(read()) {
+        "/metrics" => match metrics::text(sources.read()) {
             Ok(text) => said(StatusCode::OK, metrics::CONTENT_TYPE, text),
             Err(error) => failed(&error),
         },
-        "/status.json" => match serde_json::to_string(&json!({ "runs": read() })) {
+        "/status.json" => match serde_json::to_string(&json!({ "runs": sources.read() })) {
             Ok(text) => said(StatusCode::OK, "application/json", text),
             Err(error) => failed(&error),
         },

@@ -16,7 +16,8 @@ pub mod machines;
 pub mod servers;
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -49,6 +50,15 @@ pub fn as_nobody<A: AsRef<OsStr>>(dir: &Path, arguments: impl IntoIterator<Item 
 /// Runs the program to its end.
 pub fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Answer {
     kit::run(program(arguments))
+}
+
+/// What a server offers at an address over HTTP.
+pub fn get(at: &Path, path: &str) -> String {
+    let mut stream = UnixStream::connect(at).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 /// A `mount` that holds its stack.

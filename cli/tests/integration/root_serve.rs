@@ -114,6 +114,85 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     assert_nothing_left(&dir);
 }
 
+/// Has a server read its file again, with these tables in it, and tells what it says about that.
+fn reload(dir: &TempDir, server: &mut Server, tables: &str, words: &str) -> String {
+    let file = dir.path().join("serve.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    // Where it listens, and whom it lets in.
+    let head: Vec<&str> = text.lines().take(2).collect();
+    fs::write(&file, format!("{}\n{tables}", head.join("\n"))).unwrap();
+    signal(server.pid(), Signal::HUP);
+    let said = server.wait_for(words);
+    server.hears("RELOADING=1\nMONOTONIC_USEC=");
+    server.hears("READY=1");
+    said
+}
+
+#[test]
+fn root_machines_come_and_go_when_the_file_is_read_again() {
+    let _others = common::by_name();
+    let dir = directory();
+    let metrics = dir.path().join("metrics");
+    let words = ["--metrics", &format!("unix:{}", metrics.display())];
+    let mut server = Server::ready_with(&dir, &words, "[vm.one]\n");
+    let list = [servers::layer(image(&dir))];
+    let mut client = Client::of(&dir);
+    client.activate("first", &list);
+    let both = "[vm.one]\n[vm.two]\n";
+    reload(&dir, &mut server, both, "machine two is served from now on");
+    client.activate_in("two", "second", &list);
+    let vms = |dir: &TempDir| -> Vec<String> {
+        let status = run(["status", "--json", "--name", &name(dir)]).json();
+        let runs = status["runs"].as_array().unwrap().iter();
+        runs.map(|run| run["vm"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(vms(&dir), ["one", "two"]);
+    let series = common::get(&metrics, "/metrics");
+    for vm in ["one", "two"] {
+        let activated = format!("activations{{vm=\"{vm}\",namespace=\"default\"}} 1");
+        assert!(series.contains(&activated), "{series}");
+    }
+
+    let stays = "machine one is not in the file any more, and is served still";
+    let said = reload(&dir, &mut server, "[vm.two]\n", stays);
+    assert!(said.contains("1 activated"), "{said}");
+    client.call("Info", json!({"name": "first"}));
+    client.deactivate("first");
+    let changed = "[vm.two]\nguest = \"local\"\n";
+    reload(&dir, &mut server, changed, "machine two has changed");
+    assert_eq!(vms(&dir), ["two"]);
+    assert!(!common::get(&metrics, "/metrics").contains("vm=\"one\""));
+    for (tables, words) in [
+        ("[vm.\"a/b\"]\n", "nothing is changed"),
+        ("guest = \"local\"\n", "names no virtual machines now"),
+        (
+            "[vm.two]\n[vm.far]\nvm = \"qemu:/absent\"\nagent = \"unix:/absent\"\n",
+            "far is not taken in",
+        ),
+    ] {
+        reload(&dir, &mut server, tables, words);
+    }
+    // The last one is replaced, and never nobody is left.
+    client.deactivate("second");
+    reload(
+        &dir,
+        &mut server,
+        "[vm.three]\n",
+        "machine two is not served any more",
+    );
+    client.activate("third", &list);
+    assert_eq!(vms(&dir), ["three"]);
+    drop(client);
+    server.kill();
+    let server = Server::ready_with(&dir, &words, "[vm.three]\n");
+    let mut client = Client::of(&dir);
+    client.deactivate("third");
+    drop(client);
+    server.end().says(0, &[]);
+    assert_nothing_left(&dir);
+}
+
 #[test]
 fn root_a_server_takes_the_socket_of_its_service_manager() {
     let _others = common::by_name();

@@ -5,6 +5,7 @@ mod deactivating;
 mod inspect;
 mod labels;
 mod recover;
+mod vms;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -58,7 +59,7 @@ pub struct Activate {
 #[derive(Debug)]
 struct Shared {
     /// At least one; those with names in the order of these.
-    vms: Vec<Arc<Vm>>,
+    vms: Mutex<Vec<Arc<Vm>>>,
     turns: Turns<Key>,
     /// Whether everything is left to the next process. Each call that changes something reads it for as long as it runs.
     is_left: Arc<RwLock<bool>>,
@@ -169,6 +170,11 @@ impl Activations {
         // Released, they would be torn down.
         std::mem::forget(table);
         left
+    }
+
+    /// Held for no I/O.
+    fn vms(&self) -> MutexGuard<'_, Vec<Arc<Vm>>> {
+        self.0.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {

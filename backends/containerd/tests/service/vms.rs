@@ -250,3 +250,64 @@ fn names_of_machines_are_words() {
         assert!(name.parse::<VmName>().is_err(), "{name:?}");
     }
 }
+
+#[tokio::test]
+async fn root_a_machine_comes_and_goes_while_the_service_goes_on() {
+    let machine = Machine::new();
+    let (a, b) = vms_of(&machine);
+    let list = [layer(&machine.erofs("base", &[("a", "base")]))];
+    machine.kill_once_ready("vms::process_that_is_killed");
+    let activations = serve(&[("a", &a)]).await.unwrap();
+    let names = |activations: &Activations| -> Vec<String> {
+        let found = listed(activations).into_iter();
+        found.map(|info| info.name).collect()
+    };
+    let of_b: VmName = "b".parse().unwrap();
+    // An earlier process has something of this name in the one that is to come.
+    activations
+        .activate(within("a", "two", &list))
+        .await
+        .unwrap();
+    let added = activations.add_vm(of_b.clone(), b.recovery().await, b.options());
+    let error = added.await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert!(error.to_string().contains("machines a and b"), "{error}");
+    assert_eq!(b.left().1, 1);
+    activations.deactivate("default", "two").await.unwrap();
+    assert_eq!(names(&activations), ["one", "three"]);
+    let added = activations.add_vm(of_b.clone(), b.recovery().await, b.options());
+    added.await.unwrap();
+    assert_eq!(names(&activations), ["one", "three", "two"]);
+    let c = machine.one_of_several("c");
+    let again = activations.add_vm(of_b.clone(), c.recovery().await, c.options());
+    let error = again.await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    activations
+        .activate(within("b", "four", &list))
+        .await
+        .unwrap();
+
+    let error = activations.remove_vm(&of_b).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("2 activated"), "{error}");
+    let unknown = activations.remove_vm(&"c".parse().unwrap());
+    assert_eq!(unknown.unwrap_err().kind(), ErrorKind::NotFound);
+    for name in ["two", "four"] {
+        activations.deactivate("default", name).await.unwrap();
+    }
+    activations.remove_vm(&of_b).unwrap();
+    b.assert_all_clean();
+    let gone = activations.activate(within("b", "five", &list)).await;
+    let message = refused(gone, Code::InvalidArgument);
+    assert!(message.contains("there are: a"), "{message}");
+    activations.deactivate_all().await.unwrap();
+    let last = activations.remove_vm(&"a".parse().unwrap());
+    assert_eq!(last.unwrap_err().kind(), ErrorKind::Invalid);
+    a.assert_all_clean();
+
+    // One guest without a name is all that its service is for.
+    let d = machine.one_of_several("d");
+    let nameless = d.activations().await;
+    let added = nameless.add_vm(of_b, c.recovery().await, c.options());
+    assert_eq!(added.await.unwrap_err().kind(), ErrorKind::Conflict);
+}

@@ -84,7 +84,7 @@ impl Activations {
 
     /// The virtual machine that the label names; the only one, if it names none.
     fn choose(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
-        let vms = &self.0.vms;
+        let vms = self.vms();
         let wanted = labels.get(VM_LABEL);
         let found = match (wanted, &vms[..]) {
             (None, [only]) => Some(only),

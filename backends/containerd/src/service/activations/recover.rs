@@ -12,10 +12,10 @@ use super::deactivating::release_unclaimed;
 use super::{Activations, Options, Shared};
 
 /// What an earlier process has left in a virtual machine.
-struct Left {
-    vm: Arc<Vm>,
-    recovery: Recovery,
-    records: Vec<Record>,
+pub(super) struct Left {
+    pub(super) vm: Arc<Vm>,
+    pub(super) recovery: Recovery,
+    pub(super) records: Vec<Record>,
 }
 
 impl Activations {
@@ -75,7 +75,7 @@ impl Activations {
             left.take_over(&mut table).await;
         }
         let shared = Arc::new(Shared {
-            vms,
+            vms: Mutex::new(vms),
             turns: Turns::default(),
             is_left: Arc::default(),
             table: Mutex::new(table),
@@ -89,7 +89,7 @@ impl Activations {
 
 impl Left {
     /// Has what is whole in the table, and releases the rest.
-    async fn take_over(self, table: &mut HashMap<Key, Entry>) {
+    pub(super) async fn take_over(self, table: &mut HashMap<Key, Entry>) {
         let Left {
             vm,
             recovery,
@@ -113,12 +113,16 @@ impl Left {
     }
 }
 
+/// Whether an activation is there after a restart, if it is whole.
+pub(super) fn is_kept(record: &Record) -> bool {
+    record.progress == Progress::Up && !record.temporary
+}
+
 /// Refuses two activations with one name, of which one was made while the other's virtual machine was not served.
 fn ensure_unique(left: &[Left]) -> Result<(), BackendError> {
     let mut seen: HashMap<Key, &Vm> = HashMap::new();
     for Left { vm, records, .. } in left {
-        let kept = |record: &&Record| record.progress == Progress::Up && !record.temporary;
-        for record in records.iter().filter(kept) {
+        for record in records.iter().filter(|record| is_kept(record)) {
             let Some(other) = seen.insert(record.info.key(), vm) else {
                 continue;
             };

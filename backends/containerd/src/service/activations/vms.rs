@@ -1,0 +1,127 @@
+//! Virtual machines that come and go while the service goes on.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use blockmount::{BackendError, Recovery};
+
+use super::super::vm::{Vm, VmName};
+use super::deactivating::release_unclaimed;
+use super::recover::{Left, is_kept};
+use super::{Activations, Options};
+
+impl Activations {
+    /// Takes one more virtual machine in, as [`recover_in_vms`](Self::recover_in_vms) takes several. While what an earlier process has
+    /// activated there is taken over, calls that change something wait.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if the service is for one guest without a name, has a machine of this name, or has an activation of a name that one
+    /// there has; or if the records cannot be read, or the service has been left. Nothing is changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// What was taken over until then may be neither here nor there before the next process.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub async fn add_vm(
+        &self,
+        name: VmName,
+        recovery: Recovery,
+        options: Options,
+    ) -> Result<(), BackendError> {
+        let (vm, records) = Vm::load(Some(name.clone()), &recovery, &options).await?;
+        // Nobody takes one of their names meanwhile.
+        let alone = match records.is_empty() {
+            true => None,
+            false => Some(self.0.is_left.write().await),
+        };
+        let is_left = match &alone {
+            Some(is_left) => **is_left,
+            None => *self.0.is_left.read().await,
+        };
+        if is_left {
+            return Err(BackendError::other("the service is ending"));
+        }
+        self.ensure_new(&name)?;
+        for record in records.iter().filter(|record| is_kept(record)) {
+            let (namespace, activation) = record.info.key();
+            if let Some(other) = self.table().get(&record.info.key()) {
+                let other = other.vm.called().unwrap_or_default();
+                return Err(BackendError::conflict(format!(
+                    "{activation:?} is activated in namespace {namespace} of both virtual machines {other} and {name}"
+                )));
+            }
+        }
+        let vm = Arc::new(vm);
+        let mut taken = HashMap::new();
+        let left = Left {
+            vm: vm.clone(),
+            recovery,
+            records,
+        };
+        left.take_over(&mut taken).await;
+        {
+            let mut table = self.table();
+            for (key, entry) in taken {
+                table.entry(key).or_insert(entry);
+            }
+        }
+        let mut vms = self.vms();
+        let at = vms.partition_point(|other| other.name < vm.name);
+        vms.insert(at, vm);
+        drop(vms);
+        if let Some(grace) = options.grace {
+            let shared = Arc::downgrade(&self.0);
+            tokio::spawn(release_unclaimed(shared, Some(name), grace));
+        }
+        Ok(())
+    }
+
+    fn ensure_new(&self, name: &VmName) -> Result<(), BackendError> {
+        let vms = self.vms();
+        if vms.iter().any(|vm| vm.name.is_none()) {
+            let message = "the service is for one guest, which has no name";
+            return Err(BackendError::conflict(message));
+        }
+        match vms.iter().any(|vm| vm.name.as_ref() == Some(name)) {
+            true => {
+                let message = format!("the service has a virtual machine {name} already");
+                Err(BackendError::conflict(message))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// Leaves a virtual machine out, in which nothing is activated. Its manager is the caller's to end.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is none of this name; `Busy` while something is activated there, or is about to be; `Invalid` for the last
+    /// one. Nothing is changed then.
+    pub fn remove_vm(&self, name: &VmName) -> Result<(), BackendError> {
+        let mut vms = self.vms();
+        let at = vms.iter().position(|vm| vm.name.as_ref() == Some(name));
+        let Some(at) = at else {
+            let message = format!("the service has no virtual machine {name}");
+            return Err(BackendError::not_found(message));
+        };
+        // Each activation has the machine that it is in, from the moment on at which that is chosen under this lock.
+        if Arc::strong_count(&vms[at]) > 1 {
+            let within = |entry: &&super::Entry| entry.vm.name.as_ref() == Some(name);
+            let message = match self.table().values().filter(within).count() {
+                0 => format!("something is being activated in the virtual machine {name}"),
+                count => format!("{count} activated in the virtual machine {name}"),
+            };
+            return Err(BackendError::busy(message));
+        }
+        if vms.len() == 1 {
+            let message = format!("{name} is the only virtual machine of the service");
+            return Err(BackendError::invalid(message));
+        }
+        drop(vms.remove(at));
+        Ok(())
+    }
+}
