@@ -6,14 +6,13 @@ mod common;
 #[path = "../../tests/common/merged_erofs.rs"]
 mod merged_erofs;
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use blockmount_checker::tree::Tree;
+use common::foreign::ForeignMachine;
 use common::machines::{in_guest, machine_in, machines_of};
 use common::servers::{Client, Server, layer, mount, overlay, writable};
-use common::{alone, clean_up, image, in_kernel, run, run_id, signal, temp};
+use common::{alone, get, image, in_kernel, run, run_id, signal, temp};
 use merged_erofs::Merged;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -198,15 +197,6 @@ fn vm_the_lists_of_the_erofs_snapshotter_are_performed_in_a_machine() {
     assert!(kept.exists() && dir.path().join("alone.img").exists());
 }
 
-/// What a server offers at an address over HTTP.
-fn get(at: &Path, path: &str) -> String {
-    let mut stream = UnixStream::connect(at).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
-}
-
 /// The run of each virtual machine of a server, by its name.
 fn runs(dir: &TempDir) -> Vec<(String, String, usize)> {
     let status = run(["status", "--json", "--name", &common::servers::name(dir)]).json();
@@ -301,9 +291,77 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     // Nothing is left of the one in which nothing is activated.
     let directory = |id: &str| PathBuf::from(format!("/run/blockmount/{id}"));
     assert!(!directory(here_id).exists() && directory(id).exists());
-    clean_up(&[&format!("--resumable={name}")]);
-    for id in [id, here_id] {
+    // The next server has another one in the place of what is lost, and says so.
+    let mut server = Server::ready_with(&dir, &words, &tables);
+    let said = server.wait_for("the virtual machine far of the earlier server has ended");
+    assert!(said.contains("is lost: default/one;"), "{said}");
+    assert!(!directory(id).exists());
+    let mut client = Client::of(&dir);
+    assert_eq!(client.call("List", json!({})), json!([]));
+    client.activate_in("far", "one", &list);
+    client.deactivate("one");
+    let now = runs(&dir);
+    drop(client);
+    server.end().says(0, &[]);
+    let ids = now.iter().map(|(_, id, _)| id);
+    for id in ids.chain([id, here_id]) {
         assert_eq!(machines_of(id), Vec::<String>::new());
         assert!(!directory(id).exists());
     }
+}
+
+#[test]
+fn vm_one_server_is_for_two_machines_of_others_and_leaves_one_out_when_it_is_told() {
+    let _alone = alone();
+    let dir = temp();
+    let mut machines = [(); 2].map(|()| ForeignMachine::start());
+    let before = machines.each_ref().map(ForeignMachine::tables);
+    let table = |name: &str, machine: &ForeignMachine| {
+        let (monitor, agent) = (machine.at("qmp"), machine.at("agent"));
+        let (monitor, agent) = (monitor.display(), agent.display());
+        format!("[vm.{name}]\nvm = \"qemu:{monitor}\"\nagent = \"unix:{agent}\"\n")
+    };
+    let [east, west] = ["east", "west"];
+    let tables = [table(east, &machines[0]), table(west, &machines[1])].concat();
+    let server = Server::ready_with(&dir, &[], &tables);
+    let mut client = Client::of(&dir);
+    let base = layer(erofs(&dir, "base", &[("a", "base")]));
+    let scratch = writable(dir.path().join("rw.img"));
+    let active = [scratch, base.clone(), overlay(1)];
+    let points = [
+        client.activate_in(east, "one", &active),
+        client.activate_in(west, "two", &[base]),
+    ];
+    let all = client.call("List", json!({}));
+    drop(client);
+    let held = |(vm, _, count): (String, String, usize)| (vm, count);
+    let held: Vec<_> = runs(&dir).into_iter().map(held).collect();
+    assert_eq!(held, [(east.to_owned(), 1), (west.to_owned(), 1)]);
+    server.kill();
+    for (machine, points) in machines.iter().zip(&points) {
+        let tree = points.last().unwrap();
+        let (names, _) = machine.ask(async |checker| checker.names(tree, 9).await.unwrap());
+        assert_eq!(names, ["a"]);
+    }
+
+    let mut server = Server::ready_with(&dir, &[], &tables);
+    let mut client = Client::of(&dir);
+    assert_eq!(client.call("List", json!({})), all);
+    client.deactivate("two");
+    machines[1].assert_guest_as(&before[1]);
+    let file = dir.path().join("serve.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace(&table(west, &machines[1]), "");
+    std::fs::write(&file, text).unwrap();
+    signal(server.pid(), Signal::HUP);
+    server.wait_for("machine west is not served any more");
+    machines[1].assert_as(&before[1]);
+    assert!(machines[1].is_alive());
+    // The last one that it is for.
+    signal(machines[0].pid(), Signal::KILL);
+    let said = server.wait();
+    said.says(
+        1,
+        &["what is activated in the virtual machine east is lost"],
+    );
 }

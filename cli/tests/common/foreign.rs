@@ -152,9 +152,13 @@ impl ForeignMachine {
         self.qemu.try_wait().unwrap().is_none()
     }
 
-    /// What the guest's kernel has, as lines, asked over the checker's port.
+    /// What the guest's kernel has, as lines, asked over the checker's port. A guest that boots is waited for.
     pub fn tables(&self) -> BTreeSet<String> {
-        self.ask(async |checker| lines(&checker.tables().await.unwrap()))
+        let mut answer = self.runtime.block_on(async {
+            let mut stream = UnixStream::connect(self.at("checker")).await.unwrap();
+            serving::ask(&mut stream, json!("tables")).await
+        });
+        lines(&serde_json::from_value(answer["tables"].take()).unwrap())
     }
 
     pub fn ask<T>(&self, ask: impl AsyncFnOnce(&mut Checker<UnixStream>) -> T) -> T {
