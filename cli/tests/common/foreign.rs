@@ -256,9 +256,11 @@ fn lines(tables: &Tables) -> BTreeSet<String> {
     let mounts = tables.mounts.iter();
     let mounts =
         mounts.map(|mount| format!("mount of {} at {}", mount.filesystem, mount.mount_point));
+    // Loop devices stay when nothing is bound to them any more.
     let disks = tables
         .block_devices
         .iter()
+        .filter(|disk| !disk.name.starts_with("loop"))
         .map(|disk| format!("disk {}", disk.name));
     let scsi = tables
         .scsi_devices
