@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -78,15 +79,30 @@ impl Server {
     #[track_caller]
     pub fn ready_with(dir: &TempDir, words: &[&str], more: &str) -> Self {
         let mut server = Server::start_with(dir, &[], words, more);
+        let deadline = Instant::now() + LONGEST;
+        // One that has ended says nothing any more.
+        server.await_at_most(Duration::from_secs(1));
         let mut heard = [0; 256];
-        match server.notified.recv(&mut heard) {
-            Ok(length) => assert!(heard[..length].starts_with(b"READY=1")),
-            Err(error) => panic!(
-                "{error}: {}",
-                server.child.take().map_or(String::new(), said_of)
-            ),
-        }
+        let length = loop {
+            match server.notified.recv(&mut heard) {
+                Ok(length) => break length,
+                Err(error) => {
+                    let child = server.child.as_mut().unwrap();
+                    let is_alive = child.try_wait().unwrap().is_none();
+                    if !is_alive || Instant::now() > deadline {
+                        let said = server.child.take().map_or(String::new(), said_of);
+                        panic!("{error}: {said}");
+                    }
+                }
+            }
+        };
+        assert!(heard[..length].starts_with(b"READY=1"));
+        server.await_at_most(LONGEST);
         server
+    }
+
+    fn await_at_most(&self, timeout: Duration) {
+        self.notified.set_read_timeout(Some(timeout)).unwrap();
     }
 
     pub fn pid(&self) -> u32 {
