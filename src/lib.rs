@@ -114,7 +114,7 @@ mod view;
 mod volume;
 
 pub use attach::{AttachManager, Attachment};
-pub use blocking::blocking;
+pub use blocking::{after_queued, blocking, blocking_call, blocking_step};
 #[doc(inline)]
 pub use contracts::{
     BindMount, Binder, BlockDevice, LayerCombiner, Mounter, Overlay, Presence, Resolver, Transport,
