@@ -27,6 +27,7 @@
 //!
 //! [`ErrorKind::Uncertain`]: crate::ErrorKind::Uncertain
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -178,20 +179,26 @@ pub trait Resolver: Send + Sync + 'static {
 }
 
 /// A block device of the guest, as a [`Resolver`] found it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct BlockDevice {
     /// The device node.
     pub path: PathBuf,
     /// The bytes of it that are meant, where one device holds many disks; all of it if none.
     pub range: Option<Range<u64>>,
+    /// The device itself, if its resolver has it open for reading: it need not be opened again to be read. Others may use the
+    /// same handle, so it is read by position alone.
+    pub open: Option<Arc<File>>,
 }
 
 impl BlockDevice {
     /// All of the device at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        let path = path.into();
-        BlockDevice { path, range: None }
+        BlockDevice {
+            path: path.into(),
+            range: None,
+            open: None,
+        }
     }
 
     /// These bytes of the device.
@@ -200,7 +207,23 @@ impl BlockDevice {
         self.range = range.into();
         self
     }
+
+    /// With a handle of the device that is open for reading.
+    #[must_use]
+    pub fn with_open(mut self, open: impl Into<Option<Arc<File>>>) -> Self {
+        self.open = open.into();
+        self
+    }
 }
+
+/// By what it names: a handle is only another way to it.
+impl PartialEq for BlockDevice {
+    fn eq(&self, other: &Self) -> bool {
+        self.path == other.path && self.range == other.range
+    }
+}
+
+impl Eq for BlockDevice {}
 
 /// Mounts devices. Guest side, or the host's end of a line to it.
 #[async_trait]

@@ -325,10 +325,7 @@ impl VmState {
     pub(super) fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let number = address(device)?;
         match self.slots.get(&number) {
-            Some(slot) if slot.plugged => Ok(BlockDevice {
-                path: format!("/dev/fake{number}").into(),
-                range: None,
-            }),
+            Some(slot) if slot.plugged => Ok(BlockDevice::new(format!("/dev/fake{number}"))),
             _ => Err(BackendError::not_found(format!(
                 "the guest has no device {device}"
             ))),
