@@ -61,6 +61,8 @@ pub struct Source {
     pub inode: Inode,
     /// The number of the block device (`st_rdev`); 0 for a file.
     pub device_number: u64,
+    /// The size of a file when it was opened.
+    bytes: Option<u64>,
 }
 
 impl Source {
@@ -121,15 +123,19 @@ pub fn device_id(number: u64) -> DiskId {
 /// Looks at the source through links, and refuses what can never be attached.
 fn inspect(disk: &Disk) -> Result<Metadata, BackendError> {
     if !matches!(disk.kind(), DiskKind::VirtualDisk | DiskKind::PhysicalDisk) {
-        let path = disk.source().display();
-        return Err(BackendError::unsuitable(format!(
-            "{path} is served by a provider, but only image files and block devices can be attached here"
-        )));
+        return Err(no_file(disk));
     }
     let metadata =
         std::fs::metadata(disk.source()).map_err(|error| no_source(disk, "find", error))?;
     fits_kind(disk, &metadata)?;
     Ok(metadata)
+}
+
+fn no_file(disk: &Disk) -> BackendError {
+    let path = disk.source().display();
+    BackendError::unsuitable(format!(
+        "{path} is served by a provider, but only image files and block devices can be attached here"
+    ))
 }
 
 /// Refuses a source that is not of the disk's kind.
@@ -173,8 +179,10 @@ fn kind_of(metadata: &Metadata) -> &'static str {
 /// As for [`identify`]; `Invalid` if it cannot be written to and the disk is not read-only, `Conflict` if another
 /// program has claimed it, or if it is another disk by now.
 pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
-    let seen = inspect(disk)?;
-    let is_device = seen.file_type().is_block_device();
+    let is_device = *disk.kind() == DiskKind::PhysicalDisk;
+    if !is_device && *disk.kind() != DiskKind::VirtualDisk {
+        return Err(no_file(disk));
+    }
     let write = !disk.is_read_only();
     let mut flags = OFlags::NONBLOCK;
     if is_device && write {
@@ -186,7 +194,11 @@ pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
         .write(write)
         .custom_flags(flags.bits().cast_signed())
         .open(disk.source())
-        .map_err(|error| no_source(disk, "open", error))?;
+        // What can never be attached is another error.
+        .map_err(|error| match inspect(disk) {
+            Ok(_) => no_source(disk, "open", error),
+            Err(refused) => refused,
+        })?;
     let opened = file
         .metadata()
         .map_err(|error| no_source(disk, "look at", error))?;
@@ -197,13 +209,16 @@ pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
             "{path} was replaced while it was being opened: it was {id}"
         )));
     }
-    // What is a disk can block, and the loop driver may go by the flags of the file.
-    rustix::fs::fcntl_setfl(&file, OFlags::empty())
-        .map_err(|error| no_source(disk, "open", error.into()))?;
+    if is_device {
+        // What is a disk can block, and the loop driver may go by the flags of the file. On a regular file it means nothing.
+        rustix::fs::fcntl_setfl(&file, OFlags::empty())
+            .map_err(|error| no_source(disk, "open", error.into()))?;
+    }
     Ok(Source {
         file,
         inode: Inode::of(&opened),
         device_number: opened.rdev(),
+        bytes: opened.is_file().then_some(opened.len()),
     })
 }
 
@@ -215,8 +230,9 @@ pub fn open(disk: &Disk, id: &DiskId) -> Result<Source, BackendError> {
 /// `Invalid` unless there is at least one sector of 512 bytes, and nothing but whole ones.
 pub fn size(disk: &Disk, source: &Source) -> Result<u64, BackendError> {
     let path = disk.source().display();
-    // Unlike the metadata, the end of the file also knows the size of a block device.
-    let size = (&source.file).seek(SeekFrom::End(0));
+    // The metadata does not have the size of a block device.
+    let end = || (&source.file).seek(SeekFrom::End(0));
+    let size = source.bytes.map_or_else(end, Ok);
     let size = size.map_err(|error| no_source(disk, "find the size of", error))?;
     let advice = match size {
         0 => {
