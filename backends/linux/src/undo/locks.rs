@@ -51,8 +51,15 @@ impl Key {
 #[derive(Debug)]
 pub(crate) struct Locks {
     timeout: Duration,
-    held: Mutex<HashSet<Key>>,
+    held: Mutex<Keys>,
     freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Keys {
+    held: HashSet<Key>,
+    /// How many calls wait: to tell nobody is a system call too.
+    waiting: usize,
 }
 
 /// A lock that is held until it is dropped.
@@ -84,31 +91,39 @@ impl Locks {
     ///
     /// `Busy` if it was not free in time.
     pub(crate) fn hold(&self, key: Key) -> Result<Held<'_>, BackendError> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut held, waited) = self
-            .freed
-            .wait_timeout_while(held, self.timeout, |held| held.contains(&key))
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let mut keys = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if keys.held.contains(&key) {
+            keys.waiting += 1;
+            keys = self
+                .freed
+                .wait_timeout_while(keys, self.timeout, |keys| keys.held.contains(&key))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            keys.waiting -= 1;
+        }
+        if keys.held.contains(&key) {
             return Err(BackendError::busy(format!(
                 "another target's call has been working on the same device or directory for {} seconds",
                 self.timeout.as_secs()
             )));
         }
-        held.insert(key.clone());
+        keys.held.insert(key.clone());
         Ok(Held { locks: self, key })
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        let mut held = self
+        let mut keys = self
             .locks
             .held
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        held.remove(&self.key);
-        drop(held);
-        self.locks.freed.notify_all();
+        keys.held.remove(&self.key);
+        let is_awaited = keys.waiting > 0;
+        drop(keys);
+        if is_awaited {
+            self.locks.freed.notify_all();
+        }
     }
 }
