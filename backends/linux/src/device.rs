@@ -27,7 +27,7 @@ pub(crate) mod verity;
 #[cfg(fuzzing)]
 pub(crate) use luks_header::fuzz as fuzz_luks_header;
 
-pub use free::{flush, hold_free, in_use, prove_free, release};
+pub use free::{flush, hold_free, in_use, prove_free, release, release_as};
 pub use node::{await_open, logical_block_size, open, size};
 pub use number::DeviceNumber;
 pub use partitions::{await_partition, partitions};

@@ -3,7 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-pub(crate) use blockmount::blocking;
+/// A call runs on one blocking thread until it has to wait.
+pub(crate) use blockmount::blocking_step as blocking;
 use blockmount::{BackendError, ErrorKind};
 use rustix::io::Errno;
 

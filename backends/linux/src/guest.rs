@@ -1,13 +1,17 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BindMount, Binder, BlockDevice, DeviceLocator, DeviceRole, ErrorKind, Expose,
     LayerCombiner, MountOptions, Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
+    blocking_call,
 };
 
 use crate::device::stack::{self, Timeouts};
@@ -87,8 +91,14 @@ impl LinuxGuest {
         F: Future<Output = Result<(), BackendError>> + Send + 'static,
     {
         let path = target.path().to_owned();
+        let underway = self.0.ledger.enter();
         let call = call(self.0.clone(), target);
-        self.0.turns.run(path, call).await
+        let call = async move {
+            let done = call.await;
+            drop(underway);
+            done
+        };
+        self.0.turns.run_blocking(path, call).await
     }
 
     /// The transports of its devices.
@@ -209,7 +219,8 @@ impl Binder for LinuxGuest {
 #[deny(clippy::missing_trait_methods)]
 impl Unplugger for LinuxGuest {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
-        self.0.config.transports.unplug(device).await
+        let (inner, device) = (self.0.clone(), device.clone());
+        blocking_call(async move { inner.config.transports.unplug(&device).await }).await
     }
 }
 
@@ -224,7 +235,7 @@ impl LinuxGuest {
         let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
         let path = target.path().to_owned();
         let look = move || look(&ledger.list(&target), kernel);
-        self.0.turns.run(path, blocking(look)).await
+        self.0.turns.run_blocking(path, blocking(look)).await
     }
 
     /// What is there of a mount that another process remembers, by the undo list and the kernel's table.
@@ -245,14 +256,19 @@ impl Inner {
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        let (early, is_mount) = (target.clone(), options.expose() == Expose::Filesystem);
-        // A bad target should not cost a wait for the device.
-        blocking(move || match is_mount {
-            true => early.check_free(),
-            false => Ok(()),
-        })
-        .await?;
-        let (found, further) = self.resolve(device, options).await?;
+        let mut resolving = pin!(self.resolve(device, options));
+        let first = poll_fn(|context| Poll::Ready(resolving.as_mut().poll(context))).await;
+        let (found, further) = match first {
+            Poll::Ready(found) => found?,
+            // A bad target should not cost a wait for the device.
+            Poll::Pending => {
+                if options.expose() == Expose::Filesystem {
+                    let early = target.clone();
+                    blocking(move || early.check_free()).await?;
+                }
+                resolving.await?
+            }
+        };
         self.begin(target).await?;
         let done = self.mount_found(device, found, further, target, options);
         let done = done.await;
@@ -338,6 +354,7 @@ impl Inner {
                     let found = Found {
                         locator: &locator,
                         node: &device.node,
+                        open: &device.open,
                         extra: &extra,
                     };
                     mount_once(list, found, &options, within, kernel)

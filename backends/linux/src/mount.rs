@@ -12,6 +12,7 @@ pub mod mountinfo;
 pub(crate) mod mounting;
 pub(crate) mod overlay;
 pub(crate) mod owners;
+pub(crate) mod parents;
 pub(crate) mod permission;
 pub(crate) mod target;
 pub(crate) mod unmount;

@@ -123,12 +123,19 @@ struct MountStatus {
 const SYS_STATMOUNT: libc::c_long = 457;
 const STATMOUNT_MNT_BASIC: u64 = 2;
 
-/// The number in `mountinfo` of the mount that a mount is on, which is given by its unique id.
+/// The numbers in `mountinfo` of a mount, and of the mount that it is on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MountNumbers {
+    pub(crate) own: u64,
+    pub(crate) parent: u64,
+}
+
+/// The numbers of a mount in this namespace, which is given by its unique id.
 ///
 /// # Errors
 ///
 /// `ENOSYS` before Linux 6.8.
-pub(crate) fn parent_of_mount(unique: u64) -> Result<u64, Errno> {
+pub(crate) fn numbers_of_mount(unique: u64) -> Result<MountNumbers, Errno> {
     let request = MountRequest {
         size: size_of::<MountRequest>() as u32,
         spare: 0,
@@ -148,7 +155,10 @@ pub(crate) fn parent_of_mount(unique: u64) -> Result<u64, Errno> {
         )
     };
     match result {
-        0 if status.mask & STATMOUNT_MNT_BASIC != 0 => Ok(status.parent.into()),
+        0 if status.mask & STATMOUNT_MNT_BASIC != 0 => Ok(MountNumbers {
+            own: status.number.into(),
+            parent: status.parent.into(),
+        }),
         0 => Err(Errno::NOSYS),
         _ => Err(last_error()),
     }

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind};
@@ -23,11 +23,14 @@ use crate::mount::users;
 ///
 /// `Busy`, naming who uses it; `NotFound` if it is not there.
 pub fn prove_free(path: &Path) -> Result<File, BackendError> {
-    claim(path)?.ok_or_else(|| busy(path, &users::of_device_at(path)))
+    claim(path, |_| Ok(()))?.ok_or_else(|| busy(path, &users::of_device_at(path)))
 }
 
-/// Holds a device exclusively, or answers `None` if somebody uses it.
-fn claim(path: &Path) -> Result<Option<File>, BackendError> {
+/// Holds a device exclusively if it is the one that is meant, or answers `None` if somebody uses it.
+fn claim(
+    path: &Path,
+    is_it: impl FnOnce(DeviceNumber) -> Result<(), BackendError>,
+) -> Result<Option<File>, BackendError> {
     let flags = OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let opened = OpenOptions::new()
         .read(true)
@@ -35,8 +38,9 @@ fn claim(path: &Path) -> Result<Option<File>, BackendError> {
         .open(path);
     match opened {
         Ok(held) => {
-            let is_free = users::holders_of_disk(DeviceNumber::of(&held)?).is_empty();
-            Ok(is_free.then_some(held))
+            let number = DeviceNumber::of(&held)?;
+            is_it(number)?;
+            Ok((!users::has_holders(number)).then_some(held))
         }
         Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => Ok(None),
         Err(error) if is_absent(&error) => Err(BackendError::not_found(format!(
@@ -107,17 +111,49 @@ pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendEr
     let attempt = {
         let path = path.clone();
         // Who uses it is searched for once, when the timeout is over.
-        move || try_hold(&path)?.ok_or_else(|| busy(&path, &[]))
+        move || try_hold(&path, |_| Ok(()))?.ok_or_else(|| busy(&path, &[]))
     };
+    hold(path, timeout, attempt).await
+}
+
+/// The same as [`release`], for a node of which it is not known whether it is that of a device.
+///
+/// # Errors
+///
+/// As for [`release`]; `Conflict` if it is another device, which is not touched.
+pub async fn release_as(
+    path: &Path,
+    number: DeviceNumber,
+    timeout: Duration,
+) -> Result<(), BackendError> {
+    let path = path.to_owned();
+    let attempt = {
+        let path = path.clone();
+        move || {
+            let is_it = |now: DeviceNumber| number.ensure_is(now, &path);
+            try_hold(&path, is_it)?.ok_or_else(|| busy(&path, &[]))
+        }
+    };
+    hold(path, timeout, attempt).await.map(drop)
+}
+
+async fn hold(
+    path: PathBuf,
+    timeout: Duration,
+    attempt: impl Fn() -> Result<File, BackendError> + Clone + Send + 'static,
+) -> Result<File, BackendError> {
     match retry_while_busy(timeout, attempt).await {
         Err(error) if error.kind() == ErrorKind::Busy => blocking(move || Err(in_use(&path))).await,
         done => done,
     }
 }
 
-/// Holds a device exclusively and flushes it, or answers `None` if somebody uses it. Blocks.
-pub(crate) fn try_hold(path: &Path) -> Result<Option<File>, BackendError> {
-    let Some(held) = claim(path)? else {
+/// Holds a device exclusively if it is the one that is meant, and flushes it, or answers `None` if somebody uses it. Blocks.
+pub(crate) fn try_hold(
+    path: &Path,
+    is_it: impl FnOnce(DeviceNumber) -> Result<(), BackendError>,
+) -> Result<Option<File>, BackendError> {
+    let Some(held) = claim(path, is_it)? else {
         return Ok(None);
     };
     match flush(&held) {

@@ -423,7 +423,7 @@ pub async fn release_range(
             Err(BackendError::busy(message))
         }
         // Somebody may have it without a mapped device.
-        None => free::try_hold(&whole).map(|held| held.is_some()),
+        None => free::try_hold(&whole, |_| Ok(())).map(|held| held.is_some()),
     };
     let mut others = Backoff::until(Instant::now() + timeout.max(OTHERS));
     while !retry_while_busy(timeout, attempt.clone()).await? {

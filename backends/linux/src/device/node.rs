@@ -1,10 +1,9 @@
 //! Device nodes: finding and opening them.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::num::NonZeroU64;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt as _, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
@@ -14,6 +13,13 @@ use rustix::fs::{Advice, OFlags};
 use crate::device::number::DeviceNumber;
 use crate::discover::uevent;
 use crate::errno::{errno_error, is_absent};
+
+/// From where on a [probe](crate::filesystem::probe) reads the end of a device at once: the signature that is farthest from the
+/// end is that of the first kind of Linux's RAID, in the last whole 64 KiB but one.
+pub(crate) fn end_at(size: u64) -> u64 {
+    const UNIT: u64 = 64 << 10;
+    (size - size % UNIT).saturating_sub(UNIT)
+}
 
 /// Opens a device for reading, or answers `None` while it is not ready: there is no node, or the
 /// node has no device or medium behind it. Blocks.
@@ -81,6 +87,61 @@ pub(crate) fn measure(path: &Path) -> Result<Measured, BackendError> {
     })
 }
 
+/// Reads an open device by position, whatever others do with the same handle.
+#[derive(Debug)]
+pub(crate) struct ReadAt<'a> {
+    device: &'a File,
+    at: u64,
+    /// Once it was asked for.
+    size: Option<u64>,
+}
+
+impl<'a> ReadAt<'a> {
+    pub(crate) fn new(device: &'a File) -> Self {
+        ReadAt {
+            device,
+            at: 0,
+            size: None,
+        }
+    }
+
+    fn size(&mut self) -> io::Result<u64> {
+        match self.size {
+            Some(size) => Ok(size),
+            None => Ok(*self.size.insert(size(self.device)?)),
+        }
+    }
+
+    /// Has the kernel read what a probe looks at last, at the end of the device, while it reads the start: one after the
+    /// other, each would be a wait of its own.
+    pub(crate) fn read_ahead(&mut self) {
+        let last = end_at(self.size().unwrap_or_default());
+        // It is advice: without it, reading is only slower.
+        let _ = rustix::fs::fadvise(self.device, last, None, Advice::WillNeed);
+    }
+}
+
+impl Read for ReadAt<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.device.read_at(buffer, self.at)?;
+        self.at += length as u64;
+        Ok(length)
+    }
+}
+
+impl Seek for ReadAt<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let beyond = || io::Error::from(io::ErrorKind::InvalidInput);
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => self.size()?.checked_add_signed(by),
+        };
+        self.at = at.ok_or_else(beyond)?;
+        Ok(self.at)
+    }
+}
+
 /// Waits until a device can be opened, and opens it for reading.
 ///
 /// # Errors
@@ -104,19 +165,6 @@ pub async fn await_open(path: &Path, deadline: Instant) -> Result<File, BackendE
 /// The system's.
 pub fn size(device: &File) -> io::Result<u64> {
     (&*device).seek(SeekFrom::End(0))
-}
-
-/// Has the kernel read at once what a probe looks at, and a mount after it: where filesystems and partition tables have
-/// their signatures, at the start of a device and at its end. One after the other, each would be a wait of its own.
-pub(crate) fn read_ahead(device: &File) {
-    /// The last one at the start is that of btrfs, in the page at 64 KiB.
-    const START: NonZeroU64 = NonZeroU64::new(68 << 10).expect("it is not zero");
-    const END: u64 = 64 << 10;
-    let last = size(device).unwrap_or_default().saturating_sub(END);
-    for (from, length) in [(0, Some(START)), (last, None)] {
-        // It is advice: without it, reading is only slower.
-        let _ = rustix::fs::fadvise(device, from, length, Advice::WillNeed);
-    }
 }
 
 /// The smallest unit that a device reads and writes, in bytes. Blocks.
@@ -147,6 +195,39 @@ pub(crate) fn node_named_in(uevent: &[u8]) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_handle_is_read_at_two_places() {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, b"0123456789").unwrap();
+        let (mut one, mut other) = (ReadAt::new(&file), ReadAt::new(&file));
+        let read = |from: &mut ReadAt<'_>| {
+            let mut two = [0; 2];
+            from.read_exact(&mut two).unwrap();
+            two
+        };
+        one.seek(SeekFrom::Start(4)).unwrap();
+        assert_eq!((read(&mut one), read(&mut other)), (*b"45", *b"01"));
+        assert_eq!(other.seek(SeekFrom::End(-3)).unwrap(), 7);
+        assert_eq!(one.seek(SeekFrom::Current(1)).unwrap(), 7);
+        assert_eq!((read(&mut one), read(&mut other)), (*b"78", *b"78"));
+        assert!(one.seek(SeekFrom::Current(-100)).is_err());
+    }
+
+    #[test]
+    fn the_end_of_a_device_has_the_signature_that_is_farthest_from_it() {
+        for (size, at) in [
+            (0, 0),
+            (512, 0),
+            (65_536, 0),
+            (65_537, 0),
+            (131_072, 65_536),
+        ] {
+            assert_eq!(end_at(size), at, "{size}");
+        }
+        assert_eq!(end_at(204_800), 131_072);
+        assert_eq!(end_at(4 << 20), (4 << 20) - 65_536);
+    }
 
     #[test]
     fn g15_a_device_without_a_node_has_no_path_and_no_empty_one() {

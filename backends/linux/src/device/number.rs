@@ -51,6 +51,16 @@ impl DeviceNumber {
         Ok(Self::from_rdev(meta.rdev()))
     }
 
+    /// Refuses a node that leads to another device by now.
+    pub(crate) fn ensure_is(self, now: DeviceNumber, node: &Path) -> Result<(), BackendError> {
+        if now == self {
+            return Ok(());
+        }
+        let node = node.display();
+        let message = format!("{node} was replaced: it was block device {self}, and is {now}");
+        Err(BackendError::conflict(message))
+    }
+
     /// Whether the kernel says that nothing is written to the device. Blocks.
     pub(crate) fn is_read_only(self) -> bool {
         let said = fs::read_to_string(self.sysfs().join("ro"));

@@ -10,9 +10,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockmount::{BackendError, BlockDevice, Encryption, ErrorKind, MountOptions, Overwrite};
+use blockmount::{
+    BackendError, BlockDevice, Encryption, ErrorKind, Expose, MountOptions, Overwrite,
+};
 
 use crate::device::crypt::{Encrypted, Worth};
+use crate::device::number::DeviceNumber;
 use crate::device::verity::Checked;
 use crate::device::{
     cipher, crypt, dm_linear, free, integrity, luks, node, partition, subrange, verity,
@@ -25,7 +28,8 @@ use crate::undo::ledger::{Ledger, UndoList};
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) node: PathBuf,
-    pub(crate) open: File,
+    /// Its resolver may use the same handle: it is read by position ([`ReadAt`](node::ReadAt)).
+    pub(crate) open: Arc<File>,
     known: Known,
 }
 
@@ -40,8 +44,12 @@ enum Known {
 impl Layer {
     async fn open(node: PathBuf, deadline: Instant) -> Result<Self, BackendError> {
         let open = node::await_open(&node, deadline).await?;
+        Ok(Layer::of(node, Arc::new(open)))
+    }
+
+    fn of(node: PathBuf, open: Arc<File>) -> Self {
         let known = Known::Nothing;
-        Ok(Layer { node, open, known })
+        Layer { node, open, known }
     }
 
     /// What is on it.
@@ -79,6 +87,11 @@ async fn open_found(
 ) -> Result<Layer, BackendError> {
     let deadline = Instant::now() + timeouts.ready;
     let mut layer = Layer::open(found.path, deadline).await?;
+    if let Some(meant) = found.open {
+        let (node, open) = (layer.node.clone(), layer.open.clone());
+        blocking(move || DeviceNumber::of(&meant)?.ensure_is(DeviceNumber::of(&open)?, &node))
+            .await?;
+    }
     match (found.range, partition) {
         (None, None) => {}
         (None, Some(number)) => {
@@ -121,6 +134,17 @@ pub(crate) async fn open(
     timeouts: Timeouts,
 ) -> Result<Layer, BackendError> {
     let partition = options.partition();
+    // Only a mount proves afterwards which device it is of.
+    let is_mounted_as_it_is = found.device.range.is_none()
+        && partition.is_none()
+        && options.verity().is_none()
+        && options.encryption().is_none()
+        && options.format().is_none()
+        && options.check().is_none()
+        && options.expose() == Expose::Filesystem;
+    if let (true, Some(open)) = (is_mounted_as_it_is, found.device.open.clone()) {
+        return Ok(Layer::of(found.device.path, open));
+    }
     let mut layer = open_found(ledger, target, found.device, partition, timeouts).await?;
     let deadline = Instant::now() + timeouts.ready;
     if let Some(options) = options.verity() {

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
-use blockmount::{BackendError, blocking};
+use blockmount::{BackendError, blocking_step};
 use nix::sys::socket::{
     AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt,
     socket, sockopt,
@@ -278,7 +278,7 @@ where
     F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
 {
     // Most devices are there already; a socket would cost more than the probe.
-    let (found, returned) = blocking(move || Ok((probe()?, probe))).await?;
+    let (found, returned) = blocking_step(move || Ok((probe()?, probe))).await?;
     probe = returned;
     if found.is_ok() {
         return Ok(found);
@@ -288,7 +288,7 @@ where
     let mut pause = FIRST_POLL;
     loop {
         // The probe after the subscription finds what was announced before it.
-        let (found, returned) = blocking(move || Ok((probe()?, probe))).await?;
+        let (found, returned) = blocking_step(move || Ok((probe()?, probe))).await?;
         probe = returned;
         let left = deadline.saturating_duration_since(Instant::now());
         if found.is_ok() || left.is_zero() {

@@ -97,7 +97,8 @@ pub(crate) fn choose_filesystem(
     }
 }
 
-/// Refuses a filesystem whose blocks are smaller than what the device reads at once: the kernel says `EINVAL` then.
+/// Says why a filesystem could not be mounted whose blocks are smaller than what the device reads at once: the kernel has only
+/// a number for that.
 pub(crate) fn ensure_block_size(
     node: &Path,
     device: &File,

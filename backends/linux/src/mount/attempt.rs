@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use blockmount::{BackendError, DeviceLocator, ErrorKind, MountOptions};
 
-use crate::device::node::Measured;
+use crate::device::dax;
+use crate::device::node::ReadAt;
 use crate::device::number::DeviceNumber;
-use crate::device::{dax, node};
 use crate::errno::errno_error;
 use crate::filesystem::preflight::{
     choose_filesystem, ensure_block_size, explained, refuse_incomplete,
@@ -16,7 +16,7 @@ use crate::filesystem::preflight::{
 use crate::filesystem::probe::{Content, probe};
 use crate::kernel::Kernel;
 use crate::mount::extra_devices::{self, Extra};
-use crate::mount::mounting::{self, Request};
+use crate::mount::mounting::{self, Detached, Request};
 use crate::mount::owners::Giving;
 use crate::mount::target::MountPoint;
 use crate::mount::writes::Writes;
@@ -45,6 +45,7 @@ pub(crate) fn expose_once(
 pub(crate) struct Found<'a> {
     pub(crate) locator: &'a DeviceLocator,
     pub(crate) node: &'a Path,
+    pub(crate) open: &'a File,
     pub(crate) extra: &'a [Extra],
 }
 
@@ -60,19 +61,17 @@ pub(crate) fn mount_once(
     let Found {
         locator,
         node,
+        open,
         extra,
     } = device;
-    let Measured {
-        mut open, number, ..
-    } = node::measure(node)?;
-    node::read_ahead(&open);
-    let found = probe(&mut open)
+    let number = DeviceNumber::of(open)?;
+    let mut reader = ReadAt::new(open);
+    reader.read_ahead();
+    let found = probe(&mut reader)
         .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?;
     let made = options.format().map(|format| &*format.filesystem);
     let filesystem = choose_filesystem(node, &found, options.filesystem().or(made))?;
-    ensure_block_size(node, &open, &found)?;
-    let wanted = extra_devices::wanted(&mut open, node, &found)?;
-    drop(open);
+    let wanted = extra_devices::wanted(&mut reader, node, &found)?;
     let _held = list.hold(Key::Device(number))?;
     let others = list.mounts_of(number);
     if !others.iter().all(|other| other.is_compatible_with(options)) {
@@ -108,6 +107,8 @@ pub(crate) fn mount_once(
     };
     let is_dax = dax::is_asked(options);
     mount_request(list, &mut request, options, number, kernel, step)
+        // The kernel's own words for this say little.
+        .map_err(|error| ensure_block_size(node, open, &found).err().unwrap_or(error))
         .map_err(|error| match is_dax {
             true => dax::explained(error, node),
             false => error,
@@ -141,13 +142,27 @@ fn mount_request(
         }
         built => built?,
     };
-    let at = directory::prepare(list)?;
+    let detached = detached.map(|mount| Detached::new(mount, list, kernel));
+    let detached = detached.transpose()?;
+    let propagation = options.propagation();
     let moved = match &detached {
-        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, &step)?,
+        Some(mount) => {
+            mount.ensure_is_of(device, &request.source)?;
+            match directory::make_fresh(list)? {
+                Some(fresh) => {
+                    mounting::attach(mount, fresh.place(), propagation, kernel, list, &step)?
+                }
+                None => {
+                    let at = directory::prepare(list)?;
+                    mounting::attach(mount, at.place()?, propagation, kernel, list, &step)?
+                }
+            }
+        }
         None => false,
     };
     let detached = detached.filter(|_| moved);
     if !moved {
+        let at = directory::prepare(list)?;
         let expected = request.expected();
         let make = |at: &MountPoint| request.mount_at(at);
         mounting::in_one_step(at, kernel, list, step, expected, make)?;
@@ -158,6 +173,8 @@ fn mount_request(
         }
     }
     let is_writable = !options.is_read_only();
-    list.keep_writes(is_writable.then(|| Writes::to_new(detached.as_ref(), device)));
+    list.keep_writes(
+        is_writable.then(|| Writes::to_new(detached.as_ref().map(Detached::mount), device)),
+    );
     Ok(())
 }

@@ -3,19 +3,21 @@
 //! They are shared: `/x` may have been made for `/x/a` and be on the way to `/x/b`. Each directory of ours on the way to a
 //! target is on the target's undo list.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use blockmount::BackendError;
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, RenameFlags, fstat, mkdirat, openat, renameat_with, statat,
-    unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, StatxFlags, fstat, mkdirat, openat,
+    renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
 use crate::errno::errno_error;
-use crate::mount::target::{FileId, MountPoint, Target, open_below};
+use crate::mount::parents::Parent;
+use crate::mount::target::{FileId, MountPoint, Place, Target, open_below};
 use crate::undo::ledger::UndoList;
 use crate::undo::locks::Key;
 use crate::undo::step::{DirectoryStep, Undo};
@@ -25,6 +27,68 @@ pub(crate) fn prepare(list: &UndoList<'_>) -> Result<MountPoint, BackendError> {
     let found = reach(list, list.target())?;
     found.check_free(list.target().path())?;
     Ok(found)
+}
+
+/// A directory that was made a moment ago, by its name in an open one.
+#[derive(Debug)]
+pub(crate) struct Fresh {
+    parent: Arc<Parent>,
+    name: OsString,
+}
+
+impl Fresh {
+    /// Where a mount is moved to. The directory is empty and ours, so that it need not be opened: if somebody puts another one
+    /// in its place, the mount is where it was asked for all the same.
+    pub(crate) fn place(&self) -> Place<'_> {
+        Place {
+            directory: self.parent.directory(),
+            name: Some(&self.name),
+            mount: self.parent.mount,
+        }
+    }
+}
+
+/// Makes the target of a list, in a directory that is there. `None` if the target is there already, or if the way to it has to
+/// be gone one component after the other ([`prepare`]).
+pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendError> {
+    let path = list.target().path();
+    let above = path.parent().zip(path.file_name());
+    let (Some((above, name)), false) = (above, list.has_journal()) else {
+        return Ok(None);
+    };
+    // Each directory of ours on the way is shared, which needs a look at it.
+    let is_farther = |made: &PathBuf| made != above;
+    if list.made_above().iter().any(is_farther) {
+        return Ok(None);
+    }
+    let Ok(parent) = list.parent() else {
+        return Ok(None);
+    };
+    {
+        let _held = list.hold(Key::Directory(above.to_owned()))?;
+        join(list, parent.id, above);
+    }
+    let _held = list.hold(Key::Directory(path.to_owned()))?;
+    match mkdirat(parent.directory(), name, Mode::RWXU) {
+        Ok(()) => {}
+        // The walk says what is there, or what is wrong.
+        Err(_) => return Ok(None),
+    }
+    let trouble = |errno| errno_error(format!("cannot look at {}", path.display()), errno);
+    let seen = parent.look(name, StatxFlags::MNT_ID).map_err(trouble)?;
+    let is_ours = FileType::from_raw_mode(seen.stx_mode.into()) == FileType::Directory
+        && seen.stx_mnt_id == parent.mount;
+    if !is_ours {
+        return Ok(None);
+    }
+    list.add(Undo::RemoveDirectory(DirectoryStep {
+        path: path.into(),
+        staged: None,
+        id: Some(FileId::seen(&seen)),
+        scratch: false,
+    }))?;
+    let name = name.to_owned();
+    Ok(Some(Fresh { parent, name }))
 }
 
 /// Goes to the directory that a list's target is to be in, and makes what is missing.
@@ -50,7 +114,10 @@ fn reach(list: &UndoList<'_>, target: &Target) -> Result<MountPoint, BackendErro
     let found = target.walk(&mut |parent, name, path| {
         let _held = list.hold(Key::Directory(path.to_owned()))?;
         if let Some(there) = open_below(parent, name, path)? {
-            join(list, &there, path)?;
+            let stat = fstat(&there).map_err(|errno| {
+                errno_error(format!("cannot look at {}", path.display()), errno)
+            })?;
+            join(list, FileId::of(&stat), path);
             return Ok(Some(there));
         }
         let wanted = Wanted {
@@ -70,13 +137,9 @@ fn reach(list: &UndoList<'_>, target: &Target) -> Result<MountPoint, BackendErro
 }
 
 /// Shares a directory, if it was made for a mount.
-fn join(list: &UndoList<'_>, there: &OwnedFd, path: &Path) -> Result<(), BackendError> {
-    let stat = fstat(there)
-        .map_err(|errno| errno_error(format!("cannot look at {}", path.display()), errno))?;
-    let id = FileId::of(&stat);
+fn join(list: &UndoList<'_>, id: FileId, path: &Path) {
     let is_it = |step: &Undo| matches!(step, Undo::RemoveDirectory(made) if made.id == Some(id) && made.path.is(path));
     list.join(is_it);
-    Ok(())
 }
 
 /// A directory that is to be made.
@@ -161,8 +224,11 @@ fn id_below(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<FileId> {
 
 /// Removes an empty directory, and says whether that is settled. One that somebody else has put something into
 /// stays: it is theirs as well.
-pub(crate) fn undo(step: &DirectoryStep) -> bool {
+pub(crate) fn undo(list: &UndoList<'_>, step: &DirectoryStep) -> bool {
     let path = &step.path.0;
+    if undo_target(list, step) {
+        return true;
+    }
     if let Some(staged) = &step.staged {
         remove_staged(&path.with_file_name(staged));
     }
@@ -188,6 +254,19 @@ pub(crate) fn undo(step: &DirectoryStep) -> bool {
             false
         }
     }
+}
+
+/// Removes the target of a list, if it is an empty directory that was made for it.
+fn undo_target(list: &UndoList<'_>, step: &DirectoryStep) -> bool {
+    let path = list.target().path();
+    let (Some(id), None, false, true) = (step.id, &step.staged, step.scratch, step.path.is(path))
+    else {
+        return false;
+    };
+    let parent = list.parent().ok().zip(path.file_name());
+    let removed = parent.map(|(parent, name)| parent.path_at(name).remove(id));
+    // Without the directory there, the parent may have been removed and made again since it was found.
+    matches!(removed, Some(Ok(())))
 }
 
 /// Removes a directory that has not got its name. Nobody else makes one of that name.

@@ -1,11 +1,11 @@
 //! The further devices of a filesystem: whether they are the ones that it needs, and the options that name them.
 
-use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use blockmount::{BackendError, DeviceRole, ExtraDevice};
 
-use crate::device::node;
+use crate::device::node::{self, ReadAt};
 use crate::device::stack::Layer;
 use crate::errno::errno_error;
 use crate::filesystem::probe::{Content, ErofsDevice, ProbeResult, erofs_devices, probe};
@@ -33,7 +33,7 @@ pub(crate) struct Wanted {
 
 /// Reads what a filesystem needs beside its own device. Blocks.
 pub(crate) fn wanted(
-    open: &mut File,
+    open: &mut (impl Read + Seek),
     node: &Path,
     found: &ProbeResult,
 ) -> Result<Wanted, BackendError> {
@@ -41,7 +41,7 @@ pub(crate) fn wanted(
         return Ok(Wanted::default());
     };
     let erofs = match superblock.name {
-        "erofs" => erofs_devices(open)
+        "erofs" if superblock.more_devices > 0 => erofs_devices(open)
             .map_err(|error| errno_error(format!("cannot read {}", node.display()), error))?,
         _ => Vec::new(),
     };
@@ -169,7 +169,7 @@ fn unfit(
 
 /// The UUID of the filesystem on a device, if it is of this kind.
 fn uuid_on(device: &Extra, kind: &str) -> std::io::Result<Option<String>> {
-    let mut open = device.layer.open.try_clone()?;
+    let mut open = ReadAt::new(&device.layer.open);
     Ok(match probe(&mut open)?.content {
         Content::Filesystem(found) if found.name == kind => found.uuid,
         _ => None,

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockmount::printable;
 use rustix::fs::OFlags;
@@ -25,10 +26,32 @@ const WARNING: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct KernelLog(Option<File>);
 
+/// Logs that were read before, for whoever reads next.
+static IDLE: Mutex<Vec<File>> = Mutex::new(Vec::new());
+
+fn idle() -> MutexGuard<'static, Vec<File>> {
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for KernelLog {
+    fn drop(&mut self) {
+        if let Some(log) = self.0.take() {
+            idle().push(log);
+        }
+    }
+}
+
+/// Closes the logs that are kept for the next readers: there is none for now.
+pub(crate) fn close_idle() {
+    let logs = std::mem::take(&mut *idle());
+    drop(logs);
+}
+
 impl KernelLog {
     pub(crate) fn from_now() -> Self {
         let from_end = |mut log: File| log.seek(SeekFrom::End(0)).map(|_| log);
-        KernelLog(Self::open().and_then(|log| from_end(log).ok()))
+        let known = idle().pop();
+        KernelLog(known.or_else(Self::open).and_then(|log| from_end(log).ok()))
     }
 
     fn open() -> Option<File> {

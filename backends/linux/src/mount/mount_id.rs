@@ -1,11 +1,12 @@
 //! Mounts by identity.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use blockmount::BackendError;
-use rustix::fs::{AtFlags, StatxFlags, fstat, fstatfs, statx};
+use rustix::fs::{AtFlags, Statx, StatxAttributes, StatxFlags, fstat, fstatfs, makedev, statx};
 use serde::{Deserialize, Serialize};
 
+use crate::device::number::DeviceNumber;
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
 use crate::mount::mountinfo::{self, MountInfo};
@@ -13,26 +14,42 @@ use crate::mount::target;
 use crate::sys;
 
 /// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
-const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+pub(crate) const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A mount by identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MountId {
     /// Its number in `mountinfo`, which another mount may get as soon as this one is gone.
     reused: u64,
     /// Its number for ever, where the kernel has those.
     unique: Option<u64>,
-    /// What else tells it from whatever got its number: the filesystem's device and kind.
+    /// What else tells it from whatever got its number: the filesystem's device, and its kind unless it has a number for ever.
     device: u64,
     kind: i64,
+}
+
+/// By the numbers for ever where both have one.
+impl PartialEq for MountId {
+    fn eq(&self, other: &Self) -> bool {
+        match (self.unique, other.unique) {
+            (Some(one), Some(other)) => one == other,
+            _ => {
+                let all = |id: &MountId| (id.reused, id.unique, id.device, id.kind);
+                all(self) == all(other)
+            }
+        }
+    }
 }
 
 impl MountId {
     /// The mount that an open file is on.
     pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
         let reused = target::mount_id(fd)?;
-        let unique = kernel.unique_ids.then(|| unique_id(fd)).flatten();
+        if let Some(unique) = Self::of_detached(fd, kernel) {
+            return Ok(MountId { reused, ..unique });
+        }
+        let unique = None;
         let trouble = |errno| errno_error("cannot look at a mount", errno);
         let device = fstat(fd).map_err(trouble)?.st_dev;
         // The type of the field differs between machines.
@@ -45,15 +62,41 @@ impl MountId {
         })
     }
 
+    /// The mount that an open file is on, without its number in `mountinfo`. `None` if the kernel has no numbers for ever.
+    pub(crate) fn of_detached(fd: &OwnedFd, kernel: Kernel) -> Option<Self> {
+        if !kernel.unique_ids {
+            return None;
+        }
+        let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
+        Some(MountId {
+            reused: 0,
+            unique: Some(unique_id(&answer)?),
+            device: makedev(answer.stx_dev_major, answer.stx_dev_minor),
+            kind: 0,
+        })
+    }
+
+    /// Whether a file that was looked at with [`UNIQUE_ID`] is the root of this mount.
+    pub(crate) fn is_root(&self, seen: &Statx) -> bool {
+        let is_root = seen.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+        is_root && self.unique.is_some() && unique_id(seen) == self.unique
+    }
+
+    /// The device of its filesystem; nothing if that has a number of its own.
+    pub(crate) fn device(&self) -> Option<DeviceNumber> {
+        Some(DeviceNumber::from_rdev(self.device)).filter(|number| number.major != 0)
+    }
+
     /// Its number as of now.
     pub(crate) fn number(&self) -> u64 {
         self.reused
     }
 
     /// The number of the mount that it is on, as of now; none if it is nowhere in this namespace.
-    pub(crate) fn parent(&self) -> Result<Option<u64>, BackendError> {
-        if let Some(Ok(parent)) = self.unique.map(sys::parent_of_mount) {
-            return Ok(Some(parent));
+    pub(crate) fn parent(&mut self) -> Result<Option<u64>, BackendError> {
+        if let Some(Ok(numbers)) = self.unique.map(sys::numbers_of_mount) {
+            self.reused = numbers.own;
+            return Ok(Some(numbers.parent));
         }
         let table = mountinfo::read();
         let table = table.map_err(|error| errno_error("cannot read the table of mounts", error))?;
@@ -65,14 +108,12 @@ impl MountId {
     pub(crate) fn is(&self, line: &MountInfo) -> bool {
         let (major, minor) = line.device;
         // Each subvolume of a btrfs has a device number of its own, and the table shows the whole's.
-        let is_device =
-            rustix::fs::makedev(major, minor) == self.device || line.filesystem == "btrfs";
+        let is_device = makedev(major, minor) == self.device || line.filesystem == "btrfs";
         line.id == self.reused && is_device
     }
 }
 
-fn unique_id(fd: impl AsFd) -> Option<u64> {
-    let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
+fn unique_id(answer: &Statx) -> Option<u64> {
     (answer.stx_mask & UNIQUE_ID.bits() != 0).then_some(answer.stx_mnt_id)
 }
 

@@ -14,6 +14,7 @@ use rustix::mount::{
 };
 
 use crate::device::free;
+use crate::device::number::DeviceNumber;
 use crate::errno::{errno_error, errno_of, is_call_missing};
 use crate::kernel::Kernel;
 use crate::mount::fscontext::Context;
@@ -22,7 +23,7 @@ use crate::mount::kernel_log::KernelLog;
 use crate::mount::mount_id::MountId;
 use crate::mount::mountinfo::MountInfo;
 use crate::mount::owners::Giving;
-use crate::mount::target::{MountPoint, Target};
+use crate::mount::target::{MountPoint, Place, Target};
 use crate::mount::unmount;
 use crate::sys;
 use crate::undo::ledger::UndoList;
@@ -265,24 +266,72 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
+/// A mount that is nowhere yet, and goes when this is dropped before it is moved.
+#[derive(Debug)]
+pub(crate) struct Detached {
+    mount: OwnedFd,
+    id: MountId,
+}
+
+impl Detached {
+    pub(crate) fn new(
+        mount: OwnedFd,
+        list: &UndoList<'_>,
+        kernel: Kernel,
+    ) -> Result<Self, BackendError> {
+        let id = match MountId::of_detached(&mount, kernel) {
+            // The rest of it is known when it is in its place. What is on record has to be complete before.
+            Some(id) if !list.has_journal() => id,
+            _ => MountId::of(&mount, kernel)?,
+        };
+        Ok(Detached { mount, id })
+    }
+
+    pub(crate) fn mount(&self) -> &OwnedFd {
+        &self.mount
+    }
+
+    /// Refuses a mount of another device: its node was replaced since the device was found.
+    pub(crate) fn ensure_is_of(
+        &self,
+        device: DeviceNumber,
+        node: &Path,
+    ) -> Result<(), BackendError> {
+        // Some filesystems have a number of their own.
+        let now = self
+            .id
+            .device()
+            .map_or_else(|| DeviceNumber::at(node), Ok)?;
+        device.ensure_is(now, node)
+    }
+}
+
 /// Moves a detached mount into place, on the undo list before it is seen. False if this process may not, and after an error:
 /// then nothing has happened. `Conflict` if somebody else has mounted something there since it was found to be free.
 pub(crate) fn attach(
-    detached: &OwnedFd,
-    at: &MountPoint,
+    detached: &Detached,
+    at: Place<'_>,
     propagation: Option<Propagation>,
     kernel: Kernel,
     list: &UndoList<'_>,
     step: impl Fn(Identity) -> Undo,
 ) -> Result<bool, BackendError> {
+    let Detached {
+        mount: detached,
+        id,
+    } = detached;
     propagate_detached(detached, propagation, kernel)?;
-    let mount = MountId::of(detached, kernel)?;
-    let below = at.mount_id()?;
+    let mut mount = *id;
     list.add(step(Identity::Known(mount)))?;
-    let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    let Err(errno) = sys_mount::move_mount(detached, "", at.directory(), "", empty) else {
+    let mut flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    flags.set(MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH, at.name.is_none());
+    let name = at.name.unwrap_or_default();
+    let Err(errno) = sys_mount::move_mount(detached, "", at.directory, name, flags) else {
         // The kernel puts it on top of whatever has come there first.
-        if mount.parent()? == Some(below) {
+        if mount.parent()? == Some(at.mount) {
+            if !list.has_journal() {
+                list.replace_last(step(Identity::Known(mount)));
+            }
             return Ok(true);
         }
         take_away(&path_of(detached))?;
@@ -337,7 +386,7 @@ pub(crate) fn in_one_step(
         let top = at
             .open()
             .map_err(|errno| errno_error("cannot open the new mount", errno))?;
-        let id = MountId::of(&top, kernel)?;
+        let mut id = MountId::of(&top, kernel)?;
         let table = unmount::table()?;
         let is_first = |line: &MountInfo| line.parent == below && unmount::shows(line, &expected);
         match (id.parent()? == Some(below), table.iter().any(is_first)) {

@@ -17,7 +17,7 @@ use crate::kernel::Kernel;
 use crate::mount::directory::{self, open_tree, readable};
 use crate::mount::fscontext::Context;
 use crate::mount::kernel_log::KernelLog;
-use crate::mount::mounting::{self, LONGEST_DATA, path_of};
+use crate::mount::mounting::{self, Detached, LONGEST_DATA, path_of};
 use crate::mount::target::MountPoint;
 use crate::undo::ledger::UndoList;
 use crate::undo::locks::Key;
@@ -107,10 +107,11 @@ fn put(list: &UndoList<'_>, stack: &Stack<'_>, kernel: Kernel) -> Result<(), Bac
     };
     let lowers: Vec<&OwnedFd> = stack.layers.iter().chain(&empty).collect();
     let detached = mounting::or_without_call(stack.build(&lowers, kernel))?;
-    if let Some(mount) = detached
-        && mounting::attach(&mount, &at, None, kernel, list, step)?
-    {
-        return Ok(());
+    if let Some(mount) = detached {
+        let mount = Detached::new(mount, list, kernel)?;
+        if mounting::attach(&mount, at.place()?, None, kernel, list, step)? {
+            return Ok(());
+        }
     }
     let options = stack.directories(&lowers)?;
     let expected = stack.expected(&options);

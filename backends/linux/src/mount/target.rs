@@ -4,11 +4,13 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 use blockmount::BackendError;
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, fstat, openat,
-    openat2, statx,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat,
+    makedev, openat, openat2, statx,
 };
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -26,10 +28,18 @@ const SHARED: [&str; 9] = [
     "var", "home", "root", "run", "tmp", "opt", "srv", "mnt", "media",
 ];
 
+/// How a directory is opened that is only a place in the tree.
+const FOUND: OFlags = OFlags::PATH
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC);
+
 /// A path at which something could be mounted, as far as its text tells.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Target {
     path: PathBuf,
+    /// What was found since then counts for it.
+    asked: Instant,
 }
 
 /// The names in an absolute and plain path; there is at least one.
@@ -102,7 +112,8 @@ impl Target {
                 .iter()
                 .any(|root| path.starts_with(root) && path != *root)
         {
-            return Ok(Target { path });
+            let asked = Instant::now();
+            return Ok(Target { path, asked });
         }
         let allowed: Vec<String> = allowed
             .iter()
@@ -118,6 +129,11 @@ impl Target {
     /// The path without redundant slashes.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Since when it is asked for.
+    pub(crate) fn asked(&self) -> Instant {
+        self.asked
     }
 
     /// Looks at the target without changing anything: it must be free to be mounted on, or missing.
@@ -146,20 +162,21 @@ impl Target {
 
     /// As a walk finds it: through no symbolic link, and all of it a directory.
     fn find_in_one_step(&self) -> rustix::io::Result<MountPoint> {
-        let (above, name) = self
-            .path
-            .parent()
-            .zip(self.path.file_name())
-            .ok_or(Errno::INVAL)?;
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let parent = openat2(CWD, above, flags, Mode::empty(), resolve)?;
-        let directory = openat(&parent, name, flags, Mode::empty())?;
+        let name = self.path.file_name().ok_or(Errno::INVAL)?;
+        let parent = self.open_parent()?;
+        let directory = openat(&parent, name, FOUND, Mode::empty())?;
         Ok(MountPoint {
             parent,
             name: name.to_owned(),
             directory,
         })
+    }
+
+    /// The directory that it is in, as a walk finds it.
+    pub(crate) fn open_parent(&self) -> rustix::io::Result<OwnedFd> {
+        let above = self.path.parent().ok_or(Errno::INVAL)?;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        openat2(CWD, above, FOUND, Mode::empty(), resolve)
     }
 
     /// Goes down from the root, one component at a time, through no symbolic link. `open` opens each, and may make it;
@@ -264,9 +281,18 @@ impl MountPoint {
     /// the tree above can lead elsewhere.
     pub(crate) fn into_path_at(self) -> PathAt {
         PathAt {
-            parent: self.parent,
+            parent: Arc::new(self.parent),
             name: self.name,
         }
+    }
+
+    /// The directory as the place for a mount.
+    pub(crate) fn place(&self) -> Result<Place<'_>, BackendError> {
+        Ok(Place {
+            directory: &self.directory,
+            name: None,
+            mount: self.mount_id()?,
+        })
     }
 
     /// The number of the mount that the directory is on.
@@ -310,14 +336,28 @@ impl MountPoint {
     }
 }
 
+/// Where a mount is moved to: an open directory, or a name in one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) directory: &'a OwnedFd,
+    pub(crate) name: Option<&'a OsStr>,
+    /// The number of the mount that it is on.
+    pub(crate) mount: u64,
+}
+
 /// A path to a directory through its open parent.
 #[derive(Debug)]
 pub(crate) struct PathAt {
-    parent: OwnedFd,
+    parent: Arc<OwnedFd>,
     name: OsString,
 }
 
 impl PathAt {
+    pub(crate) fn new(parent: Arc<OwnedFd>, name: &OsStr) -> Self {
+        let name = name.to_owned();
+        PathAt { parent, name }
+    }
+
     /// A path for system calls that take nothing else. Valid in this process while this value
     /// lives.
     pub(crate) fn path(&self) -> PathBuf {
@@ -326,12 +366,12 @@ impl PathAt {
 
     /// What is there now, on top of whatever is mounted.
     pub(crate) fn open(&self) -> rustix::io::Result<OwnedFd> {
-        open_path(&self.parent, &self.name)
+        open_path(&*self.parent, &self.name)
     }
 
     /// Which file is there now, on top of whatever is mounted.
     pub(crate) fn id(&self) -> rustix::io::Result<FileId> {
-        stat_below(&self.parent, &self.name).map(|stat| FileId::of(&stat))
+        stat_below(&*self.parent, &self.name).map(|stat| FileId::of(&stat))
     }
 
     /// Removes the directory, if it is the one that is meant and empty.
@@ -339,7 +379,7 @@ impl PathAt {
         if self.id()? != meant {
             return Err(Errno::EXIST);
         }
-        rustix::fs::unlinkat(&self.parent, &self.name, rustix::fs::AtFlags::REMOVEDIR)
+        rustix::fs::unlinkat(&*self.parent, &self.name, rustix::fs::AtFlags::REMOVEDIR)
     }
 }
 
@@ -352,6 +392,13 @@ pub(crate) struct FileId {
 }
 
 impl FileId {
+    pub(crate) fn seen(stat: &Statx) -> Self {
+        FileId {
+            device: makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+        }
+    }
+
     pub(crate) fn of(stat: &Stat) -> Self {
         FileId {
             device: stat.st_dev,

@@ -8,10 +8,11 @@ use rustix::mount::UnmountFlags;
 
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
-use crate::mount::mount_id::MountId;
+use crate::mount::mount_id::{MountId, UNIQUE_ID};
 use crate::mount::mountinfo::{self, MountInfo};
 use crate::mount::target::{PathAt, Target};
 use crate::mount::writes::Writes;
+use crate::undo::ledger::UndoList;
 use crate::undo::step::{Identity, MountStep};
 
 /// What is at a target now.
@@ -65,6 +66,18 @@ pub(crate) fn table() -> Result<Vec<MountInfo>, BackendError> {
     mountinfo::read().map_err(|error| errno_error("cannot read the table of mounts", error))
 }
 
+/// Our mount, if it is on top at the target of a list, by the number that no other mount gets; else [`now`] says what is there.
+fn on_top(list: &UndoList<'_>, mount: &Identity, kernel: Kernel) -> Option<Now> {
+    let Identity::Known(known) = mount else {
+        return None;
+    };
+    let name = list.target().path().file_name()?;
+    let parent = kernel.unique_ids.then(|| list.parent().ok()).flatten()?;
+    let seen = parent.look(name, UNIQUE_ID).ok()?;
+    let ours = || Now::Ours(*known, parent.path_at(name));
+    known.is_root(&seen).then(ours)
+}
+
 /// Whether a line of the kernel's table is of a mount, and shows what was expected of it.
 fn fits(line: &MountInfo, id: MountId, expected: &Identity) -> bool {
     id.is(line) && shows(line, expected)
@@ -94,13 +107,18 @@ pub(crate) fn shows(line: &MountInfo, expected: &Identity) -> bool {
 /// `Busy` if somebody uses it or has mounted something over it, `Conflict` if somebody else mounted something in its
 /// place. `LostWrites` if it is unmounted, and writes to it were lost.
 pub(crate) fn undo(
-    target: &Target,
+    list: &UndoList<'_>,
     step: &MountStep,
     writes: &mut Option<Writes>,
     kernel: Kernel,
 ) -> Result<(), BackendError> {
+    let target = list.target();
     let path = target.path().display();
-    match now(target, &step.mount, kernel)? {
+    let now = match on_top(list, &step.mount, kernel) {
+        Some(found) => found,
+        None => now(target, &step.mount, kernel)?,
+    };
+    match now {
         Now::Covered => {
             let message = format!("cannot unmount {path}: it is covered");
             return Err(BackendError::busy(message));

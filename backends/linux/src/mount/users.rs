@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
+use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use blockmount::printable;
+use rustix::fs::{CWD, Mode, OFlags, RawDir, openat};
 
 use crate::device::number::DeviceNumber;
 use crate::device::partitions::partitions;
@@ -81,12 +83,24 @@ fn holders(device: DeviceNumber) -> Vec<String> {
         .collect()
 }
 
-/// The devices stacked on a disk or on one of its partitions.
-pub(crate) fn holders_of_disk(disk: DeviceNumber) -> Vec<String> {
-    with_partitions(disk)
-        .into_iter()
-        .flat_map(holders)
-        .collect()
+/// Whether devices are stacked on a device. One on a partition holds the partition, and with that its disk.
+pub(crate) fn has_holders(device: DeviceNumber) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(directory) = openat(CWD, device.sysfs().join("holders"), flags, Mode::empty()) else {
+        return false;
+    };
+    // Room for more names than one: the first read has them all, or some.
+    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut entries = RawDir::new(directory, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            return true;
+        }
+        if entries.is_buffer_empty() {
+            break;
+        }
+    }
+    false
 }
 
 /// The processes that have a disk or one of its partitions open, by the names of their

@@ -14,7 +14,7 @@ use rustix::mount::{
 use crate::errno::errno_error;
 use crate::kernel::Kernel;
 use crate::mount::directory::Wanted;
-use crate::mount::mounting::{self, path_of};
+use crate::mount::mounting::{self, Detached, path_of};
 use crate::mount::target::{MountPoint, Target, mount_id, open_below};
 use crate::mount::unmount::{Now, now};
 use crate::mount::{directory, id_map, mountinfo};
@@ -50,8 +50,18 @@ pub(crate) fn bind(
     let options = &bind.options;
     let detached = mounting::or_without_call(build(&directory, options, kernel))?;
     let at = directory::prepare(list)?;
-    let moved = match &detached {
-        Some(mount) => mounting::attach(mount, &at, options.propagation(), kernel, list, step)?,
+    let moved = match detached {
+        Some(mount) => {
+            let mount = Detached::new(mount, list, kernel)?;
+            mounting::attach(
+                &mount,
+                at.place()?,
+                options.propagation(),
+                kernel,
+                list,
+                step,
+            )?
+        }
         None => false,
     };
     if !moved {

@@ -1,6 +1,7 @@
 //! The undo lists of all targets, in memory and in the journal.
 
 use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,6 +9,8 @@ use std::time::Duration;
 use blockmount::{BackendError, MountOptions};
 
 use crate::device::number::DeviceNumber;
+use crate::mount::kernel_log;
+use crate::mount::parents::{Parent, Parents};
 use crate::mount::target::{FileId, Target};
 use crate::mount::writes::Writes;
 use crate::undo::journal::{Journal, Note};
@@ -28,6 +31,7 @@ pub(crate) struct Ledger {
     locks: Locks,
     /// What mapped devices are marked with.
     device_mark: Option<String>,
+    parents: Parents,
     /// Whether the next step fails, for tests of what is left then.
     at_step: Option<StepHook>,
 }
@@ -110,6 +114,12 @@ impl Ledger {
         self.locks.wait_for_formats(format);
     }
 
+    /// A call is under way until the answer is dropped.
+    pub(crate) fn enter(self: &Arc<Self>) -> Underway {
+        self.parents.enter();
+        Underway(Arc::clone(self))
+    }
+
     /// The list of a target, whether or not there is anything on it.
     pub(crate) fn list<'a>(&'a self, target: &'a Target) -> UndoList<'a> {
         UndoList {
@@ -142,6 +152,18 @@ impl Ledger {
     }
 }
 
+/// A call that is under way.
+#[derive(Debug)]
+pub(crate) struct Underway(Arc<Ledger>);
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        if self.0.parents.leave() {
+            kernel_log::close_idle();
+        }
+    }
+}
+
 /// The undo list of one target.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct UndoList<'a> {
@@ -157,6 +179,15 @@ impl<'a> UndoList<'a> {
     /// What mapped devices are marked with.
     pub(crate) fn device_mark(&self) -> Option<String> {
         self.ledger.device_mark.clone()
+    }
+
+    /// The directory that the target is in, which calls that are under way share.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Parents::of`].
+    pub(crate) fn parent(&self) -> rustix::io::Result<Arc<Parent>> {
+        self.ledger.parents.of(self.target)
     }
 
     /// Locks a thing that other targets may share.
@@ -274,6 +305,24 @@ impl<'a> UndoList<'a> {
             list.saved = false;
         }
         Some(step)
+    }
+
+    /// The directories of ours on the way to the target, on whatever list.
+    pub(crate) fn made_above(&self) -> Vec<PathBuf> {
+        let target = self.target.path().as_os_str().as_bytes();
+        let made = |step: &Undo| match step {
+            Undo::RemoveDirectory(made) => {
+                // By bytes, which is several times as fast as by component.
+                let path = made.path.0.as_os_str().as_bytes();
+                let below = target.strip_prefix(path)?;
+                below.starts_with(b"/").then(|| made.path.0.clone())
+            }
+            _ => None,
+        };
+        let mut made = self.look_for(made);
+        made.sort_unstable();
+        made.dedup();
+        made
     }
 
     /// Drops a step if another target in use needs it, and says so.

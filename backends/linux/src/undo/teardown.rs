@@ -42,7 +42,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
             let _no_new_view = list.hold(source)?;
             ensure_no_view(list)?;
             let mut writes = list.take_writes();
-            let done = unmount::undo(list.target(), mount, &mut writes, kernel);
+            let done = unmount::undo(list, mount, &mut writes, kernel);
             list.keep_writes(writes);
             match done {
                 Err(error) if error.kind() == ErrorKind::LostWrites => list.lost(error),
@@ -59,7 +59,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
         Undo::RemoveRange(range) => dm_linear::undo(range)?,
         Undo::DeletePartition(step) => partition::undo(step)?,
         // One that somebody else has put something into stays on the list, without keeping up the rest.
-        Undo::RemoveDirectory(step) if !directory::undo(step) => return Ok(()),
+        Undo::RemoveDirectory(step) if !directory::undo(list, step) => return Ok(()),
         Undo::RemoveDirectory(_) => {}
     }
     list.undone(step);
