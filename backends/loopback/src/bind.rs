@@ -1,19 +1,17 @@
 //! Binding a source to a free loop device, all or nothing.
 
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use blockmount::BackendError;
+use blockmount::{BackendError, Disk};
 use blockmount_linux::is_absent;
 use blockmount_source::Source;
 use rustix::io::Errno;
 
-use crate::device::{Device, Status, failed, is, unbind, usual_node};
-use crate::free::FreeDevice;
+use crate::device::{Binding, Device, Status, failed, is, unbind, usual_node};
+use crate::free::{Control, FreeDevice};
 use crate::ioctl;
 use crate::look::{Claim, Pending, look};
 
@@ -36,6 +34,7 @@ pub(crate) struct Bound {
     pub(crate) pending: Pending,
     pub(crate) device: Device,
     pub(crate) status: Status,
+    since: Instant,
 }
 
 impl Bound {
@@ -45,17 +44,35 @@ impl Bound {
             device,
             status,
             pending,
+            since: Instant::now(),
+        }
+    }
+}
+
+impl Bound {
+    /// Refuses a device that goes through the page cache of the file beneath.
+    pub(crate) fn ensure_direct_io(&self, disk: &Disk) -> Result<(), BackendError> {
+        let number = self.device.number;
+        let status = self
+            .device
+            .status()
+            .map_err(|error| failed("ask about", number, error))?;
+        match status.and_then(|status| status.direct_io) {
+            Some(true) => Ok(()),
+            _ => Err(BackendError::unsuitable(format!(
+                "the filesystem of {} cannot do direct I/O",
+                disk.source().display()
+            ))),
         }
     }
 }
 
 /// Binds the source to a free device.
 pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, BackendError> {
-    let control = open_control()?;
+    let control = Control::default();
     let mut tried = BTreeSet::new();
     while tried.len() < ATTEMPTS {
-        let free = FreeDevice::reserve(&control, &tried)
-            .map_err(|error| loop_error("get a free loop device", error))?;
+        let free = FreeDevice::reserve(&control, &tried).map_err(no_free_device)?;
         let number = free.number();
         match configure(number, source, wanted) {
             Ok(bound) => return Ok(bound),
@@ -72,22 +89,20 @@ pub(crate) fn bind(source: &Source, wanted: &LoopConfig) -> Result<Bound, Backen
     )))
 }
 
-fn open_control() -> Result<File, BackendError> {
-    let path = Path::new("/dev/loop-control");
-    let opened = OpenOptions::new().read(true).write(true).open(path);
-    opened.map_err(|error| match is_absent(&error) {
+fn no_free_device(error: io::Error) -> BackendError {
+    match is_absent(&error) {
         true => BackendError::unsuitable(
             "there are no loop devices here: /dev/loop-control is missing; load the module (modprobe loop), or in a \
              container make the node (mknod /dev/loop-control c 10 237)",
         )
         .with_source(error),
-        false => loop_error("open /dev/loop-control", error),
-    })
+        false => loop_error("get a free loop device", error),
+    }
 }
 
 fn configure(number: u32, source: &Source, wanted: &LoopConfig) -> io::Result<Bound> {
     let device = if wanted.read_only {
-        Device::open(number)?
+        Device::open_known(number)?
     } else {
         Device::open_for_writing(number)?
     };
@@ -106,12 +121,23 @@ fn configure(number: u32, source: &Source, wanted: &LoopConfig) -> io::Result<Bo
         | when(wanted.direct_io, ioctl::DIRECT_IO);
     config.info.lo_file_name[..wanted.mark.len()].copy_from_slice(&wanted.mark);
     ioctl::configure(device.file(), &mut config)?;
+    if wanted.read_only {
+        // The kernel answers what it was told. Whether the device is bound so still is asked before it is used.
+        let binding = Binding {
+            inode: source.inode,
+            mark: wanted.mark.clone(),
+        };
+        let status = Status {
+            binding,
+            device_number: source.device_number,
+            read_only: true,
+            direct_io: None,
+            unbinds_itself: true,
+        };
+        return Ok(Bound::new(device, status));
+    }
     // The handle for reading is opened while the other still holds the device.
-    let device = if wanted.read_only {
-        device
-    } else {
-        Device::open(number)?
-    };
+    let device = Device::open(number)?;
     let gone = || io::Error::other("it was unbound again while it was being bound");
     let status = device.status()?.ok_or_else(gone)?;
     Ok(Bound::new(device, status))
@@ -141,8 +167,8 @@ pub(crate) fn refuse_conflict(
     ours: impl FnOnce() -> Vec<Claim>,
 ) -> Result<(), BackendError> {
     let number = bound.device.number;
-    let look =
-        look(ours).map_err(|error| failed("compare with other loop devices", number, error))?;
+    let look = look(bound.since, ours)
+        .map_err(|error| failed("compare with other loop devices", number, error))?;
     for (other, status) in look.bound.iter().filter(|(other, _)| *other != number) {
         if conflicts(status, bound, source) {
             let access = if status.read_only {
@@ -174,6 +200,7 @@ pub(crate) fn undo(bound: Bound, timeout: Duration) {
         device,
         status,
         pending,
+        ..
     } = bound;
     drop(pending);
     if let Err((_, error)) = unbind(device, &status.binding, deadline) {

@@ -36,7 +36,8 @@ pub(crate) struct Status {
     /// The number of the block device that it is bound to; 0 for a file.
     pub(crate) device_number: u64,
     pub(crate) read_only: bool,
-    pub(crate) direct_io: bool,
+    /// Nothing if the kernel was not asked yet.
+    pub(crate) direct_io: Option<bool>,
     /// Whether the kernel unbinds it with its last user.
     pub(crate) unbinds_itself: bool,
 }
@@ -46,30 +47,54 @@ pub(crate) struct Status {
 pub(crate) struct Device {
     pub(crate) number: u32,
     file: Arc<File>,
+    /// Whether it was found at its usual node.
+    has_usual_node: bool,
 }
 
 impl Device {
     /// Opens a device by its number, for reading only: a kernel with `BLK_DEV_WRITE_MOUNTED` off refuses to mount
     /// a device that is open for writing.
     pub(crate) fn open(number: u32) -> io::Result<Self> {
-        Self::open_with(number, false)
+        Self::open_with(number, device_number(number)?, false)
+    }
+
+    /// The same for a device that the kernel has just named.
+    pub(crate) fn open_known(number: u32) -> io::Result<Self> {
+        Self::open_with(number, known_number(number)?, false)
     }
 
     /// Opens a device for writing, which is needed to bind it read-write.
     pub(crate) fn open_for_writing(number: u32) -> io::Result<Self> {
-        Self::open_with(number, true)
+        Self::open_with(number, device_number(number)?, true)
     }
 
-    fn open_with(number: u32, write: bool) -> io::Result<Self> {
+    fn open_with(number: u32, device: DeviceNumber, write: bool) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(write);
-        let file = node::open(&name(number), device_number(number)?, &options)?;
+        let (file, has_usual_node) = node::open(&name(number), device, &options)?;
         let file = Arc::new(file);
-        Ok(Device { number, file })
+        Ok(Device {
+            number,
+            file,
+            has_usual_node,
+        })
     }
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The same handle, for whoever reads the device.
+    pub(crate) fn shared_file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    /// A node that leads to it, or did when it was opened.
+    pub(crate) fn node(&self) -> io::Result<PathBuf> {
+        match self.has_usual_node {
+            true => Ok(usual_node(self.number)),
+            false => node(self.number),
+        }
     }
 
     /// What it is bound to, if it is.
@@ -99,7 +124,7 @@ impl Device {
             },
             device_number: info.lo_rdevice,
             read_only: info.lo_flags & ioctl::READ_ONLY != 0,
-            direct_io: info.lo_flags & ioctl::DIRECT_IO != 0,
+            direct_io: Some(info.lo_flags & ioctl::DIRECT_IO != 0),
             unbinds_itself: info.lo_flags & ioctl::AUTOCLEAR != 0,
         }))
     }
@@ -145,8 +170,10 @@ pub(crate) fn unbind(
             Ok(false) => return Ok(()),
             Err(error) => return Err((Some(device), failed("ask about", number, error))),
         }
-        // Before it is unbound: afterwards the number may be another process's, with a node of its own.
-        node::remove(&name(number));
+        if !device.has_usual_node {
+            // Before it is unbound: afterwards the number may be another process's, with a node of its own.
+            node::remove(&name(number));
+        }
         match device.clear() {
             Ok(true) => break,
             Ok(false) => {}
@@ -186,7 +213,7 @@ pub(crate) fn find(number: u32, binding: &Binding) -> io::Result<Option<Device>>
     if !backing_file(number).exists() {
         return Ok(None);
     }
-    match Device::open(number) {
+    match Device::open_known(number) {
         Ok(device) => Ok(device.is_bound_as(binding)?.then_some(device)),
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => Err(error),
@@ -236,18 +263,23 @@ const UNKNOWN: u32 = 0;
 
 /// The number of a device that is there. (Source: Linux, drivers/block/loop.c, `loop_add`: the numbers of one device follow
 /// those of the one before)
-fn device_number(number: u32) -> io::Result<DeviceNumber> {
-    let sysfs = sysfs(number);
+pub(crate) fn device_number(number: u32) -> io::Result<DeviceNumber> {
+    let found = known_number(number)?;
+    // Opening the node of a device that is not there would make it.
+    sysfs(number).metadata()?;
+    Ok(found)
+}
+
+/// The same for a device that the kernel has just named.
+fn known_number(number: u32) -> io::Result<DeviceNumber> {
     let minors = MINORS.load(Relaxed);
     if let Some(minor) = number.checked_mul(minors).filter(|_| minors != UNKNOWN) {
-        // Opening the node of a device that is not there would make it.
-        sysfs.metadata()?;
         return Ok(DeviceNumber {
             major: LOOP_MAJOR,
             minor,
         });
     }
-    let text = std::fs::read_to_string(sysfs.join("dev"))?;
+    let text = std::fs::read_to_string(sysfs(number).join("dev"))?;
     let found: DeviceNumber = text.parse().map_err(io::Error::other)?;
     if let Some(minors) = found.minor.checked_div(number)
         && found.major == LOOP_MAJOR
@@ -258,24 +290,19 @@ fn device_number(number: u32) -> io::Result<DeviceNumber> {
     Ok(found)
 }
 
-/// The numbers of all loop devices of this machine, in order; the flag says which are bound.
-pub(crate) fn numbers() -> io::Result<Vec<(u32, bool)>> {
+/// The numbers of all loop devices of this machine, in order.
+pub(crate) fn numbers() -> io::Result<Vec<u32>> {
     let found = numbered(Path::new("/sys/block"), "loop").map_err(io::Error::other)?;
-    let mut found: Vec<_> = found
-        .into_iter()
-        .map(|(_, number)| (number, backing_file(number).exists()))
-        .collect();
+    let mut found: Vec<_> = found.into_iter().map(|(_, number)| number).collect();
     found.sort_unstable();
     Ok(found)
 }
 
 /// The numbers of all loop devices that are bound now, in order.
 pub(crate) fn bound_numbers() -> io::Result<Vec<u32>> {
-    let found = numbers()?;
-    Ok(found
-        .into_iter()
-        .filter_map(|(number, is_bound)| is_bound.then_some(number))
-        .collect())
+    let mut found = numbers()?;
+    found.retain(|number| backing_file(*number).exists());
+    Ok(found)
 }
 
 /// The numbers of all loop devices that can be read or written: those that are bound, but for one without a whole sector. To

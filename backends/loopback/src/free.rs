@@ -1,11 +1,12 @@
 //! Which loop device is bound next.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::device::numbers;
+use crate::device::{numbers, readable_numbers};
 use crate::ioctl;
 
 /// What this process knows of free devices.
@@ -69,12 +70,36 @@ impl Known {
 /// Reads the kernel's table for whoever asks next.
 fn read_table() -> io::Result<()> {
     known().readers += 1;
-    let read = numbers();
-    let all = read.as_deref().unwrap_or_default();
-    let unbound = all.iter().filter(|(_, is_bound)| !is_bound);
-    known().has_read(unbound.map(|(number, _)| *number));
+    let read = unbound_numbers();
+    let unbound = read.as_deref().unwrap_or_default();
+    known().has_read(unbound.iter().copied());
     read.map(drop)
 }
+
+/// The devices that are not bound, and those that are and have no whole sector, which say so when they are configured.
+fn unbound_numbers() -> io::Result<Vec<u32>> {
+    let mut numbers = numbers()?;
+    let bound: BTreeSet<u32> = readable_numbers()?.into_iter().collect();
+    numbers.retain(|number| !bound.contains(number));
+    Ok(numbers)
+}
+
+/// What asks the kernel for devices, opened when it is needed.
+#[derive(Debug, Default)]
+pub(crate) struct Control(OnceCell<File>);
+
+impl Control {
+    fn file(&self) -> io::Result<&File> {
+        if let Some(open) = self.0.get() {
+            return Ok(open);
+        }
+        let open = OpenOptions::new().read(true).write(true).open(CONTROL)?;
+        Ok(self.0.get_or_init(|| open))
+    }
+}
+
+/// The node of the driver.
+const CONTROL: &str = "/dev/loop-control";
 
 /// Notes that this process has unbound a device, so that it is bound again before the table is read.
 pub(crate) fn note_unbound(number: u32) {
@@ -90,7 +115,7 @@ pub(crate) struct FreeDevice(u32);
 
 impl FreeDevice {
     /// Reserves a device outside of `tried`; makes a new one only if none is free.
-    pub(crate) fn reserve(control: &File, tried: &BTreeSet<u32>) -> io::Result<Self> {
+    pub(crate) fn reserve(control: &Control, tried: &BTreeSet<u32>) -> io::Result<Self> {
         loop {
             if let Some(number) = known().next(tried) {
                 return Ok(FreeDevice(number));
@@ -99,7 +124,7 @@ impl FreeDevice {
             if let Some(number) = known().next(tried) {
                 return Ok(FreeDevice(number));
             }
-            let free = ioctl::get_free(control)?;
+            let free = ioctl::get_free(control.file()?)?;
             if !tried.contains(&free) && known().reserve(free) {
                 return Ok(FreeDevice(free));
             }
@@ -107,7 +132,7 @@ impl FreeDevice {
             if let Some(number) = known().next(tried) {
                 return Ok(FreeDevice(number));
             }
-            let new = ioctl::add(control)?;
+            let new = ioctl::add(control.file()?)?;
             // Otherwise another call has found the new device first.
             if known().reserve(new) {
                 return Ok(FreeDevice(new));

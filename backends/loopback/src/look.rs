@@ -50,16 +50,15 @@ impl Drop for Pending {
 /// The last look. Whoever waits for this waits for the look that it needs.
 static LAST: Mutex<Option<Arc<Look>>> = Mutex::new(None);
 
-/// A look at all devices that has begun after this call: what was bound before it is in it.
+/// A look at all devices that has begun since then: what was bound before is in it.
 ///
 /// Of many calls at once, those that come while one looks share the next look, so that each device is opened twice and not
 /// once for each of them.
 ///
 /// `ours` is asked when the look begins.
-pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
-    let asked = Instant::now();
+pub(crate) fn look(since: Instant, ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(look) = last.as_ref().filter(|look| look.began > asked) {
+    if let Some(look) = last.as_ref().filter(|look| look.began > since) {
         return Ok(Arc::clone(look));
     }
     let began = Instant::now();
@@ -81,7 +80,7 @@ pub(crate) fn look(ours: impl FnOnce() -> Vec<Claim>) -> io::Result<Arc<Look>> {
 }
 
 fn status_of(number: u32) -> io::Result<Option<Status>> {
-    match Device::open(number) {
+    match Device::open_known(number) {
         Ok(device) => device.status(),
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => Err(error),

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blockmount::{
-    BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger, blocking,
+    BackendError, BlockDevice, DeviceLocator, ErrorKind, Resolver, Unplugger, blocking_step,
 };
-use blockmount_linux::device::release;
+use blockmount_linux::device::{DeviceNumber, release, release_as};
 use blockmount_linux::is_absent;
 
-use crate::device::{Device, failed, find, node, usual_node};
+use crate::device::{Device, device_number, failed, find, node, usual_node};
 use crate::locator::number_of;
 use crate::transport::LoopTransport;
 
@@ -29,7 +29,7 @@ pub struct LoopResolver;
 impl Resolver for LoopResolver {
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError> {
         let number = number_of(device)?;
-        blocking(move || resolve(number)).await
+        blocking_step(move || resolve(number)).await
     }
 }
 
@@ -43,14 +43,17 @@ impl Resolver for LoopTransport {
             let message = format!("this transport has no device {device}");
             return Err(BackendError::not_found(message));
         };
-        blocking(move || {
+        blocking_step(move || {
             let is_ours = match &handle {
                 // It is this device for as long as it is open, but others may give it another file.
                 Some(handle) => handle.is_bound_as(&binding),
                 None => find(number, &binding).map(|found| found.is_some()),
             };
             match is_ours {
-                Ok(true) => block_device(number),
+                Ok(true) => match &handle {
+                    Some(handle) => open_device(handle),
+                    None => block_device(number),
+                },
                 Ok(false) => Err(BackendError::not_found(format!(
                     "{} is no longer bound as this transport bound it",
                     usual_node(number).display()
@@ -89,24 +92,55 @@ impl Default for LoopUnplugger {
 impl Unplugger for LoopUnplugger {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError> {
         let number = number_of(device)?;
-        let node = match blocking(move || resolve(number)).await {
+        // Most devices are at their usual node.
+        let usual = blocking_step(move || usual(number)).await?;
+        if let Some(usual) = usual {
+            match release_as(&usual_node(number), usual, self.timeout).await {
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict) => {
+                }
+                done => return or_unbound(number, done).await,
+            }
+        }
+        let node = match blocking_step(move || resolve(number)).await {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             found => found?.path,
         };
-        match release(&node, self.timeout).await {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            // Unbound meanwhile: there is nothing to write back.
-            Err(error) if error.kind() != ErrorKind::Busy => {
-                let is_bound = blocking(move || is_bound(number)).await;
-                if is_bound.unwrap_or(true) {
-                    Err(error)
-                } else {
-                    Ok(())
-                }
-            }
-            done => done,
-        }
+        or_unbound(number, release(&node, self.timeout).await).await
     }
+}
+
+/// The same, or success if the device was unbound meanwhile: there is nothing to write back.
+async fn or_unbound(number: u32, released: Result<(), BackendError>) -> Result<(), BackendError> {
+    match released {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() != ErrorKind::Busy => {
+            let is_bound = blocking_step(move || is_bound(number)).await;
+            if is_bound.unwrap_or(true) {
+                Err(error)
+            } else {
+                Ok(())
+            }
+        }
+        done => done,
+    }
+}
+
+/// The number of a device, if it is there.
+fn usual(number: u32) -> Result<Option<DeviceNumber>, BackendError> {
+    match device_number(number) {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if is_absent(&error) => Ok(None),
+        Err(error) => Err(failed("ask about", number, error)),
+    }
+}
+
+/// A device of which a handle is open.
+fn open_device(device: &Device) -> Result<BlockDevice, BackendError> {
+    let number = device.number;
+    let path = device
+        .node()
+        .map_err(|error| failed("find the node of", number, error))?;
+    Ok(BlockDevice::new(path).with_open(device.shared_file()))
 }
 
 fn resolve(number: u32) -> Result<BlockDevice, BackendError> {

@@ -10,7 +10,8 @@ use async_trait::async_trait;
 use blockmount::placement::{Allocation, Call, Outcome, Placement, SlotUse};
 use blockmount::slots::{Occupied, Slots};
 use blockmount::{
-    BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Presence, Transport, blocking,
+    BackendError, DeviceLocator, Disk, DiskId, DiskOption, ErrorKind, Presence, Transport,
+    after_queued, blocking, blocking_call, blocking_step,
 };
 use blockmount_source as source;
 
@@ -85,10 +86,16 @@ impl LoopTransport {
         }))
     }
 
-    /// The devices of this transport, by slot.
+    /// The devices of this transport, by slot. Asks the kernel about each, without waiting for a device.
     pub fn map(&self) -> Vec<LoopSlot> {
         let lines = self.0.placement.map_disks(loop_slot);
-        let mut map: Vec<_> = lines.into_iter().flatten().collect();
+        // The kernel is asked without the lock of the map.
+        let ask = |(mut slot, device): (LoopSlot, Option<Device>)| {
+            let status = device.and_then(|device| device.status().ok()?);
+            slot.direct_io |= status.is_some_and(|status| status.direct_io == Some(true));
+            slot
+        };
+        let mut map: Vec<_> = lines.into_iter().flatten().map(ask).collect();
         map.sort_unstable_by_key(|entry| entry.slot);
         map
     }
@@ -153,7 +160,14 @@ impl Transport for LoopTransport {
         // Dropping the device's only handle unbinds it.
         call.assume(Outcome::Absent);
         let (disk, id) = (disk.clone(), id.clone());
-        let fresh = blocking(move || inner.bind(&disk, &id, call)).await?;
+        let fresh = blocking_call(async move {
+            let bind = inner.clone();
+            let bound = blocking_step(move || bind.bind(&disk, &id, call)).await?;
+            // One look at all devices is enough for whoever binds at the same time.
+            after_queued().await;
+            blocking_step(move || inner.check(bound)).await
+        });
+        let fresh = fresh.await?;
         // No await from here on: the caller learns of what is recorded as present.
         Ok(fresh.keep())
     }
@@ -210,6 +224,7 @@ impl Fresh {
             device,
             status,
             pending,
+            ..
         } = self.bound;
         let number = device.number;
         let device = Some(device);
@@ -249,7 +264,7 @@ impl Inner {
         disk: &Disk,
         id: &DiskId,
         call: Call<LoopAllocation>,
-    ) -> Result<Fresh, BackendError> {
+    ) -> Result<(Fresh, source::Source), BackendError> {
         disk.options().require_only(&[DiskOption::DirectIo])?;
         let source = source::open(disk, id)?;
         source::size(disk, &source)?;
@@ -260,17 +275,32 @@ impl Inner {
         };
         let bound = bind::bind(&source, &wanted)?;
         let refused = match disk.options().is_direct_io() {
-            Some(true) if !bound.status.direct_io => Err(BackendError::unsuitable(format!(
-                "the filesystem of {} cannot do direct I/O",
-                disk.source().display()
-            ))),
-            _ => bind::refuse_conflict(&bound, &source, || self.claims()),
+            Some(true) => bound.ensure_direct_io(disk),
+            _ => Ok(()),
         };
+        self.unless(refused, Fresh { bound, call })
+            .map(|fresh| (fresh, source))
+    }
+
+    /// Refuses what must not be bound twice.
+    fn check(&self, (fresh, source): (Fresh, source::Source)) -> Result<Fresh, BackendError> {
+        let refused = bind::refuse_conflict(&fresh.bound, &source, || self.claims());
+        self.unless(refused, fresh)
+    }
+
+    /// Unbinds a device that is refused.
+    fn unless(
+        &self,
+        refused: Result<(), BackendError>,
+        fresh: Fresh,
+    ) -> Result<Fresh, BackendError> {
         if let Err(refusal) = refused {
+            let Fresh { bound, call } = fresh;
             bind::undo(bound, self.settings.busy_timeout);
+            drop(call);
             return Err(refusal);
         }
-        Ok(Fresh { bound, call })
+        Ok(fresh)
     }
 
     fn mark<'a>(&'a self, disk: &'a Disk) -> &'a [u8] {
@@ -386,16 +416,24 @@ impl Inner {
     }
 }
 
-fn loop_slot(disk: &Disk, allocation: &LoopAllocation, usage: SlotUse) -> Option<LoopSlot> {
+/// A device for display, and its handle if the kernel was not asked yet whether it goes around the page cache.
+fn loop_slot(
+    disk: &Disk,
+    allocation: &LoopAllocation,
+    usage: SlotUse,
+) -> Option<(LoopSlot, Option<Device>)> {
     let attached = allocation.attached.as_ref()?;
-    Some(LoopSlot {
+    let direct_io = attached.status.direct_io;
+    let slot = LoopSlot {
         slot: allocation.slot.slot().index,
         usage,
         number: attached.number,
         source: disk.source().to_owned(),
         read_only: attached.status.read_only,
-        direct_io: attached.status.direct_io,
-    })
+        direct_io: direct_io.unwrap_or_default(),
+    };
+    let unknown = attached.device.clone().filter(|_| direct_io.is_none());
+    Some((slot, unknown))
 }
 
 #[cfg(test)]

@@ -3,12 +3,12 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::DeviceNumber;
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat};
 use rustix::io::Errno;
 
 /// The directory of our own nodes. It is in `/dev`, because other filesystems are often mounted `nodev`.
@@ -40,16 +40,16 @@ pub fn ensure(name: &str, number: DeviceNumber) -> io::Result<PathBuf> {
     Err(unmade(name, Errno::EXIST))
 }
 
-/// Opens a device by the kernel's name for it, and proves that the node is that device. Leaves no node behind.
-/// Blocks.
+/// Opens a device by the kernel's name for it, and proves that the node is that device. Leaves no node behind. The flag says
+/// whether the node in `/dev` is that device. Blocks.
 ///
 /// # Errors
 ///
 /// The system's, of opening it or of making a node.
-pub fn open(name: &str, number: DeviceNumber, options: &OpenOptions) -> io::Result<File> {
+pub fn open(name: &str, number: DeviceNumber, options: &OpenOptions) -> io::Result<(File, bool)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     if let Some(file) = open_if(&Path::new("/dev").join(name), number, options)? {
-        return Ok(file);
+        return Ok((file, true));
     }
     for _ in 0..ATTEMPTS {
         let unique = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -58,7 +58,8 @@ pub fn open(name: &str, number: DeviceNumber, options: &OpenOptions) -> io::Resu
             Ok(()) => {
                 let opened = open_if(&own, number, options);
                 remove_path(&own);
-                return opened?.ok_or_else(|| unmade(name, Errno::NOENT));
+                let opened = opened?.ok_or_else(|| unmade(name, Errno::NOENT));
+                return opened.map(|file| (file, false));
             }
             Err(Errno::EXIST) => {}
             Err(errno) => return Err(unmade(name, errno)),
@@ -91,10 +92,13 @@ fn is_node_of(path: &Path, number: DeviceNumber) -> bool {
 
 /// Opens the node if it is there and is the device.
 fn open_if(node: &Path, number: DeviceNumber, options: &OpenOptions) -> io::Result<Option<File>> {
-    if !is_node_of(node, number) {
-        return Ok(None);
-    }
-    let file = options.open(node)?;
+    // Without waiting for whatever has the name in its place.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = match options.clone().custom_flags(flags).open(node) {
+        Err(error) if is_node_of(node, number) => return Err(error),
+        Err(_) => return Ok(None),
+        Ok(file) => file,
+    };
     let found = file.metadata()?;
     let is_device = found.file_type().is_block_device();
     Ok((is_device && DeviceNumber::from_rdev(found.rdev()) == number).then_some(file))
