@@ -1,17 +1,14 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
-use std::future::poll_fn;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BindMount, Binder, BlockDevice, DeviceLocator, DeviceRole, ErrorKind, Expose,
     LayerCombiner, MountOptions, Mounter, Overlay, Presence, Resolver, Turns, Unplugger, Usage,
-    blocking_call,
+    blocking_call, blocking_step,
 };
 
 use crate::device::stack::{self, Timeouts};
@@ -24,7 +21,7 @@ use crate::mount::attempt::{Found, expose_once, mount_once};
 use crate::mount::extra_devices::{self, Extra};
 use crate::mount::target::Target;
 use crate::mount::volume::ToGrow;
-use crate::mount::{expose, overlay, unmount, view, volume};
+use crate::mount::{directory, expose, overlay, unmount, view, volume};
 use crate::transports::Transports;
 use crate::undo::ledger::{Ledger, UndoList};
 use crate::undo::step::{Appearance, ViewUse};
@@ -256,19 +253,12 @@ impl Inner {
         target: &Target,
         options: &MountOptions,
     ) -> Result<(), BackendError> {
-        let mut resolving = pin!(self.resolve(device, options));
-        let first = poll_fn(|context| Poll::Ready(resolving.as_mut().poll(context))).await;
-        let (found, further) = match first {
-            Poll::Ready(found) => found?,
-            // A bad target should not cost a wait for the device.
-            Poll::Pending => {
-                if options.expose() == Expose::Filesystem {
-                    let early = target.clone();
-                    blocking(move || early.check_free()).await?;
-                }
-                resolving.await?
-            }
-        };
+        // A bad target costs no wait for the device, and nothing is written to it.
+        if options.expose() == Expose::Filesystem {
+            let (ledger, early) = (self.ledger.clone(), target.clone());
+            blocking_step(move || directory::check_free(&ledger.list(&early))).await?;
+        }
+        let (found, further) = self.resolve(device, options).await?;
         self.begin(target).await?;
         let done = self.mount_found(device, found, further, target, options);
         let done = done.await;

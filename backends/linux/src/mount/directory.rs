@@ -48,6 +48,17 @@ impl Fresh {
     }
 }
 
+/// Looks at the target of a list without changing anything: it must be free to be mounted on, or missing.
+pub(crate) fn check_free(list: &UndoList<'_>) -> Result<(), BackendError> {
+    let name = list.target().path().file_name();
+    if let Some((parent, name)) = list.parent().ok().zip(name)
+        && let Err(Errno::NOENT) = parent.look(name, StatxFlags::empty())
+    {
+        return Ok(());
+    }
+    list.target().check_free()
+}
+
 /// Makes the target of a list, in a directory that is there. `None` if the target is there already, or if the way to it has to
 /// be gone one component after the other ([`prepare`]).
 pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendError> {
