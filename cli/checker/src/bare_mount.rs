@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use blockmount_linux::sysfs::Disk;
 use blockmount_linux::uevent::wait_until;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -20,8 +21,6 @@ const APPEARS: Duration = Duration::from_secs(20);
 /// How long a disk that has just appeared may refuse to be read, on a busy machine, and how soon it is tried again.
 const READABLE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(1);
-/// How often a disk without bytes is asked for its size again.
-const ASKED_AGAIN: u32 = 5;
 /// The highest count that makes sense.
 const MOST: u32 = 10_000;
 
@@ -105,25 +104,15 @@ fn node(device: &str) -> Option<PathBuf> {
         let node = Path::new("/dev").join(Path::new(device).file_name()?);
         return node.exists().then_some(node);
     }
-    let disks = Path::new("/sys/bus/scsi/devices")
-        .join(device)
-        .join("block");
-    let disk = fs::read_dir(disks).ok()?.flatten().next()?;
-    ensure_measured(&disk.path());
-    let node = Path::new("/dev").join(disk.file_name());
+    let mut names = fs::read_dir(scsi(device).join("block")).ok()?.flatten();
+    let node = Path::new("/dev").join(names.next()?.file_name());
     // Open before it is announced means that it does not answer yet.
     fs::File::open(&node).is_ok().then_some(node)
 }
 
-/// Has the kernel ask a disk without bytes for its size again: in a burst of hot-plugs a new disk refuses the question as often
-/// as the kernel repeats it, and cannot be read from then on.
-fn ensure_measured(disk: &Path) {
-    let has_bytes = || fs::read_to_string(disk.join("size")).is_ok_and(|size| size.trim() != "0");
-    for _ in 0..ASKED_AGAIN {
-        if has_bytes() || fs::write(disk.join("device/rescan"), "1").is_err() {
-            return;
-        }
-    }
+/// The directory of a SCSI device.
+fn scsi(address: &str) -> PathBuf {
+    Path::new("/sys/bus/scsi/devices").join(address)
 }
 
 fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Result<BareTimes> {
@@ -149,7 +138,7 @@ fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Res
     let mut mount_all = || {
         for _ in 0..asked.count {
             let before = Instant::now();
-            mount_readable(|| {
+            mount_readable(&asked.device, || {
                 mount(
                     node,
                     &asked.target,
@@ -177,12 +166,18 @@ fn repeat(asked: &BareMount, node: &Path, start: Instant, found: u64) -> io::Res
 }
 
 /// Mounts, again for 20 seconds while that fails with an I/O error: in a burst of hot-plugs a disk that has just appeared
-/// may refuse its first reads, and a mount of it right then fails.
-fn mount_readable(mount: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
+/// may refuse its first reads, and a mount of it right then fails; or the question for its size, and then all mounts do.
+fn mount_readable(device: &str, mount: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
     let deadline = Instant::now() + READABLE;
     loop {
         match mount() {
-            Err(Errno::IO) if Instant::now() < deadline => std::thread::sleep(AGAIN),
+            Err(Errno::IO) if Instant::now() < deadline => {
+                if is_scsi_address(device) {
+                    // If it is in vain, the next mount says so.
+                    let _ = Disk::ensure_measured(&scsi(device));
+                }
+                std::thread::sleep(AGAIN);
+            }
             done => return done,
         }
     }
@@ -233,19 +228,6 @@ mod tests {
         let mut none = asked("null", &dir.path().join("x"));
         none.count = 0;
         assert!(run_all(vec![none]).await.is_err());
-    }
-
-    #[test]
-    fn a_disk_without_bytes_is_asked_for_its_size_again_and_no_other_is() {
-        let dir = tempfile::tempdir().unwrap();
-        let [size, device] = ["size", "device"].map(|name| dir.path().join(name));
-        fs::create_dir(&device).unwrap();
-        for (bytes, asked) in [("8\n", ""), ("0\n", "1")] {
-            fs::write(&size, bytes).unwrap();
-            fs::write(device.join("rescan"), "").unwrap();
-            ensure_measured(dir.path());
-            assert_eq!(fs::read_to_string(device.join("rescan")).unwrap(), asked);
-        }
     }
 
     #[test]

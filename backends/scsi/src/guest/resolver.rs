@@ -17,8 +17,6 @@ use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the kernel is had to ask a disk without bytes for its size: one may really have none.
-const ASKED_AGAIN: usize = 5;
 /// The state of a device that takes commands. (Source: Linux, Documentation/scsi/scsi_mid_low_api.rst)
 const RUNNING: &str = "running";
 
@@ -179,25 +177,13 @@ impl Lookup {
         &self.sysfs
     }
 
-    /// Has the kernel ask a disk without bytes for its size again. Each hot-plug on a target has all of its disks refuse their
-    /// next command, and in a burst of them a new disk refuses the question for its size as often as the kernel repeats it.
+    /// Has the kernel ask the disk for its size again if it has no bytes.
     fn ensure_measured(&self) -> Result<(), BackendError> {
-        for _ in 0..ASKED_AGAIN {
-            let found = self
-                .device()
-                .and_then(|device| Ok((Disk::below(&device)?, device)));
-            let Some((disk, device)) = present(found)? else {
-                break;
-            };
-            if disk.size() > 0 {
-                break;
-            }
-            tracing::warn!(address = %self.address, "the disk has no bytes, having the kernel ask it again");
-            if !sysfs::command(&device, "rescan", "1")? {
-                break;
-            }
-        }
-        Ok(())
+        let Some(device) = present(self.device())? else {
+            return Ok(());
+        };
+        tracing::info_span!("measure", address = %self.address)
+            .in_scope(|| Disk::ensure_measured(&device))
     }
 
     /// The node of the disk, once it is ready and the one that is meant.

@@ -9,11 +9,13 @@ use blockmount::{BackendError, ErrorKind, blocking};
 use crate::device::free;
 use crate::device::node::{self, node_named_in};
 use crate::device::number::DeviceNumber;
-use crate::discover::sysfs::{attribute, bytes, names, text};
+use crate::discover::sysfs::{attribute, bytes, command, names, text};
 use crate::discover::uevent::{self, NotReady, Probe};
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
+/// How often the kernel is had to ask a disk without bytes for its size: one may really have none.
+const ASKED_AGAIN: usize = 5;
 
 /// A disk as sysfs had it at one moment.
 ///
@@ -48,6 +50,27 @@ impl Disk {
                 several.join(", ")
             )))),
         }
+    }
+
+    /// Has the kernel ask the disk of a SCSI device for its size again while it has no bytes. Each hot-plug on a target has all of
+    /// its disks refuse their next command, and in a burst of them a new disk refuses the question for its size as often as the
+    /// kernel repeats it. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// As for [`below`](Self::below), unless the disk is missing; the system's, of asking.
+    pub fn ensure_measured(device: &Path) -> Result<(), BackendError> {
+        for _ in 0..ASKED_AGAIN {
+            match uevent::present(Disk::below(device))? {
+                Some(disk) if disk.size() == 0 => {}
+                _ => break,
+            }
+            tracing::warn!(device = %device.display(), "the disk has no bytes, having the kernel ask it again");
+            if !command(device, "rescan", "1")? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The disk with this directory. Blocks.
@@ -223,6 +246,19 @@ mod tests {
         assert!(!disk.is_there().unwrap());
         let missing = Disk::below(dir.path()).unwrap_err().into_error();
         assert_eq!(missing.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_disk_without_bytes_is_asked_for_its_size_again_and_no_other_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = made_up(dir.path(), "sda", "DEVNAME=sda\n");
+        let rescan = dir.path().join("rescan");
+        for (bytes, asked) in [("8\n", ""), ("0\n", "1")] {
+            fs::write(disk.join("size"), bytes).unwrap();
+            fs::write(&rescan, "").unwrap();
+            Disk::ensure_measured(dir.path()).unwrap();
+            assert_eq!(fs::read_to_string(&rescan).unwrap(), asked);
+        }
     }
 
     #[test]
