@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind};
@@ -107,13 +107,7 @@ pub async fn release(path: &Path, timeout: Duration) -> Result<(), BackendError>
 ///
 /// As for [`release`].
 pub async fn hold_free(path: &Path, timeout: Duration) -> Result<File, BackendError> {
-    let path = path.to_owned();
-    let attempt = {
-        let path = path.clone();
-        // Who uses it is searched for once, when the timeout is over.
-        move || try_hold(&path, |_| Ok(()))?.ok_or_else(|| busy(&path, &[]))
-    };
-    hold(path, timeout, attempt).await
+    hold_if(path, timeout, |_, _| Ok(())).await
 }
 
 /// The same as [`release`], for a node of which it is not known whether it is that of a device.
@@ -126,22 +120,21 @@ pub async fn release_as(
     number: DeviceNumber,
     timeout: Duration,
 ) -> Result<(), BackendError> {
+    let is_it = move |now, path: &Path| number.ensure_is(now, path);
+    hold_if(path, timeout, is_it).await.map(drop)
+}
+
+async fn hold_if(
+    path: &Path,
+    timeout: Duration,
+    is_it: impl Fn(DeviceNumber, &Path) -> Result<(), BackendError> + Clone + Send + 'static,
+) -> Result<File, BackendError> {
     let path = path.to_owned();
     let attempt = {
         let path = path.clone();
-        move || {
-            let is_it = |now: DeviceNumber| number.ensure_is(now, &path);
-            try_hold(&path, is_it)?.ok_or_else(|| busy(&path, &[]))
-        }
+        // Who uses it is searched for once, when the timeout is over.
+        move || try_hold(&path, |now| is_it(now, &path))?.ok_or_else(|| busy(&path, &[]))
     };
-    hold(path, timeout, attempt).await.map(drop)
-}
-
-async fn hold(
-    path: PathBuf,
-    timeout: Duration,
-    attempt: impl Fn() -> Result<File, BackendError> + Clone + Send + 'static,
-) -> Result<File, BackendError> {
     match retry_while_busy(timeout, attempt).await {
         Err(error) if error.kind() == ErrorKind::Busy => blocking(move || Err(in_use(&path))).await,
         done => done,
