@@ -126,12 +126,17 @@ fn ensure_unique(left: &[Left]) -> Result<(), BackendError> {
             let Some(other) = seen.insert(record.info.key(), vm) else {
                 continue;
             };
-            let (namespace, name) = record.info.key();
-            let [one, other] = [other, vm].map(|vm| vm.called().unwrap_or_default());
-            return Err(BackendError::conflict(format!(
-                "{name:?} is activated in namespace {namespace} of both virtual machines {one} and {other}"
-            )));
+            return Err(in_both(record, other, vm));
         }
     }
     Ok(())
+}
+
+/// The error of a name that is activated in two virtual machines.
+pub(super) fn in_both(record: &Record, one: &Vm, other: &Vm) -> BackendError {
+    let (namespace, name) = record.info.key();
+    let [one, other] = [one, other].map(|vm| vm.called().unwrap_or_default());
+    BackendError::conflict(format!(
+        "{name:?} is activated in namespace {namespace} of both virtual machines {one} and {other}"
+    ))
 }

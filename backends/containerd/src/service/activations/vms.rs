@@ -7,7 +7,7 @@ use blockmount::{BackendError, Recovery};
 
 use super::super::vm::{Vm, VmName};
 use super::deactivating::release_unclaimed;
-use super::recover::{Left, is_kept};
+use super::recover::{Left, in_both, is_kept};
 use super::{Activations, Options};
 
 impl Activations {
@@ -47,12 +47,8 @@ impl Activations {
         }
         self.ensure_new(&name)?;
         for record in records.iter().filter(|record| is_kept(record)) {
-            let (namespace, activation) = record.info.key();
             if let Some(other) = self.table().get(&record.info.key()) {
-                let other = other.vm.called().unwrap_or_default();
-                return Err(BackendError::conflict(format!(
-                    "{activation:?} is activated in namespace {namespace} of both virtual machines {other} and {name}"
-                )));
+                return Err(in_both(record, &other.vm, &vm));
             }
         }
         let vm = Arc::new(vm);
