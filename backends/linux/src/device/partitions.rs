@@ -49,7 +49,9 @@ pub fn partitions(disk: DeviceNumber) -> Result<BTreeMap<u32, PathBuf>, BackendE
     Ok(found)
 }
 
-/// Waits for a partition of an open disk, and names its node.
+/// Waits until the kernel knows a partition of an open disk, and names its node.
+///
+/// The kernel lists a partition a moment before it makes the node: open it with [`await_open`](crate::device::await_open).
 ///
 /// The kernel knows the partitions of a disk when it announces the disk, so the wait is short where
 /// there is anything to wait for; and where the partition table itself can be read and has no such

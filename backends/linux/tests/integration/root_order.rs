@@ -128,7 +128,7 @@ async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
     let watcher = tokio::spawn(async move {
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         let node = device::await_partition(&disk, one, deadline).await.unwrap();
-        let held = File::open(node).unwrap();
+        let held = device::await_open(&node, deadline).await.unwrap();
         tokio::time::sleep(Duration::from_millis(400)).await;
         drop(held);
     });

@@ -117,14 +117,13 @@ async fn root_a_partition_that_appears_late_is_awaited_with_a_deadline() {
             .unwrap();
     });
     let started = Instant::now();
-    let node = device::await_partition(&disk, two, started + Duration::from_secs(30))
-        .await
-        .unwrap();
+    let deadline = started + Duration::from_secs(30);
+    let node = device::await_partition(&disk, two, deadline).await.unwrap();
     assert!(
         started.elapsed() >= Duration::from_millis(80),
         "it was not there before"
     );
-    assert!(device::open(&node).unwrap().is_some());
+    drop(device::await_open(&node, deadline).await.unwrap());
     scan.await.unwrap();
     kit::run("partx", &["-d", device.node().to_str().unwrap()]);
     let soon = Instant::now() + Duration::from_millis(50);
