@@ -112,7 +112,7 @@ pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
 async fn vm_g12_a_disk_is_encrypted_with_the_key_of_the_guests_owner_and_kept() {
     let rig = Rig::start_logging().await;
     for (name, encryption) in [("keyring", in_keyring()), ("file", in_file())] {
-        let image = blank(&rig, name, 64);
+        let image = blank(&rig, name, 32);
         let disk = Disk::virtual_disk(&image);
         let plain = keyed(&encryption, None);
         let add = async |request: &MountRequest| rig.manager.add(&disk, request).await;
@@ -205,19 +205,19 @@ async fn vm_one_flipped_bit_of_an_encrypted_disk_is_an_error_that_names_it() {
     let rig = Rig::start_logging().await;
     let with_hmac = Encryption::EphemeralWithIntegrity;
     for (name, filesystem, mebibytes, encryption, key_length) in [
-        ("ext4", "ext4", 64, with_hmac.clone(), 96),
+        ("ext4", "ext4", 32, with_hmac.clone(), 96),
         ("xfs", "xfs", 320, with_hmac, 96),
         (
             "aegis",
             "ext4",
-            64,
+            32,
             Encryption::EphemeralWithAead(Aead::Aegis128),
             16,
         ),
         (
             "chacha",
             "ext4",
-            64,
+            32,
             Encryption::EphemeralWithAead(Aead::ChaCha20Poly1305),
             32,
         ),

@@ -19,7 +19,7 @@ use crate::verity::sealed_apart;
 
 /// Where partition 1 is, in bytes: as large as what is to be in it.
 pub const START: u64 = 1 << 20;
-const BLANK: u64 = 16 << 20;
+const BLANK: u64 = 8 << 20;
 
 /// A disk with one partition, which holds this content.
 pub fn partitioned(path: &Path, content: &[u8]) {
@@ -88,7 +88,7 @@ async fn disks(rig: &Rig) -> (Vec<Tried>, [Verity; 2]) {
     File::create(&blank).unwrap().set_len(BLANK).unwrap();
     for (name, content) in [
         ("sealed-part", &content),
-        ("blank-part", &vec![0; 16 << 20]),
+        ("blank-part", &vec![0; BLANK as usize]),
     ] {
         partitioned(&rig.path(name), content);
     }
