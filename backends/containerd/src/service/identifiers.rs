@@ -10,6 +10,9 @@ const LONGEST_IDENTIFIER: usize = 76;
 const LONGEST_NAME: usize = 1024;
 /// The longest label, key and value together, in bytes. (containerd, `pkg/labels`)
 const LONGEST_LABEL: usize = 4096;
+/// The labels of one activation, in bytes. containerd has no such limit; clients take answers of 4 MiB where nothing else is said
+/// (grpc, `max_receive_message_length`).
+const LONGEST_LABELS: usize = 1 << 20;
 
 /// Whether it is letters and digits, with single `.`, `-` or `_` between them.
 pub(super) fn is_identifier(text: &str) -> bool {
@@ -43,6 +46,12 @@ pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Stat
                 "a label has a key, and at most 4,096 bytes with its value",
             ));
         }
+    }
+    let bytes = |(key, value): (&String, &String)| key.len() + value.len();
+    if labels.iter().map(bytes).sum::<usize>() > LONGEST_LABELS {
+        return Err(Status::invalid_argument(
+            "the labels of an activation have at most 1,048,576 bytes together",
+        ));
     }
     Ok(())
 }

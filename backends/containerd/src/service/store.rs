@@ -14,6 +14,8 @@ use super::record::{Info, Progress, Record};
 
 /// The longest record that is read, in bytes: a list with all its words, several times over.
 const LONGEST: u64 = 16 << 20;
+/// The longest one that is written: what is added as an activation ends is far less than the rest.
+const LONGEST_WRITTEN: usize = LONGEST as usize / 2;
 
 #[derive(Debug, Clone)]
 pub(super) struct Store(PathBuf);
@@ -49,10 +51,16 @@ impl Store {
         Ok(records)
     }
 
-    /// Writes a record, new or again.
+    /// Writes a record, new or again. `Invalid` if it would not be read again.
     pub(super) async fn put(&self, record: &Record) -> Result<(), BackendError> {
         let text = serde_json::to_vec(record);
         let text = text.map_err(|error| BackendError::invalid(error.to_string()))?;
+        if text.len() > LONGEST_WRITTEN {
+            return Err(BackendError::invalid(format!(
+                "the record of an activation has at most {LONGEST_WRITTEN} bytes, and this one would have {}: give fewer or shorter mounts, options or labels",
+                text.len()
+            )));
+        }
         let path = self.path(record.id);
         blocking(move || replace(&path, &text).map_err(|error| failed("write", &path, error))).await
     }
@@ -158,6 +166,15 @@ mod tests {
         let expected = [record(7, Progress::Up), record(9, Progress::Ending)];
         assert_eq!(Store::open(&path).unwrap().load().unwrap(), expected);
         assert!(path.join("10.damaged").exists() && path.join("11.damaged").exists());
+        // What would be set aside at the next start is not written.
+        let mut large = record(9, Progress::Up);
+        large
+            .info
+            .labels
+            .insert("k".to_owned(), "v".repeat(LONGEST_WRITTEN));
+        let error = store.put(&large).await.unwrap_err();
+        assert_eq!(error.kind(), blockmount::ErrorKind::Invalid);
+        assert_eq!(store.load().unwrap(), expected);
         store.put(&record(12, Progress::Begun)).await.unwrap();
         let names = recorded(&path).unwrap().into_iter().map(|info| info.name);
         assert_eq!(names.collect::<Vec<_>>(), ["7", "9"]);

@@ -1,5 +1,6 @@
 //! Activations on loop devices: many at once, clients that go, restarts, names.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -389,5 +390,34 @@ async fn root_bad_input_is_refused_and_leaves_nothing() {
         ..request("one", &[layer(&base)])
     };
     refused(activations.activate(request).await, Code::InvalidArgument);
+    machine.assert_all_clean();
+}
+
+#[tokio::test]
+async fn root_labels_that_are_too_many_are_refused_before_a_restart_would_lose_them() {
+    let machine = Machine::new();
+    let base = machine.erofs("base", &[("a", "base")]);
+    let activations = machine.activations().await;
+    activations
+        .activate(request("one", &[layer(&base)]))
+        .await
+        .unwrap();
+    let of = |from: usize| -> BTreeMap<String, String> {
+        let label = |n| (format!("n{n}"), "x".repeat(4000));
+        (from..from + 200).map(label).collect()
+    };
+    let fields = |labels: &BTreeMap<String, String>| -> Vec<String> {
+        labels.keys().map(|key| format!("labels.{key}")).collect()
+    };
+    let first = of(0);
+    let updated = activations.update("default", "one", first.clone(), fields(&first));
+    assert_eq!(updated.await.unwrap().labels, first);
+    let second = of(200);
+    let added = activations.update("default", "one", second.clone(), fields(&second));
+    let message = refused(added.await, Code::InvalidArgument);
+    assert!(message.contains("1,048,576 bytes together"), "{message}");
+    let info = activations.info("default", "one").unwrap();
+    assert_eq!(info.labels, first);
+    activations.deactivate("default", "one").await.unwrap();
     machine.assert_all_clean();
 }

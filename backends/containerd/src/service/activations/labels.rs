@@ -49,6 +49,7 @@ impl Activations {
             (entry.vm.clone(), entry.record.clone())
         };
         record.info.update_labels(labels, &fields)?;
+        check_labels(&record.info.labels)?;
         vm.label(&mut record.info.labels)?;
         let put = vm.store.put(&record).await;
         put.map_err(|error| of_backend(&error))?;
