@@ -284,6 +284,10 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     server.wait_for("what is activated in the virtual machine far is lost");
     client.activate_in("here", "three", &list);
     client.deactivate("three");
+    // What it shared is not handed out any more.
+    let request = json!({"name": "four", "mounts": list, "labels": {"blockmount.vm": "far"}});
+    let refused = client.ask(&json!({"call": "Activate", "request": request}));
+    assert_eq!(refused["code"], "UNAVAILABLE", "{refused}");
     let lost = client.call("Info", json!({"name": "one"}));
     assert_eq!(lost["info"]["labels"], json!({"blockmount.vm": "far"}));
     drop(client);

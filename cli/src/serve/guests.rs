@@ -218,6 +218,10 @@ impl Guests {
             .map(async |guest| (guest, guest.machine.failed().await));
         let mut failing: FuturesUnordered<_> = failing.collect();
         while let Some((guest, why)) = failing.next().await {
+            if let Some(activations) = guest.source.as_ref().and_then(|of| of.activations.as_ref())
+            {
+                activations.lose_vm(guest.name.as_ref(), &why);
+            }
             if let Some(name) = &guest.name {
                 say(format_args!(
                     "what is activated in the virtual machine {name} is lost: {why}"

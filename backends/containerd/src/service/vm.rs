@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 use blockmount::{BackendError, Manager, Recovery, blocking};
@@ -63,6 +64,8 @@ pub(super) struct Vm {
     pub(super) store: Store,
     /// The number of the next activation.
     pub(super) next: AtomicU64,
+    /// Why what is activated there is lost, once that is so.
+    pub(super) lost: OnceLock<String>,
 }
 
 impl Vm {
@@ -88,6 +91,7 @@ impl Vm {
             root: options.root.clone(),
             store,
             next: AtomicU64::new(last.map_or(0, |last| last + 1)),
+            lost: OnceLock::new(),
         };
         Ok((vm, records))
     }

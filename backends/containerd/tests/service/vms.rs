@@ -96,6 +96,17 @@ async fn root_a_label_says_in_which_machine_a_list_is_activated() {
         .unwrap();
     assert_eq!((a.left().1, b.left().1), (0, 1));
     assert_eq!(one.labels, labels("b"));
+    // One that is lost has mounts that nobody can use: they are not shared with more.
+    let far = "b".parse().unwrap();
+    activations.lose_vm(Some(&far), "it has ended");
+    activations.lose_vm(Some(&far), "that is known");
+    let lost = activations.activate(within("b", "three", &list)).await;
+    let message = refused(lost, Code::Unavailable);
+    assert_eq!(message, "the virtual machine b is lost: it has ended");
+    activations
+        .activate(within("a", "three", &list))
+        .await
+        .unwrap();
     activations.deactivate_all().await.unwrap();
     a.assert_all_clean();
     b.assert_all_clean();

@@ -82,8 +82,20 @@ impl Activations {
         Ok(info)
     }
 
-    /// The virtual machine that the label names; the only one, if it names none.
+    /// The virtual machine that the label names; the only one, if it names none. One that is lost takes nothing any more: what is
+    /// shared there looks alive to its manager.
     fn choose(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
+        let vm = self.named(labels)?;
+        match (vm.lost.get(), vm.called()) {
+            (None, _) => Ok(vm),
+            (Some(why), Some(name)) => Err(Status::unavailable(format!(
+                "the virtual machine {name} is lost: {why}"
+            ))),
+            (Some(why), None) => Err(Status::unavailable(format!("the guest is lost: {why}"))),
+        }
+    }
+
+    fn named(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
         let vms = self.vms();
         let wanted = labels.get(VM_LABEL);
         let found = match (wanted, &vms[..]) {

@@ -91,6 +91,14 @@ impl Activations {
         }
     }
 
+    /// Says that what is activated in a virtual machine is lost, and why; it stays listed, and nothing more is activated there
+    /// (`UNAVAILABLE`). Nothing happens if there is no such machine, or if that was said before.
+    pub fn lose_vm(&self, name: Option<&VmName>, why: &str) {
+        if let Some(vm) = self.vms().iter().find(|vm| vm.name.as_ref() == name) {
+            vm.lost.get_or_init(|| why.to_owned());
+        }
+    }
+
     /// Leaves a virtual machine out, in which nothing is activated. Its manager is the caller's to end.
     ///
     /// # Errors
