@@ -7,6 +7,11 @@ mod reload;
 mod systemd;
 mod web;
 
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
 use blockmount_containerd::service::{Peers, listen, serve};
 use tokio::net::UnixListener;
 use tokio::signal::unix::Signal;
@@ -25,9 +30,9 @@ pub(crate) use web::WebAddress;
 
 /// Serves until a signal. `Ok` is the exit status.
 pub(crate) async fn run(
-    mut args: ServeArgs,
+    args: ServeArgs,
     interrupt: Interrupt,
-    mut hangup: Option<Signal>,
+    hangup: Option<Signal>,
 ) -> Result<u8, Failure> {
     let is_local = |served: &Served| served.guest == GuestKind::Local;
     let served = args.served()?;
@@ -35,7 +40,19 @@ pub(crate) async fn run(
         require_root("serve")?;
     }
     // Nothing is started for an address that is taken.
-    let socket = Socket::open(&args)?;
+    let mut socket = Socket::open(&args)?;
+    let ended = run_at(&mut socket, args, served, interrupt, hangup).await;
+    socket.remove();
+    ended
+}
+
+async fn run_at(
+    socket: &mut Socket,
+    mut args: ServeArgs,
+    served: Vec<Served>,
+    interrupt: Interrupt,
+    mut hangup: Option<Signal>,
+) -> Result<u8, Failure> {
     let web = match &args.metrics {
         Some(address) => Some(Web::open(address).await?),
         None => None,
@@ -69,7 +86,7 @@ pub(crate) async fn run(
     systemd::notify("READY=1");
     // A task of its own: it goes on while the file is read again, which may take as long as a virtual machine takes to boot.
     let mut serving = tokio::spawn(serve(
-        socket.listener,
+        socket.listener()?,
         activations.clone(),
         peers.clone(),
         interrupt.token().clone().cancelled_owned(),
@@ -96,9 +113,7 @@ pub(crate) async fn run(
         }
     };
     systemd::notify("STOPPING=1");
-    if socket.is_own {
-        remove_socket(&args);
-    }
+    socket.remove();
     drop(web);
     let left = activations.leave().await;
     if lost.is_none() && !left.is_empty() {
@@ -133,31 +148,55 @@ async fn hear(hangup: &mut Option<Signal>) {
     }
 }
 
+/// Where clients connect.
 struct Socket {
-    listener: UnixListener,
-    /// Whether it is ours to remove.
-    is_own: bool,
+    /// Until it is served.
+    listener: Option<UnixListener>,
+    /// Where it is and which file it is, while it is ours to remove.
+    own: Option<(PathBuf, (u64, u64))>,
 }
 
 impl Socket {
     fn open(args: &ServeArgs) -> Result<Self, Failure> {
         if let Some(listener) = systemd::listener()? {
             return Ok(Socket {
-                listener,
-                is_own: false,
+                listener: Some(listener),
+                own: None,
             });
         }
         let address = args.address();
         let what = || format!("cannot listen at {}", address.display());
+        let listener = listen(address).context(what)?;
+        let file = identity(address).context(what)?;
         Ok(Socket {
-            listener: listen(address).context(what)?,
-            is_own: true,
+            listener: Some(listener),
+            own: Some((address.to_owned(), file)),
         })
+    }
+
+    fn listener(&mut self) -> Result<UnixListener, Failure> {
+        let none = || Failure::new("the socket is served already");
+        self.listener.take().ok_or_else(none)
+    }
+
+    /// Removes the socket, unless somebody has removed or replaced it.
+    fn remove(&mut self) {
+        let Some((address, file)) = self.own.take() else {
+            return;
+        };
+        let removed = match identity(&address) {
+            Ok(found) if found != file => Err(io::Error::other("it is that of another server")),
+            Ok(_) => fs::remove_file(&address),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            tracing::info!(%error, "the socket was removed or replaced by somebody else");
+        }
     }
 }
 
-fn remove_socket(args: &ServeArgs) {
-    if let Err(error) = std::fs::remove_file(args.address()) {
-        tracing::info!(%error, "the socket was removed by somebody else");
-    }
+/// What tells a file from others on this machine.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = path.symlink_metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }
