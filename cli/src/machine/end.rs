@@ -108,14 +108,14 @@ impl Machine {
         let lost_writes = !self.lost.is_empty();
         if lost_writes && scratch.is_some() {
             self.run.mark_lost("writes to its scratch were lost");
-            std::mem::forget(self.run);
+            self.run.leave();
         } else if !self.not_resumed && (result.is_ok() || gone) {
             interrupt.now("removing this run's files");
             drop(self.guest);
             result = result.and(self.run.finish());
         } else {
-            // What a clean-up needs to know stays as it is. The lock goes with the process.
-            std::mem::forget(self.run);
+            // What a clean-up needs to know stays as it is.
+            self.run.leave();
         }
         if result.is_ok() && lost_writes {
             result = Err(lost_writes_failure(&self.lost, scratch.as_deref()));
