@@ -11,7 +11,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of ours may use of ours, apart from tests.
-const RULE: [(&str, &[&str]); 18] = [
+const RULE: [(&str, &[&str]); 19] = [
     ("blockmount", &[]),
     ("blockmount-tests", &[]),
     ("blockmount-journal", &["blockmount"]),
@@ -80,6 +80,20 @@ const RULE: [(&str, &[&str]); 18] = [
             "blockmount-bridge",
             "blockmount-checker",
             "blockmount-linux",
+        ],
+    ),
+    // Every parser of foreign bytes.
+    (
+        "blockmount-fuzz-targets",
+        &[
+            "blockmount",
+            "blockmount-bridge",
+            "blockmount-hcs",
+            "blockmount-linux",
+            "blockmount-qemu",
+            "blockmount-scsi",
+            "blockmount-verity",
+            "blockmount-vpmem",
         ],
     ),
     // A test as well: a transport as a stranger would write one.

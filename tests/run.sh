@@ -14,6 +14,8 @@ say() { printf '\n== %s\n' "$*"; }
 export CARGO_INCREMENTAL=0
 # A panic names its line without it, and nobody looks at the programs of this run with a debugger.
 export CARGO_PROFILE_DEV_DEBUG=0
+# One more than there are processors: a test waits for the kernel or a guest for a part of its time.
+export RUST_TEST_THREADS=$(($(nproc) + 1))
 
 say "tools"
 tests/setup.sh all
@@ -22,23 +24,25 @@ say "formatting"
 cargo fmt --all -- --check
 
 # The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
-# they are built, it waits for them. Of a session of its own, the kernel counts the niceness of its group alone
+# they are built, it waits for them. What is fuzzed has been built then. Of a session of its own, the kernel counts the niceness of its group alone
 # (sched(7), "The autogroup feature").
 builds_log=$(mktemp)
 setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true
   tests/oldest.sh lints && tests/oldest.sh docs && tests/windows.sh &&
-  printf "\n== benches, each once and untimed\n" && cargo test --workspace --all-features --bench "*"' >"$builds_log" 2>&1 &
+  printf "\n== benches, each once and untimed\n" && cargo test --workspace --all-features --bench "*" &&
+  printf "\n== fuzzing\n" &&
+  BLOCKMOUNT_FUZZ_SECONDS=30 cargo test --workspace --all-features --test targets --test service -- fuzz::' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
-say "tests; beside them the lints of the oldest Rust that the manifest names, docs, Windows under Wine, and benches"
+say "tests; beside them the lints of the oldest Rust that the manifest names, docs, Windows under Wine, benches, and fuzzing"
 # All of them, so that one run says all that is wrong.
 failed=
 cargo test --workspace --all-features --no-fail-fast || failed="tests"
 
-say "lints; docs; Windows, under Wine; benches"
-wait "$builds" || failed="$failed lints, docs, Windows or benches"
+say "lints; docs; Windows, under Wine; benches; fuzzing"
+wait "$builds" || failed="$failed lints, docs, Windows, benches or fuzzing"
 cat "$builds_log"
 
 [ -z "$failed" ] || { say "failed: $failed"; exit 1; }

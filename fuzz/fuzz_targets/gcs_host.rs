@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz::gcs_host(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz_targets::gcs_host(bytes));

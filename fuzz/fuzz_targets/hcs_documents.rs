@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz::hcs_documents(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz_targets::hcs_documents(bytes));

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz::journal_record(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| blockmount_fuzz_targets::journal_record(bytes));

@@ -24,7 +24,7 @@ pub(crate) mod subrange;
 mod tags;
 pub(crate) mod verity;
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub(crate) use luks_header::fuzz as fuzz_luks_header;
 
 pub use free::{flush, hold_free, in_use, prove_free, release, release_as};

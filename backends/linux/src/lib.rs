@@ -79,7 +79,7 @@
 
 pub mod device;
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing {
     //! What the targets in `fuzz/` call.

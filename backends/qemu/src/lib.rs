@@ -72,7 +72,7 @@
 //!
 //! Without the feature there are the monitor and the attachers, for a QEMU that another program starts.
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing {
     //! What the targets in `fuzz/` call.

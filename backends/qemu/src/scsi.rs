@@ -318,7 +318,7 @@ impl QemuScsi {
 }
 
 /// Reads bytes as the headers of an image, of each format.
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub fn fuzz_qcow2(bytes: &[u8]) {
     let _ = format!("{:?}", qcow2::parse(bytes));
     vhd::fuzz(bytes);

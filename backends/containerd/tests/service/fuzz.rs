@@ -39,25 +39,18 @@ const WORDS: [&str; 20] = [
     "labels.a==b",
 ];
 
-/// Random numbers that are the same for the same seed (SplitMix64).
-struct Random(u64);
+/// What is sent, the same for the same seed.
+struct Random(fastrand::Rng);
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
     fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
+        self.0.usize(..bound)
     }
 
     fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.below(most + 1))
-            .map(|_| self.next() as u8)
+        let length = self.0.usize(..=most);
+        std::iter::repeat_with(|| self.0.u8(..))
+            .take(length)
             .collect()
     }
 
@@ -73,7 +66,7 @@ impl Random {
         for _ in 0..self.below(4) {
             let at = self.below(message.len() + 1);
             match self.below(4) {
-                0 if at < message.len() => message[at] = self.next() as u8,
+                0 if at < message.len() => message[at] = self.0.u8(..),
                 1 => message.truncate(at),
                 2 => {
                     let more = self.bytes(16);
@@ -259,7 +252,10 @@ async fn whatever_is_sent_the_server_goes_on_and_nothing_is_left() {
     let seed = number("BLOCKMOUNT_FUZZ_SEED").unwrap_or(1);
     let at = socket.clone();
     let sending = tokio::task::spawn_blocking(move || {
-        let (mut random, end) = (Random(seed), Instant::now() + Duration::from_secs(seconds));
+        let (mut random, end) = (
+            Random(fastrand::Rng::with_seed(seed)),
+            Instant::now() + Duration::from_secs(seconds),
+        );
         let methods = [
             "Activate",
             "Activate",

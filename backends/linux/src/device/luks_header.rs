@@ -238,7 +238,7 @@ pub(super) fn dumped_key(said: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// What the fuzz target calls: a header, and what is said of a key.
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub(crate) fn fuzz(bytes: &[u8]) {
     let room = (16 << 20)..(64 << 20);
     if let Ok((segment, length)) = read(bytes, &room) {

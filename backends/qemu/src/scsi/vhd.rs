@@ -95,7 +95,7 @@ fn parameters_at(table: &[u8]) -> Option<u64> {
 }
 
 /// Reads bytes as each structure.
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzzing")]
 pub(super) fn fuzz(bytes: &[u8]) {
     let (start, end) = bytes.split_at(bytes.len() / 2);
     let _ = vhd_kind(start, end);
