@@ -297,29 +297,60 @@ impl fmt::Debug for Slots {
 /// The holder of a slot, and what becomes of the slot when it is dropped.
 struct Claim {
     slots: Slots,
-    slot: Slot,
-    when_dropped: SlotState,
+    held: Held,
+}
+
+/// A slot, and whether it is free or quarantined when its token is dropped. In one word, a token is passed in two registers; several
+/// fields would be written one by one and read back as one, for which a processor waits.
+#[derive(Clone, Copy)]
+struct Held(u32);
+
+impl Held {
+    const IS_FILLED: u32 = 1 << 31;
+    const GROUP: u32 = 16;
+
+    fn empty(slot: Slot) -> Self {
+        Held(u32::from(slot.group) << Self::GROUP | u32::from(slot.index))
+    }
+
+    fn filled(self) -> Self {
+        Held(self.0 | Self::IS_FILLED)
+    }
+
+    fn emptied(self) -> Self {
+        Held(self.0 & !Self::IS_FILLED)
+    }
+
+    fn is_filled(self) -> bool {
+        self.0 & Self::IS_FILLED != 0
+    }
+
+    fn slot(self) -> Slot {
+        Slot {
+            group: (self.emptied().0 >> Self::GROUP) as u16,
+            index: self.0 as u16,
+        }
+    }
 }
 
 impl Claim {
     fn new(slots: &Slots, slot: Slot) -> Self {
         Claim {
             slots: slots.clone(),
-            slot,
-            when_dropped: SlotState::Free,
+            held: Held::empty(slot),
         }
     }
 
     fn set(&self, state: SlotState) {
-        self.slots.table().set(self.slot, state);
+        self.slots.table().set(self.held.slot(), state);
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        match self.when_dropped {
-            SlotState::Free => self.slots.table().give_back(self.slot),
-            state => self.set(state),
+        match self.held.is_filled() {
+            false => self.slots.table().give_back(self.held.slot()),
+            true => self.set(SlotState::Quarantined),
         }
     }
 }
@@ -331,14 +362,14 @@ pub struct Reservation(Claim);
 impl Reservation {
     /// The slot.
     pub fn slot(&self) -> Slot {
-        self.0.slot
+        self.0.held.slot()
     }
 
     /// Says that something is about to be put in the slot. From here on, dropping the token does not
     /// free it; do this before the first step that could fill the slot.
     pub fn fill(self) -> Occupied {
         let mut claim = self.0;
-        claim.when_dropped = SlotState::Quarantined;
+        claim.held = claim.held.filled();
         claim.set(SlotState::Occupied);
         Occupied(claim)
     }
@@ -353,7 +384,7 @@ pub struct Occupied(Claim);
 impl Occupied {
     /// The slot.
     pub fn slot(&self) -> Slot {
-        self.0.slot
+        self.0.held.slot()
     }
 
     /// Marks the slot as in doubt: whether anything is in it is not known. It stays yours and can
@@ -364,7 +395,7 @@ impl Occupied {
 
     /// Frees the slot. Only call this when it is certain that nothing is in it.
     pub fn vacate(mut self) {
-        self.0.when_dropped = SlotState::Free;
+        self.0.held = self.0.held.emptied();
     }
 }
 
