@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use blockmount::{BackendError, Disk};
 use blockmount_linux::is_absent;
 use blockmount_source::Source;
+use blockmount_source::image_lock::{self, Access};
 use rustix::io::Errno;
 
 use crate::device::{Binding, Device, Status, failed, is, unbind, usual_node};
 use crate::free::{Control, FreeDevice};
 use crate::ioctl;
-use crate::look::{Claim, Pending, look};
+use crate::look::{Claim, Look, Pending, look};
 
 /// How many devices a call tries that other processes bind or claim before it can.
 const ATTEMPTS: usize = 256;
@@ -157,6 +158,36 @@ fn loop_error(tried: &str, error: io::Error) -> BackendError {
     classified.with_source(error)
 }
 
+/// Locks an image file as QEMU does, so that no VM uses it beside a loop device unless both only read. `ours` need not be
+/// opened.
+///
+/// The kernel keeps the open file as long as the device is bound, and the locks with it, also when this process ends. Device
+/// numbers are claimed in place of locks.
+pub(crate) fn lock_image(
+    disk: &Disk,
+    source: &Source,
+    ours: impl FnOnce() -> Vec<Claim>,
+) -> Result<(), BackendError> {
+    let access = match disk.is_read_only() {
+        true => Access::Read,
+        false => Access::Write,
+    };
+    let lock = |timeout| image_lock::lock(&source.file, access, timeout);
+    if source.is_device() || lock(Duration::ZERO) {
+        return Ok(());
+    }
+    // Loop devices that lock nothing would be refused as well, and are named alike.
+    let look = look(Instant::now(), ours).map_err(|error| {
+        BackendError::other("cannot compare with other loop devices").with_source(error)
+    })?;
+    refuse_bound(&look, None, disk.is_read_only(), source)?;
+    if lock(image_lock::MOMENT) {
+        return Ok(());
+    }
+    let holders = image_lock::holders(&source.file, disk.source());
+    Err(image_lock::in_use(disk.source(), &holders))
+}
+
 /// Refuses a device whose source another loop device has as well, unless both only read.
 ///
 /// Two writers, or a writer beside a reader, use different page caches and destroy a filesystem. This runs after
@@ -169,8 +200,18 @@ pub(crate) fn refuse_conflict(
     let number = bound.device.number;
     let look = look(bound.since, ours)
         .map_err(|error| failed("compare with other loop devices", number, error))?;
-    for (other, status) in look.bound.iter().filter(|(other, _)| *other != number) {
-        if conflicts(status, bound, source) {
+    refuse_bound(&look, Some(number), bound.status.read_only, source)
+}
+
+/// Refuses a source that a device other than `own` has, unless both only read.
+fn refuse_bound(
+    look: &Look,
+    own: Option<u32>,
+    read_only: bool,
+    source: &Source,
+) -> Result<(), BackendError> {
+    for (other, status) in &look.bound {
+        if own != Some(*other) && conflicts(status, read_only, source) {
             let access = if status.read_only {
                 "read-only"
             } else {
@@ -185,12 +226,12 @@ pub(crate) fn refuse_conflict(
     Ok(())
 }
 
-fn conflicts(other: &Status, bound: &Bound, source: &Source) -> bool {
+fn conflicts(other: &Status, read_only: bool, source: &Source) -> bool {
     let same = match source.device_number {
         0 => other.binding.inode == source.inode,
         device => other.device_number == device,
     };
-    same && !(other.read_only && bound.status.read_only)
+    same && !(other.read_only && read_only)
 }
 
 /// Unbinds a device after all. One that others keep open longer is unbound when they close it.

@@ -27,7 +27,9 @@
 //! Image files as virtual disks and block devices as physical disks; extensible disks are `Unsuitable`. A
 //! source has at least one sector of 512 bytes, and whole sectors: the kernel would hide the rest, which
 //! is how a truncated image looks. A file that another loop device has too, in any process, is a
-//! `Conflict` unless both are read-only, because each device has a page cache of its own. A block device is claimed
+//! `Conflict` unless both are read-only, because each device has a page cache of its own. A file that a VM of QEMU has, of anybody's, is one as well, and QEMU in turn
+//! refuses what is bound here: a device has QEMU's locks on its file for as long as it is bound
+//! ([`image_lock`](blockmount_source::image_lock)). A block device is claimed
 //! (`O_EXCL`) while it is attached read-write, so that it cannot be mounted meanwhile.
 //!
 //! # Nodes, and the kernel's table
@@ -48,7 +50,7 @@
 //! |---|---|
 //! | `NotFound` | no such file or device; a locator whose device is not bound |
 //! | `Invalid` | not a file of the disk's kind, empty, cut short, not writable but asked for read-write |
-//! | `Conflict` | another loop device has the same file; the file was replaced under the same name |
+//! | `Conflict` | another loop device or a VM has the same file; the file was replaced under the same name |
 //! | `Full` | the transport has reached `max_devices` |
 //! | `Busy` | a device that is mounted or open elsewhere; detach again when it is free |
 //! | `Unsuitable` | an extensible disk; no loop devices in this kernel, or one older than 5.8 |

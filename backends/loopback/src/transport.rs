@@ -29,7 +29,7 @@ use crate::{adopt, free, grow};
 /// is refused.
 ///
 /// A disk under several names is one disk: files are told apart by device and inode number. A file that
-/// another loop device of this machine has, of any process, is refused unless both are read-only.
+/// another loop device of this machine has, of any process, or a VM of QEMU, is refused unless both are read-only.
 ///
 /// When the transport is dropped, or its process dies, the kernel unbinds each device as soon as it is neither
 /// mounted nor open.
@@ -268,6 +268,7 @@ impl Inner {
         disk.options().require_only(&[DiskOption::DirectIo])?;
         let source = source::open(disk, id)?;
         source::size(disk, &source)?;
+        bind::lock_image(disk, &source, || self.claims())?;
         let wanted = LoopConfig {
             read_only: disk.is_read_only(),
             direct_io: disk.options().is_direct_io() != Some(false),

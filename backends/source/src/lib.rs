@@ -2,7 +2,8 @@
 //!
 //! Every transport whose disks are opened on the host needs the three functions here: [`identify`] for
 //! `Transport::identify`, then [`open`] and [`size`] for `Transport::attach`. All of them block; give them to
-//! [`blockmount::blocking`].
+//! [`blockmount::blocking`]. What gives an image to anything but QEMU's block layer, which does so itself, locks it as well
+//! ([`image_lock`]), so that nobody writes to an image beside others that use it.
 //!
 //! ```
 //! # use blockmount::{BackendError, Disk};
@@ -17,6 +18,8 @@
 //! # assert_eq!(bytes_of(&Disk::virtual_disk(image.path())).unwrap(), 4096);
 //! ```
 #![cfg(unix)]
+
+pub mod image_lock;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};

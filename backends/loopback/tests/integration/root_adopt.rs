@@ -4,11 +4,13 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::common::{self, Bench, Mounted};
 use blockmount::testing::AttachIdentified as _;
 use blockmount::{DeviceLocator, Disk, Presence, Resolver, Transport};
 use blockmount_loopback::LoopTransport;
+use blockmount_source::image_lock::{self, Access};
 
 /// The image and the mark of the child; without them, its test does nothing.
 const IMAGE: &str = "BLOCKMOUNT_TEST_IMAGE";
@@ -71,6 +73,9 @@ async fn root_the_device_of_a_killed_process_is_adopted_while_it_is_mounted() {
             );
         };
         let (locator, ()) = attached_and_killed(&bench, &image, mount);
+        // The device keeps its process's locks.
+        let other = std::fs::File::open(&image).unwrap();
+        assert!(!image_lock::lock(&other, Access::Write, Duration::ZERO));
         let (transport, disk) = (bench.transport(), Disk::virtual_disk(&image).read_only());
         let id = transport.identify(&disk).await.unwrap();
         // The file may be gone by now.

@@ -5,12 +5,15 @@ use blockmount::testing::AttachIdentified as _;
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::common::{Bench, run};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskOptions, ErrorKind, Resolver, Transport};
 use blockmount_loopback::{LoopResolver, LoopTransport};
+use blockmount_source::image_lock::{self, Access};
 
 const MIB: u64 = 1 << 20;
 
@@ -239,6 +242,105 @@ async fn root_a_file_that_somebody_else_has_is_a_conflict_unless_both_only_read(
         .await
         .unwrap();
     theirs.detach(&read).await.unwrap();
+    bench.assert_nothing_left();
+}
+
+/// The bytes of an image that are locked for each open file, from the kernel's table: `100-101`.
+fn locked_bytes(image: &Path) -> Vec<String> {
+    let inode = format!(":{}", fs::metadata(image).unwrap().ino());
+    let table = fs::read_to_string("/proc/locks").unwrap();
+    let of_image = |line: &str| {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [.., "OFDLCK", _, "READ", _, file, first, last] = words[..] else {
+            return None;
+        };
+        file.ends_with(&inode).then(|| format!("{first}-{last}"))
+    };
+    let mut found: Vec<String> = table.lines().filter_map(of_image).collect();
+    found.sort();
+    found
+}
+
+/// A process that another test has just started may have copies of all descriptors for a moment.
+fn lock(image: &fs::File, access: Access) -> bool {
+    image_lock::lock(image, access, Duration::from_secs(10))
+}
+
+#[tokio::test]
+async fn root_an_image_has_the_locks_of_qemu_for_as_long_as_it_is_bound() {
+    let bench = Bench::new();
+    let transport = bench.transport();
+    let image = bench.image("a.img", MIB);
+    let (write, read) = (
+        Disk::virtual_disk(&image),
+        Disk::virtual_disk(&image).read_only(),
+    );
+    // As QEMU 7.2 has them for a disk that it reads, and for a qcow2 image that it writes to.
+    for (disk, bytes) in [
+        (&read, &["100-100", "201-201"][..]),
+        (&write, &["100-101", "103-103", "201-201", "203-203"]),
+    ] {
+        let locator = transport.attach_identified(disk).await.unwrap();
+        assert_eq!(locked_bytes(&image), bytes);
+        // What keeps a device is its mount, once its process is gone.
+        let kept = fs::File::open(device_of(&locator).await).unwrap();
+        transport.detach(disk).await.unwrap_err();
+        assert_eq!(locked_bytes(&image), bytes);
+        drop(kept);
+        transport.detach(disk).await.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while locked_bytes(&image) != [""; 0] {
+            assert!(Instant::now() < deadline, "{:?}", locked_bytes(&image));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[tokio::test]
+async fn root_an_image_that_a_vm_has_is_refused_unless_both_only_read() {
+    let bench = Bench::new();
+    let transport = bench.transport();
+    let image = bench.image("a.img", MIB);
+    let open = || {
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).open(&image).unwrap()
+    };
+    let (write, read) = (
+        Disk::virtual_disk(&image),
+        Disk::virtual_disk(&image).read_only(),
+    );
+    let holder = format!(
+        "{} is in use by process {} (",
+        image.display(),
+        std::process::id()
+    );
+    for (held, asked) in [
+        (Access::Write, &write),
+        (Access::Write, &read),
+        (Access::Read, &write),
+    ] {
+        let vm = open();
+        assert!(lock(&vm, held));
+        refused(
+            &bench,
+            &transport,
+            asked.clone(),
+            ErrorKind::Conflict,
+            &holder,
+        )
+        .await;
+        drop(vm);
+        transport.attach_identified(asked).await.unwrap();
+        // The other way round.
+        assert!(!image_lock::lock(&open(), held, Duration::ZERO));
+        transport.detach(asked).await.unwrap();
+        assert!(lock(&open(), held));
+    }
+    let vm = open();
+    assert!(lock(&vm, Access::Read));
+    transport.attach_identified(&read).await.unwrap();
+    assert!(lock(&open(), Access::Read));
+    transport.detach(&read).await.unwrap();
     bench.assert_nothing_left();
 }
 
