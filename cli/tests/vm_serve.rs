@@ -305,6 +305,7 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     client.activate_in("far", "one", &list);
     client.deactivate("one");
     let now = runs(&dir);
+    an_image_is_written_to_in_one_place(&mut client, &dir, machine_in(&now[0].1));
     drop(client);
     server.end().says(0, &[]);
     let ids = now.iter().map(|(_, id, _)| id);
@@ -312,6 +313,36 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
         assert_eq!(machines_of(id), Vec::<String>::new());
         assert!(!directory(id).exists());
     }
+}
+
+/// Whichever comes first has it, and the other is told who has.
+fn an_image_is_written_to_in_one_place(client: &mut Client, dir: &TempDir, machine: u32) {
+    let image = dir.path().join("volume.img");
+    let directory = "X-containerd.mkdir.path={{ mount 0 }}/upper:0755";
+    let tree = mount(
+        "format/mkdir/bind",
+        "{{ mount 0 }}/upper",
+        &[directory, "rw", "rbind"],
+    );
+    let list = [writable(&image), tree];
+    let machine = format!("process {machine} (qemu-system-");
+    for (first, second, holder) in [("far", "here", &*machine), ("here", "far", "/dev/loop")] {
+        client.activate_in(first, "first", &list);
+        assert_in_use(client, second, &list, &image, holder);
+        client.deactivate("first");
+        client.activate_in(second, "second", &list);
+        client.deactivate("second");
+    }
+}
+
+/// A list with an image that is written to is refused in a machine, since somebody else has the image.
+fn assert_in_use(client: &mut Client, vm: &str, list: &[Value], image: &Path, holder: &str) {
+    let request = json!({"name": "refused", "mounts": list, "labels": {"blockmount.vm": vm}});
+    let refused = client.ask(&json!({"call": "Activate", "request": request}));
+    assert_eq!(refused["code"], "FAILED_PRECONDITION", "{refused}");
+    let said = refused["details"].as_str().unwrap();
+    let in_use = format!("{} is in use by {holder}", image.display());
+    assert!(said.contains(&in_use), "{said}");
 }
 
 #[test]
@@ -330,12 +361,15 @@ fn vm_one_server_is_for_two_machines_of_others_and_leaves_one_out_when_it_is_tol
     let server = Server::ready_with(&dir, &[], &tables);
     let mut client = Client::of(&dir);
     let base = layer(erofs(&dir, "base", &[("a", "base")]));
-    let scratch = writable(dir.path().join("rw.img"));
+    let image = dir.path().join("rw.img");
+    let scratch = writable(&image);
     let active = [scratch, base.clone(), overlay(1)];
     let points = [
         client.activate_in(east, "one", &active),
         client.activate_in(west, "two", &[base]),
     ];
+    let holder = format!("process {} (qemu-system-", machines[0].pid());
+    assert_in_use(&mut client, west, &active, &image, &holder);
     let all = client.call("List", json!({}));
     drop(client);
     let held = |(vm, _, count): (String, String, usize)| (vm, count);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockmount::{BackendError, ErrorKind};
-use blockmount_source::id_of;
+use blockmount_source::{id_of, image_lock};
 
 /// Does blocking work within a deadline. After that, or when this future is dropped, the work is told by its argument that
 /// nobody waits for it, and goes on until it notices.
@@ -93,6 +93,25 @@ impl OpenFile {
                 self.path
             ))),
         }
+    }
+
+    /// The error for files of which QEMU could not lock one, with who has it.
+    pub(crate) async fn in_use(files: &[Self], timeout: Duration) -> Option<BackendError> {
+        let files: Vec<_> = files
+            .iter()
+            .map(|file| (file.file.clone(), file.path.clone()))
+            .collect();
+        let (_, first) = files.first()?.clone();
+        let look = move |_: &_| {
+            let look = |(file, path): (Arc<File>, String)| {
+                let holders = image_lock::holders(&file, Path::new(&path));
+                (!holders.is_empty()).then_some((path, holders))
+            };
+            Ok(files.into_iter().find_map(look))
+        };
+        let found = blocking(&first, timeout, look).await.ok().flatten();
+        let (path, holders) = found.unwrap_or((first, Vec::new()));
+        Some(image_lock::in_use(Path::new(&path), &holders))
     }
 
     fn cannot(&self, verb: &str, error: io::Error) -> BackendError {

@@ -26,6 +26,9 @@ const NO_ADDRESS_SPACE: [&str; 2] = ["not enough space", "could not find positio
 /// What QEMU says when something of another name is where a device should be. There is no class for it either.
 const OCCUPIED: [&str; 3] = ["already used by", "in use by", " busy"];
 
+/// What QEMU says when it does not get its locks on an image (`block/file-posix.c`). There is no class for it either.
+const LOCKED: [&str; 2] = ["Failed to get \"", "Failed to get shared \""];
+
 /// A device of a VM, which may or may not be there.
 pub(crate) struct Plug<'a> {
     pub(crate) qmp: &'a Qmp,
@@ -188,12 +191,12 @@ impl Plug<'_> {
                     passed.push(given);
                 }
                 Ok(None) => paths.push(file.path().to_owned()),
-                Err(failure) => return self.settle(Stage::Files, failure, &paths).await,
+                Err(failure) => return self.settle(Stage::Files, failure, files, &paths).await,
             }
         }
         let added = self.qmp.execute(self.backend.add(), backend(&paths)).await;
         if let Err(failure) = added {
-            return self.settle(Stage::Backend, failure, &paths).await;
+            return self.settle(Stage::Backend, failure, files, &paths).await;
         }
         if passed.len() < files.len() {
             self.prove(files).await?;
@@ -208,7 +211,7 @@ impl Plug<'_> {
         }
         match plugged {
             Ok(_) => Ok(()),
-            Err(failure) => self.settle(Stage::Device, failure, &paths).await,
+            Err(failure) => self.settle(Stage::Device, failure, files, &paths).await,
         }
     }
 
@@ -233,9 +236,18 @@ impl Plug<'_> {
         &self,
         stage: Stage,
         failure: QmpError,
+        files: &[OpenFile],
         paths: &[String],
     ) -> Result<(), BackendError> {
-        let settled = self.settle_now(stage, failure, paths).await;
+        let is_locked = self.is_locked(&failure);
+        let mut settled = self.settle_now(stage, failure, paths).await;
+        if let Err(error) = &settled
+            && error.kind() == ErrorKind::Other
+            && is_locked
+            && let Some(in_use) = OpenFile::in_use(files, self.qmp.deadlines().call).await
+        {
+            settled = settled.map_err(|error| in_use.with_source(error));
+        }
         let in_doubt = settled.as_ref().map_err(BackendError::kind) == Err(ErrorKind::Uncertain);
         let in_doubt = in_doubt && stage != Stage::Device;
         self.qmp
@@ -303,6 +315,12 @@ impl Plug<'_> {
             _ => tried,
         };
         Err(BackendError::new(kind, tried).with_source(failure))
+    }
+
+    /// Whether QEMU refuses an image that somebody else has locked.
+    fn is_locked(&self, failure: &QmpError) -> bool {
+        matches!(failure, QmpError::Refused { desc, .. }
+            if self.backend == Backend::Node && LOCKED.iter().any(|said| desc.starts_with(said)))
     }
 
     /// What a failure means when it is certain that nothing is left of the attempt.

@@ -66,7 +66,8 @@ const HONOURED: [DiskOption; 4] = [
 ///   made it could have the host open any file. [`allow_backing_files`](Self::allow_backing_files) lifts the
 ///   former for images that are trusted. A VHD or VHDX that is the difference to another is always refused: QEMU cannot read it.
 /// - *Access*: a read-only disk is so in both nodes. QEMU locks what it opens, so one image may be read by many
-///   VMs, or written by one, and the second writer is refused. A block device that somebody has mounted or
+///   VMs, or written by one, and the second writer is refused (`Conflict`, with who has it). Loop devices of `blockmount-loopback` have the same
+///   locks. A block device that somebody has mounted or
 ///   claimed is refused for writing.
 /// - *Options*: direct I/O, cache mode, discard and sector size are honoured, and others refused. By default a disk goes
 ///   through the page cache of the host and is flushed when the guest asks for it; what the guest discards is freed in

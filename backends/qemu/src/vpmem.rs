@@ -70,6 +70,8 @@ const SLOWEST_COPY: u64 = 16 << 20;
 /// - *Packed devices* are a sparse file of ours, as long as a device. A disk that is mapped is copied to its
 ///   range, by sharing the blocks where the filesystem can; a range that is unmapped is a hole again. The device itself
 ///   stays until QEMU ends. QEMU keeps an image open for as long as it is mapped.
+/// - *Locks*: QEMU locks no memory, so an image has the locks of a reader from us, as a SCSI disk has them from QEMU. They end
+///   with the disk; while the VM is stopped, QEMU keeps them.
 /// - *Files of ours* are made in a directory of the caller's choice, best on the filesystem of the images, and
 ///   lose their name as soon as QEMU has them open: none is left, whoever is killed.
 ///

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockmount::{BackendError, Disk, DiskId, DiskKind, ErrorKind};
+use blockmount_source::image_lock::{self, Access};
 use blockmount_vpmem::ByteRange;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 use rustix::io::Errno;
@@ -38,7 +39,7 @@ impl Image {
         directory: &Path,
         given_up: &AtomicBool,
     ) -> Result<Self, BackendError> {
-        let (source, length) = open(disk, id)?;
+        let (source, length) = open_locked(disk, id)?;
         let size = length.next_multiple_of(ALIGNMENT);
         let copy = if size == length {
             None
@@ -119,6 +120,16 @@ fn ensure_file(disk: &Disk) -> Result<(), BackendError> {
 /// The size of a disk in bytes. Blocks.
 pub(super) fn size(disk: &Disk) -> Result<u64, BackendError> {
     open(disk, &identify(disk)?).map(|(_, size)| size)
+}
+
+/// Opens a disk for as long as QEMU has it. QEMU locks no memory, so the image is locked here: QEMU keeps the open file.
+fn open_locked(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
+    let (file, size) = open(disk, id)?;
+    if image_lock::lock(&file, Access::Read, image_lock::MOMENT) {
+        return Ok((file, size));
+    }
+    let holders = image_lock::holders(&file, disk.source());
+    Err(image_lock::in_use(disk.source(), &holders))
 }
 
 fn open(disk: &Disk, id: &DiskId) -> Result<(File, u64), BackendError> {
@@ -210,7 +221,7 @@ pub(super) fn open_for(
     id: &DiskId,
     range: ByteRange,
 ) -> Result<(File, u64), BackendError> {
-    let (source, length) = open(disk, id)?;
+    let (source, length) = open_locked(disk, id)?;
     if length > range.size() {
         return Err(BackendError::conflict(format!(
             "{disk} has grown to {length} bytes, and its range has {}; attach it again",

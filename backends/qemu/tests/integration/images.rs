@@ -257,6 +257,8 @@ async fn many_vms_read_an_image_or_one_writes_it() {
     let (mut one, mut two) = (Qemu::start(1), Qemu::start(1));
     let (first, second) = (one.scsi().await, two.scsi().await);
     let at = address("0/0");
+    let of = |qemu: &Qemu| format!("is in use by process {} (qemu-system-", qemu.pid());
+    use ErrorKind::Conflict;
     for image in [
         one.image("raw.img", 1 << 20),
         one.qcow2("small.qcow2", json!({})),
@@ -269,13 +271,13 @@ async fn many_vms_read_an_image_or_one_writes_it() {
             assert_eq!(node(&one, name)["ro"], true);
         }
         second.detach(at).await.unwrap();
-        refused(&two, &second, writable.clone(), ErrorKind::Other, "lock").await;
+        refused(&two, &second, writable.clone(), Conflict, &of(&one)).await;
         first.detach(at).await.unwrap();
 
         second.attach_identified(at, &writable).await.unwrap();
         assert_eq!(node(&two, "bm-scsi-0-0")["ro"], false);
-        refused(&one, &first, read_only, ErrorKind::Other, "lock").await;
-        refused(&one, &first, writable, ErrorKind::Other, "lock").await;
+        refused(&one, &first, read_only, Conflict, &of(&two)).await;
+        refused(&one, &first, writable, Conflict, &of(&two)).await;
         second.detach(at).await.unwrap();
     }
 }

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use crate::common::lossy::{Loss, lossy};
 use crate::common::pmem::{DEVICE, Guest, MIB, Pmem};
-use crate::common::{Qemu, SHORT_DEADLINES};
+use crate::common::{LONG, Qemu, SHORT_DEADLINES};
 use async_trait::async_trait;
 use blockmount::testing::conformance::{self, TransportFixture};
 use blockmount::{BackendError, DeviceLocator, Disk, DiskId, ErrorKind, Presence, Transport};
 use blockmount_qemu::QemuVpmem;
 use blockmount_qemu::qmp::Deadlines;
+use blockmount_source::image_lock::{self, Access};
 use blockmount_vpmem::{
     Attacher, ByteRange, DeviceNumber, Mode, PAGE, VpmemAddress, VpmemTransport,
 };
@@ -44,6 +45,13 @@ fn shows(guest: &Guest, device: u64, range: ByteRange, length: u64, byte: u8) {
         assert!(disk.iter().all(|read| *read == byte), "{range} at {start}");
         assert!(rest.iter().all(|read| *read == 0), "{range} at {start}");
     }
+}
+
+/// Whether a writer may have the image beside those who have it, at the latest after `timeout`: a process that another test
+/// has just started may have copies of all descriptors for a moment.
+fn may_write(disk: &Disk, timeout: Duration) -> bool {
+    let image = std::fs::File::open(disk.source()).unwrap();
+    image_lock::lock(&image, Access::Write, timeout)
 }
 
 /// A transport whose guest ejects a device before it is detached.
@@ -121,11 +129,14 @@ async fn whole_devices_keep_the_contract_of_a_transport() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn packed_disks_keep_the_contract_of_a_transport() {
     let mut pmem = Pmem::start(1);
+    // One that is stopped keeps the files that are taken back, and their locks.
+    pmem.qemu.execute("cont", json!({}));
     let attacher = pmem.virtio().await;
     let vpmem = transport(&attacher, Mode::Packed);
     // The device comes with the first disk, and stays: this one is there before and after.
     let first = pmem.disk("first", 0xff, 4 * MIB);
     vpmem.attach_identified(&first).await.unwrap();
+    assert!(!may_write(&first, Duration::ZERO));
     let disks = [1, 2, 3].map(|n: u8| pmem.disk(&n.to_string(), n, 20 * MIB - 512));
     let guest = pmem.guest.clone();
     let fixture = TransportFixture::new(
@@ -144,6 +155,7 @@ async fn packed_disks_keep_the_contract_of_a_transport() {
     let passed = conformance::transport(&vpmem, &fixture).await;
     assert!(passed.successes > 15, "{passed:?}");
     vpmem.detach(&first).await.unwrap();
+    assert!(may_write(&first, LONG));
     assert_eq!(pmem.guest.read(0, 0, 4096), [0; 4096]);
     assert_eq!(pmem.files_left(), 0);
 }
@@ -192,6 +204,8 @@ async fn eight_layers_on_one_device_read_back_as_they_are() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_device_is_plugged_and_ejected_30_times_and_never_shows_old_data() {
     let mut pmem = Pmem::start(2);
+    // One that is stopped keeps the files that are taken back, and their locks.
+    pmem.qemu.execute("cont", json!({}));
     let attacher = pmem.virtio().await;
     let sizes = [2, 6, 4].map(|size| size * MIB);
     for round in 0..30_u64 {
@@ -204,8 +218,10 @@ async fn a_device_is_plugged_and_ejected_30_times_and_never_shows_old_data() {
         let (_, length) = pmem.guest.region(round % 2).unwrap();
         assert_eq!(length, size.next_multiple_of(2 * MIB));
         shows(&pmem.guest, round % 2, range(0, length), size, byte);
+        assert!(!may_write(&disk, Duration::ZERO));
         pmem.guest.eject(round % 2);
         attacher.detach(at).await.unwrap();
+        assert!(may_write(&disk, LONG));
         assert_eq!(attacher.left().await.unwrap(), Vec::<String>::new());
         std::fs::remove_file(disk.source()).unwrap();
     }
