@@ -7,12 +7,14 @@ mod reload;
 mod systemd;
 mod web;
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use blockmount_containerd::service::{Peers, listen, serve};
+use rustix::fs::{Mode, OFlags};
 use tokio::net::UnixListener;
 use tokio::signal::unix::Signal;
 
@@ -71,6 +73,9 @@ async fn run_at(
     };
     let sources = Sources::default();
     guests.offer_status(&args, &activations);
+    if let Err(failure) = socket.follow(&peers) {
+        say(format_args!("{}", failure.on_one_line()));
+    }
     sources.set(guests.sources());
     note(format_args!(
         "serving at {}; {} activated",
@@ -102,6 +107,7 @@ async fn run_at(
                     let mut reloading = Reloading {
                         args: &mut args,
                         peers: &peers,
+                        socket,
                         guests: &mut guests,
                         activations: &activations,
                         sources: &sources,
@@ -177,6 +183,33 @@ impl Socket {
     fn listener(&mut self) -> Result<UnixListener, Failure> {
         let none = || Failure::new("the socket is served already");
         self.listener.take().ok_or_else(none)
+    }
+
+    /// Lets everybody connect while other users are allowed, which are told by their credentials, and its owner alone otherwise.
+    /// The socket of a service manager has the permissions that its unit says.
+    fn follow(&self, peers: &Peers) -> Result<(), Failure> {
+        let Some((address, file)) = &self.own else {
+            return Ok(());
+        };
+        let mode = match peers.has_others() {
+            true => 0o666,
+            false => 0o600,
+        };
+        let what = || {
+            let address = printable(address.display());
+            format!(
+                "the permissions of {address} cannot become {mode:o}, and who may connect is as before"
+            )
+        };
+        // The very socket, whatever is in its place in a moment.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let socket = rustix::fs::open(address, flags, Mode::empty()).context(what)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", socket.as_raw_fd()));
+        let found = fs::metadata(&path).context(what)?;
+        if (found.dev(), found.ino()) != *file {
+            return Err(Failure::new(what()).because("it is that of another server"));
+        }
+        fs::set_permissions(&path, Permissions::from_mode(mode)).context(what)
     }
 
     /// Removes the socket, unless somebody has removed or replaced it.

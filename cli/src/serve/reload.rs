@@ -4,8 +4,8 @@ use blockmount::{BackendError, ErrorKind};
 use blockmount_containerd::service::{Activations, Peers, VmName};
 
 use super::guests::Guests;
-use super::systemd;
 use super::web::Sources;
+use super::{Socket, systemd};
 use crate::args::{ServeArgs, Served};
 use crate::interrupt::Interrupt;
 use crate::terminal::{note, say};
@@ -14,6 +14,7 @@ use crate::terminal::{note, say};
 pub(super) struct Reloading<'a> {
     pub(super) args: &'a mut ServeArgs,
     pub(super) peers: &'a Peers,
+    pub(super) socket: &'a Socket,
     pub(super) guests: &'a mut Guests,
     pub(super) activations: &'a Activations,
     pub(super) sources: &'a Sources,
@@ -27,6 +28,9 @@ impl Reloading<'_> {
             Err(failure) => say(format_args!("SIGHUP: nothing is changed: {failure}")),
             Ok(again) => {
                 self.peers.allow_only(again.users);
+                if let Err(failure) = self.socket.follow(self.peers) {
+                    say(format_args!("SIGHUP: {}", failure.on_one_line()));
+                }
                 note(format_args!(
                     "SIGHUP: the users that may connect were read again"
                 ));

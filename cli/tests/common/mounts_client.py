@@ -1,14 +1,15 @@
 """A client of the Mounts service that does what it is told: an object of JSON for each call on stdin, one for each answer on stdout.
 
-mounts_client.py SOCKET PROTOCOL_DIRECTORY
+mounts_client.py SOCKET PROTOCOL_DIRECTORY [USER]
 
 {"call": "Activate", "request": {...}}                            -> {"answer": {...}} or {"code": "NOT_FOUND", "details": "..."}
 {"all": [{"call": ..., "request": ...}, ...]}, all at once        -> {"all": [...]}
 
-Requests and answers are messages of containerd's protocol in the JSON of protocol buffers. List answers with a list.
+With the number of a user it connects as that one. Requests and answers are messages of containerd's protocol in the JSON of protocol buffers. List answers with a list.
 """
 import concurrent.futures
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ REQUESTS = {"Activate": mounts.ActivateRequest, "Deactivate": mounts.DeactivateR
             "Update": mounts.UpdateRequest, "List": mounts.ListRequest}
 ANSWERS = {"Activate": mounts.ActivateResponse, "Deactivate": empty_pb2.Empty, "Info": mounts.InfoResponse,
            "Update": mounts.UpdateResponse, "List": mounts.ListMessage}
+if sys.argv[3:]:
+    os.seteuid(int(sys.argv[3]))
 channel = grpc.insecure_channel("unix:" + SOCKET)
 
 
@@ -57,3 +60,5 @@ for line in sys.stdin:
     else:
         answer = call(asked)
     print(json.dumps(answer), flush=True)
+# The classes are of the first user.
+os.seteuid(os.getuid())

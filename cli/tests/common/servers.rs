@@ -197,6 +197,15 @@ pub struct Client {
 
 impl Client {
     pub fn of(dir: &TempDir) -> Self {
+        Client::start(dir, &[])
+    }
+
+    /// The same as another user.
+    pub fn of_user(dir: &TempDir, user: u32) -> Self {
+        Client::start(dir, &[user.to_string()])
+    }
+
+    fn start(dir: &TempDir, words: &[String]) -> Self {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut child = Command::new("/usr/bin/python3")
             .arg(here.join("tests/common/mounts_client.py"))
@@ -204,6 +213,7 @@ impl Client {
                 socket(dir),
                 here.join("../backends/containerd/protocol/proto"),
             ])
+            .args(words)
             .env_remove("PYTHONPATH")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

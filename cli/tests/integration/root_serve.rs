@@ -69,8 +69,6 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     let _alone = common::alone();
     let dir = directory();
     let server = Server::ready(&dir, &[]);
-    let mode = socket(&dir).metadata().unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
     assert_eq!(client(&dir, &[]), "done\n");
     // Another at the same address, or of the same name, is refused.
     let second = run(["serve", "--address", socket(&dir).to_str().unwrap()]);
@@ -116,6 +114,39 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     server.end().says(0, &[]);
     fs::remove_file(socket(&dir)).unwrap();
     drop(another);
+    assert_nothing_left(&dir);
+}
+
+#[test]
+fn root_users_that_are_allowed_can_connect_and_others_are_told_that_they_are_not() {
+    let _others = common::by_name();
+    let dir = directory();
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).unwrap();
+    let server = Server::ready(&dir, &[]);
+    let mode = || socket(&dir).metadata().unwrap().permissions().mode() & 0o777;
+    let ask = |user| Client::of_user(&dir, user).ask(&json!({"call": "List"}));
+    assert_eq!(mode(), 0o666);
+    assert_eq!(ask(65_534), json!({"answer": []}));
+    let refused = ask(65_533);
+    assert_eq!(refused["code"], "PERMISSION_DENIED", "{refused}");
+    let details = refused["details"].as_str().unwrap();
+    assert!(details.contains("of user 65533 may not"), "{refused}");
+
+    let file = dir.path().join("serve.toml");
+    for (users, expected, code) in [
+        ("[0]", 0o600, "UNAVAILABLE"),
+        ("[1, 65533]", 0o666, "PERMISSION_DENIED"),
+    ] {
+        let text = format!("address = {:?}\nallow-users = {users}\n", socket(&dir));
+        fs::write(&file, text).unwrap();
+        signal(server.pid(), Signal::HUP);
+        server.hears("RELOADING=1\nMONOTONIC_USEC=");
+        server.hears("READY=1");
+        assert_eq!(mode(), expected);
+        let refused = ask(65_534);
+        assert_eq!(refused["code"], code, "{refused}");
+    }
+    server.end().says(0, &[]);
     assert_nothing_left(&dir);
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
+use hyper::service::{HttpService, service_fn};
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::{UnixListener, UnixStream};
@@ -34,6 +35,10 @@ const MOST_CALLS: u32 = 1024;
 const DRAIN_TIMEOUT: Duration = blockmount::DEFAULT_TIMEOUT;
 /// How long clients have, once their calls have ended, to take the last answers and go.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How many processes that are refused are told so at once; more are disconnected without a word.
+const MOST_REFUSALS: usize = 16;
+/// How long one that is refused has to ask, and to read that.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long accepting pauses where the process has no descriptors left, of which there is no event.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -52,12 +57,19 @@ impl Default for Peers {
 }
 
 impl Peers {
-    /// Lets processes of these users in besides root's and the server's own, and of no others. The permissions of the socket's file
-    /// may keep them out still.
+    /// Lets processes of these users in besides root's and the server's own, and of no others. For them the permissions of the
+    /// socket's file have to be wider than [`listen`] makes them.
     pub fn allow_only(&self, users: impl IntoIterator<Item = u32>) {
         let own = [0, rustix::process::geteuid().as_raw()];
         let users = own.into_iter().chain(users).collect();
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = users;
+    }
+
+    /// Whether there are users besides root and the server's own.
+    pub fn has_others(&self) -> bool {
+        let own = [0, rustix::process::geteuid().as_raw()];
+        let users = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        users.iter().any(|user| !own.contains(user))
     }
 
     fn has(&self, user: u32) -> bool {
@@ -65,21 +77,27 @@ impl Peers {
         users.contains(&user)
     }
 
-    fn admits(&self, stream: &UnixStream) -> bool {
+    /// Says why a process is refused, if it is.
+    fn check(&self, stream: &UnixStream) -> Result<(), Status> {
         // The kernel's own words (`SO_PEERCRED`), from when the peer connected.
         match stream.peer_cred() {
-            Ok(peer) if self.has(peer.uid()) => true,
+            Ok(peer) if self.has(peer.uid()) => Ok(()),
             Ok(peer) => {
                 tracing::warn!(
                     user = peer.uid(),
                     pid = peer.pid(),
                     "a process of another user is refused"
                 );
-                false
+                Err(Status::permission_denied(format!(
+                    "processes of user {} may not use this service: those of root, of the server's own user and of users that it \
+                     allows may",
+                    peer.uid()
+                )))
             }
             Err(error) => {
-                tracing::warn!(%error, "a process that cannot be told is refused");
-                false
+                tracing::warn!(%error, "a process whose user cannot be told is refused");
+                let message = "the user of this process cannot be told, and the service is for some users only";
+                Err(Status::permission_denied(message))
             }
         }
     }
@@ -149,6 +167,7 @@ pub async fn serve(
         calls: calls.downgrade(),
     };
     let slots = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let refusals = Arc::new(Semaphore::new(MOST_REFUSALS));
     let (ending, _) = watch::channel(());
     let mut connections = JoinSet::new();
     let mut stop = std::pin::pin!(stop);
@@ -161,14 +180,25 @@ pub async fn serve(
             () = &mut stop => break,
             Some(_ended) = connections.join_next() => {}
             (slot, accepted) = accepted => match accepted {
-                Ok((stream, _)) if peers.admits(&stream) => {
-                    let connection = connection(stream, service.clone(), ending.subscribe());
-                    connections.spawn(async move {
-                        connection.await;
-                        drop(slot);
-                    });
-                }
-                Ok(_refused) => {}
+                Ok((stream, _)) => match peers.check(&stream) {
+                    Ok(()) => {
+                        let connection = serve_calls(stream, service.clone(), ending.subscribe());
+                        connections.spawn(async move {
+                            connection.await;
+                            drop(slot);
+                        });
+                    }
+                    Err(refused) => {
+                        let Ok(slot) = refusals.clone().try_acquire_owned() else {
+                            continue;
+                        };
+                        let refusal = refuse_calls(stream, refused, ending.subscribe());
+                        connections.spawn(async move {
+                            drop(tokio::time::timeout(REFUSAL_TIMEOUT, refusal).await);
+                            drop(slot);
+                        });
+                    }
+                },
                 Err(error) => {
                     tracing::warn!(%error, "a connection cannot be accepted");
                     tokio::time::sleep(PAUSE).await;
@@ -208,8 +238,24 @@ impl Limited {
     }
 }
 
-async fn connection(stream: UnixStream, service: Limited, mut ending: watch::Receiver<()>) {
-    let call = hyper::service::service_fn(move |request| service.clone().call(request));
+async fn serve_calls(stream: UnixStream, service: Limited, ending: watch::Receiver<()>) {
+    let call = service_fn(move |request| service.clone().call(request));
+    connection(stream, call, ending).await;
+}
+
+/// Answers each call by why none is served.
+async fn refuse_calls(stream: UnixStream, why: Status, ending: watch::Receiver<()>) {
+    let call = service_fn(move |_request| {
+        std::future::ready(Ok::<_, Infallible>(why.clone().into_http::<Body>()))
+    });
+    connection(stream, call, ending).await;
+}
+
+async fn connection<S>(stream: UnixStream, call: S, mut ending: watch::Receiver<()>)
+where
+    S: HttpService<Incoming, ResBody = Body, Error = Infallible>,
+    S::Future: Send + 'static,
+{
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder.max_concurrent_streams(MOST_CALLS);
     let serving = builder.serve_connection(TokioIo::new(stream), call);

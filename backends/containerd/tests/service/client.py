@@ -1,13 +1,15 @@
 """A client of the Mounts service that knows nothing of the server but containerd's protocol.
 
-client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE [activate | list | deactivate]
+client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE [activate | list | deactivate | refused USER]
 
 Without a word at the end it tries everything. With one it does that with an activation of the name "kept", and prints what the
-server tells of all.
+server tells of all. "refused" asks as another user, whom the server does not let in.
 
 The classes of the messages are made by protoc from the protocol's files.
 """
 import concurrent.futures
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +59,19 @@ overlay = types.Mount(type="format/mkdir/overlay", source="overlay", options=[
     "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
     "workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ overlay 1 1 }}"])
 request = mounts.ActivateRequest(name="one", mounts=[writable, layer, overlay], labels={"a.b": "1"})
+
+if sys.argv[5:6] == ["refused"]:
+    os.seteuid(int(sys.argv[6]))
+    print(refused(grpc.StatusCode.PERMISSION_DENIED, "List", mounts.ListRequest()))
+    # Many who say nothing are not all waited for.
+    crowd = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    for peer in crowd:
+        peer.settimeout(60)
+        peer.connect(SOCKET)
+    assert 0 < sum(len(peer.recv(1)) for peer in crowd) <= 16
+    # The classes are of the first user.
+    os.seteuid(os.getuid())
+    sys.exit()
 
 if sys.argv[5:]:
     if sys.argv[5] == "activate":
