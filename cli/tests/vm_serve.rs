@@ -237,13 +237,15 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     let far = client.activate_in("far", "one", &list);
     let here = client.activate_in("here", "two", &list);
     client.activate_in("far", "three", &list);
+    let scratch = [writable(path("rw.img"))];
+    client.activate_in("far", "written", &scratch);
     let file = |points: &[PathBuf]| points.last().unwrap().join("a");
     assert_eq!(std::fs::read_to_string(file(&here)).unwrap(), "base");
     assert!(!file(&far).exists());
     let all = client.call("List", json!({}));
     drop(client);
     let before = runs(&dir);
-    let [(vm, id, 2), (other, here_id, 1)] = &before[..] else {
+    let [(vm, id, 3), (other, here_id, 1)] = &before[..] else {
         panic!("{before:?}")
     };
     assert_eq!((&**vm, &**other), ("far", "here"));
@@ -253,9 +255,9 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     assert!(heads.iter().all(|head| text.contains(head)), "{text}");
     let series = get(&path("metrics"), "/metrics");
     for series_of in [
-        "activations{vm=\"far\",namespace=\"default\"} 2",
+        "activations{vm=\"far\",namespace=\"default\"} 3",
         "activations{vm=\"here\",namespace=\"default\"} 1",
-        "slots{vm=\"far\",transport=\"scsi\",usage=\"occupied\"} 1",
+        "slots{vm=\"far\",transport=\"scsi\",usage=\"occupied\"} 2",
         "step_duration_seconds_count{vm=\"here\",step=\"attach\"} 1",
     ] {
         assert!(series.contains(series_of), "{series_of}: {series}");
@@ -288,6 +290,12 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     let request = json!({"name": "four", "mounts": list, "labels": {"blockmount.vm": "far"}});
     let refused = client.ask(&json!({"call": "Activate", "request": request}));
     assert_eq!(refused["code"], "UNAVAILABLE", "{refused}");
+    // What was written there is lost with it, and then it is gone.
+    let request = json!({"call": "Deactivate", "request": {"name": "written"}});
+    for code in ["DATA_LOSS", "NOT_FOUND"] {
+        let refused = client.ask(&request);
+        assert_eq!(refused["code"], code, "{refused}");
+    }
     let lost = client.call("Info", json!({"name": "one"}));
     assert_eq!(lost["info"]["labels"], json!({"blockmount.vm": "far"}));
     drop(client);

@@ -95,6 +95,15 @@ pub struct Scratch {
     pub work: Place,
 }
 
+impl Plan {
+    /// Whether an image of it can be written to.
+    #[cfg(feature = "service")]
+    pub(crate) fn is_writable(&self) -> bool {
+        let mut actions = self.steps.iter().map(|step| &step.action);
+        actions.any(|action| matches!(action, Action::Image(image) if !image.read_only))
+    }
+}
+
 impl Action {
     /// The image, if it is only attached, and no filesystem of it is mounted.
     pub(crate) fn as_loop(&self) -> Option<&Image> {

@@ -22,7 +22,7 @@
 //! | call | what it does | errors |
 //! |---|---|---|
 //! | Activate | plans and performs a list | `ALREADY_EXISTS`; `UNIMPLEMENTED` if nothing of the list is ours; `INVALID_ARGUMENT` with the number of the mount and the reason; `FAILED_PRECONDITION` for what is not there, in use or taken |
-//! | Deactivate | takes it back | `NOT_FOUND`; `FAILED_PRECONDITION` while somebody uses it: it is there still, and can be deactivated later; `DATA_LOSS` if it is gone, and writes were lost |
+//! | Deactivate | takes it back | `NOT_FOUND`; `FAILED_PRECONDITION` while somebody uses it: it is there still, and can be deactivated later; `DATA_LOSS` if it is gone, and writes were lost, or may be with their virtual machine |
 //! | Info | tells of one | `NOT_FOUND` |
 //! | Update | replaces labels: `labels`, or `labels.KEY` | `NOT_FOUND`, `INVALID_ARGUMENT` for other fields |
 //! | List | tells of all in the namespace that pass one of the filters | `INVALID_ARGUMENT` |

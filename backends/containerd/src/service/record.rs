@@ -49,6 +49,9 @@ pub(super) struct Record {
     /// Whether it ends with the server.
     pub(super) temporary: bool,
     pub(super) info: Info,
+    /// Whether something in its list can be written to. Records of earlier versions do not say.
+    #[serde(default)]
+    pub(super) is_writable: bool,
     /// By which names its handles are held in the manager's journal.
     pub(super) holders: Vec<HolderName>,
 }

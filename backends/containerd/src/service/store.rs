@@ -145,6 +145,7 @@ mod tests {
             id,
             progress,
             temporary: false,
+            is_writable: false,
             info: Info {
                 namespace: "n".to_owned(),
                 name: id.to_string(),

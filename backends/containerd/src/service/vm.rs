@@ -101,6 +101,15 @@ impl Vm {
         self.name.as_ref().map(VmName::as_str)
     }
 
+    /// That it is lost and why, if it is.
+    pub(super) fn why_lost(&self) -> Option<String> {
+        let why = self.lost.get()?;
+        Some(match self.called() {
+            Some(name) => format!("the virtual machine {name} is lost: {why}"),
+            None => format!("the guest is lost: {why}"),
+        })
+    }
+
     /// Has the labels of an activation say that it is here, where it stays.
     pub(super) fn label(&self, labels: &mut BTreeMap<String, String>) -> Result<(), Status> {
         let before = match &self.name {

@@ -62,15 +62,17 @@ request = mounts.ActivateRequest(name="one", mounts=[writable, layer, overlay], 
 
 if sys.argv[5:6] == ["refused"]:
     os.seteuid(int(sys.argv[6]))
-    print(refused(grpc.StatusCode.PERMISSION_DENIED, "List", mounts.ListRequest()))
-    # Many who say nothing are not all waited for.
-    crowd = [socket.socket(socket.AF_UNIX) for _ in range(20)]
-    for peer in crowd:
-        peer.settimeout(60)
-        peer.connect(SOCKET)
-    assert 0 < sum(len(peer.recv(1)) for peer in crowd) <= 16
-    # The classes are of the first user.
-    os.seteuid(os.getuid())
+    try:
+        print(refused(grpc.StatusCode.PERMISSION_DENIED, "List", mounts.ListRequest()))
+        # Many who say nothing are not all waited for.
+        crowd = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+        for peer in crowd:
+            peer.settimeout(60)
+            peer.connect(SOCKET)
+        assert 0 < sum(len(peer.recv(1)) for peer in crowd) <= 16
+    finally:
+        # The classes are of the first user.
+        os.seteuid(os.getuid())
     sys.exit()
 
 if sys.argv[5:]:

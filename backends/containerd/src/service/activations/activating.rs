@@ -45,6 +45,7 @@ impl Activations {
             id,
             progress: Progress::Begun,
             temporary: request.temporary,
+            is_writable: plan.is_writable(),
             info: Info {
                 namespace: request.namespace,
                 name: request.name,
@@ -86,12 +87,9 @@ impl Activations {
     /// shared there looks alive to its manager.
     fn choose(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
         let vm = self.named(labels)?;
-        match (vm.lost.get(), vm.called()) {
-            (None, _) => Ok(vm),
-            (Some(why), Some(name)) => Err(Status::unavailable(format!(
-                "the virtual machine {name} is lost: {why}"
-            ))),
-            (Some(why), None) => Err(Status::unavailable(format!("the guest is lost: {why}"))),
+        match vm.why_lost() {
+            None => Ok(vm),
+            Some(why) => Err(Status::unavailable(why)),
         }
     }
 

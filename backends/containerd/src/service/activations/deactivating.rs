@@ -19,6 +19,7 @@ impl Activations {
     /// # Errors
     ///
     /// By the codes of [the service](crate::service). Unless that is `DATA_LOSS`, it is there still, and can be deactivated again.
+    /// `DATA_LOSS` also tells that its virtual machine is lost, and something in its list could be written to.
     ///
     /// # Cancel safety
     ///
@@ -66,7 +67,14 @@ impl Activations {
             released => {
                 self.table().remove(key);
                 vm.store.remove(record.id).await;
-                released.map_err(|error| of_release(&error))
+                released.map_err(|error| of_release(&error))?;
+                // To its manager, nothing is left to release where there is no machine any more.
+                match vm.why_lost() {
+                    Some(why) if record.is_writable => Err(Status::data_loss(format!(
+                        "it is deactivated, and what was written there is in the images as far as it was synced: {why}"
+                    ))),
+                    _ => Ok(()),
+                }
             }
         }
     }
