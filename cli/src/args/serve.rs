@@ -26,8 +26,9 @@ const NAME: &str = "serve";
 #[command(after_help = "\
 The service is containerd.services.mounts.v1.Mounts, over gRPC. What is \
 activated stays when the server ends, also by kill -9, and the next server with \
-the same --name takes it over; only once nothing is activated any more does the \
-end of the server remove all that is its own. Only processes of root and of \
+the same --name takes it over; only what a client has activated as temporary is \
+released then. Only once nothing is activated any more does the end of the \
+server remove all that is its own. Only processes of root and of \
 users that are allowed may connect: the socket is 0600, and 0666 while there are \
 such users, of whose processes the kernel tells. That of a socket unit has the \
 permissions of its SocketMode=.

@@ -102,6 +102,12 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     signal(server.pid(), Signal::HUP);
     server.hears("RELOADING=1\nMONOTONIC_USEC=");
     server.hears("READY=1");
+    // What is temporary ends with the server.
+    let mut another = Client::of(&dir);
+    let list = [servers::layer(image(&dir))];
+    let temporary = json!({"name": "temporary", "mounts": list, "temporary": true});
+    another.call("Activate", temporary);
+    drop(another);
     let answer = server.end();
     answer.says(0, &["1 activated, which stay"]);
     assert!(!socket(&dir).exists());

@@ -52,7 +52,7 @@ pub struct Activate {
     /// Labels, which are kept as they are. [`VM_LABEL`](super::VM_LABEL) says in which virtual machine it is to be, and may be left out
     /// where there is one.
     pub labels: BTreeMap<String, String>,
-    /// Whether it ends with the server.
+    /// Whether it is released when the server ends ([`Activations::leave`]), or by the next one.
     pub temporary: bool,
 }
 
@@ -161,10 +161,11 @@ impl Activations {
         self.table().len()
     }
 
-    /// Leaves all that is activated to the next process, once the calls under way have ended, and tells what that is. Later
-    /// calls are `UNAVAILABLE`.
+    /// Leaves all that is activated to the next process, once the calls under way have ended, and tells what that is. What is
+    /// temporary is released; if it cannot be, the next process does it. Later calls are `UNAVAILABLE`.
     pub async fn leave(&self) -> Vec<ActivationStatus> {
         *self.0.is_left.write().await = true;
+        self.release_temporary().await;
         let left = self.inspect();
         let table = std::mem::take(&mut *self.table());
         // Released, they would be torn down.

@@ -296,8 +296,16 @@ async fn root_what_no_client_asks_for_is_released_after_the_grace_period() {
 async fn root_what_was_left_to_the_next_process_takes_no_calls() {
     let machine = Machine::new();
     let activations = machine.activations().await;
-    activations.leave().await;
     let base = machine.erofs("base", &[("a", "base")]);
+    let list = [writable(&machine.at("rw.img")), layer(&base), overlay(1)];
+    let temporary = Activate {
+        temporary: true,
+        ..request("zero", &list)
+    };
+    activations.activate(temporary).await.unwrap();
+    // What is temporary is not left.
+    assert_eq!(activations.leave().await, []);
+    machine.assert_all_clean();
     let late = activations.activate(request("one", &[layer(&base)])).await;
     refused(late, Code::Unavailable);
     machine.assert_all_clean();

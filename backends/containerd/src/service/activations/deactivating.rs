@@ -6,7 +6,7 @@ use std::time::Duration;
 use blockmount::ErrorKind;
 use tonic::Status;
 
-use super::super::entry::Holding;
+use super::super::entry::{Entry, Holding};
 use super::super::identifiers::check_namespace;
 use super::super::record::{Key, Progress};
 use super::super::status::of_release;
@@ -77,6 +77,29 @@ impl Activations {
                 }
             }
         }
+    }
+
+    /// Deactivates what ends with the service, once no call is under way. What is lost is left alone: the next process says so.
+    pub(super) async fn release_temporary(&self) {
+        let keys: Vec<Key> = {
+            let table = self.table();
+            let is_temporary =
+                |entry: &Entry| entry.record.temporary && entry.vm.lost.get().is_none();
+            let temporary = table.iter().filter(|(_, entry)| is_temporary(entry));
+            temporary.map(|(key, _)| key.clone()).collect()
+        };
+        let releasing = keys.iter().map(async |key| {
+            if let Err(status) = self.deactivate_in_turn(key).await {
+                let ((namespace, name), error) = (key, status.message());
+                tracing::warn!(
+                    namespace,
+                    name,
+                    error,
+                    "a temporary activation is not released as it should be"
+                );
+            }
+        });
+        futures_util::future::join_all(releasing).await;
     }
 
     /// Deactivates everything, for a guest that ends with this process.
