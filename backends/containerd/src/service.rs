@@ -31,7 +31,9 @@
 //! to activate names one of them (`INVALID_ARGUMENT` if it does not, and there is more than one); names of activations are unique among
 //! all, and the label tells with each where it is.
 //!
-//! `blockmount serve` is a program that does this. A client that goes before it has its answer has activated nothing. Mount points are those in the guest.
+//! `blockmount serve` is a program that does this. A client that goes before it has its answer has activated nothing, and
+//! neither has one whose deadline (`grpc-timeout`) is over by then; only where the answer is on its way already does the activation stay, to
+//! be found by its name: Activate says `ALREADY_EXISTS`, and Info what it is. Mount points are those in the guest.
 
 mod activations;
 mod entry;

@@ -1,6 +1,7 @@
 //! The service in the words of its protocol.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use tonic::codegen::tokio_stream::{self, Stream};
 use tonic::metadata::MetadataMap;
@@ -20,6 +21,9 @@ use crate::Mount;
 /// The key of the metadata with the namespace. (containerd, `pkg/namespaces/grpc.go`)
 const NAMESPACE: &str = "containerd-namespace";
 
+/// The key of the metadata with the time that the client waits. (gRPC over HTTP/2, `Timeout`)
+const TIMEOUT: &str = "grpc-timeout";
+
 /// The calls of the service.
 #[derive(Debug)]
 pub(super) struct Calls(pub(super) Activations);
@@ -31,6 +35,7 @@ impl Mounts for Calls {
         request: Request<ActivateRequest>,
     ) -> Result<Response<ActivateResponse>, Status> {
         let namespace = namespace(request.metadata())?;
+        let timeout = timeout(request.metadata())?;
         let request = request.into_inner();
         let activate = Activate {
             namespace,
@@ -39,7 +44,20 @@ impl Mounts for Calls {
             labels: request.labels.into_iter().collect(),
             temporary: request.temporary,
         };
-        let info = Some(self.0.activate(activate).await?.into());
+        let activating = self.0.activate(activate);
+        let info = match timeout {
+            None => activating.await?,
+            // Whether or not the client says that it has gone: what is activated too late is taken back.
+            Some(timeout) => match tokio::time::timeout(timeout, activating).await {
+                Ok(activated) => activated?,
+                Err(_) => {
+                    let message =
+                        "the client's time is over; what was activated by then is taken back";
+                    return Err(Status::deadline_exceeded(message));
+                }
+            },
+        };
+        let info = Some(info.into());
         Ok(Response::new(ActivateResponse { info }))
     }
 
@@ -103,6 +121,29 @@ fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
     text.map(str::to_owned).map_err(no_text)
 }
 
+/// How long the client waits, if it says so: up to eight digits and a unit.
+fn timeout(metadata: &MetadataMap) -> Result<Option<Duration>, Status> {
+    let Some(value) = metadata.get(TIMEOUT) else {
+        return Ok(None);
+    };
+    let parsed = value.to_str().ok().and_then(|text| {
+        let digits = text.trim_end_matches(|character: char| !character.is_ascii_digit());
+        let number = digits.parse().ok().filter(|_| digits.len() <= 8);
+        let number: u64 = number?;
+        Some(match &text[digits.len()..] {
+            "H" => Duration::from_secs(number * 3600),
+            "M" => Duration::from_secs(number * 60),
+            "S" => Duration::from_secs(number),
+            "m" => Duration::from_millis(number),
+            "u" => Duration::from_micros(number),
+            "n" => Duration::from_nanos(number),
+            _ => return None,
+        })
+    });
+    let wrong = || Status::invalid_argument(format!("{TIMEOUT} is no time, such as 100m"));
+    parsed.map(Some).ok_or_else(wrong)
+}
+
 impl From<types::Mount> for Mount {
     fn from(mount: types::Mount) -> Self {
         Mount {
@@ -146,6 +187,83 @@ impl From<Info> for types::ActivationInfo {
             active: info.active.into_iter().map(Into::into).collect(),
             system: info.system.into_iter().map(Into::into).collect(),
             labels: info.labels.into_iter().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmount::Manager;
+    use blockmount::testing::{FakeVm, Gate, MemoryJournal, VmStep};
+    use tonic::Code;
+
+    use super::super::activations::Options;
+    use super::*;
+
+    /// How long an event may take on a machine that is busy.
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn what_is_activated_after_the_time_of_the_client_is_taken_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let vm = FakeVm::new();
+        let builder = Manager::builder()
+            .transport(vm.clone())
+            .unplugger(vm.clone())
+            .mounter(vm.clone());
+        let recovery = builder.recover(MemoryJournal::new()).await.unwrap();
+        let options = Options::new("/run/m", directory.path().join("records"));
+        let calls = Calls(Activations::recover(recovery, options).await.unwrap());
+        let request = |timeout: &'static str| {
+            let layer = Mount::new("erofs", "/layer.erofs").option("ro").into();
+            let mut request = Request::new(ActivateRequest {
+                name: "one".to_owned(),
+                mounts: vec![layer],
+                ..ActivateRequest::default()
+            });
+            let metadata = request.metadata_mut();
+            metadata.insert(NAMESPACE, "default".parse().unwrap());
+            metadata.insert(TIMEOUT, timeout.parse().unwrap());
+            request
+        };
+        vm.gate_next(VmStep::Attach, 1, Gate::Never);
+        let late = tokio::time::timeout(LONGEST, calls.activate(request("10m"))).await;
+        let late = late.expect("its deadline is over").unwrap_err();
+        assert_eq!(late.code(), Code::DeadlineExceeded, "{late:?}");
+        vm.until_called(VmStep::Attach, 1).await;
+        vm.open_gates();
+        // Behind it in the order of the name, which is free then.
+        calls.activate(request("60S")).await.unwrap();
+        assert_eq!(vm.calls(VmStep::Detach), 1);
+        calls.0.deactivate("default", "one").await.unwrap();
+        vm.assert_empty();
+    }
+
+    #[test]
+    fn times_have_up_to_eight_digits_and_a_unit() {
+        let of = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert(TIMEOUT, text.parse().unwrap());
+            timeout(&metadata)
+        };
+        assert_eq!(timeout(&MetadataMap::new()).unwrap(), None);
+        for (text, nanos) in [
+            ("1n", 1),
+            ("20u", 20_000),
+            ("100m", 100_000_000),
+            ("0S", 0),
+            ("2M", 120_000_000_000),
+            ("99999999H", 359_999_996_400_000_000_000),
+        ] {
+            let found = of(text).unwrap().unwrap();
+            assert_eq!(found.as_nanos(), nanos, "{text}");
+        }
+        for text in ["", "1", "m", "-1m", "1.5S", "123456789m", "1mm", "1s"] {
+            assert_eq!(
+                of(text).unwrap_err().code(),
+                Code::InvalidArgument,
+                "{text}"
+            );
         }
     }
 }
