@@ -207,8 +207,25 @@ async fn root_what_is_in_use_stays_until_it_is_deactivated_again() {
         Code::FailedPrecondition,
     );
     assert_eq!(listed(&activations), [info]);
+    // The layers below it are shared on; what cannot be unmounted itself is not.
+    let two = request("two", &[layer(&base)]);
+    let info = activations.activate(two).await.unwrap();
     drop(user);
     activations.deactivate("default", "one").await.unwrap();
+    let user = File::open(tree(&info).join("a")).unwrap();
+    let three = request("three", &[layer(&base)]);
+    refused(
+        activations.deactivate("default", "two").await,
+        Code::FailedPrecondition,
+    );
+    let message = refused(
+        activations.activate(three.clone()).await,
+        Code::FailedPrecondition,
+    );
+    assert!(message.contains("mount 0 of the list"), "{message}");
+    drop(user);
+    activations.activate(three).await.unwrap();
+    activations.deactivate_all().await.unwrap();
     machine.assert_all_clean();
 }
 
