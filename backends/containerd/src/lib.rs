@@ -56,6 +56,9 @@
 //! | `mkfs/` | the file is made where it is missing, with a filesystem (ext4 or xfs) |
 //! | `mkdir/` | directories are made in what earlier mounts have |
 //!
+//! An overlay that has directories of the host besides, such as its `upperdir`, is an error; where the guest is this host ([`plan_here`])
+//! it is handed back, and the caller mounts it over what is up.
+//!
 //! The transforms of one mount may stand in any order: templates are filled in first, as `mkdir/` and `mkfs/` need their values.
 //!
 //! (Source of the formats: containerd, `docs/mounts.md` and `core/mount/manager`, August 2026.)
@@ -73,7 +76,7 @@ pub mod service;
 mod template;
 mod words;
 
-pub use list::{MAX_BYTES, MAX_MOUNTS, plan};
+pub use list::{MAX_BYTES, MAX_MOUNTS, plan, plan_here};
 pub use mkdir::Directory;
 pub use mkfs::NewImage;
 pub use mount::{InvalidMount, Mount};

@@ -29,6 +29,20 @@ const WRITABLE: [&str; 5] = ["ext2", "ext3", "ext4", "xfs", "btrfs"];
 ///
 /// [`InvalidMount`]: the first mount that makes no sense. Nothing is touched in any case: no file is looked at.
 pub fn plan(list: &[Mount], root: &Path) -> Result<Plan, InvalidMount> {
+    plan_in(list, root, false)
+}
+
+/// The same for a guest that is this host: an `overlay` of directories of the host and of earlier mounts is `system`, as the caller can
+/// mount it here.
+///
+/// # Errors
+///
+/// As for [`plan`].
+pub fn plan_here(list: &[Mount], root: &Path) -> Result<Plan, InvalidMount> {
+    plan_in(list, root, true)
+}
+
+fn plan_in(list: &[Mount], root: &Path, here: bool) -> Result<Plan, InvalidMount> {
     let at = |index: usize, reason: String| InvalidMount {
         index,
         kind: list[index].kind.clone(),
@@ -40,6 +54,7 @@ pub fn plan(list: &[Mount], root: &Path) -> Result<Plan, InvalidMount> {
     }
     let mut planner = Planner {
         root,
+        here,
         steps: Vec::new(),
     };
     let mut total = 0;
@@ -100,6 +115,8 @@ pub(crate) fn transforms(kind: &str) -> (Vec<&str>, &str) {
 
 struct Planner<'a> {
     root: &'a Path,
+    /// Whether paths of the host are paths in the guest.
+    here: bool,
     steps: Vec<Step>,
 }
 
@@ -137,7 +154,8 @@ impl Planner<'_> {
         };
         base.clone_into(&mut done.kind);
         let places = self.places(&done)?;
-        if !is_ours(base, &places) {
+        let of_both = base == "overlay" && places.iter().any(Option::is_none);
+        if !is_ours(base, &places) || self.here && of_both {
             return Ok(None);
         }
         let creates = transforms.contains(&"mkfs");

@@ -10,7 +10,7 @@ use futures_util::stream::FuturesUnordered;
 
 use crate::args::{ServeArgs, Served};
 use crate::failure::{Context, Failure, printable};
-use crate::guest::{GuestKind, Needs, kept_vm_has_ended};
+use crate::guest::{Guest as InGuest, GuestKind, Needs, kept_vm_has_ended};
 use crate::interrupt::Interrupt;
 use crate::machine::Machine;
 use crate::run::{Remembered, Run};
@@ -58,6 +58,10 @@ impl Guest {
         let no_journal = || Failure::new("a server without a journal has nothing to go on with");
         let recovery = machine.take_recovery().ok_or_else(no_journal)?;
         let options = Options::new(machine.own_target(TREES), machine.records());
+        let options = match machine.guest() {
+            InGuest::Local(_) => options.here(),
+            _ => options,
+        };
         Ok(match args.grace {
             Some(grace) => (recovery, options.grace(grace)),
             None => (recovery, options),

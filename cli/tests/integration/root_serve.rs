@@ -107,6 +107,17 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     let list = [servers::layer(image(&dir))];
     let temporary = json!({"name": "temporary", "mounts": list, "temporary": true});
     another.call("Activate", temporary);
+    // So is what a client mounts by itself, over a layer and directories of this machine.
+    let lower = "lowerdir={{ mount 0 }}";
+    let mixed = servers::mount(
+        "format/overlay",
+        "overlay",
+        &["upperdir=/u", "workdir=/w", lower],
+    );
+    let list = [servers::layer(image(&dir)), mixed];
+    let temporary = json!({"name": "mixed", "mounts": list, "temporary": true});
+    let left = &another.call("Activate", temporary)["info"]["system"];
+    assert_eq!(left[0]["type"], "overlay", "{left}");
     drop(another);
     let answer = server.end();
     answer.says(0, &["1 activated, which stay"]);

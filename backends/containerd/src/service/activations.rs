@@ -38,6 +38,7 @@ pub struct Options {
     pub(super) root: PathBuf,
     pub(super) records: PathBuf,
     grace: Option<Duration>,
+    pub(super) here: bool,
 }
 
 /// A list to activate.
@@ -75,7 +76,15 @@ impl Options {
             root: root.into(),
             records: records.into(),
             grace: None,
+            here: false,
         }
+    }
+
+    /// For a guest that is this host: see [`plan_here`](crate::plan_here).
+    #[must_use]
+    pub fn here(mut self) -> Self {
+        self.here = true;
+        self
     }
 
     /// Releases what earlier processes have activated and no client asks for within this time: by Info, by Update, or by Activate,

@@ -61,6 +61,8 @@ pub(super) struct Vm {
     pub(super) name: Option<VmName>,
     pub(super) manager: Manager,
     pub(super) root: PathBuf,
+    /// Whether it is this host.
+    pub(super) here: bool,
     pub(super) store: Store,
     /// The number of the next activation.
     pub(super) next: AtomicU64,
@@ -89,6 +91,7 @@ impl Vm {
             name,
             manager: recovery.manager().clone(),
             root: options.root.clone(),
+            here: options.here,
             store,
             next: AtomicU64::new(last.map_or(0, |last| last + 1)),
             lost: OnceLock::new(),

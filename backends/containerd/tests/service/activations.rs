@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use blockmount::Recovery;
-use blockmount_containerd::Mount;
 use blockmount_containerd::service::{Activate, Activations, Filter, Info, Options};
+use blockmount_containerd::{Mount, plan};
 use blockmount_journal::FileJournal;
 use tonic::{Code, Status};
 
-use crate::kit::{Machine, READY, layer, overlay, read, writable};
+use crate::kit::{Machine, READY, layer, overlay, read, run, writable};
 
 /// How long an event may take on a machine that is busy.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -226,6 +227,40 @@ async fn root_what_is_in_use_stays_until_it_is_deactivated_again() {
     drop(user);
     activations.activate(three).await.unwrap();
     activations.deactivate_all().await.unwrap();
+    machine.assert_all_clean();
+}
+
+#[tokio::test]
+async fn root_an_overlay_with_directories_of_this_host_is_left_to_the_caller_who_can_mount_it() {
+    let machine = Machine::new();
+    let base = machine.erofs("base", &[("a", "base")]);
+    let paths = ["upper", "work", "tree"].map(|name| machine.at(name));
+    for path in &paths {
+        fs::create_dir(path).unwrap();
+    }
+    let [upper, work, target] = paths;
+    let mixed = Mount::new("format/overlay", "overlay")
+        .option(format!("upperdir={}", upper.display()))
+        .option(format!("workdir={}", work.display()))
+        .option("lowerdir={{ mount 0 }}");
+    let list = [layer(&base), mixed];
+    let elsewhere = plan(&list, &machine.root()).unwrap_err();
+    assert!(elsewhere.reason.contains("is on the host"), "{elsewhere}");
+    let activations = machine.recover(machine.options().here()).await;
+    let info = activations.activate(request("one", &list)).await.unwrap();
+    let [left] = &info.system[..] else {
+        panic!("{info:?}")
+    };
+    assert_eq!((&*left.kind, info.active.len()), ("overlay", 1));
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "overlay", "-o", &left.options.join(","), "overlay"]);
+    run(mount.arg(&target));
+    let seen = read(target.join("a"));
+    let written = fs::write(target.join("b"), "new");
+    run(Command::new("umount").arg(&target));
+    written.unwrap();
+    assert_eq!((seen, read(upper.join("b"))), ("base".into(), "new".into()));
+    activations.deactivate("default", "one").await.unwrap();
     machine.assert_all_clean();
 }
 

@@ -13,7 +13,7 @@ use super::super::record::{Info, Progress, Record, holder_of};
 use super::super::status::{of_backend, of_invalid, of_perform};
 use super::super::vm::{VM_LABEL, Vm};
 use super::{Activate, Activations};
-use crate::{Mount, Performed, Plan, holders, perform, plan};
+use crate::{Mount, Performed, Plan, holders, perform, plan, plan_here};
 
 impl Activations {
     pub(super) async fn activate_in_turn(
@@ -33,7 +33,11 @@ impl Activations {
         vm.label(&mut request.labels)?;
         let id = vm.next.fetch_add(1, Ordering::Relaxed);
         let list = request.mounts;
-        let planned = plan(&list, &vm.root.join(id.to_string()));
+        let root = vm.root.join(id.to_string());
+        let planned = match vm.here {
+            true => plan_here(&list, &root),
+            false => plan(&list, &root),
+        };
         let plan = planned.map_err(|error| of_invalid(&error))?;
         if plan.steps.is_empty() {
             return Err(Status::unimplemented(
