@@ -1,13 +1,15 @@
 //! The file of a server.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use blockmount::HolderName;
 use blockmount_containerd::service::VmName;
 use clap::ValueEnum as _;
+use rustix::fs::OFlags;
 use serde::Deserialize;
 use toml::Value;
 
@@ -66,6 +68,16 @@ pub(super) enum Guests {
     Named(BTreeMap<VmName, Settings>),
 }
 
+/// An error of a file on one line: its own text draws a picture over several.
+fn in_line(error: &toml::de::Error, text: &str) -> String {
+    let message = error.message().lines().collect::<Vec<_>>().join(", ");
+    let before = error.span().and_then(|span| text.get(..span.start));
+    match before {
+        Some(before) => format!("line {}: {message}", before.matches('\n').count() + 1),
+        None => message,
+    }
+}
+
 /// What fails if a key has a value that cannot be.
 pub(super) fn wrong(key: &str, path: &Path, why: impl Into<String>) -> Failure {
     let what = format!("{key} in {} makes no sense", path.display());
@@ -75,11 +87,24 @@ pub(super) fn wrong(key: &str, path: &Path, why: impl Into<String>) -> Failure {
 impl ConfigFile {
     pub(super) fn read(path: &Path) -> Result<Self, Failure> {
         let what = || format!("cannot read {}", path.display());
-        let file = File::open(path).context(what)?;
+        // A pipe that nobody writes to would be waited for without an end.
+        let mut options = OpenOptions::new();
+        let options = options
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        let file = options.open(path).context(what)?;
+        if !file.metadata().context(what)?.is_file() {
+            return Err(Failure::usage(what()).because("it is no regular file"));
+        }
         let mut text = String::new();
-        file.take(LONGEST).read_to_string(&mut text).context(what)?;
+        let mut file = file.take(LONGEST + 1);
+        file.read_to_string(&mut text).context(what)?;
+        if text.len() as u64 > LONGEST {
+            let why = format!("it is longer than {LONGEST} bytes");
+            return Err(Failure::usage(what()).because(why));
+        }
         let parsed: Result<ConfigFile, toml::de::Error> = toml::from_str(&text);
-        parsed.map_err(|error| Failure::usage(what()).because(error))
+        parsed.map_err(|error| Failure::usage(what()).because(in_line(&error, &text)))
     }
 
     /// Takes what is said of guests out.
@@ -137,5 +162,38 @@ impl GuestTable {
             },
             transport: transport.map_err(wrong("transport"))?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_none_or_make_no_sense_are_refused_on_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serve.toml");
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            ConfigFile::read(&path).unwrap_err().on_one_line()
+        };
+        let said = refused("name = \"x\"\nnonsense = 1\n");
+        assert!(said.contains("line 2: unknown field `nonsense`"), "{said}");
+        assert!(!said.contains('\n'), "{said}");
+        // Cut off, it would make sense.
+        let said = refused(&"#\n".repeat(LONGEST as usize / 2 + 1));
+        assert!(said.contains("longer than"), "{said}");
+        // Nobody ever writes to it.
+        std::fs::remove_file(&path).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        let said = ConfigFile::read(&path).unwrap_err().on_one_line();
+        assert!(said.contains("no regular file"), "{said}");
     }
 }
