@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use blockmount::{BackendError, ErrorKind};
 use blockmount_bridge::{Dialer, RedialingChannel};
 use blockmount_qemu::AgentChannel;
-use blockmount_qemu::qmp::{NONE, Qmp};
+use blockmount_qemu::qmp::{NONE, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
@@ -146,7 +146,16 @@ impl ForeignVm {
         let advice = "give the socket of a QEMU that runs, such as -qmp unix:PATH,server=on,wait=off; it has one client at a time";
         let connected = UnixStream::connect(&self.monitor).await.context(what);
         let stream = connected.map_err(|failure| failure.advise(advice))?;
-        let qmp = Qmp::connect(stream).await.context(what);
+        let qmp = Qmp::connect(stream).await.map_err(|error| {
+            let what = match &error {
+                // A monitor greets the next client once the one before has gone.
+                QmpError::TimedOut { .. } => {
+                    format!("{}, which another client may have", what())
+                }
+                _ => what(),
+            };
+            Failure::new(what).because(error)
+        });
         qmp.map_err(|failure| failure.advise(advice))
     }
 
