@@ -374,6 +374,21 @@ mod tests {
     }
 
     #[test]
+    fn root_a_run_that_is_left_stays_without_its_locks() {
+        let run = Run::start().unwrap();
+        let dir = run.directory().to_owned();
+        run.make_work_dir().unwrap();
+        let paths = run.paths.clone();
+        run.leave();
+        assert!(dir.exists() && paths.work.exists());
+        for file in [paths.lock(), paths.work.clone()] {
+            let file = File::open(file).unwrap();
+            flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        }
+        paths.remove().unwrap();
+    }
+
+    #[test]
     fn root_missing_directories_are_noted_from_the_top() {
         let run = Run::start().unwrap();
         let dir = tempfile::tempdir().unwrap();
