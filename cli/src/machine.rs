@@ -237,9 +237,28 @@ impl Machine {
         self.run.records()
     }
 
-    /// Leaves everything to the next program of this run.
+    /// Leaves everything to the next program of this run, which may be this one: its locks are let go.
     pub(crate) fn leave_activations(self) {
-        std::mem::forget(self);
+        self.run.leave();
+    }
+
+    /// Ends a run whose guest is lost, and in which nothing is to be kept: nothing of it stays. False if the guest may be alive, as
+    /// one of somebody else whose agent has ended is: what is in it stays for the next program then.
+    pub(crate) async fn discard(mut self) -> Result<bool, Failure> {
+        let is_gone = match &mut self.guest {
+            Guest::Qemu(guest) if guest.is_own() => {
+                guest.end().await;
+                true
+            }
+            Guest::Qemu(guest) => guest.has_ended(),
+            Guest::Local(_) => false,
+        };
+        if !is_gone {
+            self.run.leave();
+            return Ok(false);
+        }
+        drop(self.guest);
+        self.run.finish().map(|()| true)
     }
 
     /// Says that the mount of an earlier program, if this is one, could not be resumed.
@@ -281,6 +300,7 @@ impl Machine {
             guest: self.guest.name(),
             at: at.display().to_string(),
             since: Instant::now(),
+            lost: Arc::default(),
             manager: self.manager.clone(),
             activations,
         };

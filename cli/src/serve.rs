@@ -17,6 +17,7 @@ use blockmount_containerd::service::{Peers, listen, serve};
 use rustix::fs::{Mode, OFlags};
 use tokio::net::UnixListener;
 use tokio::signal::unix::Signal;
+use tokio::task::JoinSet;
 
 use crate::args::{ServeArgs, Served};
 use crate::failure::{Context, Failure, printable};
@@ -96,31 +97,33 @@ async fn run_at(
         peers.clone(),
         interrupt.token().clone().cancelled_owned(),
     ));
-    let lost = {
-        let watching = watch(web.as_ref(), sources.clone());
-        tokio::pin!(watching);
-        loop {
-            tokio::select! {
-                ended = &mut serving => break ended.err().map(|error| error.to_string()),
-                why = guests.failed() => break Some(why),
-                () = hear(&mut hangup) => {
-                    let mut reloading = Reloading {
-                        args: &mut args,
-                        peers: &peers,
-                        socket,
-                        guests: &mut guests,
-                        activations: &activations,
-                        sources: &sources,
-                    };
-                    reloading.run(&interrupt).await;
-                }
-                () = &mut watching => {}
+    // So do the metrics.
+    let mut watching = JoinSet::new();
+    if let Some(web) = web {
+        let sources = sources.clone();
+        watching.spawn(async move { web.serve(sources).await });
+    }
+    let lost = loop {
+        tokio::select! {
+            ended = &mut serving => break ended.err().map(|error| error.to_string()),
+            why = guests.failed() => break Some(why),
+            () = hear(&mut hangup) => {
+                let mut reloading = Reloading {
+                    args: &mut args,
+                    peers: &peers,
+                    socket,
+                    guests: &mut guests,
+                    activations: &activations,
+                    sources: &sources,
+                };
+                reloading.run(&interrupt).await;
             }
         }
     };
     systemd::notify("STOPPING=1");
     socket.remove();
-    drop(web);
+    // Its socket goes with it.
+    watching.shutdown().await;
     let left = activations.leave().await;
     if lost.is_none() && !left.is_empty() {
         let (count, name) = (left.len(), args.name());
@@ -130,17 +133,19 @@ async fn run_at(
     }
     let ended = guests.end(&left, &interrupt).await;
     match lost {
-        Some(why) => Err(Failure::new("what is activated is lost").because(why)),
+        Some(why) => {
+            let what = match left.is_empty() {
+                true => "the guest is lost, in which nothing was activated",
+                false => "what is activated is lost",
+            };
+            // Why its files could not be removed is one more thing.
+            if let Err(failure) = ended {
+                say(format_args!("{}", failure.on_one_line()));
+            }
+            Err(Failure::new(what).because(why))
+        }
         None => ended.map(|()| 0),
     }
-}
-
-/// Offers the metrics, if they are wanted. Never ends.
-async fn watch(web: Option<&Web>, sources: Sources) {
-    if let Some(web) = web {
-        web.serve(sources).await;
-    }
-    std::future::pending().await
 }
 
 /// Waits for a SIGHUP; for ever, where it is not listened to.

@@ -259,6 +259,7 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
         "activations{vm=\"here\",namespace=\"default\"} 1",
         "slots{vm=\"far\",transport=\"scsi\",usage=\"occupied\"} 2",
         "step_duration_seconds_count{vm=\"here\",step=\"attach\"} 1",
+        "vm_up{vm=\"far\"} 1",
     ] {
         assert!(series.contains(series_of), "{series_of}: {series}");
     }
@@ -284,6 +285,26 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     // The others are served for as long as one is there.
     signal(machine_in(id), Signal::KILL);
     server.wait_for("what is activated in the virtual machine far is lost");
+    let series = get(&path("metrics"), "/metrics");
+    assert!(series.contains("vm_up{vm=\"far\"} 0"), "{series}");
+    assert!(get(&path("metrics"), "/").contains("<strong>lost</strong>"));
+    let status = run(["status", "--json", "--name", &name]).json();
+    let is_lost = |run: &Value| run["lost"].is_string();
+    let lost: Vec<bool> = status["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(is_lost)
+        .collect();
+    assert_eq!(lost, [true, false]);
+    let text = run(["status", "--name", &name]).stdout;
+    assert_eq!(
+        text.matches("\n  lost: ").count() + text.matches("\nlost: ").count(),
+        1,
+        "{text}"
+    );
+    signal(server.pid(), Signal::HUP);
+    server.wait_for("far is lost, and is not replaced: 2 activated");
     client.activate_in("here", "three", &list);
     client.deactivate("three");
     // What it shared is not handed out any more.
@@ -314,9 +335,21 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
     client.deactivate("one");
     let now = runs(&dir);
     an_image_is_written_to_in_one_place(&mut client, &dir, machine_in(&now[0].1));
+    // Nothing is lost with it, and another one is there for who asks.
+    signal(machine_in(&now[0].1), Signal::KILL);
+    server.wait_for("far is lost, in which nothing is activated");
+    signal(server.pid(), Signal::HUP);
+    server.wait_for("far is served from now on");
+    assert!(!directory(&now[0].1).exists());
+    client.activate_in("far", "one", &list);
+    client.deactivate("one");
+    let then = runs(&dir);
+    // One that has died is no reason to leave something at the end.
+    signal(machine_in(&then[0].1), Signal::KILL);
+    server.wait_for("far is lost, in which nothing is activated");
     drop(client);
     server.end().says(0, &[]);
-    let ids = now.iter().map(|(_, id, _)| id);
+    let ids = now.iter().chain(&then).map(|(_, id, _)| id);
     for id in ids.chain([id, here_id]) {
         assert_eq!(machines_of(id), Vec::<String>::new());
         assert!(!directory(id).exists());

@@ -35,9 +35,10 @@ permissions of its SocketMode=.
 
 SIGTERM ends it once the calls under way have their answers. SIGHUP reads the \
 --config again: allow-users takes effect, a new table [vm.NAME] is served, and \
-one that has gone no more, once nothing is activated in it; all else waits for \
-the next start. With systemd: Type=notify-reload, and a socket unit if you like \
-(LISTEN_FDS).
+one that has gone no more, once nothing is activated in it; a machine of a table \
+that has died is replaced, once nothing is activated in it; all else waits for \
+the next start. With systemd: Type=notify with ExecReload=kill -HUP $MAINPID, and a \
+socket unit if you like (LISTEN_FDS).
 
 A --config has these options in TOML, by their names without dashes in front: \
 address, guest, vm, agent, agent-token, controllers (a list), transport, name, grace, \
@@ -67,6 +68,10 @@ pub(crate) struct ServeArgs {
     /// The guests of a file that names several.
     #[arg(skip)]
     named: BTreeMap<VmName, Settings>,
+
+    /// What the file has said of the server itself.
+    #[arg(skip)]
+    of_server: OfServer,
 
     /// How disks get into a virtual machine; scsi by default
     #[arg(long, value_parser = Transports::parser())]
@@ -114,6 +119,38 @@ struct Settings {
     transport: Option<Transports>,
 }
 
+/// What a file says of the server itself, and takes effect at its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct OfServer {
+    address: Option<PathBuf>,
+    name: Option<HolderName>,
+    grace: Option<String>,
+    metrics: Option<String>,
+}
+
+impl OfServer {
+    fn of(file: &ConfigFile) -> Self {
+        OfServer {
+            address: file.address.clone(),
+            name: file.name.clone(),
+            grace: file.grace.clone(),
+            metrics: file.metrics.clone(),
+        }
+    }
+
+    /// The keys of which the other says something else.
+    fn differing(&self, other: &Self) -> Vec<&'static str> {
+        let keys = [
+            ("address", self.address != other.address),
+            ("name", self.name != other.name),
+            ("grace", self.grace != other.grace),
+            ("metrics", self.metrics != other.metrics),
+        ];
+        let differing = keys.into_iter().filter(|(_, differs)| *differs);
+        differing.map(|(key, _)| key).collect()
+    }
+}
+
 /// A guest that a server is for.
 #[derive(Debug)]
 pub(crate) struct Served {
@@ -137,6 +174,8 @@ pub(crate) struct ReadAgain {
     pub(crate) removed: Vec<VmName>,
     /// Of what it says something else.
     pub(crate) changed: Vec<VmName>,
+    /// The keys about the server itself that have changed.
+    pub(crate) keys: Vec<&'static str>,
 }
 
 impl Settings {
@@ -161,6 +200,7 @@ impl ServeArgs {
             return Ok(self);
         };
         let mut file = ConfigFile::read(&path)?;
+        self.of_server = OfServer::of(&file);
         let of_file = file.take_guests(&path)?;
         let wrong = |key: &'static str| {
             let path = &path;
@@ -204,8 +244,8 @@ impl ServeArgs {
         served_by(&self.named)
     }
 
-    /// What the file says now, compared with what is served.
-    pub(crate) fn read_again(&self) -> Result<ReadAgain, Failure> {
+    /// What the file says now, compared with what is served. What is lost counts as not served yet.
+    pub(crate) fn read_again(&self, lost: &[VmName]) -> Result<ReadAgain, Failure> {
         let mut again = ReadAgain {
             users: self.allow_users.clone(),
             ..ReadAgain::default()
@@ -215,6 +255,7 @@ impl ServeArgs {
         };
         let mut file = ConfigFile::read(path)?;
         again.users.append(&mut file.allow_users);
+        again.keys = self.of_server.differing(&OfServer::of(&file));
         let named = match file.take_guests(path)? {
             Guests::One(_) if self.named.is_empty() => return Ok(again),
             Guests::Named(named) if !self.named.is_empty() => named,
@@ -231,7 +272,7 @@ impl ServeArgs {
         again.added = served_by(&named)?;
         again.added.retain(|served| {
             let mut names = served.name.iter();
-            names.all(|name| !self.named.contains_key(name))
+            names.all(|name| !self.named.contains_key(name) || lost.contains(name))
         });
         let names = || self.named.keys().cloned();
         again.removed = names().filter(|name| !named.contains_key(name)).collect();

@@ -1,6 +1,6 @@
 //! The guests of a server: this machine, a virtual one, or several of these with names.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use blockmount::{BackendError, HolderName, Recovery};
 use blockmount_containerd::service::{ActivationStatus, Activations, Options, VmName, recorded};
@@ -36,7 +36,7 @@ struct Guest {
     name: Option<VmName>,
     machine: Machine,
     /// Why what was in it is lost, once that is so.
-    lost: OnceLock<String>,
+    lost: Arc<OnceLock<String>>,
     /// How it is doing, once it offers that.
     source: Option<Source>,
 }
@@ -46,7 +46,7 @@ impl Guest {
         Guest {
             name,
             machine,
-            lost: OnceLock::new(),
+            lost: Arc::default(),
             source: None,
         }
     }
@@ -73,7 +73,28 @@ impl Guest {
         let activations = Some((activations.clone(), name.as_ref()));
         let offered =
             machine.offer_status("serve", Some(&args.name()), args.address(), activations);
+        self.lost = offered.lost.clone();
         self.source = Some(offered);
+    }
+
+    /// How much is activated in it.
+    fn activated(&self) -> usize {
+        let source = self.source.as_ref();
+        source.map_or(0, |source| source.read().activations.len())
+    }
+
+    /// Ends it, where nothing is activated in it.
+    async fn end(self, interrupt: &Interrupt) -> Result<(), Failure> {
+        if self.lost.get().is_none() {
+            return self.machine.end(interrupt).await.result;
+        }
+        let named = self.name.map(|name| format!(" {name}")).unwrap_or_default();
+        if !self.machine.discard().await? {
+            say(format_args!(
+                "the virtual machine{named} is lost, and may be alive: its run stays for the next server"
+            ));
+        }
+        Ok(())
     }
 
     /// Undoes a start that has come to nothing.
@@ -184,9 +205,15 @@ impl Guests {
     ) -> Result<(), Failure> {
         let mut guests = self.0.iter();
         match guests.position(|guest| guest.name.as_ref() == Some(name)) {
-            Some(at) => self.0.remove(at).machine.end(interrupt).await.result,
+            Some(at) => self.0.remove(at).end(interrupt).await,
             None => Ok(()),
         }
+    }
+
+    /// The names of those that are lost.
+    pub(super) fn lost(&self) -> Vec<VmName> {
+        let lost = self.0.iter().filter(|guest| guest.lost.get().is_some());
+        lost.filter_map(|guest| guest.name.clone()).collect()
     }
 
     /// The names of the virtual machines, where there are several.
@@ -209,17 +236,12 @@ impl Guests {
         sources
     }
 
-    /// Waits until what is in all of them is lost, and says why. Cancel safe: what was said of one is not said again.
+    /// Waits until what is in all of them is lost, and says why. For ever if all were lost before: those that were not have been left
+    /// out since, and others may be taken in. Cancel safe: what was said of one is not said again.
     pub(super) async fn failed(&self) -> String {
-        let mut last = String::new();
-        let (lost, served): (Vec<_>, Vec<_>) =
-            self.0.iter().partition(|guest| guest.lost.get().is_some());
-        if let Some(why) = lost.last().and_then(|guest| guest.lost.get()) {
-            last.clone_from(why);
-        }
-        let failing = served
-            .into_iter()
-            .map(async |guest| (guest, guest.machine.failed().await));
+        let served = self.0.iter().filter(|guest| guest.lost.get().is_none());
+        let mut last = None;
+        let failing = served.map(async |guest| (guest, guest.machine.failed().await));
         let mut failing: FuturesUnordered<_> = failing.collect();
         while let Some((guest, why)) = failing.next().await {
             if let Some(activations) = guest.source.as_ref().and_then(|of| of.activations.as_ref())
@@ -227,36 +249,38 @@ impl Guests {
                 activations.lose_vm(guest.name.as_ref(), &why);
             }
             if let Some(name) = &guest.name {
-                say(format_args!(
-                    "what is activated in the virtual machine {name} is lost: {why}"
-                ));
+                match guest.activated() {
+                    0 => say(format_args!(
+                        "the virtual machine {name} is lost, in which nothing is activated: {why}"
+                    )),
+                    _ => say(format_args!(
+                        "what is activated in the virtual machine {name} is lost: {why}"
+                    )),
+                }
             }
-            last = guest.lost.get_or_init(|| why).clone();
+            last = Some(guest.lost.get_or_init(|| why).clone());
         }
-        last
+        match last {
+            Some(why) => why,
+            None => std::future::pending().await,
+        }
     }
 
-    /// Leaves those in which something is activated, or was when they were lost, to the next server, and ends the others.
+    /// Leaves those in which something is activated to the next server, also where that is lost, and ends the others.
     pub(super) async fn end(
         self,
         left: &[ActivationStatus],
         interrupt: &Interrupt,
     ) -> Result<(), Failure> {
         let mut result = Ok(());
-        for Guest {
-            name,
-            machine,
-            lost,
-            ..
-        } in self.0
-        {
-            let name = name.as_ref().map(VmName::as_str);
+        for guest in self.0 {
+            let name = guest.name.as_ref().map(VmName::as_str);
             let has_some = left
                 .iter()
                 .any(|activation| activation.vm.as_deref() == name);
-            match has_some || lost.get().is_some() {
-                true => machine.leave_activations(),
-                false => result = result.and(machine.end(interrupt).await.result),
+            match has_some {
+                true => guest.machine.leave_activations(),
+                false => result = result.and(guest.end(interrupt).await),
             }
         }
         result

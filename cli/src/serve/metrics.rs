@@ -51,6 +51,14 @@ impl Collector for Metrics {
         )?;
         info.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])?;
         start_time(&mut encoder, statuses)?;
+        let machines = statuses.iter().filter(|status| status.guest != "local");
+        let up = machines.map(|status| (labels(status, []), i64::from(status.lost.is_none())));
+        gauges(
+            &mut encoder,
+            "vm_up",
+            "Whether the virtual machine is there, and not lost",
+            up,
+        )?;
         for (name, help, of) in LEASES {
             by_state(&mut encoder, name, help, statuses, of)?;
         }

@@ -63,6 +63,9 @@ fn section(page: &mut String, status: &Status) -> fmt::Result {
     if let Some(vm) = &status.vm {
         write!(page, "<h2>VM {}</h2>", Escaped(vm))?;
     }
+    if let Some(why) = &status.lost {
+        write!(page, "<p><strong>lost</strong>: {}", Escaped(why))?;
+    }
     let pending = pending(status);
     if pending > 0 {
         write!(

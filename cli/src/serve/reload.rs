@@ -7,6 +7,7 @@ use super::guests::Guests;
 use super::web::Sources;
 use super::{Socket, systemd};
 use crate::args::{ServeArgs, Served};
+use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::terminal::{note, say};
 
@@ -24,7 +25,13 @@ impl Reloading<'_> {
     /// Reads the file, and follows it as far as it makes sense.
     pub(super) async fn run(&mut self, interrupt: &Interrupt) {
         systemd::notify_reloading();
-        match self.args.read_again() {
+        // A file may be on a disk that does not answer: what else the server does goes on meanwhile.
+        let (args, lost) = (self.args.clone(), self.guests.lost());
+        let of_lost = lost.clone();
+        let read = tokio::task::spawn_blocking(move || args.read_again(&of_lost)).await;
+        let read = read
+            .unwrap_or_else(|error| Err(Failure::new("the file could not be read").because(error)));
+        match read {
             Err(failure) => say(format_args!("SIGHUP: nothing is changed: {failure}")),
             Ok(again) => {
                 self.peers.allow_only(again.users);
@@ -34,6 +41,12 @@ impl Reloading<'_> {
                 note(format_args!(
                     "SIGHUP: the users that may connect were read again"
                 ));
+                if !again.keys.is_empty() {
+                    say(format_args!(
+                        "SIGHUP: what the file says of {} has changed, which takes effect at the next start of the server",
+                        again.keys.join(", ")
+                    ));
+                }
                 for name in &again.changed {
                     say(format_args!(
                         "SIGHUP: what the file says of the virtual machine {name} has changed, which takes effect at the next start of the server"
@@ -48,6 +61,12 @@ impl Reloading<'_> {
                     }
                 }
                 for served in again.added {
+                    let dead = served.name.clone().filter(|name| lost.contains(name));
+                    if let Some(name) = dead
+                        && !self.clear(&name, interrupt).await
+                    {
+                        continue;
+                    }
                     self.take_in(served, interrupt).await;
                 }
                 for name in last {
@@ -57,6 +76,26 @@ impl Reloading<'_> {
             }
         }
         systemd::notify("READY=1");
+    }
+
+    /// Makes room for another machine in the place of one that is lost. False if something is activated in it still.
+    async fn clear(&mut self, name: &VmName, interrupt: &Interrupt) -> bool {
+        if let Err(error) = self.activations.remove_vm(name) {
+            say(format_args!(
+                "SIGHUP: the virtual machine {name} is lost, and is not replaced: {error}; send SIGHUP again when that has changed"
+            ));
+            return false;
+        }
+        self.args.forget(name);
+        let ended = self.guests.leave_out(name, interrupt).await;
+        self.sources.set(self.guests.sources());
+        if let Err(failure) = ended {
+            say(format_args!(
+                "SIGHUP: something of the virtual machine {name}, which is lost, stays: {}",
+                failure.on_one_line()
+            ));
+        }
+        true
     }
 
     async fn take_in(&mut self, served: Served, interrupt: &Interrupt) {

@@ -2,11 +2,13 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use blockmount_containerd::service::listen;
@@ -25,7 +27,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{metrics, page};
-use crate::failure::{Context, Failure, printable};
+use crate::failure::{Context as _, Failure, printable};
 use crate::status::{Source, Status};
 
 /// How many are served at once; others wait.
@@ -95,10 +97,16 @@ impl Web {
     pub(super) async fn serve(&self, sources: Sources) {
         match self {
             Web::Tcp(listener) => {
-                serve_all(sources, async || Ok(listener.accept().await?.0)).await;
+                serve_all(sources, |cx| {
+                    listener.poll_accept(cx).map_ok(|(one, _)| one)
+                })
+                .await;
             }
             Web::Unix(listener, _) => {
-                serve_all(sources, async || Ok(listener.accept().await?.0)).await;
+                serve_all(sources, |cx| {
+                    listener.poll_accept(cx).map_ok(|(one, _)| one)
+                })
+                .await;
             }
         }
     }
@@ -130,8 +138,9 @@ impl Drop for Web {
     }
 }
 
-async fn serve_all<S>(sources: Sources, accept: impl AsyncFn() -> io::Result<S>)
+async fn serve_all<S, A>(sources: Sources, accept: A)
 where
+    A: Fn(&mut Context<'_>) -> Poll<io::Result<S>>,
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let slots = Arc::new(Semaphore::new(MOST));
@@ -142,7 +151,7 @@ where
         };
         tokio::select! {
             Some(_ended) = connections.join_next() => {}
-            accepted = accept() => match accepted {
+            accepted = poll_fn(&accept) => match accepted {
                 Ok(stream) => drop(connections.spawn(connection(stream, sources.clone(), slot))),
                 Err(error) => {
                     tracing::warn!(%error, "a connection for metrics cannot be accepted");

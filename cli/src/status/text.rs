@@ -162,7 +162,12 @@ fn head(status: &Status) -> String {
         manager.holders.len(),
         slots(&manager.slots),
     );
-    format!("{}\n{}", wrapped(&first, "  "), wrapped(&counts, "  "))
+    let mut lines = vec![wrapped(&first, "  ")];
+    if let Some(why) = &status.lost {
+        lines.push(wrapped(&format!("lost: {}", printable(why)), "  "));
+    }
+    lines.push(wrapped(&counts, "  "));
+    lines.join("\n")
 }
 
 /// How many slots there are of each use, by transport: `scsi 3 occupied, 1 foreign`.

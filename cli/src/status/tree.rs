@@ -1,5 +1,6 @@
 //! What a run says of itself: one tree, which the table, the page and the metrics are made of.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use blockmount::{Inspection, Manager};
@@ -25,6 +26,9 @@ pub(crate) struct Status {
     pub(crate) at: String,
     /// Since when it holds it.
     pub(crate) up_seconds: u64,
+    /// Why what is in its guest is lost, once that is so: its virtual machine has ended, or its agent does not come back.
+    #[serde(default)]
+    pub(crate) lost: Option<String>,
     /// What clients of a server have activated.
     pub(crate) activations: Vec<ActivationStatus>,
     pub(crate) manager: Inspection,
@@ -40,6 +44,8 @@ pub(crate) struct Source {
     pub(crate) guest: &'static str,
     pub(crate) at: String,
     pub(crate) since: Instant,
+    /// Set by whoever sees it.
+    pub(crate) lost: Arc<OnceLock<String>>,
     pub(crate) manager: Manager,
     pub(crate) activations: Option<Activations>,
 }
@@ -58,6 +64,7 @@ impl Source {
             guest: self.guest.to_owned(),
             at: self.at.clone(),
             up_seconds: self.since.elapsed().as_secs(),
+            lost: self.lost.get().cloned(),
             activations,
             manager: self.manager.inspect(),
         }

@@ -194,6 +194,8 @@ fn root_machines_come_and_go_when_the_file_is_read_again() {
     let both = "[vm.one]\n[vm.two]\n";
     reload(&dir, &mut server, both, "machine two is served from now on");
     client.activate_in("two", "second", &list);
+    let renamed = format!("name = \"other\"\n{both}");
+    reload(&dir, &mut server, &renamed, "says of name has changed");
     let vms = |dir: &TempDir| -> Vec<String> {
         let status = run(["status", "--json", "--name", &name(dir)]).json();
         let runs = status["runs"].as_array().unwrap().iter();
@@ -226,6 +228,23 @@ fn root_machines_come_and_go_when_the_file_is_read_again() {
     ] {
         reload(&dir, &mut server, tables, words);
     }
+    // Metrics are answered while a machine is waited for that does not answer.
+    let monitor = dir.path().join("qmp");
+    let listener = UnixListener::bind(&monitor).unwrap();
+    let stuck = format!(
+        "[vm.two]\n[vm.stuck]\nvm = \"qemu:{}\"\nagent = \"unix:/absent\"\n",
+        monitor.display()
+    );
+    let metrics_at = metrics.clone();
+    let asking = std::thread::spawn(move || {
+        // It is asked for from the moment on at which it is waited for.
+        let connected = listener.accept().unwrap();
+        common::get(&metrics_at, "/metrics");
+        drop(connected);
+    });
+    let said = reload(&dir, &mut server, &stuck, "stuck is not taken in");
+    asking.join().unwrap();
+    assert!(!said.contains("has not answered"), "{said}");
     // The last one is replaced, and never nobody is left.
     client.deactivate("second");
     reload(
