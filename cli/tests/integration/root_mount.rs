@@ -390,6 +390,7 @@ fn root_quiet_says_nothing_when_all_is_well() {
 
 #[test]
 fn root_a_second_signal_gives_up_on_a_busy_tree_and_says_what_stays() {
+    let _alone = common::alone();
     let dir = temp();
     let mut held = held(layers(&dir));
     let file = fs::File::open(dir.path().join("at/base")).unwrap();
