@@ -86,10 +86,7 @@ impl Reloading<'_> {
             ));
             return false;
         }
-        self.args.forget(name);
-        let ended = self.guests.leave_out(name, interrupt).await;
-        self.sources.set(self.guests.sources());
-        if let Err(failure) = ended {
+        if let Err(failure) = self.end(name, interrupt).await {
             say(format_args!(
                 "SIGHUP: something of the virtual machine {name}, which is lost, stays: {}",
                 failure.on_one_line()
@@ -132,10 +129,7 @@ impl Reloading<'_> {
                  send SIGHUP again when that has changed"
             ));
         }
-        self.args.forget(&name);
-        let ended = self.guests.leave_out(&name, interrupt).await;
-        self.sources.set(self.guests.sources());
-        match ended {
+        match self.end(&name, interrupt).await {
             Ok(()) => note(format_args!(
                 "SIGHUP: the virtual machine {name} is not served any more"
             )),
@@ -144,5 +138,13 @@ impl Reloading<'_> {
                 failure.on_one_line()
             )),
         }
+    }
+
+    /// Ends one that the service does not know any more.
+    async fn end(&mut self, name: &VmName, interrupt: &Interrupt) -> Result<(), Failure> {
+        self.args.forget(name);
+        let ended = self.guests.leave_out(name, interrupt).await;
+        self.sources.set(self.guests.sources());
+        ended
     }
 }
