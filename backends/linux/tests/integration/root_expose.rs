@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use crate::kit::{self, Image, Loop, TestDir, builder, guest, refused, run};
+use crate::kit::{self, Image, Loop, TestDir, builder, guest, impatient, refused, run, umount};
 use blockmount::{BackendError, ErrorKind, Expose, MountOptions, Mounter, Presence};
 use blockmount_linux::LinuxGuest;
 
@@ -109,7 +109,7 @@ async fn root_what_a_node_cannot_honour_is_refused() {
         ],
     );
     let tried = expose(&guest, &device, &dir.at("nodev/node"), &[]).await;
-    run("umount", &[dir.at("nodev").to_str().unwrap()]);
+    umount(dir.at("nodev"));
     let message = refused(tried, ErrorKind::Unsuitable);
     assert!(message.contains("nodev"), "{message}");
 }
@@ -120,7 +120,7 @@ async fn root_a_node_whose_device_is_in_use_stays() {
     let device = Loop::new(&Image::Ext4.copy(dir.path()));
     fs::create_dir(dir.at("theirs")).unwrap();
     dir.settle();
-    let guest = guest();
+    let guest = impatient().build();
     let (node, theirs) = (dir.at("node"), dir.at("theirs"));
     expose(&guest, &device, &node, &[]).await.unwrap();
     let tried = kit::mount(&guest, &device, &dir.at("mnt"), &[]).await;
@@ -129,7 +129,7 @@ async fn root_a_node_whose_device_is_in_use_stays() {
     let message = refused(guest.unmount(&node).await, ErrorKind::Busy);
     assert!(message.contains("theirs"), "{message}");
     assert!(node.exists());
-    run("umount", &[theirs.to_str().unwrap()]);
+    umount(theirs);
     guest.unmount(&node).await.unwrap();
     dir.assert_clean();
 }

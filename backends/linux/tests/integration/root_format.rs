@@ -9,7 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::kit::{Image, Loop, TestDir, blank, builder, guest, mount, mount_at, refused, run};
+use crate::kit::{
+    Image, Loop, TestDir, blank, builder, guest, impatient, mount, mount_at, refused, run, umount,
+};
 use blockmount::{BackendError, ErrorKind, Format, MountOptions, Mounter};
 use blockmount_linux::LinuxGuest;
 use blockmount_linux::probe::{Content, Superblock, probe};
@@ -116,8 +118,8 @@ async fn root_a_device_that_is_in_use_or_read_only_is_not_formatted() {
         &[device.node().to_str().unwrap(), theirs.to_str().unwrap()],
     );
     let force = || Format::new("ext4").overwriting_everything();
-    let tried = ensure(&guest(), &device, &dir.at("mnt"), force()).await;
-    run("umount", &[theirs.to_str().unwrap()]);
+    let tried = ensure(&impatient().build(), &device, &dir.at("mnt"), force()).await;
+    umount(theirs);
     let message = refused(tried, ErrorKind::Busy);
     assert!(message.contains("theirs"), "{message}");
     for format in [force(), Format::new("ext4")] {

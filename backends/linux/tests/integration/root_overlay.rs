@@ -11,8 +11,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use crate::kit::{
-    self, Image, KERNELS, Loop, PATIENT, TestDir, builder, guest, mount, mount_at, on_linux,
-    refused,
+    self, Image, KERNELS, Loop, TestDir, guest, impatient, mount, mount_at, on_linux, refused,
 };
 use blockmount::{
     ErrorKind, FsGroup, IdMap, LayerCombiner, MountOptions, Mounter, Overlay, OverlayOptions,
@@ -274,7 +273,7 @@ async fn root_the_mark_and_the_look_of_the_root() {
     fs::create_dir(dir.at("scratch")).unwrap();
     fs::set_permissions(&stack[0], fs::Permissions::from_mode(0o1751)).unwrap();
     std::os::unix::fs::chown(&stack[0], Some(12), Some(34)).unwrap();
-    let guest = builder().overlay_mark("a mark of ours").build();
+    let guest = impatient().overlay_mark("a mark of ours").build();
     let with = overlay(stack, Some(dir.at("scratch")), dir.at("root"));
     guest.combine(&with).await.unwrap();
     assert_eq!(mount_at(&dir.at("root")).source, "a mark of ours");
@@ -609,7 +608,7 @@ async fn root_u21_a_single_mount_is_mapped_or_refused_and_nothing_is_left() {
         let device = Loop::new(&image.copy(dir.path()));
         dir.settle();
         let target = dir.at("mnt");
-        let new = builder().busy_timeout(PATIENT).build();
+        let new = guest();
         let read_only = !image.is_writable();
         let options = mapped(read_only);
         new.mount(&device.locator(), &target, &options)

@@ -4,10 +4,7 @@
     reason = "a panic is the failure message of a test"
 )]
 
-use std::process::Command;
-use std::time::{Duration, Instant};
-
-use crate::kit::{Image, KERNELS, Loop, PATIENT, TestDir, mount, mount_at, on_linux, run};
+use crate::kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, run, umount};
 use blockmount::Mounter;
 
 /// A mount of tmpfs at `at`, shared or private, gone with the value.
@@ -27,16 +24,7 @@ impl Parent {
 impl Drop for Parent {
     fn drop(&mut self) {
         // Where it is shared, it is busy while a process that has copied this one's mounts is in the copy.
-        let deadline = Instant::now() + PATIENT;
-        while !Command::new("umount")
-            .arg(&self.0)
-            .status()
-            .unwrap()
-            .success()
-        {
-            assert!(Instant::now() < deadline, "{} stays in use", self.0);
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        umount(&self.0);
         std::fs::remove_dir(&self.0).unwrap();
     }
 }

@@ -15,7 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::kit::{Image, KERNELS, Loop, TestDir, builder, mount, options, refused, run};
+use crate::kit::{
+    Image, KERNELS, Loop, TestDir, builder, impatient, mount, options, refused, run, umount,
+};
 use blockmount::{
     DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
 };
@@ -401,7 +403,7 @@ async fn root_what_a_killed_process_has_mounted_is_adopted() {
         }
         assert_eq!(site.dir.mounts(), before);
         // What is gone behind the guest's back has directories left, which the tear-down removes.
-        run("umount", &[site.dir.at("p/r").to_str().unwrap()]);
+        umount(site.dir.at("p/r"));
         assert_eq!(adopt(disk, "p/r", &partition(2)).await, Presence::Unknown);
         for name in TARGETS {
             guest.unmount(&site.dir.at(name)).await.unwrap();
@@ -518,7 +520,7 @@ async fn root_what_others_unmounted_in_between_is_undone_at_the_start() {
         let site = Site::new();
         site.start("hold", kernel).kill();
         for name in TARGETS {
-            run("umount", &[site.dir.at(name).to_str().unwrap()]);
+            umount(site.dir.at(name));
         }
         fs::write(site.dir.at("p/theirs"), "").unwrap();
         let guest = site.restart(kernel).await;
@@ -543,11 +545,12 @@ async fn root_what_others_mounted_in_between_is_not_touched() {
         let tmpfs = |name: &str| run("mount", &["-t", "tmpfs", "theirs", &at(name)]);
         // One over ours, and one in its place.
         tmpfs("a/b/one");
-        run("umount", &[&at("p/q")]);
+        umount(at("p/q"));
         tmpfs("p/q");
         fs::write(at("p/q/file"), "").unwrap();
         let before = site.dir.mounts();
-        let guest = site.restart(kernel).await;
+        let builder = impatient().as_on_linux(kernel.0, kernel.1);
+        let guest = builder.journal(site.journal()).await.unwrap();
         assert_eq!(site.dir.mounts(), before);
 
         let covered = guest.unmount(&site.dir.at("a/b/one")).await;
@@ -557,8 +560,8 @@ async fn root_what_others_mounted_in_between_is_not_touched() {
         let message = refused(replaced, ErrorKind::Conflict);
         assert!(message.contains("somebody else mounted it"), "{message}");
         assert!(site.dir.at("p/q/file").exists());
-        run("umount", &[&at("a/b/one")]);
-        run("umount", &[&at("p/q")]);
+        umount(at("a/b/one"));
+        umount(at("p/q"));
         for name in TARGETS {
             guest.unmount(&site.dir.at(name)).await.unwrap();
         }
@@ -622,7 +625,7 @@ async fn root_damaged_and_foreign_records_are_set_aside() {
         ErrorKind::Conflict,
     );
     assert!(message.contains("somebody else mounted it"), "{message}");
-    run("umount", &[site.dir.at(target).to_str().unwrap()]);
+    umount(site.dir.at(target));
     for name in TARGETS {
         guest.unmount(&site.dir.at(name)).await.unwrap();
     }
@@ -680,8 +683,9 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
             fs::write(&path, whole.to_string()).unwrap();
         }
         let at = |name: &str| site.dir.at(name);
-        run("umount", &[at("p/r").to_str().unwrap()]);
-        let guest = site.restart(kernel).await;
+        umount(at("p/r"));
+        let builder = impatient().as_on_linux(kernel.0, kernel.1);
+        let guest = builder.journal(site.journal()).await.unwrap();
         let message = refused(guest.unmount(&at("p/q")).await, ErrorKind::Conflict);
         assert!(message.contains("somebody else mounted it"), "{message}");
         for name in &TARGETS[..3] {
@@ -689,7 +693,7 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
         }
         drop(guest);
         assert_eq!(site.dir.mounts().len(), 1);
-        run("umount", &[at("p/q").to_str().unwrap()]);
+        umount(at("p/q"));
         drop(site.restart(kernel).await);
         clear_scratch(&site.dir);
         site.assert_clean();
@@ -701,7 +705,7 @@ async fn root_a_journal_has_one_process_at_a_time() {
     let site = Site::new();
     let child = site.start("hold", KERNELS[5]);
     let before = (site.dir.mounts(), site.records());
-    let second = builder().journal(site.journal()).await;
+    let second = impatient().journal(site.journal()).await;
     let message = refused(second, ErrorKind::Busy);
     assert!(message.contains("another process is using it"), "{message}");
     assert_eq!((site.dir.mounts(), site.records()), before);
@@ -713,7 +717,7 @@ async fn root_a_journal_has_one_process_at_a_time() {
     let guest = waiting.await.unwrap().unwrap();
     let clone = guest.clone();
     drop(guest);
-    refused(builder().journal(site.journal()).await, ErrorKind::Busy);
+    refused(impatient().journal(site.journal()).await, ErrorKind::Busy);
     for name in TARGETS {
         clone.unmount(&site.dir.at(name)).await.unwrap();
     }
@@ -767,7 +771,7 @@ async fn root_a_full_journal_refuses_mounts_and_leaves_nothing() {
         fs::remove_dir(site.dir.at("x")).unwrap();
         assert_eq!(site.records().len(), 1, "{:?}", site.records());
         drop(guest);
-        run("umount", &[path]);
+        umount(path);
         site.assert_clean();
     }
 }
@@ -923,7 +927,7 @@ async fn root_r05_a_tear_down_after_a_restart_waits_for_no_journal() {
             guest.unmount(target).await.unwrap();
         }
         drop(guest);
-        run("umount", &[path]);
+        umount(path);
         site.assert_clean();
     }
 }

@@ -11,7 +11,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use crate::kit::{self, Image, KERNELS, Loop, TestDir, builder, guest, mount, on_linux, refused};
+use crate::kit::{
+    self, Image, KERNELS, Loop, TestDir, builder, guest, impatient, mount, on_linux, refused,
+};
 use blockmount::{DeviceLocator, ErrorKind, Mounter};
 
 #[tokio::test]
@@ -177,7 +179,7 @@ async fn root_a_mount_below_a_mount() {
     let outer = Loop::new(&Image::Ext4.copy(dir.path()));
     let inner = Loop::new(&Image::Erofs.copy(dir.path()));
     dir.settle();
-    let guest = guest();
+    let guest = impatient().build();
     mount(&guest, &outer, &dir.at("a"), &[]).await.unwrap();
     mount(&guest, &inner, &dir.at("a/b/c"), &[]).await.unwrap();
     let message = refused(guest.unmount(&dir.at("a")).await, ErrorKind::Busy);

@@ -10,13 +10,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::kit::{
-    Image, KERNELS, Loop, TestDir, builder, guest, mount, mount_at, on_linux, refused, run,
+    Image, KERNELS, Loop, TestDir, builder, guest, impatient, mount, mount_at, on_linux, refused,
+    run, umount,
 };
 use blockmount::{ErrorKind, Mounter};
-
-fn umount(path: &Path) {
-    run("umount", &[path.to_str().unwrap()]);
-}
 
 fn tmpfs(path: &Path) {
     run("mount", &["-t", "tmpfs", "theirs", path.to_str().unwrap()]);
@@ -49,7 +46,7 @@ async fn root_a_busy_mount_stays_and_its_users_are_named() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = on_linux(kernel);
+        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
         let sleeper = Sleeper::in_directory(&dir.at("a/mnt"));
         let started = Instant::now();
@@ -128,7 +125,7 @@ async fn root_u20_a_mount_that_is_covered_is_busy_until_the_cover_is_gone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = on_linux(kernel);
+        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
         for covered in ["a/mnt", "a"] {
             tmpfs(&dir.at(covered));
@@ -220,7 +217,7 @@ async fn root_g02_a_stack_of_mounts_is_left_alone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = on_linux(kernel);
+        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
         let target = dir.at("mnt");
         mount(&guest, &device, &target, &[]).await.unwrap();
         for layer in 0..6 {

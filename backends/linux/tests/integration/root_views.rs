@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 use crate::kit::{
-    Image, KERNELS, Loop, PATIENT, TestDir, builder, guest, mount, mount_at, on_linux, refused, run,
+    Image, KERNELS, Loop, TestDir, guest, impatient, mount, mount_at, on_linux, refused, run,
+    umount,
 };
 use blockmount::{
     BackendError, BindMount, Binder, ErrorKind, LayerCombiner, Mounter, NewDirectory, Overlay,
@@ -208,12 +209,12 @@ async fn root_u15_files_of_a_view_have_other_owners() {
     assert_eq!((meta.uid(), meta.gid()), (7, 0));
     guest.unbind(&view).await.unwrap();
     // Older kernels have no maps, and say so; nothing is left.
-    let old = on_linux((5, 10));
-    mount(&old, &device, &dir.at("old"), &[]).await.unwrap_err();
+    let other = impatient().as_on_linux(5, 10).build();
+    mount(&other, &device, &dir.at("old"), &[])
+        .await
+        .unwrap_err();
     guest.unmount(&volume).await.unwrap();
-    // A process that another test starts has this one's descriptors for a moment.
-    let patient = builder().as_on_linux(5, 10).busy_timeout(PATIENT);
-    let old = patient.build();
+    let old = on_linux((5, 10));
     mount(&old, &device, &volume, &[]).await.unwrap();
     let message = refused(
         bind(&old, &volume, &view, &mapped).await,
@@ -230,7 +231,7 @@ async fn root_u15_a_mount_stays_until_its_views_are_gone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = on_linux(kernel);
+        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
         let (volume, view) = (dir.at("volume"), dir.at("view"));
         mount(&guest, &device, &volume, &[]).await.unwrap();
         bind(&guest, &volume, &view, &options(&[])).await.unwrap();
@@ -282,7 +283,7 @@ async fn root_u15_only_what_is_mounted_by_the_engine_has_views() {
     for target in [&view, &volume] {
         guest.unmount(target).await.unwrap();
     }
-    run("umount", &[dir.at("theirs").to_str().unwrap()]);
+    umount(dir.at("theirs"));
     dir.assert_clean();
 }
 
@@ -309,7 +310,7 @@ async fn root_u15_mounts_do_not_spread_between_a_view_and_its_mount_unless_asked
                 run("mount", &["-t", "tmpfs", "none", here.to_str().unwrap()]);
                 fs::write(here.join("file"), "x").unwrap();
                 assert_eq!(there.join("file").exists(), spreads, "{kernel:?} {names:?}");
-                run("umount", &[here.to_str().unwrap()]);
+                umount(here);
             }
             guest.unbind(&view).await.unwrap();
         }
@@ -331,7 +332,7 @@ async fn root_u15_an_engine_that_was_killed_takes_its_views_over() {
         )
         .unwrap();
         dir.settle();
-        let builder = || builder().as_on_linux(kernel.0, kernel.1);
+        let builder = || impatient().as_on_linux(kernel.0, kernel.1);
         let (volume, view) = (dir.at("volume"), dir.at("deep/view"));
         let first = builder().journal(&journal).await.unwrap();
         mount(&first, &device, &volume, &[]).await.unwrap();
@@ -365,7 +366,7 @@ async fn root_u15_the_tree_of_an_overlay_is_seen_at_several_places() {
             fs::write(path, text).unwrap();
         }
         fs::create_dir(dir.at("scratch")).unwrap();
-        let guest = on_linux(kernel);
+        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
         let [tree, reader, part] = ["tree", "reader", "deep/part"].map(|name| dir.at(name));
         let overlay = Overlay::new([dir.at("l0"), dir.at("l1")], &tree);
         let overlay = overlay.with_scratch(dir.at("scratch"));

@@ -20,6 +20,7 @@ use blockmount::{
 use blockmount_linux::device::prove_free;
 use blockmount_linux::mountinfo::{self, MountInfo};
 use blockmount_linux::{LinuxGuest, LinuxGuestBuilder};
+use rustix::mount::UnmountFlags;
 use tempfile::TempDir;
 
 /// Kernels whose ways differ: each takes another path through the engine.
@@ -43,8 +44,13 @@ pub(crate) const PATIENT: Duration = Duration::from_secs(20);
 pub(crate) fn builder() -> LinuxGuestBuilder {
     LinuxGuest::builder()
         .resolver("test", Arc::new(ByPath))
-        .busy_timeout(Duration::from_millis(100))
+        .busy_timeout(PATIENT)
         .device_timeout(Duration::from_millis(500))
+}
+
+/// For tests in which something stays busy.
+pub(crate) fn impatient() -> LinuxGuestBuilder {
+    builder().busy_timeout(Duration::from_millis(100))
 }
 
 pub(crate) fn guest() -> LinuxGuest {
@@ -97,6 +103,21 @@ pub(crate) async fn free(node: &Path) {
     while let Err(error) = prove_free(node) {
         assert!(Instant::now() < deadline, "{error}");
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Unmounts as soon as no process that another test starts has copies of our descriptors.
+#[track_caller]
+pub(crate) fn umount(path: impl AsRef<Path>) {
+    let deadline = Instant::now() + PATIENT;
+    while let Err(error) = rustix::mount::unmount(path.as_ref(), UnmountFlags::NOFOLLOW) {
+        let is_busy = error == rustix::io::Errno::BUSY && Instant::now() < deadline;
+        assert!(
+            is_busy,
+            "cannot unmount {}: {error}",
+            path.as_ref().display()
+        );
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
