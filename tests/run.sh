@@ -31,7 +31,7 @@ setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true
   tests/oldest.sh lints && tests/oldest.sh docs && tests/windows.sh &&
   printf "\n== benches, each once and untimed\n" && cargo test --workspace --all-features --bench "*" &&
   printf "\n== fuzzing\n" &&
-  BLOCKMOUNT_FUZZ_SECONDS=30 cargo test --workspace --all-features --test targets --test service -- fuzz::' >"$builds_log" 2>&1 &
+  RUST_TEST_THREADS=4 BLOCKMOUNT_FUZZ_SECONDS=30 cargo test --workspace --all-features --test targets --test service -- fuzz::' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
