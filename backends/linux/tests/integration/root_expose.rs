@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use crate::kit::{self, Image, Loop, TestDir, builder, guest, impatient, refused, run, umount};
+use crate::kit::{self, Image, Loop, TestDir, builder, guest, refused, run, short_wait, umount};
 use blockmount::{BackendError, ErrorKind, Expose, MountOptions, Mounter, Presence};
 use blockmount_linux::LinuxGuest;
 
@@ -120,7 +120,7 @@ async fn root_a_node_whose_device_is_in_use_stays() {
     let device = Loop::new(&Image::Ext4.copy(dir.path()));
     fs::create_dir(dir.at("theirs")).unwrap();
     dir.settle();
-    let guest = impatient().build();
+    let guest = short_wait().build();
     let (node, theirs) = (dir.at("node"), dir.at("theirs"));
     expose(&guest, &device, &node, &[]).await.unwrap();
     let tried = kit::mount(&guest, &device, &dir.at("mnt"), &[]).await;

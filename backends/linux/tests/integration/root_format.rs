@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::kit::{
-    Image, Loop, TestDir, blank, builder, guest, impatient, mount, mount_at, refused, run, umount,
+    Image, Loop, TestDir, blank, builder, guest, mount, mount_at, refused, run, short_wait, umount,
 };
 use blockmount::{BackendError, ErrorKind, Format, MountOptions, Mounter};
 use blockmount_linux::LinuxGuest;
@@ -118,7 +118,7 @@ async fn root_a_device_that_is_in_use_or_read_only_is_not_formatted() {
         &[device.node().to_str().unwrap(), theirs.to_str().unwrap()],
     );
     let force = || Format::new("ext4").overwriting_everything();
-    let tried = ensure(&impatient().build(), &device, &dir.at("mnt"), force()).await;
+    let tried = ensure(&short_wait().build(), &device, &dir.at("mnt"), force()).await;
     umount(theirs);
     let message = refused(tried, ErrorKind::Busy);
     assert!(message.contains("theirs"), "{message}");

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::kit::{
-    self, Image, Loop, TestDir, blank, guest, impatient, mount, mount_at, on_linux, refused, run,
+    self, Image, Loop, TestDir, blank, guest, mount, mount_at, on_linux, refused, run, short_wait,
     umount,
 };
 use blockmount::{ErrorKind, Mounter};
@@ -92,7 +92,7 @@ async fn root_u01_a_filesystem_that_is_mounted_writable_elsewhere_is_busy() {
         );
         fs::write(theirs.join("new"), "x").unwrap();
         run("sync", &["-f", theirs.to_str().unwrap()]);
-        let tried = mount(&impatient().build(), &device, &dir.at("mnt"), &["ro"]).await;
+        let tried = mount(&short_wait().build(), &device, &dir.at("mnt"), &["ro"]).await;
         umount(&theirs);
         fs::remove_file(theirs.join("new")).ok();
         let message = refused(tried, ErrorKind::Busy);

@@ -9,7 +9,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::kit::{Image, KERNELS, Loop, TestDir, builder, impatient, options, refused};
+use crate::kit::{Image, KERNELS, Loop, TestDir, builder, options, refused, short_wait};
 use async_trait::async_trait;
 use blockmount::{
     BackendError, BlockDevice, DeviceLocator, ErrorKind, MountOptions, Mounter, Resolver,
@@ -74,7 +74,7 @@ async fn root_i07_a_busy_partition_is_reported_and_tried_again() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Gpt.copy(dir.path()));
         dir.settle();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         let two = NonZeroU32::new(2).unwrap();
         let options = MountOptions::builder().partition(two).read_only();
         let (options, target) = (options.build().unwrap(), dir.at("a/mnt"));
@@ -121,7 +121,7 @@ async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
     let mut dir = TestDir::new();
     let device = Loop::new(&Image::Gpt.copy(dir.path()));
     dir.settle();
-    let guest = impatient().build();
+    let guest = short_wait().build();
     let disk = File::open(device.node()).unwrap();
     let one = NonZeroU32::new(1).unwrap();
     // As a daemon that looks at each new device.

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use crate::kit::{
-    self, Image, KERNELS, Loop, TestDir, guest, impatient, mount, mount_at, on_linux, refused,
+    self, Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused, short_wait,
 };
 use blockmount::{
     ErrorKind, FsGroup, IdMap, LayerCombiner, MountOptions, Mounter, Overlay, OverlayOptions,
@@ -273,7 +273,7 @@ async fn root_the_mark_and_the_look_of_the_root() {
     fs::create_dir(dir.at("scratch")).unwrap();
     fs::set_permissions(&stack[0], fs::Permissions::from_mode(0o1751)).unwrap();
     std::os::unix::fs::chown(&stack[0], Some(12), Some(34)).unwrap();
-    let guest = impatient().overlay_mark("a mark of ours").build();
+    let guest = short_wait().overlay_mark("a mark of ours").build();
     let with = overlay(stack, Some(dir.at("scratch")), dir.at("root"));
     guest.combine(&with).await.unwrap();
     assert_eq!(mount_at(&dir.at("root")).source, "a mark of ours");

@@ -78,7 +78,7 @@ async fn root_a_range_is_free_when_its_device_is() {
     let mut dir = TestDir::new();
     let device = Loop::new(&Image::Ext4.copy(dir.path()));
     dir.settle();
-    let guest = kit::impatient().build();
+    let guest = kit::short_wait().build();
     let timeout = std::time::Duration::from_millis(50);
     let release = || mapper::release_range(device.node(), 0..4096, timeout);
     release().await.unwrap();

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::kit::{
-    Image, KERNELS, Loop, TestDir, builder, impatient, mount, options, refused, run, umount,
+    Image, KERNELS, Loop, TestDir, builder, mount, options, refused, run, short_wait, umount,
 };
 use blockmount::{
     DeviceLocator, ErrorKind, LayerCombiner, MountOptions, Mounter, Overlay, Presence,
@@ -549,7 +549,7 @@ async fn root_what_others_mounted_in_between_is_not_touched() {
         tmpfs("p/q");
         fs::write(at("p/q/file"), "").unwrap();
         let before = site.dir.mounts();
-        let builder = impatient().as_on_linux(kernel.0, kernel.1);
+        let builder = short_wait().as_on_linux(kernel.0, kernel.1);
         let guest = builder.journal(site.journal()).await.unwrap();
         assert_eq!(site.dir.mounts(), before);
 
@@ -684,7 +684,7 @@ async fn root_a_mount_without_an_identity_on_record_is_recognised() {
         }
         let at = |name: &str| site.dir.at(name);
         umount(at("p/r"));
-        let builder = impatient().as_on_linux(kernel.0, kernel.1);
+        let builder = short_wait().as_on_linux(kernel.0, kernel.1);
         let guest = builder.journal(site.journal()).await.unwrap();
         let message = refused(guest.unmount(&at("p/q")).await, ErrorKind::Conflict);
         assert!(message.contains("somebody else mounted it"), "{message}");
@@ -705,7 +705,7 @@ async fn root_a_journal_has_one_process_at_a_time() {
     let site = Site::new();
     let child = site.start("hold", KERNELS[5]);
     let before = (site.dir.mounts(), site.records());
-    let second = impatient().journal(site.journal()).await;
+    let second = short_wait().journal(site.journal()).await;
     let message = refused(second, ErrorKind::Busy);
     assert!(message.contains("another process is using it"), "{message}");
     assert_eq!((site.dir.mounts(), site.records()), before);
@@ -717,7 +717,7 @@ async fn root_a_journal_has_one_process_at_a_time() {
     let guest = waiting.await.unwrap().unwrap();
     let clone = guest.clone();
     drop(guest);
-    refused(impatient().journal(site.journal()).await, ErrorKind::Busy);
+    refused(short_wait().journal(site.journal()).await, ErrorKind::Busy);
     for name in TARGETS {
         clone.unmount(&site.dir.at(name)).await.unwrap();
     }

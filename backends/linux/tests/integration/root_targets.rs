@@ -12,7 +12,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use crate::kit::{
-    self, Image, KERNELS, Loop, TestDir, builder, guest, impatient, mount, on_linux, refused,
+    self, Image, KERNELS, Loop, TestDir, builder, guest, mount, on_linux, refused, short_wait,
 };
 use blockmount::{DeviceLocator, ErrorKind, Mounter};
 
@@ -179,7 +179,7 @@ async fn root_a_mount_below_a_mount() {
     let outer = Loop::new(&Image::Ext4.copy(dir.path()));
     let inner = Loop::new(&Image::Erofs.copy(dir.path()));
     dir.settle();
-    let guest = impatient().build();
+    let guest = short_wait().build();
     mount(&guest, &outer, &dir.at("a"), &[]).await.unwrap();
     mount(&guest, &inner, &dir.at("a/b/c"), &[]).await.unwrap();
     let message = refused(guest.unmount(&dir.at("a")).await, ErrorKind::Busy);

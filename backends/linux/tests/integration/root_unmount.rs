@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::kit::{
-    Image, KERNELS, Loop, TestDir, builder, guest, impatient, mount, mount_at, on_linux, refused,
-    run, umount,
+    Image, KERNELS, Loop, TestDir, builder, guest, mount, mount_at, on_linux, refused, run,
+    short_wait, umount,
 };
 use blockmount::{ErrorKind, Mounter};
 
@@ -46,7 +46,7 @@ async fn root_a_busy_mount_stays_and_its_users_are_named() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
         let sleeper = Sleeper::in_directory(&dir.at("a/mnt"));
         let started = Instant::now();
@@ -116,7 +116,7 @@ async fn root_what_somebody_else_mounted_is_not_touched() {
     );
     assert!(message.contains("somebody else mounted it"), "{message}");
     assert!(dir.at("theirs/file").exists());
-    umount(&dir.at("theirs"));
+    umount(dir.at("theirs"));
 }
 
 #[tokio::test]
@@ -125,7 +125,7 @@ async fn root_u20_a_mount_that_is_covered_is_busy_until_the_cover_is_gone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
         for covered in ["a/mnt", "a"] {
             tmpfs(&dir.at(covered));
@@ -133,7 +133,7 @@ async fn root_u20_a_mount_that_is_covered_is_busy_until_the_cover_is_gone() {
             let by = format!("is covered by the mount at {}", dir.at(covered).display());
             assert!(message.contains(&by), "{message}");
             assert_eq!(dir.mounts().len(), 2);
-            umount(&dir.at(covered));
+            umount(dir.at(covered));
         }
         guest.unmount(&dir.at("a/mnt")).await.unwrap();
         dir.assert_clean();
@@ -148,17 +148,17 @@ async fn root_what_somebody_else_unmounted_is_done_and_its_directories_go() {
         dir.settle();
         let guest = on_linux(kernel);
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
-        umount(&dir.at("a/mnt"));
+        umount(dir.at("a/mnt"));
         guest.unmount(&dir.at("a/mnt")).await.unwrap();
         dir.assert_clean();
         mount(&guest, &device, &dir.at("a/mnt"), &[]).await.unwrap();
-        umount(&dir.at("a/mnt"));
+        umount(dir.at("a/mnt"));
         tmpfs(&dir.at("a/mnt"));
         fs::write(dir.at("a/mnt/file"), "").unwrap();
         let message = refused(guest.unmount(&dir.at("a/mnt")).await, ErrorKind::Conflict);
         assert!(message.contains("something else in its place"), "{message}");
         assert!(dir.at("a/mnt/file").exists());
-        umount(&dir.at("a/mnt"));
+        umount(dir.at("a/mnt"));
         guest.unmount(&dir.at("a/mnt")).await.unwrap();
         dir.assert_clean();
     }
@@ -171,7 +171,7 @@ async fn root_a_target_that_was_unmounted_and_replaced_keeps_what_is_in_it() {
     let device = Loop::new(&Image::Ext4.copy(dir.path()));
     let guest = guest();
     mount(&guest, &device, &dir.at("mnt"), &[]).await.unwrap();
-    umount(&dir.at("mnt"));
+    umount(dir.at("mnt"));
     fs::remove_dir(dir.at("mnt")).unwrap();
     fs::write(dir.at("mnt"), "precious").unwrap();
     let _ = guest.unmount(&dir.at("mnt")).await;
@@ -217,7 +217,7 @@ async fn root_g02_a_stack_of_mounts_is_left_alone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         let target = dir.at("mnt");
         mount(&guest, &device, &target, &[]).await.unwrap();
         for layer in 0..6 {

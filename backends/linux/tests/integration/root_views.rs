@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 use crate::kit::{
-    Image, KERNELS, Loop, TestDir, guest, impatient, mount, mount_at, on_linux, refused, run,
+    Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused, run, short_wait,
     umount,
 };
 use blockmount::{
@@ -209,7 +209,7 @@ async fn root_u15_files_of_a_view_have_other_owners() {
     assert_eq!((meta.uid(), meta.gid()), (7, 0));
     guest.unbind(&view).await.unwrap();
     // Older kernels have no maps, and say so; nothing is left.
-    let other = impatient().as_on_linux(5, 10).build();
+    let other = short_wait().as_on_linux(5, 10).build();
     mount(&other, &device, &dir.at("old"), &[])
         .await
         .unwrap_err();
@@ -231,7 +231,7 @@ async fn root_u15_a_mount_stays_until_its_views_are_gone() {
         let mut dir = TestDir::new();
         let device = Loop::new(&Image::Ext4.copy(dir.path()));
         dir.settle();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         let (volume, view) = (dir.at("volume"), dir.at("view"));
         mount(&guest, &device, &volume, &[]).await.unwrap();
         bind(&guest, &volume, &view, &options(&[])).await.unwrap();
@@ -332,7 +332,7 @@ async fn root_u15_an_engine_that_was_killed_takes_its_views_over() {
         )
         .unwrap();
         dir.settle();
-        let builder = || impatient().as_on_linux(kernel.0, kernel.1);
+        let builder = || short_wait().as_on_linux(kernel.0, kernel.1);
         let (volume, view) = (dir.at("volume"), dir.at("deep/view"));
         let first = builder().journal(&journal).await.unwrap();
         mount(&first, &device, &volume, &[]).await.unwrap();
@@ -366,7 +366,7 @@ async fn root_u15_the_tree_of_an_overlay_is_seen_at_several_places() {
             fs::write(path, text).unwrap();
         }
         fs::create_dir(dir.at("scratch")).unwrap();
-        let guest = impatient().as_on_linux(kernel.0, kernel.1).build();
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         let [tree, reader, part] = ["tree", "reader", "deep/part"].map(|name| dir.at(name));
         let overlay = Overlay::new([dir.at("l0"), dir.at("l1")], &tree);
         let overlay = overlay.with_scratch(dir.at("scratch"));

@@ -49,7 +49,7 @@ pub(crate) fn builder() -> LinuxGuestBuilder {
 }
 
 /// For tests in which something stays busy.
-pub(crate) fn impatient() -> LinuxGuestBuilder {
+pub(crate) fn short_wait() -> LinuxGuestBuilder {
     builder().busy_timeout(Duration::from_millis(100))
 }
 
