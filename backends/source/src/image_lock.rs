@@ -61,7 +61,7 @@ impl Access {
 
 /// How long is worth to wait for a lock: a process that was just started has copies of all descriptors until its program
 /// runs.
-pub const MOMENT: Duration = Duration::from_millis(500);
+pub const MOMENT: Duration = Duration::from_secs(2);
 
 /// Locks an open image as QEMU does, and says whether it may be used so, at the latest after `timeout`. Either way the locks
 /// are there until the last descriptor of the open file is closed. Where the filesystem or the system has no such locks, it
