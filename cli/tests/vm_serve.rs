@@ -268,7 +268,7 @@ fn vm_one_server_is_for_several_machines_by_their_names() {
 
     server.kill();
     let kept = run(["cleanup", "--dry-run"]);
-    let advice = format!("blockmount serve --name {name}\n");
+    let advice = format!("blockmount serve --log-format json --name {name} --config ");
     assert_eq!(kept.stdout.matches(&advice).count(), 2, "{kept}");
     in_guest(id, async |checker| {
         let tree = checker.tree(far.last().unwrap()).await.unwrap();

@@ -16,7 +16,7 @@ use super::{
     sudo, work,
 };
 use crate::args::Layer;
-use crate::failure::{Context, Failure};
+use crate::failure::{Context, Failure, printable};
 use crate::guest::{ForeignVm, GuestKind, kept_vm};
 
 /// Whether a run that has ended is kept, and why.
@@ -24,7 +24,7 @@ use crate::guest::{ForeignVm, GuestKind, kept_vm};
 pub(crate) enum Kept {
     /// It has no name.
     No,
-    Resumable(Remembered),
+    Resumable(Box<Remembered>),
     /// It cannot be resumed, for this reason. Its scratch may be all that is left of somebody's work.
     Lost(String),
 }
@@ -46,6 +46,9 @@ pub(crate) struct Remembered {
     /// The name of the server, where it has several virtual machines: each has a run of its own then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     server: Option<HolderName>,
+    /// What the server was started with: the words of its command line, without those about its messages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    words: Vec<String>,
     /// The virtual machine of somebody else in which it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) vm: Option<ForeignVm>,
@@ -75,6 +78,7 @@ impl Remembered {
             views: 0,
             is_server: false,
             server: None,
+            words: Vec::new(),
             vm: None,
             is_anonymous: false,
         }
@@ -100,6 +104,10 @@ impl Remembered {
     pub(crate) fn of_server(name: HolderName, address: &Path, guest: GuestKind) -> Self {
         Remembered {
             is_server: true,
+            words: std::env::args_os()
+                .skip_while(|word| word != "serve")
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect(),
             ..Remembered::new(name, address, &[], guest)
         }
     }
@@ -119,10 +127,18 @@ impl Remembered {
 
     /// The command that goes on with it.
     pub(crate) fn resuming(&self) -> String {
-        let name = self.server.as_ref().unwrap_or(&self.name);
-        match self.is_server {
-            true => format!("{}blockmount serve --name {name}", sudo()),
-            false => format!("{}blockmount mount --resume {name}", sudo()),
+        let name = &self.name;
+        if !self.is_server {
+            return format!("{}blockmount mount --resume {name}", sudo());
+        }
+        // What it serves, and what is activated where, is in these or in the file that they name.
+        let words = self.words.iter().map(String::as_str);
+        match shlex::try_join(words) {
+            Ok(words) if !words.is_empty() => format!("{}blockmount {}", sudo(), printable(words)),
+            _ => {
+                let name = self.server.as_ref().unwrap_or(name);
+                format!("{}blockmount serve --name {name}", sudo())
+            }
         }
     }
 
@@ -208,7 +224,7 @@ impl RunPaths {
             Some(found) if found.keeps_vm && kept_vm(&self.work).is_none() => {
                 lost("its virtual machine has ended or cannot be found")
             }
-            Some(found) => Kept::Resumable(found),
+            Some(found) => Kept::Resumable(Box::new(found)),
         }
     }
 }
