@@ -1,6 +1,6 @@
 //! The socket, who may use it, and the connections.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -17,7 +17,7 @@ use hyper::service::{HttpService, service_fn};
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::body::Body;
@@ -27,7 +27,7 @@ use super::activations::Activations;
 use super::grpc::Calls;
 use super::protocol::mounts::mounts_server::MountsServer;
 
-/// How many connections there are at once; others wait to be accepted.
+/// How many connections the processes of one user have at once; more are refused, and those of other users are not.
 const MOST_CONNECTIONS: usize = 512;
 /// How many calls of one connection run at once.
 const MOST_CALLS: u32 = 1024;
@@ -77,11 +77,11 @@ impl Peers {
         users.contains(&user)
     }
 
-    /// Says why a process is refused, if it is.
-    fn check(&self, stream: &UnixStream) -> Result<(), Status> {
+    /// The user of a process, or why it is refused.
+    fn check(&self, stream: &UnixStream) -> Result<u32, Status> {
         // The kernel's own words (`SO_PEERCRED`), from when the peer connected.
         match stream.peer_cred() {
-            Ok(peer) if self.has(peer.uid()) => Ok(()),
+            Ok(peer) if self.has(peer.uid()) => Ok(peer.uid()),
             Ok(peer) => {
                 tracing::warn!(
                     user = peer.uid(),
@@ -166,22 +166,18 @@ pub async fn serve(
         service: MountsServer::new(Calls(activations)),
         calls: calls.downgrade(),
     };
-    let slots = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut users = Users::default();
     let refusals = Arc::new(Semaphore::new(MOST_REFUSALS));
     let (ending, _) = watch::channel(());
     let mut connections = JoinSet::new();
     let mut stop = std::pin::pin!(stop);
     loop {
-        let accepted = async {
-            let slot = slots.clone().acquire_owned().await;
-            (slot, listener.accept().await)
-        };
         tokio::select! {
             () = &mut stop => break,
             Some(_ended) = connections.join_next() => {}
-            (slot, accepted) = accepted => match accepted {
-                Ok((stream, _)) => match peers.check(&stream) {
-                    Ok(()) => {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => match peers.check(&stream).and_then(|user| users.connect(user)) {
+                    Ok(slot) => {
                         let connection = serve_calls(stream, service.clone(), ending.subscribe());
                         connections.spawn(async move {
                             connection.await;
@@ -217,6 +213,24 @@ pub async fn serve(
     let closed = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
         tracing::debug!("clients that do not answer are disconnected");
+    }
+}
+
+/// How many connections each user has. As many users as may connect.
+#[derive(Default)]
+struct Users(HashMap<u32, Arc<Semaphore>>);
+
+impl Users {
+    /// Counts one more for as long as the answer is kept.
+    fn connect(&mut self, user: u32) -> Result<OwnedSemaphorePermit, Status> {
+        let none = || Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        let left = self.0.entry(user).or_insert_with(none).clone();
+        left.try_acquire_owned().map_err(|_| {
+            tracing::warn!(user, "a user has too many connections");
+            Status::resource_exhausted(format!(
+                "the processes of user {user} have {MOST_CONNECTIONS} connections to this service already, which is the most"
+            ))
+        })
     }
 }
 

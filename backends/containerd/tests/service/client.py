@@ -1,9 +1,10 @@
 """A client of the Mounts service that knows nothing of the server but containerd's protocol.
 
-client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE [activate | list | deactivate | refused USER]
+client.py SOCKET PROTOCOL_DIRECTORY IMAGE WRITABLE [activate | list | deactivate | refused USER | crowd USER]
 
 Without a word at the end it tries everything. With one it does that with an activation of the name "kept", and prints what the
-server tells of all. "refused" asks as another user, whom the server does not let in.
+server tells of all. "refused" asks as another user, whom the server does not let in; "crowd" as one whom it lets in, and who has
+as many connections as a user may have.
 
 The classes of the messages are made by protoc from the protocol's files.
 """
@@ -31,7 +32,14 @@ from google.protobuf import empty_pb2  # noqa: E402
 
 ANSWERS = {"Activate": mounts.ActivateResponse, "Deactivate": empty_pb2.Empty,
            "Info": mounts.InfoResponse, "Update": mounts.UpdateResponse, "List": mounts.ListMessage}
-channel = grpc.insecure_channel("unix:" + SOCKET)
+
+
+def connect():
+    """One of its own, which is not shared with an earlier channel."""
+    return grpc.insecure_channel("unix:" + SOCKET, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+channel = connect()
 
 
 def call(method, request, namespace="default"):
@@ -73,6 +81,20 @@ if sys.argv[5:6] == ["refused"]:
     finally:
         # The classes are of the first user.
         os.seteuid(os.getuid())
+    sys.exit()
+
+if sys.argv[5:6] == ["crowd"]:
+    os.seteuid(int(sys.argv[6]))
+    try:
+        crowd = [socket.socket(socket.AF_UNIX) for _ in range(512)]
+        for peer in crowd:
+            peer.settimeout(60)
+            peer.connect(SOCKET)
+        print(refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "List", mounts.ListRequest()))
+    finally:
+        os.seteuid(os.getuid())
+    channel = connect()
+    assert call("List", mounts.ListRequest()) == []
     sys.exit()
 
 if sys.argv[5:]:

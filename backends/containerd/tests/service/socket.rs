@@ -24,12 +24,16 @@ struct Server {
 
 impl Server {
     fn start(machine: &Machine, activations: &Activations) -> Self {
+        let peers = Peers::default();
+        assert!(!peers.has_others());
+        Self::start_for(machine, activations, peers)
+    }
+
+    fn start_for(machine: &Machine, activations: &Activations, peers: Peers) -> Self {
         let socket = machine.at("socket");
         let listener = listen(&socket).unwrap();
         let (stop, stopped) = oneshot::channel();
         let ended = async { drop(stopped.await) };
-        let peers = Peers::default();
-        assert!(!peers.has_others());
         let serving = serve(listener, activations.clone(), peers, ended);
         let serving = tokio::spawn(serving);
         Server {
@@ -105,6 +109,21 @@ async fn root_a_socket_is_its_owners_and_processes_of_others_are_refused() {
     std::fs::write(machine.at("file"), "").unwrap();
     let taken = listen(&machine.at("file")).unwrap_err();
     assert_eq!(taken.kind(), std::io::ErrorKind::AlreadyExists);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_connections_of_one_user_keep_nobody_else_out() {
+    let machine = Machine::new();
+    let activations = machine.activations().await;
+    let peers = Peers::default();
+    peers.allow_only([65534]);
+    let server = Server::start_for(&machine, &activations, peers);
+    for path in [&server.socket, &machine.at("")] {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
+    }
+    let said = client(&machine, Path::new("none"), &["crowd", "65534"]).await;
+    assert!(said.contains("user 65534 have 512 connections"), "{said}");
+    server.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
