@@ -104,20 +104,23 @@ async fn run_at(
         watching.spawn(async move { web.serve(sources).await });
     }
     let lost = loop {
-        tokio::select! {
+        let vacated = tokio::select! {
             ended = &mut serving => break ended.err().map(|error| error.to_string()),
             why = guests.failed() => break Some(why),
-            () = hear(&mut hangup) => {
-                let mut reloading = Reloading {
-                    args: &mut args,
-                    peers: &peers,
-                    socket,
-                    guests: &mut guests,
-                    activations: &activations,
-                    sources: &sources,
-                };
-                reloading.run(&interrupt).await;
-            }
+            name = activations.vacated() => Some(name),
+            () = hear(&mut hangup) => None,
+        };
+        let mut reloading = Reloading {
+            args: &mut args,
+            peers: &peers,
+            socket,
+            guests: &mut guests,
+            activations: &activations,
+            sources: &sources,
+        };
+        match vacated {
+            Some(name) => reloading.see_off(name, &interrupt).await,
+            None => reloading.run(&interrupt).await,
         }
     };
     systemd::notify("STOPPING=1");

@@ -35,8 +35,8 @@ permissions of its SocketMode=.
 
 SIGTERM ends it once the calls under way have their answers. SIGHUP reads the \
 --config again: allow-users takes effect, a new table [vm.NAME] is served, and \
-one that has gone no more, once nothing is activated in it; a machine of a table \
-that has died is replaced, once nothing is activated in it; all else waits for \
+one that has gone takes nothing more, and goes when nothing is activated in it; a \
+machine of a table that has died is replaced, once nothing is activated in it; all else waits for \
 the next start. With systemd: Type=notify with ExecReload=kill -HUP $MAINPID, and a \
 socket unit if you like (LISTEN_FDS).
 
@@ -282,6 +282,14 @@ impl ServeArgs {
         };
         again.changed = names().filter(has_changed).collect();
         Ok(again)
+    }
+
+    /// The other name by which a machine of somebody else is served, if it is.
+    pub(crate) fn serves_as(&self, of: &Served) -> Option<&VmName> {
+        let monitor = of.settings.vm.vm.as_ref()?;
+        let is_same = |settings: &Settings| settings.vm.vm.as_ref() == Some(monitor);
+        let served = self.named.iter().find(|(_, settings)| is_same(settings));
+        served.map(|(name, _)| name)
     }
 
     /// A guest of the file is served now.

@@ -52,14 +52,15 @@ impl Reloading<'_> {
                         "SIGHUP: what the file says of the virtual machine {name} has changed, which takes effect at the next start of the server"
                     ));
                 }
-                let mut last = Vec::new();
+                let (mut retired, mut last) = (Vec::new(), Vec::new());
                 for name in again.removed {
                     match self.activations.remove_vm(&name) {
                         // Another one may be in its place in a moment.
                         Err(error) if error.kind() == ErrorKind::Invalid => last.push(name),
-                        removed => self.leave_out(name, removed, interrupt).await,
+                        removed => self.leave_out(name, removed, &mut retired, interrupt).await,
                     }
                 }
+                self.activations.retire_only(&retired);
                 for served in again.added {
                     let dead = served.name.clone().filter(|name| lost.contains(name));
                     if let Some(name) = dead
@@ -71,8 +72,9 @@ impl Reloading<'_> {
                 }
                 for name in last {
                     let removed = self.activations.remove_vm(&name);
-                    self.leave_out(name, removed, interrupt).await;
+                    self.leave_out(name, removed, &mut retired, interrupt).await;
                 }
+                self.activations.retire_only(&retired);
             }
         }
         systemd::notify("READY=1");
@@ -99,6 +101,12 @@ impl Reloading<'_> {
         let Some(name) = served.name.clone() else {
             return;
         };
+        if let Some(other) = self.args.serves_as(&served) {
+            return say(format_args!(
+                "SIGHUP: the virtual machine {name} is the one that is served as {other}, and stays that until the next start of the \
+                 server"
+            ));
+        }
         let taken = self
             .guests
             .take_in(self.args, &served, self.activations, interrupt);
@@ -121,20 +129,32 @@ impl Reloading<'_> {
         &mut self,
         name: VmName,
         removed: Result<(), BackendError>,
+        retired: &mut Vec<VmName>,
         interrupt: &Interrupt,
     ) {
-        if let Err(error) = removed {
-            return say(format_args!(
-                "SIGHUP: the virtual machine {name} is not in the file any more, and is served still: {error}; \
-                 send SIGHUP again when that has changed"
-            ));
+        match removed {
+            Ok(()) => self.see_off(name, interrupt).await,
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                say(format_args!(
+                    "SIGHUP: the virtual machine {name} is not in the file any more, takes nothing more, and goes when nothing is \
+                     activated in it: {error}"
+                ));
+                retired.push(name);
+            }
+            Err(error) => say(format_args!(
+                "SIGHUP: the virtual machine {name} is not in the file any more, and is served still: {error}"
+            )),
         }
+    }
+
+    /// Ends one that has been removed.
+    pub(super) async fn see_off(&mut self, name: VmName, interrupt: &Interrupt) {
         match self.end(&name, interrupt).await {
             Ok(()) => note(format_args!(
-                "SIGHUP: the virtual machine {name} is not served any more"
+                "the virtual machine {name} is not served any more"
             )),
             Err(failure) => say(format_args!(
-                "SIGHUP: the virtual machine {name} is not served any more: {}",
+                "the virtual machine {name} is not served any more: {}",
                 failure.on_one_line()
             )),
         }

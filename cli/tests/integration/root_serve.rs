@@ -89,7 +89,12 @@ fn root_a_server_outlives_kill_9_and_ends_with_nothing_left() {
     server.kill();
 
     let cleanup = run(["cleanup", "--dry-run"]);
-    let advice = format!("blockmount serve --name {}", name(&dir));
+    let file = dir.path().join("serve.toml");
+    let advice = format!(
+        "blockmount serve --log-format json --name {} --config {}",
+        name(&dir),
+        file.display()
+    );
     assert!(cleanup.stdout.contains(&advice), "{cleanup}");
     let resumed = run(["mount", "--resume", &name(&dir)]);
     assert!(
@@ -209,11 +214,20 @@ fn root_machines_come_and_go_when_the_file_is_read_again() {
         assert!(series.contains(&activated), "{series}");
     }
 
-    let stays = "machine one is not in the file any more, and is served still";
+    // One that is in use takes nothing more, and goes when it is free, unless the file names it again before.
+    let stays = "machine one is not in the file any more, takes nothing more";
     let said = reload(&dir, &mut server, "[vm.two]\n", stays);
     assert!(said.contains("1 activated"), "{said}");
     client.call("Info", json!({"name": "first"}));
+    let more = json!({"name": "more", "mounts": list, "labels": {"blockmount.vm": "one"}});
+    let refused = client.ask(&json!({"call": "Activate", "request": more}));
+    assert_eq!(refused["code"], "UNAVAILABLE", "{refused}");
+    reload(&dir, &mut server, both, "were read again");
+    client.activate_in("one", "more", &list);
+    reload(&dir, &mut server, "[vm.two]\n", "2 activated");
     client.deactivate("first");
+    client.deactivate("more");
+    server.wait_for("machine one is not served any more");
     let changed = "[vm.two]\nguest = \"local\"\n";
     reload(&dir, &mut server, changed, "machine two has changed");
     assert_eq!(vms(&dir), ["two"]);

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blockmount::Turns;
-use tokio::sync::{RwLock, oneshot};
+use tokio::sync::{Notify, RwLock, oneshot};
 use tonic::Status;
 
 use super::entry::Entry;
@@ -66,6 +66,8 @@ struct Shared {
     is_left: Arc<RwLock<bool>>,
     /// Held for no I/O.
     table: Mutex<HashMap<Key, Entry>>,
+    /// After each call that may have left a machine with nothing in it, and has been told so.
+    ended: Notify,
 }
 
 impl Options {
@@ -124,13 +126,15 @@ impl Activations {
         T: Send + 'static,
         F: Future<Output = Result<T, Status>> + Send + 'static,
     {
-        let is_left = self.0.is_left.clone();
+        let shared = self.0.clone();
         let call = async move {
-            let is_left = is_left.read_owned().await;
-            Ok(match *is_left {
+            let is_left = shared.is_left.clone().read_owned().await;
+            let done = match *is_left {
                 false => call.await,
                 true => Err(Status::unavailable("the server is ending")),
-            })
+            };
+            shared.ended.notify_waiters();
+            Ok(done)
         };
         let answer = self.0.turns.run(key, call).await;
         answer.map_err(|error| of_backend(&error))?

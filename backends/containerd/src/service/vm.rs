@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use blockmount::{BackendError, Manager, Recovery, blocking};
 use thiserror::Error;
@@ -68,6 +68,8 @@ pub(super) struct Vm {
     pub(super) next: AtomicU64,
     /// Why what is activated there is lost, once that is so.
     pub(super) lost: OnceLock<String>,
+    /// Whether it is to go as soon as nothing is activated there.
+    pub(super) is_retired: AtomicBool,
 }
 
 impl Vm {
@@ -95,6 +97,7 @@ impl Vm {
             store,
             next: AtomicU64::new(last.map_or(0, |last| last + 1)),
             lost: OnceLock::new(),
+            is_retired: AtomicBool::new(false),
         };
         Ok((vm, records))
     }

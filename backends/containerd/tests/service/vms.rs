@@ -303,10 +303,24 @@ async fn root_a_machine_comes_and_goes_while_the_service_goes_on() {
     assert!(error.to_string().contains("2 activated"), "{error}");
     let unknown = activations.remove_vm(&"c".parse().unwrap());
     assert_eq!(unknown.unwrap_err().kind(), ErrorKind::NotFound);
+    // One that is to go takes nothing more, and goes with the last that is in it.
+    activations.retire_only(std::slice::from_ref(&of_b));
+    let retired = activations.activate(within("b", "five", &list)).await;
+    let message = refused(retired, Code::Unavailable);
+    assert!(message.contains("b takes nothing more"), "{message}");
+    activations.retire_only(&[]);
+    let five = activations.activate(within("b", "five", &list));
+    five.await.unwrap();
+    activations.retire_only(std::slice::from_ref(&of_b));
+    let waiting = activations.clone();
+    let vacated = tokio::spawn(async move { waiting.vacated().await });
     for name in ["two", "four"] {
         activations.deactivate("default", name).await.unwrap();
     }
-    activations.remove_vm(&of_b).unwrap();
+    assert!(!vacated.is_finished());
+    activations.deactivate("default", "five").await.unwrap();
+    let vacated = tokio::time::timeout(TIMEOUT, vacated);
+    assert_eq!(vacated.await.unwrap().unwrap(), of_b);
     b.assert_all_clean();
     let gone = activations.activate(within("b", "five", &list)).await;
     let message = refused(gone, Code::InvalidArgument);

@@ -88,10 +88,14 @@ impl Activations {
     }
 
     /// The virtual machine that the label names; the only one, if it names none. One that is lost takes nothing any more: what is
-    /// shared there looks alive to its manager.
+    /// shared there looks alive to its manager. Nor does one that is to go.
     fn choose(&self, labels: &BTreeMap<String, String>) -> Result<Arc<Vm>, Status> {
         let vm = self.named(labels)?;
         match vm.why_lost() {
+            None if vm.is_retired.load(Ordering::Relaxed) => Err(Status::unavailable(format!(
+                "the virtual machine {} takes nothing more: it is about to be removed from this service",
+                vm.called().unwrap_or_default()
+            ))),
             None => Ok(vm),
             Some(why) => Err(Status::unavailable(why)),
         }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use blockmount::{BackendError, Recovery, Turns};
+use tokio::sync::Notify;
 
 use super::super::entry::{Entry, Holding, take_over};
 use super::super::record::{Key, Progress, Record};
@@ -79,6 +80,7 @@ impl Activations {
             turns: Turns::default(),
             is_left: Arc::default(),
             table: Mutex::new(table),
+            ended: Notify::new(),
         });
         for (name, grace) in graces {
             tokio::spawn(release_unclaimed(Arc::downgrade(&shared), name, grace));

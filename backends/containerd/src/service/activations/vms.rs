@@ -1,7 +1,9 @@
 //! Virtual machines that come and go while the service goes on.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use blockmount::{BackendError, Recovery};
 
@@ -96,6 +98,43 @@ impl Activations {
     pub fn lose_vm(&self, name: Option<&VmName>, why: &str) {
         if let Some(vm) = self.vms().iter().find(|vm| vm.name.as_ref() == name) {
             vm.lost.get_or_init(|| why.to_owned());
+        }
+    }
+
+    /// Has these virtual machines, and no others, take nothing more (`UNAVAILABLE`), so that they can be removed when what is
+    /// activated in them has gone: see [`vacated`](Self::vacated).
+    pub fn retire_only(&self, names: &[VmName]) {
+        for vm in self.vms().iter() {
+            let is_named = vm.name.as_ref().is_some_and(|name| names.contains(name));
+            vm.is_retired.store(is_named, Ordering::Relaxed);
+        }
+        self.0.ended.notify_waiters();
+    }
+
+    /// Waits until nothing is activated any more in a virtual machine that is to go, removes it as
+    /// [`remove_vm`](Self::remove_vm) does, and tells which it is. The last machine of a service stays.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is removed without being told.
+    pub async fn vacated(&self) -> VmName {
+        let mut ended = pin!(self.0.ended.notified());
+        loop {
+            // What ends from now on is not missed.
+            ended.as_mut().enable();
+            let retired: Vec<VmName> = {
+                let vms = self.vms();
+                let retired = vms
+                    .iter()
+                    .filter(|vm| vm.is_retired.load(Ordering::Relaxed));
+                retired.filter_map(|vm| vm.name.clone()).collect()
+            };
+            let mut retired = retired.into_iter();
+            if let Some(name) = retired.find(|name| self.remove_vm(name).is_ok()) {
+                return name;
+            }
+            ended.as_mut().await;
+            ended.set(self.0.ended.notified());
         }
     }
 
