@@ -443,4 +443,8 @@ fn vm_one_server_is_for_two_machines_of_others_and_leaves_one_out_when_it_is_tol
         1,
         &["what is activated in the virtual machine east is lost"],
     );
+    let tables = [&table(east, &machines[0]), "[vm.here]\nguest = \"local\"\n"].concat();
+    let mut server = Server::ready_with(&dir, &[], &tables);
+    server.wait_for("east has ended, and is left out, with what was activated in it (default/one)");
+    server.end().says(0, &[]);
 }

@@ -3,7 +3,9 @@
 use std::sync::{Arc, OnceLock};
 
 use blockmount::{BackendError, HolderName, Recovery};
-use blockmount_containerd::service::{ActivationStatus, Activations, Options, VmName, recorded};
+use blockmount_containerd::service::{
+    ActivationStatus, Activations, Info, Options, VmName, recorded,
+};
 use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
@@ -128,8 +130,10 @@ impl Guests {
             };
             match has_ended(served).await {
                 true => {
+                    let lost = run_name(args, served).ok();
+                    let lost = lost.and_then(|run| recorded_in(&run)).unwrap_or_default();
                     say(format_args!(
-                        "the virtual machine {name} has ended, and is left out: {}",
+                        "the virtual machine {name} has ended, and is left out{lost}: {}",
                         failure.on_one_line()
                     ));
                     ended.get_or_insert(failure);
@@ -309,11 +313,7 @@ async fn start(
     interrupt: &Interrupt,
 ) -> Result<Machine, Failure> {
     let server = args.name();
-    let name = match &served.name {
-        None => server.clone(),
-        Some(vm) => HolderName::new(format!("{server}/{vm}"))
-            .context(|| format!("{server} is too long for a server of several virtual machines"))?,
-    };
+    let name = run_name(args, served)?;
     let found = Run::find(&name)?;
     let place = served.place.clone().needing(NEEDS);
     match found {
@@ -341,11 +341,41 @@ async fn start(
     }
 }
 
+/// What the run in a guest is called.
+fn run_name(args: &ServeArgs, served: &Served) -> Result<HolderName, Failure> {
+    let server = args.name();
+    match &served.name {
+        None => Ok(server),
+        Some(vm) => HolderName::new(format!("{server}/{vm}"))
+            .context(|| format!("{server} is too long for a server of several virtual machines")),
+    }
+}
+
+/// What an earlier server has activated in a machine that has ended, as the rest of a sentence; none if nothing is known of it.
+fn recorded_in(name: &HolderName) -> Option<String> {
+    let (run, _) = Run::resume(name).ok()?;
+    let lost = recorded(&run.records());
+    run.leave();
+    let lost = lost.ok()?;
+    (!lost.is_empty()).then(|| format!(", with what was activated in it ({})", listed(&lost)))
+}
+
+fn listed(lost: &[Info]) -> String {
+    /// As many names as fit into a line that somebody reads.
+    const MOST: usize = 8;
+    let names = lost.iter().take(MOST);
+    let mut names: Vec<String> = names
+        .map(|info| printable(format!("{}/{}", info.namespace, info.name)).to_string())
+        .collect();
+    if lost.len() > MOST {
+        names.push(format!("{} more", lost.len() - MOST));
+    }
+    names.join(", ")
+}
+
 /// Removes what an earlier server has noted of a virtual machine of its own that has ended for certain, and says what is lost with
 /// it. False if it may be alive.
 fn discard_ended(name: &HolderName, served: &Served) -> Result<bool, Failure> {
-    /// As many names as fit into a line that somebody reads.
-    const MOST: usize = 8;
     if served.guest != GuestKind::Qemu {
         return Ok(false);
     }
@@ -356,16 +386,9 @@ fn discard_ended(name: &HolderName, served: &Served) -> Result<bool, Failure> {
     let what = || format!("cannot tell what was activated in the virtual machine of {name}");
     let lost = recorded(&run.records()).context(what)?;
     run.finish()?;
-    let names = lost.iter().take(MOST);
-    let mut names: Vec<String> = names
-        .map(|info| printable(format!("{}/{}", info.namespace, info.name)).to_string())
-        .collect();
-    if lost.len() > MOST {
-        names.push(format!("{} more", lost.len() - MOST));
-    }
-    let lost = match names.is_empty() {
+    let lost = match lost.is_empty() {
         true => "nothing was activated in it".to_owned(),
-        false => format!("what was activated in it is lost: {}", names.join(", ")),
+        false => format!("what was activated in it is lost: {}", listed(&lost)),
     };
     let machine = match &served.name {
         None => "the virtual machine of the earlier server".to_owned(),
