@@ -15,7 +15,7 @@ use super::*;
 use crate::{Linger, Step};
 
 /// Interleavings of each kind for each test, unless `BLOCKMOUNT_INTERLEAVINGS` says otherwise.
-const INTERLEAVINGS: usize = 3_000;
+const INTERLEAVINGS: usize = 2_000;
 
 /// A backend that yields in the middle of each call, and panics when the order of calls is wrong.
 struct Fake {

@@ -16,7 +16,7 @@ use blockmount::testing::{FakeVm, Gate, Seed, random_delays, random_faults};
 use blockmount::{Disk, ErrorKind, Linger, Manager, MountRequest, ReleaseError, StackRequest};
 use tokio::task::LocalSet;
 
-const SCHEDULES: u64 = 25_000;
+const SCHEDULES: u64 = 15_000;
 
 /// A replay runs its schedule so often: the order in which a drain visits what it finds is that of a
 /// hash table, which differs from run to run.

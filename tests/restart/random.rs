@@ -15,7 +15,7 @@ use blockmount::{Disk, ErrorKind, Held, HolderName, Manager, StackRequest};
 use crate::common::{layer, ro, rw, scratch};
 use crate::process::{Killing, World, run_with};
 
-const SCHEDULES: u64 = 2_000;
+const SCHEDULES: u64 = 1_500;
 
 /// Schedules beyond those that have found a fault.
 const FOUND: [u64; 3] = [

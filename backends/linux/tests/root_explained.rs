@@ -15,7 +15,7 @@ use std::path::Path;
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
 use blockmount_linux::mountinfo;
 use crc::{CRC_32_ISCSI, Crc};
-use kit::{Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused};
+use kit::{Image, KERNELS, Loop, TestDir, guest, mount, mount_at, on_linux, refused, short_wait};
 
 /// Where the superblock of a filesystem has its incompatible features, and its checksum.
 struct Layout {
@@ -234,7 +234,7 @@ async fn who_keeps_a_layer(keep: impl AsyncFnOnce(&TestDir)) -> String {
     for target in ["layer", "tree"] {
         fs::create_dir(dir.at(target)).unwrap();
     }
-    let guest = guest();
+    let guest = short_wait().build();
     mount(&guest, &layer, &dir.at("layer"), &["ro"])
         .await
         .unwrap();

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use blockmount::{ErrorKind, LayerCombiner, Mounter, Overlay};
-use kit::{KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run};
+use kit::{KERNELS, Loop, TestDir, blank, mount, noise, on_linux, refused, run, short_wait};
 
 /// A filesystem of memory that is full after three megabytes, gone with the value.
 struct Small(tempfile::TempDir);
@@ -65,7 +65,7 @@ async fn root_x07_an_unmount_that_lost_writes_says_so_and_is_done() {
 async fn root_x07_an_unmount_that_is_busy_first_still_says_what_was_lost() {
     let (small, dir) = (Small::new(), TestDir::new());
     let device = Loop::new(&small.image());
-    let (guest, target) = (kit::guest(), dir.at("m"));
+    let (guest, target) = (short_wait().build(), dir.at("m"));
     mount(&guest, &device, &target, &[]).await.unwrap();
     fs::write(target.join("large"), noise(8 << 20)).unwrap();
     let open = fs::File::open(target.join("large")).unwrap();

@@ -12,7 +12,9 @@ use std::fs;
 
 use blockmount::{DeviceLocator, ErrorKind, MountOptions, Mounter, Unplugger};
 use blockmount_linux::device;
-use kit::{Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, options, refused, run};
+use kit::{
+    Image, KERNELS, Loop, TestDir, mount, mount_at, on_linux, options, refused, run, short_wait,
+};
 
 #[tokio::test]
 async fn root_readers_share_and_a_writer_does_not() {
@@ -72,7 +74,7 @@ async fn root_what_somebody_else_has_mounted_is_not_shared_silently() {
                 dir.at("theirs").to_str().unwrap(),
             ],
         );
-        let guest = on_linux(kernel);
+        let guest = short_wait().as_on_linux(kernel.0, kernel.1).build();
         for access in [&["ro"][..], &[]] {
             let message = refused(
                 mount(&guest, &device, &dir.at("a/b"), access).await,
@@ -126,7 +128,7 @@ async fn root_g21_a_device_is_unplugged_only_when_it_is_proven_free() {
     let disk = Loop::new(&Image::Ext4.copy(dir.path()));
     fs::create_dir(dir.at("theirs")).unwrap();
     dir.settle();
-    let guest = on_linux((u32::MAX, 0));
+    let guest = short_wait().build();
     let unplug = |locator: DeviceLocator| {
         let guest = guest.clone();
         async move { guest.unplug(&locator).await }
