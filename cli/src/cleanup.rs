@@ -9,10 +9,13 @@ mod remove;
 mod report;
 mod scan;
 
+use blockmount::HolderName;
+
 use crate::args::CleanupArgs;
 use crate::failure::{FAILED, Failure};
 use crate::guest::abandoned_state;
 use crate::interrupt::{Interrupt, Stop};
+use crate::run::Remembered;
 use crate::terminal::{print, print_json};
 
 use report::{Item, Outcome, Report};
@@ -40,6 +43,28 @@ pub(crate) async fn run(args: CleanupArgs, interrupt: Interrupt) -> Result<u8, F
     } else {
         FAILED
     })
+}
+
+/// Removes what programs have left on this machine that were killed while nobody held what they had begun under this name, such as
+/// a virtual machine that was coming up.
+pub(crate) async fn remove_abandoned(
+    name: &HolderName,
+    interrupt: &Interrupt,
+) -> Result<(), Failure> {
+    let name = name.clone();
+    interrupt
+        .blocking(move |stop| {
+            let mut found = scan::scan(&Unwanted::Nothing)?;
+            // What is in a machine of somebody else is taken out of it first.
+            let is_meant = |run: Remembered| run.name == name && run.vm.is_none();
+            let dead = &mut found.dead;
+            dead.retain(|dead| dead.paths.remembered().is_some_and(is_meant));
+            for item in remove::remove(&found, Vec::new(), stop)? {
+                tracing::info!(?item, "left by a program that was killed at its start");
+            }
+            Ok(())
+        })
+        .await
 }
 
 fn clean_up(

@@ -209,6 +209,27 @@ fn runs(dir: &TempDir) -> Vec<(String, String, usize)> {
     runs.collect()
 }
 
+#[test]
+fn vm_a_server_that_is_killed_at_its_start_leaves_no_machine_to_the_next() {
+    let _alone = alone();
+    let dir = temp();
+    let words = ["--guest", "qemu"];
+    let server = Server::ready(&dir, &words);
+    let (_, run, _) = runs(&dir).remove(0);
+    let machine = machine_in(&run);
+    // As long as nobody holds anything, this says so.
+    std::fs::write(format!("/run/blockmount/{run}/unheld"), "").unwrap();
+    server.kill();
+    assert!(Path::new(&format!("/proc/{machine}/exe")).exists());
+    let server = Server::ready(&dir, &words);
+    assert!(!Path::new(&format!("/proc/{machine}/exe")).exists());
+    let of_next = runs(&dir);
+    assert!(of_next.len() == 1 && of_next[0].1 != run, "{of_next:?}");
+    server.end().says(0, &[]);
+    assert!(!Path::new(&format!("/var/tmp/blockmount-{run}")).exists());
+    assert!(runs(&dir).is_empty());
+}
+
 /// This machine and a virtual one by their names, beside one that has ended, across a kill of the server and then one of the
 /// virtual machine.
 #[test]
@@ -447,4 +468,7 @@ fn vm_one_server_is_for_two_machines_of_others_and_leaves_one_out_when_it_is_tol
     let mut server = Server::ready_with(&dir, &[], &tables);
     server.wait_for("east has ended, and is left out, with what was activated in it (default/one)");
     server.end().says(0, &[]);
+    // Nobody can tell that its machine does not come back.
+    run(["cleanup", "--resumable"]).says(0, &[]);
+    assert!(runs(&dir).is_empty());
 }

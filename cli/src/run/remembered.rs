@@ -304,6 +304,14 @@ impl Run {
         let _ = fs::remove_file(self.paths.lost_file());
     }
 
+    /// Whether a program was killed while nobody held what it had begun under this name.
+    pub(crate) fn has_abandoned(name: &HolderName) -> Result<bool, Failure> {
+        let found = all_named(name).and_then(|mut found| {
+            found.try_fold(false, |any, run| Ok(any | run?.0.is_abandoned()?))
+        });
+        found.context(cannot_make)
+    }
+
     /// Whether there is a run with this name, dead or alive, and what it was started for.
     pub(crate) fn find(name: &HolderName) -> Result<Option<Remembered>, Failure> {
         let opened = open_runs().context(cannot_make)?;
@@ -369,18 +377,26 @@ impl Run {
 
 /// The run with this name, dead or alive. One that nobody held when it was killed has left its name to others.
 fn named(name: &HolderName) -> io::Result<Option<(RunPaths, Remembered)>> {
-    for entry in fs::read_dir(runs())? {
-        let id = entry?.file_name();
-        let Some(id) = id.to_str().filter(|id| is_id(id)) else {
-            continue;
-        };
-        let paths = RunPaths::of(id);
-        if let Some(remembered) = paths.remembered()
-            && remembered.name == *name
-            && !paths.is_abandoned()?
-        {
-            return Ok(Some((paths, remembered)));
+    for found in all_named(name)? {
+        let found = found?;
+        if !found.0.is_abandoned()? {
+            return Ok(Some(found));
         }
     }
     Ok(None)
+}
+
+fn all_named(
+    name: &HolderName,
+) -> io::Result<impl Iterator<Item = io::Result<(RunPaths, Remembered)>>> {
+    let found = |entry: io::Result<fs::DirEntry>| {
+        let id = match entry {
+            Ok(entry) => entry.file_name(),
+            Err(error) => return Some(Err(error)),
+        };
+        let paths = RunPaths::of(id.to_str().filter(|id| is_id(id))?);
+        let remembered = paths.remembered()?;
+        (remembered.name == *name).then_some(Ok((paths, remembered)))
+    };
+    Ok(fs::read_dir(runs())?.filter_map(found))
 }

@@ -11,6 +11,7 @@ use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 
 use crate::args::{ServeArgs, Served};
+use crate::cleanup::remove_abandoned;
 use crate::failure::{Context, Failure, printable};
 use crate::guest::{Guest as InGuest, GuestKind, Needs, kept_vm_has_ended};
 use crate::interrupt::Interrupt;
@@ -315,6 +316,15 @@ async fn start(
     let server = args.name();
     let name = run_name(args, served)?;
     let found = Run::find(&name)?;
+    if found.is_none()
+        && Run::has_abandoned(&name)?
+        && let Err(failure) = remove_abandoned(&name, interrupt).await
+    {
+        say(format_args!(
+            "what a server has left that was killed at its start stays: {}",
+            failure.on_one_line()
+        ));
+    }
     let place = served.place.clone().needing(NEEDS);
     match found {
         Some(found) if !found.is_server => {
