@@ -53,9 +53,10 @@ fn open(path: &Path) -> io::Result<Port> {
     let line = Port::open(path)?;
     if isatty(line.file()) {
         let mut settings = tcgetattr(line.file())?;
-        // Bytes as they are: no echo, no line ends, no control characters.
+        // Bytes as they are: no echo, no line ends, no control characters. What has come before was echoed, and a host that reads that
+        // takes no answer to it.
         settings.make_raw();
-        tcsetattr(line.file(), OptionalActions::Now, &settings)?;
+        tcsetattr(line.file(), OptionalActions::Flush, &settings)?;
     }
     Ok(line)
 }

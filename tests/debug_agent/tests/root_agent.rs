@@ -232,20 +232,29 @@ fn negotiate(mut line: &fs::File) {
     let frame = [&size.to_le_bytes()[..], &7_u64.to_le_bytes(), hello].concat();
     for _ in 0..20 {
         line.write_all(&frame).unwrap();
-        let mut answer = Vec::new();
+        let mut answers = Vec::new();
         while has_input(line) {
             let mut bytes = [0; 4096];
             let length = line.read(&mut bytes).unwrap();
-            answer.extend(&bytes[..length]);
-            let body = answer.get(12..).unwrap_or_default();
-            if let Ok(body) = serde_json::from_slice::<serde_json::Value>(body) {
+            answers.extend(&bytes[..length]);
+            while let Some(answer) = take_frame(&mut answers) {
                 assert_eq!(answer[4..12], 7_u64.to_le_bytes());
-                assert_eq!(body["Chosen"]["version"], 1, "{body}");
-                return;
+                let body: serde_json::Value = serde_json::from_slice(&answer[12..]).unwrap();
+                // An agent that is slow may have been asked twice, and takes the second for a request that it does not know.
+                if body["Chosen"]["version"] == 1 {
+                    return;
+                }
+                assert_eq!(body["Error"]["kind"], "Unsuitable", "{body}");
             }
         }
     }
     panic!("the agent does not answer on the line");
+}
+
+/// The first whole frame of what was read.
+fn take_frame(bytes: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let size = u32::from_le_bytes(*bytes.first_chunk()?) as usize;
+    (bytes.len() >= size).then(|| bytes.drain(..size).collect())
 }
 
 fn has_input(line: &fs::File) -> bool {
