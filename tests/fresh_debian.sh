@@ -52,9 +52,9 @@ rm -f "$root.log"
 say "tests/setup.sh"
 inside bash -c 'cd /source && tests/setup.sh'
 say "cargo build"
-inside bash -c 'cd /source && cargo build --release --bin blockmount'
-say "cargo run --release -- demo"
-inside bash -c 'cd /source && cargo run --release -- demo'
-say "cargo run --release -- demo --guest qemu"
-inside bash -c 'cd /source && cargo run --release -- demo --guest qemu'
+inside bash -c 'cd /source && cargo build --bin blockmount'
+say "cargo run -- demo"
+inside bash -c 'cd /source && cargo run -- demo'
+say "cargo run -- demo --guest qemu"
+inside bash -c 'cd /source && cargo run -- demo --guest qemu'
 say "README's commands work on a fresh Debian $suite"
