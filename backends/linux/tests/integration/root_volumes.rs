@@ -534,6 +534,8 @@ async fn root_u22_what_was_cut_off_while_it_was_given_to_a_group_is_begun_anew()
             .as_on_linux(major, 19)
             .at_step(fail_within)
             .build();
+        // An attempt that has to be repeated would count its steps again.
+        free(device.node()).await;
         STEP.store(0, Ordering::SeqCst);
         let failed = failing
             .mount(&device.locator(), &target, &options(1000))
