@@ -48,6 +48,8 @@ if [ "${1:-}" = all ]; then
   # A client of the Mounts service, which is not ours.
   /usr/bin/python3 -c 'import grpc, google.protobuf' 2>/dev/null || missing+=(python3-grpcio python3-protobuf)
   [ -f /usr/include/google/protobuf/empty.proto ] || missing+=(libprotobuf-dev)
+  # The letters of plots.
+  [ -n "$(find /usr/share/fonts -name '*.ttf' -print -quit 2>/dev/null)" ] || missing+=(fonts-dejavu-core)
 fi
 have_kernel=yes
 [ -f "$kernel/vmlinuz" ] && [ -d "$kernel/modules" ] || have_kernel=no

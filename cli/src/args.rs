@@ -447,8 +447,8 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     pub(crate) linger: bool,
 
-    /// Draw the medians into this SVG file, which is replaced
-    #[arg(long, value_name = "FILE.svg")]
+    /// Draw the medians into this file, an SVG (or a PNG, in a program built with that) by its name, which is replaced
+    #[arg(long, value_name = "FILE")]
     pub(crate) plot: Option<PathBuf>,
 
     /// Print the result as one JSON object on stdout

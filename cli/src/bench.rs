@@ -1,6 +1,11 @@
 //! How long disks take on this machine or in a virtual one, step by step, beside the least that they can take.
 
 mod plot;
+#[cfg(feature = "png")]
+mod png;
+#[cfg(not(feature = "png"))]
+#[path = "bench/no_png.rs"]
+mod png;
 mod report;
 
 use std::collections::HashMap;
@@ -17,6 +22,7 @@ use crate::machine::{Machine, require_root};
 use crate::run::Run;
 use crate::speed::{self, Passed, floor};
 use crate::terminal::{Progress, note, print, print_json};
+use plot::Plot;
 use report::{BenchReport, Measured, Rounds, SizeReport};
 
 /// When disks of new images linger at the latest.
@@ -27,9 +33,7 @@ pub(crate) async fn run(args: BenchArgs, interrupt: Interrupt) -> Result<u8, Fai
     if args.guest == GuestKind::Local {
         require_root("bench")?;
     }
-    if let Some(file) = &args.plot {
-        plot::ensure_writable(file)?;
-    }
+    let plot = args.plot.as_deref().map(Plot::new).transpose()?;
     let progress = Progress::new();
     let place = Place::of(args.guest, None, None, false)?;
     let machine = Machine::start(place, Run::start, &interrupt).await?;
@@ -39,9 +43,9 @@ pub(crate) async fn run(args: BenchArgs, interrupt: Interrupt) -> Result<u8, Fai
     progress.done();
     let report = measured?;
     ended.result?;
-    if let Some(file) = &args.plot {
-        plot::draw(&report, file)?;
-        note(format_args!("the plot is {}", file.display()));
+    if let Some(plot) = &plot {
+        plot.draw(&report)?;
+        note(format_args!("the plot is {}", plot.file().display()));
     }
     match args.json {
         true => print_json(&report)?,

@@ -1,10 +1,11 @@
 //! The picture of a measurement: time by number of disks, ours and the floor.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
 use rustix::fs::{Access, access};
 
+use super::png::Letters;
 use super::report::{BenchReport, SizeReport};
 use crate::failure::{Context, Failure};
 
@@ -12,31 +13,61 @@ const SIZE: (u32, u32) = (800, 480);
 const OURS: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
 const FLOOR: RGBColor = RGBColor(0x88, 0x88, 0x88);
 
-/// Refuses a file that cannot be written before anything is measured.
-pub(crate) fn ensure_writable(file: &Path) -> Result<(), Failure> {
-    if file.extension().is_none_or(|extension| extension != "svg") {
-        let what = format!("cannot draw {}", file.display());
-        let why = "a plot is an SVG, whose name ends in .svg";
-        return Err(Failure::usage(what).because(why));
-    }
-    let parent = file
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    // The file itself if it is there: it is only replaced when there is something to draw.
-    let written = match file.exists() {
-        true => file,
-        false => parent.unwrap_or(Path::new(".")),
-    };
-    access(written, Access::WRITE_OK).context(|| format!("cannot write {}", file.display()))
+/// A file for a plot that can be drawn.
+pub(crate) struct Plot {
+    file: PathBuf,
+    format: Format,
 }
 
-/// Draws both ways of ours and of the floor, on logarithmic axes.
-pub(crate) fn draw(report: &BenchReport, file: &Path) -> Result<(), Failure> {
-    let mut text = String::new();
-    render(report, &mut text)
-        .map_err(|error| error.to_string())
-        .context(|| "cannot draw the plot".to_owned())?;
-    std::fs::write(file, text).context(|| format!("cannot write {}", file.display()))
+enum Format {
+    Svg,
+    /// The letters are pixels, too.
+    Png(Letters),
+}
+
+impl Plot {
+    /// Refuses what cannot be drawn or written before anything is measured.
+    pub(crate) fn new(file: &Path) -> Result<Self, Failure> {
+        let format = match file.extension().and_then(|extension| extension.to_str()) {
+            Some("svg") => Format::Svg,
+            Some("png") => Format::Png(Letters::of_this_machine(file)?),
+            _ => {
+                let what = format!("cannot draw {}", file.display());
+                let why = "a plot is an SVG or a PNG, and its name ends in .svg or .png";
+                return Err(Failure::usage(what).because(why));
+            }
+        };
+        let parent = file
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        // The file itself if it is there: it is only replaced when there is something to draw.
+        let written = match file.exists() {
+            true => file,
+            false => parent.unwrap_or(Path::new(".")),
+        };
+        access(written, Access::WRITE_OK).context(|| format!("cannot write {}", file.display()))?;
+        Ok(Plot {
+            file: file.to_owned(),
+            format,
+        })
+    }
+
+    /// Draws both ways of ours and of the floor, on logarithmic axes.
+    pub(crate) fn draw(&self, report: &BenchReport) -> Result<(), Failure> {
+        let Plot { file, format } = self;
+        let mut text = String::new();
+        let drawn = render(report, &mut text).and_then(|()| match format {
+            Format::Svg => Ok(text.into_bytes()),
+            Format::Png(letters) => letters.png(&text, SIZE),
+        });
+        let drawn = drawn.map_err(|error| error.to_string());
+        let drawn = drawn.context(|| format!("cannot draw {}", file.display()))?;
+        std::fs::write(file, drawn).context(|| format!("cannot write {}", file.display()))
+    }
+
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
 }
 
 /// A line of the plot.

@@ -190,8 +190,12 @@ fn root_a_bench_measures_each_step_beside_bare_calls_and_leaves_nothing() {
         assert!(drawn.contains(text), "{text}: {drawn}");
     }
     assert_nothing_left(&answer, &dir);
-    let answer = run(["bench", "--disks", "1", "--rounds", "1", "--quiet"]);
+    let png = dir.path().join("plot.png");
+    let small = ["bench", "--disks", "1", "--rounds", "1", "--quiet"];
+    let answer = run([&small[..], &["--plot", png.to_str().unwrap()]].concat());
     answer.says(0, &[]);
+    let drawn = fs::read(&png).unwrap();
+    assert!(drawn.starts_with(b"\x89PNG\r\n\x1a\n"), "{answer}");
     for text in ["floor p50", "attach", "unplug", "bare system calls"] {
         assert!(answer.stdout.contains(text), "{text}: {answer}");
     }
@@ -206,7 +210,7 @@ fn root_a_bench_that_cannot_be_says_so_before_anything_is_measured() {
         (["--disks", "0"], 2, "from 1 to 256"),
         (["--disks", "1,257"], 2, "from 1 to 256"),
         (["--rounds", "x"], 2, "from 1 to 1000"),
-        (["--plot", "plot.png"], 2, ".svg"),
+        (["--plot", "plot.gif"], 2, ".svg or .png"),
         (["--plot", missing.to_str().unwrap()], 1, "cannot write"),
     ];
     for (words, code, says) in refused {
