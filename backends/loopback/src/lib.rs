@@ -80,7 +80,8 @@ pub use locator::SCHEME;
 pub use resolver::{LoopResolver, LoopUnplugger};
 pub use transport::{LoopSlot, LoopTransport};
 
-/// Compiles the examples of the README.
+/// Compiles the examples of the README and of its pages.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
+#[doc = include_str!("../../../docs/mounts.md")]
 struct Readme;

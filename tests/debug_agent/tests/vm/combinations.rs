@@ -1,4 +1,4 @@
-//! Which options of a mount can be combined, tried in a real guest, and compared with the table in the README.
+//! Which options of a mount can be combined, tried in a real guest, and compared with the table in `docs/mounts.md`.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -231,8 +231,8 @@ async fn outcome(rig: &Rig, disks: &Disks, choices: &[Choice]) -> &'static str {
 const BEGIN: &str = "<!-- what can be combined: made by a test -->\n";
 const END: &str = "<!-- end of what can be combined -->";
 
-/// Tries each option with each other one, and compares the README with that.
-pub async fn compare_with_the_readme(rig: &Rig) {
+/// Tries each option with each other one, and compares the table with that.
+pub async fn compare_with_the_docs(rig: &Rig) {
     let disks = Disks::new(rig).await;
     let mut table = String::from("| |");
     for (_, name) in ALL {
@@ -252,12 +252,12 @@ pub async fn compare_with_the_readme(rig: &Rig) {
         table.push('\n');
     }
     disks.take_out(rig).await;
-    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
-    let readme = fs::read_to_string(readme).unwrap();
-    let (_, after) = readme.split_once(BEGIN).expect("the README has the table");
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/mounts.md");
+    let docs = fs::read_to_string(docs).unwrap();
+    let (_, after) = docs.split_once(BEGIN).expect("the docs have the table");
     let (there, _) = after.split_once(END).expect("the table ends");
     assert!(
         there == table,
-        "the README has not what was tried; paste:\n{table}"
+        "docs/mounts.md has not what was tried; paste:\n{table}"
     );
 }

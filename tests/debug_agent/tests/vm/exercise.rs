@@ -161,7 +161,7 @@ async fn exercise(fault: Fault) {
         rig.scsi.detach(disk).await.unwrap();
     }
     if fault == Fault::Fails {
-        combinations::compare_with_the_readme(&rig).await;
+        combinations::compare_with_the_docs(&rig).await;
     }
     rig.end().await;
 }
