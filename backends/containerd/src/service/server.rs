@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
@@ -39,6 +39,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MOST_REFUSALS: usize = 16;
 /// How long one that is refused has to ask, and to read that.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a refusal is logged at most: whoever is refused may come back as often as it likes.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How long accepting pauses where the process has no descriptors left, of which there is no event.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -82,23 +84,14 @@ impl Peers {
         // The kernel's own words (`SO_PEERCRED`), from when the peer connected.
         match stream.peer_cred() {
             Ok(peer) if self.has(peer.uid()) => Ok(peer.uid()),
-            Ok(peer) => {
-                tracing::warn!(
-                    user = peer.uid(),
-                    pid = peer.pid(),
-                    "a process of another user is refused"
-                );
-                Err(Status::permission_denied(format!(
-                    "processes of user {} may not use this service: those of root, of the server's own user and of users that it \
-                     allows may",
-                    peer.uid()
-                )))
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a process whose user cannot be told is refused");
-                let message = "the user of this process cannot be told, and the service is for some users only";
-                Err(Status::permission_denied(message))
-            }
+            Ok(peer) => Err(Status::permission_denied(format!(
+                "processes of user {} may not use this service: those of root, of the server's own user and of users that it \
+                 allows may",
+                peer.uid()
+            ))),
+            Err(error) => Err(Status::permission_denied(format!(
+                "the user of this process cannot be told, and the service is for some users only: {error}"
+            ))),
         }
     }
 }
@@ -168,6 +161,7 @@ pub async fn serve(
     };
     let mut users = Users::default();
     let refusals = Arc::new(Semaphore::new(MOST_REFUSALS));
+    let mut log = RefusalLog::default();
     let (ending, _) = watch::channel(());
     let mut connections = JoinSet::new();
     let mut stop = std::pin::pin!(stop);
@@ -185,6 +179,7 @@ pub async fn serve(
                         });
                     }
                     Err(refused) => {
+                        log.refused(&stream, &refused);
                         let Ok(slot) = refusals.clone().try_acquire_owned() else {
                             continue;
                         };
@@ -216,6 +211,31 @@ pub async fn serve(
     }
 }
 
+/// What the log says of processes that are refused.
+#[derive(Default)]
+struct RefusalLog {
+    said_at: Option<Instant>,
+    unsaid: u64,
+}
+
+impl RefusalLog {
+    fn refused(&mut self, stream: &UnixStream, why: &Status) {
+        if self.said_at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
+            self.unsaid += 1;
+            return;
+        }
+        let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        let others_before = std::mem::take(&mut self.unsaid);
+        tracing::warn!(
+            pid,
+            why = why.message(),
+            others_before,
+            "a process is refused"
+        );
+        self.said_at = Some(Instant::now());
+    }
+}
+
 /// How many connections each user has. As many users as may connect.
 #[derive(Default)]
 struct Users(HashMap<u32, Arc<Semaphore>>);
@@ -226,7 +246,6 @@ impl Users {
         let none = || Arc::new(Semaphore::new(MOST_CONNECTIONS));
         let left = self.0.entry(user).or_insert_with(none).clone();
         left.try_acquire_owned().map_err(|_| {
-            tracing::warn!(user, "a user has too many connections");
             Status::resource_exhausted(format!(
                 "the processes of user {user} have {MOST_CONNECTIONS} connections to this service already, which is the most"
             ))
