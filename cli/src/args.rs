@@ -447,7 +447,8 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     pub(crate) linger: bool,
 
-    /// Draw the medians into this file, an SVG (or a PNG, in a program built with that) by its name, which is replaced
+    /// Draw the medians into this file, which is replaced: FILE.svg, or FILE.png in
+    /// a program built with the feature png
     #[arg(long, value_name = "FILE")]
     pub(crate) plot: Option<PathBuf>,
 
