@@ -34,9 +34,14 @@ impl Letters {
             ..Query::default()
         };
         if fonts.query(&wanted).is_none() {
-            let any = fonts.faces().min_by_key(|face| face.monospaced)?;
-            let (family, _) = any.families.first().cloned()?;
-            fonts.set_sans_serif_family(family);
+            let families = fonts.faces().filter_map(|face| {
+                let (family, _) = face.families.first()?;
+                Some((face.monospaced, !family.contains("Sans"), family))
+            });
+            // By its name: fonts do not say otherwise that they are such.
+            let (_, _, best) = families.min()?;
+            let best = best.clone();
+            fonts.set_sans_serif_family(best);
         }
         Some(Letters(Arc::new(fonts)))
     }
