@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use blockmount_linux::sysfs::Disk;
+use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::wait_until;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -18,6 +18,9 @@ use crate::tables::is_scsi_address;
 
 /// How long a device may take to appear.
 const APPEARS: Duration = Duration::from_secs(20);
+/// When the kernel is asked to look for those that it was not told of: QEMU loses plugs of disks that come in a burst, since a
+/// guest has room for eight of them on each controller.
+const ANNOUNCED: Duration = Duration::from_secs(10);
 /// How long a disk that has just appeared may refuse to be read, on a busy machine, and how soon it is tried again.
 const READABLE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(1);
@@ -41,15 +44,28 @@ pub async fn run_all(mounts: Vec<BareMount>) -> io::Result<Vec<BareTimes>> {
     let mut times = vec![BareTimes::default(); mounts.len()];
     let mut missing: Vec<(usize, BareMount)> = mounts.into_iter().enumerate().collect();
     let mut tasks = JoinSet::new();
+    let mut deadline = start + ANNOUNCED;
     let waited = loop {
         if missing.is_empty() {
             break Ok(());
         }
-        let (found, rest) = match next_found(missing, start + APPEARS).await {
+        let (found, rest) = match next_found(missing, deadline).await {
             Ok(found) => found,
             Err(failure) => break Err(failure),
         };
         missing = rest;
+        if found.is_empty() && deadline == start + ANNOUNCED {
+            deadline = start + APPEARS;
+            if let Err(failure) = look_for(&missing).await {
+                break Err(failure);
+            }
+        } else if found.is_empty() {
+            let devices: Vec<&str> = missing.iter().map(|(_, asked)| &*asked.device).collect();
+            let devices = devices.join(", ");
+            break Err(io::Error::other(format!(
+                "no device {devices} within {APPEARS:?}"
+            )));
+        }
         let at = microseconds(start);
         for (index, asked, node) in found {
             tasks.spawn_blocking(move || (index, repeat(&asked, &node, start, at)));
@@ -69,24 +85,18 @@ pub async fn run_all(mounts: Vec<BareMount>) -> io::Result<Vec<BareTimes>> {
 /// What was found, and what is missing still.
 type Sorted = (Vec<(usize, BareMount, PathBuf)>, Vec<(usize, BareMount)>);
 
-/// Waits until at least one of the devices is there.
+/// Waits until at least one of the devices is there. At the deadline, what is found is nothing.
 async fn next_found(missing: Vec<(usize, BareMount)>, deadline: Instant) -> io::Result<Sorted> {
     let devices: Vec<String> = missing
         .iter()
         .map(|(_, asked)| asked.device.clone())
         .collect();
-    let look = {
-        let devices = devices.clone();
-        move || {
-            let nodes: Vec<Option<PathBuf>> = devices.iter().map(|device| node(device)).collect();
-            Ok(nodes.iter().any(Option::is_some).then_some(nodes))
-        }
+    let look = move || {
+        let nodes: Vec<Option<PathBuf>> = devices.iter().map(|device| node(device)).collect();
+        Ok(nodes.iter().any(Option::is_some).then_some(nodes))
     };
     let Some(nodes) = wait_until(deadline, look).await.map_err(io::Error::other)? else {
-        let devices = devices.join(", ");
-        return Err(io::Error::other(format!(
-            "no device {devices} within {APPEARS:?}"
-        )));
+        return Ok((Vec::new(), missing));
     };
     let (mut found, mut rest) = (Vec::new(), Vec::new());
     for ((index, asked), node) in missing.into_iter().zip(nodes) {
@@ -96,6 +106,22 @@ async fn next_found(missing: Vec<(usize, BareMount)>, deadline: Instant) -> io::
         }
     }
     Ok((found, rest))
+}
+
+/// Has the kernel look for SCSI disks.
+async fn look_for(missing: &[(usize, BareMount)]) -> io::Result<()> {
+    let missing = missing.iter().map(|(_, asked)| asked.device.clone());
+    let disks: Vec<String> = missing.filter(|device| is_scsi_address(device)).collect();
+    let look = move || {
+        for disk in disks {
+            let (host, disk) = disk.split_once(':').unwrap_or_default();
+            let host = format!("/sys/class/scsi_host/host{host}");
+            let asked = sysfs::command(Path::new(&host), "scan", &disk.replace(':', " "));
+            asked.map_err(io::Error::other)?;
+        }
+        Ok(())
+    };
+    tokio::task::spawn_blocking(look).await?
 }
 
 /// The node of a device that is there. Of a disk by its SCSI address: as soon as it has a name.
