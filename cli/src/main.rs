@@ -155,9 +155,11 @@ fn check_for_host(roots: Vec<PathBuf>) -> Result<u8, Failure> {
     })
 }
 
-/// Starts logging to stderr: only what goes wrong, unless more was asked for.
+/// Starts logging to stderr: only what goes wrong, unless more was asked for. A server also says what it has met, which
+/// nobody else tells its owner.
 fn start_log(cli: &Cli) -> Result<(), Failure> {
-    let filter = match &cli.log {
+    let is_quiet_server = cli.verbose == 0 && matches!(cli.command, Cmd::Serve(_));
+    let filter = match cli.log.as_deref().or(is_quiet_server.then_some("warn")) {
         None => LogFilter::verbose(cli.verbose),
         Some(text) => LogFilter::parse(text).map_err(Failure::usage)?,
     };

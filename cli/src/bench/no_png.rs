@@ -11,7 +11,7 @@ pub(crate) struct Letters(Infallible);
 impl Letters {
     pub(crate) fn of_this_machine(file: &Path) -> Result<Self, Failure> {
         let what = format!("cannot draw {}", file.display());
-        let advice = "name a file that ends in .svg, or build it with cargo build --features png";
+        let advice = "name a file that ends in .svg, or build the program with its feature png";
         Err(Failure::usage(what)
             .because("this program was built without PNG")
             .advise(advice))

@@ -36,7 +36,10 @@ use tempfile::TempDir;
 pub fn program<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_blockmount"));
     command
-        .args(["--log", "error,blockmount::machine=info"])
+        .args([
+            "--log",
+            "error,blockmount::machine=info,blockmount_containerd=warn",
+        ])
         .args(arguments)
         .stdin(Stdio::null());
     command
