@@ -342,3 +342,27 @@ async fn scsi_disk(rig: &Rig) -> String {
     }
     panic!("the guest has no SCSI disk");
 }
+
+/// Of a burst of hot-plugs on one controller, all but eight can be lost on their way to a guest that is slow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_bare_mount_finds_a_disk_that_was_not_announced() {
+    let rig = Rig::start().await;
+    let attached = rig.manager.attach(&rig.layer("lost")).await.unwrap();
+    let locator = attached.locator().to_string();
+    let place = locator.strip_prefix("scsi:").unwrap();
+    let (controller, lun) = place.split_once('/').unwrap();
+    let address = format!("{controller}:0:0:{lun}");
+    scsi_disk(&rig).await;
+    let delete = format!("/sys/bus/scsi/devices/{address}/delete");
+    rig.ask(json!({ "write": { "path": delete, "content": "1" } }))
+        .await;
+    assert_eq!(rig.tables().await["scsi_devices"], json!([]));
+    let mount = json!({ "device": address, "filesystem": "erofs", "target": "/run/found", "read_only": true,
+        "data": "", "count": 1 });
+    let times = rig
+        .ask(json!({ "bare_mount": { "mounts": [mount] } }))
+        .await;
+    assert_eq!(times["bare_mounts"].as_array().unwrap().len(), 1, "{times}");
+    attached.release().await.unwrap();
+    rig.end().await;
+}
