@@ -158,8 +158,9 @@ fn check_for_host(roots: Vec<PathBuf>) -> Result<u8, Failure> {
 /// Starts logging to stderr: only what goes wrong, unless more was asked for. A server also says what it has met, which
 /// nobody else tells its owner.
 fn start_log(cli: &Cli) -> Result<(), Failure> {
-    let is_quiet_server = cli.verbose == 0 && matches!(cli.command, Cmd::Serve(_));
-    let filter = match cli.log.as_deref().or(is_quiet_server.then_some("warn")) {
+    let is_server = matches!(cli.command, Cmd::Serve(_));
+    let warns = is_server && cli.verbose == 0 && !cli.quiet;
+    let filter = match cli.log.as_deref().or(warns.then_some("warn")) {
         None => LogFilter::verbose(cli.verbose),
         Some(text) => LogFilter::parse(text).map_err(Failure::usage)?,
     };

@@ -28,7 +28,8 @@ const AGAIN: Duration = Duration::from_millis(1);
 const MOST: u32 = 10_000;
 
 /// Mounts each as soon as its device is there, and answers in their order. Their devices are waited for
-/// together: what is measured is the kernel, and not many who listen to it.
+/// together: what is measured is the kernel, and not many who listen to it. Ten seconds after they have begun, the kernel is asked
+/// to look for those that are missing then.
 ///
 /// # Errors
 ///
