@@ -106,11 +106,12 @@ fn mount(kind: &[u8], source: &[u8], options: &[Vec<u8>]) -> Vec<u8> {
 
 /// A request that makes sense: a layer, read-only.
 fn plain(name: &str) -> Vec<u8> {
-    let layer = mount(
-        b"erofs",
-        b"/layer.erofs",
-        &[b"ro".to_vec(), b"loop".to_vec()],
-    );
+    plain_of(name, "/layer.erofs")
+}
+
+fn plain_of(name: &str, image: &str) -> Vec<u8> {
+    let options = [b"ro".to_vec(), b"loop".to_vec()];
+    let layer = mount(b"erofs", image.as_bytes(), &options);
     [field(1, name.as_bytes()), field(2, &layer)].concat()
 }
 
@@ -291,8 +292,10 @@ async fn whatever_is_sent_the_server_goes_on_and_nothing_is_left() {
     assert!(sent > 50, "only {sent} messages were sent");
     assert_eq!(panics.load(Ordering::Relaxed), 0);
 
+    // Of the layer that all requests name, one may be activated with options that no other can be beside.
+    let last = plain_of("at the end", "/last.erofs");
     let at = socket.clone();
-    let again = move || send(&at, &call("Activate", &plain("at the end")), true);
+    let again = move || send(&at, &call("Activate", &last), true);
     tokio::task::spawn_blocking(again).await.unwrap();
     activations.info("default", "at the end").unwrap();
     activations.deactivate_all().await.unwrap();
