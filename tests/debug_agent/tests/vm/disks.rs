@@ -8,6 +8,7 @@ use blockmount::{
     CacheMode, Disk, DiskKind, DiskOptions, ErrorKind, MountOptions, MountRequest, SectorSize,
     StackRequest,
 };
+use blockmount_scsi::ScsiAddress;
 use futures_util::future::join_all;
 use serde_json::json;
 
@@ -294,13 +295,11 @@ async fn vm_i04_the_guest_sees_the_options_of_a_disk() {
             .scratch(&format!("image-{number}"))
             .with_options(options);
         let attached = rig.manager.attach(&disk).await.unwrap();
-        let locator = attached.locator().to_string();
-        let (controller, _) = locator
-            .strip_prefix("scsi:")
-            .unwrap()
-            .split_once('/')
-            .unwrap();
-        let block = format!("/sys/class/scsi_device/{controller}:0:0:0/device/block");
+        let address = ScsiAddress::try_from(attached.locator()).unwrap();
+        let block = format!(
+            "/sys/class/scsi_device/{}:0:0:0/device/block",
+            address.controller
+        );
         let name = scsi_disk(&rig).await;
         let queue = Path::new(&block).join(name).join("queue");
         let attributes = ["logical_block_size", "physical_block_size", "write_cache"];
@@ -348,10 +347,8 @@ async fn scsi_disk(rig: &Rig) -> String {
 async fn vm_a_bare_mount_finds_a_disk_that_was_not_announced() {
     let rig = Rig::start().await;
     let attached = rig.manager.attach(&rig.layer("lost")).await.unwrap();
-    let locator = attached.locator().to_string();
-    let place = locator.strip_prefix("scsi:").unwrap();
-    let (controller, lun) = place.split_once('/').unwrap();
-    let address = format!("{controller}:0:0:{lun}");
+    let address = ScsiAddress::try_from(attached.locator()).unwrap();
+    let address = format!("{}:0:0:{}", address.controller, address.lun);
     scsi_disk(&rig).await;
     let delete = format!("/sys/bus/scsi/devices/{address}/delete");
     rig.ask(json!({ "write": { "path": delete, "content": "1" } }))
