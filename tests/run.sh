@@ -43,7 +43,7 @@ cargo test --workspace --all-features --no-fail-fast || failed="tests"
 
 say "lints; docs; Windows, under Wine; benches; fuzzing"
 # Nothing is left that they would disturb, and beside what else the machine does they would get next to nothing.
-{ echo 0 >"/proc/$builds/autogroup" && renice -n 0 -g "$builds"; } >/dev/null 2>&1 || true
+{ echo 0 >"/proc/$builds/autogroup"; renice -n 0 -g "$builds"; } >/dev/null 2>&1 || true
 wait "$builds" || failed="$failed lints, docs, Windows, benches or fuzzing"
 cat "$builds_log"
 
