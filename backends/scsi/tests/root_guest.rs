@@ -394,6 +394,33 @@ async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
     assert_eq!(tree.read("bus/scsi/devices/3:0:0:5/delete"), "");
 }
 
+/// A disk that the kernel has found anew is in sysfs before its node is there.
+#[tokio::test]
+async fn root_i09_a_disk_whose_node_comes_late_is_waited_for() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", &disk);
+    let name = disk.node().file_name().unwrap().to_str().unwrap();
+    let late = format!("blockmount-late-{}", std::process::id());
+    let uevent = format!("bus/scsi/devices/3:0:0:5/block/{name}/uevent");
+    tree.write(&uevent, format!("DEVNAME={late}\n"));
+    let patient = Duration::from_secs(20);
+    let unplugger = unplugger(&tree)
+        .with_timeout(patient)
+        .with_removal_deadline(patient);
+    let at = locator("scsi:0/5");
+    let waiting = tokio::spawn(async move { unplugger.unplug(&at).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!waiting.is_finished());
+    let node = std::path::Path::new("/dev").join(late);
+    std::os::unix::fs::symlink(disk.node(), &node).unwrap();
+    until(|| tree.read("bus/scsi/devices/3:0:0:5/delete") == "1").await;
+    std::fs::remove_file(node).unwrap();
+    tree.remove("bus/scsi/devices/3:0:0:5");
+    waiting.await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn a_wait_that_is_given_up_leaves_nothing_behind() {
     let tree = Tree::new();

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockmount::{BackendError, ErrorKind, blocking};
 
@@ -173,31 +173,43 @@ impl Disk {
     }
 
     /// Proves that nobody uses the disk, writes what is cached to it, and holds it exclusively for as long as
-    /// the answer lives. Nothing if it has gone meanwhile: what may be in its place is not to be touched.
+    /// the answer lives. Nothing if it has gone meanwhile: what may be in its place is not to be touched. A disk that has no node
+    /// is waited for: in sysfs it comes before its node, and goes after it.
     ///
     /// # Errors
     ///
     /// As for [`crate::device::hold_free`]; `Other` if it is there and cannot be opened. `LostWrites` is said once, and
     /// the next call holds the disk.
     pub async fn hold(&self, timeout: Duration) -> Result<Option<File>, BackendError> {
-        let held = free::hold_free(&self.node, timeout).await;
-        let disk = self.clone();
-        blocking(move || match held {
-            Err(error) if error.kind() == ErrorKind::NotFound => match disk.is_there()? {
-                false => Ok(None),
-                true => {
-                    let node = disk.node.display();
-                    let message =
-                        format!("cannot prove that nobody uses {node}: {}", error.message());
-                    Err(BackendError::other(message).with_source(error))
+        let deadline = Instant::now() + timeout;
+        loop {
+            let missing = match free::hold_free(&self.node, timeout).await {
+                Err(error) if error.kind() == ErrorKind::NotFound => error,
+                held => return self.prove(held?).await,
+            };
+            let disk = self.clone();
+            let look = move || match disk.is_there()? {
+                false => Ok(Some(false)),
+                true => Ok(node::open(&disk.node)?.map(|_| true)),
+            };
+            match uevent::wait_until(deadline, look).await? {
+                Some(false) => return Ok(None),
+                Some(true) if Instant::now() < deadline => {}
+                _ => {
+                    let (node, why) = (self.node.display(), missing.message());
+                    let message = format!("cannot prove that nobody uses {node}: {why}");
+                    return Err(BackendError::other(message).with_source(missing));
                 }
-            },
-            Err(error) => Err(error),
-            Ok(held) => {
-                // What is held must be what is meant.
-                let is_it = DeviceNumber::of(&held)? == disk.number && disk.is_there()?;
-                Ok(is_it.then_some(held))
             }
+        }
+    }
+
+    /// What is held must be what is meant.
+    async fn prove(&self, held: File) -> Result<Option<File>, BackendError> {
+        let disk = self.clone();
+        blocking(move || {
+            let is_it = DeviceNumber::of(&held)? == disk.number && disk.is_there()?;
+            Ok(is_it.then_some(held))
         })
         .await
     }
