@@ -24,27 +24,30 @@ say "formatting"
 cargo fmt --all -- --check
 
 # The tests mostly wait for devices, and leave the time to what only compiles, in directories of its own. Until
-# they are built, it waits for them. What is fuzzed has been built then. Of a session of its own, the kernel counts the niceness of its group alone
-# (sched(7), "The autogroup feature").
+# they are built, it waits for them. What is fuzzed has been built then. Of a session of its own, the kernel counts the niceness of
+# its group alone (sched(7), "The autogroup feature"). What runs under Wine has deadlines, and gets as much time as the other tests.
 builds_log=$(mktemp)
-setsid nice -n 19 bash -c 'echo 19 >/proc/self/autogroup || true
-  tests/oldest.sh lints && tests/oldest.sh docs && tests/windows.sh &&
+setsid bash -c '
+  niceness() { { echo "$1" >/proc/self/autogroup; renice -n "$1" -p $$; } >/dev/null 2>&1 || true; }
+  niceness 19
+  tests/oldest.sh lints && tests/oldest.sh docs && tests/windows.sh build &&
   printf "\n== benches, each once and untimed\n" && cargo test --workspace --all-features --bench "*" &&
   printf "\n== fuzzing\n" &&
-  RUST_TEST_THREADS=4 BLOCKMOUNT_FUZZ_SECONDS=30 cargo test --workspace --all-features --test targets --test service -- fuzz::' >"$builds_log" 2>&1 &
+  RUST_TEST_THREADS=4 BLOCKMOUNT_FUZZ_SECONDS=30 cargo test --workspace --all-features --test targets --test service -- fuzz:: &&
+  niceness 0 && tests/windows.sh' >"$builds_log" 2>&1 &
 builds=$!
 # With all that it has started, should a test fail first.
 trap 'kill -- "-$builds" 2>/dev/null || true; rm -f "$builds_log"' EXIT
 
-say "tests; beside them the lints of the oldest Rust that the manifest names, docs, Windows under Wine, benches, and fuzzing"
+say "tests; beside them the lints of the oldest Rust that the manifest names, docs, benches, fuzzing, and Windows under Wine"
 # All of them, so that one run says all that is wrong.
 failed=
 cargo test --workspace --all-features --no-fail-fast || failed="tests"
 
-say "lints; docs; Windows, under Wine; benches; fuzzing"
+say "lints; docs; benches; fuzzing; Windows, under Wine"
 # Nothing is left that they would disturb, and beside what else the machine does they would get next to nothing.
 { echo 0 >"/proc/$builds/autogroup"; renice -n 0 -g "$builds"; } >/dev/null 2>&1 || true
-wait "$builds" || failed="$failed lints, docs, Windows, benches or fuzzing"
+wait "$builds" || failed="$failed lints, docs, benches, fuzzing or Windows"
 cat "$builds_log"
 
 [ -z "$failed" ] || { say "failed: $failed"; exit 1; }

@@ -2,6 +2,8 @@
 # Builds blockmount-hcs and what it stands on for Windows, and runs its tests there, which here is Wine. Wine has no
 # Hyper-V, so a stand-in for the library of the Host Compute Service is built too; the calls, handles and callbacks are
 # real. rustup brings the standard library for Windows.
+#
+#   tests/windows.sh [build]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,6 +53,7 @@ if grep -q '^warning: ' "$log"; then
 fi
 mapfile -t tests < <(sed -n 's/^ *Executable .*(\(.*\.exe\))$/\1/p' "$log")
 [ "${#tests[@]}" -ge 3 ] || fail "only ${#tests[@]} programs of tests were built"
+[ "${1-}" != build ] || exit 0
 
 export WINEPREFIX="$work/prefix" WINEDEBUG=-all WINEPATH="Z:${work//\//\\}\\dll"
 # No desktop, no menus, and none of the parts that Wine would download.
