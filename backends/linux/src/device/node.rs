@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt as _, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -14,9 +15,12 @@ use crate::device::number::DeviceNumber;
 use crate::discover::uevent;
 use crate::errno::{errno_error, is_absent};
 
-/// From where on a [probe](crate::filesystem::probe) reads the end of a device at once: the signature that is farthest from the
-/// end is that of the first kind of Linux's RAID, in the last whole 64 KiB but one.
-pub(crate) fn end_at(size: u64) -> u64 {
+/// Where a [probe](crate::filesystem::probe) looks last at the start of a device, in bytes: at the block at 64 KiB, for a btrfs.
+const START: u64 = 68 << 10;
+
+/// From where on it looks at the end of a device: the signature that is farthest from the end is that of the first kind of
+/// Linux's RAID, in the last whole 64 KiB but one.
+fn end_at(size: u64) -> u64 {
     const UNIT: u64 = 64 << 10;
     (size - size % UNIT).saturating_sub(UNIT)
 }
@@ -112,12 +116,14 @@ impl<'a> ReadAt<'a> {
         }
     }
 
-    /// Has the kernel read what a probe looks at last, at the end of the device, while it reads the start: one after the
-    /// other, each would be a wait of its own.
+    /// Has the kernel read at once what a probe looks at, at the start and at the end of the device: one after the other, each
+    /// would be a wait of its own.
     pub(crate) fn read_ahead(&mut self) {
         let last = end_at(self.size().unwrap_or_default());
-        // It is advice: without it, reading is only slower.
-        let _ = rustix::fs::fadvise(self.device, last, None, Advice::WillNeed);
+        for (from, length) in [(0, NonZeroU64::new(START)), (last, None)] {
+            // It is advice: without it, reading is only slower.
+            let _ = rustix::fs::fadvise(self.device, from, length, Advice::WillNeed);
+        }
     }
 }
 
@@ -184,12 +190,16 @@ pub(crate) fn of(disk: DeviceNumber) -> Option<PathBuf> {
 /// The node of a device by the `uevent` attribute of its directory in sysfs. A name that would
 /// lead out of `/dev` is none.
 pub(crate) fn node_named_in(uevent: &[u8]) -> Option<PathBuf> {
-    let mut lines = uevent.split(|byte| *byte == b'\n');
-    let name = lines.find_map(|line| line.strip_prefix(b"DEVNAME="))?;
-    let name = Path::new(std::ffi::OsStr::from_bytes(name));
+    let name = Path::new(std::ffi::OsStr::from_bytes(field(uevent, b"DEVNAME=")?));
     let is_below = |part| matches!(part, Component::Normal(_));
     let is_name = name.components().next().is_some() && name.components().all(is_below);
     is_name.then(|| Path::new("/dev").join(name))
+}
+
+/// What the `uevent` attribute of a device says after a key with its equals sign.
+pub(crate) fn field<'a>(uevent: &'a [u8], key: &[u8]) -> Option<&'a [u8]> {
+    let mut lines = uevent.split(|byte| *byte == b'\n');
+    lines.find_map(|line| line.strip_prefix(key))
 }
 
 #[cfg(test)]

@@ -2,11 +2,9 @@
 
 use std::io::{self, Read, Seek, SeekFrom};
 
-use crate::device::node::end_at;
-
-/// How much is read at once at the start of a device, in bytes: nearly all signatures are there, the last of them that of
-/// btrfs, in the block at 64 KiB.
-const START: u64 = 68 << 10;
+/// How much is read at once at the start of a device, in bytes: most signatures are there. The others are read one by one,
+/// each a few bytes: to copy all that is in between costs more.
+const START: u64 = 8 << 10;
 
 /// A device to read from, with its size.
 pub(super) struct Source<'a, R> {
@@ -14,8 +12,6 @@ pub(super) struct Source<'a, R> {
     size: u64,
     /// What the device starts with; nothing if that cannot be read in one piece.
     start: Vec<u8>,
-    /// What it ends with, once something there was looked at; nothing if that cannot be read in one piece.
-    end: Option<Vec<u8>>,
 }
 
 impl<'a, R: Read + Seek> Source<'a, R> {
@@ -25,14 +21,9 @@ impl<'a, R: Read + Seek> Source<'a, R> {
             device,
             size,
             start: Vec::new(),
-            end: None,
         };
         // Of a device with a bad block whatever lies beside it is read all the same, piece by piece.
-        let length = match end_at(size) <= START {
-            true => size,
-            false => START,
-        };
-        if let Ok(Some(start)) = source.read(0, length as usize) {
+        if let Ok(Some(start)) = source.read(0, size.min(START) as usize) {
             source.start = start.0;
         }
         Ok(source)
@@ -51,16 +42,7 @@ impl<'a, R: Read + Seek> Source<'a, R> {
         if !fits {
             return Ok(None);
         }
-        if let Some(known) = part(&self.start, Some(offset), length) {
-            return Ok(Some(known));
-        }
-        let end_at = end_at(self.size);
-        let in_end = offset.checked_sub(end_at);
-        if in_end.is_some() && self.end.is_none() {
-            let end = self.read(end_at, self.size.saturating_sub(end_at) as usize);
-            self.end = Some(end.ok().flatten().map_or_else(Vec::new, |end| end.0));
-        }
-        match part(self.end.as_deref().unwrap_or_default(), in_end, length) {
+        match part(&self.start, offset, length) {
             Some(known) => Ok(Some(known)),
             None => self.read(offset, length),
         }
@@ -78,8 +60,8 @@ impl<'a, R: Read + Seek> Source<'a, R> {
     }
 }
 
-fn part(whole: &[u8], from: Option<u64>, length: usize) -> Option<Bytes> {
-    let from = usize::try_from(from?).ok()?;
+fn part(whole: &[u8], from: u64, length: usize) -> Option<Bytes> {
+    let from = usize::try_from(from).ok()?;
     let part = whole.get(from..from.checked_add(length)?)?;
     Some(Bytes(part.to_vec()))
 }
