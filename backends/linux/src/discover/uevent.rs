@@ -133,7 +133,8 @@ impl Listener {
                 event = Uevent::parse(message);
                 event.is_some()
             };
-            match ready.try_io(|socket| receive(socket.get_ref(), parse)) {
+            let mut buffer = [0; LONGEST_EVENT];
+            match ready.try_io(|socket| receive(socket.get_ref(), &mut buffer, parse)) {
                 Ok(Ok(false)) | Err(_) => {}
                 Ok(Ok(true)) => return Ok(event.map_or(Event::Lost, Event::Uevent)),
                 Ok(Err(error)) => return Err(error),
@@ -156,10 +157,13 @@ fn open() -> io::Result<OwnedFd> {
 }
 
 /// Receives one message. True if it is from the kernel and `filter` takes it, or if events were lost.
-fn receive(socket: &impl AsFd, filter: impl FnOnce(&[u8]) -> bool) -> io::Result<bool> {
-    let mut buffer = [0; LONGEST_EVENT];
+fn receive(
+    socket: &impl AsFd,
+    buffer: &mut [u8; LONGEST_EVENT],
+    filter: impl FnOnce(&[u8]) -> bool,
+) -> io::Result<bool> {
     let fd = socket.as_fd().as_raw_fd();
-    match recvfrom::<NetlinkAddr>(fd, &mut buffer) {
+    match recvfrom::<NetlinkAddr>(fd, buffer) {
         // Any process may send to this socket; the kernel has port 0.
         Ok((length, Some(sender))) if sender.pid() == 0 => Ok(filter(&buffer[..length])),
         Ok(_) => Ok(false),
@@ -277,14 +281,19 @@ where
     C: Fn(&[u8]) -> bool + Send + Sync + 'static,
     F: FnMut() -> Result<Result<T, M>, BackendError> + Send + 'static,
 {
-    // Most devices are there already; a socket would cost more than the probe.
-    let (found, returned) = blocking_step(move || Ok((probe()?, probe))).await?;
-    probe = returned;
-    if found.is_ok() {
-        return Ok(found);
-    }
-    let events = Subscription::new(Box::new(filter))
-        .map_err(|error| errno_error("cannot subscribe to kernel uevents", error))?;
+    let events = match Subscription::join(Box::new(filter)) {
+        Ok(events) => events,
+        // Most devices are there already; a socket would cost more than the probe.
+        Err(filter) => {
+            let (found, returned) = blocking_step(move || Ok((probe()?, probe))).await?;
+            probe = returned;
+            if found.is_ok() {
+                return Ok(found);
+            }
+            Subscription::new(filter)
+                .map_err(|error| errno_error("cannot subscribe to kernel uevents", error))?
+        }
+    };
     let mut pause = FIRST_POLL;
     loop {
         // The probe after the subscription finds what was announced before it.

@@ -13,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use tokio::sync::Notify;
 
-use super::{devpath, open, receive};
+use super::{LONGEST_EVENT, devpath, open, receive};
 
 /// How long the thread stays without a wait, in seconds: the next disk of a series comes soon.
 const LINGER: i64 = 5;
@@ -61,12 +61,16 @@ impl Subscription {
             thread.spawn(move || dispatch(&socket))?;
             dispatcher.has_thread = true;
         }
-        let (number, wake) = (dispatcher.next, Arc::new(Notify::new()));
-        dispatcher.next += 1;
-        dispatcher
-            .subscriptions
-            .insert(number, (filter, wake.clone()));
-        Ok(Subscription { number, wake })
+        Ok(dispatcher.subscribe(filter))
+    }
+
+    /// The same if that costs next to nothing, because the socket is open; the filter again if it is not.
+    pub(super) fn join(filter: Filter) -> Result<Self, Filter> {
+        let mut dispatcher = lock();
+        match dispatcher.has_thread {
+            true => Ok(dispatcher.subscribe(filter)),
+            false => Err(filter),
+        }
     }
 
     /// Waits for a relevant event since the last call. Cancel safe: the event is not lost.
@@ -88,18 +92,23 @@ impl Drop for Subscription {
 }
 
 fn dispatch(socket: &OwnedFd) {
+    let mut buffer = [0; LONGEST_EVENT];
     loop {
         let mut path = None;
-        let received = receive(socket, |message| {
+        let received = receive(socket, &mut buffer, |message| {
             path = Some(devpath(message).to_vec());
             true
         });
-        let mut dispatcher = lock();
         match received {
-            Ok(true) => dispatcher.notify(path.as_deref()),
+            // Whoever is woken may be faster than this thread, and takes the lock.
+            Ok(true) => {
+                let concerned = lock().concerned(path.as_deref());
+                concerned.iter().for_each(|wake| wake.notify_one());
+            }
             Ok(false) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let mut dispatcher = lock();
                 if dispatcher.subscriptions.is_empty() {
                     dispatcher.has_thread = false;
                     return;
@@ -108,7 +117,7 @@ fn dispatch(socket: &OwnedFd) {
             // Each wait also probes from time to time without an event, and the next one starts a new thread.
             Err(error) => {
                 tracing::error!(%error, "cannot receive kernel uevents any more");
-                dispatcher.has_thread = false;
+                lock().has_thread = false;
                 return;
             }
         }
@@ -116,12 +125,17 @@ fn dispatch(socket: &OwnedFd) {
 }
 
 impl Dispatcher {
-    /// Wakes the tasks to which an event is relevant; all of them, if events were lost.
-    fn notify(&self, path: Option<&[u8]>) {
-        for (filter, wake) in self.subscriptions.values() {
-            if path.is_none_or(filter) {
-                wake.notify_one();
-            }
-        }
+    fn subscribe(&mut self, filter: Filter) -> Subscription {
+        let (number, wake) = (self.next, Arc::new(Notify::new()));
+        self.next += 1;
+        self.subscriptions.insert(number, (filter, wake.clone()));
+        Subscription { number, wake }
+    }
+
+    /// What wakes the tasks to which an event is relevant; all of them, if events were lost.
+    fn concerned(&self, path: Option<&[u8]>) -> Vec<Arc<Notify>> {
+        let all = self.subscriptions.values();
+        let concerned = all.filter(|(filter, _)| path.is_none_or(filter));
+        concerned.map(|(_, wake)| Arc::clone(wake)).collect()
     }
 }
