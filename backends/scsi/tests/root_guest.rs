@@ -197,20 +197,17 @@ async fn root_g11_g15_a_node_that_is_missing_or_another_is_not_taken() {
         let message = refused(result, ErrorKind::NotFound);
         assert!(message.contains(what), "{message}");
     };
-    tree.write(
-        &format!("{block}/uevent"),
-        "DEVNAME=blockmount-no-such-node\n",
-    );
+    tree.name(&block, &disk, "blockmount-no-such-node");
     missing("device /dev/blockmount-no-such-node is not ready").await;
     let name = other.node().file_name().unwrap().to_str().unwrap();
-    tree.write(&format!("{block}/uevent"), format!("DEVNAME={name}\n"));
+    tree.name(&block, &disk, name);
     missing(&format!(
         "is block device {} and not {}",
         other.number(),
         disk.number()
     ))
     .await;
-    tree.write(&format!("{block}/uevent"), "DEVNAME=../etc/passwd\n");
+    tree.name(&block, &disk, "../etc/passwd");
     missing("there is no name of a block device").await;
 }
 
@@ -384,8 +381,8 @@ async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
     tree.host(FIRST, 3);
     tree.disk("3:0:0:5", &disk);
     let name = disk.node().file_name().unwrap().to_str().unwrap();
-    let uevent = format!("bus/scsi/devices/3:0:0:5/block/{name}/uevent");
-    tree.write(&uevent, "DEVNAME=blockmount-no-such-node\n");
+    let block = format!("bus/scsi/devices/3:0:0:5/block/{name}");
+    tree.name(&block, &disk, "blockmount-no-such-node");
     let message = refused(
         unplugger(&tree).unplug(&locator("scsi:0/5")).await,
         ErrorKind::Other,
@@ -403,8 +400,8 @@ async fn root_i09_a_disk_whose_node_comes_late_is_waited_for() {
     tree.disk("3:0:0:5", &disk);
     let name = disk.node().file_name().unwrap().to_str().unwrap();
     let late = format!("blockmount-late-{}", std::process::id());
-    let uevent = format!("bus/scsi/devices/3:0:0:5/block/{name}/uevent");
-    tree.write(&uevent, format!("DEVNAME={late}\n"));
+    let block = format!("bus/scsi/devices/3:0:0:5/block/{name}");
+    tree.name(&block, &disk, &late);
     let patient = Duration::from_secs(20);
     let unplugger = unplugger(&tree)
         .with_timeout(patient)

@@ -5,14 +5,15 @@
 //! ([`uevent::wait_for`](crate::discover::uevent::wait_for)).
 
 use std::fs;
-use std::io::Read;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use blockmount::{BackendError, DeviceLocator, blocking};
+use rustix::buffer::spare_capacity;
 use rustix::fs::OFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::errno::{errno_error, is_absent};
 
@@ -24,7 +25,7 @@ pub use id::VmbusId;
 
 /// One page is the longest that an attribute of text can be, in bytes. (Source: Linux,
 /// Documentation/filesystems/sysfs.rst)
-const LONGEST_ATTRIBUTE: u64 = 4096;
+const LONGEST_ATTRIBUTE: usize = 4096;
 
 /// The names in a directory, sorted; none if it is not there. Names that are no text are left out:
 /// the kernel gives none to the devices that are looked for. Blocks.
@@ -58,10 +59,16 @@ pub fn names(directory: &Path) -> Result<Vec<String>, BackendError> {
 /// The system's.
 pub fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(PathBuf, u32)>, BackendError> {
     let numbered = |name: String| {
-        let number = DeviceLocator::number(name.strip_prefix(prefix)?)?;
-        Some((directory.join(&name), number.try_into().ok()?))
+        let number = number_after(prefix, &name)?;
+        Some((directory.join(name), number))
     };
     Ok(names(directory)?.into_iter().filter_map(numbered).collect())
+}
+
+/// The number of a name such as `host3`, as for [`numbered`].
+pub fn number_after(prefix: &str, name: &str) -> Option<u32> {
+    let number = DeviceLocator::number(name.strip_prefix(prefix)?)?;
+    number.try_into().ok()
 }
 
 /// The bytes of an attribute of a device; nothing if the device or the attribute is not there. Blocks.
@@ -71,11 +78,8 @@ pub fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(PathBuf, u32)>, B
 /// The system's.
 pub fn bytes(directory: &Path, name: &str) -> Result<Option<Vec<u8>>, BackendError> {
     let path = directory.join(name);
-    let mut content = Vec::new();
-    let read = fs::File::open(&path)
-        .and_then(|file| file.take(LONGEST_ATTRIBUTE).read_to_end(&mut content));
-    match read {
-        Ok(_) => Ok(Some(content)),
+    match read(&path) {
+        Ok(content) => Ok(Some(content)),
         // Some attributes are there for all devices, and not to be read for those that lack it.
         Err(error) if is_absent(&error) || Errno::from_io_error(&error) == Some(Errno::INVAL) => {
             Ok(None)
@@ -85,6 +89,14 @@ pub fn bytes(directory: &Path, name: &str) -> Result<Option<Vec<u8>>, BackendErr
             error,
         )),
     }
+}
+
+/// The kernel makes the text of an attribute once, and one read gets all of it.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let file = fs::File::open(path)?;
+    let mut content = Vec::with_capacity(LONGEST_ATTRIBUTE);
+    retry_on_intr(|| rustix::io::read(&file, spare_capacity(&mut content)))?;
+    Ok(content)
 }
 
 /// An attribute that is text, without the blanks around it; nothing if the device or the attribute is

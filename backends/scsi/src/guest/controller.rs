@@ -1,7 +1,9 @@
 //! Which controller of the guest is meant, and where its disks are.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockmount::{BackendError, PciAddress};
 use blockmount_linux::sysfs::{self, VmbusId};
@@ -35,17 +37,21 @@ impl ControllerId {
         }
     }
 
-    /// The number of its SCSI host.
-    pub(super) fn host(self, sysfs: &Path) -> Probe<u32> {
+    /// Its SCSI host: the directory, and the number.
+    fn host(self, sysfs: &Path) -> Probe<(PathBuf, u32)> {
         let device = self.directory(sysfs);
-        // A virtio device sits on the PCI device; other drivers have their host there at once.
-        let virtio = sysfs::numbered(&device, "virtio")?;
-        let mut hosts = sysfs::numbered(&device, "host")?;
-        for (below, _) in virtio {
-            hosts.extend(sysfs::numbered(&below, "host")?);
+        let mut hosts = Vec::new();
+        for name in sysfs::names(&device)? {
+            let path = device.join(&name);
+            // A virtio device sits on the PCI device; other drivers have their host there at once.
+            if sysfs::number_after("virtio", &name).is_some() {
+                hosts.extend(sysfs::numbered(&path, "host")?);
+            } else if let Some(number) = sysfs::number_after("host", &name) {
+                hosts.push((path, number));
+            }
         }
         match hosts.as_slice() {
-            [(_, number)] => Ok(*number),
+            [host] => Ok(host.clone()),
             [] if !device.exists() => Err(NotReady::not_found(format!("there is no {self}"))),
             [] => Err(NotReady::not_found(format!("{self} has no SCSI host"))),
             several => {
@@ -54,6 +60,29 @@ impl ControllerId {
                 Err(NotReady::Failed(BackendError::conflict(message)))
             }
         }
+    }
+}
+
+/// The SCSI hosts that were found. Each is its controller's for as long as it is below it in sysfs.
+#[derive(Debug, Default)]
+pub(super) struct Hosts(Mutex<HashMap<ControllerId, (PathBuf, u32)>>);
+
+impl Hosts {
+    /// The number of a controller's SCSI host.
+    pub(super) fn number(&self, controller: ControllerId, sysfs: &Path) -> Probe<u32> {
+        let known = self.known().get(&controller).cloned();
+        if let Some((directory, number)) = known
+            && directory.exists()
+        {
+            return Ok(number);
+        }
+        let (directory, number) = controller.host(sysfs)?;
+        self.known().insert(controller, (directory, number));
+        Ok(number)
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<ControllerId, (PathBuf, u32)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,8 +119,9 @@ pub(super) fn device(sysfs: &Path, host: u32, lun: Lun) -> PathBuf {
 pub(super) fn concerns(lun: Lun) -> impl Fn(&[u8]) -> bool + Clone + Send + Sync + 'static {
     let part = format!(":0:0:{}", shown(lun)).into_bytes();
     move |path| {
-        let mut names = path.split(|byte| *byte == b'/');
-        names.any(|name| name.ends_with(&part)) && names.next() == Some(b"block")
+        // From its end: each wait looks at the events of all disks.
+        let mut names = path.rsplit(|byte| *byte == b'/').skip(1);
+        names.next() == Some(b"block") && names.next().is_some_and(|name| name.ends_with(&part))
     }
 }
 
@@ -153,7 +183,8 @@ mod tests {
     fn the_host_is_searched_below_the_controller_and_never_guessed() {
         let dir = tempfile::tempdir().unwrap();
         let pci = ControllerId::Pci("0000:00:10.0".parse().unwrap());
-        let host = |id: ControllerId| id.host(dir.path()).map_err(NotReady::into_error);
+        let hosts = Hosts::default();
+        let host = |id| hosts.number(id, dir.path()).map_err(NotReady::into_error);
         let error = host(pci).unwrap_err();
         assert_eq!(
             error.message(),
@@ -166,6 +197,9 @@ mod tests {
         assert!(error.message().ends_with("has no SCSI host"), "{error}");
         fs::create_dir_all(device.join("virtio7/host12/target12:0:0")).unwrap();
         assert_eq!(host(pci).unwrap(), 12);
+        fs::rename(device.join("virtio7/host12"), device.join("virtio7/host3")).unwrap();
+        assert_eq!(host(pci).unwrap(), 3, "it was plugged in anew");
+        fs::rename(device.join("virtio7/host3"), device.join("virtio7/host4")).unwrap();
         fs::create_dir_all(device.join("host2")).unwrap();
         assert_eq!(host(pci).unwrap_err().kind(), ErrorKind::Conflict);
 

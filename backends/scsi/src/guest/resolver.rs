@@ -1,5 +1,6 @@
 //! Finding a disk by its controller and LUN.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use blockmount_linux::sysfs::{self, Disk};
 use blockmount_linux::uevent::{NotReady, Probe, present, wait_for};
 use tokio::sync::OwnedMutexGuard;
 
-use super::controller::{self, ControllerId};
+use super::controller::{self, ControllerId, Hosts};
 use super::identity;
 use super::scan::{AddressLocks, scan};
 use crate::{Lun, ScsiAddress};
@@ -39,6 +40,7 @@ pub struct ScsiResolver {
     controllers: Arc<[ControllerId]>,
     timeout: Duration,
     sysfs: PathBuf,
+    hosts: Arc<Hosts>,
     locks: Arc<AddressLocks>,
 }
 
@@ -49,6 +51,7 @@ impl ScsiResolver {
             controllers: controllers.into_iter().collect(),
             timeout: DEFAULT_TIMEOUT,
             sysfs: "/sys".into(),
+            hosts: Arc::default(),
             locks: Arc::default(),
         }
     }
@@ -86,6 +89,7 @@ impl ScsiResolver {
             controller: *controller,
             address,
             sysfs: self.sysfs.clone(),
+            hosts: Arc::clone(&self.hosts),
         })
     }
 
@@ -95,7 +99,7 @@ impl ScsiResolver {
     }
 
     fn scan(&self, lookup: &Lookup, wanted: Weak<()>) {
-        let Ok(host) = lookup.controller.host(&self.sysfs) else {
+        let Ok(host) = lookup.host() else {
             return;
         };
         let (locks, address) = (self.locks.clone(), lookup.address);
@@ -131,9 +135,11 @@ impl Resolver for ScsiResolver {
             }
             early => early,
         };
-        let path = found.map_err(|error| named(device, error))?;
-        blocking(move || lookup.ensure_measured()).await?;
-        Ok(BlockDevice::new(path))
+        let (disk, open) = found.map_err(|error| named(device, error))?;
+        if disk.size() == 0 {
+            blocking(move || lookup.ensure_measured()).await?;
+        }
+        Ok(BlockDevice::new(disk.node()).with_open(Arc::new(open)))
     }
 }
 
@@ -149,12 +155,18 @@ pub(super) struct Lookup {
     controller: ControllerId,
     address: ScsiAddress,
     sysfs: PathBuf,
+    hosts: Arc<Hosts>,
 }
 
 impl Lookup {
+    /// The number of the controller's SCSI host.
+    fn host(&self) -> Probe<u32> {
+        self.hosts.number(self.controller, &self.sysfs)
+    }
+
     /// The directory of the device, which is there.
     pub(super) fn device(&self) -> Probe<PathBuf> {
-        let host = self.controller.host(&self.sysfs)?;
+        let host = self.host()?;
         let device = controller::device(&self.sysfs, host, self.lun());
         if device.exists() {
             return Ok(device);
@@ -186,8 +198,8 @@ impl Lookup {
             .in_scope(|| Disk::ensure_measured(&device))
     }
 
-    /// The node of the disk, once it is ready and the one that is meant.
-    fn disk(&self) -> Probe<PathBuf> {
+    /// The disk, once it is ready and the one that is meant, and open.
+    fn disk(&self) -> Probe<(Disk, File)> {
         let device = self.device()?;
         let at = device.display();
         let state = sysfs::text(&device, "state")?.unwrap_or_else(|| "unknown".to_owned());
@@ -197,7 +209,7 @@ impl Lookup {
         }
         let disk = Disk::below(&device)?;
         identity::check(self.address, &device)?;
-        disk.open()?;
-        Ok(disk.node().to_owned())
+        let open = disk.open()?;
+        Ok((disk, open))
     }
 }

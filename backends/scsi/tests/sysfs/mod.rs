@@ -109,17 +109,20 @@ impl Tree {
     /// The block device of a device.
     pub(crate) fn block(&self, device: &str, disk: &Loop) {
         let block = format!("{device}/block/{}", disk.name());
-        self.write(
-            &format!("{block}/uevent"),
-            format!("MAJOR=7\nDEVNAME={}\n", disk.name()),
-        );
-        self.write(&format!("{block}/dev"), format!("{}\n", disk.number()));
+        self.name(&block, disk, disk.name());
         self.write(&format!("{block}/size"), format!("{}\n", Loop::SIZE / 512));
-        self.write(&format!("{block}/diskseq"), "1\n");
         let link = self.at(&format!("dev/block/{}", disk.number()));
         fs::create_dir_all(link.parent().unwrap()).unwrap();
         let _ = fs::remove_file(&link);
         symlink(self.at(&block), link).unwrap();
+    }
+
+    /// Says which node the directory `block` of a loop device has.
+    pub(crate) fn name(&self, block: &str, disk: &Loop, node: &str) {
+        let number = disk.number();
+        let (major, minor) = number.split_once(':').unwrap();
+        let uevent = format!("MAJOR={major}\nMINOR={minor}\nDEVNAME={node}\nDISKSEQ=1\n");
+        self.write(&format!("{block}/uevent"), uevent);
     }
 
     pub(crate) fn rename(&self, from: &str, to: &str) {

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use blockmount::{BackendError, ErrorKind, blocking};
 
 use crate::device::free;
-use crate::device::node::{self, node_named_in};
+use crate::device::node::{self, field, node_named_in};
 use crate::device::number::DeviceNumber;
-use crate::discover::sysfs::{attribute, bytes, command, names, text};
+use crate::discover::sysfs::{attribute, bytes, command, names};
 use crate::discover::uevent::{self, NotReady, Probe};
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
@@ -24,10 +24,41 @@ const ASKED_AGAIN: usize = 5;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     directory: PathBuf,
+    name: Name,
+    size: u64,
+}
+
+/// What the kernel calls a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Name {
     node: PathBuf,
     number: DeviceNumber,
+    /// Of its disks, how many came before.
     sequence: Option<u64>,
-    size: u64,
+}
+
+impl Name {
+    fn of(directory: &Path) -> Probe<Self> {
+        let uevent = bytes(directory, "uevent")?.unwrap_or_default();
+        let text = |key: &[u8]| std::str::from_utf8(field(&uevent, key)?).ok();
+        let part = |key| text(key)?.parse().ok();
+        let number = || {
+            let (major, minor) = (part(b"MAJOR=")?, part(b"MINOR=")?);
+            Some(DeviceNumber { major, minor })
+        };
+        Ok(Name {
+            node: node_named_in(&uevent).ok_or_else(|| missing("name", directory))?,
+            number: number().ok_or_else(|| missing("number", directory))?,
+            sequence: text(b"DISKSEQ=").and_then(|text| text.parse().ok()),
+        })
+    }
+}
+
+fn missing(what: &str, directory: &Path) -> NotReady {
+    NotReady::not_found(format!(
+        "there is no {what} of a block device in {}",
+        directory.display()
+    ))
 }
 
 impl Disk {
@@ -79,20 +110,10 @@ impl Disk {
     ///
     /// The system's.
     pub fn at(directory: &Path) -> Probe<Disk> {
-        let missing = |what: &str| {
-            NotReady::not_found(format!(
-                "there is no {what} of a block device in {}",
-                directory.display()
-            ))
-        };
-        let node = bytes(directory, "uevent")?.and_then(|text| node_named_in(&text));
-        let number = text(directory, "dev")?.and_then(|text| text.parse().ok());
         let size = attribute(directory, "size")?.and_then(|size| size.checked_mul(SECTOR));
         Ok(Disk {
-            node: node.ok_or_else(|| missing("name"))?,
-            number: number.ok_or_else(|| missing("number"))?,
-            size: size.ok_or_else(|| missing("size"))?,
-            sequence: attribute(directory, "diskseq")?,
+            name: Name::of(directory)?,
+            size: size.ok_or_else(|| missing("size", directory))?,
             directory: directory.to_owned(),
         })
     }
@@ -104,12 +125,12 @@ impl Disk {
 
     /// Its node, which may not be there yet.
     pub fn node(&self) -> &Path {
-        &self.node
+        &self.name.node
     }
 
     /// Its number.
     pub fn number(&self) -> DeviceNumber {
-        self.number
+        self.name.number
     }
 
     /// Its size in bytes.
@@ -123,9 +144,9 @@ impl Disk {
     ///
     /// The system's.
     pub fn is_there(&self) -> Result<bool, BackendError> {
-        let now = uevent::present(Disk::at(&self.directory))?;
-        let is_it = |now: Disk| now.number == self.number && now.sequence == self.sequence;
-        Ok(now.is_some_and(is_it))
+        let now = uevent::present(Name::of(&self.directory))?;
+        let (was, sequence) = (self.name.number, self.name.sequence);
+        Ok(now.is_some_and(|now| now.number == was && now.sequence == sequence))
     }
 
     /// Opens the node for reading and proves that it is this disk: the number fits, and the disk was
@@ -135,10 +156,10 @@ impl Disk {
     ///
     /// As for [`crate::device::open()`].
     pub fn open(&self) -> Probe<File> {
-        let node = self.node.display();
-        let open = node::open(&self.node)?
+        let node = self.node().display();
+        let open = node::open(self.node())?
             .ok_or_else(|| NotReady::not_found(format!("device {node} is not ready")))?;
-        let (number, wanted) = (DeviceNumber::of(&open)?, self.number);
+        let (number, wanted) = (DeviceNumber::of(&open)?, self.number());
         if number != wanted {
             let message = format!("{node} is block device {number} and not {wanted}");
             return Err(NotReady::not_found(message));
@@ -183,20 +204,20 @@ impl Disk {
     pub async fn hold(&self, timeout: Duration) -> Result<Option<File>, BackendError> {
         let deadline = Instant::now() + timeout;
         loop {
-            let missing = match free::hold_free(&self.node, timeout).await {
+            let missing = match free::hold_free(self.node(), timeout).await {
                 Err(error) if error.kind() == ErrorKind::NotFound => error,
                 held => return self.prove(held?).await,
             };
             let disk = self.clone();
             let look = move || match disk.is_there()? {
                 false => Ok(Some(false)),
-                true => Ok(node::open(&disk.node)?.map(|_| true)),
+                true => Ok(node::open(disk.node())?.map(|_| true)),
             };
             match uevent::wait_until(deadline, look).await? {
                 Some(false) => return Ok(None),
                 Some(true) if Instant::now() < deadline => {}
                 _ => {
-                    let (node, why) = (self.node.display(), missing.message());
+                    let (node, why) = (self.node().display(), missing.message());
                     let message = format!("cannot prove that nobody uses {node}: {why}");
                     return Err(BackendError::other(message).with_source(missing));
                 }
@@ -208,7 +229,7 @@ impl Disk {
     async fn prove(&self, held: File) -> Result<Option<File>, BackendError> {
         let disk = self.clone();
         blocking(move || {
-            let is_it = DeviceNumber::of(&held)? == disk.number && disk.is_there()?;
+            let is_it = DeviceNumber::of(&held)? == disk.number() && disk.is_there()?;
             Ok(is_it.then_some(held))
         })
         .await
@@ -223,17 +244,16 @@ mod tests {
 
     use super::*;
 
+    fn say(disk: &Path, uevent: &str, sequence: u64) {
+        let uevent = format!("MAJOR=8\nMINOR=16\n{uevent}DISKSEQ={sequence}\n");
+        fs::write(disk.join("uevent"), uevent).unwrap();
+    }
+
     fn made_up(dir: &Path, name: &str, uevent: &str) -> PathBuf {
         let disk = dir.join("block").join(name);
         fs::create_dir_all(&disk).unwrap();
-        for (attribute, value) in [
-            ("uevent", uevent),
-            ("dev", "8:16\n"),
-            ("size", "2048\n"),
-            ("diskseq", "9\n"),
-        ] {
-            fs::write(disk.join(attribute), value).unwrap();
-        }
+        fs::write(disk.join("size"), "2048\n").unwrap();
+        say(&disk, uevent, 9);
         disk
     }
 
@@ -243,7 +263,7 @@ mod tests {
         let at = made_up(
             dir.path(),
             "cciss!c0d0",
-            "MAJOR=8\nDEVNAME=cciss/c0d0\nDEVTYPE=disk\n",
+            "DEVNAME=cciss/c0d0\nDEVTYPE=disk\n",
         );
         let disk = Disk::below(dir.path()).unwrap();
         assert_eq!(disk.node(), Path::new("/dev/cciss/c0d0"));
@@ -252,7 +272,7 @@ mod tests {
             ("8:16".into(), 1 << 20)
         );
         assert!(disk.is_there().unwrap());
-        fs::write(at.join("diskseq"), "10\n").unwrap();
+        say(&at, "DEVNAME=cciss/c0d0\n", 10);
         assert!(!disk.is_there().unwrap());
         fs::remove_dir_all(&at).unwrap();
         assert!(!disk.is_there().unwrap());
@@ -313,7 +333,7 @@ mod tests {
         fn whatever_is_written_there_is_read_or_refused(content in proptest::collection::vec(any::<u8>(), 0..60)) {
             let dir = tempfile::tempdir().unwrap();
             let at = made_up(dir.path(), "x", "DEVNAME=x\n");
-            for name in ["dev", "size", "diskseq", "uevent"] {
+            for name in ["size", "uevent"] {
                 fs::write(at.join(name), &content).unwrap();
                 if let Ok(found) = Disk::below(dir.path()) {
                     prop_assert!(found.node().starts_with("/dev"));
