@@ -98,9 +98,9 @@ impl MountId {
             self.reused = numbers.own;
             return Ok(Some(numbers.parent));
         }
-        let table = mountinfo::read();
-        let table = table.map_err(|error| errno_error("cannot read the table of mounts", error))?;
-        let line = table.iter().find(|line| self.is(line));
+        let line = mountinfo::read_one(self.reused);
+        let line = line.map_err(|error| errno_error("cannot read the table of mounts", error))?;
+        let line = line.filter(|line| self.is(line));
         Ok(line.map(|line| line.parent))
     }
 

@@ -1,7 +1,8 @@
 //! The kernel's table of mounts.
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -134,7 +135,26 @@ pub fn parse(table: &[u8]) -> Vec<MountInfo> {
 ///
 /// Those of reading `/proc/self/mountinfo`.
 pub fn read() -> io::Result<Vec<MountInfo>> {
-    Ok(parse(&std::fs::read("/proc/self/mountinfo")?))
+    Ok(parse(&table()?))
+}
+
+/// The same of the mount with this number alone, which costs less than to parse the whole table.
+pub(crate) fn read_one(id: u64) -> io::Result<Option<MountInfo>> {
+    Ok(line(&table()?, id))
+}
+
+fn line(table: &[u8], id: u64) -> Option<MountInfo> {
+    let start = format!("{id} ");
+    let mut lines = table.split(|byte| *byte == b'\n');
+    MountInfo::parse(lines.find(|line| line.starts_with(start.as_bytes()))?)
+}
+
+fn table() -> io::Result<Vec<u8>> {
+    /// A hundred mounts fit in it, in bytes. Of a file that does not know its size, the standard library would read a few bytes first.
+    const USUAL: usize = 16 << 10;
+    let mut table = Vec::with_capacity(USUAL);
+    File::open("/proc/self/mountinfo")?.read_to_end(&mut table)?;
+    Ok(table)
 }
 
 /// The mounts at exactly this path, the lowest first.
@@ -186,6 +206,14 @@ not a mount
             (OsStr::new(""), "tmpfs")
         );
         assert_eq!(mounts[2].source, "a b");
+    }
+
+    #[test]
+    fn one_line_is_that_of_the_whole_number() {
+        for mount in parse(TABLE) {
+            assert_eq!(line(TABLE, mount.id).as_ref(), Some(&mount));
+            assert_eq!(line(TABLE, mount.id / 10), None);
+        }
     }
 
     #[test]

@@ -65,11 +65,9 @@ impl Writes {
 
     /// Notes what can be seen only as long as the filesystem is mounted at its target. Blocks.
     pub(crate) fn look(&mut self, mount: MountId, at: &PathAt) {
-        let table = mountinfo::read().unwrap_or_default();
-        let is = |line: &&mountinfo::MountInfo| mount.is(line);
-        let has_turned = |line: &mountinfo::MountInfo| line.is_stopped();
-        self.turned_read_only |=
-            !self.was_read_only && table.iter().find(is).is_some_and(has_turned);
+        let line = mountinfo::read_one(mount.number()).unwrap_or_default();
+        let line = line.filter(|line| mount.is(line));
+        self.turned_read_only |= !self.was_read_only && line.is_some_and(|line| line.is_stopped());
         if self.directory.is_none() {
             let written = at.open().and_then(root).and_then(syncfs);
             self.refused = self.refused.or(written.err());
