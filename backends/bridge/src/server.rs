@@ -276,7 +276,11 @@ async fn send<W: AsyncWrite + Unpin>(
     mut writer: W,
     mut outgoing: mpsc::Receiver<Vec<u8>>,
 ) -> std::io::Result<()> {
-    while let Some(bytes) = outgoing.recv().await {
+    while let Some(mut bytes) = outgoing.recv().await {
+        // What waits already is written at once: in a guest, each write leaves it.
+        while let Ok(further) = outgoing.try_recv() {
+            bytes.extend(further);
+        }
         writer.write_all(&bytes).await?;
         writer.flush().await?;
     }
