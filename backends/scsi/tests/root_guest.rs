@@ -32,6 +32,15 @@ fn unplugger(tree: &Tree) -> ScsiUnplugger {
         .with_removal_deadline(DEFAULT_TIMEOUT)
 }
 
+/// A disk at `scsi:0/5` whose node is said to have this name.
+fn disk_with_node(tree: &Tree, disk: &Loop, node: &str) {
+    tree.host(FIRST, 3);
+    tree.disk("3:0:0:5", disk);
+    let name = disk.node().file_name().unwrap().to_str().unwrap();
+    let block = format!("bus/scsi/devices/3:0:0:5/block/{name}");
+    tree.name(&block, disk, node);
+}
+
 fn locator(text: &str) -> DeviceLocator {
     text.parse().unwrap()
 }
@@ -186,32 +195,25 @@ async fn root_g11_waits_are_bounded_and_the_error_says_what_was_missing() {
 async fn root_g11_g15_a_node_that_is_missing_or_another_is_not_taken() {
     let tree = Tree::new();
     let (disk, other) = (Loop::new(), Loop::new());
-    tree.host(FIRST, 3);
-    tree.disk("3:0:0:5", &disk);
-    let block = format!(
-        "bus/scsi/devices/3:0:0:5/block/{}",
-        disk.node().file_name().unwrap().to_str().unwrap()
-    );
     let missing = async |what: &str| {
         let result = resolver(&tree).resolve(&locator("scsi:0/5")).await;
         let message = refused(result, ErrorKind::NotFound);
         assert!(message.contains(what), "{message}");
     };
-    tree.name(&block, &disk, "blockmount-no-such-node");
+    disk_with_node(&tree, &disk, "blockmount-no-such-node");
     missing("device /dev/blockmount-no-such-node is not ready").await;
     let name = other.node().file_name().unwrap().to_str().unwrap();
-    tree.name(&block, &disk, name);
+    disk_with_node(&tree, &disk, name);
     missing(&format!(
         "is block device {} and not {}",
         other.number(),
         disk.number()
     ))
     .await;
-    tree.name(&block, &disk, "../etc/passwd");
+    disk_with_node(&tree, &disk, "../etc/passwd");
     missing("there is no name of a block device").await;
 }
 
-/// The kernel is asked once, for exactly the LUN that is missing, and not before half of the time is over.
 /// Waits for a file of the tree, of which nothing is announced.
 async fn until(is_there: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -221,6 +223,7 @@ async fn until(is_there: impl Fn() -> bool) {
     }
 }
 
+/// The kernel is asked once, for exactly the LUN that is missing, and not before half of the time is over.
 #[tokio::test]
 async fn root_a_disk_that_is_not_announced_is_asked_for_and_awaited() {
     let tree = Tree::new();
@@ -378,11 +381,7 @@ async fn root_what_is_not_there_is_unplugged_and_what_is_no_disk_needs_no_proof(
 async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
     let tree = Tree::new();
     let disk = Loop::new();
-    tree.host(FIRST, 3);
-    tree.disk("3:0:0:5", &disk);
-    let name = disk.node().file_name().unwrap().to_str().unwrap();
-    let block = format!("bus/scsi/devices/3:0:0:5/block/{name}");
-    tree.name(&block, &disk, "blockmount-no-such-node");
+    disk_with_node(&tree, &disk, "blockmount-no-such-node");
     let message = refused(
         unplugger(&tree).unplug(&locator("scsi:0/5")).await,
         ErrorKind::Other,
@@ -396,12 +395,8 @@ async fn root_a_disk_that_cannot_be_opened_is_not_deleted() {
 async fn root_i09_a_disk_whose_node_comes_late_is_waited_for() {
     let tree = Tree::new();
     let disk = Loop::new();
-    tree.host(FIRST, 3);
-    tree.disk("3:0:0:5", &disk);
-    let name = disk.node().file_name().unwrap().to_str().unwrap();
     let late = format!("blockmount-late-{}", std::process::id());
-    let block = format!("bus/scsi/devices/3:0:0:5/block/{name}");
-    tree.name(&block, &disk, &late);
+    disk_with_node(&tree, &disk, &late);
     let patient = Duration::from_secs(20);
     let unplugger = unplugger(&tree)
         .with_timeout(patient)
