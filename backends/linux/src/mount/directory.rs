@@ -64,7 +64,7 @@ pub(crate) fn check_free(list: &UndoList<'_>) -> Result<(), BackendError> {
 pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendError> {
     let path = list.target().path();
     let above = path.parent().zip(path.file_name());
-    let Some((above, name)) = above else {
+    let (Some((above, name)), false) = (above, list.has_journal()) else {
         return Ok(None);
     };
     // Each directory of ours on the way is shared, which needs a look at it.
@@ -80,22 +80,10 @@ pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendEr
         join(list, parent.id, above);
     }
     let _held = list.hold(Key::Directory(path.to_owned()))?;
-    let has_journal = list.has_journal();
-    let is_made = if has_journal {
-        let wanted = Wanted {
-            parent: parent.directory(),
-            name,
-            path,
-            mode: Mode::RWXU,
-            scratch: false,
-        };
-        make(list, &wanted).unwrap_or(false)
-    } else {
-        mkdirat(parent.directory(), name, Mode::RWXU).is_ok()
-    };
-    // The walk says what is there, or what is wrong.
-    if !is_made {
-        return Ok(None);
+    match mkdirat(parent.directory(), name, Mode::RWXU) {
+        Ok(()) => {}
+        // The walk says what is there, or what is wrong.
+        Err(_) => return Ok(None),
     }
     let trouble = |errno| errno_error(format!("cannot look at {}", path.display()), errno);
     let seen = parent.look(name, StatxFlags::MNT_ID).map_err(trouble)?;
@@ -104,14 +92,12 @@ pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendEr
     if !is_ours {
         return Ok(None);
     }
-    if !has_journal {
-        list.add(Undo::RemoveDirectory(DirectoryStep {
-            path: path.into(),
-            staged: None,
-            id: Some(FileId::seen(&seen)),
-            scratch: false,
-        }))?;
-    }
+    list.add(Undo::RemoveDirectory(DirectoryStep {
+        path: path.into(),
+        staged: None,
+        id: Some(FileId::seen(&seen)),
+        scratch: false,
+    }))?;
     let name = name.to_owned();
     Ok(Some(Fresh { parent, name }))
 }
@@ -212,12 +198,7 @@ pub(crate) fn make(list: &UndoList<'_>, wanted: &Wanted<'_>) -> Result<bool, Bac
         };
     };
     list.add(wanted.step(Some(&staged), None))?;
-    mkdirat(wanted.parent, &*staged, wanted.mode).map_err(|errno| {
-        let given_up = wanted.step(Some(&staged), None);
-        list.retain(|step| *step != given_up);
-        trouble(errno)
-    })?;
-    let mut id = id_below(wanted.parent, OsStr::new(&staged)).map_err(trouble)?;
+    let mut id = wanted.make_as(OsStr::new(&staged)).map_err(trouble)?;
     list.amend(wanted.step(Some(&staged), Some(id)))?;
     let flags = RenameFlags::NOREPLACE;
     let renamed = match renameat_with(wanted.parent, &*staged, wanted.parent, wanted.name, flags) {
