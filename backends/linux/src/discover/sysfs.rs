@@ -59,16 +59,10 @@ pub fn names(directory: &Path) -> Result<Vec<String>, BackendError> {
 /// The system's.
 pub fn numbered(directory: &Path, prefix: &str) -> Result<Vec<(PathBuf, u32)>, BackendError> {
     let numbered = |name: String| {
-        let number = number_after(prefix, &name)?;
-        Some((directory.join(name), number))
+        let number = DeviceLocator::number(name.strip_prefix(prefix)?)?;
+        Some((directory.join(&name), number.try_into().ok()?))
     };
     Ok(names(directory)?.into_iter().filter_map(numbered).collect())
-}
-
-/// The number of a name such as `host3`, as for [`numbered`].
-pub fn number_after(prefix: &str, name: &str) -> Option<u32> {
-    let number = DeviceLocator::number(name.strip_prefix(prefix)?)?;
-    number.try_into().ok()
 }
 
 /// The bytes of an attribute of a device; nothing if the device or the attribute is not there. Blocks.

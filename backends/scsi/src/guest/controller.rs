@@ -40,15 +40,11 @@ impl ControllerId {
     /// Its SCSI host: the directory, and the number.
     fn host(self, sysfs: &Path) -> Probe<(PathBuf, u32)> {
         let device = self.directory(sysfs);
-        let mut hosts = Vec::new();
-        for name in sysfs::names(&device)? {
-            let path = device.join(&name);
-            // A virtio device sits on the PCI device; other drivers have their host there at once.
-            if sysfs::number_after("virtio", &name).is_some() {
-                hosts.extend(sysfs::numbered(&path, "host")?);
-            } else if let Some(number) = sysfs::number_after("host", &name) {
-                hosts.push((path, number));
-            }
+        // A virtio device sits on the PCI device; other drivers have their host there at once.
+        let virtio = sysfs::numbered(&device, "virtio")?;
+        let mut hosts = sysfs::numbered(&device, "host")?;
+        for (below, _) in virtio {
+            hosts.extend(sysfs::numbered(&below, "host")?);
         }
         match hosts.as_slice() {
             [host] => Ok(host.clone()),
