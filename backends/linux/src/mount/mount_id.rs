@@ -1,5 +1,6 @@
 //! Mounts by identity.
 
+use std::io;
 use std::os::fd::OwnedFd;
 
 use blockmount::BackendError;
@@ -98,10 +99,15 @@ impl MountId {
             self.reused = numbers.own;
             return Ok(Some(numbers.parent));
         }
-        let line = mountinfo::read_one(self.reused);
+        let line = self.line();
         let line = line.map_err(|error| errno_error("cannot read the table of mounts", error))?;
-        let line = line.filter(|line| self.is(line));
         Ok(line.map(|line| line.parent))
+    }
+
+    /// Its line in the kernel's table; none if it is nowhere in this namespace.
+    pub(crate) fn line(&self) -> io::Result<Option<MountInfo>> {
+        let line = mountinfo::read_one(self.reused)?;
+        Ok(line.filter(|line| self.is(line)))
     }
 
     /// Whether it is the mount in a line of the kernel's table.

@@ -11,7 +11,6 @@ use rustix::path::Arg;
 
 use crate::device::number::DeviceNumber;
 use crate::mount::mount_id::MountId;
-use crate::mount::mountinfo;
 use crate::mount::target::PathAt;
 
 /// The writes to a mounted filesystem. Keeps the filesystem alive, so it must be gone before its device is free.
@@ -65,8 +64,7 @@ impl Writes {
 
     /// Notes what can be seen only as long as the filesystem is mounted at its target. Blocks.
     pub(crate) fn look(&mut self, mount: MountId, at: &PathAt) {
-        let line = mountinfo::read_one(mount.number()).unwrap_or_default();
-        let line = line.filter(|line| mount.is(line));
+        let line = mount.line().unwrap_or_default();
         self.turned_read_only |= !self.was_read_only && line.is_some_and(|line| line.is_stopped());
         if self.directory.is_none() {
             let written = at.open().and_then(root).and_then(syncfs);
