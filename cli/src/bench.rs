@@ -169,9 +169,9 @@ async fn bare(
         Guest::Qemu(guest) => floor::in_vm(guest, images).await,
         Guest::Local(_) => {
             let (images, mark) = (images.to_vec(), machine.mark());
-            let directory = machine.work_dir()?.to_owned();
+            let mount_root = machine.mount_root().to_owned();
             interrupt
-                .blocking(move |_| floor::here(&images, &mark, &directory))
+                .blocking(move |_| floor::here(&images, &mark, &mount_root))
                 .await
         }
     }

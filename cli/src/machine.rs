@@ -383,6 +383,11 @@ impl Machine {
         self.run.mark()
     }
 
+    /// Below this, what this machine mounts without a path of the caller's.
+    pub(crate) fn mount_root(&self) -> &Path {
+        self.run.mount_root()
+    }
+
     /// A directory for image files, on a disk, which is made if it is not there.
     pub(crate) fn work_dir(&self) -> Result<&Path, Failure> {
         self.run.make_work_dir()

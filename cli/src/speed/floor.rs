@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,14 +25,15 @@ const FIRST_LUN: u64 = 128;
 /// How the image is mounted: without a log, since it is read-only.
 const DATA: &CStr = c"noload";
 
-/// Mounts images on this machine, one after the other, and unmounts them. Nothing stays after a failure either.
-pub(crate) fn here(images: &[PathBuf], mark: &str, directory: &Path) -> Result<Passed, Failure> {
+/// Mounts images on this machine, one after the other, each at a directory of its own, and unmounts them. The directories are
+/// made and removed on the way, as the manager does, in the same filesystem: there is none to mount at before. Nothing stays after
+/// a failure either.
+pub(crate) fn here(images: &[PathBuf], mark: &str, mount_root: &Path) -> Result<Passed, Failure> {
+    let directory = mount_root.join("bare");
+    fs::create_dir_all(&directory).context(|| format!("cannot make {}", directory.display()))?;
     let targets: Vec<PathBuf> = (0..images.len())
-        .map(|number| directory.join(format!("bare-{number}")))
+        .map(|number| directory.join(number.to_string()))
         .collect();
-    for target in &targets {
-        fs::create_dir(target).context(|| format!("cannot make {}", target.display()))?;
-    }
     let mut passed = Passed::default();
     let start = Instant::now();
     let mounted = images
@@ -43,22 +45,24 @@ pub(crate) fn here(images: &[PathBuf], mark: &str, directory: &Path) -> Result<P
     let mut unmounted = Ok(());
     for target in &targets {
         let since = Instant::now();
-        match unmount(target, UnmountFlags::NOFOLLOW) {
-            Ok(()) => note(&mut passed.steps, Step::Unmount, since),
+        let removed = unmount(target, UnmountFlags::NOFOLLOW)
+            .map_err(io::Error::from)
+            .and_then(|()| {
+                note(&mut passed.steps, Step::Unmount, since);
+                fs::remove_dir(target)
+            });
+        match removed {
             // The first that could not be mounted has said why.
-            Err(_) if mounted.is_err() => {}
-            Err(error) => {
-                let what = || format!("cannot unmount {}", target.display());
-                unmounted = unmounted.and(Err(error).context(what));
+            Err(_) if mounted.is_err() => drop(fs::remove_dir(target)),
+            removed => {
+                let what = || format!("cannot unmount and remove {}", target.display());
+                unmounted = unmounted.and(removed.context(what));
             }
         }
     }
     passed.down = start.elapsed();
-    for target in targets {
-        let removed = fs::remove_dir(&target);
-        unmounted =
-            unmounted.and(removed.context(|| format!("cannot remove {}", target.display())));
-    }
+    // In vain while the manager has mounts beside it, which removes the root after the last of them.
+    let _ = fs::remove_dir(&directory).and_then(|()| fs::remove_dir(mount_root));
     mounted.and(unmounted).map(|()| passed)
 }
 
@@ -73,6 +77,7 @@ fn mount_here(
     let device = device.context(|| format!("cannot bind {} to a loop device", image.display()))?;
     note(steps, Step::Attach, since);
     let since = Instant::now();
+    fs::create_dir(target).context(|| format!("cannot make {}", target.display()))?;
     mount(
         device.node(),
         target,
