@@ -34,7 +34,7 @@ enum Polled {
 
 /// Runs blocking system calls on the blocking threads of tokio. For backends.
 ///
-/// Work that is queued while as many threads are busy as the machine has processors waits for one of them; where one piece of
+/// Work that is queued while two threads for each processor of the machine are busy waits for one of them; where one piece of
 /// work takes longer than some milliseconds, a further thread takes its place. Answers of short pieces of work come together.
 ///
 /// Must be called in a runtime of tokio.

@@ -1,7 +1,7 @@
 //! The queue of blocking work of each runtime, and the threads that work it off.
 //!
-//! The threads are those of the runtime (`spawn_blocking`), so that its end waits for work that has begun. As many as the
-//! machine has processors take work until the queue is empty, without being woken for each piece. Answers are given when the
+//! The threads are those of the runtime (`spawn_blocking`), so that its end waits for work that has begun. Two for each
+//! processor of the machine take work until the queue is empty, without being woken for each piece. Answers are given when the
 //! queue is empty, or after [`LONGEST_DELAY`]: then the runtime is woken once for many of them.
 //!
 //! Work may wait, for a slow disk or for ever for a dead one. A thread whose work takes longer than [`STALL`] does not count any
@@ -24,9 +24,12 @@ const MOST_ANSWERS: usize = 256;
 /// Work that takes longer waits for something else than a processor.
 const STALL: Duration = Duration::from_millis(3);
 
-/// How many threads work at once, besides those whose work waits.
+/// How many threads work for each processor: a mount waits for its disk about as long as it needs a processor.
+const EACH: usize = 2;
+
+/// How many threads work at once, besides those whose work waits for longer.
 static THREADS: LazyLock<usize> =
-    LazyLock::new(|| thread::available_parallelism().map_or(2, |count| count.get().max(2)));
+    LazyLock::new(|| thread::available_parallelism().map_or(EACH, |count| count.get() * EACH));
 
 /// Work in the queue.
 pub(super) type Job = Box<dyn FnOnce() -> Outcome + Send>;

@@ -12,7 +12,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 #[tokio::test]
 async fn work_that_waits_makes_room_for_other_work() {
-    let hanging = thread::available_parallelism().map_or(2, usize::from) * 2 + 3;
+    let hanging = thread::available_parallelism().map_or(2, usize::from) * 4 + 3;
     // All of them are on threads at once, or none goes on.
     let all = Arc::new(Barrier::new(hanging + 1));
     let waits: Vec<_> = (0..hanging)
