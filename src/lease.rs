@@ -221,14 +221,14 @@ impl<D: Driver> Table<D> {
 
     fn join_entry(self: &Arc<Self>, entry: EntryRef<D>) -> Option<Lease<D>> {
         match &mut lock(&entry.held).state {
-            State::Up(leases) => *leases += 1,
-            state @ State::Lingering(_) => {
-                self.lingering.remove(state);
-                *state = State::Up(1);
+            State::Up(shares) => shares.count += 1,
+            state @ &mut State::Lingering(number) => {
+                self.lingering.remove(number);
+                *state = State::up(Arc::clone(self));
             }
             _ => return None,
         }
-        Some(Lease::new(Arc::clone(self), entry))
+        Some(Lease::new(entry))
     }
 
     /// Shares the resource under `key`, and sets it up first if need be. `check` refuses to share what is up; `job` is made if
@@ -380,9 +380,9 @@ impl<D: Driver> Table<D> {
         match self.driver.setup(&entry.key, job).await {
             Ok(resource) => {
                 let _set_once = entry.resource.set(resource);
-                entry.set(State::Up(1));
+                entry.set(State::up(self));
                 let entry = EntryRef::clone(entry);
-                (Ok(Lease::new(self, entry)), Some(turn))
+                (Ok(Lease::new(entry)), Some(turn))
             }
             Err(error) => {
                 Box::pin(self.clean_up(turn, error.clone())).await;
@@ -484,12 +484,12 @@ impl<D: Driver> Table<D> {
     /// Has what lingers torn down next. False if it does not linger.
     fn stop_lingering(&self, entry: &Entry<D>) -> bool {
         let state = &mut lock(&entry.held).state;
-        let lingers = matches!(state, State::Lingering(_));
-        if lingers {
-            self.lingering.remove(state);
-            *state = State::released();
-        }
-        lingers
+        let &mut State::Lingering(number) = state else {
+            return false;
+        };
+        self.lingering.remove(number);
+        *state = State::released();
+        true
     }
 
     /// Puts in what a restart has left, before any caller has the table: up with one share, or only to be torn down. The
@@ -502,13 +502,13 @@ impl<D: Driver> Table<D> {
     ) -> Option<Lease<D>> {
         self.runtime.get_or_init(Handle::current);
         let state = match &up {
-            Some(_) => State::Up(1),
+            Some(_) => State::up(Arc::clone(self)),
             None => State::released(),
         };
         let restored = || EntryRef::new(Entry::new(key.clone(), state, Some(job)));
         let entry = self.entries.get_or_insert(&key, restored);
         let _set_once = entry.resource.set(up?);
-        Some(Lease::new(Arc::clone(self), entry))
+        Some(Lease::new(entry))
     }
 
     /// Runs the tear-downs that are pending or under way, but waits for no set-up. Whether one of them has succeeded: a

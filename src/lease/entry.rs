@@ -1,9 +1,9 @@
 //! One key of the table: its state, its resource and its queue.
 
 use std::collections::VecDeque;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use super::Driver;
+use super::{Driver, Table};
 use crate::Error;
 use crate::sync::{Mutex, is_over, lock, oneshot};
 
@@ -20,7 +20,7 @@ pub(super) type EntryRef<D> = triomphe::Arc<Entry<D>>;
 
 /// What changes of an entry, behind a lock that is held for a few instructions.
 pub(super) struct Held<D: Driver> {
-    pub(super) state: State,
+    pub(super) state: State<D>,
     job: JobSlot<D>,
 }
 
@@ -43,11 +43,11 @@ pub(super) struct Turn<D: Driver> {
     pub(super) job: Option<D::Job>,
 }
 
-pub(super) enum State {
+pub(super) enum State<D: Driver> {
     /// The driver has not been called yet.
     Idle,
-    /// The resource is up, and this many leases keep it so.
-    Up(usize),
+    /// The resource is up, and leases keep it so.
+    Up(Shares<D>),
     /// The resource is up, and no lease keeps it so. Its number among those that linger.
     Lingering(u64),
     /// The resource may or may not be up; `teardown` must succeed before anything else. The attempts so far, if one has
@@ -55,6 +55,14 @@ pub(super) enum State {
     Draining(Option<Box<Failed>>),
     /// This entry has left the table; the error is the outcome for every task that queued on it.
     Gone(Option<Error>),
+}
+
+/// The leases of a resource that is up.
+pub(super) struct Shares<D: Driver> {
+    pub(super) count: usize,
+    /// The table that tears it down after the last: kept here for all of them, so that each is one pointer, and counts one.
+    /// None once a lease was abandoned, as then none is the last.
+    pub(super) table: Option<Arc<Table<D>>>,
 }
 
 /// Attempts to tear down that have failed.
@@ -75,7 +83,13 @@ pub(super) enum Phase {
     Gone(Option<Error>),
 }
 
-impl State {
+impl<D: Driver> State<D> {
+    /// Up, with the first lease.
+    pub(super) fn up(table: Arc<Table<D>>) -> Self {
+        let table = Some(table);
+        State::Up(Shares { count: 1, table })
+    }
+
     /// To be torn down, and no attempt has been made.
     pub(super) fn released() -> Self {
         State::Draining(None)
@@ -95,7 +109,7 @@ impl State {
 }
 
 impl<D: Driver> Entry<D> {
-    pub(super) fn new(key: D::Key, state: State, job: Option<D::Job>) -> Self {
+    pub(super) fn new(key: D::Key, state: State<D>, job: Option<D::Job>) -> Self {
         let job = JobSlot::of(job);
         Entry {
             key,
@@ -207,7 +221,7 @@ impl<D: Driver> Entry<D> {
         lock(&self.held).state.attempts()
     }
 
-    pub(super) fn set(&self, state: State) {
+    pub(super) fn set(&self, state: State<D>) {
         let before = std::mem::replace(&mut lock(&self.held).state, state);
         // Only now, without the lock.
         drop(before);

@@ -11,12 +11,10 @@ use crate::release::{PendingRelease, ReleaseError, Releasing, nothing_to_release
 use crate::sync::{Handle, lock, oneshot, timeout};
 
 /// One caller's share of a resource that is up; its `Drop` releases it.
-pub(crate) struct Lease<D: Driver>(Option<Share<D>>);
-
-struct Share<D: Driver> {
-    table: Arc<Table<D>>,
-    entry: EntryRef<D>,
-}
+pub(crate) struct Lease<D: Driver>(
+    /// None once it is released.
+    Option<EntryRef<D>>,
+);
 
 /// Tells one resource that is up from all others, also from a later one under its key. It keeps nothing up.
 pub(crate) struct Which<D: Driver>(EntryRef<D>);
@@ -35,31 +33,35 @@ impl<D: Driver> PartialEq for Which<D> {
 
 impl<D: Driver> Lease<D> {
     /// For one that has been counted.
-    pub(super) fn new(table: Arc<Table<D>>, entry: EntryRef<D>) -> Self {
-        Lease(Some(Share { table, entry }))
+    pub(super) fn new(entry: EntryRef<D>) -> Self {
+        Lease(Some(entry))
+    }
+
+    fn entry(&self) -> &EntryRef<D> {
+        self.0.as_ref().expect("held until it is released")
     }
 
     pub(crate) fn resource(&self) -> &D::Resource {
-        let share = self.0.as_ref().expect("held until it is released");
-        let resource = share.entry.resource.get();
+        let resource = self.entry().resource.get();
         resource.expect("set before the first lease was born")
     }
 
     pub(crate) fn key(&self) -> &D::Key {
-        let share = self.0.as_ref().expect("held until it is released");
-        &share.entry.key
+        &self.entry().key
     }
 
     pub(crate) fn which(&self) -> Which<D> {
-        let share = self.0.as_ref().expect("held until it is released");
-        Which(EntryRef::clone(&share.entry))
+        Which(EntryRef::clone(self.entry()))
     }
 
     /// One more share of what this one keeps up.
     pub(crate) fn share(&self) -> Self {
-        let Share { table, entry } = self.0.as_ref().expect("held until it is released");
-        let shared = table.join_entry(EntryRef::clone(entry));
-        shared.expect("a lease keeps its entry up")
+        let entry = self.entry();
+        match &mut lock(&entry.held).state {
+            State::Up(shares) => shares.count += 1,
+            _ => unreachable!("a lease keeps its entry up"),
+        }
+        Lease::new(EntryRef::clone(entry))
     }
 
     /// Releases the lease. It is counted back when this returns; the future waits for the tear-down if
@@ -74,21 +76,28 @@ impl<D: Driver> Lease<D> {
     }
 
     fn give_back(mut self, may_linger: bool) -> Releasing {
-        let share = self.0.take();
-        let last = share.and_then(|share| share.give_back(may_linger));
+        let entry = self.0.take();
+        let last = entry.and_then(|entry| give_back(entry, may_linger));
         last.map_or_else(nothing_to_release, LastShare::start)
     }
 
     /// Gives the lease up without releasing it: what it keeps up stays in use for as long as its table lives.
     pub(crate) fn abandon(mut self) {
-        drop(self.0.take());
+        if let Some(entry) = self.0.take() {
+            let table = match &mut lock(&entry.held).state {
+                State::Up(shares) => shares.table.take(),
+                _ => None,
+            };
+            // Only now, without the lock.
+            drop(table);
+        }
     }
 }
 
 impl<D: Driver> Drop for Lease<D> {
     fn drop(&mut self) {
-        let share = self.0.take();
-        let last = share.and_then(|share| share.give_back(true));
+        let entry = self.0.take();
+        let last = entry.and_then(|entry| give_back(entry, true));
         if let Some(last) = last.filter(|last| !last.table.driver.is_frozen()) {
             // Without a caller that waits, its error is logged. No backend is called in a `Drop`.
             drop(last.start_in_task());
@@ -96,33 +105,33 @@ impl<D: Driver> Drop for Lease<D> {
     }
 }
 
-impl<D: Driver> Share<D> {
-    /// Counts the share back; returns the tear-down to run if it was the last and the resource does not linger.
-    fn give_back(self, may_linger: bool) -> Option<LastShare<D>> {
-        let Share { table, entry } = self;
-        let mut held = lock(&entry.held);
-        match &mut held.state {
-            State::Up(leases) if *leases > 1 => {
-                *leases -= 1;
-                return None;
-            }
-            last => debug_assert!(matches!(last, State::Up(1)), "a lease keeps its entry up"),
-        }
-        let number = match may_linger && table.lets_linger(&entry) {
-            true => table.lingering.add(|| Table::lingerer(&table, &entry)),
-            false => None,
-        };
-        if let Some(number) = number {
-            held.state = State::Lingering(number);
-            drop(held);
-            table.lingering.enforce(|| table.runtime());
-            return None;
-        }
-        held.state = State::released();
-        let turn = held.free_turn(&entry);
-        drop(held);
-        Some(LastShare { table, entry, turn })
+/// Counts a share of an entry back; returns the tear-down to run if it was the last and the resource does not linger.
+fn give_back<D: Driver>(entry: EntryRef<D>, may_linger: bool) -> Option<LastShare<D>> {
+    let mut held = lock(&entry.held);
+    let State::Up(shares) = &mut held.state else {
+        debug_assert!(false, "a lease keeps its entry up");
+        return None;
+    };
+    shares.count -= 1;
+    if shares.count > 0 {
+        return None;
     }
+    // There is one: a lease that was abandoned stays counted.
+    let table = shares.table.take()?;
+    let number = match may_linger && table.lets_linger(&entry) {
+        true => table.lingering.add(|| Table::lingerer(&table, &entry)),
+        false => None,
+    };
+    if let Some(number) = number {
+        held.state = State::Lingering(number);
+        drop(held);
+        table.lingering.enforce(|| table.runtime());
+        return None;
+    }
+    held.state = State::released();
+    let turn = held.free_turn(&entry);
+    drop(held);
+    Some(LastShare { table, entry, turn })
 }
 
 /// What is left of the last share of an entry: a tear-down that nobody has attempted yet.

@@ -18,7 +18,7 @@ impl<D: Driver> Table<D> {
             let status = match &lock(&entry.held).state {
                 State::Gone(_) => continue,
                 State::Idle => LeaseStatus::new(LeaseState::Starting, 0, 0, None),
-                State::Up(shares) => LeaseStatus::new(LeaseState::Up, *shares, 0, None),
+                State::Up(shares) => LeaseStatus::new(LeaseState::Up, shares.count, 0, None),
                 State::Lingering(_) => LeaseStatus::new(LeaseState::Lingering, 0, 0, None),
                 State::Draining(failed) => {
                     let state = match failed {

@@ -329,6 +329,22 @@ fn explore_restart(ends: bool) {
 }
 
 #[test]
+fn a_lease_keeps_its_table_until_one_is_abandoned() {
+    check(|| async {
+        let table = table(false);
+        let (lease, abandoned) = (acquire(&table, 0).await, acquire(&table, 0).await);
+        let (lease, abandoned) = (lease.ok().unwrap(), abandoned.ok().unwrap());
+        let is_kept = Arc::downgrade(&table);
+        drop(table);
+        assert!(is_kept.upgrade().is_some());
+        abandoned.abandon();
+        assert!(is_kept.upgrade().is_none());
+        assert_eq!(*lease.resource(), 0);
+        lease.release().await.ok().unwrap();
+    });
+}
+
+#[test]
 fn two_callers_of_one_key() {
     explore(2, 1, false);
 }

@@ -68,7 +68,7 @@ impl<D: Driver> Lingerer for Idle<D> {
             if !matches!(state, State::Lingering(now) if *now == number) {
                 return None;
             }
-            table.lingering.remove(state);
+            table.lingering.remove(number);
             *state = State::released();
         }
         Some(PendingTeardown::new(table, entry).start_in_task())
@@ -115,9 +115,9 @@ impl Lingering {
     }
 
     /// Takes one out of the queue whose state, which the caller holds, is about to be another.
-    pub(super) fn remove(&self, state: &State) {
-        if let (Some(shared), State::Lingering(number)) = (&self.0, state) {
-            let removed = shared.queue().waiting.remove(number);
+    pub(super) fn remove(&self, number: u64) {
+        if let Some(shared) = &self.0 {
+            let removed = shared.queue().waiting.remove(&number);
             // Only now, without the lock.
             drop(removed);
         }
