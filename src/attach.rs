@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tracing::info_span;
 
-use crate::call::{call, call_within};
+use crate::call::{Asked, ask, call};
 use crate::holders::{Holder, Holders};
 use crate::inspect::{Latencies, Timed};
 use crate::journal::{AttachmentRecord, Record, RecordKey};
@@ -169,10 +169,22 @@ impl AttachManager {
         (lease.map(|lease| Attachment(lease.into())), error)
     }
 
-    /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
     pub(crate) async fn identify(&self, disk: &Disk) -> Result<DiskId, Error> {
-        let identify = || self.table.driver().transport.identify(disk);
-        let id = call_within(self.table.timeout(), identify).await;
+        self.identified(self.ask_id(disk), disk).await
+    }
+
+    /// Called for every request, also for disks that are up: no span, no task, no timer unless it waits.
+    pub(crate) fn ask_id<'a>(&'a self, disk: &'a Disk) -> Asked<'a, DiskId> {
+        ask(|| self.table.driver().transport.identify(disk))
+    }
+
+    /// Waits for the answer.
+    pub(crate) async fn identified(
+        &self,
+        asked: Asked<'_, DiskId>,
+        disk: &Disk,
+    ) -> Result<DiskId, Error> {
+        let id = asked.within(self.table.timeout()).await;
         let id = id.unwrap_or_else(|| Err(self.table.timed_out()));
         id.map_err(|cause| Error::new(Step::Identify, cause).on_disk(disk))
     }
@@ -202,12 +214,17 @@ impl AttachManager {
         Ok(Attachment(lease.into()))
     }
 
-    /// Where a disk is attached with the access and options of `disk`, if it is and has not changed since; nothing keeps it
-    /// there.
-    pub(crate) fn peek(&self, id: &DiskId, disk: &Disk) -> Option<DeviceLocator> {
+    /// Reads where a disk is attached with the access and options of `disk`, if it is and has not changed since; nothing keeps
+    /// it there.
+    pub(crate) fn peek<T>(
+        &self,
+        id: &DiskId,
+        disk: &Disk,
+        read: impl FnOnce(&DeviceLocator) -> T,
+    ) -> Option<T> {
         self.table.peek(id, |known, up| {
             let is_same = known.is_unchanged(id) && up.check(disk).is_ok();
-            is_same.then(|| up.locator.clone())
+            is_same.then(|| read(&up.locator))
         })?
     }
 

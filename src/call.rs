@@ -3,7 +3,7 @@
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tracing::{Span, debug};
@@ -55,23 +55,34 @@ impl Teardown {
     }
 }
 
-/// Runs one call of a backend that may be given up, and waits at most that long: none if it is not over by then. What is
-/// ready at once, as most answers are, costs no timer.
-pub(crate) async fn call_within<'a, T>(
-    timeout: Duration,
-    backend: impl FnOnce() -> Answer<'a, T>,
-) -> Option<Result<T, BackendError>> {
+/// A call of a backend that may be given up. What is over at once, as most calls are, costs no future and no timer.
+pub(crate) enum Asked<'a, T> {
+    Over(Result<T, BackendError>),
+    Waits(Answer<'a, T>),
+}
+
+/// Begins such a call: its answer is polled once. If it has to wait, the waker that it is polled with next counts.
+pub(crate) fn ask<'a, T>(backend: impl FnOnce() -> Answer<'a, T>) -> Asked<'a, T> {
     let mut answer = match catch(backend) {
         Ok(answer) => answer,
-        Err(panicked) => return Some(Err(panicked)),
+        Err(panicked) => return Asked::Over(Err(panicked)),
     };
-    let at_once = poll_fn(|context| Poll::Ready(poll(&mut answer, context)));
-    match at_once.await {
-        Poll::Ready(outcome) => Some(outcome),
-        Poll::Pending => {
-            let rest = poll_fn(|context| poll(&mut answer, context));
-            // Boxed, since few come to it.
-            Box::pin(crate::sync::timeout(timeout, rest)).await.ok()
+    match poll(&mut answer, &mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(outcome) => Asked::Over(outcome),
+        Poll::Pending => Asked::Waits(answer),
+    }
+}
+
+impl<T> Asked<'_, T> {
+    /// Waits at most that long: none if it is not over by then.
+    pub(crate) async fn within(self, timeout: Duration) -> Option<Result<T, BackendError>> {
+        match self {
+            Asked::Over(outcome) => Some(outcome),
+            Asked::Waits(mut answer) => {
+                let rest = poll_fn(|context| poll(&mut answer, context));
+                // Boxed, since few come to it.
+                Box::pin(crate::sync::timeout(timeout, rest)).await.ok()
+            }
         }
     }
 }

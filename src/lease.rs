@@ -183,15 +183,14 @@ impl<D: Driver> Table<D> {
         &self.driver
     }
 
-    /// Shares a resource that is up, without waiting. `None` if there is none; an error if `check`
-    /// refuses.
-    pub(crate) fn join(
-        self: &Arc<Self>,
-        key: &(impl Hash + PartialEq<D::Key>),
-        check: impl FnOnce(&D::Resource) -> Result<(), Error>,
-    ) -> Option<Result<Lease<D>, Error>> {
-        let lease = self.join_entry(self.entries.read(key, EntryRef::clone)?)?;
-        Some(check(lease.resource()).map(|()| lease))
+    /// What is under a key, whatever becomes of it.
+    pub(crate) fn find(&self, key: &(impl Hash + PartialEq<D::Key>)) -> Option<Which<D>> {
+        self.entries.read(key, EntryRef::clone).map(Which)
+    }
+
+    /// Shares a resource that was found, without waiting. None if it is not up.
+    pub(crate) fn join(self: &Arc<Self>, found: Which<D>) -> Option<Lease<D>> {
+        self.join_entry(found.0)
     }
 
     /// A share of each resource that is up and wanted.

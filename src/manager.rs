@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 
-use crate::holders::Holders;
+use crate::call::Asked;
+use crate::holders::{Holder, Holders};
 use crate::inspect::Observed;
 use crate::lease::Table;
 use crate::mount::ensure_writable;
@@ -14,8 +15,8 @@ use crate::release::give_back;
 use crate::stack::{Combining, combine, release_all, reserve};
 use crate::view::{self, Viewing};
 use crate::{
-    AttachManager, Attachment, BlockMountManager, Disk, DiskId, Error, ExtraDisk, HolderName,
-    Mount, MountRequest, Stack, StackRequest, Turns, View, ViewRequest, Viewable,
+    AttachManager, Attachment, BlockMountManager, DeviceLocator, Disk, DiskId, Error, ExtraDisk,
+    HolderName, Mount, MountRequest, Stack, StackRequest, Turns, View, ViewRequest, Viewable,
 };
 
 mod builder;
@@ -43,6 +44,12 @@ pub struct Manager {
     pub(crate) views: Arc<Table<Viewing>>,
     pub(crate) resizing: Arc<Turns<DiskId>>,
     pub(crate) observed: Arc<Observed>,
+}
+
+/// How far an [`add`](Manager::add) has come at once.
+enum Adding<'a> {
+    Shared(Mount),
+    New(Option<Holder>, Asked<'a, DiskId>),
 }
 
 /// What [`Manager::drain`] found.
@@ -126,20 +133,55 @@ impl Manager {
     /// Outside of a tokio runtime.
     pub async fn add(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
         let _running = self.mounts.enter()?;
-        self.add_running(disk, request).await
+        // As in `add_running`, without one more future to go through where the mount is shared.
+        match self.begin_add(disk, request)? {
+            Adding::Shared(mount) => Ok(mount),
+            Adding::New(holder, id) => self.add_new(holder, id, disk, request).await,
+        }
     }
 
     async fn add_running(&self, disk: &Disk, request: &MountRequest) -> Result<Mount, Error> {
+        match self.begin_add(disk, request)? {
+            Adding::Shared(mount) => Ok(mount),
+            Adding::New(holder, id) => self.add_new(holder, id, disk, request).await,
+        }
+    }
+
+    /// What needs no wait: nearly all that there is to do where the disk is mounted already. No future has to be made for it,
+    /// and nothing be moved into one.
+    fn begin_add<'a>(
+        &'a self,
+        disk: &'a Disk,
+        request: &MountRequest,
+    ) -> Result<Adding<'a>, Error> {
         ensure_writable(disk, request)?;
         let holder = self.mounts.reserve(request)?;
-        let id = self.attachments.identify(disk).await?;
-        if holder.is_none()
+        let asked = self.attachments.ask_id(disk);
+        if let Asked::Over(Ok(id)) = &asked
+            && holder.is_none()
             && request.devices().is_empty()
-            && let Some(locator) = self.attachments.peek(&id, disk)
-            && let Some(mount) = self.mounts.join(&id, &locator, request)
+            && let Some(mount) = self.share(id, disk, request)
         {
-            return Ok(mount);
+            return Ok(Adding::Shared(mount));
         }
+        Ok(Adding::New(holder, asked))
+    }
+
+    /// A share of the mount of a disk, if there is one, in place of an attachment first and a mount then.
+    fn share(&self, id: &DiskId, disk: &Disk, request: &MountRequest) -> Option<Mount> {
+        let find = |locator: &DeviceLocator| self.mounts.find(locator, request.options());
+        let found = self.attachments.peek(id, disk, find)??;
+        self.mounts.join(found, id)
+    }
+
+    async fn add_new(
+        &self,
+        holder: Option<Holder>,
+        id: Asked<'_, DiskId>,
+        disk: &Disk,
+        request: &MountRequest,
+    ) -> Result<Mount, Error> {
+        let id = self.attachments.identified(id, disk).await?;
         let (attachment, devices) = match request.devices() {
             [] => (
                 self.attachments.attach_identified(id, disk).await?,

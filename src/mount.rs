@@ -13,12 +13,12 @@ use crate::claims::Claims;
 use crate::holders::{Holder, Holders, Running};
 use crate::inspect::Timed;
 use crate::journal::{MountKey, MountKeyParts, MountRecord, Record, RecordKey};
-use crate::lease::{Lease, Left, Lingering, Table, Tables};
+use crate::lease::{Lease, Left, Lingering, Table, Tables, Which};
 use crate::named::Named;
 use crate::release::{Releasing, give_back};
 use crate::{
-    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountRequest,
-    Mounter, Presence, ReleaseError, Step, Usage,
+    BackendError, DEFAULT_TIMEOUT, DeviceLocator, Disk, DiskId, Drained, Error, MountOptions,
+    MountRequest, Mounter, Presence, ReleaseError, Step, Usage,
 };
 
 mod attachments;
@@ -27,7 +27,8 @@ mod further;
 mod inspect;
 
 pub(crate) use attachments::Attachments;
-use driver::{MountJob, Mounted, Mounting};
+pub(crate) use driver::Mounting;
+use driver::{MountJob, Mounted};
 
 /// Mounts each device once for each set of options, shares the mount between all callers that request it,
 /// and unmounts with the last.
@@ -307,23 +308,23 @@ impl BlockMountManager {
         (lease.map(|lease| Mount(lease.into())), error)
     }
 
-    /// Shares the mount of a disk that is attached, if there is one, in place of an attachment first
-    /// and a mount then.
-    pub(crate) fn join(
+    /// The mount of a device that is or was up a moment ago.
+    pub(crate) fn find(
         &self,
-        id: &DiskId,
         device: &DeviceLocator,
-        request: &MountRequest,
-    ) -> Option<Mount> {
-        let key = MountKeyParts {
-            device,
-            options: request.options(),
-        };
-        let lease = self.table.join(&key, |up| up.ensure_whole())?.ok()?;
-        // Another disk may have this locator by now; the mount says which disk it is of.
-        let keeps = lease.resource().keeps.mounted.as_ref();
-        let is_of_it = keeps.is_some_and(|of| of.key() == id && of.key().is_unchanged(id));
-        is_of_it.then(|| Mount(lease.into()))
+        options: &MountOptions,
+    ) -> Option<Which<Mounting>> {
+        self.table.find(&MountKeyParts { device, options })
+    }
+
+    /// Shares a mount, if it is up and of a disk.
+    pub(crate) fn join(&self, mount: Which<Mounting>, id: &DiskId) -> Option<Mount> {
+        let up = mount.resource()?;
+        // Another disk may have its locator by now; the mount says which disk it is of.
+        let of = up.keeps.mounted.as_ref()?.key();
+        let is_of_it = of == id && of.is_unchanged(id) && up.ensure_whole().is_ok();
+        let lease = is_of_it.then(|| self.table.join(mount))??;
+        Some(Mount(lease.into()))
     }
 
     /// A share of each mount of a device.

@@ -16,7 +16,7 @@ const SHARDS: usize = 32;
 pub(super) struct Entries<D: Driver> {
     /// Without random state, so that a test's seed replays its schedule; no key comes from outside the host.
     hasher: FixedState,
-    /// Each lock is held for one look-up or change, never while anything else is called.
+    /// Each lock is held for one look-up or change. What reads an entry under it may look into the tables above, never below.
     shards: Box<[RwLock<Shard<D>>]>,
 }
 

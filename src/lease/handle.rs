@@ -17,9 +17,14 @@ pub(crate) struct Lease<D: Driver>(
 );
 
 /// Tells one resource that is up from all others, also from a later one under its key. It keeps nothing up.
-pub(crate) struct Which<D: Driver>(EntryRef<D>);
+pub(crate) struct Which<D: Driver>(pub(super) EntryRef<D>);
 
 impl<D: Driver> Which<D> {
+    /// What is up of it, or was.
+    pub(crate) fn resource(&self) -> Option<&D::Resource> {
+        self.0.resource.get()
+    }
+
     pub(crate) fn key(&self) -> &D::Key {
         &self.0.key
     }

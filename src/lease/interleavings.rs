@@ -203,8 +203,9 @@ async fn acquire(table: &Leases, key: u8) -> Answer<Fake> {
 /// One caller: acquires, holds and releases, in one of the ways in which callers do.
 async fn caller(table: Leases, key: u8) {
     let polls = thread_rng().gen_range(0..8usize);
-    let lease = match table.join(&key, |_| Ok(())) {
-        Some(joined) => Some(joined),
+    let joined = table.find(&key).and_then(|found| table.join(found));
+    let lease = match joined {
+        Some(joined) => Some(Ok(joined)),
         None if polls < 4 => poll_then_drop(acquire(&table, key), polls).await,
         None => Some(acquire(&table, key).await),
     };

@@ -17,13 +17,13 @@ use crate::release::Releasing;
 use crate::{BackendError, DeviceLocator, DiskId, Error, Mounter, Step};
 
 /// Mounting, as the lease table sees it.
-pub(super) struct Mounting {
+pub(crate) struct Mounting {
     pub(super) mounter: Timed<dyn Mounter>,
     pub(super) claims: Claims,
     pub(super) holders: Holders,
 }
 
-pub(super) struct MountJob {
+pub(crate) struct MountJob {
     under: Attachments,
     claim: Option<Claim>,
     /// What few mounts have: there are many.
@@ -39,7 +39,7 @@ struct Unusual {
     down: Teardown,
 }
 
-pub(super) struct Mounted {
+pub(crate) struct Mounted {
     pub(super) point: MountPoint,
     /// The disks that the entry keeps attached; none if they were attached without this manager.
     pub(super) keeps: WhichDisks,
