@@ -158,9 +158,7 @@ impl Manager {
         let holder = self.mounts.reserve(request)?;
         let asked = self.attachments.ask_id(disk);
         if let Asked::Over(Ok(id)) = &asked
-            && holder.is_none()
-            && request.devices().is_empty()
-            && let Some(mount) = self.share(id, disk, request)
+            && let Some(mount) = self.share(id, disk, request, holder.as_ref())
         {
             return Ok(Adding::Shared(mount));
         }
@@ -168,7 +166,16 @@ impl Manager {
     }
 
     /// A share of the mount of a disk, if there is one, in place of an attachment first and a mount then.
-    fn share(&self, id: &DiskId, disk: &Disk, request: &MountRequest) -> Option<Mount> {
+    fn share(
+        &self,
+        id: &DiskId,
+        disk: &Disk,
+        request: &MountRequest,
+        holder: Option<&Holder>,
+    ) -> Option<Mount> {
+        if holder.is_some() || !request.devices().is_empty() {
+            return None;
+        }
         let find = |locator: &DeviceLocator| self.mounts.find(locator, request.options());
         let found = self.attachments.peek(id, disk, find)??;
         self.mounts.join(found, id)
@@ -181,7 +188,11 @@ impl Manager {
         disk: &Disk,
         request: &MountRequest,
     ) -> Result<Mount, Error> {
+        let has_waited = matches!(id, Asked::Waits(_));
         let id = self.attachments.identified(id, disk).await?;
+        if has_waited && let Some(mount) = self.share(&id, disk, request, holder.as_ref()) {
+            return Ok(mount);
+        }
         let (attachment, devices) = match request.devices() {
             [] => (
                 self.attachments.attach_identified(id, disk).await?,
