@@ -21,9 +21,14 @@ mod xfs;
 use std::fmt;
 use std::io::{self, Read, Seek};
 
+use crc::{CRC_32_ISCSI, Crc};
+
 pub(crate) use blank::make_blank;
 pub(crate) use readonly::{ErofsDevice, erofs_devices};
 use source::Source;
+
+/// The checksum of ext4, XFS, btrfs and erofs. Its table is made once, by the compiler.
+static CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
 /// What [`probe`] found on a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -275,9 +280,13 @@ fn uuid(bytes: [u8; 16]) -> Option<String> {
         if matches!(index, 4 | 6 | 8 | 10) {
             text.push('-');
         }
-        text.push_str(&format!("{byte:02x}"));
+        text.extend([byte >> 4, byte & 0xf].map(hexadecimal));
     }
     Some(text)
+}
+
+fn hexadecimal(digit: u8) -> char {
+    char::from_digit(digit.into(), 16).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -2,16 +2,14 @@
 
 use std::io::{self, Read, Seek};
 
-use crc::{CRC_32_ISCSI, Crc};
-
 use super::features::FeatureSet;
 use super::source::{Bytes, Source};
-use super::{Superblock, text, uuid};
+use super::{CRC32C, Superblock, text, uuid};
 
 const OFFSET: u64 = 64 << 10;
 const LENGTH: usize = 4096;
 /// The other kinds of checksum are not computed here.
-const CRC32C: u16 = 0;
+const TYPE_CRC32C: u16 = 0;
 
 const COMPAT_RO: FeatureSet = FeatureSet {
     name: "compat_ro",
@@ -45,8 +43,7 @@ fn is_consistent(block: &Bytes) -> bool {
 }
 
 fn checksum_fits(block: &Bytes) -> bool {
-    block.le16(0xc4) != CRC32C
-        || Crc::<u32>::new(&CRC_32_ISCSI).checksum(&block.0[0x20..]) == block.le32(0)
+    block.le16(0xc4) != TYPE_CRC32C || CRC32C.checksum(&block.0[0x20..]) == block.le32(0)
 }
 
 fn read(block: &Bytes) -> Superblock {

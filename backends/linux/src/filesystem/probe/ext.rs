@@ -2,11 +2,9 @@
 
 use std::io::{self, Read, Seek};
 
-use crc::{CRC_32_ISCSI, Crc};
-
 use super::features::FeatureSet;
 use super::source::{Bytes, Source};
-use super::{Superblock, text, uuid};
+use super::{CRC32C, Superblock, text, uuid};
 
 const OFFSET: u64 = 1024;
 const LENGTH: usize = 1024;
@@ -116,7 +114,7 @@ fn checksum_fits(block: &Bytes) -> bool {
         return true;
     }
     // The kernel keeps the remainder without the final inversion.
-    let crc = Crc::<u32>::new(&CRC_32_ISCSI).checksum(&block.0[..LENGTH - 4]);
+    let crc = CRC32C.checksum(&block.0[..LENGTH - 4]);
     !crc == block.le32(LENGTH - 4)
 }
 

@@ -17,7 +17,7 @@ const FEATURE_CHECKSUM: u32 = 0x800;
 const UNMOUNTED: u32 = 0x1;
 
 /// The remainder that the kernel's `crc32_le` has when it starts from the magic number.
-const CHECKSUM: Algorithm<u32> = Algorithm {
+static CHECKSUM: Crc<u32> = Crc::<u32>::new(&Algorithm {
     width: 32,
     poly: 0x04c1_1db7,
     init: MAGIC.reverse_bits(),
@@ -26,7 +26,7 @@ const CHECKSUM: Algorithm<u32> = Algorithm {
     xorout: 0,
     check: 0,
     residue: 0,
-};
+});
 
 const FEATURES: FeatureSet = FeatureSet {
     name: "feature",
@@ -67,7 +67,7 @@ fn checksum_fits(block: &Bytes) -> bool {
     }
     let at = block.le32(32) as usize;
     let covered = block.0.get(..at).filter(|_| at == LENGTH - 4);
-    covered.is_some_and(|covered| Crc::<u32>::new(&CHECKSUM).checksum(covered) == block.le32(at))
+    covered.is_some_and(|covered| CHECKSUM.checksum(covered) == block.le32(at))
 }
 
 /// What the superblock says, and how many devices there are beside the first.
@@ -136,8 +136,7 @@ fn checkpoint_fits(block: &Bytes) -> bool {
     let (Some(before), Some(rest)) = (block.0.get(..at), block.0.get(after..)) else {
         return false;
     };
-    let crc = Crc::<u32>::new(&CHECKSUM);
-    let mut digest = crc.digest();
+    let mut digest = CHECKSUM.digest();
     digest.update(before);
     digest.update(rest);
     at >= FIRST && digest.finalize() == block.le32(at)

@@ -27,7 +27,8 @@ pub(super) fn probe<R: Read + Seek>(
 }
 
 fn crc(bytes: &[u8]) -> u32 {
-    Crc::<u32>::new(&CRC_32_ISO_HDLC).checksum(bytes)
+    static CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
+    CRC.checksum(bytes)
 }
 
 /// The partitions by the header in block 1. The backup at the end is for repair tools; the kernel does not use it

@@ -2,11 +2,9 @@
 
 use std::io::{self, Read, Seek};
 
-use crc::{CRC_32_ISCSI, Crc};
-
 use super::features::FeatureSet;
 use super::source::{Bytes, Source};
-use super::{Superblock, text, uuid};
+use super::{CRC32C, Superblock, text, uuid};
 
 const EROFS_OFFSET: u64 = 1024;
 const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
@@ -68,8 +66,7 @@ pub(super) fn erofs<R: Read + Seek>(source: &mut Source<'_, R>) -> io::Result<Op
 
 /// The checksum is computed with itself as zero.
 fn erofs_checksum_fits(covered: &Bytes) -> bool {
-    let crc = Crc::<u32>::new(&CRC_32_ISCSI);
-    let mut digest = crc.digest();
+    let mut digest = CRC32C.digest();
     digest.update(&covered.0[..4]);
     digest.update(&[0; 4]);
     digest.update(&covered.0[8..]);

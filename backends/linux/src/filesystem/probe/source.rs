@@ -4,14 +4,16 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 /// How much is read at once at the start of a device, in bytes: most signatures are there. The others are read one by one,
 /// each a few bytes: to copy all that is in between costs more.
-const START: u64 = 8 << 10;
+const START: usize = 8 << 10;
 
 /// A device to read from, with its size.
 pub(super) struct Source<'a, R> {
     device: &'a mut R,
     size: u64,
     /// What the device starts with; nothing if that cannot be read in one piece.
-    start: Vec<u8>,
+    start: [u8; START],
+    /// How much of it there is.
+    known: usize,
 }
 
 impl<'a, R: Read + Seek> Source<'a, R> {
@@ -20,11 +22,14 @@ impl<'a, R: Read + Seek> Source<'a, R> {
         let mut source = Source {
             device,
             size,
-            start: Vec::new(),
+            start: [0; START],
+            known: 0,
         };
+        let known = size.min(START as u64) as usize;
+        source.device.rewind()?;
         // Of a device with a bad block whatever lies beside it is read all the same, piece by piece.
-        if let Ok(Some(start)) = source.read(0, size.min(START) as usize) {
-            source.start = start.0;
+        if source.device.read_exact(&mut source.start[..known]).is_ok() {
+            source.known = known;
         }
         Ok(source)
     }
@@ -42,7 +47,7 @@ impl<'a, R: Read + Seek> Source<'a, R> {
         if !fits {
             return Ok(None);
         }
-        match part(&self.start, offset, length) {
+        match part(&self.start[..self.known], offset, length) {
             Some(known) => Ok(Some(known)),
             None => self.read(offset, length),
         }

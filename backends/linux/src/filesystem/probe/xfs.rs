@@ -4,11 +4,9 @@ mod log;
 
 use std::io::{self, Read, Seek};
 
-use crc::{CRC_32_ISCSI, Crc};
-
 use super::features::FeatureSet;
 use super::source::{Bytes, Source};
-use super::{Superblock, text, uuid};
+use super::{CRC32C, Superblock, text, uuid};
 
 /// The superblock fills one sector.
 const SECTORS: std::ops::RangeInclusive<u16> = 512..=32768;
@@ -95,8 +93,7 @@ fn checksum_fits(sector: &Bytes) -> bool {
     if version(sector) != 5 {
         return true;
     }
-    let crc = Crc::<u32>::new(&CRC_32_ISCSI);
-    let mut digest = crc.digest();
+    let mut digest = CRC32C.digest();
     digest.update(&sector.0[..CHECKSUM]);
     digest.update(&[0; 4]);
     digest.update(&sector.0[CHECKSUM + 4..]);
