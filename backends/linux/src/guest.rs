@@ -1,5 +1,6 @@
 //! The engine: mounts the device behind a locator at a target, and undoes it by the target alone.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,7 +57,7 @@ pub(crate) struct Config {
 struct Inner {
     config: Config,
     ledger: Arc<Ledger>,
-    turns: Turns<PathBuf>,
+    turns: Turns<OsString>,
 }
 
 impl LinuxGuest {
@@ -87,7 +88,7 @@ impl LinuxGuest {
     where
         F: Future<Output = Result<(), BackendError>> + Send + 'static,
     {
-        let path = target.path().to_owned();
+        let key = target.key().to_owned();
         let underway = self.0.ledger.enter();
         let call = call(self.0.clone(), target);
         let call = async move {
@@ -95,7 +96,7 @@ impl LinuxGuest {
             drop(underway);
             done
         };
-        self.0.turns.run_blocking(path, call).await
+        self.0.turns.run_blocking(key, call).await
     }
 
     /// The transports of its devices.
@@ -230,9 +231,9 @@ impl LinuxGuest {
     ) -> Result<T, BackendError> {
         let target = Target::parse(target, &[])?;
         let (ledger, kernel) = (self.0.ledger.clone(), self.0.config.kernel);
-        let path = target.path().to_owned();
+        let key = target.key().to_owned();
         let look = move || look(&ledger.list(&target), kernel);
-        self.0.turns.run_blocking(path, blocking(look)).await
+        self.0.turns.run_blocking(key, blocking(look)).await
     }
 
     /// What is there of a mount that another process remembers, by the undo list and the kernel's table.
@@ -306,7 +307,7 @@ impl Inner {
         let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
         let mut extra = Vec::new();
         for (found, role) in further {
-            let layer = stack::open_plain(&self.ledger, target, found, timeouts).await?;
+            let layer = Box::pin(stack::open_plain(&self.ledger, target, found, timeouts)).await?;
             extra.push(Extra::new(layer, role));
         }
         let device = Arc::new(device);
@@ -315,14 +316,15 @@ impl Inner {
                 make: self.config.format_timeout,
                 busy: self.config.busy_timeout,
             };
-            let made = format::ensure(
+            // Boxed, as is what else most mounts do without: a call is moved as a whole to the thread that runs it.
+            let made = Box::pin(format::ensure(
                 &self.ledger,
                 target,
                 &device.node,
                 wanted,
                 device.worth(),
                 timeouts,
-            );
+            ));
             if let Err(error) = made.await {
                 let device = device.clone();
                 return blocking(move || Err(device.explained(error))).await;
@@ -333,7 +335,8 @@ impl Inner {
                 check: self.config.format_timeout,
                 busy: self.config.busy_timeout,
             };
-            check::check(&self.ledger, target, &device.node, wanted, timeouts).await?;
+            let checked = check::check(&self.ledger, target, &device.node, wanted, timeouts);
+            Box::pin(checked).await?;
         }
         let (options, locator) = (options.clone(), locator.clone());
         let (extra, kernel) = (Arc::new(extra), self.config.kernel);

@@ -133,10 +133,9 @@ pub(crate) async fn open(
     options: &MountOptions,
     timeouts: Timeouts,
 ) -> Result<Layer, BackendError> {
-    let partition = options.partition();
     // Only a mount proves afterwards which device it is of.
     let is_mounted_as_it_is = found.device.range.is_none()
-        && partition.is_none()
+        && options.partition().is_none()
         && options.verity().is_none()
         && options.encryption().is_none()
         && options.format().is_none()
@@ -145,6 +144,17 @@ pub(crate) async fn open(
     if let (true, Some(open)) = (is_mounted_as_it_is, found.device.open.clone()) {
         return Ok(Layer::of(found.device.path, open));
     }
+    Box::pin(open_layers(ledger, target, found, options, timeouts)).await
+}
+
+async fn open_layers(
+    ledger: &Arc<Ledger>,
+    target: &Target,
+    found: Found,
+    options: &MountOptions,
+    timeouts: Timeouts,
+) -> Result<Layer, BackendError> {
+    let partition = options.partition();
     let mut layer = open_found(ledger, target, found.device, partition, timeouts).await?;
     let deadline = Instant::now() + timeouts.ready;
     if let Some(options) = options.verity() {

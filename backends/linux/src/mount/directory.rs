@@ -76,10 +76,10 @@ pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendEr
         return Ok(None);
     };
     {
-        let _held = list.hold(Key::Directory(above.to_owned()))?;
+        let _held = list.hold(Key::Directory(above.into()))?;
         join(list, parent.id, above);
     }
-    let _held = list.hold(Key::Directory(path.to_owned()))?;
+    let _held = list.hold(Key::Directory(path.into()))?;
     match mkdirat(parent.directory(), name, Mode::RWXU) {
         Ok(()) => {}
         // The walk says what is there, or what is wrong.
@@ -123,7 +123,7 @@ pub(crate) fn find(path: &Path) -> Option<OwnedFd> {
 
 fn reach(list: &UndoList<'_>, target: &Target) -> Result<MountPoint, BackendError> {
     let found = target.walk(&mut |parent, name, path| {
-        let _held = list.hold(Key::Directory(path.to_owned()))?;
+        let _held = list.hold(Key::Directory(path.into()))?;
         if let Some(there) = open_below(parent, name, path)? {
             let stat = fstat(&there).map_err(|errno| {
                 errno_error(format!("cannot look at {}", path.display()), errno)

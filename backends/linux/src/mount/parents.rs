@@ -1,9 +1,8 @@
 //! The directories that targets are in, each found once for all calls that are under way.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,7 +70,8 @@ pub(crate) struct Parents(Mutex<Found>);
 #[derive(Debug, Default)]
 struct Found {
     calls: usize,
-    parents: HashMap<PathBuf, Arc<Parent>>,
+    /// By their paths as they are in those of targets.
+    parents: HashMap<OsString, Arc<Parent>>,
 }
 
 impl Parents {
@@ -105,7 +105,7 @@ impl Parents {
     /// Those of opening it; `ENOSYS` if this kernel cannot tell all that is to be known of it.
     pub(crate) fn of(&self, target: &Target) -> rustix::io::Result<Arc<Parent>> {
         let path = target.path().parent().ok_or(Errno::INVAL)?;
-        if let Some(parent) = self.found().parents.get(path)
+        if let Some(parent) = self.found().parents.get(path.as_os_str())
             && parent.since > target.asked()
         {
             return Ok(Arc::clone(parent));
@@ -119,8 +119,8 @@ impl Parents {
                     .parents
                     .extract_if(|_, known| known.since.elapsed() > LONGEST),
             );
-            let before = found.parents.insert(path.to_owned(), Arc::clone(&parent));
-            closed.extend(before.map(|before| (PathBuf::new(), before)));
+            let before = found.parents.insert(path.into(), Arc::clone(&parent));
+            closed.extend(before.map(|before| (OsString::new(), before)));
         }
         drop(found);
         drop(closed);

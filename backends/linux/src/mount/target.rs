@@ -131,6 +131,11 @@ impl Target {
         &self.path
     }
 
+    /// The same as a key: two targets are one exactly if these are equal.
+    pub(crate) fn key(&self) -> &OsStr {
+        self.path.as_os_str()
+    }
+
     /// Since when it is asked for.
     pub(crate) fn asked(&self) -> Instant {
         self.asked

@@ -36,7 +36,7 @@ pub(crate) fn bind(
 ) -> Result<(), BackendError> {
     let source = Target::parse(&bind.source, &[])?;
     // Nobody unmounts it meanwhile.
-    let _held = list.hold(Key::Source(source.path().to_owned()))?;
+    let _held = list.hold(Key::Source(source.key().to_owned()))?;
     let shown = open_source(list, &source, kernel)?;
     let directory = beneath(list, shown, &bind.options, source.path())?;
     let step = |mount| {

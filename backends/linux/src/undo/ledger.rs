@@ -1,6 +1,7 @@
 //! The undo lists of all targets, in memory and in the journal.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +28,7 @@ use crate::undo::step::{DirectoryStep, MountStep, Undo};
 pub(crate) struct Ledger {
     journal: Option<Arc<Journal>>,
     /// Held across a write to the journal, which is in memory, so that both say the same.
-    lists: Mutex<HashMap<PathBuf, List>>,
+    lists: Mutex<Lists>,
     locks: Locks,
     /// What mapped devices are marked with.
     device_mark: Option<String>,
@@ -35,6 +36,9 @@ pub(crate) struct Ledger {
     /// Whether the next step fails, for tests of what is left then.
     at_step: Option<StepHook>,
 }
+
+/// By the paths of the targets, which are written in one way: as bytes, since a path as a key is hashed component by component.
+type Lists = HashMap<OsString, List>;
 
 /// What tests make steps fail with.
 pub(crate) type StepHook = fn() -> Result<(), BackendError>;
@@ -132,7 +136,7 @@ impl Ledger {
     /// Gives the note back if the target has a list already.
     pub(crate) fn adopt(&self, target: &Target, note: Note, steps: Vec<Undo>) -> Result<(), Note> {
         let mut lists = self.lists();
-        if lists.contains_key(target.path()) {
+        if lists.contains_key(target.key()) {
             return Err(note);
         }
         let list = List {
@@ -142,11 +146,11 @@ impl Ledger {
             left: true,
             ..List::default()
         };
-        lists.insert(target.path().to_owned(), list);
+        lists.insert(target.key().to_owned(), list);
         Ok(())
     }
 
-    fn lists(&self) -> MutexGuard<'_, HashMap<PathBuf, List>> {
+    fn lists(&self) -> MutexGuard<'_, Lists> {
         // Every change under the lock is one insertion or removal: a panic leaves nothing half done.
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -203,7 +207,7 @@ impl<'a> UndoList<'a> {
     pub(crate) fn begin(&self) -> Result<(), BackendError> {
         let path = self.target.path();
         let mut lists = self.ledger.lists();
-        let list = lists.entry(path.to_owned()).or_insert(List {
+        let list = lists.entry(path.as_os_str().to_owned()).or_insert(List {
             left: true,
             ..List::default()
         });
@@ -231,7 +235,7 @@ impl<'a> UndoList<'a> {
     }
 
     fn get<T>(&self, look: impl FnOnce(&List) -> T) -> Option<T> {
-        self.ledger.lists().get(self.target.path()).map(look)
+        self.ledger.lists().get(self.target.key()).map(look)
     }
 
     fn change<T>(
@@ -239,7 +243,7 @@ impl<'a> UndoList<'a> {
         change: impl FnOnce(&mut List) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
         let mut lists = self.ledger.lists();
-        change(lists.entry(self.target.path().to_owned()).or_default())
+        change(lists.entry(self.target.key().to_owned()).or_default())
     }
 
     fn save(&self, list: &mut List) -> Result<(), BackendError> {
@@ -269,14 +273,14 @@ impl<'a> UndoList<'a> {
 
     /// Replaces the last step; the journal learns of it with the next write.
     pub(crate) fn replace_last(&self, step: Undo) {
-        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.replace_last(step);
         }
     }
 
     /// Drops the steps that are not wanted any more, undone or not. The journal learns of it with the next write.
     pub(crate) fn retain(&self, is_wanted: impl Fn(&Undo) -> bool) {
-        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.retain(is_wanted);
         }
     }
@@ -299,7 +303,7 @@ impl<'a> UndoList<'a> {
             .values()
             .find_map(|list| list.steps.iter().find(|step| is_it(step)))?
             .clone();
-        let list = lists.entry(self.target.path().to_owned()).or_default();
+        let list = lists.entry(self.target.key().to_owned()).or_default();
         if !list.steps.iter().any(|own| own.is_same(&step)) {
             list.steps.push(step.clone());
             list.saved = false;
@@ -332,19 +336,20 @@ impl<'a> UndoList<'a> {
 
     fn leave_to(&self, step: &Undo, can_take: impl Fn(&List) -> bool) -> bool {
         let mut lists = self.ledger.lists();
-        let own = self.target.path().as_os_str();
+        let own = self.target.key();
         let other = lists.iter_mut().find(|(path, other)| {
             let has_it = || other.steps.iter().any(|other| other.is_same(step));
-            path.as_os_str() != own && can_take(other) && has_it()
+            *path != own && can_take(other) && has_it()
         });
         let Some((path, other)) = other else {
             return false;
         };
+        let path = Path::new(path);
         if let Err(error) = other.save(path, self.ledger.journal.as_ref()) {
             // No tear-down waits for a journal that cannot be written.
             tracing::warn!(path = %blockmount::printable(path.display()), %error, "a record lacks a step until it can be written");
         }
-        if let Some(list) = lists.get_mut(self.target.path()) {
+        if let Some(list) = lists.get_mut(self.target.key()) {
             list.retain(|own| !own.is_same(step));
         }
         true
@@ -371,19 +376,19 @@ impl<'a> UndoList<'a> {
 
     /// Keeps what tells of the writes to a mount, for as long as the list lives or until it is taken.
     pub(crate) fn keep_writes(&self, writes: Option<Writes>) {
-        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.writes = writes;
         }
     }
 
     pub(crate) fn take_writes(&self) -> Option<Writes> {
         let mut lists = self.ledger.lists();
-        lists.get_mut(self.target.path())?.writes.take()
+        lists.get_mut(self.target.key())?.writes.take()
     }
 
     /// Remembers that writes were lost on the way out.
     pub(crate) fn lost(&self, error: BackendError) {
-        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.lost = Some(error);
         }
     }
@@ -396,12 +401,12 @@ impl<'a> UndoList<'a> {
         }
         let mut lists = self.ledger.lists();
         let mut lost = None;
-        let is_over = lists.get_mut(self.target.path()).is_some_and(|list| {
+        let is_over = lists.get_mut(self.target.key()).is_some_and(|list| {
             list.left = true;
             lost = list.lost.take();
             list.steps.is_empty()
         });
-        let over = is_over.then(|| lists.remove(self.target.path())).flatten();
+        let over = is_over.then(|| lists.remove(self.target.key())).flatten();
         drop(lists);
         match over {
             Some(list) => list.remove_record(),
@@ -413,7 +418,7 @@ impl<'a> UndoList<'a> {
     /// Puts on record what is left; if that fails, the record has more steps than there are.
     pub(crate) fn save_or_warn(&self) {
         let mut lists = self.ledger.lists();
-        let list = lists.get_mut(self.target.path());
+        let list = lists.get_mut(self.target.key());
         if let Some(Err(error)) = list.map(|list| self.save(list)) {
             let path = self.target.path().display();
             tracing::warn!(path = %blockmount::printable(&path), %error, "a record is less exact than it could be");
@@ -422,7 +427,7 @@ impl<'a> UndoList<'a> {
 
     /// Takes the target for a mount of an earlier process that is there still.
     pub(crate) fn keep(&self) {
-        if let Some(list) = self.ledger.lists().get_mut(self.target.path()) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.left = false;
         }
         self.save_or_warn();
@@ -430,7 +435,7 @@ impl<'a> UndoList<'a> {
 
     /// Takes the record of a list out of use, for people to look at.
     pub(crate) fn set_aside(&self, why: &str) {
-        let list = self.ledger.lists().remove(self.target.path());
+        let list = self.ledger.lists().remove(self.target.key());
         if let Some(note) = list.and_then(|list| list.note) {
             note.set_aside(why);
         }
@@ -457,7 +462,9 @@ impl<'a> UndoList<'a> {
     /// Whether a directory is in a mount whose files appear with other owners.
     pub(crate) fn has_id_map(&self, directory: &Path) -> bool {
         let lists = self.ledger.lists();
-        let around = directory.ancestors().find_map(|path| lists.get(path));
+        let around = directory
+            .ancestors()
+            .find_map(|path| lists.get(path.as_os_str()));
         let mount = around.and_then(|list| match list.steps.last() {
             Some(Undo::Unmount(step)) => Some(step),
             _ => None,
@@ -468,7 +475,7 @@ impl<'a> UndoList<'a> {
     /// The mount at a path, unless it is a view.
     pub(crate) fn mount_at(&self, path: &Path) -> Option<MountStep> {
         let lists = self.ledger.lists();
-        let list = lists.get(path).filter(|list| !list.left)?;
+        let list = lists.get(path.as_os_str()).filter(|list| !list.left)?;
         match list.steps.last() {
             Some(Undo::Unmount(step)) if step.view.is_none() => Some((**step).clone()),
             _ => None,
@@ -489,7 +496,7 @@ impl<'a> UndoList<'a> {
         let mut views = lists
             .iter()
             .filter(|(_, list)| list.steps.iter().any(shows));
-        views.next().map(|(at, _)| at.clone())
+        views.next().map(|(at, _)| at.into())
     }
 
     fn look_for<T>(&self, look: impl Fn(&Undo) -> Option<T>) -> Vec<T> {

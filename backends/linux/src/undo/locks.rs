@@ -1,7 +1,7 @@
 //! One lock for each thing that several targets may share.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::ffi::OsString;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,16 +15,16 @@ use crate::undo::step::{DirectoryStep, Undo};
 /// waits longer meets a dead filesystem or device.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A thing that several targets may share.
+/// A thing that several targets may share. Paths are those of targets, which are written in one way.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Key {
     /// A device with a filesystem: how it is mounted depends on its other mounts.
     Device(DeviceNumber),
     /// The scratch directory of an overlay, which has one user.
     Scratch(FileId),
-    Directory(PathBuf),
+    Directory(OsString),
     /// A mount that may have views.
-    Source(PathBuf),
+    Source(OsString),
     Partition(DeviceNumber, u32),
     /// A mapped device, by its name.
     Mapped(String),
@@ -41,7 +41,7 @@ impl Key {
             Undo::CloseVerity(verity) => Some(Key::Mapped(verity.names().name)),
             Undo::DeletePartition(step) => Some(Key::Partition(step.disk, step.number)),
             Undo::RemoveDirectory(DirectoryStep { path, .. }) => {
-                Some(Key::Directory(path.0.clone()))
+                Some(Key::Directory(path.0.clone().into()))
             }
         }
     }
@@ -92,7 +92,8 @@ impl Locks {
     /// `Busy` if it was not free in time.
     pub(crate) fn hold(&self, key: Key) -> Result<Held<'_>, BackendError> {
         let mut keys = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if keys.held.contains(&key) {
+        let mut is_ours = keys.held.insert(key.clone());
+        if !is_ours {
             keys.waiting += 1;
             keys = self
                 .freed
@@ -100,14 +101,14 @@ impl Locks {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
             keys.waiting -= 1;
+            is_ours = keys.held.insert(key.clone());
         }
-        if keys.held.contains(&key) {
+        if !is_ours {
             return Err(BackendError::busy(format!(
                 "another target's call has been working on the same device or directory for {} seconds",
                 self.timeout.as_secs()
             )));
         }
-        keys.held.insert(key.clone());
         Ok(Held { locks: self, key })
     }
 }

@@ -38,7 +38,7 @@ fn undo_step(list: &UndoList<'_>, step: &Undo, kernel: Kernel) -> Result<(), Bac
     }
     match step {
         Undo::Unmount(mount) => {
-            let source = Key::Source(list.target().path().to_owned());
+            let source = Key::Source(list.target().key().to_owned());
             let _no_new_view = list.hold(source)?;
             ensure_no_view(list)?;
             let mut writes = list.take_writes();
