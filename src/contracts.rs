@@ -163,10 +163,10 @@ pub trait Unplugger: Send + Sync + 'static {
     async fn unplug(&self, device: &DeviceLocator) -> Result<(), BackendError>;
 }
 
-/// Finds the block device behind a locator. Guest side; changes nothing.
+/// Finds the block device behind a locator. Guest side.
 #[async_trait]
 pub trait Resolver: Send + Sync + 'static {
-    /// Waits until the device can be opened, proves that it is the one that is meant, and names it.
+    /// Waits until the device can be opened, proves that it is the one that is meant, and names it. Changes nothing.
     ///
     /// The implementor must not guess: the order in which the kernel gives names is not the order of
     /// attachment. Waiting is for events, with a deadline.
@@ -176,6 +176,20 @@ pub trait Resolver: Send + Sync + 'static {
     /// `NotFound` if the device has not appeared in time, `Unsuitable` if the locator is of another
     /// transport, `Invalid` if its address makes no sense.
     async fn resolve(&self, device: &DeviceLocator) -> Result<BlockDevice, BackendError>;
+
+    /// Has the guest's kernel ask a device that is there for its size and its access again, if it may know it by one that was there
+    /// before. Whether it knew something else.
+    ///
+    /// An engine calls it before it does what depends on the size alone, such as making a filesystem, and after a mount has
+    /// failed, which it then tries once more. The default is for transports whose guests always learn what is plugged.
+    ///
+    /// # Errors
+    ///
+    /// As for [`resolve`](Self::resolve); a device that is not there is none.
+    async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
+        let _is_known = device;
+        Ok(false)
+    }
 }
 
 /// A block device of the guest, as a [`Resolver`] found it.
@@ -380,7 +394,10 @@ forward_through_pointers! {
         adopt(disk: &Disk, id: &DiskId, locator: Option<&DeviceLocator>) -> Presence<DeviceLocator>;
     }
     Unplugger { unplug(device: &DeviceLocator) -> (); }
-    Resolver { resolve(device: &DeviceLocator) -> BlockDevice; }
+    Resolver {
+        resolve(device: &DeviceLocator) -> BlockDevice;
+        measure(device: &DeviceLocator) -> bool;
+    }
     Mounter {
         mount(device: &DeviceLocator, target: &Path, options: &MountOptions) -> ();
         unmount(target: &Path) -> ();

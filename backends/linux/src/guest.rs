@@ -259,11 +259,49 @@ impl Inner {
             let (ledger, early) = (self.ledger.clone(), target.clone());
             blocking_step(move || directory::check_free(&ledger.list(&early))).await?;
         }
-        let (found, further) = self.resolve(device, options).await?;
+        let found = self.resolve(device, options).await?;
+        // What is made by the size alone would be made wrong, and nobody would notice.
+        if options.expose() != Expose::Filesystem || options.format().is_some() {
+            self.measure(device, options).await?;
+        }
+        let done = self.mount_resolved(device, found, target, options).await;
+        let Err(error) = done else { return Ok(()) };
+        if error.kind() == ErrorKind::Uncertain || !self.measure(device, options).await? {
+            return Err(error);
+        }
+        let again = async {
+            let found = self.resolve(device, options).await?;
+            self.mount_resolved(device, found, target, options).await
+        };
+        Box::pin(again).await
+    }
+
+    /// Mounts what was found, or undoes what was made of it.
+    async fn mount_resolved(
+        &self,
+        device: &DeviceLocator,
+        (found, further): (BlockDevice, Vec<BlockDevice>),
+        target: &Target,
+        options: &MountOptions,
+    ) -> Result<(), BackendError> {
         self.begin(target).await?;
         let done = self.mount_found(device, found, further, target, options);
         let done = done.await;
         self.end(target, done).await
+    }
+
+    /// Has the kernel ask the devices of a mount anew where it may know them by others. Whether it did.
+    async fn measure(
+        &self,
+        device: &DeviceLocator,
+        options: &MountOptions,
+    ) -> Result<bool, BackendError> {
+        let further = options.devices().iter().map(|extra| &extra.locator);
+        let mut differs = false;
+        for device in std::iter::once(device).chain(further) {
+            differs |= self.config.transports.measure(device).await?;
+        }
+        Ok(differs)
     }
 
     /// Finds a device and the further ones of its filesystem.

@@ -79,6 +79,13 @@ impl Resolver for Transports {
             None => Err(unknown_transport(device, self.schemes())),
         }
     }
+
+    async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
+        match &self.get(device)?.resolver {
+            Some(resolver) => resolver.measure(device).await,
+            None => Err(unknown_transport(device, self.schemes())),
+        }
+    }
 }
 
 #[async_trait]

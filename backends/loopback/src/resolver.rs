@@ -31,6 +31,11 @@ impl Resolver for LoopResolver {
         let number = number_of(device)?;
         blocking_step(move || resolve(number)).await
     }
+
+    /// A device is bound anew, and not replaced.
+    async fn measure(&self, _device: &DeviceLocator) -> Result<bool, BackendError> {
+        Ok(false)
+    }
 }
 
 /// Finds devices of this transport only, each as long as it is bound as this transport has bound it.
@@ -62,6 +67,11 @@ impl Resolver for LoopTransport {
             }
         })
         .await
+    }
+
+    /// As of any loop device.
+    async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
+        LoopResolver.measure(device).await
     }
 }
 

@@ -4,6 +4,7 @@ mod controller;
 mod identity;
 mod resolver;
 mod scan;
+mod unplugged;
 mod unplugger;
 
 pub use controller::ControllerId;

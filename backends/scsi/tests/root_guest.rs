@@ -271,6 +271,31 @@ async fn root_a_disk_without_bytes_is_asked_for_its_size_again() {
     }
 }
 
+/// The kernel may have found a disk anew after it was unplugged, and missed that another is in its place.
+#[tokio::test]
+async fn root_a_disk_is_measured_where_another_was_unplugged_and_nowhere_else() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    tree.host(FIRST, 3);
+    let resolver = resolver(&tree);
+    let (at, asked) = (locator("scsi:0/5"), "bus/scsi/devices/3:0:0:5/rescan");
+    let put = || {
+        tree.write(asked, "");
+        tree.disk("3:0:0:5", &disk);
+    };
+    put();
+    assert!(!resolver.measure(&at).await.unwrap());
+    assert_eq!(tree.read(asked), "");
+    tree.remove("bus/scsi/devices/3:0:0:5");
+    let unplugger = ScsiUnplugger::new(resolver.clone());
+    unplugger.unplug(&at).await.unwrap();
+    assert!(!resolver.measure(&at).await.unwrap(), "there is none");
+    put();
+    // The kernel has nothing new to say.
+    assert!(!resolver.measure(&at).await.unwrap());
+    assert_eq!(tree.read(asked), "1");
+}
+
 /// Page 0x80 of a disk's vital product data.
 fn serial_page(serial: &str) -> Vec<u8> {
     let length = u8::try_from(serial.len()).unwrap();

@@ -14,6 +14,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::controller::{self, ControllerId, Hosts};
 use super::identity;
 use super::scan::{AddressLocks, scan};
+use super::unplugged::Unplugged;
 use crate::{Lun, ScsiAddress};
 
 /// How long a disk may take to appear.
@@ -31,8 +32,8 @@ const RUNNING: &str = "running";
 ///
 /// Resolving changes nothing, with two exceptions: when half of the timeout is over, the kernel is asked
 /// to look for exactly this LUN, because the hypervisor's announcement of it may have been lost. It never looks
-/// while a [`ScsiUnplugger`](crate::ScsiUnplugger) of a clone works on that address. And a disk without bytes is asked for its
-/// size again, which it may have refused to say in a burst of hot-plugs.
+/// while a [`ScsiUnplugger`](crate::ScsiUnplugger) of a clone works on that address. And the kernel is had to ask a disk for its
+/// size again if it has no bytes, which it may have refused to say in a burst of hot-plugs.
 ///
 /// Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -42,6 +43,7 @@ pub struct ScsiResolver {
     sysfs: PathBuf,
     hosts: Arc<Hosts>,
     locks: Arc<AddressLocks>,
+    unplugged: Arc<Unplugged>,
 }
 
 impl ScsiResolver {
@@ -53,6 +55,7 @@ impl ScsiResolver {
             sysfs: "/sys".into(),
             hosts: Arc::default(),
             locks: Arc::default(),
+            unplugged: Arc::default(),
         }
     }
 
@@ -91,6 +94,11 @@ impl ScsiResolver {
             sysfs: self.sysfs.clone(),
             hosts: Arc::clone(&self.hosts),
         })
+    }
+
+    /// Notes that a disk was unplugged from an address.
+    pub(super) fn note_unplugged(&self, address: ScsiAddress) {
+        self.unplugged.note(address);
     }
 
     /// The lock of an address, which excludes scans for it.
@@ -140,6 +148,15 @@ impl Resolver for ScsiResolver {
             blocking(move || lookup.ensure_measured()).await?;
         }
         Ok(BlockDevice::new(disk.node()).with_open(Arc::new(open)))
+    }
+
+    async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
+        let lookup = self.lookup(device)?;
+        match self.unplugged.has(lookup.address()) {
+            true => blocking(move || lookup.measure()).await,
+            // The kernel knows no other disk by this address.
+            false => Ok(false),
+        }
     }
 }
 
@@ -196,6 +213,28 @@ impl Lookup {
         };
         tracing::info_span!("measure", address = %self.address)
             .in_scope(|| Disk::ensure_measured(&device))
+    }
+
+    /// Has the kernel ask the disk again for what it knows of it. Whether it knew something else.
+    fn measure(&self) -> Result<bool, BackendError> {
+        let Some(device) = present(self.device())? else {
+            return Ok(false);
+        };
+        let known = || {
+            let Some(disk) = present(Disk::below(&device))? else {
+                return Ok(None);
+            };
+            let is_read_only = sysfs::text(disk.directory(), "ro")?;
+            Ok::<_, BackendError>(Some((disk, is_read_only)))
+        };
+        let before = known()?;
+        Disk::measure(&device)?;
+        let differs = known()? != before;
+        if differs {
+            let address = self.address;
+            tracing::warn!(%address, "the kernel knew this disk by what was there before, and has asked it anew");
+        }
+        Ok(differs)
     }
 
     /// The disk, once it is ready and the one that is meant, and open.

@@ -85,6 +85,7 @@ impl Unplugger for ScsiUnplugger {
         let _lock = tokio::time::timeout_at(deadline.into(), lock)
             .await
             .map_err(|_| BackendError::busy(format!("the kernel is still looking for {device}")))?;
+        self.resolver.note_unplugged(lookup.address());
         let lookup = Arc::new(lookup);
         let mut lost = Ok(());
         loop {

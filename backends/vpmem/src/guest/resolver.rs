@@ -120,6 +120,11 @@ impl Resolver for VpmemResolver {
             BackendError::new(error.kind(), message).with_source(error)
         })
     }
+
+    /// Its driver takes a device out with its disk.
+    async fn measure(&self, _device: &DeviceLocator) -> Result<bool, BackendError> {
+        Ok(false)
+    }
 }
 
 /// Whether an event about a device, by its path, is about persistent memory or what it is plugged into.

@@ -3,16 +3,18 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use blockmount::{
-    CacheMode, Disk, DiskKind, DiskOptions, ErrorKind, MountOptions, MountRequest, SectorSize,
-    StackRequest,
+    CacheMode, Disk, DiskKind, DiskOptions, ErrorKind, Manager, MountOptions, MountRequest,
+    SectorSize, StackRequest,
 };
-use blockmount_scsi::ScsiAddress;
+use blockmount_qemu::qmp::NONE;
+use blockmount_scsi::{Geometry, ScsiAddress, ScsiTransport};
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::rig::{Rig, read_only};
+use crate::rig::{MOUNTS, Rig, read_only};
 use blockmount_debug_agent::kit::images;
 
 /// Adds so many layers at once, and asserts that each is at a place of its own with its own content.
@@ -59,8 +61,6 @@ async fn vm_64_disks_at_once_each_have_their_own_content() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vm_256_disks_fit_on_a_bus_of_64_each_and_the_next_is_refused() {
-    use blockmount::Manager;
-    use blockmount_scsi::{Geometry, ScsiTransport};
     let mut rig = Rig::start().await;
     // As many as Hyper-V has, so that the bus is full before the images are made.
     let scsi = ScsiTransport::new(rig.vm.scsi(), Geometry::HYPER_V, &[]).unwrap();
@@ -69,7 +69,7 @@ async fn vm_256_disks_fit_on_a_bus_of_64_each_and_the_next_is_refused() {
         .unplugger(rig.guest.clone())
         .mounter(rig.guest.clone())
         .combiner(rig.guest.clone())
-        .mount_root(crate::rig::MOUNTS)
+        .mount_root(MOUNTS)
         .build();
     let mounts = add_many(&rig, 256).await;
     let full = rig.state().await;
@@ -337,7 +337,7 @@ async fn scsi_disk(rig: &Rig) -> String {
         if let Some(name) = names.find(|name| name.starts_with("sd")) {
             return name.to_owned();
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("the guest has no SCSI disk");
 }
@@ -361,5 +361,77 @@ async fn vm_a_bare_mount_finds_a_disk_that_was_not_announced() {
         .await;
     assert_eq!(times["bare_mounts"].as_array().unwrap().len(), 1, "{times}");
     attached.release().await.unwrap();
+    rig.end().await;
+}
+
+/// Plugs a disk by bare commands: the guest's kernel finds it, and nobody asks the agent for it.
+async fn plug(rig: &Rig, id: &str, lun: u16, file: Value) {
+    let qmp = rig.vm.qmp();
+    let node = json!({ "driver": "raw", "node-name": id, "read-only": true, "file": file });
+    qmp.execute("blockdev-add", node).await.unwrap();
+    let device = json!({ "driver": "scsi-hd", "id": id, "bus": "scsi0.0", "channel": 0, "scsi-id": 0,
+        "lun": lun, "drive": id });
+    qmp.execute("device_add", device).await.unwrap();
+}
+
+async fn take_out(rig: &Rig, id: &str) {
+    let qmp = rig.vm.qmp();
+    qmp.execute("device_del", json!({ "id": id }))
+        .await
+        .unwrap();
+    // QEMU refuses it for as long as the device has not gone.
+    let node = json!({ "node-name": id });
+    while qmp.execute("blockdev-del", node.clone()).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// The kernel keeps what it knows of a disk if it misses that another has taken its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vm_a_disk_in_the_place_of_one_whose_end_was_lost_is_measured() {
+    let mut rig = Rig::start().await;
+    let at_zero = ScsiAddress::new(0.try_into().unwrap(), 0.try_into().unwrap());
+    let geometry = Geometry::new(1, 2).unwrap();
+    let scsi = ScsiTransport::new(rig.vm.scsi(), geometry, &[at_zero]).unwrap();
+    rig.manager = Manager::builder()
+        .transport(scsi)
+        .unplugger(rig.guest.clone())
+        .mounter(rig.guest.clone())
+        .mount_root(MOUNTS)
+        .build();
+    let small = rig.layer("small");
+    let mount = rig.manager.add(&small, &read_only()).await.unwrap();
+    mount.release().await.unwrap();
+    // As if the kernel had found it anew before it was out.
+    let file = json!({ "driver": "file", "filename": small.source(), "read-only": true });
+    plug(&rig, "missed", 1, file).await;
+    scsi_disk(&rig).await;
+    rig.vm.qmp().execute("stop", NONE).await.unwrap();
+    // More events than QEMU has room for in the guest's memory.
+    let fillers: Vec<String> = (0..10).map(|n| format!("filler-{n}")).collect();
+    for (filler, lun) in fillers.iter().zip(100..) {
+        let empty = json!({ "driver": "null-co", "size": 1 << 20, "read-only": true });
+        plug(&rig, filler, lun, empty).await;
+    }
+    take_out(&rig, "missed").await;
+    for filler in &fillers {
+        take_out(&rig, filler).await;
+    }
+    let large = rig.path("large.ext4");
+    images::image("ext4", &large, &[("id", "large")]);
+    let large = Disk::virtual_disk(large).read_only();
+    let request = read_only();
+    let add = rig.manager.add(&large, &request);
+    let go_on = async {
+        let is_in = || rig.vm.qmp().execute("query-block", NONE);
+        while is_in().await.unwrap().as_array().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        rig.vm.qmp().execute("cont", NONE).await.unwrap();
+    };
+    let (mount, ()) = tokio::join!(add, go_on);
+    let mount = mount.unwrap();
+    rig.assert_content(&mount.path().join("id"), "large").await;
+    mount.release().await.unwrap();
     rig.end().await;
 }

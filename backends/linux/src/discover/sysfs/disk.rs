@@ -97,11 +97,21 @@ impl Disk {
                 _ => break,
             }
             tracing::warn!(device = %device.display(), "the disk has no bytes, having the kernel ask it again");
-            if !command(device, "rescan", "1")? {
+            if !Disk::measure(device)? {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Has the kernel ask the disk of a SCSI device for its size again, and for what else it knows of it. False if there is no
+    /// such device. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn measure(device: &Path) -> Result<bool, BackendError> {
+        command(device, "rescan", "1")
     }
 
     /// The disk with this directory. Blocks.
