@@ -25,11 +25,12 @@ pub(super) enum Bug {
     SearchesForOtherTransports,
     HidesThatAnAddressIsInvalid,
     RemembersRemovedDevices,
+    CannotMeasureWhatIsGone,
 }
 
 use Bug::*;
 
-const MUTANTS: [(Bug, &str); 11] = [
+const MUTANTS: [(Bug, &str); 12] = [
     (Panics, "a backend never panics"),
     (Hangs, "every call ends"),
     (CannotResolve, "an attached device can be resolved"),
@@ -49,6 +50,10 @@ const MUTANTS: [(Bug, &str); 11] = [
     (
         RemembersRemovedDevices,
         "a device that was taken out is not found",
+    ),
+    (
+        CannotMeasureWhatIsGone,
+        "to measure a device that was taken out finds nothing",
     ),
 ];
 
@@ -98,6 +103,13 @@ impl Resolver for Mutant<Bug> {
                 Ok(BlockDevice::new(format!("/dev/{device}")))
             }
             _ => found,
+        }
+    }
+
+    async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
+        match self.bug {
+            CannotMeasureWhatIsGone => wrong(),
+            _ => self.vm.measure(device).await,
         }
     }
 }

@@ -342,7 +342,14 @@ impl Inner {
             tree: trees.into_iter().next().map(|(tree, _)| tree),
             keys: self.config.keys.clone(),
         };
-        let device = stack::open(&self.ledger, target, found, options, timeouts).await?;
+        // Boxed, as is all that most mounts do without: a call is moved as a whole to the thread that runs it.
+        let device = match found.as_it_is(options) {
+            Some(device) => device,
+            None => {
+                let opened = stack::open(&self.ledger, target, found, options, timeouts);
+                Box::pin(opened).await?
+            }
+        };
         let mut extra = Vec::new();
         for (found, role) in further {
             let layer = Box::pin(stack::open_plain(&self.ledger, target, found, timeouts)).await?;
@@ -354,7 +361,6 @@ impl Inner {
                 make: self.config.format_timeout,
                 busy: self.config.busy_timeout,
             };
-            // Boxed, as is what else most mounts do without: a call is moved as a whole to the thread that runs it.
             let made = Box::pin(format::ensure(
                 &self.ledger,
                 target,

@@ -18,6 +18,7 @@ contract! { "resolver" ATTACHABLE REMOVABLE {
     FOREIGN = "a locator of another transport is unsuitable";
     NONSENSE = "an address that makes no sense is invalid or not found";
     REMOVED = "a device that was taken out is not found";
+    MEASURED = "to measure a device that was taken out finds nothing";
 }}
 
 /// Runs a [`Resolver`] through its checks:
@@ -27,7 +28,7 @@ contract! { "resolver" ATTACHABLE REMOVABLE {
 /// - resolving changes nothing
 /// - a locator of another transport is `Unsuitable`
 /// - an address that makes no sense is `Invalid` or `NotFound`
-/// - a device that was taken out is `NotFound`
+/// - a device that was taken out is `NotFound`, and to measure it is no error
 ///
 /// # Panics
 ///
@@ -97,5 +98,9 @@ pub async fn try_resolver(
     let what = format!("resolve of {}", locators[0]);
     let call = resolver.resolve(&locators[0]);
     run.fails(REMOVED, &[NotFound], what, call).await?;
+    let what = format!("measure of {}", locators[0]);
+    let measured = resolver.measure(&locators[0]);
+    let differs = run.succeeds(MEASURED, &what, measured).await?;
+    run.holds(MEASURED, !differs, &what)?;
     run.end(&before).await
 }

@@ -125,29 +125,23 @@ pub(crate) struct Found {
     pub(crate) keys: Option<PathBuf>,
 }
 
-/// Opens the device that is to be mounted at a target. What was made of it until an error is on the target's undo list.
-pub(crate) async fn open(
-    ledger: &Arc<Ledger>,
-    target: &Target,
-    found: Found,
-    options: &MountOptions,
-    timeouts: Timeouts,
-) -> Result<Layer, BackendError> {
-    // Only a mount proves afterwards which device it is of.
-    let is_mounted_as_it_is = found.device.range.is_none()
-        && options.partition().is_none()
-        && options.verity().is_none()
-        && options.encryption().is_none()
-        && options.format().is_none()
-        && options.check().is_none()
-        && options.expose() == Expose::Filesystem;
-    if let (true, Some(open)) = (is_mounted_as_it_is, found.device.open.clone()) {
-        return Ok(Layer::of(found.device.path, open));
+impl Found {
+    /// The device, if it is to be mounted as it is and is open already. Only a mount proves afterwards which device it is of.
+    pub(crate) fn as_it_is(&self, options: &MountOptions) -> Option<Layer> {
+        let is_mounted_as_it_is = self.device.range.is_none()
+            && options.partition().is_none()
+            && options.verity().is_none()
+            && options.encryption().is_none()
+            && options.format().is_none()
+            && options.check().is_none()
+            && options.expose() == Expose::Filesystem;
+        let open = self.device.open.as_ref().filter(|_| is_mounted_as_it_is)?;
+        Some(Layer::of(self.device.path.clone(), Arc::clone(open)))
     }
-    Box::pin(open_layers(ledger, target, found, options, timeouts)).await
 }
 
-async fn open_layers(
+/// Opens the device that is to be mounted at a target. What was made of it until an error is on the target's undo list.
+pub(crate) async fn open(
     ledger: &Arc<Ledger>,
     target: &Target,
     found: Found,
