@@ -266,7 +266,9 @@ impl Inner {
         }
         let done = self.mount_resolved(device, found, target, options).await;
         let Err(error) = done else { return Ok(()) };
-        if error.kind() == ErrorKind::Uncertain || !self.measure(device, options).await? {
+        let may_repeat = error.kind() != ErrorKind::Uncertain;
+        // Why it cannot be measured is of less use than why it cannot be mounted.
+        if !(may_repeat && self.measure(device, options).await.unwrap_or(false)) {
             return Err(error);
         }
         let again = async {

@@ -106,6 +106,19 @@ impl ScsiResolver {
         self.locks.of(address).await
     }
 
+    /// What the kernel does with a disk that may not answer, and then goes on after this has given up.
+    async fn in_time<T: Send + 'static>(
+        &self,
+        device: &DeviceLocator,
+        measure: impl FnOnce() -> Result<T, BackendError> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let measured = tokio::time::timeout(self.timeout, blocking(measure)).await;
+        measured.unwrap_or_else(|_elapsed| {
+            let late = BackendError::not_found("it has not told the kernel its size in time");
+            Err(named(device, late))
+        })
+    }
+
     fn scan(&self, lookup: &Lookup, wanted: Weak<()>) {
         let Ok(host) = lookup.host() else {
             return;
@@ -145,7 +158,8 @@ impl Resolver for ScsiResolver {
         };
         let (disk, open) = found.map_err(|error| named(device, error))?;
         if disk.size() == 0 {
-            blocking(move || lookup.ensure_measured()).await?;
+            self.in_time(device, move || lookup.ensure_measured())
+                .await?;
         }
         Ok(BlockDevice::new(disk.node()).with_open(Arc::new(open)))
     }
@@ -153,7 +167,7 @@ impl Resolver for ScsiResolver {
     async fn measure(&self, device: &DeviceLocator) -> Result<bool, BackendError> {
         let lookup = self.lookup(device)?;
         match self.unplugged.has(lookup.address()) {
-            true => blocking(move || lookup.measure()).await,
+            true => self.in_time(device, move || lookup.measure()).await,
             // The kernel knows no other disk by this address.
             false => Ok(false),
         }
