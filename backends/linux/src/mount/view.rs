@@ -86,7 +86,7 @@ fn open_source(
     let path = source.path().display();
     let absent =
         || BackendError::not_found(format!("cannot show {path}: this guest has not mounted it"));
-    let step = list.mount_at(source.path()).ok_or_else(absent)?;
+    let step = list.mount_at(source).ok_or_else(absent)?;
     match now(source, &step.mount, kernel)? {
         Now::Ours(_, at) => at
             .open()

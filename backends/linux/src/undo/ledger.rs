@@ -207,7 +207,7 @@ impl<'a> UndoList<'a> {
     pub(crate) fn begin(&self) -> Result<(), BackendError> {
         let path = self.target.path();
         let mut lists = self.ledger.lists();
-        let list = lists.entry(path.as_os_str().to_owned()).or_insert(List {
+        let list = lists.entry(self.target.key().to_owned()).or_insert(List {
             left: true,
             ..List::default()
         });
@@ -461,10 +461,13 @@ impl<'a> UndoList<'a> {
 
     /// Whether a directory is in a mount whose files appear with other owners.
     pub(crate) fn has_id_map(&self, directory: &Path) -> bool {
+        // As a target it is written as the keys are.
+        let Ok(directory) = Target::directory(directory) else {
+            return false;
+        };
         let lists = self.ledger.lists();
-        let around = directory
-            .ancestors()
-            .find_map(|path| lists.get(path.as_os_str()));
+        let mut ancestors = directory.path().ancestors();
+        let around = ancestors.find_map(|path| lists.get(path.as_os_str()));
         let mount = around.and_then(|list| match list.steps.last() {
             Some(Undo::Unmount(step)) => Some(step),
             _ => None,
@@ -472,10 +475,10 @@ impl<'a> UndoList<'a> {
         mount.is_some_and(|step| step.id_map().is_some())
     }
 
-    /// The mount at a path, unless it is a view.
-    pub(crate) fn mount_at(&self, path: &Path) -> Option<MountStep> {
+    /// The mount at a target, unless it is a view.
+    pub(crate) fn mount_at(&self, target: &Target) -> Option<MountStep> {
         let lists = self.ledger.lists();
-        let list = lists.get(path.as_os_str()).filter(|list| !list.left)?;
+        let list = lists.get(target.key()).filter(|list| !list.left)?;
         match list.steps.last() {
             Some(Undo::Unmount(step)) if step.view.is_none() => Some((**step).clone()),
             _ => None,
@@ -513,5 +516,46 @@ impl<'a> UndoList<'a> {
     /// A first name for a directory, if there is a journal to put it on record.
     pub(crate) fn staged_name(&self) -> Option<String> {
         self.ledger.journal.as_ref().map(|j| j.staged_name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmount::{IdMap, ViewOptions};
+
+    use super::*;
+    use crate::undo::step::{Identity, ViewUse};
+
+    #[test]
+    fn a_layer_is_found_however_its_path_is_written() {
+        let map: IdMap = "0:100000:65536".parse().unwrap();
+        let step = MountStep {
+            mount: Identity::Expected {
+                filesystem: "ext4".to_owned(),
+                source: Path::new("/dev/loop3").into(),
+                further_sources: Vec::new(),
+                options: Vec::new(),
+            },
+            device: None,
+            scratch: None,
+            view: Some(ViewUse {
+                source: Path::new("/run/other").into(),
+                options: ViewOptions::default().with_id_map(map),
+            }),
+        };
+        let ledger = Ledger::default();
+        let target = Target::directory(Path::new("/run/layer")).unwrap();
+        let list = ledger.list(&target);
+        list.begin().unwrap();
+        list.add(Undo::Unmount(Box::new(step))).unwrap();
+        for (path, is_in_it) in [
+            ("/run/layer", true),
+            ("/run/layer/", true),
+            ("//run//layer/fs/", true),
+            ("/run/layer-2", false),
+            ("/run", false),
+        ] {
+            assert_eq!(list.has_id_map(Path::new(path)), is_in_it, "{path}");
+        }
     }
 }
