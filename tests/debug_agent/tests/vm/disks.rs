@@ -381,9 +381,18 @@ async fn take_out(rig: &Rig, id: &str) {
         .unwrap();
     // QEMU refuses it for as long as the device has not gone.
     let node = json!({ "node-name": id });
-    while qmp.execute("blockdev-del", node.clone()).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    soon(async || qmp.execute("blockdev-del", node.clone()).await.is_ok()).await;
+}
+
+/// Waits until something is so, of which QEMU sends no event.
+async fn soon(is_so: impl AsyncFn() -> bool) {
+    let wait = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(60), wait).await;
+    waited.expect("it is not so for a minute");
 }
 
 /// The kernel keeps what it knows of a disk if it misses that another has taken its place.
@@ -423,10 +432,11 @@ async fn vm_a_disk_in_the_place_of_one_whose_end_was_lost_is_measured() {
     let request = read_only();
     let add = rig.manager.add(&large, &request);
     let go_on = async {
-        let is_in = || rig.vm.qmp().execute("query-block", NONE);
-        while is_in().await.unwrap().as_array().unwrap().is_empty() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        soon(async || {
+            let disks = rig.vm.qmp().execute("query-block", NONE).await.unwrap();
+            !disks.as_array().unwrap().is_empty()
+        })
+        .await;
         rig.vm.qmp().execute("cont", NONE).await.unwrap();
     };
     let (mount, ()) = tokio::join!(add, go_on);
