@@ -61,8 +61,8 @@ impl KernelLog {
         options.open("/dev/kmsg").ok()
     }
 
-    /// The warnings since then that name the device, or that the driver of the filesystem begins with its name, for the end
-    /// of a message. Control characters are escaped: names and labels of an image may be among them.
+    /// The warnings since then that name the device, or that the driver of the filesystem begins with its name and that name
+    /// no other device, for the end of a message. Control characters are escaped: names and labels of an image may be among them.
     pub(crate) fn said(&self, filesystem: &str, source: &Path) -> String {
         let device = DeviceNumber::at(source).ok().and_then(kernel_name);
         let driver = match filesystem {
@@ -150,11 +150,18 @@ pub(crate) fn kernel_name(device: DeviceNumber) -> Option<String> {
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-/// Whether a line begins with the name of a driver, and not with that of one of its functions (`btrfs_get_tree+0x5/0xb3`).
+/// Whether a line begins with the name of a driver, and not with that of one of its functions (`btrfs_get_tree+0x5/0xb3`),
+/// nor with that of one device, as `EXT4-fs (loop1): ` does. Btrfs names whichever of its devices was written last.
 fn is_from(driver: &str, line: &str) -> bool {
     let line = line.to_ascii_lowercase();
+    // In brackets, before the first colon.
+    let names_one_device = || {
+        let start = line.split_once("):").map_or("", |(start, _)| start);
+        let name = start.split_once('(');
+        driver != "btrfs" && name.is_some_and(|(name, _)| !name.contains(':'))
+    };
     let rest = line.strip_prefix(driver);
-    rest.is_some_and(|rest| !rest.starts_with('_') && !line.contains("+0x"))
+    rest.is_some_and(|rest| !rest.starts_with('_') && !line.contains("+0x") && !names_one_device())
 }
 
 fn has_word(line: &str, word: &str) -> bool {
@@ -204,5 +211,25 @@ mod tests {
         assert!(is_from("ext", "ext4: Unknown parameter 'x'"));
         assert!(!is_from("btrfs", "btrfs_get_tree.cold+0xb/0xb3"));
         assert!(!is_from("xfs", "ext4: Unknown parameter 'x'"));
+        for of_another in [
+            "EXT4-fs (loop1): DAX unsupported by block device.",
+            "erofs (device dm-0): unsupported",
+            "extfs(loop1): a driver may write it without a space",
+        ] {
+            assert!(
+                !is_from("ext", of_another) && !is_from("erofs", of_another),
+                "{of_another}"
+            );
+        }
+        assert!(is_from(
+            "btrfs",
+            "BTRFS error (device loop1): open_ctree failed"
+        ));
+        for of_all in [
+            "EXT4-fs: Invalid want_extra_isize (of 3): no",
+            "EXT4-fs: no (x)",
+        ] {
+            assert!(is_from("ext", of_all), "{of_all}");
+        }
     }
 }
