@@ -187,14 +187,12 @@ impl Slots {
 
     /// Reserves the free slot that the policy prefers; none if all are taken.
     pub fn reserve(&self) -> Option<Reservation> {
-        let slot = self.table().reserve()?;
-        Some(Reservation(Claim::new(self, slot)))
+        self.claim(Table::reserve)
     }
 
     /// Reserves the lowest free slot of one group; none if all of them are taken, or there is no such group.
     pub fn reserve_in(&self, group: u16) -> Option<Reservation> {
-        let slot = self.table().reserve_in(group)?;
-        Some(Reservation(Claim::new(self, slot)))
+        self.claim(|table| table.reserve_in(group))
     }
 
     /// Reserves a particular slot.
@@ -251,6 +249,15 @@ impl Slots {
     /// How many slots there are, free or not.
     pub fn capacity(&self) -> usize {
         usize::from(self.0.groups) * usize::from(self.0.per_group)
+    }
+
+    fn claim(&self, choose: impl FnOnce(&mut Table) -> Option<Slot>) -> Option<Reservation> {
+        let mut table = self.table();
+        let slot = choose(&mut table)?;
+        // Counted under the lock: two threads that each counted after it would take that line from one another once more.
+        let claim = Claim::new(self, slot);
+        drop(table);
+        Some(Reservation(claim))
     }
 
     fn take(&self, slot: Slot, state: SlotState) -> Result<(), SlotError> {
