@@ -19,17 +19,21 @@ use crate::BackendError;
 use pool::Outcome;
 
 thread_local! {
-    /// What the call may do that is polled on this blocking thread now, if there is one.
+    /// What the call may do that is polled on this thread now, if there is one.
     static CALL: Cell<Option<Polled>> = const { Cell::new(None) };
 }
 
-/// How a call is polled on a blocking thread.
+/// How a call is polled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Polled {
-    /// It runs its blocking steps.
+    /// On a blocking thread, where it runs its blocking steps.
     Runs,
-    /// It waits for the work that was queued before it.
+    /// There, and it waits for the work that was queued before it.
     LetsOthersPass,
+    /// In a task of the runtime, since it has waited for something else.
+    Waits,
+    /// There, and it has a blocking step to run.
+    Returns,
 }
 
 /// Runs blocking system calls on the blocking threads of tokio. For backends.
@@ -59,8 +63,8 @@ where
     told.await.unwrap_or_else(|_| Err(cut_off()))
 }
 
-/// As [`blocking`], for a step of a call that may run on a blocking thread already ([`blocking_call`]), where the work is done at
-/// once. For backends.
+/// As [`blocking`], for a step of a [`blocking_call`], which does the work at once on its blocking thread, and goes back to one
+/// first if it is elsewhere. For backends.
 ///
 /// A deadline of the caller cannot cut such a step off: it is for work that ends by itself, or whose caller has no deadline.
 ///
@@ -76,16 +80,19 @@ where
     T: Send + 'static,
     F: FnOnce() -> Result<T, BackendError> + Send + 'static,
 {
-    match CALL.get() {
-        Some(_) => run(work),
-        None => blocking(work).await,
+    loop {
+        match CALL.get() {
+            Some(Polled::Runs | Polled::LetsOthersPass) => return run(work),
+            Some(Polled::Waits | Polled::Returns) => leave(Polled::Returns).await,
+            None => return blocking(work).await,
+        }
     }
 }
 
 /// Runs a call on a blocking thread for as long as it has nothing to wait for but its own [steps](blocking_step). For backends.
 ///
-/// A call that waits for something else, such as an event or a timer, goes on in a task of the runtime. The call is queued
-/// when this is called, not when the answer is first polled.
+/// A call that waits for something else, such as an event or a timer, goes on in a task of the runtime until its next step. The
+/// call is queued when this is called, not when the answer is first polled.
 ///
 /// # Errors
 ///
@@ -106,21 +113,30 @@ where
     F: Future<Output = Result<T, BackendError>> + Send + 'static,
 {
     let (tell, told) = oneshot::channel();
-    let call = Box::pin(call);
-    pool::submit(Box::new(move || go_on(call, tell)));
+    let work = Box::pin(call);
+    Call { work, tell }.submit();
     async move { told.await.unwrap_or_else(|_| Err(cut_off())) }
 }
 
 /// In a call that runs on a blocking thread, lets all work run first that is queued now: what many calls need can then be looked
 /// up once for all of them. Elsewhere it does nothing. For backends.
 pub async fn after_queued() {
-    let mut has_waited = CALL.get().is_none();
-    poll_fn(|_| {
-        if has_waited {
+    if CALL.get() == Some(Polled::Runs) {
+        leave(Polled::LetsOthersPass).await;
+    }
+}
+
+/// Ends the poll of this call, which is polled again as is asked here.
+async fn leave(how: Polled) {
+    let mut has_left = false;
+    poll_fn(|context| {
+        if has_left {
             return Poll::Ready(());
         }
-        has_waited = true;
-        CALL.set(CALL.get().map(|_| Polled::LetsOthersPass));
+        has_left = true;
+        CALL.set(Some(how));
+        // For what polls only those of its parts that were woken, such as `FuturesUnordered`.
+        context.waker().wake_by_ref();
         Poll::Pending
     })
     .await
@@ -137,30 +153,76 @@ fn cut_off() -> BackendError {
 
 type Answer<T> = oneshot::Sender<Result<T, BackendError>>;
 
-/// Polls a call on this thread.
-fn go_on<T, F>(mut call: Pin<Box<F>>, tell: Answer<T>) -> Outcome
+/// A call that is under way, and who waits for its answer.
+struct Call<T, F> {
+    /// Boxed, so that it moves as a pointer.
+    work: Pin<Box<F>>,
+    tell: Answer<T>,
+}
+
+impl<T, F> Call<T, F>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, BackendError>> + Send + 'static,
 {
-    let before = CALL.replace(Some(Polled::Runs));
-    // The waker of the task counts if it goes on there.
-    let mut context = Context::from_waker(Waker::noop());
-    let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(&mut context)));
-    let how = CALL.replace(before);
-    let answer = match polled {
-        Ok(Poll::Pending) if how == Some(Polled::LetsOthersPass) => {
-            return Outcome::Again(Box::new(move || go_on(call, tell)));
+    fn submit(self) {
+        pool::submit(Box::new(move || self.run()));
+    }
+
+    /// Polls it once. What it asked for comes back with it, if it is not over.
+    fn poll(&mut self, how: Polled, waker: &Waker) -> (Poll<F::Output>, Option<Polled>) {
+        let before = CALL.replace(Some(how));
+        let work = self.work.as_mut();
+        let poll = || work.poll(&mut Context::from_waker(waker));
+        let polled = catch_unwind(AssertUnwindSafe(poll));
+        let asked = CALL.replace(before);
+        let polled = polled.unwrap_or_else(|_panic| Poll::Ready(Err(cut_off())));
+        (polled, asked)
+    }
+
+    /// Goes on on this blocking thread.
+    fn run(mut self) -> Outcome {
+        // The waker of the task counts if it goes on there.
+        match self.poll(Polled::Runs, Waker::noop()) {
+            (Poll::Ready(answer), _) => {
+                let Call { work, tell } = self;
+                drop(work);
+                Outcome::Done(Box::new(move || drop(tell.send(answer))))
+            }
+            (Poll::Pending, Some(Polled::LetsOthersPass)) => {
+                Outcome::Again(Box::new(move || self.run()))
+            }
+            (Poll::Pending, _) => {
+                Handle::current().spawn(self.wait());
+                Outcome::Elsewhere
+            }
         }
-        Ok(Poll::Pending) => {
-            Handle::current().spawn(async move { drop(tell.send(call.await)) });
-            return Outcome::Elsewhere;
-        }
-        Ok(Poll::Ready(answer)) => answer,
-        Err(_panic) => Err(cut_off()),
-    };
-    drop(call);
-    Outcome::Done(Box::new(move || drop(tell.send(answer))))
+    }
+
+    /// Goes on in a task until it has a step to run.
+    async fn wait(self) {
+        let mut call = Some(self);
+        poll_fn(move |context| {
+            let Some(waiting) = &mut call else {
+                return Poll::Ready(());
+            };
+            let (polled, asked) = waiting.poll(Polled::Waits, context.waker());
+            match (polled, asked) {
+                (Poll::Pending, Some(Polled::Returns)) => {
+                    call.take().into_iter().for_each(Call::submit)
+                }
+                (Poll::Pending, _) => return Poll::Pending,
+                (Poll::Ready(answer), _) => {
+                    if let Some(Call { work, tell }) = call.take() {
+                        drop(work);
+                        drop(tell.send(answer));
+                    }
+                }
+            }
+            Poll::Ready(())
+        })
+        .await
+    }
 }
 
 #[cfg(test)]

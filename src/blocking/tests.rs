@@ -64,8 +64,11 @@ async fn a_call_runs_on_one_thread_until_it_waits_for_something_else() {
         let before = [blocking_step(here).await?, blocking_step(here).await?];
         let itself = thread::current().id();
         tokio::time::sleep(Duration::from_millis(1)).await;
-        let after = (thread::current().id(), blocking_step(here).await?);
-        Ok((before, itself, after))
+        let task = thread::current().id();
+        let after = [blocking_step(here).await?, blocking_step(here).await?];
+        assert_eq!(after, [thread::current().id(); 2]);
+        tokio::task::yield_now().await;
+        Ok((before, itself, (task, after[0])))
     });
     let (before, itself, (task, after)) = timeout(SOON, call).await.unwrap().unwrap();
     assert_eq!(before, [itself; 2]);
@@ -143,4 +146,39 @@ fn the_end_of_a_runtime_cuts_off_what_waits_and_leaves_nothing() {
     let error = other.block_on(async { timeout(SOON, call).await.unwrap() });
     assert_eq!(error.unwrap_err().kind(), ErrorKind::Uncertain);
     assert_eq!(other.block_on(blocking(|| Ok(3))).unwrap(), 3);
+}
+
+#[tokio::test]
+async fn a_call_hears_of_an_event_that_comes_while_it_is_on_its_way_to_a_thread() {
+    for _ in 0..200 {
+        let (send, event) = oneshot::channel();
+        let call = blocking_call(async move {
+            let steps = async {
+                tokio::task::yield_now().await;
+                for _ in 0..3 {
+                    blocking_step(|| Ok(())).await?;
+                }
+                Ok::<_, BackendError>(send.send(7))
+            };
+            let (sent, heard) = futures_util::future::join(steps, event).await;
+            assert_eq!(sent?, Ok(()));
+            heard.map_err(|error| BackendError::other(error.to_string()))
+        });
+        assert_eq!(timeout(SOON, call).await.unwrap().unwrap(), 7);
+    }
+}
+
+#[tokio::test]
+async fn steps_of_a_call_may_be_polled_one_by_one() {
+    let call = blocking_call(async {
+        tokio::task::yield_now().await;
+        let step = |number: usize| async move {
+            after_queued().await;
+            blocking_step(move || Ok(number)).await
+        };
+        // More than are polled all at once.
+        let steps = futures_util::future::try_join_all((0..100).map(step));
+        Ok(steps.await?.into_iter().sum::<usize>())
+    });
+    assert_eq!(timeout(SOON, call).await.unwrap().unwrap(), 4950);
 }
