@@ -148,13 +148,13 @@ fn mount_request(
     let moved = match &detached {
         Some(mount) => {
             mount.ensure_is_of(device, &request.source)?;
-            match directory::make_fresh(list)? {
-                Some(fresh) => {
-                    mounting::attach(mount, fresh.place(), propagation, kernel, list, &step)?
-                }
+            mounting::propagate_detached(mount.mount(), propagation, kernel)?;
+            match directory::make_fresh(list, &step(mount.identity()))? {
+                Some(fresh) => mounting::place(mount, fresh.place(), list, &step)?,
                 None => {
                     let at = directory::prepare(list)?;
-                    mounting::attach(mount, at.place()?, propagation, kernel, list, &step)?
+                    list.add(step(mount.identity()))?;
+                    mounting::place(mount, at.place()?, list, &step)?
                 }
             }
         }

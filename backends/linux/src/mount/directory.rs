@@ -59,47 +59,83 @@ pub(crate) fn check_free(list: &UndoList<'_>) -> Result<(), BackendError> {
     list.target().check_free()
 }
 
-/// Makes the target of a list, in a directory that is there. `None` if the target is there already, or if the way to it has to
-/// be gone one component after the other ([`prepare`]).
-pub(crate) fn make_fresh(list: &UndoList<'_>) -> Result<Option<Fresh>, BackendError> {
+/// Makes the target of a list, in a directory that is there, and then adds the step that is `next`: to mount there. With a
+/// journal both are on record before the directory has its name. `None` if the target is there already, or if the way to it has
+/// to be gone one component after the other ([`prepare`]).
+pub(crate) fn make_fresh(list: &UndoList<'_>, next: &Undo) -> Result<Option<Fresh>, BackendError> {
     let path = list.target().path();
-    let above = path.parent().zip(path.file_name());
-    let (Some((above, name)), false) = (above, list.has_journal()) else {
+    let Some((above, name)) = path.parent().zip(path.file_name()) else {
         return Ok(None);
     };
-    // Each directory of ours on the way is shared, which needs a look at it.
+    let Ok(parent) = list.parent() else {
+        return Ok(None);
+    };
+    // Each directory of ours on the way is shared, which needs a look at it. Asked after the way was gone: by then whoever
+    // has made one has it on a list.
     let is_farther = |made: &PathBuf| made != above;
     if list.made_above().iter().any(is_farther) {
         return Ok(None);
     }
-    let Ok(parent) = list.parent() else {
+    let is_missing = || matches!(parent.look(name, StatxFlags::empty()), Err(Errno::NOENT));
+    let staged = list.staged_name();
+    if staged.is_some() && !is_missing() {
         return Ok(None);
-    };
+    }
     {
         let _held = list.hold(Key::Directory(above.into()))?;
         join(list, parent.id, above);
     }
     let _held = list.hold(Key::Directory(path.into()))?;
-    match mkdirat(parent.directory(), name, Mode::RWXU) {
-        Ok(()) => {}
+    let wanted = Wanted {
+        parent: parent.directory(),
+        name,
+        path,
+        mode: Mode::RWXU,
+        scratch: false,
+    };
+    let unmade = staged.as_deref().map(|name| wanted.step(Some(name), None));
+    if let Some(unmade) = &unmade {
+        list.add(unmade.clone())?;
+    }
+    let first = staged.as_deref().map_or(name, OsStr::new);
+    if mkdirat(parent.directory(), first, wanted.mode).is_err() {
+        list.retain(|step| Some(step) != unmade.as_ref());
         // The walk says what is there, or what is wrong.
-        Err(_) => return Ok(None),
+        return Ok(None);
     }
     let trouble = |errno| errno_error(format!("cannot look at {}", path.display()), errno);
-    let seen = parent.look(name, StatxFlags::MNT_ID).map_err(trouble)?;
+    let seen = parent.look(first, StatxFlags::MNT_ID).map_err(trouble)?;
     let is_ours = FileType::from_raw_mode(seen.stx_mode.into()) == FileType::Directory
         && seen.stx_mnt_id == parent.mount;
     if !is_ours {
         return Ok(None);
     }
-    list.add(Undo::RemoveDirectory(DirectoryStep {
-        path: path.into(),
-        staged: None,
-        id: Some(FileId::seen(&seen)),
-        scratch: false,
-    }))?;
-    let name = name.to_owned();
-    Ok(Some(Fresh { parent, name }))
+    let id = FileId::seen(&seen);
+    let Some(staged) = staged else {
+        list.add(wanted.step(None, Some(id)))?;
+        list.add(next.clone())?;
+        let name = name.to_owned();
+        return Ok(Some(Fresh { parent, name }));
+    };
+    let made = wanted.step(Some(&staged), Some(id));
+    list.replace_last(made.clone());
+    list.add(next.clone())?;
+    let Err(errno) = wanted.give_name(&staged) else {
+        list.replace(&made, wanted.step(None, Some(id)));
+        let name = name.to_owned();
+        return Ok(Some(Fresh { parent, name }));
+    };
+    // Nothing is mounted there.
+    list.retain(|step| step != next);
+    match errno {
+        // Somebody else was faster, or not every filesystem can rename without replacing.
+        Errno::EXIST | Errno::INVAL | Errno::NOSYS => {
+            wanted.remove(&staged)?;
+            list.retain(|step| *step != made);
+            Ok(None)
+        }
+        errno => Err(wanted.trouble(errno)),
+    }
 }
 
 /// Goes to the directory that a list's target is to be in, and makes what is missing.
@@ -184,6 +220,17 @@ impl Wanted<'_> {
         mkdirat(self.parent, name, self.mode)?;
         id_below(self.parent, name)
     }
+
+    /// Gives it its name, if there is nothing of that name.
+    fn give_name(&self, staged: &str) -> rustix::io::Result<()> {
+        let flags = RenameFlags::NOREPLACE;
+        renameat_with(self.parent, staged, self.parent, self.name, flags)
+    }
+
+    /// Removes it before it has its name.
+    fn remove(&self, staged: &str) -> Result<(), BackendError> {
+        unlinkat(self.parent, staged, AtFlags::REMOVEDIR).map_err(|errno| self.trouble(errno))
+    }
 }
 
 /// Makes a directory and puts it on a list; false if there is something of that name already.
@@ -200,8 +247,7 @@ pub(crate) fn make(list: &UndoList<'_>, wanted: &Wanted<'_>) -> Result<bool, Bac
     list.add(wanted.step(Some(&staged), None))?;
     let mut id = wanted.make_as(OsStr::new(&staged)).map_err(trouble)?;
     list.amend(wanted.step(Some(&staged), Some(id)))?;
-    let flags = RenameFlags::NOREPLACE;
-    let renamed = match renameat_with(wanted.parent, &*staged, wanted.parent, wanted.name, flags) {
+    let renamed = match wanted.give_name(&staged) {
         // Not every filesystem can rename without replacing. Killed before the identity is on record, we leave an
         // empty directory.
         Err(Errno::INVAL | Errno::NOSYS) => {
@@ -220,7 +266,7 @@ pub(crate) fn make(list: &UndoList<'_>, wanted: &Wanted<'_>) -> Result<bool, Bac
             Ok(true)
         }
         Err(Errno::EXIST) => {
-            unlinkat(wanted.parent, &*staged, AtFlags::REMOVEDIR).map_err(trouble)?;
+            wanted.remove(&staged)?;
             let given_up = wanted.step(Some(&staged), Some(id));
             list.retain(|step| *step != given_up);
             Ok(false)
@@ -334,6 +380,7 @@ mod tests {
     use crate::kernel::Kernel;
     use crate::undo::journal::Journal;
     use crate::undo::ledger::Ledger;
+    use crate::undo::step::{Identity, MountStep};
     use crate::undo::teardown;
 
     fn target(path: PathBuf) -> Target {
@@ -350,6 +397,86 @@ mod tests {
 
     fn leave(ledger: &Ledger, target: &Target) {
         teardown::undo_all(&ledger.list(target), Kernel::default()).unwrap();
+    }
+
+    fn mounted_next() -> Undo {
+        Undo::Unmount(Box::new(MountStep {
+            mount: Identity::Expected {
+                filesystem: "none".to_owned(),
+                source: Path::new("/dev/none").into(),
+                further_sources: Vec::new(),
+                options: Vec::new(),
+            },
+            device: None,
+            scratch: None,
+            view: None,
+        }))
+    }
+
+    /// A place for the journals of a test, and one for its targets.
+    fn places() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().canonicalize().unwrap();
+        let targets = at.join("targets");
+        std::fs::create_dir(&targets).unwrap();
+        (dir, at.join("journal"), targets)
+    }
+
+    fn names(directory: &Path) -> Vec<OsString> {
+        let entries = std::fs::read_dir(directory).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    }
+
+    #[test]
+    fn a_fresh_target_and_its_mount_are_on_record_before_it_has_its_name() {
+        let (_dir, journal, targets) = places();
+        let journal = Journal::open(&journal, None).unwrap();
+        let ledger = Ledger::new(Some(journal.clone()));
+        let target = target(targets.join("m"));
+        let list = ledger.list(&target);
+        list.begin().unwrap();
+        let next = mounted_next();
+        let fresh = make_fresh(&list, &next).unwrap().unwrap();
+        assert_eq!(fresh.place().name, Some(OsStr::new("m")));
+        assert_eq!(names(&targets), ["m"]);
+        let [Undo::RemoveDirectory(made), mount] = &list.steps()[..] else {
+            panic!("{:?}", list.steps());
+        };
+        assert!(made.staged.is_none() && made.id.is_some() && *mount == next);
+        let [(_, record)] = &journal.read().unwrap()[..] else {
+            panic!("one record");
+        };
+        let [Undo::RemoveDirectory(noted), mount] = &record.steps[..] else {
+            panic!("{record:?}");
+        };
+        // What has either name is found by this.
+        assert!(noted.staged.is_some() && noted.id == made.id && *mount == next);
+        list.retain(|step| *step != next);
+        leave(&ledger, &target);
+        assert!(names(&targets).is_empty() && journal.read().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_target_that_another_makes_at_the_same_time_is_theirs() {
+        static THEIRS: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+        // At the first change of the journal, which is after the look at what is there.
+        fn make_theirs() {
+            drop(std::fs::create_dir(THEIRS.get().unwrap()));
+        }
+        let (_dir, journal, targets) = places();
+        let theirs = THEIRS.get_or_init(|| targets.join("m"));
+        let journal = Journal::open(&journal, Some(make_theirs)).unwrap();
+        let ledger = Ledger::new(Some(journal.clone()));
+        let target = target(theirs.clone());
+        let list = ledger.list(&target);
+        list.begin().unwrap();
+        assert!(make_fresh(&list, &mounted_next()).unwrap().is_none());
+        assert!(list.steps().is_empty());
+        assert_eq!(names(&targets), ["m"], "what had its first name is gone");
+        prepare(&list).unwrap();
+        leave(&ledger, &target);
+        assert_eq!(names(&targets), ["m"], "it stays");
+        assert!(journal.read().unwrap().is_empty());
     }
 
     #[test]

@@ -291,6 +291,10 @@ impl Detached {
         &self.mount
     }
 
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::Known(self.id)
+    }
+
     /// Refuses a mount of another device: its node was replaced since the device was found.
     pub(crate) fn ensure_is_of(
         &self,
@@ -316,13 +320,23 @@ pub(crate) fn attach(
     list: &UndoList<'_>,
     step: impl Fn(Identity) -> Undo,
 ) -> Result<bool, BackendError> {
+    propagate_detached(&detached.mount, propagation, kernel)?;
+    list.add(step(detached.identity()))?;
+    place(detached, at, list, step)
+}
+
+/// The same for a mount that is on the list already, and spreads as it is to.
+pub(crate) fn place(
+    detached: &Detached,
+    at: Place<'_>,
+    list: &UndoList<'_>,
+    step: impl Fn(Identity) -> Undo,
+) -> Result<bool, BackendError> {
     let Detached {
         mount: detached,
         id,
     } = detached;
-    propagate_detached(detached, propagation, kernel)?;
     let mut mount = *id;
-    list.add(step(Identity::Known(mount)))?;
     let mut flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     flags.set(MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH, at.name.is_none());
     let name = at.name.unwrap_or_default();
@@ -407,7 +421,7 @@ pub(crate) fn in_one_step(
 ///
 /// Whatever is moved below a shared mount becomes shared, and one that cannot be bound cannot be
 /// moved there: the other modes are for [`propagate`].
-fn propagate_detached(
+pub(crate) fn propagate_detached(
     mount: &OwnedFd,
     propagation: Option<Propagation>,
     kernel: Kernel,

@@ -4,8 +4,8 @@
 //! (`/run`), so nothing is synchronised to a medium: whatever loses the files loses the mounts as
 //! well. What is read is trusted to be our own, and not to be intact.
 //!
-//! A mount writes its file once, and once more for each partition or range and twice for each directory that is made
-//! for it; unmounting removes the file. A write takes about 20 µs in a tmpfs, a removal 10.
+//! A mount writes its file once, and once more for each partition or range, for a target that is made for it, and twice for each
+//! directory that is made on the way there; unmounting removes the file. A write takes about 20 µs in a tmpfs, a removal 10.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File};

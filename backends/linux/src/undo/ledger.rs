@@ -88,6 +88,13 @@ impl List {
         self.steps.push(step);
     }
 
+    fn replace(&mut self, step: &Undo, by: Undo) {
+        if let Some(own) = self.steps.iter_mut().find(|own| *own == step) {
+            self.saved &= *own == by;
+            *own = by;
+        }
+    }
+
     fn remove_record(self) {
         if let Some(note) = self.note {
             note.done();
@@ -275,6 +282,13 @@ impl<'a> UndoList<'a> {
     pub(crate) fn replace_last(&self, step: Undo) {
         if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
             list.replace_last(step);
+        }
+    }
+
+    /// Replaces a step; the journal learns of it with the next write.
+    pub(crate) fn replace(&self, step: &Undo, by: Undo) {
+        if let Some(list) = self.ledger.lists().get_mut(self.target.key()) {
+            list.replace(step, by);
         }
     }
 
