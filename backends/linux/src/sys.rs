@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use blockmount::{Propagation, PropagationMode};
 use rustix::io::Errno;
+use rustix::ioctl;
 use tokio::io::unix::AsyncFd;
 
 /// A change of the attributes of a mount.
@@ -226,6 +227,18 @@ impl Drop for WaitingProcess {
 pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an owned descriptor is the same number as long as it lives, and is not closed before.
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
+/// Of the kernel's disks, how many came before this one.
+///
+/// # Errors
+///
+/// `ENOTTY` or `EINVAL` before Linux 5.15.
+pub(crate) fn disk_sequence(disk: impl AsFd) -> Result<u64, Errno> {
+    /// `BLKGETDISKSEQ` of `linux/fs.h`: `_IOR(0x12, 128, __u64)`.
+    const GET_DISK_SEQUENCE: ioctl::Opcode = ioctl::opcode::read::<u64>(0x12, 128);
+    // SAFETY: this call writes one number of 64 bits.
+    unsafe { ioctl::ioctl(disk, ioctl::Getter::<GET_DISK_SEQUENCE, u64>::new()) }
 }
 
 /// `struct blkpg_partition` of `linux/blkpg.h`.

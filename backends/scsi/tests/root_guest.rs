@@ -296,6 +296,27 @@ async fn root_a_disk_is_measured_where_another_was_unplugged_and_nowhere_else() 
     assert_eq!(tree.read(asked), "1");
 }
 
+/// Its number is that of the disk before it.
+#[tokio::test]
+async fn root_a_disk_that_the_kernel_counts_as_another_is_not_opened() {
+    let tree = Tree::new();
+    let disk = Loop::new();
+    let node = disk.node().file_name().unwrap().to_str().unwrap();
+    disk_with_node(&tree, &disk, node);
+    let at = locator("scsi:0/5");
+    resolver(&tree).resolve(&at).await.unwrap();
+    let uevent = format!("bus/scsi/devices/3:0:0:5/block/{node}/uevent");
+    let said = tree.read(&uevent);
+    let Some((rest, count)) = said.trim_end().split_once("DISKSEQ=") else {
+        panic!("this kernel does not count its disks: {said}");
+    };
+    let other = count.parse::<u64>().unwrap() + 1;
+    tree.write(&uevent, format!("{rest}DISKSEQ={other}\n"));
+    let message = refused(resolver(&tree).resolve(&at).await, ErrorKind::NotFound);
+    let why = format!("another disk has taken the name {}", disk.node().display());
+    assert!(message.ends_with(&why), "{message}");
+}
+
 /// Page 0x80 of a disk's vital product data.
 fn serial_page(serial: &str) -> Vec<u8> {
     let length = u8::try_from(serial.len()).unwrap();

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::num::NonZeroU64;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt as _, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt as _, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::Instant;
 
@@ -14,6 +14,7 @@ use rustix::fs::{Advice, OFlags};
 use crate::device::number::DeviceNumber;
 use crate::discover::uevent;
 use crate::errno::{errno_error, is_absent};
+use crate::sys;
 
 /// Where a [probe](crate::filesystem::probe) looks last at the start of a device, in bytes: at the block at 64 KiB, for a btrfs.
 const START: u64 = 68 << 10;
@@ -32,6 +33,12 @@ fn end_at(size: u64) -> u64 {
 ///
 /// `Invalid` if the path is something else than a block device; others as they come.
 pub fn open(path: &Path) -> Result<Option<File>, BackendError> {
+    let opened = open_numbered(path)?;
+    Ok(opened.map(|(device, _)| device))
+}
+
+/// The same, with the number of the device.
+pub(crate) fn open_numbered(path: &Path) -> Result<Option<(File, DeviceNumber)>, BackendError> {
     // Without waiting for a medium, and never as somebody's terminal.
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let opened = OpenOptions::new()
@@ -40,7 +47,9 @@ pub fn open(path: &Path) -> Result<Option<File>, BackendError> {
         .open(path);
     match opened {
         Ok(file) => match file.metadata() {
-            Ok(meta) if meta.file_type().is_block_device() => Ok(Some(file)),
+            Ok(meta) if meta.file_type().is_block_device() => {
+                Ok(Some((file, DeviceNumber::from_rdev(meta.rdev()))))
+            }
             Ok(_) => Err(BackendError::invalid(format!(
                 "{} is not a block device",
                 path.display()
@@ -171,6 +180,11 @@ pub async fn await_open(path: &Path, deadline: Instant) -> Result<File, BackendE
 /// The system's.
 pub fn size(device: &File) -> io::Result<u64> {
     (&*device).seek(SeekFrom::End(0))
+}
+
+/// Of the kernel's disks, how many came before the one that is open; nothing where the kernel does not count them. Blocks.
+pub(crate) fn sequence(device: &File) -> Option<u64> {
+    sys::disk_sequence(device).ok()
 }
 
 /// The smallest unit that a device reads and writes, in bytes. Blocks.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockmount::BackendError;
 use rustix::fs::{AtFlags, Statx, StatxAttributes, StatxFlags, fstat, fstatfs, makedev, statx};
@@ -16,6 +17,9 @@ use crate::sys;
 
 /// The mask of `statx` for an id that is never given again (`STATX_MNT_ID_UNIQUE`).
 pub(crate) const UNIQUE_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// Whether the kernel was asked for such an id, and has none.
+static LACKS_UNIQUE_IDS: AtomicBool = AtomicBool::new(false);
 
 /// A mount by identity.
 #[derive(Debug, Clone, Copy, Eq, Serialize, Deserialize)]
@@ -46,10 +50,11 @@ impl PartialEq for MountId {
 impl MountId {
     /// The mount that an open file is on.
     pub(crate) fn of(fd: &OwnedFd, kernel: Kernel) -> Result<Self, BackendError> {
-        let reused = target::mount_id(fd)?;
         if let Some(unique) = Self::of_detached(fd, kernel) {
+            let reused = target::mount_id(fd)?;
             return Ok(MountId { reused, ..unique });
         }
+        let reused = target::mount_id(fd)?;
         let unique = None;
         let trouble = |errno| errno_error("cannot look at a mount", errno);
         let device = fstat(fd).map_err(trouble)?.st_dev;
@@ -65,13 +70,15 @@ impl MountId {
 
     /// The mount that an open file is on, without its number in `mountinfo`. `None` if the kernel has no numbers for ever.
     pub(crate) fn of_detached(fd: &OwnedFd, kernel: Kernel) -> Option<Self> {
-        if !kernel.unique_ids {
+        if !kernel.unique_ids || LACKS_UNIQUE_IDS.load(Ordering::Relaxed) {
             return None;
         }
         let answer = statx(fd, "", AtFlags::EMPTY_PATH, UNIQUE_ID).ok()?;
+        let unique = unique_id(&answer);
+        LACKS_UNIQUE_IDS.store(unique.is_none(), Ordering::Relaxed);
         Some(MountId {
             reused: 0,
-            unique: Some(unique_id(&answer)?),
+            unique: Some(unique?),
             device: makedev(answer.stx_dev_major, answer.stx_dev_minor),
             kind: 0,
         })

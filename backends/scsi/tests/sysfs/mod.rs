@@ -121,7 +121,10 @@ impl Tree {
     pub(crate) fn name(&self, block: &str, disk: &Loop, node: &str) {
         let number = disk.number();
         let (major, minor) = number.split_once(':').unwrap();
-        let uevent = format!("MAJOR={major}\nMINOR={minor}\nDEVNAME={node}\nDISKSEQ=1\n");
+        // Older kernels do not count their disks.
+        let counted = fs::read_to_string(format!("/sys/dev/block/{number}/diskseq"));
+        let counted = counted.map_or(String::new(), |count| format!("DISKSEQ={count}"));
+        let uevent = format!("MAJOR={major}\nMINOR={minor}\nDEVNAME={node}\n{counted}");
         self.write(&format!("{block}/uevent"), uevent);
     }
 

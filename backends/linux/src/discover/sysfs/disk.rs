@@ -159,22 +159,26 @@ impl Disk {
         Ok(now.is_some_and(|now| now.number == was && now.sequence == sequence))
     }
 
-    /// Opens the node for reading and proves that it is this disk: the number fits, and the disk was
-    /// there before and after. Blocks.
+    /// Opens the node for reading and proves that it is this disk: the number fits, and so does the count of disks; where the
+    /// kernel does not count them, the disk was there before and after. Blocks.
     ///
     /// # Errors
     ///
     /// As for [`crate::device::open()`].
     pub fn open(&self) -> Probe<File> {
         let node = self.node().display();
-        let open = node::open(self.node())?
+        let (open, number) = node::open_numbered(self.node())?
             .ok_or_else(|| NotReady::not_found(format!("device {node} is not ready")))?;
-        let (number, wanted) = (DeviceNumber::of(&open)?, self.number());
+        let wanted = self.number();
         if number != wanted {
             let message = format!("{node} is block device {number} and not {wanted}");
             return Err(NotReady::not_found(message));
         }
-        if !self.is_there()? {
+        let is_it = match (self.name.sequence, node::sequence(&open)) {
+            (Some(wanted), Some(open)) => wanted == open,
+            _ => self.is_there()?,
+        };
+        if !is_it {
             let message = format!("another disk has taken the name {node}");
             return Err(NotReady::not_found(message));
         }

@@ -6,6 +6,10 @@ use std::io::{self, Read, Seek, SeekFrom};
 /// each a few bytes: to copy all that is in between costs more.
 const START: usize = 8 << 10;
 
+/// Where several signatures are beside each other, and so are read together: where from, and how many bytes. The first has
+/// those of discs, the second the last one of swap space and the superblock of a btrfs.
+const TOGETHER: [(u64, usize); 2] = [(32 << 10, 2 << 10), ((64 << 10) - 10, 10 + (4 << 10))];
+
 /// A device to read from, with its size.
 pub(super) struct Source<'a, R> {
     device: &'a mut R,
@@ -14,6 +18,8 @@ pub(super) struct Source<'a, R> {
     start: [u8; START],
     /// How much of it there is.
     known: usize,
+    /// What was read together.
+    together: [Option<Vec<u8>>; TOGETHER.len()],
 }
 
 impl<'a, R: Read + Seek> Source<'a, R> {
@@ -24,6 +30,7 @@ impl<'a, R: Read + Seek> Source<'a, R> {
             size,
             start: [0; START],
             known: 0,
+            together: Default::default(),
         };
         let known = size.min(START as u64) as usize;
         source.device.rewind()?;
@@ -47,10 +54,30 @@ impl<'a, R: Read + Seek> Source<'a, R> {
         if !fits {
             return Ok(None);
         }
-        match part(&self.start[..self.known], offset, length) {
-            Some(known) => Ok(Some(known)),
-            None => self.read(offset, length),
+        if let Some(known) = part(&self.start[..self.known], offset, length) {
+            return Ok(Some(known));
         }
+        for (number, (from, size)) in TOGETHER.into_iter().enumerate() {
+            let Some(inside) = offset.checked_sub(from).filter(|at| *at < size as u64) else {
+                continue;
+            };
+            let known = &mut self.together[number];
+            if known.is_none() {
+                self.device.seek(SeekFrom::Start(from))?;
+                let mut bytes = vec![0; size];
+                // As at the start: what cannot be read in one piece is read piece by piece.
+                *known = Some(
+                    self.device
+                        .read_exact(&mut bytes)
+                        .map_or(Vec::new(), |()| bytes),
+                );
+            }
+            let known = known.as_deref().unwrap_or_default();
+            if let Some(known) = part(known, inside, length) {
+                return Ok(Some(known));
+            }
+        }
+        self.read(offset, length)
     }
 
     fn read(&mut self, offset: u64, length: usize) -> io::Result<Option<Bytes>> {
@@ -139,5 +166,77 @@ impl Bytes {
 
     pub(super) fn be64(&self, at: usize) -> u64 {
         u64::from_be_bytes(self.array(at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device of zeros that notes where it is read, and refuses what overlaps a bad place.
+    #[derive(Default)]
+    struct Noted {
+        at: u64,
+        reads: Vec<(u64, usize)>,
+        bad: Option<u64>,
+    }
+
+    impl Read for Noted {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let end = self.at.saturating_add(buffer.len() as u64);
+            if self.bad.is_some_and(|bad| (self.at..end).contains(&bad)) {
+                return Err(io::Error::other("a bad block"));
+            }
+            self.reads.push((self.at, buffer.len()));
+            buffer.fill(self.at as u8);
+            self.at = end;
+            Ok(buffer.len())
+        }
+    }
+
+    impl Seek for Noted {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.at = match to {
+                SeekFrom::Start(at) => at,
+                SeekFrom::End(by) => (1_u64 << 20).saturating_add_signed(by),
+                SeekFrom::Current(by) => self.at.saturating_add_signed(by),
+            };
+            Ok(self.at)
+        }
+    }
+
+    fn read_at(device: &mut Noted, places: &[(u64, usize)]) -> Vec<(u64, usize)> {
+        let mut source = Source::new(device).unwrap();
+        for (offset, length) in places {
+            let bytes = source.bytes(*offset, *length).unwrap().unwrap();
+            assert_eq!(bytes.0.len(), *length);
+        }
+        device.reads.clone()
+    }
+
+    #[test]
+    fn what_is_beside_each_other_is_read_once() {
+        let places = [
+            (32_768, 7),
+            (32_768, 2048),
+            (65_536, 4096),
+            (65_526, 10),
+            (40_960, 7),
+        ];
+        let reads = read_at(&mut Noted::default(), &places);
+        let expected = [(0, 8192), (32_768, 2048), (65_526, 4106), (40_960, 7)];
+        assert_eq!(reads, expected);
+    }
+
+    #[test]
+    fn beside_a_bad_block_each_piece_is_read_alone() {
+        let mut device = Noted {
+            bad: Some(34_000),
+            ..Noted::default()
+        };
+        let reads = read_at(&mut device, &[(32_768, 7), (32_768, 9)]);
+        assert_eq!(reads, [(0, 8192), (32_768, 7), (32_768, 9)]);
+        let mut source = Source::new(&mut device).unwrap();
+        assert!(source.bytes(33_990, 20).is_err());
     }
 }
