@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
 use blockmount::placement::Occupant;
-use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOption, DiskOptions};
+use blockmount::{BackendError, CacheMode, Disk, DiskId, DiskOption};
 use blockmount_scsi::{Attacher, Geometry, ScsiAddress};
 
 use crate::open_file;
@@ -162,8 +162,10 @@ impl QemuScsi {
         }
     }
 
-    /// The arguments of `device_add`; none if the VM has no such address.
-    fn device(&self, address: ScsiAddress, options: &DiskOptions) -> Option<Value> {
+    /// The arguments of `device_add`; none if the VM has no such address. As of a [node](Image::node), QEMU's defaults are left
+    /// out: the channel, that errors of reads are reported, and that the serial number is the `device_id` as well.
+    fn device(&self, address: ScsiAddress, disk: &Disk) -> Option<Value> {
+        let options = disk.options();
         let controller = usize::from(address.controller.get());
         let controller = self.controllers.get(controller)?;
         let id = Self::name(address);
@@ -172,15 +174,15 @@ impl QemuScsi {
                 "driver": "scsi-hd",
                 "id": id,
                 "bus": format!("{controller}.0"),
-                "channel": 0,
                 "scsi-id": 0,
                 "lun": address.lun.get(),
                 "drive": id,
                 "serial": id,
-                "device_id": id,
-                "werror": "report",
-                "rerror": "report",
             });
+            if !disk.is_read_only() {
+                // By default the VM stops when the host's disk is full.
+                device["werror"] = json!("report");
+            }
             if let Some(mode) = options.cache_mode() {
                 let writes_through = mode == CacheMode::WriteThrough;
                 device["write-cache"] = json!(if writes_through { "off" } else { "on" });
@@ -214,7 +216,7 @@ impl Attacher for QemuScsi {
         id: &DiskId,
     ) -> Result<(), BackendError> {
         disk.options().require_only(&HONOURED)?;
-        let device = self.device(address, disk.options()).ok_or_else(|| {
+        let device = self.device(address, disk).ok_or_else(|| {
             let geometry = self.geometry;
             BackendError::invalid(format!(
                 "the VM has no SCSI address {address}, but {geometry} controllers and LUNs"

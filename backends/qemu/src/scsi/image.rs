@@ -90,44 +90,50 @@ impl Image {
     }
 
     /// The arguments of `blockdev-add`, with the paths by which QEMU opens the files. All that QEMU opens is named
-    /// here: whatever else a header says, QEMU opens nothing for it.
+    /// here: whatever else a header says, QEMU opens nothing for it. What is QEMU's default is left out, since a monitor
+    /// reads its commands byte by byte (`monitor_can_read`), some microseconds each.
     pub(crate) fn node(&self, name: &str, paths: &[String]) -> Value {
         let mut node = Value::Null;
-        let discard = match self.options.is_discard() {
-            Some(false) => "ignore",
-            _ => "unmap",
-        };
-        let cache = json!({
-            "direct": self.options.is_direct_io() == Some(true),
-            "no-flush": self.options.cache_mode() == Some(CacheMode::Unsafe),
-        });
         for (number, (layer, path)) in self.layers.iter().zip(paths).enumerate().rev() {
-            let read_only = self.read_only || number > 0;
             let name = match number {
                 0 => name.to_owned(),
                 _ => format!("{name}-b{number}"),
             };
             let backing = std::mem::take(&mut node);
+            let mut file = json!({
+                "driver": if layer.is_device { "host_device" } else { "file" },
+                "node-name": format!("{name}-file"),
+                "filename": path,
+            });
+            self.configure(&mut file, number > 0);
             node = json!({
                 "driver": layer.format.driver(),
                 "node-name": name,
-                "read-only": read_only,
-                "discard": discard,
-                "cache": cache,
-                "file": {
-                    "driver": if layer.is_device { "host_device" } else { "file" },
-                    "node-name": format!("{name}-file"),
-                    "filename": path,
-                    "read-only": read_only,
-                    "discard": discard,
-                    "cache": cache,
-                },
+                "file": file,
             });
+            self.configure(&mut node, number > 0);
             if layer.format == ImageFormat::Qcow2 {
                 node["backing"] = backing;
             }
         }
         node
+    }
+
+    /// Sets what differs from QEMU's defaults, for the whole chain alike.
+    fn configure(&self, node: &mut Value, is_backing: bool) {
+        if self.read_only || is_backing {
+            // Nothing is discarded on what is read alone.
+            node["read-only"] = json!(true);
+        } else {
+            // The default of a node is "ignore", that of a file below one "unmap" (`bdrv_inherited_options`).
+            let ignores = self.options.is_discard() == Some(false);
+            node["discard"] = json!(if ignores { "ignore" } else { "unmap" });
+        }
+        let direct = self.options.is_direct_io() == Some(true);
+        let no_flush = self.options.cache_mode() == Some(CacheMode::Unsafe);
+        if direct || no_flush {
+            node["cache"] = json!({ "direct": direct, "no-flush": no_flush });
+        }
     }
 }
 
@@ -253,5 +259,41 @@ mod tests {
         assert_eq!(node["driver"], "raw");
         assert_eq!(node["file"]["driver"], "file");
         assert_eq!(node["file"]["filename"], path.to_str().unwrap());
+    }
+
+    #[test]
+    fn what_a_disk_is_to_do_with_discards_and_writes_is_said_of_each_node() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        let node = |disk: Disk| {
+            let id = blockmount_source::identify(&disk).unwrap();
+            let image = Image::inspect(&disk, &id, true).unwrap();
+            image.node("n", &["/dev/fdset/0".to_owned()])
+        };
+        let disk = || Disk::virtual_disk(&path);
+        let quiet = DiskOptions::default().discard(false);
+        let whole = json!({
+            "driver": "raw",
+            "node-name": "n",
+            "read-only": true,
+            "file": {
+                "driver": "file",
+                "node-name": "n-file",
+                "filename": "/dev/fdset/0",
+                "read-only": true,
+            },
+        });
+        assert_eq!(node(disk().read_only()), whole);
+        for (disk, says) in [(disk(), "unmap"), (disk().with_options(quiet), "ignore")] {
+            let node = node(disk);
+            for node in [&node, &node["file"]] {
+                assert_eq!(
+                    (&node["discard"], &node["read-only"]),
+                    (&json!(says), &Value::Null)
+                );
+                assert_eq!(node["cache"], Value::Null);
+            }
+        }
     }
 }
