@@ -122,22 +122,33 @@ async fn root_i07_a_failed_mount_with_a_busy_partition_is_uncertain() {
     let device = Loop::new(&Image::Gpt.copy(dir.path()));
     dir.settle();
     let guest = short_wait().build();
-    let disk = File::open(device.node()).unwrap();
     let one = NonZeroU32::new(1).unwrap();
+    let (release, released) = std::sync::mpsc::channel::<()>();
     // As a daemon that looks at each new device.
-    let watcher = tokio::spawn(async move {
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
-        let node = device::await_partition(&disk, one, deadline).await.unwrap();
-        let held = device::await_open(&node, deadline).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(400)).await;
-        drop(held);
+    let node = format!("{}p1", device.node().display());
+    let watcher = tokio::task::spawn_blocking(move || {
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        while std::time::Instant::now() < deadline {
+            if let Ok(held) = File::open(&node) {
+                let _released = released.recv();
+                drop(held);
+                return;
+            }
+            std::thread::yield_now();
+        }
     });
     let options = MountOptions::builder().partition(one).read_only().build();
     let (options, target) = (options.unwrap(), dir.at("a/mnt"));
-    // The first partition is empty.
-    let result = guest.mount(&device.locator(), &target, &options).await;
+    // The first partition is empty. The daemon may come too late for an attempt.
+    let result = loop {
+        match guest.mount(&device.locator(), &target, &options).await {
+            Err(error) if error.kind() == ErrorKind::NotFound && !watcher.is_finished() => {}
+            result => break result,
+        }
+    };
     let message = refused(result, ErrorKind::Uncertain);
     assert!(message.contains("cannot remove partition 1"), "{message}");
+    drop(release);
     watcher.await.unwrap();
     guest.unmount(&target).await.unwrap();
     assert!(known_to_the_kernel(&device).is_empty());
