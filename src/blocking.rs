@@ -200,28 +200,18 @@ where
     }
 
     /// Goes on in a task until it has a step to run.
-    async fn wait(self) {
-        let mut call = Some(self);
-        poll_fn(move |context| {
-            let Some(waiting) = &mut call else {
-                return Poll::Ready(());
-            };
-            let (polled, asked) = waiting.poll(Polled::Waits, context.waker());
-            match (polled, asked) {
-                (Poll::Pending, Some(Polled::Returns)) => {
-                    call.take().into_iter().for_each(Call::submit)
-                }
-                (Poll::Pending, _) => return Poll::Pending,
-                (Poll::Ready(answer), _) => {
-                    if let Some(Call { work, tell }) = call.take() {
-                        drop(work);
-                        drop(tell.send(answer));
-                    }
-                }
-            }
-            Poll::Ready(())
-        })
-        .await
+    async fn wait(mut self) {
+        let next = poll_fn(|context| match self.poll(Polled::Waits, context.waker()) {
+            (Poll::Ready(answer), _) => Poll::Ready(Some(answer)),
+            (Poll::Pending, Some(Polled::Returns)) => Poll::Ready(None),
+            (Poll::Pending, _) => Poll::Pending,
+        });
+        let Some(answer) = next.await else {
+            return self.submit();
+        };
+        let Call { work, tell } = self;
+        drop(work);
+        drop(tell.send(answer));
     }
 }
 

@@ -14,7 +14,6 @@ use rustix::fs::{Advice, OFlags};
 use crate::device::number::DeviceNumber;
 use crate::discover::uevent;
 use crate::errno::{errno_error, is_absent};
-use crate::sys;
 
 /// Where a [probe](crate::filesystem::probe) looks last at the start of a device, in bytes: at the block at 64 KiB, for a btrfs.
 const START: u64 = 68 << 10;
@@ -180,11 +179,6 @@ pub async fn await_open(path: &Path, deadline: Instant) -> Result<File, BackendE
 /// The system's.
 pub fn size(device: &File) -> io::Result<u64> {
     (&*device).seek(SeekFrom::End(0))
-}
-
-/// Of the kernel's disks, how many came before the one that is open; nothing where the kernel does not count them. Blocks.
-pub(crate) fn sequence(device: &File) -> Option<u64> {
-    sys::disk_sequence(device).ok()
 }
 
 /// The smallest unit that a device reads and writes, in bytes. Blocks.

@@ -11,6 +11,7 @@ use crate::device::node::{self, field, node_named_in};
 use crate::device::number::DeviceNumber;
 use crate::discover::sysfs::{attribute, bytes, command, names};
 use crate::discover::uevent::{self, NotReady, Probe};
+use crate::sys;
 
 /// The unit of the attribute `size`, whatever the blocks of the device are, in bytes.
 const SECTOR: u64 = 512;
@@ -174,8 +175,8 @@ impl Disk {
             let message = format!("{node} is block device {number} and not {wanted}");
             return Err(NotReady::not_found(message));
         }
-        let is_it = match (self.name.sequence, node::sequence(&open)) {
-            (Some(wanted), Some(open)) => wanted == open,
+        let is_it = match (self.name.sequence, sys::disk_sequence(&open)) {
+            (Some(wanted), Ok(sequence)) => wanted == sequence,
             _ => self.is_there()?,
         };
         if !is_it {
